@@ -1,0 +1,269 @@
+"""Kinds of task: loss, observed labels, audit score and metrics of one entry of a LibMTL ``task_dict``.
+
+A task says what its labels and outputs mean. From that follow the masked loss that LibMTL trains on, the metric it
+shows, the probabilities that group metrics read, and the score in [0, 1] that the fixed-delta audit compares
+(methods.md, section 0). Labels that are missing are ``NaN`` (float labels) or ``-100`` (integer labels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from libmtl_fair.errors import DataError, RecipeError
+
+IGNORE_INDEX = -100
+"""Integer label of an example whose label is missing (PyTorch's ``ignore_index``)."""
+
+_NORMAL_Q10 = -1.2815515655446004
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a multi-task model. Use :class:`Binary`, :class:`Multiclass`, :class:`Multilabel`, :class:`Regression`.
+
+    Parameters
+    ----------
+    name : key of the task in labels, outputs, heads and tables.
+    """
+
+    name: str
+    kind: ClassVar[str] = "task"
+    higher_is_better: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check what every kind has in common."""
+        if not isinstance(self.name, str) or not self.name:
+            raise RecipeError(f"a task's name must be a non-empty string, found {self.name!r}")
+
+    @property
+    def out_features(self) -> int:
+        """Number of outputs that the task's head needs."""
+        return 1
+
+    def observed(self, labels: Tensor) -> Tensor:
+        """Return which examples have a label: bool [B]."""
+        return torch.isfinite(labels) if labels.is_floating_point() else labels != IGNORE_INDEX
+
+    def example_losses(self, output: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of each example, [B]; 0, with zero gradient, where the label is missing."""
+        raise NotImplementedError
+
+    def loss(self, output: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean loss over observed labels (scalar); 0 with zero gradient if there is none."""
+        count = self.observed(labels).sum().clamp(min=1)
+        return self.example_losses(output, labels).sum() / count
+
+    def probabilities(self, output: Tensor) -> Tensor:
+        """Return probabilities, or the predicted value for regression: [B] or [B, C]."""
+        raise NotImplementedError
+
+    def score(self, output: Tensor) -> Tensor:
+        """Return the audit score of each example, [B], in [0, 1] (methods.md, section 0)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Binary(Task):
+    """A yes/no task. Output: one logit ([B] or [B, 1]) or two ([B, 2]); labels 0/1, NaN (or -100) where missing.
+
+    >>> import torch
+    >>> task = Binary("income")
+    >>> task.loss(torch.zeros(3, 1), torch.tensor([1.0, 0.0, float("nan")])).item()  # log 2, over two labels
+    0.6931471824645996
+    """
+
+    kind: ClassVar[str] = "binary"
+
+    def logit(self, output: Tensor) -> Tensor:
+        """Return the log-odds of the positive class, [B]."""
+        if output.dim() == 2 and output.shape[1] == 2:
+            return output[:, 1] - output[:, 0]
+        return output.reshape(output.shape[0])
+
+    def example_losses(self, output: Tensor, labels: Tensor) -> Tensor:
+        """Return binary cross-entropy from logits, [B]."""
+        logit, seen = self.logit(output), self.observed(labels)
+        target = torch.where(seen, labels, 0).to(logit.dtype)
+        return torch.where(seen, nnf.binary_cross_entropy_with_logits(logit, target, reduction="none"), 0.0)
+
+    def probabilities(self, output: Tensor) -> Tensor:
+        """Return the probability of the positive class, [B]."""
+        return torch.sigmoid(self.logit(output))
+
+    score = probabilities
+
+
+@dataclass(frozen=True)
+class Multiclass(Task):
+    """One of ``n_classes``. Output: logits [B, C]; labels int64 [B], -100 where missing.
+
+    ``classes`` may name them, in the order of the label ids.
+    """
+
+    n_classes: int = 2
+    classes: tuple[str, ...] | None = None
+    kind: ClassVar[str] = "multiclass"
+
+    def __post_init__(self) -> None:
+        """Check the number of classes."""
+        super().__post_init__()
+        _need_count(self.name, "n_classes", self.n_classes, 2)
+        if self.classes is not None and len(self.classes) != self.n_classes:
+            raise RecipeError(
+                f"task {self.name!r}: {len(self.classes)} class names for n_classes={self.n_classes}; give one name a class"
+            )
+
+    @property
+    def out_features(self) -> int:
+        """Number of classes."""
+        return self.n_classes
+
+    def example_losses(self, output: Tensor, labels: Tensor) -> Tensor:
+        """Return cross-entropy from logits, [B]."""
+        seen = self.observed(labels)
+        target = torch.where(seen, labels, IGNORE_INDEX).long()
+        return nnf.cross_entropy(output, target, reduction="none", ignore_index=IGNORE_INDEX)
+
+    def probabilities(self, output: Tensor) -> Tensor:
+        """Return softmax probabilities, [B, C]."""
+        return torch.softmax(output, dim=-1)
+
+    def score(self, output: Tensor) -> Tensor:
+        """Return the highest softmax probability, [B]."""
+        return self.probabilities(output).amax(dim=-1)
+
+
+@dataclass(frozen=True)
+class Multilabel(Task):
+    """Any of ``n_labels``. Output: logits [B, C]; labels float [B, C] of 0/1, NaN where missing.
+
+    An example counts as observed if at least one of its labels is; its loss is the mean over those observed.
+    """
+
+    n_labels: int = 2
+    kind: ClassVar[str] = "multilabel"
+
+    def __post_init__(self) -> None:
+        """Check the number of labels."""
+        super().__post_init__()
+        _need_count(self.name, "n_labels", self.n_labels, 1)
+
+    @property
+    def out_features(self) -> int:
+        """Number of labels."""
+        return self.n_labels
+
+    def observed(self, labels: Tensor) -> Tensor:
+        """Return which examples have at least one label: bool [B]."""
+        return super().observed(labels).any(dim=-1)
+
+    def example_losses(self, output: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean binary cross-entropy over the observed labels of each example, [B]."""
+        seen = super().observed(labels)
+        target = torch.where(seen, labels, 0).to(output.dtype)
+        losses = nnf.binary_cross_entropy_with_logits(output, target, reduction="none")
+        return torch.where(seen, losses, 0.0).sum(-1) / seen.sum(-1).clamp(min=1)
+
+    def probabilities(self, output: Tensor) -> Tensor:
+        """Return the probability of each label, [B, C]."""
+        return torch.sigmoid(output)
+
+    def score(self, output: Tensor) -> Tensor:
+        """Return the highest label probability, [B]."""
+        return self.probabilities(output).amax(dim=-1)
+
+
+@dataclass(frozen=True)
+class Regression(Task):
+    """A number. Output [B] or [B, 1] and labels [B] in standardised units; ``mean`` and ``std`` give native units.
+
+    Parameters
+    ----------
+    mean, std : of the target on the training part, so that metrics can be shown in native units.
+    score_range : (q10, q90) of a *reference model's* validation outputs, in standardised units. The audit score is the
+        output squashed by it, ``clip((s - q10) / (q90 - q10 + 1e-6), 0, 1)``. Without a reference it is that of a
+        standard normal, (-1.2816, 1.2816) (ours); :meth:`with_score_range` freezes the reference model's.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+    score_range: tuple[float, float] | None = None
+    kind: ClassVar[str] = "regression"
+    higher_is_better: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the scale."""
+        super().__post_init__()
+        if not self.std > 0:
+            raise RecipeError(f"task {self.name!r}: std must be above 0, found {self.std}")
+
+    def value(self, output: Tensor) -> Tensor:
+        """Return the predicted value in standardised units, [B]."""
+        return output.reshape(output.shape[0])
+
+    def example_losses(self, output: Tensor, labels: Tensor) -> Tensor:
+        """Return the squared error in standardised units, [B]."""
+        seen = self.observed(labels)
+        value = self.value(output)
+        return torch.where(seen, (value - torch.where(seen, labels, 0).to(value.dtype)) ** 2, 0.0)
+
+    def probabilities(self, output: Tensor) -> Tensor:
+        """Return the predicted value in standardised units, [B]."""
+        return self.value(output)
+
+    def score(self, output: Tensor) -> Tensor:
+        """Return the output squashed to [0, 1] by the reference range, [B]."""
+        low, high = self.score_range or (_NORMAL_Q10, -_NORMAL_Q10)
+        return ((self.value(output) - low) / (high - low + 1e-6)).clamp(0, 1)
+
+    def with_score_range(self, reference_outputs: Tensor) -> Regression:
+        """Return this task with its score range frozen to the 10 % and 90 % quantiles of ``reference_outputs`` [N]."""
+        values = self.value(reference_outputs.detach()).double().cpu()
+        values = values[torch.isfinite(values)]
+        if not len(values):
+            raise DataError(f"task {self.name!r}: the reference model has no finite output to take a score range from")
+        low, high = torch.quantile(values, torch.tensor([0.1, 0.9], dtype=values.dtype)).tolist()
+        return replace(self, score_range=(low, high))
+
+
+def _need_count(task: str, field: str, found: object, least: int) -> None:
+    if isinstance(found, bool) or not isinstance(found, int) or found < least:
+        raise RecipeError(f"task {task!r}: {field} must be an integer of at least {least}, found {found!r}")
+
+
+KINDS: Mapping[str, type[Task]] = {cls.kind: cls for cls in (Binary, Multiclass, Multilabel, Regression)}
+"""Task kinds by name, as recipes spell them."""
+
+
+def task_dict(tasks: Iterable[Task]) -> dict[str, dict[str, Any]]:
+    """Return LibMTL's ``task_dict`` for these tasks: masked losses and metrics, in the order given.
+
+    Each entry also carries the task itself under ``"task"``, which LibMTL ignores and :class:`FairTrainer` reads.
+
+    Raises
+    ------
+    RecipeError : no task, or two of one name.
+
+    >>> list(task_dict([Binary("income"), Regression("hours")]))
+    ['income', 'hours']
+    """
+    from libmtl_fair.host.objectives import entry
+
+    entries: dict[str, dict[str, Any]] = {}
+    for task in tasks:
+        if not isinstance(task, Task):
+            raise RecipeError(
+                f"task_dict takes tasks such as lf.Binary('income'), found {type(task).__name__}: {task!r}"
+            )
+        if task.name in entries:
+            raise RecipeError(f"two tasks are named {task.name!r}; names must differ")
+        entries[task.name] = entry(task)
+    if not entries:
+        raise RecipeError("task_dict needs at least one task, for example lf.task_dict([lf.Binary('income')])")
+    return entries
