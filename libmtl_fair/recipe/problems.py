@@ -1,0 +1,132 @@
+"""Validation problems as one message with lines: what is wrong, where, expected, found, and the near name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from libmtl_fair.errors import RecipeError, near
+from libmtl_fair.recipe.yaml_source import Location, Source
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "greater_than": "a number above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "a number below {lt}",
+    "less_than_equal": "at most {le}",
+    "string_too_short": "text that is not empty",
+    "string_too_long": "text of at most {max_length} characters",
+    "too_short": "at least {min_length} value(s)",
+    "too_long": "at most {max_length} value(s)",
+}
+_TAGS = {"names", "declared", "str", "int", "float", "function-plain", "[key]"}
+
+
+def to_recipe_error(error: ValidationError, source: Source, root: type[BaseModel]) -> RecipeError:
+    """Turn pydantic's errors into one RecipeError, one line a problem: ``file:line: path: message``."""
+    found: dict[str, int] = {}
+    for item in error.errors(include_url=False):
+        location = _clean(item["loc"], source.data)
+        found[problem(source, location, _message(item, location, root))] = source.line(location)
+    return RecipeError("\n".join(sorted(found, key=found.__getitem__)))
+
+
+def problem(source: Source, location: Location, message: str) -> str:
+    """One line ``file:line: path: message``."""
+    return f"{source.where(location)}: {dotted(location)}{message}"
+
+
+def dotted(location: Location) -> str:
+    """Write a location as ``train.epochs: `` (nothing for the top).
+
+    >>> dotted(("methods", "relif", "delta", 0))
+    'methods.relif.delta[0]: '
+    """
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    return f"{text}: " if text else ""
+
+
+def _clean(loc: tuple[int | str, ...], data: Any) -> Location:
+    """Drop the tags that pydantic adds for unions and for settings gathered into ``args``."""
+    path: list[str | int] = []
+    for part in loc:
+        inside = (isinstance(data, Mapping) and part in data) or (
+            isinstance(data, list) and isinstance(part, int) and part < len(data)
+        )
+        if inside:
+            data = data[part]
+        elif part in _TAGS or (part == "args" and path[:1] == ["methods"]):
+            continue
+        path.append(part)
+    return tuple(path)
+
+
+def _message(item: ErrorDetails, location: Location, root: type[BaseModel]) -> str:
+    kind, ctx = item["type"], item.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = known_fields(root, location[:-1])
+        guess = near(str(location[-1]), known)
+        return f"unknown field; did you mean {guess!r}?" if guess else f"unknown field; expected {', '.join(known)}"
+    if kind == "missing":
+        guess = _near_setting(str(location[-1]), item["input"])
+        return "required, but missing" + (f"; did you mean it by {guess!r}?" if guess else "")
+    if kind == "value_error":
+        return str(ctx.get("error", item["msg"]))
+    found = _found(item["input"])
+    if kind == "literal_error":
+        options = [word.strip().strip("'") for word in str(ctx["expected"]).replace(" or ", ",").split(",")]
+        guess = near(str(item["input"]), options)
+        hint = f"; did you mean {guess!r}?" if guess else ""
+        return f"expected {ctx['expected']}, found {found}{hint}"
+    expected = _EXPECTED.get(kind)
+    if expected is None:
+        return f"{item['msg']}, found {found}"
+    return f"expected {expected.format(**ctx)}, found {found}"
+
+
+def _near_setting(name: str, given: Any) -> str | None:
+    """A key that was taken for a setting of the weighting, but is spelt like the missing field."""
+    keys = given.get("args", given) if isinstance(given, Mapping) else {}
+    return near(name, keys) if isinstance(keys, Mapping) else None
+
+
+def _found(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, Mapping):
+        return "a mapping" if value else "an empty mapping"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def known_fields(root: type[BaseModel], location: Location) -> list[str]:
+    """Names of the fields at ``location`` in a model, through mappings of models."""
+    models = [root]
+    for part in location:
+        if not models:
+            break
+        model = models[0]
+        if part in model.model_fields:
+            models = _models_in(model.model_fields[str(part)].annotation)
+    return [name for name in models[0].model_fields if name != "args"] if models else []
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models_in(inner)]

@@ -1,0 +1,211 @@
+"""A recipe: one YAML file that says what to train, audit and report, as a validated, frozen object."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, PrivateAttr, ValidationError, field_validator
+from ruamel.yaml import YAML
+
+from libmtl_fair.errors import RecipeError, unknown
+from libmtl_fair.recipe.fields import FolderName, Section, Seeds
+from libmtl_fair.recipe.overrides import apply_overrides
+from libmtl_fair.recipe.problems import problem, to_recipe_error
+from libmtl_fair.recipe.sections import Audit, Data, Method, Metrics, Model, Output, Train, Tune
+from libmtl_fair.recipe.yaml_source import Location, Source, read_yaml
+
+_RESERVED = {"plots"}
+
+
+class Recipe(Section):
+    """Data, model, training, seeds and methods (the first is the reference), audit, metrics, output."""
+
+    name: FolderName
+    description: str = ""
+    data: Data
+    model: Model = Field(default_factory=Model)
+    train: Train = Field(default_factory=Train)
+    seeds: Seeds = (0,)
+    methods: Annotated[dict[FolderName, Method], Field(min_length=1)]
+    audit: Audit = Field(default_factory=Audit)
+    metrics: Metrics = Field(default_factory=Metrics)
+    tune: Tune | None = None
+    output: Output = Field(default_factory=Output)
+    _source: Source = PrivateAttr(default_factory=Source)
+
+    @field_validator("methods", mode="after")
+    @classmethod
+    def _distinct_folders(cls, methods: dict[str, Method]) -> dict[str, Method]:
+        folders = [name.lower() for name in methods]
+        for name in methods:
+            if name.lower() in _RESERVED:
+                raise ValueError(f"the name {name!r} is reserved for a folder of the run; choose another")
+            if folders.count(name.lower()) > 1:
+                raise ValueError(f"expected names that differ by more than upper case, found {name!r} twice")
+        return methods
+
+    @property
+    def reference(self) -> str:
+        """Name of the first method: the one that differences and tolerances refer to."""
+        return next(iter(self.methods))
+
+    def train_for(self, method: str) -> Train:
+        """Training settings of one method: the recipe's, with the method's own on top (the optimiser's field by field)."""
+        change = self.methods[method].train
+        if change is None:
+            return self.train
+        changes: dict[str, Any] = {name: getattr(change, name) for name in change.model_fields_set}
+        if "optimizer" in changes:
+            new = change.optimizer
+            keep = {name: getattr(new, name) for name in new.model_fields_set}
+            changes["optimizer"] = self.train.optimizer.model_copy(update=keep)
+        return self.train.model_copy(update=changes)
+
+    def model_for(self, method: str) -> Model:
+        """Model settings of one method; another architecture starts from empty ``arch_args``."""
+        spec = self.methods[method]
+        changes: dict[str, Any] = {}
+        if spec.model is not None:
+            changes = {name: getattr(spec.model, name) for name in spec.model.model_fields_set}
+        if spec.architecture is not None and spec.architecture != self.model.architecture:
+            changes |= {"architecture": spec.architecture, "arch_args": {}}
+        if spec.arch_args is not None:
+            changes["arch_args"] = spec.arch_args
+        return self.model.model_copy(update=changes)
+
+    def table_path(self) -> Path | None:
+        """Path of the user's table: relative paths are looked up beside the recipe first, then from here."""
+        if self.data.table is None:
+            return None
+        path, beside = Path(self.data.table), Path(self._source.file).parent / self.data.table
+        return beside if not path.is_absolute() and beside.exists() else path
+
+    def error(self, location: Location, message: str) -> RecipeError:
+        """A RecipeError about one entry, with file and line where they are known."""
+        return RecipeError(problem(self._source, location, message))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that :meth:`Recipe.from_dict` reads back to an equal recipe."""
+        plain: dict[str, Any] = json.loads(self.model_dump_json())
+        return plain
+
+    def to_yaml(self) -> str:
+        """The complete recipe as YAML; :func:`load_recipe` reads it back to an equal recipe."""
+        yaml = YAML(typ="safe", pure=True)
+        yaml.sort_base_mapping_type_on_output = False
+        yaml.default_flow_style = None
+        yaml.width = 120
+        yaml.allow_unicode = True
+        stream = io.StringIO()
+        yaml.dump(self.to_dict(), stream)
+        return stream.getvalue()
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the content that decides results: everything but ``output`` and ``description``.
+
+        The order of methods and tasks counts, the order of other keys and the spelling of numbers do not.
+        """
+        content = {key: value for key, value in self.to_dict().items() if key not in ("output", "description")}
+        content["methods"] = list(content["methods"].items())
+        if isinstance(content["data"]["tasks"], dict):
+            content["data"]["tasks"] = list(content["data"]["tasks"].items())
+        text = json.dumps(_canonical(content), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], source: Source | None = None) -> Recipe:
+        """Validate plain data.
+
+        Raises
+        ------
+        RecipeError
+            One message with a line for every problem found.
+        """
+        source = source or Source(data=dict(data))
+        try:
+            recipe = cls.model_validate(dict(data))
+        except ValidationError as error:
+            raise to_recipe_error(error, source, cls) from error
+        recipe._source = source
+        return recipe
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, dict):
+        return {key: _canonical(item) for key, item in value.items()}
+    return [_canonical(item) for item in value] if isinstance(value, list) else value
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and validate a recipe.
+
+    Parameters
+    ----------
+    path
+        YAML file.
+    overrides
+        Changes such as ``"train.epochs=3"`` or ``"seeds=[0, 1]"``; values are YAML.
+
+    Raises
+    ------
+    RecipeError
+        With ``file:line: path: message`` for every problem.
+    """
+    source = read_yaml(path)
+    if not isinstance(source.data, dict):
+        raise RecipeError(
+            f"{path}:1: expected a mapping with name, data and methods, found {type(source.data).__name__}"
+        )
+    source = apply_overrides(source, overrides, Recipe)
+    return Recipe.from_dict(source.data, source)
+
+
+def check_names(
+    recipe: Recipe,
+    weightings: Collection[str],
+    architectures: Collection[str],
+    datasets: Collection[str],
+    arguments: Mapping[str, Collection[str]] | None = None,
+) -> None:
+    """Check the names a recipe uses against what is registered.
+
+    Parameters
+    ----------
+    recipe
+        The recipe to check.
+    weightings, architectures, datasets
+        Known names.
+    arguments
+        Settings that each weighting takes; weightings not in it are not checked.
+
+    Raises
+    ------
+    RecipeError
+        One message with file, line and near name for every unknown name.
+    """
+    used: list[tuple[Location, str, str, Collection[str]]] = []
+    if recipe.data.name is not None:
+        used.append((("data", "name"), "data set", recipe.data.name, datasets))
+    used.append((("model", "architecture"), "architecture", recipe.model.architecture, architectures))
+    for name, method in recipe.methods.items():
+        where: Location = ("methods", name)
+        used.append(((*where, "weighting"), "weighting", method.weighting, weightings))
+        if method.architecture is not None:
+            used.append(((*where, "architecture"), "architecture", method.architecture, architectures))
+        if arguments is not None and method.weighting in arguments:
+            options = {*arguments[method.weighting], *(set(Method.model_fields) - {"args"})}
+            used += [((*where, key), f"setting of {method.weighting}", key, options) for key in method.args]
+    lines = [
+        problem(recipe._source, where, unknown(what, value, options))
+        for where, what, value, options in used
+        if value not in options
+    ]
+    if lines:
+        raise RecipeError("\n".join(lines))

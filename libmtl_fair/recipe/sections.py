@@ -1,0 +1,307 @@
+"""The sections of a recipe: data, model, train, methods, audit, metrics, tune, output."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_serializer, model_validator
+
+from libmtl_fair.recipe.fields import (
+    Count,
+    Delta,
+    Deltas,
+    MissingRule,
+    Names,
+    Section,
+    Seed,
+    Settings,
+    Share,
+    Split,
+    Text,
+    Threshold,
+    Widths,
+)
+
+
+class TaskSpec(Section):
+    """A task of a user's table: its kind, and the column (default: the task's name) that holds its label."""
+
+    kind: Literal["binary", "multiclass", "multilabel", "regression"]
+    column: Text | None = None
+    columns: Names | None = None
+    positive: str | int | float | None = None
+    n_classes: Annotated[int, Field(ge=2, le=100_000)] | None = None
+
+    @model_validator(mode="after")
+    def _fits_kind(self) -> TaskSpec:
+        if self.columns is not None and self.kind != "multilabel":
+            raise ValueError(f"expected 'columns' for a multilabel task only, found kind {self.kind}: use 'column'")
+        if self.column is not None and self.columns is not None:
+            raise ValueError("expected either 'column' or 'columns', found both")
+        return self
+
+
+def _task_form(value: Any) -> str:
+    return "declared" if isinstance(value, dict) else "names"
+
+
+Tasks = Annotated[
+    Annotated[Names, Tag("names")] | Annotated[dict[Text, TaskSpec], Field(min_length=1), Tag("declared")],
+    Discriminator(_task_form),
+]
+
+
+class Data(Section):
+    """What to train on: a built-in data set by ``name``, or a ``table`` (CSV, parquet) with its columns declared."""
+
+    name: Text | None = None
+    table: Text | None = None
+    features: Names | None = None
+    categorical: Names | None = None
+    tasks: Tasks | None = None
+    sensitive: Names | None = None
+    split: Split = (0.6, 0.2, 0.2)
+    split_seed: Seed = 0
+    resplit: bool = False
+    keep_groups: dict[Text, Names] = Field(default_factory=dict)
+    missing: MissingRule = "drop"
+    label_fraction: Share = 1.0
+    subset: Annotated[int, Field(ge=10, le=10**12)] | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Data:
+        if (self.name is None) == (self.table is None):
+            found = "both" if self.name is not None else "neither"
+            raise ValueError(f"expected either 'name' (a built-in data set) or 'table' (a file), found {found}")
+        if self.table is not None:
+            self._declared()
+        elif isinstance(self.tasks, dict) or self.features is not None or self.categorical is not None:
+            raise ValueError(
+                "a built-in data set declares its own columns: expected 'tasks' as a list of names and no "
+                "'features' or 'categorical' (they belong to 'table')"
+            )
+        return self
+
+    def _declared(self) -> None:
+        if not isinstance(self.tasks, dict):
+            raise ValueError("a table needs 'tasks' as a mapping, such as tasks: {income: {kind: binary}}")
+        if self.sensitive is None:
+            raise ValueError("a table needs 'sensitive': the columns that hold the groups")
+
+    @property
+    def task_names(self) -> tuple[str, ...] | None:
+        """Names of the tasks in order, or None for the data set's default."""
+        return None if self.tasks is None else tuple(self.tasks)
+
+
+class Model(Section):
+    """Encoder and LibMTL architecture."""
+
+    encoder: Literal["mlp", "lstm", "resnet"] = "mlp"
+    hidden: Widths = (128, 64)
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    norm: Literal["batch", "layer"] | None = None
+    architecture: Text = "HPS"
+    arch_args: Settings = Field(default_factory=dict)
+
+
+class ModelOverride(Section):
+    """What one method changes in the model."""
+
+    encoder: Literal["mlp", "lstm", "resnet"] = "mlp"
+    hidden: Widths = (128, 64)
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    norm: Literal["batch", "layer"] | None = None
+
+
+_Positive = Annotated[float, Field(gt=0)]
+_NotNegative = Annotated[float, Field(ge=0)]
+_Moment = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Optimizer(Section):
+    """Optimiser in LibMTL's terms (``optim_param``)."""
+
+    optim: Literal["adam", "adamw", "sgd", "adagrad", "rmsprop"] = "adam"
+    lr: _Positive = 1e-3
+    weight_decay: _NotNegative = 0.0
+    momentum: _Moment | None = None
+    betas: Annotated[tuple[_Moment, _Moment], Field(strict=False)] | None = None
+    eps: _Positive | None = None
+    nesterov: bool | None = None
+
+    def params(self) -> dict[str, Any]:
+        """Return LibMTL's ``optim_param``: the fields that are set.
+
+        >>> Optimizer(lr=0.01).params()
+        {'optim': 'adam', 'lr': 0.01, 'weight_decay': 0.0}
+        """
+        return self.model_dump(exclude_none=True)
+
+
+class Scheduler(Section):
+    """Learning-rate scheduler in LibMTL's terms (``scheduler_param``), stepped once an epoch."""
+
+    scheduler: Literal["step", "exp", "cos"]
+    step_size: Count | None = None
+    gamma: Annotated[float, Field(gt=0, le=1)] | None = None
+    T_max: Count | None = None
+    eta_min: _NotNegative | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Scheduler:
+        needed, allowed = {
+            "step": ({"step_size"}, {"step_size", "gamma"}),
+            "exp": ({"gamma"}, {"gamma"}),
+            "cos": ({"T_max"}, {"T_max", "eta_min"}),
+        }[self.scheduler]
+        given = {name for name, value in self if value is not None} - {"scheduler"}
+        if needed - given or given - allowed:
+            raise ValueError(
+                f"scheduler {self.scheduler} expects {', '.join(sorted(needed))}"
+                + (f" (and may have {', '.join(sorted(allowed - needed))})" if allowed - needed else "")
+                + f", found {', '.join(sorted(given)) or 'nothing'}"
+            )
+        return self
+
+    def params(self) -> dict[str, Any]:
+        """Return LibMTL's ``scheduler_param``: the fields that are set."""
+        return self.model_dump(exclude_none=True)
+
+
+class Train(Section):
+    """How to train and which epoch to keep (chosen on validation, never on test)."""
+
+    epochs: Annotated[int, Field(ge=1, le=1_000_000)] = 10
+    batch_size: Annotated[int, Field(ge=2, le=10**9)] = 512
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    scheduler: Scheduler | None = None
+    select: Literal["best", "last"] = "best"
+    select_by: Literal["utility", "improvement"] = "utility"
+    rep_grad: bool = False
+
+
+class TrainOverride(Section):
+    """What one method changes in training."""
+
+    epochs: Annotated[int, Field(ge=1, le=1_000_000)] = 10
+    batch_size: Annotated[int, Field(ge=2, le=10**9)] = 512
+    optimizer: Optimizer = Field(default_factory=Optimizer)
+    scheduler: Scheduler | None = None
+    select: Literal["best", "last"] = "best"
+    select_by: Literal["utility", "improvement"] = "utility"
+    rep_grad: bool = False
+
+
+class Heads(Section):
+    """Auxiliary fairness heads (GLF, GLD, baselines); see ``add_fairness_heads``."""
+
+    loss: Text = "glf"
+    sensitive: Names | None = None
+    target: Literal["label", "label+accuracy", "main", "group"] = "main"
+    conditional: bool = True
+    heads: Literal["per_task", "shared"] = "per_task"
+
+
+class Method(Section):
+    """One row of the comparison: a weighting, what it changes, and its own settings in ``args``.
+
+    In YAML every key that is not a field here is a setting of the weighting: ``{weighting: ReLiF, target: 0.1}`` has
+    ``args == {"target": 0.1}``.
+    """
+
+    weighting: Text
+    architecture: Text | None = None
+    arch_args: Settings | None = None
+    heads: Heads | None = None
+    train: TrainOverride | None = None
+    model: ModelOverride | None = None
+    single_task: bool = False
+    args: Settings = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or "args" in value:
+            return value
+        own = {key: item for key, item in value.items() if key in cls.model_fields}
+        rest = {key: item for key, item in value.items() if key not in cls.model_fields}
+        return {**own, "args": rest} if rest else own
+
+    @model_validator(mode="after")
+    def _no_reserved(self) -> Method:
+        reserved = sorted(set(self.args) & set(type(self).model_fields))
+        if reserved:
+            raise ValueError(f"expected settings of the weighting in 'args', found the recipe's own {reserved}")
+        return self
+
+    @model_serializer
+    def _flat(self) -> dict[str, Any]:
+        set_fields = {name: getattr(self, name) for name in type(self).model_fields if name != "args"}
+        keep = {name: _dump(value) for name, value in set_fields.items() if value is not None and value is not False}
+        return keep | self.args
+
+
+def _dump(value: Any) -> Any:
+    """Overrides keep only what was set; other sections are complete."""
+    if isinstance(value, TrainOverride | ModelOverride):
+        return value.model_dump(exclude_unset=True)
+    return value.model_dump() if isinstance(value, Section) else value
+
+
+class Audit(Section):
+    """Fixed-delta audit: tolerances (numbers, quantiles or conformal levels of the reference model) and protocol."""
+
+    delta: Deltas = (0.275, "p75")
+    exact: bool = True
+    alpha: Annotated[float, Field(gt=0, lt=1)] | None = None
+    pool_size: Annotated[int, Field(ge=2, le=10**9)] = 256
+    n_pairs: Count = 4096
+    eval_seed: Seed = 0
+    pair_seed: Seed = 42
+    shrinkage: bool = True
+
+    @property
+    def deltas(self) -> tuple[Delta, ...]:
+        """All tolerances asked for: ``delta``, and ``conformal:<alpha>`` where ``alpha`` is given.
+
+        >>> Audit(delta="p75", alpha=0.1).deltas
+        ('p75', 'conformal:0.1')
+        """
+        extra = () if self.alpha is None else (f"conformal:{self.alpha:g}",)
+        return (*self.delta, *(name for name in extra if name not in self.delta))
+
+
+class Metrics(Section):
+    """Group metrics: decisions, small groups, missing groups, intervals."""
+
+    threshold: Threshold = 0.5
+    min_group_size: Annotated[int, Field(ge=0, le=10**9)] = 30
+    missing: MissingRule = "drop"
+    empty: Literal["missing", "fairlearn"] = "missing"
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    n_bootstrap: Annotated[int, Field(ge=0, le=1_000_000)] = 1000
+
+
+class Tune(Section):
+    """A study over this recipe; names of objectives and samplers are checked when the study is made."""
+
+    objectives: Names | None = None
+    constraints: Names | None = None
+    space: Settings = Field(default_factory=dict)
+    sampler: str | None = None
+    pruner: str | None = None
+    trials: Count | None = None
+    timeout: _Positive | None = None
+    seeds_per_trial: Annotated[int, Field(ge=1, le=10_000)] = 1
+    select: str | None = None
+    stacked: Annotated[int, Field(ge=0, le=100_000)] = 0
+
+
+class Output(Section):
+    """What a run writes, and where (None: a folder named after the recipe)."""
+
+    dir: Text | None = None
+    predictions: bool = True
+    embeddings: bool = True
+    report: bool = True
