@@ -96,6 +96,7 @@ def _split(value: tuple[float, ...]) -> tuple[float, ...]:
     return value
 
 
+OptionalText = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
 Settings = Annotated[dict[str, Any], PlainValidator(_settings)]
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 Delta = Annotated[float | str, PlainValidator(_delta)]

@@ -13,7 +13,7 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator
 from ruamel.yaml import YAML
 
 from libmtl_fair.errors import RecipeError, unknown
-from libmtl_fair.recipe.fields import FolderName, Section, Seeds
+from libmtl_fair.recipe.fields import FolderName, OptionalText, Section, Seeds
 from libmtl_fair.recipe.overrides import apply_overrides
 from libmtl_fair.recipe.problems import problem, to_recipe_error
 from libmtl_fair.recipe.sections import Audit, Data, Method, Metrics, Model, Output, Train, Tune
@@ -26,7 +26,7 @@ class Recipe(Section):
     """Data, model, training, seeds and methods (the first is the reference), audit, metrics, output."""
 
     name: FolderName
-    description: str = ""
+    description: OptionalText = ""
     data: Data
     model: Model = Field(default_factory=Model)
     train: Train = Field(default_factory=Train)
@@ -98,7 +98,7 @@ class Recipe(Section):
         """The complete recipe as YAML; :func:`load_recipe` reads it back to an equal recipe."""
         yaml = YAML(typ="safe", pure=True)
         yaml.sort_base_mapping_type_on_output = False
-        yaml.default_flow_style = None
+        yaml.default_flow_style = None  # type: ignore[assignment]
         yaml.width = 120
         yaml.allow_unicode = True
         stream = io.StringIO()

@@ -222,11 +222,11 @@ class Method(Section):
     @model_validator(mode="before")
     @classmethod
     def _gather(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or "args" in value:
+        if not isinstance(value, dict) or not isinstance(value.get("args", {}), dict):
             return value
         own = {key: item for key, item in value.items() if key in cls.model_fields}
         rest = {key: item for key, item in value.items() if key not in cls.model_fields}
-        return {**own, "args": rest} if rest else own
+        return {**own, "args": {**own.get("args", {}), **rest}} if rest else own
 
     @model_validator(mode="after")
     def _no_reserved(self) -> Method:
