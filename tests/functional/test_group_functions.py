@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import fairlearn.metrics as fm
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from libmtl_fair import functional as F
+from libmtl_fair.errors import DataError, RecipeError
+
+FAST = settings(max_examples=40, deadline=None, derandomize=True)
+D = torch.float64
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+def batch(seed: int, n: int = 60, n_groups: int = 3, n_classes: int = 2) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.rand(n, generator=generator, dtype=D)
+    labels = torch.randint(0, n_classes, (n,), generator=generator).to(D)
+    labels[torch.rand(n, generator=generator) < 0.2] = torch.nan
+    groups = torch.randint(-1, n_groups, (n,), generator=generator)
+    return values, labels, groups
+
+
+def loop_mean(values: Tensor, keep: Tensor) -> float:
+    return values[keep].mean().item() if keep.any() else 0.0
+
+
+@pytest.mark.parametrize("n_groups", [1, 3, 200])
+def test_group_mean_against_a_loop(device: torch.device, dtype: torch.dtype, n_groups: int) -> None:
+    values, _, groups = batch(0, 300, n_groups)
+    values[::7] = torch.nan
+    mean, count = F.group_mean(values.to(device, dtype), groups.to(device), n_groups)
+    for g in range(n_groups):
+        keep = (groups == g) & ~values.isnan()
+        assert count[g].item() == keep.sum()
+        assert mean[g].item() == pytest.approx(loop_mean(values, keep), rel=1e-5)
+
+
+def test_group_mean_of_integers_and_of_nothing() -> None:
+    mean, count = F.group_mean(torch.tensor([1, 2]), torch.tensor([0, 0]), 2)
+    assert mean.tolist() == [1.5, 0.0]
+    assert count.tolist() == [2.0, 0.0]
+    assert F.group_mean(torch.zeros(0), torch.zeros(0, dtype=torch.int64), 2)[1].tolist() == [0.0, 0.0]
+
+
+def test_missing_values_have_no_gradient() -> None:
+    values = torch.tensor([1.0, torch.nan, 3.0], requires_grad=True)
+    mean, _ = F.group_mean(values, torch.tensor([0, 0, -1]), 2)
+    mean.sum().backward()
+    assert values.grad is not None
+    assert values.grad.tolist() == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("n_groups", [2, 100])
+def test_group_sums_of_columns(n_groups: int) -> None:
+    values = torch.rand(50, 3, dtype=D, requires_grad=True)
+    groups = torch.randint(-1, n_groups, (50,))
+    sums = F.group_sums(values, groups, n_groups)
+    expected = torch.stack([values[groups == g].sum(0) for g in range(n_groups)])
+    torch.testing.assert_close(sums, expected)
+    assert torch.autograd.gradcheck(lambda v: F.group_sums(v, groups, n_groups), (values,))
+
+
+def test_cross_groups_is_row_major_and_unknown_when_any_is() -> None:
+    a, b = torch.tensor([0, 0, 1, 1, -1, 0]), torch.tensor([0, 2, 0, 2, 1, -1])
+    crossed, n = F.cross_groups([a, b], [2, 3])
+    assert n == 6
+    assert crossed.tolist() == [0, 2, 3, 5, -1, -1]
+    assert torch.equal(F.cross_groups([a], [2])[0], a)
+    with pytest.raises(DataError, match="one number of groups per attribute, found 2 and 1"):
+        F.cross_groups([a, b], [2])
+    with pytest.raises(DataError, match="found 0 and 0"):
+        F.cross_groups([], [])
+
+
+losses_and_present = st.integers(2, 6).flatmap(
+    lambda n: st.tuples(
+        st.lists(st.floats(0, 5), min_size=n, max_size=n), st.lists(st.booleans(), min_size=n, max_size=n)
+    )
+)
+
+
+@FAST
+@given(losses_and_present)
+def test_glf_gld_bgl_and_jain_against_their_definitions(case: tuple[list[float], list[bool]]) -> None:
+    losses, present = torch.tensor(case[0], dtype=D), torch.tensor(case[1])
+    seen = losses[present].tolist()
+    n, square = len(seen), sum(v * v for v in seen)
+    jain = sum(seen) ** 2 / (n * square) if square > 1e-200 else 1.0
+    p = torch.softmax(-losses[present], 0)
+    kl = (p * (p * n).log()).sum().item() if n else 0.0
+    unequal = abs(seen[0] - seen[1]) if n == 2 else 1 - jain
+    if square > 1e-200 or square == 0:
+        assert F.jain_index(losses, present).item() == pytest.approx(jain, abs=1e-9)
+        assert F.glf(losses, present).item() == pytest.approx(unequal if n >= 2 else 0.0, abs=1e-9)
+    assert F.gld(losses, present).item() == pytest.approx(math.expm1(kl) if n >= 2 else 0.0, abs=1e-9)
+    assert F.bounded_group_loss(losses, present).item() == (max(seen) if n >= 2 else 0.0)
+    assert 0 <= F.gld(losses, present).item() <= max(n - 1, 0) + 1e-9
+    order = torch.randperm(len(losses), generator=torch.Generator().manual_seed(n))
+    for function in (F.glf, F.gld, F.jain_index):
+        torch.testing.assert_close(function(losses[order], present[order]), function(losses, present))
+
+
+@pytest.mark.parametrize("function", [F.glf, F.gld, F.bounded_group_loss])
+@pytest.mark.parametrize("n_present", [0, 1])
+def test_fewer_than_two_groups_have_no_disparity_and_no_gradient(
+    function: Callable[[Tensor, Tensor], Tensor], n_present: int, device: torch.device
+) -> None:
+    losses = torch.tensor([0.7, 0.0, 0.0], device=device, requires_grad=True)
+    value = function(losses, torch.tensor([n_present == 1, False, False], device=device))
+    value.backward()
+    assert value.item() == 0.0
+    assert losses.grad is not None
+    assert losses.grad.tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("function", [F.glf, F.gld])
+@pytest.mark.parametrize("present", [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]])
+def test_group_loss_disparities_are_differentiable(
+    function: Callable[[Tensor, Tensor], Tensor], present: list[int]
+) -> None:
+    losses = torch.tensor([0.3, 0.9, 0.1, 0.5], dtype=D, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: function(x, torch.tensor(present).bool()), (losses,))
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e15])
+def test_glf_of_many_groups_has_no_scale(scale: float) -> None:
+    losses = torch.tensor([1.0, 2.0, 3.0]) * scale
+    losses.requires_grad_()
+    value = F.glf(losses, torch.ones(3, dtype=torch.bool))
+    value.backward()
+    assert value.item() == pytest.approx(1 - 36 / 42, rel=1e-5)
+    assert losses.grad is not None
+    assert losses.grad.isfinite().all()
+
+
+def test_equal_and_zero_losses_are_fair_with_a_finite_gradient() -> None:
+    for losses in (torch.zeros(3), torch.full((3,), 0.4), torch.full((2,), 0.4)):
+        losses.requires_grad_()
+        present = torch.ones(len(losses), dtype=torch.bool)
+        for function in (F.glf, F.gld):
+            value = function(losses, present)
+            (grad,) = torch.autograd.grad(value, losses)
+            assert value.item() == pytest.approx(0.0, abs=1e-6)
+            assert (grad.abs() < 1e-6).all()
+
+
+def test_absent_groups_may_hold_anything() -> None:
+    losses = torch.tensor([0.2, torch.nan, 0.7, torch.inf], requires_grad=True)
+    present = torch.tensor([True, False, True, False])
+    for function in (F.glf, F.gld, F.bounded_group_loss):
+        (grad,) = torch.autograd.grad(function(losses, present), losses)
+        assert grad.isfinite().all()
+        assert grad[1] == grad[3] == 0
+
+
+def test_disparities_work_on_rows() -> None:
+    losses, present = torch.rand(5, 4), torch.rand(5, 4) < 0.7
+    for function in (F.glf, F.gld, F.jain_index, F.bounded_group_loss, F.spread):
+        rows = torch.stack([function(a, b) for a, b in zip(losses, present, strict=True)])
+        torch.testing.assert_close(function(losses, present), rows)
+
+
+@pytest.mark.parametrize("n_classes", [2, 4])
+def test_robust_log_loss_against_a_loop(n_classes: int, device: torch.device) -> None:
+    losses, labels, groups = batch(2, 80, 3, n_classes)
+    expected = 0.0
+    for y in range(n_classes):
+        cells = [losses[(labels == y) & (groups == g)] for g in range(3)]
+        expected += max((cell.mean().item() for cell in cells if len(cell)), default=0.0)
+    arguments = (groups.to(device), 3, n_classes)
+    found = F.robust_log_loss(losses.to(device), labels.to(device), *arguments)
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+    integer = labels.nan_to_num(-100).long().to(device)
+    assert F.robust_log_loss(losses.to(device), integer, *arguments).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_robust_log_loss_without_cells_is_zero_and_it_is_differentiable() -> None:
+    losses = torch.rand(6, dtype=D, requires_grad=True)
+    labels, groups = torch.tensor([0.0, 1, 0, 1, 0, 1]), torch.tensor([0, 0, 1, 1, -1, 1])
+    assert F.robust_log_loss(losses, labels * torch.nan, groups, 2).item() == 0.0
+    assert torch.autograd.gradcheck(lambda x: F.robust_log_loss(x, labels, groups, 2), (losses,))
+    nothing = F.robust_log_loss(losses, labels, groups.fill_(-1), 2)
+    (grad,) = torch.autograd.grad(nothing, losses)
+    assert not grad.any()
+
+
+def test_conditional_group_losses_against_a_loop() -> None:
+    losses, labels, groups = batch(5, 40, 3, 3)
+    mean, present = F.conditional_group_losses(losses, labels, groups, 3, 3)
+    for y in range(3):
+        for g in range(3):
+            keep = (labels == y) & (groups == g)
+            assert mean[y, g].item() == pytest.approx(loop_mean(losses, keep))
+            assert present[y, g].item() == bool(keep.any())
+
+
+def test_quantile_bins_are_even_and_missing_targets_are_missing() -> None:
+    target = torch.randn(101, dtype=D)
+    target[100] = torch.nan
+    bins = F.quantile_bins(target, 4)
+    assert bins[100] == -1
+    assert torch.bincount(bins[:100]).tolist() == [25, 25, 25, 25]
+    assert (target[:100][bins[:100] == 0].max() < target[:100][bins[:100] == 1].min()).item()
+    assert F.quantile_bins(torch.full((5,), torch.nan)).tolist() == [-1] * 5
+    assert F.quantile_bins(torch.rand(5), 1).tolist() == [0] * 5
+    assert len(F.quantile_bins(torch.ones(5), 4).unique()) == 1
+    with pytest.raises(RecipeError, match="n_bins must be at least 1"):
+        F.quantile_bins(target, 0)
+
+
+def test_soft_rates_against_a_loop(device: torch.device, dtype: torch.dtype) -> None:
+    scores, labels, groups = batch(7)
+    found = F.soft_rates(scores.to(device, dtype), labels.to(device), groups.to(device), 3)
+    for g in range(3):
+        positive, negative = (labels == 1) & (groups == g), (labels == 0) & (groups == g)
+        expected = [loop_mean(scores, positive), loop_mean(scores, negative), positive.sum(), negative.sum()]
+        assert [x[g].item() for x in found] == pytest.approx([float(x) for x in expected], rel=1e-5)
+
+
+def test_hard_rates_are_fairlearns() -> None:
+    scores, labels, groups = batch(8, 200)
+    keep = ~labels.isnan() & (groups >= 0)
+    hard, y, g = (scores > 0.5)[keep].double(), labels[keep], groups[keep]
+    tpr, fpr, _, _ = F.soft_rates(hard, y, g, 3)
+    frame = fm.MetricFrame(
+        metrics={"tpr": fm.true_positive_rate, "fpr": fm.false_positive_rate},
+        y_true=y.int().numpy(),
+        y_pred=hard.int().numpy(),
+        sensitive_features=g.numpy(),
+    )
+    assert tpr.tolist() == pytest.approx(frame.by_group["tpr"].tolist(), abs=1e-12)
+    assert fpr.tolist() == pytest.approx(frame.by_group["fpr"].tolist(), abs=1e-12)
+    assert F.tpr_gap(hard, y, g, 3).item() == pytest.approx(frame.difference()["tpr"], abs=1e-12)
+    assert F.fpr_gap(hard, y, g, 3).item() == pytest.approx(frame.difference()["fpr"], abs=1e-12)
+    parity = fm.demographic_parity_difference(y.int().numpy(), hard.int().numpy(), sensitive_features=g.numpy())
+    assert F.demographic_parity_gap(hard, g, 3).item() == pytest.approx(parity, abs=1e-12)
+
+
+def test_columns_are_independent() -> None:
+    scores, groups = torch.rand(50, 3, dtype=D), torch.randint(-1, 4, (50,))
+    labels = torch.randint(0, 2, (50, 3)).double()
+    labels[torch.rand(50, 3) < 0.3] = torch.nan
+    together = F.soft_rates(scores, labels, groups, 4)
+    for c in range(3):
+        for all_columns, one in zip(together, F.soft_rates(scores[:, c], labels[:, c], groups, 4), strict=True):
+            torch.testing.assert_close(all_columns[:, c], one)
+    gaps = F.tpr_gap(scores, labels, groups, 4)
+    torch.testing.assert_close(gaps[1], F.tpr_gap(scores[:, 1], labels[:, 1], groups, 4))
+
+
+def test_rates_of_missing_cells_are_zero_without_gradient_and_sums_add_up() -> None:
+    scores = torch.tensor([0.2, torch.nan, 0.4], requires_grad=True)
+    tpr, fpr, n_pos, n_neg = F.soft_rates(scores, torch.tensor([1, 1, -100]), torch.tensor([0, 0, 1]), 2)
+    assert torch.equal(tpr, torch.tensor([0.2, 0.0]))
+    assert fpr.tolist() == [0.0, 0.0]
+    assert n_pos.tolist() == [1.0, 0.0]
+    assert n_neg.tolist() == [0.0, 0.0]
+    (grad,) = torch.autograd.grad((tpr + fpr).sum(), scores)
+    assert grad.tolist() == [1.0, 0.0, 0.0]
+    scores, labels, groups = batch(9)
+    halves = [F.rate_sums(scores[i::2], labels[i::2], groups[i::2], 3) for i in (0, 1)]
+    for whole, first, second in zip(F.rate_sums(scores, labels, groups, 3), *halves, strict=True):
+        torch.testing.assert_close(whole, first + second)
+
+
+def test_gaps_are_differentiable_and_zero_for_one_group() -> None:
+    scores = torch.rand(12, dtype=D, requires_grad=True)
+    labels, groups = torch.tensor([0.0, 1] * 6), torch.arange(12) % 3
+    assert torch.autograd.gradcheck(lambda s: F.demographic_parity_gap(s, groups, 3), (scores,))
+    assert torch.autograd.gradcheck(lambda s: F.tpr_gap(s, labels, groups, 3), (scores,))
+    assert torch.autograd.gradcheck(lambda s: F.fpr_gap(s, labels, groups, 3), (scores,))
+    alone = F.demographic_parity_gap(scores, groups * 0, 3)
+    assert alone.item() == 0.0
+    assert not torch.autograd.grad(alone, scores)[0].any()

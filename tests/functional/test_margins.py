@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from libmtl_fair import functional as F
+from libmtl_fair.errors import DataError, RecipeError
+
+FAST = settings(max_examples=40, deadline=None, derandomize=True)
+D = torch.float64
+
+
+def brute_force(scores: Tensor, embeddings: Tensor, picks: list[list[int]]) -> tuple[Tensor, Tensor]:
+    gap, distance = [], []
+    for i, j in itertools.combinations(range(len(scores)), 2):
+        for x, y in itertools.product(picks[i], picks[j]):
+            u = embeddings[x] if embeddings.dim() == 2 else embeddings[i, x]
+            v = embeddings[y] if embeddings.dim() == 2 else embeddings[j, y]
+            gap.append(scores[i, x] - scores[j, y])
+            distance.append((1 - torch.nn.functional.cosine_similarity(u, v, dim=0)) / 2)
+    return torch.stack(gap), torch.stack(distance)
+
+
+@FAST
+@given(u=st.floats(-1e15, 1e15), beta=st.floats(1e-3, 10))
+def test_huber_is_its_definition(u: float, beta: float) -> None:
+    expected = u * u / (2 * beta) if abs(u) <= beta else abs(u) - beta / 2
+    assert F.huber(torch.tensor(u, dtype=D), beta).item() == pytest.approx(expected, rel=1e-12, abs=1e-300)
+
+
+@FAST
+@given(z=st.floats(-1e6, 1e6), mu=st.floats(1e-3, 10))
+def test_huberized_hinge_is_its_definition_and_close_to_the_hinge(z: float, mu: float) -> None:
+    value = F.huberized_hinge(torch.tensor(z, dtype=D), mu).item()
+    expected = 0.0 if z <= 0 else z * z / (2 * mu) if z <= mu else z - mu / 2
+    assert value == pytest.approx(expected, rel=1e-12, abs=1e-300)
+    assert -1e-9 <= max(z, 0.0) - value <= mu / 2 + 1e-9
+
+
+def test_gradients_of_the_smooth_functions() -> None:
+    u = torch.tensor([-2.0, -0.05, 0.03, 0.7], dtype=D, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: F.huber(x, 0.1), (u,))
+    assert torch.autograd.gradcheck(lambda x: F.huberized_hinge(x, 0.05), (u,))
+    gap, distance = torch.randn(9, dtype=D, requires_grad=True), torch.rand(9, dtype=D, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda g, d: F.lipschitz_margin(g, d, 0.3, 0.2), (gap, distance))
+
+
+def test_lipschitz_margin_is_its_definition(device: torch.device, dtype: torch.dtype) -> None:
+    gap, distance = torch.randn(50, device=device, dtype=dtype), torch.rand(50, device=device, dtype=dtype)
+    z = F.lipschitz_margin(gap, distance, torch.tensor(0.4, device=device), 0.2, beta=0.3)
+    a = gap.abs()
+    torch.testing.assert_close(z, torch.where(a <= 0.3, a**2 / 0.6, a - 0.15) / 0.4 - distance / 0.2)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_smoothing_must_be_positive(value: float) -> None:
+    with pytest.raises(RecipeError, match="beta must be positive, found"):
+        F.huber(torch.ones(1), value)
+    with pytest.raises(RecipeError, match="mu must be positive, found"):
+        F.huberized_hinge(torch.ones(1), value)
+
+
+def test_cosine_distance_against_torch(device: torch.device, dtype: torch.dtype) -> None:
+    u, v = torch.randn(7, 5, device=device, dtype=dtype), torch.randn(7, 5, device=device, dtype=dtype)
+    expected = (1 - torch.nn.functional.cosine_similarity(u, v, dim=-1)) / 2
+    torch.testing.assert_close(F.cosine_distance(u, v), expected)
+    torch.testing.assert_close(F.cosine_distance(u * 1e12, v * 1e-12), expected)
+    assert (F.cosine_distance(u, u) < 1e-6).all()
+    torch.testing.assert_close(F.cosine_distance(u, -u), torch.ones(7, device=device, dtype=dtype))
+
+
+def test_cosine_distance_has_a_gradient_and_zero_vectors_have_none() -> None:
+    u, v = torch.randn(4, 5, dtype=D, requires_grad=True), torch.randn(4, 5, dtype=D, requires_grad=True)
+    assert torch.autograd.gradcheck(F.cosine_distance, (u, v))
+    zero = torch.zeros(2, 5, requires_grad=True)
+    other = torch.randn(2, 5, requires_grad=True)
+    distance = F.cosine_distance(zero, other)
+    distance.sum().backward()
+    assert distance.tolist() == [0.5, 0.5]
+    assert zero.grad is not None
+    assert other.grad is not None
+    assert not zero.grad.any()
+    assert not other.grad.any()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_confident_pairs_against_a_loop(device: torch.device, dtype: torch.dtype, shared: bool) -> None:
+    scores = torch.rand(4, 11, device=device, dtype=dtype)
+    embeddings = torch.randn(*([11, 6] if shared else [4, 11, 6]), device=device, dtype=dtype)
+    gap, distance = F.prototype_pairs(scores, embeddings, k=3)
+    picks = [scores[t].argsort(descending=True)[:3].tolist() for t in range(4)]
+    expected_gap, expected_distance = brute_force(scores, embeddings, picks)
+    torch.testing.assert_close(gap, expected_gap)
+    torch.testing.assert_close(distance, expected_distance, rtol=1e-4, atol=1e-6)
+
+
+def test_only_finite_scores_and_valid_examples_are_picked(device: torch.device) -> None:
+    scores = torch.rand(3, 8, device=device)
+    scores[0, :6] = torch.nan
+    scores[1, 2] = torch.inf
+    valid = torch.ones(3, 8, dtype=torch.bool, device=device)
+    valid[2, 1:] = False
+    embeddings = torch.randn(3, 8, 4, device=device)
+    embeddings[0, :6] = torch.nan  # a task without this input has no embedding either
+    gap, distance, mask = F.prototype_pairs(scores, embeddings, 4, valid, return_mask=True)
+    assert gap.shape == distance.shape == mask.shape == (3 * 16,)
+    assert gap.isfinite().all()
+    assert distance.isfinite().all()
+    assert mask.sum() == 2 * 4 + 2 * 1 + 4 * 1
+    best_of_1 = scores[1].nan_to_num(posinf=-1).argsort(descending=True)[:4].tolist()
+    ordered_0 = (6 + scores[0, 6:].argsort(descending=True)).tolist()
+    expected = brute_force(scores, embeddings, [ordered_0, best_of_1, [0]])
+    for found, wanted in zip(F.prototype_pairs(scores, embeddings, 4, valid), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_no_valid_example_gives_no_pair_and_no_gradient() -> None:
+    scores = torch.full((2, 5), torch.nan, requires_grad=True)
+    embeddings = torch.randn(5, 3, requires_grad=True)
+    gap, distance, mask = F.prototype_pairs(scores, embeddings, 2, return_mask=True)
+    assert not mask.any()
+    F.masked_mean(gap + distance, mask).backward()
+    assert scores.grad is not None
+    assert embeddings.grad is not None
+    assert not scores.grad.any()
+    assert not embeddings.grad.any()
+    assert F.prototype_pairs(scores, embeddings, 2)[0].shape == (0,)
+
+
+def test_one_task_has_no_pairs_and_a_small_batch_gives_what_it_has() -> None:
+    assert F.prototype_pairs(torch.rand(1, 5), torch.randn(5, 3), 2)[0].shape == (0,)
+    assert F.prototype_pairs(torch.rand(3, 2), torch.randn(2, 3), 64)[0].shape == (3 * 4,)
+
+
+def test_pairs_are_differentiable() -> None:
+    scores = torch.rand(3, 6, dtype=D, requires_grad=True)
+    embeddings = torch.randn(6, 4, dtype=D, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda s, h: F.prototype_pairs(s, h, 2), (scores, embeddings))
+    own = torch.randn(3, 6, 4, dtype=D, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda s, h: F.prototype_pairs(s, h, 2), (scores, own))
+
+
+def test_random_pairs_are_drawn_uniformly_without_replacement() -> None:
+    batch, k, calls = 12, 3, 600
+    scores = torch.stack([torch.arange(batch) / 100, torch.zeros(batch)])
+    valid = torch.ones(2, batch, dtype=torch.bool)
+    valid[0, 0] = False
+    generator = torch.Generator().manual_seed(3)
+    counts = torch.zeros(batch)
+    for _ in range(calls):
+        gap, _ = F.prototype_pairs(scores, torch.ones(batch, 2), k, valid, mode="random", generator=generator)
+        drawn = (gap.view(k, k)[:, 0] * 100).round().long()
+        assert len(drawn.unique()) == k
+        counts[drawn] += 1
+    assert counts[0] == 0
+    expected = calls * k / (batch - 1)
+    assert (counts[1:] / expected - 1).abs().max() < 0.25
+
+
+def test_random_pairs_follow_the_generator() -> None:
+    scores, embeddings = torch.rand(3, 40), torch.randn(40, 5)
+
+    def draw(seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return F.prototype_pairs(scores, embeddings, 4, mode="random", generator=generator)[0]
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+
+
+@pytest.mark.parametrize("limit", [1, 2, 4, 99])
+def test_task_pairs_can_be_sampled(limit: int) -> None:
+    tasks, k = 6, 2
+    scores = torch.arange(tasks, dtype=D).unsqueeze(1).expand(tasks, 9) * 10 + torch.rand(tasks, 9, dtype=D)
+    gap, _, mask = F.prototype_pairs(scores, torch.randn(9, 3), k, max_task_pairs=limit, return_mask=True)
+    assert len(gap) == min(limit, 15) * k * k
+    assert mask.all()
+    assert (gap < 0).all()  # i < j, and the scores rise with the task
+    all_gaps = F.prototype_pairs(scores, torch.randn(9, 3), k)[0]
+    assert torch.isin(gap, all_gaps).all()
+    drawn = {tuple(F.prototype_pairs(scores, torch.randn(9, 3), k, max_task_pairs=1)[0].tolist()) for _ in range(200)}
+    assert len(drawn) == 15
+
+
+def test_wrong_arguments_are_refused() -> None:
+    scores, embeddings = torch.rand(2, 5), torch.randn(5, 3)
+    with pytest.raises(RecipeError, match="unknown prototype mode 'randm'; did you mean 'random'"):
+        F.prototype_pairs(scores, embeddings, 2, mode="randm")
+    with pytest.raises(RecipeError, match="k must be at least 1, found 0"):
+        F.prototype_pairs(scores, embeddings, 0)
+    with pytest.raises(RecipeError, match="max_task_pairs must be at least 1"):
+        F.prototype_pairs(scores, embeddings, 2, max_task_pairs=0)
+    with pytest.raises(DataError, match=r"scores must be \[tasks, examples\]"):
+        F.prototype_pairs(scores[0], embeddings, 2)
+    with pytest.raises(DataError, match="embeddings must be"):
+        F.prototype_pairs(scores, embeddings[:4], 2)
+    with pytest.raises(RecipeError, match=r"q must be in \[0, 1\]"):
+        F.masked_quantile(torch.rand(3), 1.5)
+
+
+@FAST
+@given(
+    values=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30),
+    q=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+)
+def test_masked_quantile_is_torch_quantile_of_the_valid_entries(values: list[float], q: float, seed: int) -> None:
+    x = torch.tensor(values, dtype=D)
+    mask = torch.rand(len(x), generator=torch.Generator().manual_seed(seed)) < 0.7
+    expected = torch.quantile(x[mask], q) if mask.any() else torch.zeros((), dtype=D)
+    poisoned = x.where(mask, torch.nan)
+    torch.testing.assert_close(F.masked_quantile(poisoned, q, mask), expected, rtol=1e-9, atol=1e-9)
+    batched = F.masked_quantile(poisoned.expand(2, -1), q, mask.expand(2, -1))  # the device's way: sort and gather
+    torch.testing.assert_close(batched, expected.expand(2), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(F.masked_quantile(x, q), torch.quantile(x, q), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(F.masked_quantile(x.expand(2, -1), q)[0], torch.quantile(x, q), rtol=1e-9, atol=1e-9)
+
+
+def test_masked_quantile_works_above_the_limit_of_torch_quantile_and_under_vmap() -> None:
+    x = torch.rand(16_777_217 + 1000)
+    assert F.masked_quantile(x, 0.95).item() == pytest.approx(0.95, abs=1e-3)
+    rows = torch.rand(3, 20)
+    mask = torch.rand(3, 20) < 0.5
+    found = torch.func.vmap(lambda a, m: F.masked_quantile(a, 0.5, m))(rows, mask)
+    torch.testing.assert_close(found, F.masked_quantile(rows, 0.5, mask))
+
+
+def test_masked_mean_ignores_the_rest(device: torch.device, dtype: torch.dtype) -> None:
+    x = torch.tensor([1.0, torch.nan, 3.0, torch.inf], device=device, dtype=dtype, requires_grad=True)
+    mask = torch.tensor([True, False, True, False], device=device)
+    mean = F.masked_mean(x, mask)
+    mean.backward()
+    assert mean.item() == 2.0
+    assert x.grad is not None
+    assert x.grad.tolist() == [0.5, 0.0, 0.5, 0.0]
+    assert F.masked_mean(x, mask & ~mask).item() == 0.0
