@@ -1,0 +1,27 @@
+"""Tables of people, made ready for multi-task training: ``load_dataset``, ``load_table``, ``ResidentLoader``."""
+
+from __future__ import annotations
+
+from libmtl_fair.data.catalogue import dataset_names, dataset_spec, describe_dataset, load_dataset
+from libmtl_fair.data.dataset import Dataset, Split
+from libmtl_fair.data.loader import ResidentLoader, resolve_device
+from libmtl_fair.data.spec import SensitiveSpec, TableSpec, TaskSpec
+from libmtl_fair.data.table import load_table
+from libmtl_fair.data.torch_dataset import TableDataset, collate
+
+__all__ = [
+    "Dataset",
+    "ResidentLoader",
+    "SensitiveSpec",
+    "Split",
+    "TableDataset",
+    "TableSpec",
+    "TaskSpec",
+    "collate",
+    "dataset_names",
+    "dataset_spec",
+    "describe_dataset",
+    "load_dataset",
+    "load_table",
+    "resolve_device",
+]

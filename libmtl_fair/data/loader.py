@@ -1,0 +1,225 @@
+"""Batches from tensors that already live on the device: an epoch is one permutation, a batch a few gathers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from libmtl_fair.data.checks import (
+    SENSITIVE,
+    Array,
+    check_features,
+    check_group_names,
+    check_groups,
+    check_labels,
+)
+from libmtl_fair.errors import DataError, near
+
+Batch: TypeAlias = "tuple[Tensor, dict[str, Any]]"
+"""``(x, labels)``: labels hold one tensor a task and, under ``"sensitive"``, a dict attribute -> int64 group ids."""
+
+
+class ResidentLoader:
+    """Yield ``(x, labels)`` batches of tensors that were moved to the device once.
+
+    An epoch draws one permutation on the device and each batch is gathered by it: no per-row Python, no copies between
+    host and device. Columns of one dtype and shape (the labels of many binary tasks, the group ids of all attributes)
+    are kept as one matrix, so that a batch costs the same number of kernels with 2 tasks as with 40. Iterators are
+    independent of each other; every ``iter()`` starts the next epoch.
+
+    Parameters
+    ----------
+    x : [N, ...] features, finite.
+    labels : {task: [N] or [N, C]}; NaN (float) or -100 (integer) where missing.
+    groups : {attribute: integer [N]}; ids 0..G-1, -1 where not known.
+    batch_size : rows a batch.
+    shuffle : a new order every epoch; without it batches are views of the data in its own order: do not write to them.
+    seed : of the order. Epoch e's order depends on ``(seed, e)`` and the kind of device only. None draws a seed from
+        torch's global generator, as torch's DataLoader does.
+    device : "auto" (cuda if there is one, else cpu) or a torch device.
+    drop_last : leave out the last batch if it is not full.
+    group_names : {attribute: names}, index = id. Without it ids count up to the highest found.
+    feature_names : of the columns of ``x``, for messages.
+
+    Raises
+    ------
+    DataError : lengths differ, a feature is not finite, a group id is below -1, or there would be no batch.
+
+    >>> import torch
+    >>> loader = ResidentLoader(torch.eye(4), {"t": torch.arange(4)}, {"sex": torch.tensor([0, 1, 1, -1])},
+    ...                         batch_size=3, shuffle=False, device="cpu")
+    >>> [(len(x), labels["t"].tolist(), labels["sensitive"]["sex"].tolist()) for x, labels in loader]
+    [(3, [0, 1, 2], [0, 1, 1]), (1, [3], [-1])]
+    """
+
+    def __init__(
+        self,
+        x: Array,
+        labels: Mapping[str, Array],
+        groups: Mapping[str, Array] | None = None,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        seed: int | None = None,
+        device: str | torch.device = "auto",
+        drop_last: bool = False,
+        group_names: Mapping[str, Sequence[str]] | None = None,
+        feature_names: Sequence[str] | None = None,
+    ) -> None:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise DataError(f"batch_size must be an integer of at least 1, found {batch_size!r}")
+        features = check_features(x, feature_names)
+        self.n_rows = features.shape[0]
+        if drop_last and self.n_rows < batch_size:
+            raise DataError(
+                f"no batch: {self.n_rows} rows, batch_size={batch_size} and drop_last=True; lower batch_size or keep the last"
+            )
+        self.device = resolve_device(device)
+        self.batch_size = batch_size
+        self.shuffle = bool(shuffle)
+        self.drop_last = bool(drop_last)
+        self.seed = _draw_seed() if seed is None else int(seed)
+        self.epoch = 0
+        targets = check_labels(labels, self.n_rows)
+        sensitive = check_groups(groups or {}, self.n_rows)
+        self.task_names: tuple[str, ...] = tuple(targets)
+        self.group_names = check_group_names(sensitive, group_names)
+        self.n_groups = {attribute: len(names) for attribute, names in self.group_names.items()}
+        self._x = features.to(self.device).contiguous()
+        self._labels = _packed(targets, self.device)
+        self._groups = _packed(sensitive, self.device)
+
+    def __len__(self) -> int:
+        """Return the number of batches an epoch."""
+        full, rest = divmod(self.n_rows, self.batch_size)
+        return full + (1 if rest and not self.drop_last else 0)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Start an epoch of its own."""
+        order = self._order(self.epoch) if self.shuffle else None
+        self.epoch += 1
+        return _Epoch(self, order)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return what the order of the coming epochs depends on. An epoch under way is not part of it."""
+        return {"seed": self.seed, "epoch": self.epoch, "n_rows": self.n_rows, "batch_size": self.batch_size}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue where ``state`` was taken: the next epoch has the order that it would have had there.
+
+        Raises
+        ------
+        DataError : the state is of other data, another batch size, or lacks a field.
+        """
+        for field in ("n_rows", "batch_size"):
+            if state.get(field) != getattr(self, field):
+                raise DataError(
+                    f"loader state: {field} is {state.get(field)}, expected {getattr(self, field)}; "
+                    "resume with the data and settings that the state was saved with"
+                )
+        if "seed" not in state or "epoch" not in state:
+            raise DataError(f"loader state: expected 'seed' and 'epoch', found {sorted(state)}")
+        self.seed, self.epoch = int(state["seed"]), int(state["epoch"])
+
+    def _order(self, epoch: int) -> Tensor:
+        generator = torch.Generator(device=self.device)
+        generator.manual_seed(_mix(self.seed, epoch))
+        return torch.randperm(self.n_rows, generator=generator, device=self.device)
+
+
+class _Epoch:
+    """One pass over a loader's rows, in the given order or, without one, their own."""
+
+    def __init__(self, loader: ResidentLoader, order: Tensor | None) -> None:
+        self._loader = loader
+        self._order = order
+        self._next = 0
+        self._end = len(loader)
+
+    def __iter__(self) -> _Epoch:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._next >= self._end:
+            raise StopIteration
+        loader = self._loader
+        start = self._next * loader.batch_size
+        stop = min(start + loader.batch_size, loader.n_rows)
+        self._next += 1
+        rows = slice(start, stop) if self._order is None else self._order[start:stop]
+        labels: dict[str, Any] = {}
+        for pack in loader._labels:
+            pack.put(labels, rows)
+        sensitive: dict[str, Tensor] = {}
+        for pack in loader._groups:
+            pack.put(sensitive, rows)
+        labels[SENSITIVE] = sensitive
+        return _take(loader._x, rows), labels
+
+    next = __next__  # LibMTL's Trainer calls it
+
+
+@dataclass(frozen=True)
+class _Pack:
+    """Columns of one dtype and shape as one matrix: [N, K, ...], or [N, ...] where K = 1."""
+
+    names: tuple[str, ...]
+    values: Tensor
+
+    def put(self, into: dict[str, Any], rows: Tensor | slice) -> None:
+        taken = _take(self.values, rows)
+        if len(self.names) == 1:
+            into[self.names[0]] = taken
+        else:
+            into.update(zip(self.names, taken.unbind(1)))
+
+
+def _packed(columns: Mapping[str, Tensor], device: torch.device) -> list[_Pack]:
+    alike: dict[tuple[torch.dtype, torch.Size], list[str]] = {}
+    for name, column in columns.items():
+        alike.setdefault((column.dtype, column.shape), []).append(name)
+    packs = []
+    for names in alike.values():
+        values = columns[names[0]] if len(names) == 1 else torch.stack([columns[name] for name in names], dim=1)
+        packs.append(_Pack(tuple(names), values.to(device).contiguous()))
+    return packs
+
+
+def _take(values: Tensor, rows: Tensor | slice) -> Tensor:
+    return values[rows] if isinstance(rows, slice) else values.index_select(0, rows)
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Return the torch device: ``"auto"`` is cuda if there is one, else cpu.
+
+    Raises
+    ------
+    DataError : no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        guess = near(str(device), ["auto", "cpu", "cuda"])
+        hint = f"; did you mean {guess!r}?" if guess else ""
+        raise DataError(f"device: expected 'auto', 'cpu' or 'cuda', found {device!r}{hint}") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise DataError(f"device {device!r}: torch finds no CUDA device here; use device='cpu' or device='auto'")
+    return found
+
+
+def _draw_seed() -> int:
+    return int(torch.empty((), dtype=torch.int64).random_().item())
+
+
+def _mix(seed: int, epoch: int) -> int:
+    """Hash ``(seed, epoch)`` to 63 bits (splitmix64), so that neighbouring seeds and epochs share no order."""
+    z = (seed * 0x9E3779B97F4A7C15 + epoch * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return (z ^ (z >> 31)) >> 1

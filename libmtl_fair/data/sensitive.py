@@ -1,0 +1,192 @@
+"""Group ids of sensitive attributes: binned, merged, restricted, intersected; missing values by one of three rules."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+import numpy as np
+import pandas as pd
+
+from libmtl_fair.data.checks import UNKNOWN_GROUP
+from libmtl_fair.data.frames import as_numbers, as_text, column_of
+from libmtl_fair.data.spec import MissingRule, SensitiveSpec
+from libmtl_fair.errors import DataError, unknown
+
+MISSING_GROUP = "(missing)"
+"""Name of the group of rows without a value, under ``missing="group"``."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Groups of one attribute: ``ids`` int64 [N] (-1 unknown), their ``names``, and ``gap`` bool [N]: no value."""
+
+    attribute: str
+    spec: SensitiveSpec
+    ids: np.ndarray[Any, np.dtype[np.int64]]
+    names: tuple[str, ...]
+    gap: np.ndarray[Any, np.dtype[np.bool_]]
+
+    @property
+    def missing(self) -> int:
+        """Return how many rows have no value, whatever the rule made of them."""
+        return int(self.gap.sum())
+
+    @property
+    def left_out(self) -> int:
+        """Return how many rows have a value, but of a group that is not kept."""
+        return int(((self.ids < 0) & ~self.gap).sum())
+
+
+def choose_sensitive(
+    chosen: Sequence[str] | str, known: Mapping[str, SensitiveSpec], keep_groups: Mapping[str, Any] | None = None
+) -> tuple[dict[str, SensitiveSpec], dict[str, SensitiveSpec]]:
+    """Return the specs of the chosen attributes, and all known ones with ``keep_groups`` applied.
+
+    ``"race:top2"`` keeps the two largest groups, ``"sex*race"`` is an intersection; ``keep_groups`` maps an attribute to
+    the groups to keep or to a number of the largest.
+
+    Raises
+    ------
+    DataError : an unknown attribute, or one to keep groups of that is not chosen.
+
+    >>> choose_sensitive("race:top2", {"race": SensitiveSpec("race")})[0]["race"].keep
+    2
+    """
+    keep = {name: groups if isinstance(groups, int) else tuple(groups) for name, groups in (keep_groups or {}).items()}
+    known = {name: replace(spec, keep=keep.get(name, spec.keep)) for name, spec in known.items()}
+    specs: dict[str, SensitiveSpec] = {}
+    for item in (chosen,) if isinstance(chosen, str) else chosen:
+        name, spec = _one_choice(item, known)
+        specs[name] = replace(spec, keep=keep.get(name, spec.keep))
+    used = {*specs, *(part for spec in specs.values() for part in spec.of)}
+    for name in keep:
+        if name not in used:
+            raise DataError(f"keep_groups: {unknown('chosen sensitive attribute', name, used)}")
+    return specs, known
+
+
+def _one_choice(item: str, known: Mapping[str, SensitiveSpec]) -> tuple[str, SensitiveSpec]:
+    if item in known:
+        return item, known[item]
+    if "*" in item:
+        parts = tuple(part.strip() for part in item.split("*"))
+        for part in parts:
+            if part not in known:
+                raise DataError(f"intersection {item!r}: {unknown('sensitive attribute', part, known)}")
+        return item, SensitiveSpec(of=parts)
+    name, colon, rule = item.partition(":")
+    if colon and name in known and rule.startswith("top") and rule[3:].isdigit():
+        return name, replace(known[name], keep=int(rule[3:]))
+    raise DataError(unknown("sensitive attribute", name if colon and name not in known else item, known))
+
+
+def make_groups(
+    attribute: str, spec: SensitiveSpec, frame: pd.DataFrame, missing: MissingRule, known: Mapping[str, SensitiveSpec]
+) -> Groups:
+    """Return the group ids of one attribute for every row of ``frame``.
+
+    Groups are sorted by name, those of bins by their edges, declared labels as declared.
+
+    Raises
+    ------
+    DataError : unknown column or group, missing values under ``missing="error"``, or fewer than two groups.
+    """
+    if missing not in get_args(MissingRule):
+        raise DataError(f"missing: {unknown('rule', missing, get_args(MissingRule))}")
+    if spec.of:
+        groups = _intersect(
+            attribute, spec, [make_groups(part, known[part], frame, missing, known) for part in spec.of]
+        )
+    else:
+        groups = _from_column(attribute, spec, frame, missing)
+    groups = _keep(groups)
+    if len(groups.names) < 2:
+        raise DataError(
+            f"sensitive attribute {attribute!r} has one group ({', '.join(groups.names) or 'none known'}); comparing "
+            "needs at least two: check its column, bins, merge and keep, or leave the attribute out"
+        )
+    return groups
+
+
+def _from_column(attribute: str, spec: SensitiveSpec, frame: pd.DataFrame, missing: MissingRule) -> Groups:
+    where = f"sensitive attribute {attribute!r}"
+    series = column_of(frame, str(spec.column), where)
+    text, order = _binned(series, spec, where) if spec.bins else (as_text(series), list(spec.labels))
+    if spec.merge:
+        present = set(text) - {None}
+        absent = [value for value in spec.merge if str(value) not in present]
+        if absent:
+            raise DataError(f"{where}: merge: {unknown('value', absent[0], present)}")
+        table = {str(value): str(group) for value, group in spec.merge.items()}
+        text = np.array([None if value is None else table.get(value, value) for value in text], dtype=object)
+        order = list(dict.fromkeys(table.get(name, name) for name in order))
+    codes, found = pd.factorize(text)
+    present_names = [str(name) for name in found]
+    names = [name for name in order if name in present_names] if order else sorted(present_names)
+    extra = sorted(set(present_names) - set(names))
+    if extra:
+        raise DataError(f"{where}: column {spec.column!r} holds {extra[0]!r}, which is not among the labels {order}")
+    table_of = np.array([names.index(name) for name in present_names] + [UNKNOWN_GROUP], dtype=np.int64)
+    ids = table_of[codes]
+    return _apply_missing(Groups(attribute, spec, ids, tuple(names), gap=ids < 0), missing)
+
+
+def _binned(
+    series: pd.Series[Any], spec: SensitiveSpec, where: str
+) -> tuple[np.ndarray[Any, np.dtype[np.object_]], list[str]]:
+    values = as_numbers(series, where)
+    names = list(spec.labels) or _bin_names(spec.bins)
+    text = np.array(names, dtype=object)[np.digitize(values, spec.bins)]
+    text[np.isnan(values)] = None
+    return text, names
+
+
+def _bin_names(bins: Sequence[float]) -> list[str]:
+    between = [f"{low:g} to under {high:g}" for low, high in itertools.pairwise(bins)]
+    return [f"under {bins[0]:g}", *between, f"{bins[-1]:g} and over"]
+
+
+def _apply_missing(groups: Groups, missing: MissingRule) -> Groups:
+    if not groups.missing or missing == "drop":
+        return groups
+    if missing == "error":
+        raise DataError(
+            f"sensitive attribute {groups.attribute!r}: {groups.missing} of {len(groups.ids)} values are missing; use "
+            "missing='drop' (leave these rows out of group statistics) or missing='group' (a group of their own)"
+        )
+    ids = np.where(groups.ids < 0, len(groups.names), groups.ids)
+    return replace(groups, ids=ids, names=(*groups.names, MISSING_GROUP))
+
+
+def _intersect(attribute: str, spec: SensitiveSpec, parts: Sequence[Groups]) -> Groups:
+    shape = tuple(len(part.names) for part in parts)
+    known = np.all([part.ids >= 0 for part in parts], axis=0)
+    flat = np.ravel_multi_index([np.where(known, part.ids, 0) for part in parts], shape)
+    cells = [" & ".join(names) for names in itertools.product(*(part.names for part in parts))]
+    there = np.unique(flat[known])
+    ids = np.where(known, np.searchsorted(there, flat), UNKNOWN_GROUP)
+    names = tuple(cells[index] for index in there)
+    return Groups(attribute, spec, ids, names, gap=np.any([part.gap for part in parts], axis=0))
+
+
+def _keep(groups: Groups) -> Groups:
+    keep = groups.spec.keep
+    if keep is None:
+        return groups
+    counts = np.bincount(groups.ids[groups.ids >= 0], minlength=len(groups.names))
+    if isinstance(keep, int):
+        kept = sorted(np.argsort(-counts, kind="stable")[:keep].tolist())
+    else:
+        for name in keep:
+            if name not in groups.names:
+                raise DataError(
+                    f"sensitive attribute {groups.attribute!r}: keep: {unknown('group', name, groups.names)}"
+                )
+        kept = [index for index, name in enumerate(groups.names) if name in keep]
+    table = np.full(len(groups.names) + 1, UNKNOWN_GROUP, dtype=np.int64)
+    table[kept] = np.arange(len(kept))
+    ids = table[groups.ids]
+    return replace(groups, ids=ids, names=tuple(groups.names[index] for index in kept))

@@ -1,0 +1,135 @@
+"""A table of one's own: a CSV or parquet file, or a DataFrame, with declared inputs, tasks and sensitive columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from libmtl_fair.data.build import Choice, build_dataset, leaks
+from libmtl_fair.data.dataset import Dataset
+from libmtl_fair.data.frames import column_of, read_frame
+from libmtl_fair.data.spec import MissingRule, SensitiveSpec, TableSpec, TaskSpec, make_spec
+from libmtl_fair.errors import DataError, unknown
+
+
+def load_table(
+    source: str | Path | pd.DataFrame,
+    *,
+    tasks: Mapping[str, TaskSpec | Mapping[str, Any]],
+    sensitive: Mapping[str, SensitiveSpec | Mapping[str, Any] | str] | Sequence[str] = (),
+    features: Sequence[str] | Mapping[str, str] | None = None,
+    seed: int = 0,
+    split: Sequence[float] | str = (0.6, 0.2, 0.2),
+    stratify: str | bool = True,
+    missing: MissingRule = "drop",
+    keep_groups: Mapping[str, Any] | None = None,
+    subset: int | float | None = None,
+    min_frequency: int | float | None = None,
+    sensitive_inputs: bool = True,
+    name: str | None = None,
+    title: str | None = None,
+    licence: str = "not stated",
+    notes: Sequence[str] = (),
+) -> Dataset:
+    """Load a table with several tasks and sensitive attributes.
+
+    Parameters
+    ----------
+    source
+        a .csv, .csv.gz or .parquet file, or a DataFrame.
+    tasks
+        {name: TaskSpec or a mapping of its fields}, in order; a recipe gives mappings.
+    sensitive
+        {attribute: SensitiveSpec, a mapping of its fields, or a column}, or a list of columns.
+    features
+        input columns, or {column: "numeric" | "categorical" | "auto"}. None: every column that no task reads or
+        forbids.
+    split
+        three shares, or the name of a column that holds "train", "val" and "test".
+    stratify
+        True (first task), a task's name, or False.
+    seed, missing, keep_groups, subset, min_frequency, sensitive_inputs
+        as for :func:`load_dataset`.
+    name, title, licence, notes
+        for the data card.
+
+    Raises
+    ------
+    DataError : file or column not there, an input that gives a task away, and all that :func:`load_dataset` raises.
+
+    >>> frame = pd.DataFrame({"age": range(20, 60), "sex": ["f", "m"] * 20, "ill": [0, 0, 1, 1] * 10})
+    >>> data = load_table(frame, tasks={"ill": {"kind": "binary", "column": "ill"}}, sensitive=["sex"])
+    >>> data.inputs, data.groups, len(data.train)
+    (('age', 'sex'), {'sex': ['f', 'm']}, 24)
+    """
+    frame = read_frame(source)
+    task_specs = {key: make_spec(TaskSpec, value, f"task {key!r}") for key, value in tasks.items()}
+    named = dict(sensitive) if isinstance(sensitive, Mapping) else dict.fromkeys(sensitive)
+    groups = _sensitive_specs(named)
+    candidates = _candidates(frame, task_specs, features, split)
+    where = "DataFrame" if isinstance(source, pd.DataFrame) else str(source)
+    name = name or ("table" if isinstance(source, pd.DataFrame) else Path(source).name.split(".")[0])
+    kinds = features if isinstance(features, Mapping) else {}
+    spec = TableSpec(
+        name=name,
+        title=title or name,
+        source=where,
+        licence=licence,
+        tasks=task_specs,
+        sensitive=groups,
+        candidates=candidates,
+        default_tasks=tuple(task_specs),
+        default_sensitive=tuple(named),
+        categorical=tuple(column for column, kind in kinds.items() if kind == "categorical"),
+        numeric=tuple(column for column, kind in kinds.items() if kind == "numeric"),
+        stratify=_stratify(stratify, task_specs),
+        notes=tuple(notes),
+    )
+    choice = Choice(None, tuple(named), seed, split, missing, keep_groups, subset, min_frequency, sensitive_inputs)
+    return build_dataset(spec, frame, choice)
+
+
+def _sensitive_specs(named: Mapping[str, Any]) -> dict[str, SensitiveSpec]:
+    """Return the declared specs; a name alone is a column, or shorthand ("race:top2", "sex*race") over columns."""
+    specs: dict[str, SensitiveSpec] = {}
+    for name, value in named.items():
+        if value is not None:
+            specs[name] = make_spec(SensitiveSpec, value, f"sensitive attribute {name!r}")
+            continue
+        for part in name.split("*") if "*" in name else [name]:
+            column = part.strip().partition(":top")[0]
+            specs.setdefault(column, SensitiveSpec(column))
+    for spec in list(specs.values()):
+        for part in spec.of:
+            specs.setdefault(part, SensitiveSpec(part))
+    return specs
+
+
+def _candidates(
+    frame: pd.DataFrame,
+    tasks: Mapping[str, TaskSpec],
+    features: Sequence[str] | Mapping[str, str] | None,
+    split: object,
+) -> tuple[str, ...]:
+    forbidden = leaks(tasks)
+    if features is None:
+        return tuple(str(column) for column in frame.columns if column not in forbidden and column != split)
+    for column in features:
+        column_of(frame, column, "features")
+        if column in forbidden:
+            raise DataError(
+                f"feature {column!r} gives away task {forbidden[column][0]!r}; one input serves all tasks, so take it out "
+                "of the features (or drop the task)"
+            )
+    return tuple(features)
+
+
+def _stratify(stratify: str | bool, tasks: Mapping[str, TaskSpec]) -> str | None:
+    if isinstance(stratify, bool):
+        return None if stratify else ""
+    if stratify not in tasks:
+        raise DataError(f"stratify: {unknown('task', stratify, tasks)}")
+    return stratify
