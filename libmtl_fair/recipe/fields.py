@@ -6,7 +6,7 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
 
 MissingRule = Literal["drop", "group", "error"]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
@@ -40,7 +40,12 @@ def _plain(value: Any, depth: int = 0) -> Any:
     """Accept JSON-like values only, finite, so that a setting can be written back and hashed."""
     if depth > 20:
         raise ValueError("expected a setting nested at most 20 levels deep")
-    if value is None or isinstance(value, bool | int | str):
+    if isinstance(value, str):
+        value.encode()
+        return value
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"expected a number of at most 64 bits, found one of {value.bit_length()}")
+    if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
         if not math.isfinite(value):
@@ -49,14 +54,14 @@ def _plain(value: Any, depth: int = 0) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item, depth + 1) for item in value]
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: _plain(item, depth + 1) for key, item in value.items()}
+        return {_plain(key): _plain(item, depth + 1) for key, item in value.items()}
     raise ValueError(f"expected plain data (text, number, true/false, list, mapping), found {type(value).__name__}")
 
 
 def _settings(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"expected a mapping of settings, found {value!r}")
-    return {str(key): _plain(item) for key, item in value.items()}
+    return {str(_plain(key)): _plain(item) for key, item in value.items()}
 
 
 def _delta(value: Any) -> float | str:
@@ -90,20 +95,59 @@ def _folder_name(value: str) -> str:
     return value
 
 
-def _split(value: tuple[float, ...]) -> tuple[float, ...]:
-    if any(share <= 0 for share in value) or abs(sum(value) - 1) > 1e-6:
-        raise ValueError(f"expected three positive shares that sum to 1, found {list(value)} (sum {sum(value):g})")
+def _split(value: Any) -> tuple[float, ...] | str:
+    """Shares of train, validation and test, or the name of a column that says which row is which."""
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, list | tuple):
+        numbers = [
+            float(x) for x in value if isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+        ]
+        if len(numbers) == len(value) == 3 and min(numbers) > 0 and abs(sum(numbers) - 1) <= 1e-6:
+            return tuple(numbers)
+        if len(numbers) == len(value) == 3:
+            raise ValueError(f"expected three positive shares that sum to 1, found {value} (sum {sum(numbers):g})")
+    raise ValueError(f"expected three shares such as [0.6, 0.2, 0.2], or the name of a column, found {value!r}")
+
+
+def _keep(value: Any) -> tuple[str, ...] | int:
+    """Names of the groups to keep, or how many of the largest."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 2:
+        return value
+    if isinstance(value, list | tuple) and value and all(isinstance(name, str) and name for name in value):
+        return _distinct(tuple(value))
+    raise ValueError(f"expected names of groups, or how many of the largest to keep (at least 2), found {value!r}")
+
+
+def _subset(value: Any) -> int | float:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 10:
+        return value
+    if isinstance(value, float) and 0 < value < 1:
+        return value
+    raise ValueError(f"expected at least 10 rows, or a share between 0 and 1, found {value!r}")
+
+
+def _words(value: Any) -> Any:
+    """Names may be spelt like numbers (a class 0, a group 1): take them as they are written."""
+    if isinstance(value, list):
+        return [str(item) if isinstance(item, int | float) and not isinstance(item, bool) else item for item in value]
     return value
 
 
+_AS_IS = PlainSerializer(lambda value: value)
 OptionalText = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
 Settings = Annotated[dict[str, Any], PlainValidator(_settings)]
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 Delta = Annotated[float | str, PlainValidator(_delta)]
 Threshold = Annotated[float | str, PlainValidator(_threshold)]
-Split = Annotated[tuple[float, float, float], Field(strict=False), AfterValidator(_split)]
+Split = Annotated[tuple[float, ...] | str, PlainValidator(_split), _AS_IS]
+Keep = Annotated[tuple[str, ...] | int, PlainValidator(_keep), _AS_IS]
+Subset = Annotated[int | float, PlainValidator(_subset), _AS_IS]
 Names = Annotated[
     tuple[Text, ...], Field(strict=False, min_length=1), AfterValidator(_distinct), BeforeValidator(_listed)
+]
+Listing = Annotated[
+    tuple[Text, ...], Field(strict=False, min_length=2), AfterValidator(_distinct), BeforeValidator(_words)
 ]
 Widths = Annotated[
     tuple[Annotated[int, Field(ge=1, le=1_000_000)], ...],

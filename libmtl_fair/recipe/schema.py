@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
-from ruamel.yaml import YAML
 
 from libmtl_fair.errors import RecipeError, unknown
+from libmtl_fair.recipe.emit import emit_yaml
 from libmtl_fair.recipe.fields import FolderName, OptionalText, Section, Seeds
 from libmtl_fair.recipe.overrides import apply_overrides
 from libmtl_fair.recipe.problems import problem, to_recipe_error
@@ -96,14 +95,7 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The complete recipe as YAML; :func:`load_recipe` reads it back to an equal recipe."""
-        yaml = YAML(typ="safe", pure=True)
-        yaml.sort_base_mapping_type_on_output = False
-        yaml.default_flow_style = None  # type: ignore[assignment]
-        yaml.width = 120
-        yaml.allow_unicode = True
-        stream = io.StringIO()
-        yaml.dump(self.to_dict(), stream)
-        return stream.getvalue()
+        return emit_yaml(self.to_dict())
 
     def fingerprint(self) -> str:
         """sha256 (hex) of the content that decides results: everything but ``output`` and ``description``.
@@ -112,8 +104,9 @@ class Recipe(Section):
         """
         content = {key: value for key, value in self.to_dict().items() if key not in ("output", "description")}
         content["methods"] = list(content["methods"].items())
-        if isinstance(content["data"]["tasks"], dict):
-            content["data"]["tasks"] = list(content["data"]["tasks"].items())
+        for part in ("tasks", "sensitive"):
+            if isinstance(content["data"][part], dict):
+                content["data"][part] = list(content["data"][part].items())
         text = json.dumps(_canonical(content), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -10,6 +10,8 @@ from libmtl_fair.recipe.fields import (
     Count,
     Delta,
     Deltas,
+    Keep,
+    Listing,
     MissingRule,
     Names,
     Section,
@@ -17,6 +19,7 @@ from libmtl_fair.recipe.fields import (
     Settings,
     Share,
     Split,
+    Subset,
     Text,
     Threshold,
     Widths,
@@ -24,30 +27,55 @@ from libmtl_fair.recipe.fields import (
 
 
 class TaskSpec(Section):
-    """A task of a user's table: its kind, and the column (default: the task's name) that holds its label."""
+    """A task of a user's table; fields as in :class:`libmtl_fair.data.spec.TaskSpec`, which checks what fits which kind.
+
+    ``column`` (``columns`` for multilabel) defaults to the task's name.
+    """
 
     kind: Literal["binary", "multiclass", "multilabel", "regression"]
     column: Text | None = None
     columns: Names | None = None
     positive: str | int | float | None = None
-    n_classes: Annotated[int, Field(ge=2, le=100_000)] | None = None
+    threshold: float | None = None
+    expression: Text | None = None
+    classes: Listing | None = None
+    transform: Literal["log", "log1p"] | None = None
+    standardise: bool = True
+    forbids: Names | None = None
+    definition: str = ""
 
-    @model_validator(mode="after")
-    def _fits_kind(self) -> TaskSpec:
-        if self.columns is not None and self.kind != "multilabel":
-            raise ValueError(f"expected 'columns' for a multilabel task only, found kind {self.kind}: use 'column'")
-        if self.column is not None and self.columns is not None:
-            raise ValueError("expected either 'column' or 'columns', found both")
-        return self
+    def fields(self) -> dict[str, Any]:
+        """Return the fields that are set, for the data room's spec."""
+        return {name: getattr(self, name) for name in type(self).model_fields if getattr(self, name) is not None}
 
 
-def _task_form(value: Any) -> str:
+class SensitiveSpec(Section):
+    """A sensitive attribute of a user's table; fields as in :class:`libmtl_fair.data.spec.SensitiveSpec`."""
+
+    column: Text | None = None
+    bins: Annotated[tuple[float, ...], Field(strict=False, min_length=1)] | None = None
+    labels: Names | None = None
+    merge: dict[Text, Text] | None = None
+    keep: Keep | None = None
+    of: Names | None = None
+    also_in: Names | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields that are set, for the data room's spec."""
+        return {name: getattr(self, name) for name in type(self).model_fields if getattr(self, name) is not None}
+
+
+def _form(value: Any) -> str:
     return "declared" if isinstance(value, dict) else "names"
 
 
 Tasks = Annotated[
     Annotated[Names, Tag("names")] | Annotated[dict[Text, TaskSpec], Field(min_length=1), Tag("declared")],
-    Discriminator(_task_form),
+    Discriminator(_form),
+]
+Sensitive = Annotated[
+    Annotated[Names, Tag("names")] | Annotated[dict[Text, SensitiveSpec], Field(min_length=1), Tag("declared")],
+    Discriminator(_form),
 ]
 
 
@@ -59,14 +87,16 @@ class Data(Section):
     features: Names | None = None
     categorical: Names | None = None
     tasks: Tasks | None = None
-    sensitive: Names | None = None
+    sensitive: Sensitive | None = None
+    sensitive_inputs: bool = True
     split: Split = (0.6, 0.2, 0.2)
     split_seed: Seed = 0
     resplit: bool = False
-    keep_groups: dict[Text, Names] = Field(default_factory=dict)
+    keep_groups: dict[Text, Keep] = Field(default_factory=dict)
     missing: MissingRule = "drop"
     label_fraction: Share = 1.0
-    subset: Annotated[int, Field(ge=10, le=10**12)] | None = None
+    min_frequency: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    subset: Subset | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:
@@ -75,9 +105,14 @@ class Data(Section):
             raise ValueError(f"expected either 'name' (a built-in data set) or 'table' (a file), found {found}")
         if self.table is not None:
             self._declared()
-        elif isinstance(self.tasks, dict) or self.features is not None or self.categorical is not None:
+        elif (
+            isinstance(self.tasks, dict)
+            or isinstance(self.sensitive, dict)
+            or self.features is not None
+            or self.categorical is not None
+        ):
             raise ValueError(
-                "a built-in data set declares its own columns: expected 'tasks' as a list of names and no "
+                "a built-in data set declares its own columns: expected 'tasks' and 'sensitive' as lists of names and no "
                 "'features' or 'categorical' (they belong to 'table')"
             )
         return self
@@ -92,6 +127,11 @@ class Data(Section):
     def task_names(self) -> tuple[str, ...] | None:
         """Names of the tasks in order, or None for the data set's default."""
         return None if self.tasks is None else tuple(self.tasks)
+
+    @property
+    def sensitive_names(self) -> tuple[str, ...] | None:
+        """Names of the sensitive attributes in order, or None for the data set's default."""
+        return None if self.sensitive is None else tuple(self.sensitive)
 
 
 class Model(Section):

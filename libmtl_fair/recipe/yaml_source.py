@@ -250,8 +250,14 @@ class _Builder:
         if getattr(event, "anchor", None) is not None:
             raise self._fail(event, "expected a plain name as key, found an anchor")
         self._no_tag(event, "str")
-        value = str(event.value)
+        value = self._unicode(event)
         return None if value == "<<" and event.implicit[0] else value
+
+    def _unicode(self, event: ScalarEvent) -> str:
+        text = str(event.value)
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise self._fail(event, "expected Unicode text, found half of a surrogate pair")
+        return text
 
     def _merge(self, event: Event, child: _Node) -> dict[str, _Node]:
         if not isinstance(child.value, dict):
@@ -263,7 +269,7 @@ class _Builder:
 
     def _scalar(self, event: ScalarEvent) -> Any:
         self._no_tag(event, "str")
-        text = str(event.value)
+        text = self._unicode(event)
         if not event.implicit[0]:
             return text
         if text in _WORDS:

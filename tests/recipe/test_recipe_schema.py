@@ -72,12 +72,15 @@ def test_a_table_declares_its_columns(write, recipe_text, tmp_path):
     start, end = recipe_text.index("data:"), recipe_text.index("model:")
     data = (
         "data:\n  table: people.csv\n  tasks:\n    rich: {kind: binary, column: income, positive: '>50K'}\n"
-        "    tags: {kind: multilabel, columns: [a, b]}\n  sensitive: sex\n"
+        "    tags: {kind: multilabel, columns: [a, b]}\n    job: {kind: multiclass, column: j, classes: [0, 1]}\n"
+        "  sensitive: {sex: {column: sex}, age: {bins: [25, 60.5], keep: 2}}\n"
     )
     path = write(recipe_text[:start] + data + recipe_text[end:])
     recipe = load_recipe(path)
-    assert recipe.data.task_names == ("rich", "tags")
-    assert recipe.data.sensitive == ("sex",)
+    assert recipe.data.task_names == ("rich", "tags", "job")
+    assert recipe.data.sensitive_names == ("sex", "age")
+    assert recipe.data.sensitive["age"].fields() == {"bins": (25, 60.5), "keep": 2}
+    assert recipe.data.tasks["job"].fields()["classes"] == ("0", "1")
     assert recipe.table_path() == Path("people.csv")
     (tmp_path / "people.csv").touch()
     assert recipe.table_path() == tmp_path / "people.csv"
@@ -117,8 +120,11 @@ PROBLEMS = [
     ("lr: 1e-3", "lr: 0", r"small\.yaml:14: train\.optimizer\.lr: expected a number above 0"),
     ("optim: adam", "optim: adm", r"expected 'adam', .*found 'adm'; did you mean 'adam'\?"),
     ("[0.6, 0.2, 0.2]", "[0.6, 0.2, 0.3]", r"small\.yaml:7: data\.split: expected three positive .*sum 1\.1\)"),
-    ("[0.6, 0.2, 0.2]", "[0.8, 0.2]", r"data\.split"),
+    ("[0.6, 0.2, 0.2]", "[0.8, 0.2]", r"data\.split: expected three shares"),
     ("[0.6, 0.2, 0.2]", "[1, 0, 0]", r"data\.split: expected three positive shares"),
+    ("[0.6, 0.2, 0.2]", "3", r"data\.split: expected three shares such as .*found 3"),
+    ("[White, Black]", "1", r"data\.keep_groups\.race: expected names of groups, or how many"),
+    ("sensitive: [sex, race]", "sensitive: {sex: {colum: a}}", r"data\.sensitive\.sex\.colum: .*mean 'column'"),
     ("seeds: [0, 1]", "seeds: [1, 1]", r"small\.yaml:15: seeds: expected distinct values, found 1 more than once"),
     ("seeds: [0, 1]", "seeds: []", r"seeds: expected at least 1 value\(s\), found \[\]"),
     ("seeds: [0, 1]", "seeds: [-1]", r"seeds\[0\]: expected at least 0, found -1"),
@@ -153,7 +159,7 @@ PROBLEMS = [
         r"data\.tasks\[0\]: expected text, found 3|data\.tasks: expected a list",
     ),
     ("tasks: [income, long_hours]", "label_fraction: 0", r"data\.label_fraction: expected a number above 0"),
-    ("tasks: [income, long_hours]", "subset: 3", r"data\.subset: expected at least 10"),
+    ("tasks: [income, long_hours]", "subset: 3", r"data\.subset: expected at least 10 rows"),
     ("audit: {", "audit: {exakt: true, ", r"audit\.exakt: unknown field; did you mean 'exact'"),
     ("metrics: {", "tune: {trial: 3}\nmetrics: {", r"tune\.trial: unknown field; did you mean 'trials'"),
     ("metrics: {", "zzz: 1\nmetrics: {", r"small\.yaml:20: zzz: unknown field; expected name, description"),

@@ -89,6 +89,7 @@ def test_anchors_and_merge_keys():
         ("---\n...\n", r"the file is empty"),
         ("[" * 10_000, r"nested deeper than 24 levels"),
         ("- " * 200 + "x", r"nested deeper than 24 levels"),
+        ('a: "\\ud800"', r"recipe:1: expected Unicode text, found half of a surrogate pair"),
         ("a: \x00", r"recipe:\d: not valid YAML"),
     ],
 )
