@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from libmtl_fair.errors import CheckpointError, DataError
-from libmtl_fair.tasks import KINDS, IGNORE_INDEX, Task
+from libmtl_fair.tasks import IGNORE_INDEX, KINDS, Task
 
 _META = b"libmtl_fair"
 

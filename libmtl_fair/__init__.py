@@ -1,0 +1,34 @@
+"""Fair multi-task learning for LibMTL. Importing this package loads LibMTL and registers the methods with it."""
+
+from libmtl_fair import errors, functional, metrics
+from libmtl_fair.data import Dataset, ResidentLoader, load_dataset
+from libmtl_fair.host import DivergenceError, FairTrainer, FairWeighting, heal, register
+from libmtl_fair.predictions import Predictions
+from libmtl_fair.tasks import Binary, Multiclass, Multilabel, Regression, Task, task_dict
+from libmtl_fair.weighting import ReLiF
+
+__version__ = "0.1.0"
+
+register(ReLiF)
+
+__all__ = [
+    "Binary",
+    "Dataset",
+    "DivergenceError",
+    "FairTrainer",
+    "FairWeighting",
+    "Multiclass",
+    "Multilabel",
+    "Predictions",
+    "ReLiF",
+    "Regression",
+    "ResidentLoader",
+    "Task",
+    "errors",
+    "functional",
+    "heal",
+    "load_dataset",
+    "metrics",
+    "register",
+    "task_dict",
+]

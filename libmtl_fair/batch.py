@@ -1,0 +1,100 @@
+"""FairBatch: what a fairness method may see of one training step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from libmtl_fair.errors import HostError
+from libmtl_fair.tasks import Binary, Task
+
+
+@dataclass
+class FairBatch:
+    """One step of training, before the gradient is taken. Everything is on the model's device.
+
+    Attributes
+    ----------
+    tasks : task name -> task, in ``task_dict`` order; None where its kind is not known.
+    h : what the heads received, [B, d], or task -> [B, d] where the tasks' representations differ.
+    outputs : task -> head output after ``process_preds``.
+    labels : task -> labels, NaN or -100 where missing.
+    losses : [T], attached to the graph.
+    groups : attribute -> int64 [B], -1 unknown. With one input per task: task -> attribute -> int64 [B].
+    n_groups : attribute -> number of groups.
+    epoch, step : 0-based; ``step`` counts over the whole training.
+    """
+
+    tasks: Mapping[str, Task | None]
+    h: Tensor | dict[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    labels: Mapping[str, Tensor]
+    losses: Tensor
+    groups: Mapping[str, Tensor] | Mapping[str, Mapping[str, Tensor]]
+    n_groups: Mapping[str, int] = field(default_factory=dict)
+    multi_input: bool = False
+    epoch: int = 0
+    step: int = 0
+
+    def task(self, name: str) -> Task:
+        """Return a task whose kind is known.
+
+        Raises
+        ------
+        HostError : the kind of this task could not be told from its loss.
+        """
+        task = self.tasks[name]
+        if task is None:
+            raise HostError(
+                f"task {name!r}: its kind is not known, so it has no audit score and no group rates. Build its "
+                f"task_dict entry with lf.task_dict, or add 'task': lf.Binary({name!r}) (or Multiclass, ...) to it"
+            )
+        return task
+
+    def task_groups(self, name: str) -> Mapping[str, Tensor]:
+        """Return attribute -> group ids [B] for the examples of one task."""
+        return self.groups[name] if self.multi_input else self.groups  # type: ignore[return-value]
+
+    @cached_property
+    def observed(self) -> dict[str, Tensor]:
+        """Task -> bool [B], True where it has a label."""
+        return {name: self.task(name).observed(labels) for name, labels in self.labels.items()}
+
+    @cached_property
+    def example_losses(self) -> dict[str, Tensor]:
+        """Task -> loss of each example [B], 0 where it has no label; attached to the graph."""
+        return {name: self.task(name).example_losses(self.outputs[name], self.labels[name]) for name in self.tasks}
+
+    @cached_property
+    def scores(self) -> dict[str, Tensor]:
+        """Task -> audit score of each example [B], attached to the graph."""
+        return {name: self.task(name).score(self.outputs[name]) for name in self.tasks}
+
+    @cached_property
+    def score_matrix(self) -> Tensor:
+        """Audit scores of all tasks, [T, B]; NaN past the end of a task that has fewer examples in this step."""
+        logits = [self.outputs[name] for name in self.tasks]
+        single = all(isinstance(t, Binary) for t in self.tasks.values()) and all(z.shape[1:] == (1,) for z in logits)
+        if single and len({z.shape[0] for z in logits}) == 1:
+            return torch.sigmoid(torch.cat(logits, dim=1)).T
+        rows = list(self.scores.values())
+        longest = max(len(r) for r in rows)
+        return torch.stack([torch.nn.functional.pad(r, (0, longest - len(r)), value=float("nan")) for r in rows])
+
+    @cached_property
+    def embedding(self) -> Tensor:
+        """Representations as [B, d] where all tasks share one, else [T, B, d] (zeros past a task's end)."""
+        if isinstance(self.h, Tensor):
+            return self.h.flatten(1)
+        rows = [self.h[name].flatten(1) for name in self.tasks]
+        longest = max(len(r) for r in rows)
+        if len({r.shape[1] for r in rows}) > 1:
+            widths = {name: self.h[name].flatten(1).shape[1] for name in self.tasks}
+            raise HostError(
+                f"the tasks' representations differ in width {widths}; distances between them need one width"
+            )
+        return torch.stack([torch.nn.functional.pad(r, (0, 0, 0, longest - len(r))) for r in rows])

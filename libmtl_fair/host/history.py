@@ -1,0 +1,78 @@
+"""What happened in training: one row a step, kept on the device and read once an epoch."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+
+class StepLog:
+    """Values of the steps of one epoch, on the device."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[Tensor]] = {}
+        self._steps: dict[str, list[int]] = {}
+        self._step = 0
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Keep a step's values: scalars, or [T] vectors. Nothing is copied to the CPU."""
+        for name, value in values.items():
+            self._values.setdefault(name, []).append(value.detach())
+            self._steps.setdefault(name, []).append(self._step)
+        self._step += 1
+
+    def read(self, vectors: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+        """Return one row a step; a vector becomes columns named by ``vectors[name]``. One transfer a name."""
+        frame = pd.DataFrame(index=range(self._step))
+        columns: dict[str, Any] = {}
+        for name, values in self._values.items():
+            block = torch.stack([v.reshape(-1) for v in values]).double().cpu().numpy()
+            full = np.full((self._step, block.shape[1]), np.nan)
+            full[self._steps[name]] = block
+            labels = vectors.get(name) or [f"{i}" for i in range(block.shape[1])]
+            single = block.shape[1] == 1 and values[0].dim() == 0
+            columns.update({name if single else f"{name}/{label}": full[:, i] for i, label in enumerate(labels)})
+        return pd.concat([frame, pd.DataFrame(columns)], axis=1) if columns else frame
+
+
+class History:
+    """All steps so far. Columns ``epoch, step, loss/<task>``, a weighting's traces; epoch results on an epoch's last row."""
+
+    def __init__(self, frame: pd.DataFrame | None = None) -> None:
+        self._parts = [] if frame is None else [frame]
+
+    def add_epoch(self, epoch: int, steps: pd.DataFrame, results: Mapping[str, float]) -> None:
+        """Append an epoch's steps; ``results`` go on its last row."""
+        first = sum(len(part) for part in self._parts)
+        rows = pd.DataFrame({"epoch": epoch, "step": range(first, first + len(steps))})
+        part = pd.concat([rows, steps.reset_index(drop=True)], axis=1)
+        last = part.index == len(part) - 1
+        extra = {name: np.where(last, value, np.nan) for name, value in results.items()}
+        self._parts.append(pd.concat([part, pd.DataFrame(extra, index=part.index)], axis=1))
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """One row a step."""
+        if len(self._parts) > 1:
+            self._parts = [pd.concat(self._parts, ignore_index=True)]
+        return self._parts[0].copy() if self._parts else pd.DataFrame({"epoch": [], "step": []})
+
+    @property
+    def epochs(self) -> pd.DataFrame:
+        """One row an epoch: means over steps, and the epoch's results."""
+        return self.frame.drop(columns="step").groupby("epoch", as_index=False).mean()
+
+    def to_csv(self) -> str:
+        """Return the frame as CSV text with every digit."""
+        return str(self.frame.to_csv(index=False))
+
+    @classmethod
+    def from_csv(cls, text: str) -> History:
+        """Read what :meth:`to_csv` gave."""
+        return cls(pd.read_csv(io.StringIO(text), float_precision="round_trip"))

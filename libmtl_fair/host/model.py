@@ -1,0 +1,161 @@
+"""Composing LibMTL's model: one object that is architecture and weighting at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from libmtl_fair.errors import HostError
+from libmtl_fair.host.healing import _forward, healed
+from libmtl_fair.host.loading import AbsArchitecture, architecture_namespace
+from libmtl_fair.host.plugin import FairWeighting, Settings
+from libmtl_fair.host.registry import resolve_weighting, weight_args
+
+
+class _FusedHeads:
+    """Run linear heads on one shared representation as one matrix product.
+
+    Comes first in the model's bases when the architecture shares one representation and every head is a plain
+    ``nn.Linear``; the heads stay the modules that LibMTL knows. A head that is replaced or hooked ends the short cut.
+    """
+
+    fair_h: Tensor | None = None
+
+    def forward(self: Any, inputs: Tensor, task_name: str | None = None) -> dict[str, Tensor]:
+        h = self.encoder(inputs)
+        if not isinstance(h, Tensor):
+            raise HostError(f"hard sharing (HPS) needs an encoder that returns one tensor, found {type(h).__name__}")
+        self.fair_h = h
+        heads = [self.decoders[task] for task in self.task_name if task_name in (None, task)]
+        if not all(_is_plain_linear(head) for head in heads):
+            return {task: self.decoders[task](h) for task in self.task_name if task_name in (None, task)}
+        z = torch.nn.functional.linear(h, torch.cat([x.weight for x in heads]), torch.cat([x.bias for x in heads]))
+        names = self.task_name if task_name is None else [task_name]
+        return dict(zip(names, z.split([x.out_features for x in heads], dim=-1)))
+
+
+def _is_plain_linear(head: nn.Module) -> bool:
+    hooked = head._forward_pre_hooks or head._forward_hooks or head._backward_hooks or head._backward_pre_hooks
+    return type(head) is nn.Linear and head.bias is not None and not hooked
+
+
+def compose(
+    weighting: type[Any],
+    architecture: type[Any],
+    encoder_class: Any,
+    decoders: Mapping[str, nn.Module],
+    task_names: list[str],
+    *,
+    rep_grad: bool,
+    multi_input: bool,
+    device: torch.device,
+    weight_settings: Mapping[str, Any],
+    arch_args: Mapping[str, Any],
+) -> tuple[Any, dict[str, Any]]:
+    """Return (model, hyperparameters of ``model.backward``).
+
+    Raises
+    ------
+    HostError : heads missing, or an architecture that does not fit its encoder.
+    RecipeError : a hyperparameter that the weighting does not take.
+    """
+    missing = [name for name in task_names if name not in decoders]
+    if missing:
+        raise HostError(f"no decoder (head) for task {missing[0]!r}; decoders has: {', '.join(decoders) or 'none'}")
+    bases, args, settings = _weighting_bases(weighting, weight_settings)
+    heads = decoders if isinstance(decoders, nn.ModuleDict) else nn.ModuleDict(dict(decoders))
+    arch = healed(architecture)
+    bases = [_FusedHeads, arch, *bases] if _can_fuse(arch, rep_grad, multi_input) else [arch, *bases]
+    cls = type("MTLmodel", tuple(bases), {})
+    model = _construct(cls, architecture, task_names, encoder_class, heads, rep_grad, multi_input, device, arch_args)
+    model.keeps_weights_on_device = True
+    model.init_param()
+    if settings is not None:
+        model.configure(settings)
+    return model.to(device), args
+
+
+def _construct(
+    cls: type[Any],
+    architecture: type[Any],
+    task_names: list[str],
+    encoder_class: Any,
+    heads: nn.ModuleDict,
+    rep_grad: bool,
+    multi_input: bool,
+    device: torch.device,
+    arch_args: Mapping[str, Any],
+) -> Any:
+    try:
+        return cls(task_names, encoder_class, heads, rep_grad, multi_input, device, **arch_args)
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        if not architecture.__module__.startswith("LibMTL."):
+            raise
+        hint = {
+            KeyError: f"it needs arch_args[{error}]",
+            AttributeError: f"it needs a ResNet-like encoder ({error})",
+            IndexError: "num_experts needs one number for the shared experts and one for each task",
+        }.get(type(error), str(error))
+        raise HostError(f"architecture {architecture.__name__} cannot be built: {hint}") from error
+
+
+def _weighting_bases(
+    weighting: type[Any], given: Mapping[str, Any]
+) -> tuple[list[type[Any]], dict[str, Any], Settings | None]:
+    if not issubclass(weighting, FairWeighting):
+        return [healed(weighting)], weight_args(weighting, given), None
+    settings = weighting.settings_class.from_args(weighting.__name__, given)
+    base = resolve_weighting(settings.base)
+    if issubclass(base, FairWeighting):
+        raise HostError(
+            f"{weighting.__name__}: base must be a LibMTL weighting such as 'EW' or 'GradNorm', found {settings.base!r}"
+        )
+    object.__setattr__(settings, "base_args", weight_args(base, settings.base_args))
+    return [weighting, healed(base)], {}, settings
+
+
+def _can_fuse(arch: type[Any], rep_grad: bool, multi_input: bool) -> bool:
+    """Whether the architecture is plain hard sharing, whose forward we know."""
+    hard_sharing = issubclass(arch, architecture_namespace.HPS)
+    return hard_sharing and arch.forward in (_forward, AbsArchitecture.forward) and not rep_grad and not multi_input
+
+
+class RepresentationHook:
+    """Keeps what each head received in the last forward pass."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._seen: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+        if not isinstance(model, _FusedHeads):
+            for task in model.task_name:
+                hook = model.decoders[task].register_forward_pre_hook(self._keeper(task))
+                self._handles.append(hook)
+
+    def _keeper(self, task: str) -> Any:
+        def keep(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            self._seen[task] = inputs[0]
+
+        return keep
+
+    def take(self) -> Tensor | dict[str, Tensor]:
+        """Return the representation [B, d] where the heads shared one, else one per task; forget it."""
+        if isinstance(self._model, _FusedHeads) and self._model.fair_h is not None:
+            h, self._model.fair_h = self._model.fair_h, None
+            return h
+        if self._model.rep_grad:
+            rep = self._model.rep
+            return dict(rep) if isinstance(rep, dict) else rep
+        seen, self._seen = self._seen, {}
+        if not seen:
+            raise HostError("no head was called in the forward pass, so there is no representation to look at")
+        first = next(iter(seen.values()))
+        return first if all(h is first for h in seen.values()) and len(seen) > 1 else seen
+
+    def remove(self) -> None:
+        """Take the hooks off the heads."""
+        for handle in self._handles:
+            handle.remove()

@@ -1,0 +1,184 @@
+"""Names: our weightings and architectures in LibMTL's namespaces and options, and any name or class back to a class."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import io
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
+from functools import cache
+from typing import Any
+
+from libmtl_fair.errors import HostError, RecipeError, unknown
+from libmtl_fair.host.loading import (
+    LINEAGE,
+    AbsArchitecture,
+    AbsWeighting,
+    architecture_namespace,
+    config_module,
+    weighting_namespace,
+)
+
+OUR_WEIGHTINGS: dict[str, type[Any]] = {}
+OUR_ARCHITECTURES: dict[str, type[Any]] = {}
+BILEVEL = ("MOML", "FORUM", "AutoLambda")
+
+
+def register(*classes: type[Any]) -> None:
+    """Give classes to LibMTL under their own names: namespaces and command-line options. Twice is as good as once."""
+    for cls in classes:
+        is_weighting = issubclass(cls, AbsWeighting)
+        ours, namespace = (
+            (OUR_WEIGHTINGS, weighting_namespace) if is_weighting else (OUR_ARCHITECTURES, architecture_namespace)
+        )
+        ours[cls.__name__] = cls
+        setattr(namespace, cls.__name__, cls)
+        if cls.__name__ not in namespace.__all__:
+            namespace.__all__.append(cls.__name__)
+        _add_options(cls)
+    if not hasattr(config_module.prepare_args, "wraps"):
+        config_module.prepare_args = _wrap_prepare_args(config_module.prepare_args)  # type: ignore[attr-defined]
+
+
+def names(namespace: Any, base: type[Any]) -> list[str]:
+    """Return the names of the usable classes in a LibMTL namespace."""
+    found = ((n, v) for n, v in vars(namespace).items() if isinstance(v, type))
+    return sorted(n for n, v in found if issubclass(v, base) and v is not base)
+
+
+def weighting_names() -> list[str]:
+    """Return every weighting that can be named: LibMTL's and ours."""
+    return names(weighting_namespace, AbsWeighting)
+
+
+def architecture_names() -> list[str]:
+    """Return every architecture that can be named: LibMTL's and ours."""
+    return names(architecture_namespace, AbsArchitecture)
+
+
+def resolve_weighting(weighting: str | type[Any]) -> type[Any]:
+    """Return the weighting class for a name or a class.
+
+    Raises
+    ------
+    HostError : unknown, or no LibMTL weighting.
+    """
+    if isinstance(weighting, str) and weighting in BILEVEL:
+        raise HostError(
+            f"{weighting} trains on two levels inside LibMTL's own Trainer: call lf.heal() and use LibMTL.Trainer"
+        )
+    return _resolve(weighting, "weighting", AbsWeighting, weighting_namespace)
+
+
+def resolve_architecture(architecture: str | type[Any]) -> type[Any]:
+    """Return the architecture class for a name or a class.
+
+    Raises
+    ------
+    HostError : unknown, or no LibMTL architecture.
+    """
+    return _resolve(architecture, "architecture", AbsArchitecture, architecture_namespace)
+
+
+def _resolve(wanted: str | type[Any], what: str, base: type[Any], namespace: Any) -> type[Any]:
+    if isinstance(wanted, type):
+        if not issubclass(wanted, base):
+            raise HostError(f"{what} {wanted.__name__} is no LibMTL {what}: subclass LibMTL.{what}.{base.__name__}")
+        return wanted
+    options = names(namespace, base)
+    if wanted not in options:
+        raise HostError(unknown(what, wanted, options))
+    found: type[Any] = getattr(namespace, wanted)
+    return found
+
+
+@cache
+def _default_args(name: str, arch: str = "HPS") -> Mapping[str, Any]:
+    params = config_module.LibMTL_args.parse_args([])
+    params.weighting, params.arch = name, arch
+    with contextlib.redirect_stdout(io.StringIO()):
+        kwargs, _, _ = config_module.prepare_args(params)
+    return dict(kwargs["weight_args"])
+
+
+def weight_args(cls: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hyperparameters of a LibMTL weighting: LibMTL's defaults, then those given, in either lineage's names.
+
+    Raises
+    ------
+    RecipeError : a name that this weighting does not take.
+    """
+    name = cls.__name__
+    if getattr(weighting_namespace, name, None) is not cls or name in OUR_WEIGHTINGS:
+        return dict(given)
+    try:
+        args = dict(_default_args(name))
+    except (ValueError, SystemExit):
+        return dict(given)
+    for key, value in given.items():
+        match = next((d for d in args if key in (d, f"{name}_{d}") or d == f"{name}_{key}"), None)
+        if match is None:
+            raise RecipeError(f"{name} (LibMTL, {LINEAGE}): {unknown('setting', key, args)}")
+        args[match] = value
+    return args
+
+
+def _options(cls: type[Any]) -> list[Any]:
+    settings = getattr(cls, "settings_class", None)
+    return list(fields(settings)) if settings else []
+
+
+def _option_name(cls: type[Any], field_name: str) -> str:
+    return f"{cls.__name__.lower()}_{field_name}"
+
+
+def _add_options(cls: type[Any]) -> None:
+    parser: argparse.ArgumentParser = config_module.LibMTL_args
+    for f in _options(cls):
+        option = "--" + _option_name(cls, f.name)
+        if option not in parser._option_string_actions:
+            default = "{}" if f.default is MISSING else f.default
+            parser.add_argument(
+                option, type=_value, default=None, help=f"{f.name} of {cls.__name__} (default: {default})"
+            )
+
+
+def _value(text: str) -> Any:
+    """Read a command-line value: a number, true, false, null, a list or mapping as JSON; anything else is text."""
+    try:
+        return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+    except json.JSONDecodeError:
+        return text
+
+
+def _given(cls: type[Any], params: argparse.Namespace) -> dict[str, Any]:
+    found = {f.name: getattr(params, _option_name(cls, f.name), None) for f in _options(cls)}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _wrap_prepare_args(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Let ``prepare_args`` know our names; LibMTL's own go through unchanged."""
+
+    def prepare_args(params: argparse.Namespace) -> Any:
+        weighting, architecture = OUR_WEIGHTINGS.get(params.weighting), OUR_ARCHITECTURES.get(params.arch)
+        if weighting is None and architecture is None:
+            return original(params)
+        plain = copy.copy(params)
+        plain.weighting = "EW" if weighting else params.weighting
+        plain.arch = "HPS" if architecture else params.arch
+        with contextlib.redirect_stdout(io.StringIO()):
+            kwargs, optim_param, scheduler_param = original(plain)
+        if weighting:
+            kwargs["weight_args"].update(_given(weighting, params))
+            weighting.settings_class.from_args(weighting.__name__, kwargs["weight_args"])
+        if architecture:
+            kwargs["arch_args"].update(_given(architecture, params))
+        config_module._display(params, kwargs, optim_param, scheduler_param)
+        return kwargs, optim_param, scheduler_param
+
+    prepare_args.__doc__ = original.__doc__
+    prepare_args.__dict__["wraps"] = original
+    return prepare_args
