@@ -131,8 +131,9 @@ class Predictions:
 
 
 def _task(entry: dict[str, Any]) -> Task:
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k != "kind"}
-    return KINDS[entry["kind"]](**values)
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k != "kind"}
+    made: Task = KINDS[str(entry["kind"])](**values)
+    return made
 
 
 def _missing(labels: Tensor) -> Any:
@@ -156,7 +157,7 @@ def _labels(frame: pd.DataFrame, task: Task) -> Tensor:
 def _names(ids: Tensor, names: list[str] | None) -> Any:
     values = ids.numpy()
     names = names or [str(i) for i in range(int(values.max(initial=-1)) + 1)]
-    return pd.Series(pd.Categorical.from_codes(values, names), dtype="category").astype("string")
+    return pd.Series(pd.Categorical.from_codes(values, pd.Index(names)), dtype="category").astype("string")
 
 
 def _ids(column: pd.Series[Any], names: list[str]) -> Tensor:

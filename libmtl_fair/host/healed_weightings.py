@@ -46,7 +46,7 @@ def _apply(self: Any, coefficients: Array, grads: Tensor) -> None:
 
 def ew_backward(self: Any, losses: Tensor, **_: Any) -> Any:
     """Equal weights."""
-    losses.sum().backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(losses.sum())
     carry_representation_gradients(self)
     return recorded(self, torch.ones_like(losses))
 
@@ -62,7 +62,7 @@ def uw_backward(self: Any, losses: Tensor, **_: Any) -> Any:
 def gls_backward(self: Any, losses: Tensor, **_: Any) -> Any:
     """Geometric loss strategy, through logarithms: the product of many small losses underflows."""
     loss = losses.clamp(min=_TINY).log().mean().exp()
-    loss.backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(loss)
     carry_representation_gradients(self)
     return recorded(self, loss / (self.task_num * losses.clamp(min=_TINY)))
 
@@ -171,7 +171,7 @@ def gradvac_backward(self: Any, losses: Tensor, **kwargs: Any) -> Any:
 
 def _vaccinate(row: Array, gram: Array, rho_T: Array, weight: Array, pair: tuple[int, int], beta: float) -> None:
     i, j = pair
-    own, other = np.sqrt(max(row @ gram @ row, 0.0)), np.sqrt(gram[j, j])
+    own, other = np.sqrt(max(float(row @ gram @ row), 0.0)), np.sqrt(gram[j, j])
     if own * other <= 0:
         return
     rho, goal = float(np.clip(row @ gram[:, j] / (own * other), -1, 1)), rho_T[i, j]

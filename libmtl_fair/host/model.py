@@ -34,7 +34,7 @@ class _FusedHeads:
             return {task: self.decoders[task](h) for task in self.task_name if task_name in (None, task)}
         z = torch.nn.functional.linear(h, torch.cat([x.weight for x in heads]), torch.cat([x.bias for x in heads]))
         names = self.task_name if task_name is None else [task_name]
-        return dict(zip(names, z.split([x.out_features for x in heads], dim=-1)))
+        return dict(zip(names, torch.split(z, [x.out_features for x in heads], dim=-1)))
 
 
 def _is_plain_linear(head: nn.Module) -> bool:

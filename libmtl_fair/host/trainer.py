@@ -152,7 +152,7 @@ class FairTrainer(Trainer):  # type: ignore[misc]
 
     # -- training ---------------------------------------------------------------------------------------------
 
-    def train(  # type: ignore[override]
+    def train(
         self,
         train_dataloaders: Any,
         test_dataloaders: Any = None,
@@ -271,7 +271,9 @@ class FairTrainer(Trainer):  # type: ignore[misc]
             inputs, labels, groups = batches.split(part, self.device, self.task_name)
             preds = evaluation.forward(self, inputs)
             return self._compute_losses(preds, labels), preds, labels, groups
-        preds, labels, groups = {}, {}, {}
+        preds: dict[str, Tensor] = {}
+        labels: dict[str, Tensor] = {}
+        groups: Any = {}
         for task in self.task_name:
             inputs, truth, groups[task] = batches.split(part[task], self.device, [task])
             preds |= evaluation.forward(self, inputs, task)

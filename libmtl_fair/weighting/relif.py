@@ -129,6 +129,8 @@ class ReLiF(FairWeighting):
     settings_class = ReLiFSettings
     source = "arXiv:2606.10632"
     settings: ReLiFSettings
+    scales: Tensor
+    scales_started: Tensor
 
     def configure(self, settings: Settings) -> None:
         """Make the controller and the running scales."""
@@ -144,7 +146,7 @@ class ReLiF(FairWeighting):
         if not self.settings.lipschitz:
             return self.base_backward(losses)
         if self.settings.base == "EW" and not self.rep_grad:
-            (losses.sum() + term).backward()
+            torch.autograd.backward(losses.sum() + term)
             return None
         extra = extra_gradients(self, term)
         weights = self.base_backward(losses)
