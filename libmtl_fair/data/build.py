@@ -2,47 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from libmtl_fair.data.card import group_card, small_group_notes, task_card
+from libmtl_fair.data.card import dataset_card
 from libmtl_fair.data.dataset import Dataset, Split
 from libmtl_fair.data.features import FeatureEncoder, feature_kinds, fit_encoder
 from libmtl_fair.data.frames import column_of
-from libmtl_fair.data.labels import RawLabels, make_task, raw_labels, task_columns
-from libmtl_fair.data.sensitive import Groups, choose_sensitive, make_groups
-from libmtl_fair.data.spec import MissingRule, TableSpec, TaskSpec
+from libmtl_fair.data.labels import RawLabels, make_task, raw_labels
+from libmtl_fair.data.selection import Choice, choose_inputs, choose_tasks
+from libmtl_fair.data.sensitive import Groups, choose_sensitive, make_groups, tell_tale_columns
+from libmtl_fair.data.spec import TableSpec
 from libmtl_fair.data.splits import Rows, check_parts, draw_subset, split_by_column, split_rows, strata
-from libmtl_fair.errors import DataError, unknown
+from libmtl_fair.errors import DataError
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What a user chose of a table: see :func:`libmtl_fair.data.load_dataset` for the fields."""
+class _Table:
+    """The rows in use, ``rows`` being their positions in the source, with labels, groups and strata."""
 
-    tasks: Sequence[str] | None = None
-    sensitive: Sequence[str] | str | None = None
-    seed: int = 0
-    split: Sequence[float] | str = (0.6, 0.2, 0.2)
-    missing: MissingRule = "drop"
-    keep_groups: Mapping[str, Any] | None = None
-    subset: int | float | None = None
-    min_frequency: int | float | None = None
-    sensitive_inputs: bool = True
+    frame: pd.DataFrame
+    rows: Rows
+    labels: tuple[RawLabels, ...]
+    groups: tuple[Groups, ...]
+    stratum: np.ndarray[Any, Any] | None
+    tell_tale: dict[str, set[str]]
 
-    def __post_init__(self) -> None:
-        """Check the numbers that scikit-learn will be given."""
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
-            raise DataError(f"seed must be an integer from 0 to 2**32 - 1, found {self.seed!r}")
-        rare = self.min_frequency
-        counts = isinstance(rare, int) and not isinstance(rare, bool) and rare >= 1
-        if not (rare is None or counts or (isinstance(rare, float) and 0 < rare < 1)):
-            raise DataError(f"min_frequency must be a number of rows or a share between 0 and 1, found {rare!r}")
+    def take(self, rows: Rows) -> _Table:
+        return replace(
+            self,
+            frame=self.frame.iloc[rows].reset_index(drop=True),
+            rows=self.rows[rows],
+            labels=tuple(item.take(rows) for item in self.labels),
+            groups=tuple(item.take(rows) for item in self.groups),
+            stratum=None if self.stratum is None else self.stratum[rows],
+        )
 
 
 def build_dataset(spec: TableSpec, frame: pd.DataFrame, choice: Choice) -> Dataset:
@@ -52,79 +50,52 @@ def build_dataset(spec: TableSpec, frame: pd.DataFrame, choice: Choice) -> Datas
     ------
     DataError : see :func:`libmtl_fair.data.load_dataset`.
     """
+    table = _read(spec, frame, choice)
+    parts = _parts(table, choice)
+    for item in table.labels:
+        check_parts(parts, item)
+    tasks, targets = {}, {}
+    for item in table.labels:
+        tasks[item.name], targets[item.name] = make_task(item, parts["train"])
+    hidden: set[str] = set() if choice.sensitive_inputs else set().union(*table.tell_tale.values())
+    inputs = choose_inputs(spec, {item.name: item.spec for item in table.labels}, hidden)
+    declared = {name: "numeric" if name in spec.numeric else "auto" for name in inputs}
+    kinds = feature_kinds(table.frame, declared, spec.categorical)
+    encoder = fit_encoder(table.frame.iloc[parts["train"]], kinds, choice.min_frequency)
+    x = encoder.encode(table.frame)
+    splits = {part: _split(table, x, targets, rows, encoder) for part, rows in parts.items()}
+    return Dataset(
+        name=spec.name,
+        train=splits["train"],
+        val=splits["val"],
+        test=splits["test"],
+        tasks=tuple(tasks.values()),
+        groups=splits["train"].group_names,
+        feature_names=encoder.names,
+        card=dataset_card(
+            spec, choice, table.frame, len(frame), table.labels, table.groups, parts, encoder, table.tell_tale
+        ),
+        encoder=encoder,
+    )
+
+
+def _read(spec: TableSpec, frame: pd.DataFrame, choice: Choice) -> _Table:
     chosen = choose_tasks(spec, choice.tasks)
-    n_source = len(frame)
     rows = _kept_rows(spec, frame)
     frame = frame.iloc[rows].reset_index(drop=True)
-    stratum = _strata(spec, frame, chosen)
-    taken = draw_subset(stratum, len(frame), choice.subset, choice.seed)
-    if len(taken) < len(frame):
-        rows, frame = rows[taken], frame.iloc[taken].reset_index(drop=True)
-        stratum = None if stratum is None else stratum[taken]
-    labels = [raw_labels(name, task, frame) for name, task in chosen.items()]
-    groups = _groups(spec, frame, choice)
-    parts = _parts(frame, stratum, choice)
-    for item in labels:
-        check_parts(parts, item)
-    made = [make_task(item, parts["train"]) for item in labels]
-    inputs = choose_inputs(spec, chosen, () if choice.sensitive_inputs else groups)
-    kinds = feature_kinds(frame, _declared(spec, inputs), spec.categorical)
-    encoder = fit_encoder(frame.iloc[parts["train"]], kinds, choice.min_frequency)
-    x = encoder.encode(frame)
-    names = {item.attribute: list(item.names) for item in groups}
-    targets = {item.name: values for item, (_, values) in zip(labels, made)}
-    splits = {part: _split(x, targets, groups, rows, index, names, encoder) for part, index in parts.items()}
-    card = _card(spec, frame, n_source, choice, labels, groups, parts, encoder)
-    return Dataset(spec.name, **splits, tasks=tuple(task for task, _ in made), groups=names,
-                   feature_names=encoder.names, card=card, encoder=encoder)  # fmt: skip
-
-
-def choose_tasks(spec: TableSpec, tasks: Sequence[str] | str | None) -> dict[str, TaskSpec]:
-    """Return the chosen tasks' specs in the order chosen, the default ones without a choice.
-
-    Raises
-    ------
-    DataError : an unknown task, one that is named twice, or none.
-    """
-    names = list(spec.default_tasks) if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
-    if not names:
-        raise DataError(f"dataset {spec.name!r}: no task chosen; choose some of {', '.join(spec.tasks)}")
-    for name in names:
-        if name not in spec.tasks:
-            raise DataError(f"dataset {spec.name!r}: {unknown('task', name, spec.tasks)}")
-        if names.count(name) > 1:
-            raise DataError(f"dataset {spec.name!r}: task {name!r} is chosen twice")
-    return {name: spec.tasks[name] for name in names}
-
-
-def leaks(tasks: Mapping[str, TaskSpec]) -> dict[str, list[str]]:
-    """Return {column: the chosen tasks that it gives away}: their own columns and those that they forbid."""
-    found: dict[str, list[str]] = {}
-    for name, task in tasks.items():
-        for column in dict.fromkeys((*task_columns(task), *task.forbids)):
-            found.setdefault(column, []).append(name)
-    return found
-
-
-def choose_inputs(spec: TableSpec, tasks: Mapping[str, TaskSpec], without: Sequence[Groups] = ()) -> list[str]:
-    """Return the candidate columns that leak none of the chosen tasks, as one input serves them all.
-
-    Raises
-    ------
-    DataError : none is left.
-    """
-    out = set(leaks(tasks))
-    for item in without:
-        out |= {str(item.spec.column), *item.spec.also_in}
-        out |= {str(spec.sensitive[part].column) for part in item.spec.of}
-    inputs = [column for column in spec.candidates if column not in out]
-    if not inputs:
-        raise DataError(f"dataset {spec.name!r}: tasks {list(tasks)} leave no input column; choose fewer tasks")
-    return inputs
-
-
-def _declared(spec: TableSpec, inputs: Sequence[str]) -> dict[str, str]:
-    return {name: "numeric" if name in spec.numeric else "auto" for name in inputs}
+    names = spec.default_sensitive if choice.sensitive is None else choice.sensitive
+    attributes, known = choose_sensitive(names, spec.sensitive, choice.keep_groups)
+    stratify = next(iter(chosen)) if spec.stratify is None else spec.stratify
+    table = _Table(
+        frame=frame,
+        rows=rows,
+        labels=tuple(raw_labels(name, task, frame) for name, task in chosen.items()),
+        groups=tuple(make_groups(name, item, frame, choice.missing, known) for name, item in attributes.items()),
+        stratum=strata(raw_labels(stratify, spec.tasks[stratify], frame)) if stratify else None,
+        tell_tale={name: tell_tale_columns(item, known) for name, item in attributes.items()},
+    )
+    taken = draw_subset(table.stratum, len(frame), choice.subset, choice.seed)
+    return table if len(taken) == len(frame) else table.take(taken)
 
 
 def _kept_rows(spec: TableSpec, frame: pd.DataFrame) -> Rows:
@@ -136,98 +107,24 @@ def _kept_rows(spec: TableSpec, frame: pd.DataFrame) -> Rows:
     return rows
 
 
-def _strata(spec: TableSpec, frame: pd.DataFrame, chosen: Mapping[str, TaskSpec]) -> np.ndarray[Any, Any] | None:
-    if spec.stratify == "":
-        return None
-    name = spec.stratify or next(iter(chosen))
-    return strata(raw_labels(name, spec.tasks[name], frame))
-
-
-def _groups(spec: TableSpec, frame: pd.DataFrame, choice: Choice) -> list[Groups]:
-    chosen = spec.default_sensitive if choice.sensitive is None else choice.sensitive
-    specs, known = choose_sensitive(chosen, spec.sensitive, choice.keep_groups)
-    return [make_groups(name, item, frame, choice.missing, known) for name, item in specs.items()]
-
-
-def _parts(frame: pd.DataFrame, stratum: np.ndarray[Any, Any] | None, choice: Choice) -> dict[str, Rows]:
+def _parts(table: _Table, choice: Choice) -> dict[str, Rows]:
     if isinstance(choice.split, str):
-        return split_by_column(column_of(frame, choice.split, "split"))
-    return split_rows(stratum, len(frame), tuple(choice.split), choice.seed)
+        return split_by_column(column_of(table.frame, choice.split, "split"))
+    return split_rows(table.stratum, len(table.frame), tuple(choice.split), choice.seed)
 
 
 def _split(
+    table: _Table,
     x: np.ndarray[Any, Any],
-    targets: Mapping[str, np.ndarray[Any, Any]],
-    groups: Sequence[Groups],
+    targets: dict[str, np.ndarray[Any, Any]],
     rows: Rows,
-    index: Rows,
-    names: dict[str, list[str]],
     encoder: FeatureEncoder,
 ) -> Split:
     return Split(
-        x=torch.from_numpy(x[index]),
-        labels={task: torch.from_numpy(values[index]) for task, values in targets.items()},
-        groups={item.attribute: torch.from_numpy(item.ids[index]) for item in groups},
-        rows=torch.from_numpy(rows[index]),
-        group_names=names,
+        x=torch.from_numpy(x[rows]),
+        labels={task: torch.from_numpy(values[rows]) for task, values in targets.items()},
+        groups={item.attribute: torch.from_numpy(item.ids[rows]) for item in table.groups},
+        rows=torch.from_numpy(table.rows[rows]),
+        group_names={item.attribute: list(item.names) for item in table.groups},
         feature_names=encoder.names,
     )
-
-
-def _card(
-    spec: TableSpec,
-    frame: pd.DataFrame,
-    n_source: int,
-    choice: Choice,
-    labels: Sequence[RawLabels],
-    groups: Sequence[Groups],
-    parts: Mapping[str, Rows],
-    encoder: FeatureEncoder,
-) -> dict[str, Any]:
-    used = np.sort(np.concatenate(list(parts.values())))
-    inputs = list(encoder.kinds)
-    by_leak = {
-        column: f"gives away the task{'s' if len(names) > 1 else ''} {', '.join(names)}"
-        for column, names in leaks({item.name: item.spec for item in labels}).items()
-    }
-    group_cards = {item.attribute: group_card(item, parts, choice.missing, used, inputs) for item in groups}
-    gaps = {name: int(frame[name].isna().to_numpy()[used].sum()) for name in inputs}
-    stratified = spec.stratify or ("nothing" if spec.stratify == "" else labels[0].name)
-    return {
-        "name": spec.name,
-        "title": spec.title,
-        "source": spec.source,
-        "licence": spec.licence,
-        "rows_in_source": n_source,
-        "rows": len(used),
-        "filter": spec.filter,
-        "subset": choice.subset,
-        "split": {
-            "shares": choice.split if isinstance(choice.split, str) else list(choice.split),
-            "seed": choice.seed,
-            "stratified_on": stratified if not isinstance(choice.split, str) else "nothing",
-            "rows": {part: len(index) for part, index in parts.items()},
-        },
-        "inputs": inputs,
-        "n_features": len(encoder.names),
-        "missing_inputs": {name: count for name, count in gaps.items() if count},
-        "dropped": {**spec.excluded, **by_leak},
-        "tasks": {item.name: task_card(item, _definition(item), groups, used) for item in labels},
-        "groups": group_cards,
-        "sensitive_inputs": [name for name, entry in group_cards.items() if entry["is_input"]],
-        "notes": [*spec.notes, *small_group_notes(group_cards)],
-    }
-
-
-def _definition(labels: RawLabels) -> str:
-    spec = labels.spec
-    if spec.definition:
-        return spec.definition
-    columns = ", ".join(task_columns(spec))
-    if spec.expression:
-        return spec.expression
-    if spec.positive is not None:
-        return f"{columns} = {spec.positive}"
-    if spec.threshold is not None:
-        return f"{columns} >= {spec.threshold:g}"
-    return f"{spec.transform} of {columns}" if spec.transform else columns

@@ -6,13 +6,95 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
+from libmtl_fair.data.features import FeatureEncoder
 from libmtl_fair.data.labels import RawLabels, task_columns
+from libmtl_fair.data.selection import Choice, leaks
 from libmtl_fair.data.sensitive import Groups
+from libmtl_fair.data.spec import TableSpec
 from libmtl_fair.data.splits import Rows
 
 SMALL_GROUP = 30
 """Groups with fewer test rows than this are named in the card (methods.md 5: they are flagged in every table)."""
+
+
+def dataset_card(
+    spec: TableSpec,
+    choice: Choice,
+    frame: pd.DataFrame,
+    rows_in_source: int,
+    labels: Sequence[RawLabels],
+    groups: Sequence[Groups],
+    parts: Mapping[str, Rows],
+    encoder: FeatureEncoder,
+    tell_tale: Mapping[str, set[str]],
+) -> dict[str, Any]:
+    """Return the whole card as plain values, ready for JSON. ``tell_tale``: columns that show each attribute."""
+    used = np.sort(np.concatenate(list(parts.values())))
+    inputs = list(encoder.kinds)
+    gaps = {name: int(frame[name].isna().to_numpy()[used].sum()) for name in inputs}
+    group_cards = {
+        item.attribute: group_card(item, parts, choice.missing, used, bool(tell_tale[item.attribute] & set(inputs)))
+        for item in groups
+    }
+    return {
+        "name": spec.name,
+        "title": spec.title,
+        "source": spec.source,
+        "licence": spec.licence,
+        "rows_in_source": rows_in_source,
+        "rows": len(used),
+        "filter": spec.filter,
+        "subset": choice.subset,
+        "split": _split_card(spec, choice, parts, labels),
+        "inputs": inputs,
+        "n_features": len(encoder.names),
+        "missing_inputs": {name: count for name, count in gaps.items() if count},
+        "dropped": _dropped(spec, choice, labels, tell_tale),
+        "tasks": {item.name: task_card(item, _definition(item), groups, used) for item in labels},
+        "groups": group_cards,
+        "sensitive_inputs": [name for name, entry in group_cards.items() if entry["is_input"]],
+        "notes": [*spec.notes, *small_group_notes(group_cards)],
+    }
+
+
+def _split_card(
+    spec: TableSpec, choice: Choice, parts: Mapping[str, Rows], labels: Sequence[RawLabels]
+) -> dict[str, Any]:
+    by_column = isinstance(choice.split, str)
+    stratify = labels[0].name if spec.stratify is None else spec.stratify
+    return {
+        "shares": choice.split if by_column else list(choice.split),
+        "seed": choice.seed,
+        "stratified_on": "nothing" if by_column or not stratify else stratify,
+        "rows": {part: len(rows) for part, rows in parts.items()},
+    }
+
+
+def _dropped(
+    spec: TableSpec, choice: Choice, labels: Sequence[RawLabels], tell_tale: Mapping[str, set[str]]
+) -> dict[str, str]:
+    dropped = dict(spec.excluded)
+    for attribute, columns in ({} if choice.sensitive_inputs else tell_tale).items():
+        dropped |= {name: f"shows {attribute}; sensitive attributes are no inputs here" for name in sorted(columns)}
+    for column, names in leaks({item.name: item.spec for item in labels}).items():
+        dropped[column] = f"gives away the task{'s' if len(names) > 1 else ''} {', '.join(names)}"
+    return dropped
+
+
+def _definition(labels: RawLabels) -> str:
+    spec = labels.spec
+    if spec.definition:
+        return spec.definition
+    columns = ", ".join(task_columns(spec))
+    if spec.expression:
+        return spec.expression
+    if spec.positive is not None:
+        return f"{columns} = {spec.positive}"
+    if spec.threshold is not None:
+        return f"{columns} >= {spec.threshold:g}"
+    return f"{spec.transform} of {columns}" if spec.transform else columns
 
 
 def task_card(labels: RawLabels, definition: str, groups: Sequence[Groups], used: Rows) -> dict[str, Any]:
@@ -58,9 +140,7 @@ def _rates(labels: RawLabels, rows: Rows) -> dict[str, Any]:
     return found
 
 
-def group_card(
-    groups: Groups, parts: Mapping[str, Rows], rule: str, used: Rows, inputs: Sequence[str]
-) -> dict[str, Any]:
+def group_card(groups: Groups, parts: Mapping[str, Rows], rule: str, used: Rows, is_input: bool) -> dict[str, Any]:
     """Return one attribute's entry: its source, missing values, and every group's rows and shares in each split."""
     ids = groups.ids
     entry: dict[str, Any] = {
@@ -71,7 +151,7 @@ def group_card(
         "missing": int(groups.gap[used].sum()),
         "missing_rule": rule,
         "left_out": int(((ids < 0) & ~groups.gap)[used].sum()),
-        "is_input": any(column in inputs for column in (groups.spec.column, *groups.spec.also_in)),
+        "is_input": is_input,
         "groups": {},
     }
     for index, name in enumerate(groups.names):
@@ -88,64 +168,16 @@ def group_card(
 
 
 def small_group_notes(cards: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return a note for every group that is too small in the test part for its rates to mean much."""
-    return [
+    """Return a note for every group that training lacks, or that is too small in the test part for rates to mean much."""
+    absent = [
+        f"sensitive attribute {attribute}: group {name} has no training row"
+        for attribute, card in cards.items()
+        for name, entry in card["groups"].items()
+        if entry["split"]["train"] == 0
+    ]
+    return absent + [
         f"sensitive attribute {attribute}: group {name} has {entry['split']['test']} test rows; its rates are noise"
         for attribute, card in cards.items()
         for name, entry in card["groups"].items()
         if entry["split"]["test"] < SMALL_GROUP
     ]
-
-
-def card_markdown(card: Mapping[str, Any]) -> str:
-    """Return the card as Markdown."""
-    split = card["split"]
-    sizes = ", ".join(f"{part} {rows:,}" for part, rows in split["rows"].items())
-    lines = [
-        f"# Data card: {card['title']}",
-        "",
-        f"- Source: {card['source']}",
-        f"- Licence: {card['licence']}",
-        f"- Rows: {card['rows']:,} of {card['rows_in_source']:,}" + (f" ({card['filter']})" if card["filter"] else ""),
-        f"- Split: {sizes}; seed {split['seed']}, stratified on {split['stratified_on']}",
-        f"- Inputs ({len(card['inputs'])} columns, {card['n_features']} features): {', '.join(card['inputs'])}",
-    ]
-    also = card["sensitive_inputs"]
-    lines.append(f"- Sensitive attributes among the inputs: {', '.join(also) if also else 'none'}")
-    gaps = ", ".join(f"{name} {count:,}" for name, count in card["missing_inputs"].items())
-    lines += [f"- Missing input values: {gaps or 'none'}", "", "## Tasks", ""]
-    lines += ["| task | kind | definition | labelled | missing | base rate |", "| --- | --- | --- | --- | --- | --- |"]
-    for name, task in card["tasks"].items():
-        row = (name, task["kind"], task["definition"], f"{task['labelled']:,}", f"{task['missing']:,}", _shown(task))
-        lines.append("| " + " | ".join(row) + " |")
-    for attribute, entry in card["groups"].items():
-        lines += _group_lines(attribute, entry, card["tasks"])
-    if card["dropped"]:
-        lines += ["", "## Left out of the inputs", "", *(f"- `{k}`: {why}" for k, why in card["dropped"].items())]
-    if card["notes"]:
-        lines += ["", "## Known problems", "", *(f"- {note}" for note in card["notes"])]
-    return "\n".join(lines) + "\n"
-
-
-def _group_lines(attribute: str, entry: Mapping[str, Any], tasks: Mapping[str, Any]) -> list[str]:
-    head = ["group", "rows", "share", "train", "val", "test", *tasks]
-    lines = ["", f"## Sensitive attribute: {attribute}", ""]
-    lines.append(
-        f"Missing values: {entry['missing']:,} (rule: {entry['missing_rule']}); left out: {entry['left_out']:,}."
-    )
-    lines += ["", "| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
-    for name, group in entry["groups"].items():
-        counts = [f"{group['split'][part]:,}" for part in ("train", "val", "test")]
-        rates = [_shown(task["per_group"][attribute][name]) for task in tasks.values()]
-        lines.append("| " + " | ".join([name, f"{group['rows']:,}", f"{group['share']:.1%}", *counts, *rates]) + " |")
-    return lines
-
-
-def _shown(entry: Mapping[str, Any]) -> str:
-    if entry["n"] == 0:
-        return "no label"
-    if "rate" in entry:
-        return f"{entry['rate']:.1%}"
-    if "mean" in entry:
-        return f"{entry['mean']:.4g} ± {entry['std']:.3g}"
-    return ", ".join(f"{name} {count / entry['n']:.0%}" for name, count in entry["classes"].items())

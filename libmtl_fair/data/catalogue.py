@@ -10,12 +10,13 @@ from typing import Any
 import pandas as pd
 
 from libmtl_fair.data.adult import ADULT
-from libmtl_fair.data.build import Choice, build_dataset, choose_inputs, choose_tasks
+from libmtl_fair.data.build import build_dataset
 from libmtl_fair.data.compas import COMPAS
 from libmtl_fair.data.dataset import Dataset
 from libmtl_fair.data.fetched import FETCHED, fetch_frame
 from libmtl_fair.data.frames import read_frame
 from libmtl_fair.data.german import GERMAN
+from libmtl_fair.data.selection import Choice, choose_inputs, choose_tasks
 from libmtl_fair.data.spec import MissingRule, TableSpec
 from libmtl_fair.data.support2 import SUPPORT2
 from libmtl_fair.errors import DataError, unknown

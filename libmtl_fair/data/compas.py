@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from libmtl_fair.data.frames import column_of
 from libmtl_fair.data.spec import SensitiveSpec, TableSpec, TaskSpec
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
+_FILTER_COLUMNS = ("days_b_screening_arrest", "is_recid", "c_charge_degree", "score_text")
+
+
 def usual_filter(frame: pd.DataFrame) -> pd.Series[bool]:
     """Return which rows ProPublica's own analysis keeps: 6,172 of 7,214."""
-    return (
-        frame["days_b_screening_arrest"].between(-30, 30)
-        & (frame["is_recid"] != -1)
-        & (frame["c_charge_degree"] != "O")
-        & frame["score_text"].notna()
-    )
+    days, again, degree, score = (column_of(frame, name, "filter of compas") for name in _FILTER_COLUMNS)
+    return days.between(-30, 30) & (again != -1) & (degree != "O") & score.notna()
 
 
 COMPAS = TableSpec(

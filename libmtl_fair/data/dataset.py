@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from libmtl_fair.data.card import card_markdown
+from libmtl_fair.data.card_markdown import card_markdown
 from libmtl_fair.data.features import FeatureEncoder
 from libmtl_fair.data.loader import ResidentLoader
 from libmtl_fair.data.torch_dataset import TableDataset

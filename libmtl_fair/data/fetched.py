@@ -5,8 +5,10 @@ The choice of tasks, attributes and leaks is ours: related targets of one table,
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 
 import pandas as pd
 
@@ -203,8 +205,10 @@ def fetch_frame(item: Fetched) -> pd.DataFrame:
 
     fetcher = getattr(fairlearn.datasets, item.fetcher)
     try:
-        frame: pd.DataFrame = fetcher(as_frame=True).frame
-    except (OSError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # scikit-learn warns of every retry
+            frame: pd.DataFrame = fetcher(as_frame=True).frame
+    except (OSError, ValueError, HTTPException) as error:
         raise DataError(
             f"dataset {item.spec.name!r} is not shipped and could not be fetched with fairlearn.datasets.{item.fetcher} "
             f"({type(error).__name__}: {error}). Run once with a network, or give the table: "

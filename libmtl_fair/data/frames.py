@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ def read_frame(source: str | Path | pd.DataFrame) -> pd.DataFrame:
         frame, what = _read_file(path), str(path)
     if len(frame) == 0:
         raise DataError(f"{what} has no rows")
+    if not all(isinstance(column, str) for column in frame.columns):
+        frame = frame.rename(columns=str)
     repeated = frame.columns[frame.columns.duplicated()]
     if len(repeated):
         raise DataError(f"{what}: column {repeated[0]!r} is there twice; rename one")
@@ -43,7 +46,7 @@ def _read_file(path: Path) -> pd.DataFrame:
             return pd.read_parquet(path)
         if name.endswith((".csv", ".csv.gz")):
             return pd.read_csv(path, low_memory=False)
-    except (OSError, ValueError, pd.errors.ParserError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise DataError(f"{str(path)!r} cannot be read as a table: {error}") from error
     raise DataError(f"{str(path)!r}: expected a .csv, .csv.gz or .parquet file")
 
@@ -72,6 +75,8 @@ def as_numbers(series: pd.Series[Any], where: str) -> np.ndarray[Any, np.dtype[n
     ------
     DataError : the column holds text or dates, or an infinite number.
     """
+    if isinstance(series.dtype, pd.CategoricalDtype) and pd.api.types.is_numeric_dtype(series.cat.categories):
+        series = series.astype(np.float64)
     if not is_numeric(series):
         example = series.dropna().iloc[0] if series.notna().any() else None
         raise DataError(
@@ -94,9 +99,8 @@ def as_text(series: pd.Series[Any]) -> np.ndarray[Any, np.dtype[np.object_]]:
     """
     gap = series.isna().to_numpy()
     if pd.api.types.is_float_dtype(series):
-        values = [
-            f"{value:g}" if float(value).is_integer() else str(value) for value in series.to_numpy(float, na_value=0)
-        ]
+        numbers = series.to_numpy(dtype=float, na_value=0).tolist()
+        values = [str(int(number)) if number.is_integer() else str(number) for number in numbers]
     else:
         values = [str(value) for value in series.astype(object).to_numpy()]
     text = np.array(values, dtype=object)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -38,6 +38,10 @@ class RawLabels:
             return np.asarray(self.values != IGNORE_INDEX)
         seen = ~np.isnan(self.values)
         return np.asarray(seen.any(axis=1) if seen.ndim == 2 else seen)
+
+    def take(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> RawLabels:
+        """Return the labels of some rows."""
+        return replace(self, values=self.values[rows])
 
 
 def task_columns(spec: TaskSpec) -> tuple[str, ...]:

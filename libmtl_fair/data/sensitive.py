@@ -39,6 +39,16 @@ class Groups:
         """Return how many rows have a value, but of a group that is not kept."""
         return int(((self.ids < 0) & ~self.gap).sum())
 
+    def take(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Groups:
+        """Return the groups of some rows; names and ids stay as they are."""
+        return replace(self, ids=self.ids[rows], gap=self.gap[rows])
+
+
+def tell_tale_columns(spec: SensitiveSpec, known: Mapping[str, SensitiveSpec]) -> set[str]:
+    """Return the columns from which an attribute, or a part of an intersection, can be read off."""
+    parts = [known[part] for part in spec.of] or [spec]
+    return {column for part in parts for column in (part.column, *part.also_in) if column}
+
 
 def choose_sensitive(
     chosen: Sequence[str] | str, known: Mapping[str, SensitiveSpec], keep_groups: Mapping[str, Any] | None = None

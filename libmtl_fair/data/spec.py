@@ -153,18 +153,6 @@ class TableSpec:
     filter: str = ""
     notes: tuple[str, ...] = ()
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Return every column that a task, an attribute or an input may read."""
-        from libmtl_fair.data.expressions import expression_columns
-
-        found = dict.fromkeys(self.candidates)
-        for task in self.tasks.values():
-            found |= dict.fromkeys(((task.column,) if task.column else ()) + task.columns)
-            found |= dict.fromkeys(expression_columns(task.expression) if task.expression else ())
-        found |= dict.fromkeys(spec.column for spec in self.sensitive.values() if spec.column)
-        return tuple(found)
-
 
 def make_spec(cls: type[_Spec], value: object, what: str) -> _Spec:
     """Return ``value`` as a spec: it may be one already, a mapping of its fields (as in a recipe), or a column's name.

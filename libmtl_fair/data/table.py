@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from libmtl_fair.data.build import Choice, build_dataset, leaks
+from libmtl_fair.data.build import build_dataset
+from libmtl_fair.data.checks import SENSITIVE
 from libmtl_fair.data.dataset import Dataset
 from libmtl_fair.data.frames import column_of, read_frame
+from libmtl_fair.data.selection import Choice, leaks
 from libmtl_fair.data.spec import MissingRule, SensitiveSpec, TableSpec, TaskSpec, make_spec
 from libmtl_fair.errors import DataError, unknown
 
@@ -21,6 +23,7 @@ def load_table(
     tasks: Mapping[str, TaskSpec | Mapping[str, Any]],
     sensitive: Mapping[str, SensitiveSpec | Mapping[str, Any] | str] | Sequence[str] = (),
     features: Sequence[str] | Mapping[str, str] | None = None,
+    categorical: Sequence[str] = (),
     seed: int = 0,
     split: Sequence[float] | str = (0.6, 0.2, 0.2),
     stratify: str | bool = True,
@@ -47,6 +50,8 @@ def load_table(
     features
         input columns, or {column: "numeric" | "categorical" | "auto"}. None: every column that no task reads or
         forbids.
+    categorical
+        input columns that are categories although they hold numbers.
     split
         three shares, or the name of a column that holds "train", "val" and "test".
     stratify
@@ -66,10 +71,12 @@ def load_table(
     (('age', 'sex'), {'sex': ['f', 'm']}, 24)
     """
     frame = read_frame(source)
-    task_specs = {key: make_spec(TaskSpec, value, f"task {key!r}") for key, value in tasks.items()}
+    task_specs = {key: _task_spec(key, value) for key, value in tasks.items()}
     named = dict(sensitive) if isinstance(sensitive, Mapping) else dict.fromkeys(sensitive)
-    groups = _sensitive_specs(named)
+    groups = _sensitive_specs(named, set(frame.columns))
     candidates = _candidates(frame, task_specs, features, split)
+    for column in categorical:
+        column_of(frame, column, "categorical")
     where = "DataFrame" if isinstance(source, pd.DataFrame) else str(source)
     name = name or ("table" if isinstance(source, pd.DataFrame) else Path(source).name.split(".")[0])
     kinds = features if isinstance(features, Mapping) else {}
@@ -83,7 +90,7 @@ def load_table(
         candidates=candidates,
         default_tasks=tuple(task_specs),
         default_sensitive=tuple(named),
-        categorical=tuple(column for column, kind in kinds.items() if kind == "categorical"),
+        categorical=(*categorical, *(column for column, kind in kinds.items() if kind == "categorical")),
         numeric=tuple(column for column, kind in kinds.items() if kind == "numeric"),
         stratify=_stratify(stratify, task_specs),
         notes=tuple(notes),
@@ -92,16 +99,28 @@ def load_table(
     return build_dataset(spec, frame, choice)
 
 
-def _sensitive_specs(named: Mapping[str, Any]) -> dict[str, SensitiveSpec]:
+def _task_spec(name: str, value: TaskSpec | Mapping[str, Any]) -> TaskSpec:
+    """Return a task's spec; a mapping that names no column means the column of the task's own name."""
+    if name == SENSITIVE:
+        raise DataError(f"a task may not be named {SENSITIVE!r}: batches hold the group ids under this key; rename it")
+    if isinstance(value, Mapping) and not {"column", "columns", "expression"} & set(value):
+        value = {"column": name, **value}
+    return make_spec(TaskSpec, value, f"task {name!r}")
+
+
+def _sensitive_specs(named: Mapping[str, Any], columns: Collection[str]) -> dict[str, SensitiveSpec]:
     """Return the declared specs; a name alone is a column, or shorthand ("race:top2", "sex*race") over columns."""
     specs: dict[str, SensitiveSpec] = {}
     for name, value in named.items():
         if value is not None:
+            if isinstance(value, Mapping) and not {"column", "of"} & set(value):
+                value = {"column": name, **value}
             specs[name] = make_spec(SensitiveSpec, value, f"sensitive attribute {name!r}")
-            continue
-        for part in name.split("*") if "*" in name else [name]:
-            column = part.strip().partition(":top")[0]
-            specs.setdefault(column, SensitiveSpec(column))
+        elif name in columns:
+            specs.setdefault(name, SensitiveSpec(name))
+        else:
+            for part in name.partition(":top")[0].split("*"):
+                specs.setdefault(part.strip(), SensitiveSpec(part.strip()))
     for spec in list(specs.values()):
         for part in spec.of:
             specs.setdefault(part, SensitiveSpec(part))
