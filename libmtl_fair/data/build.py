@@ -59,10 +59,8 @@ def build_dataset(spec: TableSpec, frame: pd.DataFrame, choice: Choice) -> Datas
         tasks[item.name], targets[item.name] = make_task(item, parts["train"])
     hidden: set[str] = set() if choice.sensitive_inputs else set().union(*table.tell_tale.values())
     inputs = choose_inputs(spec, {item.name: item.spec for item in table.labels}, hidden)
-    declared = {name: "numeric" if name in spec.numeric else "auto" for name in inputs}
-    kinds = feature_kinds(table.frame, declared, spec.categorical)
-    encoder = fit_encoder(table.frame.iloc[parts["train"]], kinds, choice.min_frequency)
-    x = encoder.encode(table.frame)
+    kinds = feature_kinds(table.frame, inputs, spec.kinds)
+    encoder, x = fit_encoder(table.frame, parts["train"], kinds, choice.min_frequency)
     splits = {part: _split(table, x, targets, rows, encoder) for part, rows in parts.items()}
     return Dataset(
         name=spec.name,

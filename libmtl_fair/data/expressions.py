@@ -25,7 +25,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
 _TERM = re.compile(
     r"""\s*(?:`(?P<quoted>[^`]+)`|(?P<name>[^\s=<>!`'"][^=<>!`'"]*?))\s*
         (?P<op>==|!=|>=|<=|>|<)\s*
-        (?:'(?P<single>[^']*)'|"(?P<double>[^"]*)"|(?P<bare>[^\s'"=<>!](?:(?!\s(?:and|or)\s)[^'"=<>!])*?))\s*
+        (?:'(?P<single>[^']*)'|"(?P<double>[^"]*)"|(?P<bare>[^\s'"=<>!](?:(?!\s(?:and|or)(?:\s|$))[^'"=<>!])*?))\s*
         (?:\s(?P<join>and|or)\s|$)""",
     re.VERBOSE,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from libmtl_fair.data.frames import as_numbers, as_text, column_of, is_numeric
 from libmtl_fair.errors import DataError, unknown
 
+Rows: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 FeatureKind = Literal["numeric", "categorical"]
 MISSING_CATEGORY = "(missing)"
 """Category of a row without a value, if the training part has such rows."""
@@ -48,20 +49,16 @@ class FeatureEncoder:
         return np.asarray(self.transformer.transform(_prepared(frame, self.kinds)), dtype=np.float32)
 
 
-def feature_kinds(
-    frame: pd.DataFrame, columns: Sequence[str] | Mapping[str, str], categorical: Sequence[str] = ()
-) -> dict[str, FeatureKind]:
+def feature_kinds(frame: pd.DataFrame, columns: Sequence[str], declared: Mapping[str, str]) -> dict[str, FeatureKind]:
     """Return the kind of each input column: as declared, else numeric for numbers and booleans, else categorical.
 
     Raises
     ------
-    DataError : unknown column or kind, no column, or dates (which have no meaning as a number or category).
+    DataError : unknown column or kind, or dates (which have no meaning as a number or category).
     """
-    declared = dict(columns) if isinstance(columns, Mapping) else dict.fromkeys(columns, "auto")
-    if not declared:
-        raise DataError("no input column is left; declare features, or choose tasks that forbid fewer of them")
     kinds: dict[str, FeatureKind] = {}
-    for name, kind in declared.items():
+    for name in columns:
+        kind = declared.get(name, "auto")
         series = column_of(frame, name, "features")
         if kind not in ("auto", *get_args(FeatureKind)):
             raise DataError(f"feature {name!r}: {unknown('kind', kind, ['auto', *get_args(FeatureKind)])}")
@@ -69,7 +66,7 @@ def feature_kinds(
             raise DataError(
                 f"feature {name!r} holds dates; make a number of it (such as a year or an age) or leave it out"
             )
-        if kind == "numeric" or (kind == "auto" and name not in categorical and is_numeric(series)):
+        if kind == "numeric" or (kind == "auto" and is_numeric(series)):
             kinds[name] = "numeric"
         else:
             kinds[name] = "categorical"
@@ -77,9 +74,9 @@ def feature_kinds(
 
 
 def fit_encoder(
-    frame: pd.DataFrame, kinds: Mapping[str, FeatureKind], min_frequency: int | float | None = None
-) -> FeatureEncoder:
-    """Fit on the rows of ``frame``, the training part.
+    frame: pd.DataFrame, train: Rows, kinds: Mapping[str, FeatureKind], min_frequency: int | float | None = None
+) -> tuple[FeatureEncoder, np.ndarray[Any, np.dtype[np.float32]]]:
+    """Fit on the rows in ``train``; return the encoder and the inputs of all rows, float32 [N, F].
 
     ``min_frequency``: categories with fewer rows (int) or a smaller share (float) than this become one, "(rare)".
 
@@ -87,7 +84,8 @@ def fit_encoder(
     ------
     DataError : a numeric column without any value, an infinite value, or text in a numeric column.
     """
-    clean = _prepared(frame, kinds)
+    whole = _prepared(frame, kinds)
+    clean = whole.iloc[train]
     numeric = [name for name, kind in kinds.items() if kind == "numeric"]
     categorical = [name for name, kind in kinds.items() if kind == "categorical"]
     gaps = clean[numeric].isna()
@@ -108,7 +106,8 @@ def fit_encoder(
     names = [*numeric, *(f"{name}={MISSING_CATEGORY}" for name in incomplete)]
     if categorical:
         names += _category_names(transformer.named_transformers_["categorical"], categorical)
-    return FeatureEncoder(dict(kinds), transformer, tuple(names))
+    x = np.asarray(transformer.transform(whole), dtype=np.float32)
+    return FeatureEncoder(dict(kinds), transformer, tuple(names)), x
 
 
 def _category_names(onehot: OneHotEncoder, columns: Sequence[str]) -> list[str]:

@@ -89,7 +89,7 @@ ACS = TableSpec(
     default_tasks=("income", "college", "hours"),
     default_sensitive=("sex", "race"),
     excluded={"OCCP": "530 detailed occupation codes", "PINCP": "kept as a target"},
-    categorical=("COW", "MAR", "POBP", "RELP", "SEX", "RAC1P"),
+    kinds=dict.fromkeys(("COW", "MAR", "POBP", "RELP", "SEX", "RAC1P"), "categorical"),
     stratify="income",
     notes=(
         "Groups of race are the codes of RAC1P: 1 White, 2 Black, 3-5 American Indian or Alaska Native, 6 Asian, 7 Pacific "
@@ -128,8 +128,10 @@ CREDIT = TableSpec(
     default_tasks=("default", "late_now", "log_limit"),
     default_sensitive=("sex", "age"),
     excluded={"y": "kept as a target"},
-    categorical=("SEX", "EDUCATION", "MARRIAGE"),
-    numeric=tuple(name for name in _CREDIT_COLUMNS if name not in ("SEX", "EDUCATION", "MARRIAGE", "y")),
+    kinds={
+        **dict.fromkeys(_CREDIT_COLUMNS[:-1], "numeric"),
+        **dict.fromkeys(("SEX", "EDUCATION", "MARRIAGE"), "categorical"),
+    },
     stratify="default",
     notes=(
         "Groups of marriage are codes: 1 married, 2 single, 3 other, 0 undocumented.",
@@ -178,7 +180,7 @@ DIABETES = TableSpec(
     default_tasks=("readmit_30_days", "readmit_any", "long_stay"),
     default_sensitive=("race", "gender"),
     excluded=dict.fromkeys(_AFTER_DISCHARGE, "known after the release only: readmission in another form"),
-    categorical=("discharge_disposition_id", "admission_source_id"),
+    kinds=dict.fromkeys(("discharge_disposition_id", "admission_source_id"), "categorical"),
     stratify="readmit_30_days",
     notes=(
         "gender has 3 rows Unknown/Invalid: keep_groups={'gender': ['Female', 'Male']} leaves them out of statistics.",

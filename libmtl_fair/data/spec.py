@@ -130,7 +130,7 @@ class TableSpec:
     tasks, sensitive : all that may be chosen; ``default_tasks`` and ``default_sensitive`` are chosen without a choice.
     candidates : columns that may be inputs. What the chosen tasks forbid is taken out of them.
     excluded : {column: why it is never an input}.
-    categorical : candidates to be one-hot encoded although they hold numbers.
+    kinds : {candidate: "numeric" or "categorical"}, where it is not to be told from the column's type.
     stratify : name of the task that splits are stratified on, chosen or not, so that rows do not move with the choice.
     keep_rows : frame -> bool mask of the rows to keep, and ``filter`` in words.
     notes : known problems, for the card.
@@ -146,8 +146,7 @@ class TableSpec:
     default_tasks: tuple[str, ...]
     default_sensitive: tuple[str, ...]
     excluded: Mapping[str, str] = field(default_factory=dict)
-    categorical: tuple[str, ...] = ()
-    numeric: tuple[str, ...] = ()
+    kinds: Mapping[str, str] = field(default_factory=dict)
     stratify: str | None = None
     keep_rows: Callable[[pd.DataFrame], pd.Series[bool]] | None = None
     filter: str = ""

@@ -90,8 +90,7 @@ def load_table(
         candidates=candidates,
         default_tasks=tuple(task_specs),
         default_sensitive=tuple(named),
-        categorical=(*categorical, *(column for column, kind in kinds.items() if kind == "categorical")),
-        numeric=tuple(column for column, kind in kinds.items() if kind == "numeric"),
+        kinds={**kinds, **dict.fromkeys(categorical, "categorical")},
         stratify=_stratify(stratify, task_specs),
         notes=tuple(notes),
     )

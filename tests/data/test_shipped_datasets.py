@@ -19,10 +19,10 @@ INPUTS_A = {
     "age", "workclass", "race", "sex", "capital-gain", "capital-loss", "native-country", "marital-status", "relationship",
 }  # fmt: skip
 INPUTS_B = {"age", "workclass", "race", "sex", "capital-gain", "capital-loss", "native-country", "education"}
-SUPPORT2_INPUTS = set(
-    "age sex race dzgroup num.co scoma hday diabetes dementia ca meanbp wblc hrt resp temp pafi alb bili crea sod ph "
-    "glucose bun urine adlsc".split()
-)
+SUPPORT2_INPUTS = {
+    "age", "sex", "race", "dzgroup", "num.co", "scoma", "hday", "diabetes", "dementia", "ca", "meanbp", "wblc", "hrt",
+    "resp", "temp", "pafi", "alb", "bili", "crea", "sod", "ph", "glucose", "bun", "urine", "adlsc",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
