@@ -1,0 +1,157 @@
+"""What one training epoch costs: LibMTL's own Trainer against FairTrainer, plain and with ReLiF.
+
+Work: MLP 100-128-64, T binary heads, batch 256, 50,000 rows, Adam, on the CPU. "LibMTL" is its own Trainer (healed, or it
+does not run) with a ``DataLoader``. One thread, process CPU time, variants interleaved; printed are medians of per-round
+ratios, since absolute times on a shared machine say little.
+
+    python benchmarks/epoch.py            # the table of the README, some minutes
+    python benchmarks/epoch.py --smoke    # seconds, on small data: checks that it runs, its numbers mean nothing
+"""
+
+from __future__ import annotations
+
+import os
+
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[_name] = "1"  # before torch and numpy are imported
+
+import argparse
+import contextlib
+import io
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import libmtl_fair as lf
+from libmtl_fair.models import MLP, linear_heads
+
+lf.heal()
+from LibMTL import Trainer  # noqa: E402
+from LibMTL.architecture import HPS  # noqa: E402
+from LibMTL.weighting import EW  # noqa: E402
+
+FEATURES, BATCH = 100, 256
+GOALS = {2: (0.28, 0.40), 5: (0.18, 0.28), 40: (0.03, 0.06)}
+"""Tasks -> goals for (plain, ReLiF) as shares of LibMTL's epoch."""
+
+
+class Rows(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+    """What a LibMTL user writes: one row at a time, a dict of labels."""
+
+    def __init__(self, x: Tensor, labels: dict[str, Tensor]) -> None:
+        self.x, self.labels = x, labels
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.x[row], {task: column[row] for task, column in self.labels.items()}
+
+
+def make_data(rows: int, n_tasks: int) -> tuple[Tensor, dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, FEATURES, generator=generator)
+    logits = x @ torch.randn(FEATURES, n_tasks, generator=generator) / FEATURES**0.5
+    return x, {f"t{i}": (logits[:, i] > 0).float() for i in range(n_tasks)}
+
+
+def settings(n_tasks: int) -> dict[str, Any]:
+    tasks = [lf.Binary(f"t{i}") for i in range(n_tasks)]
+    return {
+        "task_dict": lf.task_dict(tasks),
+        "architecture": HPS,
+        "encoder_class": lambda: MLP(FEATURES, (128, 64)),
+        "decoders": linear_heads(tasks, 64),
+        "rep_grad": False,
+        "multi_input": False,
+        "optim_param": {"optim": "adam", "lr": 1e-3},
+        "scheduler_param": None,
+    }
+
+
+def libmtl_epoch(x: Tensor, labels: dict[str, Tensor]) -> Callable[[], None]:
+    """Return one epoch of LibMTL's Trainer; its test pass gets one batch, so that training is what is measured."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer = Trainer(weighting=EW, weight_args={}, arch_args={}, **settings(len(labels)))
+    loader = DataLoader(Rows(x, labels), batch_size=BATCH, shuffle=True)
+    test = DataLoader(Rows(x[:BATCH], {t: v[:BATCH] for t, v in labels.items()}), batch_size=BATCH)
+
+    def epoch() -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.train(loader, test, 1)
+
+    return epoch
+
+
+def fair_epoch(x: Tensor, labels: dict[str, Tensor], weighting: str) -> Callable[[], None]:
+    """Return one epoch of FairTrainer on a resident loader."""
+    trainer = lf.FairTrainer(weighting=weighting, device="cpu", progress=False, select="last", **settings(len(labels)))
+    loader = lf.ResidentLoader(x, labels, batch_size=BATCH, shuffle=True, seed=0, device="cpu")
+
+    def epoch() -> None:
+        trainer.train(loader, epochs=trainer.epoch + 1)
+
+    return epoch
+
+
+def measure(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Return CPU seconds of each variant, a number a round, variants interleaved; the first round only warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(rounds + 1):
+        for name, run in variants.items():
+            started = time.process_time()
+            run()
+            if turn:
+                seconds[name].append(time.process_time() - started)
+    return seconds
+
+
+def ratio(top: list[float], bottom: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(top, bottom))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", type=int, nargs="+", default=[2, 5, 40])
+    parser.add_argument("--rows", type=int, default=50_000)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--smoke", action="store_true", help="a run of seconds on small data")
+    options = parser.parse_args()
+    if options.smoke:
+        options.rows, options.rounds, options.tasks = 1024, 1, [2, 5]
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    results = []
+    print(f"{'T':>3} {'LibMTL':>10} {'plain':>8} {'goal':>6} {'ReLiF':>8} {'goal':>6} {'ReLiF/plain':>12}")
+    for n_tasks in options.tasks:
+        data = make_data(options.rows, n_tasks)
+        variants = {"LibMTL": libmtl_epoch(*data), "plain": fair_epoch(*data, "EW"), "ReLiF": fair_epoch(*data, "ReLiF")}
+        seconds = measure(variants, options.rounds)
+        row = {
+            "tasks": n_tasks,
+            "libmtl_s": statistics.median(seconds["LibMTL"]),
+            "plain": ratio(seconds["plain"], seconds["LibMTL"]),
+            "relif": ratio(seconds["ReLiF"], seconds["LibMTL"]),
+            "relif_over_plain": ratio(seconds["ReLiF"], seconds["plain"]),
+        }
+        results.append(row)
+        goal = [f"{g:.2f}" for g in GOALS.get(n_tasks, ())] or ["-", "-"]
+        print(
+            f"{n_tasks:>3} {row['libmtl_s']:>8.2f} s {row['plain']:>8.3f} {goal[0]:>6} {row['relif']:>8.3f} {goal[1]:>6} "
+            f"{row['relif_over_plain']:>12.2f}"
+        )
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
