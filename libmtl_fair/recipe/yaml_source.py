@@ -254,10 +254,14 @@ class _Builder:
         return None if value == "<<" and event.implicit[0] else value
 
     def _unicode(self, event: ScalarEvent) -> str:
+        """Text with the surrogate pairs of JSON's escapes joined; half a pair is no text."""
         text = str(event.value)
-        if any("\ud800" <= char <= "\udfff" for char in text):
-            raise self._fail(event, "expected Unicode text, found half of a surrogate pair")
-        return text
+        if not any("\ud800" <= char <= "\udfff" for char in text):
+            return text
+        try:
+            return text.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError as error:
+            raise self._fail(event, "expected Unicode text, found half of a surrogate pair") from error
 
     def _merge(self, event: Event, child: _Node) -> dict[str, _Node]:
         if not isinstance(child.value, dict):

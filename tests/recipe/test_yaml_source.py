@@ -35,6 +35,7 @@ from libmtl_fair.recipe.yaml_source import MAX_BYTES, parse_yaml, read_yaml
         ("conformal:0.1", "conformal:0.1"),
         ("[1, 2.5, [a]]", [1, 2.5, ["a"]]),
         ("{a: 1}", {"a": 1}),
+        ('"\\ud83d\\ude00 \\u00e9"', "😀 é"),
     ],
 )
 def test_scalars_follow_yaml_1_2(text, value):

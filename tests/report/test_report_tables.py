@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+import math
+import statistics
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from libmtl_fair.report import groups_frame, mean_sd, read_run, shrinkage_verdict, summary, summary_table, utility_frame
+from libmtl_fair.report.shrinkage import curve_bias
+from libmtl_fair.report.tables import show
+
+
+def raw(run_dir, method, seed):
+    return json.loads((run_dir / method / f"seed{seed}" / "metrics.json").read_text())
+
+
+def cell(frame, method, column):
+    return frame[(frame["method"] == method) & (frame["column"] == column)].iloc[0]
+
+
+def test_summary_equals_numbers_gathered_by_hand(run_dir):
+    frame = summary(read_run(run_dir))
+    auc = {m: [raw(run_dir, m, s)["utility"]["test"]["macro"]["auc"] for s in range(3)] for m in ("plain", "relif")}
+    found = cell(frame, "relif", "macro AUC")
+    assert found["mean"] == pytest.approx(statistics.mean(auc["relif"]), abs=1e-12)
+    assert found["sd"] == pytest.approx(statistics.stdev(auc["relif"]), abs=1e-12)
+    assert found["n"] == 3
+    paired = [b - a for a, b in zip(auc["plain"], auc["relif"])]
+    assert found["difference"] == pytest.approx(statistics.mean(paired), abs=1e-12)
+    assert math.isnan(cell(frame, "plain", "macro AUC")["difference"])
+    bias = [raw(run_dir, "fairmt", s)["audit"]["test"][1]["bias"] for s in range(3)]
+    assert cell(frame, "fairmt", "Bias@p75")["mean"] == pytest.approx(statistics.mean(bias), abs=1e-12)
+
+
+def test_disparities_are_means_over_classification_tasks(run_dir):
+    frame = summary(read_run(run_dir))
+    rows = [
+        row["value"]
+        for seed in range(3)
+        for row in raw(run_dir, "relif", seed)["groups"]["test"]
+        if row["metric"] == "equalized_odds" and row["group"] == "difference" and row["attribute"] == "race"
+    ]
+    assert len(rows) == 6
+    assert cell(frame, "relif", "EO diff race")["mean"] == pytest.approx(statistics.mean(rows), abs=1e-12)
+
+
+def test_best_marks_follow_the_direction(run_dir):
+    frame = summary(read_run(run_dir))
+    assert cell(frame, "plain", "macro AUC")["best"]
+    assert cell(frame, "plain", "macro Brier")["best"]
+    assert cell(frame, "fairmt", "Bias@0.275")["best"]
+    assert not frame[frame["column"] == "KS sex"]["best"].any()
+    assert frame.groupby("column")["best"].sum().max() == 1
+
+
+def test_one_seed_has_no_sd_and_one_method_no_difference(builder):
+    run = read_run(builder(seeds=[7], methods={"plain": "EW"}).write())
+    frame = summary(run)
+    assert frame["sd"].isna().all()
+    assert frame["difference"].isna().all()
+    assert not frame["best"].any()
+    assert "±" not in show(0.5)
+
+
+def test_regression_only_and_one_attribute(builder):
+    run = read_run(builder(tasks={"hours": "regression"}, groups={"sex": ["Male", "Female"]}, shrinkage=False).write())
+    assert set(summary(run)["column"]) == {"macro RMSE", "KS sex"}
+    assert shrinkage_verdict(run).empty
+    table = summary_table(run, width=100)
+    assert [str(column.header) for column in table.columns] == ["method", "macro RMSE", "KS sex"]
+
+
+@pytest.mark.parametrize("width", [None, 60, 400])
+def test_console_table_shows_every_number(run_dir, width, tmp_path):
+    run = read_run(run_dir)
+    with (tmp_path / "out").open("w") as stream:
+        console = Console(width=width or 400, record=True, file=stream)
+        console.print(summary_table(run, width=width))
+    text = console.export_text()
+    frame = summary(run)
+    for row in frame.itertuples():
+        assert f"{row.mean:.3f}" in text
+    assert "…" not in text
+    assert "* best mean; small: difference to plain" in text
+
+
+def test_tidy_frames(run_dir):
+    run = read_run(run_dir)
+    utility = utility_frame(run)
+    assert set(utility["task"]) == {"income", "hours", "<script>alert(1)</script>", "macro"}
+    assert utility[(utility["task"] == "hours") & (utility["metric"] == "r2")]["value"].isna().all()
+    groups = groups_frame(run)
+    assert set(groups[groups["flag"] != ""]["group"]) == {"Other & <b>x</b>"}
+    means = mean_sd(utility, ["method", "task", "metric"])
+    assert len(means) == len(utility) / 3
+
+
+def test_shrinkage_verdict(run_dir):
+    frame = shrinkage_verdict(read_run(run_dir)).set_index(["method", "delta_name"])
+    assert frame.loc[("relif", "0.275"), "below"]
+    assert "plain" not in frame.index.get_level_values("method")
+    for file in run_dir.glob("relif/seed*/metrics.json"):
+        metrics = json.loads(file.read_text())
+        metrics["audit"]["test"][0]["bias"] = 0.095
+        file.write_text(json.dumps(metrics))
+    frame = shrinkage_verdict(read_run(run_dir)).set_index(["method", "delta_name"])
+    assert not frame.loc[("relif", "0.275"), "below"]
+    assert frame.loc[("relif", "p75"), "below"]
+
+
+@given(
+    points=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=8),
+    brier=st.floats(0, 1),
+    more=st.floats(0, 1),
+)
+def test_allowing_a_larger_brier_never_raises_the_curve(points, brier, more):
+    curve = pd.DataFrame(points, columns=["brier", "bias"]).drop_duplicates("brier")
+    low, high = curve_bias(curve, brier), curve_bias(curve, min(1.0, brier + more))
+    assert math.isnan(low) == (brier < curve["brier"].min())
+    assert math.isnan(low) or high <= low + 1e-9
