@@ -1,0 +1,72 @@
+"""Gram matrix of representation gradients from the logits' gradients of linear heads (FairMT's head-aware proxy)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from libmtl_fair.errors import DataError
+
+
+def head_gram(logit_grads: Sequence[Tensor], head_weights: Sequence[Tensor], rank_one: bool = False) -> Tensor:
+    """Gram matrix K [T, T] of the tasks' gradients on the shared representation, without a backward pass to it.
+
+    With linear heads ``z_t = W_t h + c_t`` and D_t [B, C_t] the gradient of task t's loss with respect to its logits, the
+    representation gradient is ``D_t W_t``, so ``K_st = sum_cc' (D_s' D_t)_cc' (W_s W_t')_cc'`` exactly **(ours)**. With
+    ``rank_one=True`` the source's ``K_st = sum_cc' u_sc u_tc' (W_s W_t')_cc'``, u_tc the root mean square of D_t's
+    column c. A further objective on the same logits (FairMT's Phi) is one more entry: its gradients on all logits [B, sum C],
+    and all weights stacked. Differentiable.
+
+    Parameters
+    ----------
+    logit_grads : sequence of Tensor [B, C_t]
+        One for each task.
+    head_weights : sequence of Tensor [C_t, d]
+        The heads' weights, as ``nn.Linear`` holds them.
+    rank_one : bool
+        The source's approximation.
+
+    Raises
+    ------
+    DataError
+        If the tensors do not fit together.
+
+    >>> head_gram([torch.tensor([[2.0]]), torch.tensor([[1.0]])], [torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]])])
+    tensor([[4., 2.],
+            [2., 2.]])
+    """
+    _check(logit_grads, head_weights)
+    sizes = tuple(grad.shape[1] for grad in logit_grads)
+    grads, weights = torch.cat(list(logit_grads), dim=1), torch.cat(list(head_weights))
+    if rank_one:
+        sensitivity = grads.square().mean(0).sqrt()
+        per_logit = torch.outer(sensitivity, sensitivity) * (weights @ weights.T)
+    else:
+        per_logit = (grads.T @ grads) * (weights @ weights.T)
+    if all(size == 1 for size in sizes):
+        return per_logit
+    member = _membership(sizes, grads.dtype, grads.device)
+    return member @ per_logit @ member.T
+
+
+@lru_cache(maxsize=64)
+def _membership(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Indicator [T, sum C] of each task's logits; kept, as building it on a device each step would wait for a copy."""
+    with torch.inference_mode(False):
+        task = torch.tensor([t for t, size in enumerate(sizes) for _ in range(size)])
+        return (task == torch.arange(len(sizes)).unsqueeze(1)).to(device, dtype)
+
+
+def _check(logit_grads: Sequence[Tensor], head_weights: Sequence[Tensor]) -> None:
+    if not logit_grads or len(logit_grads) != len(head_weights):
+        raise DataError(
+            f"head_gram: expected one weight matrix per task, found {len(logit_grads)} gradients and {len(head_weights)} weights."
+        )
+    for task, (grad, weight) in enumerate(zip(logit_grads, head_weights, strict=True)):
+        if grad.dim() != 2 or weight.dim() != 2 or grad.shape[1] != weight.shape[0]:
+            raise DataError(
+                f"head_gram: task {task}: gradients [B, C] {tuple(grad.shape)} do not fit weights [C, d] {tuple(weight.shape)}."
+            )
