@@ -1,5 +1,7 @@
 """The mathematics: tensors in, tensors out; no state, no LibMTL, no input or output."""
 
+from libmtl_fair.functional._lipschitz import lipschitz_term
+from libmtl_fair.functional._prototypes import prototype_pairs
 from libmtl_fair.functional.conflict import (
     conflict_angles,
     conflict_coefficients,
@@ -43,10 +45,11 @@ from libmtl_fair.functional.margins import (
     cosine_distance,
     huber,
     huberized_hinge,
+    lipschitz_derivatives,
+    lipschitz_loss,
     lipschitz_margin,
     masked_mean,
     masked_quantile,
-    prototype_pairs,
     sorted_quantiles,
     unit_vectors,
 )
@@ -92,7 +95,10 @@ __all__ = [
     "huberized_hinge",
     "jain_index",
     "linear_cka",
+    "lipschitz_derivatives",
+    "lipschitz_loss",
     "lipschitz_margin",
+    "lipschitz_term",
     "masked_mean",
     "masked_quantile",
     "min_norm_weights",

@@ -16,10 +16,17 @@ def on_host(*tensors: Tensor) -> bool:
     >>> on_host(torch.ones(2))
     True
     """
-    if torch.compiler.is_compiling():
-        return False
+    return has_values(*tensors) and all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+def has_values(*tensors: Tensor) -> bool:
+    """Say whether none of ``tensors`` is inside a transform of ``torch.func`` or ``torch.compile``.
+
+    >>> has_values(torch.ones(2))
+    True
+    """
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return all(tensor.device.type == "cpu" and not wrapped(tensor) for tensor in tensors)
+    return not torch.compiler.is_compiling() and not any(wrapped(tensor) for tensor in tensors)
 
 
 def widest(device: torch.device) -> torch.dtype:

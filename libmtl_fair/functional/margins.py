@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from libmtl_fair.errors import DataError, RecipeError, unknown
+from libmtl_fair.errors import RecipeError
 from libmtl_fair.functional._device import on_host, widest
-
-PROTOTYPES = ("confident", "random")
 
 
 def huber(u: Tensor, beta: float) -> Tensor:
@@ -62,6 +58,70 @@ def lipschitz_margin(
     return huber(gap, beta) / tau - distance / kappa
 
 
+def lipschitz_loss(
+    gap: Tensor,
+    distance: Tensor,
+    tau: Tensor | float,
+    kappa: Tensor | float,
+    mask: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    mu: float = 0.05,
+    min_distance: float = 1e-3,
+) -> tuple[Tensor, Tensor]:
+    """ReLiF's term ``mean phi_mu(z)`` and violation rate ``mean 1[z > 0]`` of pairs [P], over the pairs where ``mask`` holds.
+
+    ``z`` is :func:`lipschitz_margin` of the gaps and of the distances, floored at ``min_distance``. The same as composing the
+    functions of this module, with the first derivative written out, at a third of the cost. No gradient for ``tau`` and
+    ``kappa``, no second derivatives. Both are 0 without any pair. Source: ReLiF.
+
+    Raises
+    ------
+    RecipeError
+        If ``beta`` or ``mu`` is not positive.
+
+    >>> lipschitz_loss(torch.tensor([0.55, 0.0]), torch.tensor([0.1, 0.2]), tau=1.0, kappa=0.5)
+    (tensor(0.1375), tensor(0.5000))
+    """
+    with torch.no_grad():
+        loss, rate, to_gap, to_distance = lipschitz_derivatives(
+            gap, distance, tau, kappa, mask, beta=beta, mu=mu, min_distance=min_distance
+        )
+        offset = loss - torch.dot(gap, to_gap) - torch.dot(distance, to_distance)
+    # the derivative is at hand, so the graph needs only its products with gap and distance
+    return torch.dot(gap, to_gap) + torch.dot(distance, to_distance) + offset, rate
+
+
+def lipschitz_derivatives(
+    gap: Tensor,
+    distance: Tensor,
+    tau: Tensor | float,
+    kappa: Tensor | float,
+    mask: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    mu: float = 0.05,
+    min_distance: float = 1e-3,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Value and rate of :func:`lipschitz_loss`, and the loss's derivatives to gap [P] and distance [P]; itself no graph.
+
+    >>> one = torch.tensor([1.0])
+    >>> lipschitz_derivatives(one, one, 1.0, 2.0)[2:]
+    (tensor([1.]), tensor([-0.5000]))
+    """
+    _positive("beta", beta)
+    _positive("mu", mu)
+    weight = torch.ones_like(gap) if mask is None else mask.to(gap.dtype)
+    count = weight.sum().clamp(min=1)
+    z = huber(gap, beta) / tau - distance.clamp(min=min_distance) / kappa
+    bent = z.clamp(0, mu) * weight  # mu phi'
+    loss = (torch.dot(bent, z) - torch.dot(bent, bent) / 2) / (mu * count)
+    rate = (bent > 0).sum() / count
+    bent = bent / (mu * count)
+    to_gap = gap.clamp(-beta, beta) * bent / (beta * tau)
+    return loss, rate, to_gap, bent * (distance >= min_distance) / -kappa
+
+
 def cosine_distance(u: Tensor, v: Tensor) -> Tensor:
     """Distance ``(1 - cos(u, v)) / 2`` over the last dimension, in [0, 1]; the other dimensions broadcast.
 
@@ -81,109 +141,19 @@ def unit_vectors(u: Tensor) -> Tensor:
     tensor([[0.6000, 0.8000],
             [0.0000, 0.0000]])
     """
-    norm: Tensor = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
-    return u / norm.masked_fill(norm == 0, torch.inf)
+    return unit_vectors_and_norms(u)[0]
 
 
-@overload
-def prototype_pairs(
-    scores: Tensor,
-    embeddings: Tensor,
-    k: int,
-    valid: Tensor | None = None,
-    *,
-    mode: str = "confident",
-    generator: torch.Generator | None = None,
-    max_task_pairs: int | None = None,
-    return_mask: Literal[False] = False,
-) -> tuple[Tensor, Tensor]: ...
+def unit_vectors_and_norms(u: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`unit_vectors`, and the norms [..., 1] that they were divided by: inf for a zero vector.
 
-
-@overload
-def prototype_pairs(
-    scores: Tensor,
-    embeddings: Tensor,
-    k: int,
-    valid: Tensor | None = None,
-    *,
-    mode: str = "confident",
-    generator: torch.Generator | None = None,
-    max_task_pairs: int | None = None,
-    return_mask: Literal[True],
-) -> tuple[Tensor, Tensor, Tensor]: ...
-
-
-def prototype_pairs(
-    scores: Tensor,
-    embeddings: Tensor,
-    k: int,
-    valid: Tensor | None = None,
-    *,
-    mode: str = "confident",
-    generator: torch.Generator | None = None,
-    max_task_pairs: int | None = None,
-    return_mask: bool = False,
-) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
-    """Signed score gaps and embedding distances of all cross-task pairs of ``k`` prototypes a task.
-
-    For tasks i < j and every prototype x of i and y of j: ``gap = p_i(x) - p_j(y)``, ``distance = d(h(x), h(y))``
-    (:func:`cosine_distance`, not clamped away from 0). Pairs are ordered by (i, j), then x, then y.
-    An example can be a prototype where its score is finite and ``valid`` holds; a task with fewer than ``k`` such examples
-    (or a batch smaller than ``k``) contributes those it has. Source: ReLiF; random prototypes and task sampling are ours.
-
-    Parameters
-    ----------
-    scores : Tensor [T, B]
-        Score of each task and example, in [0, 1].
-    embeddings : Tensor [B, d] or [T, B, d]
-        What the heads receive: shared by all tasks, or one for each.
-    k : int
-        Prototypes per task.
-    valid : Tensor [T, B] of bool, optional
-        Examples that may be picked.
-    mode : {"confident", "random"}
-        The highest scores, or uniform draws without replacement, independent for each task.
-    generator : torch.Generator, optional
-        Source of the random draws, on any device.
-    max_task_pairs : int, optional
-        Use only this many task pairs, drawn anew at each call: with T tasks there are T (T - 1) / 2 of them.
-    return_mask : bool
-        True: fixed shapes and a mask of the pairs that count, without waiting for the device; training uses this.
-        False: only the pairs that count, which on an accelerator waits for their number.
-
-    Returns
-    -------
-    (gap [P], distance [P]), with ``return_mask`` also mask [P] of bool. All are finite, also where the mask is False.
-
-    Raises
-    ------
-    RecipeError
-        For an unknown mode, ``k < 1`` or ``max_task_pairs < 1``.
-    DataError
-        If the shapes of scores and embeddings do not fit.
-
-    >>> gap, distance = prototype_pairs(torch.tensor([[0.9, 0.1], [0.2, 0.6]]), torch.eye(2), k=1)
-    >>> gap, distance
-    (tensor([0.3000]), tensor([0.5000]))
+    >>> unit_vectors_and_norms(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))[1]
+    tensor([[5.],
+            [inf]])
     """
-    _check_pairs(scores, embeddings, k, mode, max_task_pairs)
-    usable = scores.isfinite() if valid is None else scores.isfinite() & valid
-    left, right = _task_pairs(scores, generator, max_task_pairs)
-    if max_task_pairs is not None and 2 * len(left) < len(scores):
-        rows = torch.cat([left, right])  # only the tasks drawn need prototypes
-        scores, usable = scores[rows], usable[rows]
-        embeddings = embeddings if embeddings.dim() == 2 else embeddings[rows]
-        left, right = torch.arange(2 * len(left), device=scores.device).chunk(2)
-    index, chosen = _pick(scores, usable, min(k, scores.shape[1]), mode, generator)
-    picked = scores.gather(1, index).where(chosen, 0.0)
-    units = unit_vectors(_rows(embeddings, index).where(chosen.unsqueeze(-1), 0.0))
-    gap = picked[left].unsqueeze(2) - picked[right].unsqueeze(1)
-    cosine = torch.bmm(units[left], units[right].transpose(1, 2)).to(gap.dtype)
-    distance = (0.5 - 0.5 * cosine).clamp(0, 1)
-    mask = chosen[left].unsqueeze(2) & chosen[right].unsqueeze(1)
-    if return_mask:
-        return gap.flatten(), distance.flatten(), mask.flatten()
-    return gap[mask], distance[mask]
+    norm: Tensor = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
+    norm = norm.masked_fill(norm == 0, torch.inf)
+    return u / norm, norm
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -243,58 +213,10 @@ def _host_quantile(values: np.ndarray, q: float) -> float:
         return 0.0
     position = q * (values.size - 1)
     low = int(position)
-    high = min(low + 1, values.size - 1)
-    part = np.partition(values, (low, high))
-    return float(part[low] + (part[high] - part[low]) * (position - low))
-
-
-def _pick(
-    scores: Tensor, usable: Tensor, k: int, mode: str, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    """Return the picked examples' indices [T, k] and which of them are usable [T, k]."""
-    if mode == "confident":
-        key = scores.detach()
-    else:
-        device = scores.device if generator is None else generator.device
-        key = torch.rand(scores.shape, generator=generator, device=device).to(scores.device)
-    best = key.masked_fill(~usable, -torch.inf).topk(k, dim=1)
-    return best.indices, best.values > -torch.inf
-
-
-def _rows(embeddings: Tensor, index: Tensor) -> Tensor:
-    """Gather embeddings [T, k, d] of the picked examples; ``index_select``, as its backward is a plain sum of rows."""
-    tasks, k = index.shape
-    if embeddings.dim() == 3:
-        offset = torch.arange(tasks, device=index.device).unsqueeze(1) * embeddings.shape[1]
-        embeddings, index = embeddings.flatten(0, 1), index + offset
-    return embeddings.index_select(0, index.flatten()).view(tasks, k, -1)
-
-
-def _task_pairs(scores: Tensor, generator: torch.Generator | None, limit: int | None) -> tuple[Tensor, Tensor]:
-    tasks = len(scores)
-    pairs = torch.triu_indices(tasks, tasks, 1, device=scores.device)
-    if limit is not None and limit < pairs.shape[1]:
-        device = scores.device if generator is None else generator.device
-        drawn = torch.randperm(pairs.shape[1], generator=generator, device=device)[:limit]
-        pairs = pairs[:, drawn.to(scores.device)]
-    return pairs[0], pairs[1]
-
-
-def _check_pairs(scores: Tensor, embeddings: Tensor, k: int, mode: str, max_task_pairs: int | None) -> None:
-    if mode not in PROTOTYPES:
-        raise RecipeError(unknown("prototype mode", mode, PROTOTYPES))
-    if k < 1:
-        raise RecipeError(f"prototype_pairs: k must be at least 1, found {k}.")
-    if max_task_pairs is not None and max_task_pairs < 1:
-        raise RecipeError(f"prototype_pairs: max_task_pairs must be at least 1 or None, found {max_task_pairs}.")
-    if scores.dim() != 2:
-        raise DataError(f"prototype_pairs: scores must be [tasks, examples], found shape {tuple(scores.shape)}.")
-    fits = embeddings.dim() in (2, 3) and tuple(embeddings.shape[:-1]) in (tuple(scores.shape), tuple(scores.shape[1:]))
-    if not fits:
-        raise DataError(
-            f"prototype_pairs: embeddings must be [examples, d] or [tasks, examples, d] for scores of shape "
-            f"{tuple(scores.shape)}, found shape {tuple(embeddings.shape)}."
-        )
+    part = np.partition(values, low)  # selects one entry; asked for two it is half as slow again
+    below = float(part[low])
+    above = float(part[low + 1 :].min()) if low + 1 < values.size else below
+    return below + (above - below) * (position - low)
 
 
 def _positive(name: str, value: float) -> None:

@@ -239,3 +239,123 @@ def test_masked_mean_ignores_the_rest(device: torch.device, dtype: torch.dtype) 
     assert x.grad is not None
     assert x.grad.tolist() == [0.5, 0.0, 0.5, 0.0]
     assert F.masked_mean(x, mask & ~mask).item() == 0.0
+
+
+def composed(gap: Tensor, distance: Tensor, tau: float, kappa: float, mask: Tensor) -> tuple[Tensor, Tensor]:
+    z = F.lipschitz_margin(gap, distance.clamp(min=1e-3), tau, kappa)
+    return F.masked_mean(F.huberized_hinge(z, 0.05), mask), F.masked_mean((z > 0).to(z.dtype), mask)
+
+
+@FAST
+@given(seed=st.integers(0, 10**6), n=st.integers(0, 60), tau=st.floats(1e-2, 3), kappa=st.floats(1e-2, 3))
+def test_lipschitz_loss_is_its_composition_with_the_same_gradient(seed: int, n: int, tau: float, kappa: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    gap = torch.randn(n, dtype=D, generator=generator, requires_grad=True)
+    distance = torch.rand(n, dtype=D, generator=generator).pow(4).requires_grad_()
+    mask = torch.rand(n, generator=generator) < 0.7
+    expected, expected_rate = composed(gap, distance, tau, kappa, mask)
+    loss, rate = F.lipschitz_loss(gap, distance, torch.tensor(tau, dtype=D), kappa, mask)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(rate, expected_rate)
+    wanted = torch.autograd.grad(expected, (gap, distance))
+    for found, gradient in zip(torch.autograd.grad(loss, (gap, distance)), wanted, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-6, atol=1e-9)
+
+
+def test_lipschitz_loss_without_mask_or_pairs_and_under_vmap() -> None:
+    gap, distance = torch.randn(3, 20), torch.rand(3, 20)
+    everything = torch.ones(20, dtype=torch.bool)
+    for row in range(3):
+        expected = composed(gap[row], distance[row], 0.3, 0.2, everything)
+        torch.testing.assert_close(F.lipschitz_loss(gap[row], distance[row], 0.3, 0.2), expected)
+    mapped = torch.func.vmap(lambda g, d: F.lipschitz_loss(g, d, 0.3, 0.2))(gap, distance)
+    torch.testing.assert_close(mapped[0][2], F.lipschitz_loss(gap[2], distance[2], 0.3, 0.2)[0])
+    nothing = F.lipschitz_loss(gap[0], distance[0], 0.3, 0.2, ~everything)
+    assert [x.item() for x in nothing] == [0.0, 0.0]
+    with pytest.raises(RecipeError, match="mu must be positive"):
+        F.lipschitz_loss(gap[0], distance[0], 0.3, 0.2, mu=0.0)
+    with pytest.raises(RecipeError, match="beta must be positive"):
+        F.lipschitz_loss(gap[0], distance[0], 0.3, 0.2, beta=0.0)
+
+
+def test_pairs_under_vmap() -> None:
+    scores, embeddings = torch.rand(3, 2, 9), torch.randn(3, 9, 4)
+    mapped = torch.func.vmap(lambda s, h: F.prototype_pairs(s, h, 2, return_mask=True))(scores, embeddings)
+    for row in range(3):
+        single = F.prototype_pairs(scores[row], embeddings[row], 2, return_mask=True)
+        for found, expected in zip(mapped, single, strict=True):
+            torch.testing.assert_close(found[row], expected)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("limit", [None, 2, 4])
+def test_lipschitz_term_is_its_composition_with_the_same_gradients(
+    device: torch.device, shared: bool, detach: bool, limit: int | None
+) -> None:
+    scores = torch.rand(6, 9, dtype=D, device=device)
+    scores[0, :7] = torch.nan
+    scores.requires_grad_()
+    embeddings = torch.randn(*([9] if shared else [6, 9]), 5, dtype=D, device=device)
+    embeddings[..., 3, :] = 0
+    embeddings.requires_grad_()
+    valid = torch.rand(6, 9, device=device) < 0.9
+    seen: list[Tensor] = []
+
+    def scales(gap: Tensor, distance: Tensor, mask: Tensor) -> tuple[Tensor, float]:
+        seen.append(mask)
+        assert distance.min() >= 1e-3
+        return F.masked_quantile(gap.abs(), 0.5, mask), 0.7
+
+    options = {"mode": "random", "max_task_pairs": limit}
+    generator = torch.Generator(device).manual_seed(1)
+    loss, rate, some = F.lipschitz_term(
+        scores, embeddings, 4, scales, valid, generator=generator, detach_distance=detach, **options
+    )
+    generator.manual_seed(1)
+    gap, distance, mask = F.prototype_pairs(
+        scores, embeddings, 4, valid, generator=generator, return_mask=True, **options
+    )
+    distance = distance.detach() if detach else distance
+    tau = F.masked_quantile(gap.abs(), 0.5, mask)
+    z = F.lipschitz_margin(gap, distance.clamp(min=1e-3), tau, 0.7)
+    expected = F.masked_mean(F.huberized_hinge(z, 0.05), mask)
+    assert torch.equal(seen[0], mask)
+    assert some
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(rate, F.masked_mean((z > 0).to(D), mask))
+    wanted = torch.autograd.grad(expected, (scores, embeddings), allow_unused=True)
+    for found, gradient in zip(
+        torch.autograd.grad(3 * loss, (scores, embeddings), allow_unused=True), wanted, strict=True
+    ):
+        assert (found is None) == (gradient is None)
+        if found is not None:
+            torch.testing.assert_close(found, 3 * gradient)
+
+
+def test_lipschitz_term_passes_gradcheck_and_says_when_nothing_counts() -> None:
+    scores = torch.rand(3, 7, dtype=D, requires_grad=True)
+    embeddings = torch.randn(7, 4, dtype=D, requires_grad=True)
+
+    def term(s: Tensor, h: Tensor) -> Tensor:
+        return F.lipschitz_term(s, h, 3, lambda *_: (0.5, 2.0), mode="confident")[0]
+
+    assert torch.autograd.gradcheck(term, (scores, embeddings))
+    nothing = F.lipschitz_term(scores * torch.nan, embeddings, 3, lambda *_: (0.5, 2.0))
+    assert [x.item() for x in nothing] == [0.0, 0.0, False]
+    loss, _, _ = F.lipschitz_term(scores, embeddings, 3, lambda *_: (0.5, 2.0))
+    (grad,) = torch.autograd.grad(loss, scores, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        torch.autograd.grad(grad.sum(), scores)
+
+
+def test_lipschitz_term_under_torch_func() -> None:
+    scores, embeddings = torch.rand(4, 3, 7, dtype=D), torch.randn(4, 7, 4, dtype=D)
+
+    def term(s: Tensor, h: Tensor) -> Tensor:
+        return F.lipschitz_term(s, h, 3, lambda *_: (0.5, 2.0), mode="confident")[0]
+
+    grads = torch.func.vmap(torch.func.grad(term))(scores, embeddings)
+    for row in range(4):
+        s = scores[row].clone().requires_grad_()
+        torch.testing.assert_close(grads[row], torch.autograd.grad(term(s, embeddings[row]), s)[0])
