@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from libmtl_fair.data.frames import column_of
+from libmtl_fair.data.frames import column_of, is_numeric
 from libmtl_fair.errors import DataError
 
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
@@ -103,7 +103,7 @@ def evaluate(expression: str, frame: pd.DataFrame, where: str) -> np.ndarray[Any
 
 
 def _compare(series: pd.Series[Any], term: Comparison, where: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    numeric = pd.api.types.is_numeric_dtype(series)
+    numeric = is_numeric(series)
     value: Any = term.value
     if numeric and isinstance(value, str):
         raise DataError(f"{where}: column {term.column!r} holds numbers, but is compared with the text {value!r}")

@@ -46,7 +46,7 @@ class FeatureEncoder:
         ------
         DataError : a column is not there, or holds text where training held numbers.
         """
-        return np.asarray(self.transformer.transform(_prepared(frame, self.kinds)), dtype=np.float32)
+        return _encoded(self.transformer, _prepared(frame, self.kinds), self.names)
 
 
 def feature_kinds(frame: pd.DataFrame, columns: Sequence[str], declared: Mapping[str, str]) -> dict[str, FeatureKind]:
@@ -106,8 +106,22 @@ def fit_encoder(
     names = [*numeric, *(f"{name}={MISSING_CATEGORY}" for name in incomplete)]
     if categorical:
         names += _category_names(transformer.named_transformers_["categorical"], categorical)
-    x = np.asarray(transformer.transform(whole), dtype=np.float32)
+    x = _encoded(transformer, whole, names)
     return FeatureEncoder(dict(kinds), transformer, tuple(names)), x
+
+
+def _encoded(
+    transformer: ColumnTransformer, clean: pd.DataFrame, names: Sequence[str]
+) -> np.ndarray[Any, np.dtype[np.float32]]:
+    with np.errstate(over="ignore"):
+        x = np.asarray(transformer.transform(clean), dtype=np.float32)
+    if not np.isfinite(x).all():
+        row, column = np.argwhere(~np.isfinite(x))[0]
+        raise DataError(
+            f"feature {names[column]!r} is too far from its training values in row {row} to be scaled as float32; "
+            "correct the value, or transform the column first (a logarithm, say)"
+        )
+    return x
 
 
 def _category_names(onehot: OneHotEncoder, columns: Sequence[str]) -> list[str]:

@@ -11,6 +11,8 @@ import pandas as pd
 
 from libmtl_fair.errors import DataError, near, unknown
 
+_LARGEST = 1e30
+
 
 def read_frame(source: str | Path | pd.DataFrame) -> pd.DataFrame:
     """Return a table from a DataFrame, or a .csv, .csv.gz or .parquet file.
@@ -31,7 +33,7 @@ def read_frame(source: str | Path | pd.DataFrame) -> pd.DataFrame:
     repeated = frame.columns[frame.columns.duplicated()]
     if len(repeated):
         raise DataError(f"{what}: column {repeated[0]!r} is there twice; rename one")
-    return frame
+    return frame.infer_objects()
 
 
 def _read_file(path: Path) -> pd.DataFrame:
@@ -58,14 +60,14 @@ def column_of(frame: pd.DataFrame, name: str, where: str) -> pd.Series[Any]:
     ------
     DataError : no such column, with the near name.
     """
-    if name not in frame.columns:
+    if not isinstance(name, str) or name not in frame.columns:
         raise DataError(f"{where}: {unknown('column', name, map(str, frame.columns))}")
     return frame[name]
 
 
 def is_numeric(series: pd.Series[Any]) -> bool:
-    """Return whether the column holds numbers or booleans."""
-    return bool(pd.api.types.is_numeric_dtype(series) or pd.api.types.is_bool_dtype(series))
+    """Return whether the column holds real numbers or booleans."""
+    return bool(pd.api.types.is_numeric_dtype(series)) and not pd.api.types.is_complex_dtype(series)
 
 
 def as_numbers(series: pd.Series[Any], where: str) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -73,7 +75,7 @@ def as_numbers(series: pd.Series[Any], where: str) -> np.ndarray[Any, np.dtype[n
 
     Raises
     ------
-    DataError : the column holds text or dates, or an infinite number.
+    DataError : the column holds text or dates, or a number that is infinite or beyond 1e30.
     """
     if isinstance(series.dtype, pd.CategoricalDtype) and pd.api.types.is_numeric_dtype(series.cat.categories):
         series = series.astype(np.float64)
@@ -83,10 +85,11 @@ def as_numbers(series: pd.Series[Any], where: str) -> np.ndarray[Any, np.dtype[n
             f"{where}: column {series.name!r} must hold numbers, found {series.dtype} (such as {example!r})"
         )
     values = series.to_numpy(dtype=np.float64, na_value=np.nan)
-    if np.isinf(values).any():
-        row = int(np.flatnonzero(np.isinf(values))[0])
+    if (np.abs(values) > _LARGEST).any():
+        row = int(np.flatnonzero(np.abs(values) > _LARGEST)[0])
         raise DataError(
-            f"{where}: column {series.name!r} is infinite in row {row}; replace it by a number or leave it empty"
+            f"{where}: column {series.name!r} is {values[row]:g} in row {row}; expected numbers up to {_LARGEST:g}: "
+            "replace it by a number or leave it empty"
         )
     return values
 

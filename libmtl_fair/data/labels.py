@@ -181,7 +181,12 @@ def make_task(labels: RawLabels, train: np.ndarray[Any, np.dtype[np.int64]]) -> 
             )
         if not labels.spec.standardise:
             mean, std = 0.0, 1.0
-        return Regression(labels.name, mean=mean, std=std), ((labels.values - mean) / std).astype(np.float32)
+        with np.errstate(over="ignore"):
+            scaled = ((labels.values - mean) / std).astype(np.float32)
+        if np.isinf(scaled).any():
+            row = int(np.flatnonzero(np.isinf(scaled))[0])
+            raise DataError(f"{where}: the target in row {row} is too far from the training part's; use a transform")
+        return Regression(labels.name, mean=mean, std=std), scaled
     _need_every_class(labels, part, where)
     if labels.spec.kind == "binary":
         return Binary(labels.name), labels.values

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from libmtl_fair.data.given import given_mapping, given_names
 from libmtl_fair.data.labels import task_columns
 from libmtl_fair.data.spec import MissingRule, TableSpec, TaskSpec
 from libmtl_fair.errors import DataError, unknown
@@ -26,7 +27,15 @@ class Choice:
     sensitive_inputs: bool = True
 
     def __post_init__(self) -> None:
-        """Check the numbers that scikit-learn will be given."""
+        """Check what scikit-learn and pandas will be given."""
+        for name in ("tasks", "sensitive"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, given_names(getattr(self, name), name))
+        object.__setattr__(self, "keep_groups", given_mapping(self.keep_groups, "keep_groups"))
+        if not isinstance(self.split, str | Sequence):
+            raise DataError(f"split must be three shares or a column's name, found {self.split!r}")
+        if not isinstance(self.sensitive_inputs, bool):
+            raise DataError(f"sensitive_inputs must be true or false, found {self.sensitive_inputs!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise DataError(f"seed must be an integer from 0 to 2**32 - 1, found {self.seed!r}")
         rare = self.min_frequency
@@ -42,7 +51,7 @@ def choose_tasks(spec: TableSpec, tasks: Sequence[str] | str | None) -> dict[str
     ------
     DataError : an unknown task, one that is named twice, or none.
     """
-    names = list(spec.default_tasks) if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
+    names = spec.default_tasks if tasks is None else given_names(tasks, "tasks")
     if not names:
         raise DataError(f"dataset {spec.name!r}: no task chosen; choose some of {', '.join(spec.tasks)}")
     for name in names:

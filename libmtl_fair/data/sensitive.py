@@ -12,6 +12,7 @@ import pandas as pd
 
 from libmtl_fair.data.checks import UNKNOWN_GROUP
 from libmtl_fair.data.frames import as_numbers, as_text, column_of
+from libmtl_fair.data.given import given_keep, given_names
 from libmtl_fair.data.spec import MissingRule, SensitiveSpec
 from libmtl_fair.errors import DataError, unknown
 
@@ -65,10 +66,10 @@ def choose_sensitive(
     >>> choose_sensitive("race:top2", {"race": SensitiveSpec("race")})[0]["race"].keep
     2
     """
-    keep = {name: groups if isinstance(groups, int) else tuple(groups) for name, groups in (keep_groups or {}).items()}
+    keep = {name: given_keep(value, f"keep_groups of {name!r}") for name, value in (keep_groups or {}).items()}
     known = {name: replace(spec, keep=keep.get(name, spec.keep)) for name, spec in known.items()}
     specs: dict[str, SensitiveSpec] = {}
-    for item in (chosen,) if isinstance(chosen, str) else chosen:
+    for item in given_names(chosen, "sensitive"):
         name, spec = _one_choice(item, known)
         specs[name] = replace(spec, keep=keep.get(name, spec.keep))
     used = {*specs, *(part for spec in specs.values() for part in spec.of)}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar, get_args
 
 import pandas as pd
 
+from libmtl_fair.data.given import given_keep, given_mapping, given_names, given_number, given_text
 from libmtl_fair.errors import DataError, unknown
 
 TaskKind = Literal["binary", "multiclass", "multilabel", "regression"]
@@ -49,13 +50,33 @@ class TaskSpec:
     definition: str = ""
 
     def __post_init__(self) -> None:
-        """Check that the fields fit the kind."""
-        if self.kind not in get_args(TaskKind):
+        """Check each field, then that they fit the kind."""
+        if not isinstance(self.kind, str) or self.kind not in get_args(TaskKind):
             raise DataError(unknown("task kind", self.kind, get_args(TaskKind)))
         for name in ("columns", "forbids"):
-            object.__setattr__(self, name, _names(getattr(self, name)))
-        if self.classes is not None and not isinstance(self.classes, Mapping):
+            object.__setattr__(self, name, given_names(getattr(self, name), name))
+        for name in ("column", "expression", "transform"):
+            if getattr(self, name) is not None:
+                given_text(getattr(self, name), name)
+        if self.threshold is not None:
+            given_number(self.threshold, "threshold")
+        if self.positive is not None and not isinstance(self.positive, str | int | float):
+            raise DataError(f"positive must be a value of the column, a text or a number, found {self.positive!r}")
+        self._check_classes()
+        self._check_combination()
+
+    def _check_classes(self) -> None:
+        if self.classes is None:
+            return
+        if isinstance(self.classes, str) or not isinstance(self.classes, Iterable):
+            raise DataError(f"classes must be a list of values or a mapping value: name, found {self.classes!r}")
+        if not isinstance(self.classes, Mapping):
             object.__setattr__(self, "classes", tuple(self.classes))
+        for value in self.classes:
+            if not isinstance(value, str | int | float):
+                raise DataError(f"classes: each must be a text or a number, found {value!r}")
+
+    def _check_combination(self) -> None:
         allowed = {
             "binary": {"column", "positive", "threshold", "expression"},
             "multiclass": {"column", "classes"},
@@ -103,10 +124,15 @@ class SensitiveSpec:
     def __post_init__(self) -> None:
         """Check edges and names."""
         for name in ("labels", "of", "also_in"):
-            object.__setattr__(self, name, _names(getattr(self, name)))
-        object.__setattr__(self, "bins", tuple(self.bins))
-        if self.keep is not None and not isinstance(self.keep, int):
-            object.__setattr__(self, "keep", _names(self.keep))
+            object.__setattr__(self, name, given_names(getattr(self, name), name))
+        if isinstance(self.bins, str) or not isinstance(self.bins, Iterable):
+            raise DataError(f"bins must be a list of numbers, found {self.bins!r}")
+        object.__setattr__(self, "bins", tuple(given_number(edge, "bins: each edge") for edge in self.bins))
+        object.__setattr__(self, "merge", given_mapping(self.merge, "merge"))
+        if self.column is not None:
+            given_text(self.column, "column")
+        if self.keep is not None:
+            object.__setattr__(self, "keep", given_keep(self.keep, f"sensitive column {self.column!r}"))
         if (self.column is None) == (len(self.of) == 0):
             raise DataError("a sensitive attribute needs either a column or, as an intersection, 'of' other attributes")
         if list(self.bins) != sorted(set(self.bins)):
@@ -116,8 +142,6 @@ class SensitiveSpec:
                 f"sensitive column {self.column!r}: {len(self.bins)} edges make {len(self.bins) + 1} groups, "
                 f"found {len(self.labels)} labels"
             )
-        if isinstance(self.keep, int) and (isinstance(self.keep, bool) or self.keep < 2):
-            raise DataError(f"sensitive column {self.column!r}: keep must be at least 2 groups, found {self.keep}")
 
 
 @dataclass(frozen=True)
@@ -179,7 +203,3 @@ def make_spec(cls: type[_Spec], value: object, what: str) -> _Spec:
         return cls(**value)
     except DataError as error:
         raise DataError(f"{what}: {error}") from error
-
-
-def _names(value: str | Sequence[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)

@@ -47,7 +47,8 @@ def split_rows(y: np.ndarray[Any, Any] | None, n_rows: int, split: tuple[float, 
     DataError : the shares are not three positive numbers that sum to 1, or a part would be empty or too small.
     """
     shares = tuple(split)
-    if len(shares) != 3 or not all(0 < share < 1 for share in shares) or abs(sum(shares) - 1) > 1e-6:
+    numbers = all(isinstance(share, int | float) and 0 < share < 1 for share in shares)
+    if len(shares) != 3 or not numbers or abs(sum(shares) - 1) > 1e-6:
         raise DataError(
             f"split must be three shares above 0 that sum to 1 (train, val, test), found {shares}; none may be empty"
         )
@@ -91,8 +92,8 @@ def draw_subset(y: np.ndarray[Any, Any] | None, n_rows: int, subset: int | float
     """
     if subset is None or subset == n_rows:
         return np.arange(n_rows)
-    fits = 0 < subset <= n_rows if isinstance(subset, int) and not isinstance(subset, bool) else 0 < subset < 1
-    if not fits:
+    a_count = isinstance(subset, int) and not isinstance(subset, bool) and 0 < subset <= n_rows
+    if not (a_count or (isinstance(subset, float) and 0 < subset < 1)):
         raise DataError(f"subset must be a number of rows (1 to {n_rows}) or a share between 0 and 1, found {subset!r}")
     try:
         rows, _ = train_test_split(np.arange(n_rows), train_size=subset, random_state=seed, stratify=y)

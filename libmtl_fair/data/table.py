@@ -12,6 +12,7 @@ from libmtl_fair.data.build import build_dataset
 from libmtl_fair.data.checks import SENSITIVE
 from libmtl_fair.data.dataset import Dataset
 from libmtl_fair.data.frames import column_of, read_frame
+from libmtl_fair.data.given import given_mapping, given_names, given_text
 from libmtl_fair.data.selection import Choice, leaks
 from libmtl_fair.data.spec import MissingRule, SensitiveSpec, TableSpec, TaskSpec, make_spec
 from libmtl_fair.errors import DataError, unknown
@@ -71,8 +72,9 @@ def load_table(
     (('age', 'sex'), {'sex': ['f', 'm']}, 24)
     """
     frame = read_frame(source)
-    task_specs = {key: _task_spec(key, value) for key, value in tasks.items()}
-    named = dict(sensitive) if isinstance(sensitive, Mapping) else dict.fromkeys(sensitive)
+    task_specs = {key: _task_spec(key, value) for key, value in given_mapping(tasks, "tasks").items()}
+    named = dict(sensitive) if isinstance(sensitive, Mapping) else dict.fromkeys(given_names(sensitive, "sensitive"))
+    categorical = given_names(categorical, "categorical")
     groups = _sensitive_specs(named, set(frame.columns))
     candidates = _candidates(frame, task_specs, features, split)
     for column in categorical:
@@ -92,7 +94,7 @@ def load_table(
         default_sensitive=tuple(named),
         kinds={**kinds, **dict.fromkeys(categorical, "categorical")},
         stratify=_stratify(stratify, task_specs),
-        notes=tuple(notes),
+        notes=given_names(notes, "notes"),
     )
     choice = Choice(None, tuple(named), seed, split, missing, keep_groups, subset, min_frequency, sensitive_inputs)
     return build_dataset(spec, frame, choice)
@@ -100,7 +102,7 @@ def load_table(
 
 def _task_spec(name: str, value: TaskSpec | Mapping[str, Any]) -> TaskSpec:
     """Return a task's spec; a mapping that names no column means the column of the task's own name."""
-    if name == SENSITIVE:
+    if given_text(name, "a task's name") == SENSITIVE:
         raise DataError(f"a task may not be named {SENSITIVE!r}: batches hold the group ids under this key; rename it")
     if isinstance(value, Mapping) and not {"column", "columns", "expression"} & set(value):
         value = {"column": name, **value}
@@ -135,19 +137,20 @@ def _candidates(
     forbidden = leaks(tasks)
     if features is None:
         return tuple(str(column) for column in frame.columns if column not in forbidden and column != split)
-    for column in features:
+    columns = given_names(features, "features")
+    for column in columns:
         column_of(frame, column, "features")
         if column in forbidden:
             raise DataError(
                 f"feature {column!r} gives away task {forbidden[column][0]!r}; one input serves all tasks, so take it out "
                 "of the features (or drop the task)"
             )
-    return tuple(features)
+    return columns
 
 
 def _stratify(stratify: str | bool, tasks: Mapping[str, TaskSpec]) -> str | None:
     if isinstance(stratify, bool):
         return None if stratify else ""
-    if stratify not in tasks:
+    if not isinstance(stratify, str) or stratify not in tasks:
         raise DataError(f"stratify: {unknown('task', stratify, tasks)}")
     return stratify

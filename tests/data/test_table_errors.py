@@ -45,7 +45,7 @@ def load(frame, tasks=None, sensitive=("sex",), **options):
         ({"kind": "regression", "column": "job"}, r"task 't' \(regression\): column 'job' must hold numbers"),
         ({"kind": "regression", "column": "one"}, "the target is 1 in every row of the training part"),
         ({"kind": "regression", "column": "sick", "transform": "log"}, "values of column 'sick' have no log"),
-        ({"kind": "regression", "column": "endless"}, "column 'endless' is infinite in row 3"),
+        ({"kind": "regression", "column": "endless"}, "column 'endless' is -?inf in row 3"),
         ({"kind": "binary", "column": "empty", "positive": 1}, "unknown value '1'"),
         ({"kind": "binary", "column": "empty"}, "all 200 labels are missing"),
         ({"kind": "bnary", "column": "sick"}, "task 't': unknown task kind 'bnary'; did you mean 'binary'"),
@@ -105,7 +105,7 @@ def test_missing_rule(people) -> None:
         ({"features": {"job": "text"}}, "feature 'job': unknown kind 'text'"),
         ({"features": []}, "leave no input column"),
         ({"features": ["empty"]}, "feature 'empty' has no value in the training part"),
-        ({"features": ["endless"]}, "feature 'endless': column 'endless' is infinite in row 3"),
+        ({"features": ["endless"]}, "feature 'endless': column 'endless' is -?inf in row 3"),
         ({"features": ["day"]}, "feature 'day' holds dates"),
         ({"categorical": ["jbo"]}, "categorical: unknown column 'jbo'; did you mean 'job'"),
         ({"stratify": "sikc"}, "stratify: unknown task 'sikc'; did you mean 'sick'"),
@@ -123,6 +123,22 @@ def test_bad_features_and_splits(people, options, message) -> None:
     people["fold"] = ["train", "val"] * 100
     with pytest.raises(DataError, match=message):
         load(people, **options)
+
+
+def test_values_that_float32_cannot_hold(people) -> None:
+    people["fold"] = np.where(people.index < 120, "train", np.where(people.index < 160, "val", "test"))
+    people["tight"] = 1 + 1e-12 * (people.index % 2)
+    people.loc[199, "tight"] = 1e29
+    with pytest.raises(DataError, match="feature 'tight' is too far from its training values in row 199"):
+        load(people, split="fold", features=["tight"])
+    with pytest.raises(DataError, match="task 'tight' .*the target in row 199 is too far from the training part's"):
+        load(people, {"tight": {"kind": "regression"}}, split="fold", features=["age"])
+    people["age"] = people["age"].astype(float)
+    people.loc[7, "age"] = 1e300
+    with pytest.raises(
+        DataError, match=r"feature 'age': column 'age' is 1e\+300 in row 7; expected numbers up to 1e\+30"
+    ):
+        load(people, features=["age"])
 
 
 def test_too_few_rows(people) -> None:

@@ -171,9 +171,10 @@ def test_files(people, tmp_path, ending) -> None:
         lambda f: f.convert_dtypes(),
         lambda f: f.astype({"job": "category", "sex": "category", "race": "category"}),
         lambda f: f.astype({"job": object, "sex": object, "race": object, "state": object}),
+        lambda f: f.astype(object),
         lambda f: f.set_index(np.zeros(len(f), dtype=int)),
     ],
-    ids=["nullable", "category", "object", "repeated index"],
+    ids=["nullable", "category", "object", "all object", "repeated index"],
 )
 def test_column_types_make_no_difference(people, convert) -> None:
     options = {"tasks": TASKS, "sensitive": ["sex", "race"], "features": FEATURES}
