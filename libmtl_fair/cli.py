@@ -1,0 +1,173 @@
+"""The command line: ``libmtl-fair run | tune | audit | compare | report | exec | methods | datasets | dashboard``.
+
+Exit codes: 0 done, 1 failed, 2 bad input, 75 interrupted and resumable.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from libmtl_fair.errors import CheckpointError, DataError, FairMTLError, HostError, RecipeError
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 75
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+out = Console()
+err = Console(stderr=True)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML recipe")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="change one entry; may be repeated")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda:0, ...")]
+Folder = Annotated[Path | None, typer.Option("--out", help="folder of the run")]
+
+
+class _Stopped(KeyboardInterrupt):
+    """SIGTERM came in."""
+
+
+@contextmanager
+def _clean_exit(resume_hint: str = "") -> Iterator[None]:
+    """Turn errors of ours into one message and an exit code, and an interruption into a way to go on."""
+
+    def stop(*_: Any) -> None:
+        raise _Stopped
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except (RecipeError, DataError, HostError) as error:
+        err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        raise typer.Exit(BAD_INPUT) from error
+    except CheckpointError as error:
+        err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        raise typer.Exit(BAD_INPUT if "--" in str(error) else FAILED) from error
+    except FairMTLError as error:
+        err.print(f"[bold red]failed:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        raise typer.Exit(FAILED) from error
+    except KeyboardInterrupt as error:
+        err.print(f"interrupted; nothing finished is lost.{resume_hint}", soft_wrap=True, highlight=False)
+        raise typer.Exit(INTERRUPTED) from error
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _one_thread() -> None:
+    """Small models on a CPU are fastest with one thread, and do not fight other processes for cores."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        import torch
+
+        torch.set_num_threads(1)
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    device: Device = "auto",
+    folder: Folder = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in the folder")] = False,
+) -> None:
+    """Train, audit, measure and report every method and seed of a recipe."""
+    with _clean_exit(" Go on with the same command and --resume."):
+        from libmtl_fair.progress import bar
+        from libmtl_fair.recipe import load_recipe
+        from libmtl_fair.recipe.run import Run
+        from libmtl_fair.report import summary_table
+        from libmtl_fair.report.run_folder import read_run
+
+        _one_thread()
+        loaded = load_recipe(recipe, overrides or [])
+        planned = Run(loaded, folder, device=device, resume=resume)
+        with bar(loaded.name, len(planned.jobs) + 1) as advance:
+            planned.note = advance
+            made = planned()
+        out.print(summary_table(read_run(made)))
+        out.print(f"report: {made / 'report.html'}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
+    card: Annotated[bool, typer.Option("--card", help="write the fairness card (Markdown and JSON) too")] = False,
+) -> None:
+    """Write the HTML report of a run anew, and its fairness card."""
+    with _clean_exit():
+        from libmtl_fair.report import write_card, write_report
+
+        out.print(f"report: {write_report(folder)}", soft_wrap=True, highlight=False)
+        if card:
+            for path in write_card(folder):
+                out.print(f"card: {path}", soft_wrap=True, highlight=False)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def exec(
+    context: typer.Context,
+    script: Annotated[Path, typer.Argument(metavar="SCRIPT.py", help="a script that uses LibMTL")],
+) -> None:
+    """Run a LibMTL script with the plugins registered and LibMTL healed: exec SCRIPT.py -- ARGS."""
+    with _clean_exit():
+        from libmtl_fair.host.script import run_script
+
+        run_script(script, list(context.args))
+
+
+@app.command()
+def methods() -> None:
+    """List the weightings and architectures that recipes and LibMTL can name."""
+    with _clean_exit():
+        from libmtl_fair.host import architecture_names, weighting_names
+        from libmtl_fair.host.registry import OUR_ARCHITECTURES, OUR_WEIGHTINGS
+
+        for title, names, ours in (
+            ("weightings", weighting_names(), OUR_WEIGHTINGS),
+            ("architectures", architecture_names(), OUR_ARCHITECTURES),
+        ):
+            table = Table("name", "from", "what it does", title=title, title_justify="left")
+            for name in sorted(names, key=lambda n: (n not in ours, n)):
+                cls = ours.get(name)
+                what = (cls.__doc__ or "").strip().splitlines()[0] if cls else ""
+                origin = getattr(cls, "source", "") or "libmtl_fair" if cls else "LibMTL"
+                table.add_row(name, escape(origin), escape(what))
+            out.print(table)
+
+
+@app.command()
+def datasets(name: Annotated[str | None, typer.Argument(help="show one data set in full")] = None) -> None:
+    """List the data sets that recipes can name, or describe one."""
+    with _clean_exit():
+        from libmtl_fair.data import dataset_names, describe_dataset
+
+        table = Table("name", "tasks", "sensitive", "licence", title="data sets", title_justify="left")
+        for each in [name] if name else dataset_names():
+            about = describe_dataset(each)
+            cells = (each, _listed(about.get("tasks")), _listed(about.get("sensitive")), str(about.get("licence", "")))
+            table.add_row(*(escape(cell) for cell in cells))
+        out.print(table)
+        if name:
+            for note in describe_dataset(name).get("notes", []):
+                out.print(f"- {escape(str(note))}", highlight=False)
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(str(v) for v in (value or ()))
+
+
+def main() -> None:
+    """Run the command line; an interruption before a command has begun exits 75 too."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
