@@ -17,7 +17,7 @@ from libmtl_fair.report.plots import (
 )
 from libmtl_fair.report.run_folder import RunFolder, SeedRun, read_run
 from libmtl_fair.report.shrinkage import shrinkage_verdict
-from libmtl_fair.report.tables import summary, summary_table
+from libmtl_fair.report.tables import summary, summary_table, write_summary
 
 __all__ = [
     "RunFolder",
@@ -44,4 +44,5 @@ __all__ = [
     "write_card",
     "write_plots",
     "write_report",
+    "write_summary",
 ]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import pandas as pd
@@ -39,14 +39,19 @@ class Plot:
     caption: str
     draw: Callable[[], Figure | None]
 
+    @cached_property
+    def figure(self) -> Figure | None:
+        """The figure, drawn once; None if there is nothing to draw."""
+        with themed(self.name):
+            return self.draw()
+
     def svg(self) -> str:
         """Return the plot as SVG for a page: colours of ink and grid follow the page's; '' if there is nothing."""
+        if self.figure is None:
+            return ""
         with themed(self.name):
-            figure = self.draw()
-            if figure is None:
-                return ""
             stream = io.StringIO()
-            figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+            self.figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         text = stream.getvalue()
         text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
         text = re.sub(r' id="(figure|axes|patch|line2d|text|xtick|ytick|matplotlib\.axis|legend)_\d+"', "", text)
@@ -54,13 +59,11 @@ class Plot:
 
     def save(self, folder: Path) -> Path | None:
         """Write the plot as PNG and return its path, None if there is nothing to draw."""
-        with themed(self.name):
-            figure = self.draw()
-            if figure is None:
-                return None
-            path = folder / f"{self.name}.png"
-            with atomic_path(path) as temporary:
-                figure.savefig(temporary, format="png", facecolor="white", metadata={"Software": None})
+        if self.figure is None:
+            return None
+        path = folder / f"{self.name}.png"
+        with themed(self.name), atomic_path(path) as temporary:
+            self.figure.savefig(temporary, format="png", facecolor="white", metadata={"Software": None})
         return path
 
 
@@ -124,13 +127,13 @@ def _free(name: str, taken: set[str]) -> str:
     return unique
 
 
-def write_plots(run: RunFolder | str | Path, folder: str | Path | None = None) -> list[Path]:
-    """Write every plot of a run as PNG into ``RUN/plots`` and return the paths.
+def write_plots(run: RunFolder | str | Path, plots: Iterable[Plot] | None = None) -> list[Path]:
+    """Write every plot of a run (or those given) as PNG into ``RUN/plots`` and return the paths.
 
     Raises
     ------
     CheckpointError : the run folder is incomplete or damaged, or the folder cannot be written.
     """
     run = run if isinstance(run, RunFolder) else read_run(run)
-    target = Path(folder) if folder is not None else run.path / "plots"
-    return [path for plot in plots_of(run) if (path := plot.save(target)) is not None]
+    found = plots_of(run) if plots is None else plots
+    return [path for plot in found if (path := plot.save(run.path / "plots")) is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from markupsafe import Markup
 
 from libmtl_fair.files import write_text
 from libmtl_fair.report.facts import card_facts, method_facts, run_facts
-from libmtl_fair.report.gallery import plots_of
+from libmtl_fair.report.gallery import Plot, plots_of, write_plots
 from libmtl_fair.report.interactive import interactive_plots
 from libmtl_fair.report.notes import notes
 from libmtl_fair.report.protocol import checklist, words
@@ -31,7 +32,7 @@ _FAIRNESS_NOTE = f"EO: {MEANINGS['EO diff']}. DP: {MEANINGS['DP diff']}. Lower i
 
 
 def write_report(run_dir: str | Path, *, interactive: bool = True) -> Path:
-    """Write ``report.html`` into a run folder.
+    """Write ``report.html`` and ``plots/*.png`` into a run folder.
 
     Parameters
     ----------
@@ -47,10 +48,12 @@ def write_report(run_dir: str | Path, *, interactive: bool = True) -> Path:
         The folder is incomplete or damaged (it says which file), or the report cannot be written.
     """
     run = read_run(run_dir)
-    return write_text(run.path / "report.html", render(run, interactive=interactive))
+    plots = list(plots_of(run))
+    write_plots(run, plots)
+    return write_text(run.path / "report.html", render(run, interactive=interactive, plots=plots))
 
 
-def render(run: RunFolder, *, interactive: bool = True) -> str:
+def render(run: RunFolder, *, interactive: bool = True, plots: Iterable[Plot] | None = None) -> str:
     """Return the page. Every name from the run is escaped: it is data."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("libmtl_fair.report", "templates"),
@@ -59,13 +62,13 @@ def render(run: RunFolder, *, interactive: bool = True) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2").render(**_context(run, interactive))
+    return environment.get_template("report.html.j2").render(**_context(run, interactive, plots or plots_of(run)))
 
 
-def _context(run: RunFolder, interactive: bool) -> dict[str, Any]:
+def _context(run: RunFolder, interactive: bool, plots: Iterable[Plot]) -> dict[str, Any]:
     figures = {section: items for section, items in interactive_plots(run).items() if items} if interactive else {}
     static: dict[str, list[dict[str, Any]]] = {}
-    for plot in plots_of(run):
+    for plot in plots:
         if plot.section not in figures and (svg := plot.svg()):
             # The picture comes from matplotlib, which escapes text; nothing else is marked as safe.
             static.setdefault(plot.section, []).append({"caption": plot.caption, "svg": Markup(svg)})

@@ -7,7 +7,7 @@ from typing import Any
 
 from libmtl_fair.report.frames import groups_frame, rows
 from libmtl_fair.report.run_folder import RunFolder
-from libmtl_fair.report.shrinkage import shrinkage_verdict
+from libmtl_fair.report.shrinkage import fits, shrinkage_verdict
 
 _AT_MOST = 12
 
@@ -25,6 +25,8 @@ def _gains(run: RunFolder) -> Iterator[str]:
             f"{row.method}: at its Brier of {row.brier:.4f}, shrinking the scores of {run.reference} alone gives Bias@"
             f"{row.delta_name} {row.curve_bias:.4f}; the method has {row.bias:.4f}. Its lower Bias is no gain in consistency."
         )
+    if not fits(run):
+        yield "The score-shrinkage curve covers other tasks than the audit, so no method is compared with it."
     frame = shrinkage_verdict(run)
     good = [f"{row.method} (Bias@{row.delta_name})" for row in rows(frame) if row.below]
     if good:

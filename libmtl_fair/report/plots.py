@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from libmtl_fair.report.frames import audit_frame, groups_frame, rows, shrinkage_frame
 from libmtl_fair.report.run_folder import RunFolder
+from libmtl_fair.report.shrinkage import fits
 from libmtl_fair.report.tables import HIGHER_IS_BETTER, LABELS, summary_values
 from libmtl_fair.report.theme import HATCHES, INK, MARKERS, PALETTE, REFERENCE, colours, label
 
@@ -62,7 +63,7 @@ def utility_bias_plot(run: RunFolder, split: str | None = None) -> Figure | None
 def shrinkage_curve(run: RunFolder, delta_name: str, split: str | None = None) -> pd.DataFrame:
     """Return the mean curve of the shrunk reference over seeds for one tolerance: a, brier, bias."""
     curve = shrinkage_frame(run, split)
-    curve = curve[curve["delta_name"].isin([delta_name, ""])]
+    curve = curve[curve["delta_name"].isin([delta_name, ""])] if fits(run, split) else curve[:0]
     return curve.groupby("a", as_index=False)[["brier", "bias"]].mean().dropna().sort_values("a")
 
 

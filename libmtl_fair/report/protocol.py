@@ -19,7 +19,7 @@ def checklist(run: RunFolder) -> list[tuple[str, str]]:
         ("Representation of the reference distances", _at(run, "representation")),
         ("Pair distribution", _pairs(run)),
         ("Pools and seeds", _pools(run)),
-        ("Score of each task kind", _at(run, "scores", "score mapping of the package, the same for every method")),
+        ("Score of each task", _scores(run)),
         ("Fixed-delta Bias and VR", "in the audit table; lower is better; same pools and pairs for every method"),
         ("Thresholds of the methods themselves", _drift(run)),
         ("Utility, Brier and group metrics", "of the same checkpoints and split, in the tables of this report"),
@@ -68,7 +68,7 @@ def _tolerance(run: RunFolder) -> str:
         if isinstance(entry, Mapping) and "name" in entry:
             named[str(entry["name"])] = words(entry.get("source") or entry.get("delta_source") or MISSING)
     if isinstance(sources, Mapping):
-        named = {str(name): words(_find(entry, "source") or entry) for name, entry in sources.items()}
+        named = {str(name): words(source) for name, entry in sources.items() if (source := _find(entry, "source"))}
     frame = audit_frame(run)
     if frame.empty:
         return "no audit was made (it needs at least two tasks)"
@@ -88,11 +88,26 @@ def _source(name: str) -> str:
 
 def _reference(run: RunFolder) -> str:
     found = run.protocol.get("reference")
-    return words(found) if found else f"{run.reference} (the recipe's first method); seed and split {MISSING}"
+    if found:
+        return words(found)
+    parts = {key: run.protocol.get(f"reference_{key}") for key in ("model", "seed", "data")}
+    if parts["model"] is None:
+        return f"{run.reference} (the recipe's first method); seed and split {MISSING}"
+    return words({key: MISSING if value is None else value for key, value in parts.items()})
+
+
+def _scores(run: RunFolder) -> str:
+    ranges = run.protocol.get("score_ranges")
+    text = "number in [0, 1] by kind of task, the same mapping in training and audit, for every method"
+    return (
+        f"{text}; regression squashed by the reference's 10 % and 90 % quantiles: {words(ranges)}" if ranges else text
+    )
 
 
 def _pairs(run: RunFolder) -> str:
-    audit, reference = _at(run, "pairs"), _find(run.protocol.get("reference"), "pairs")
+    stated = _find(run.protocol, "pair_distribution")
+    audit = words(stated) if stated is not None else _at(run, "pairs")
+    reference = _find(run.protocol.get("reference"), "pairs")
     return audit if reference in (None, audit) else f"reference: {words(reference)}; audit: {audit}"
 
 
@@ -106,13 +121,32 @@ def _pools(run: RunFolder) -> str:
 
 
 def _drift(run: RunFolder) -> str:
+    frame = audit_frame(run)
+    deltas = dict(zip(frame["delta_name"], frame["delta"]))
     parts = []
     for method in run.methods:
-        drift = run.of(method)[0].metrics.get("drift")
-        scalars = {k: v for k, v in drift.items() if number(v) == number(v)} if isinstance(drift, Mapping) else {}
-        if scalars:
-            parts.append(f"{method}: {', '.join(f'{k} {v:.4g}' for k, v in scalars.items())}")
+        means = [
+            mean for item in run.of(method) if (mean := induced_mean(item.metrics.get("drift"), run.split)) is not None
+        ]
+        if means:
+            mean = sum(means) / len(means)
+            ratios = ", ".join(f"{mean / delta:.2f} of δ {name}" for name, delta in deltas.items() if delta > 0)
+            parts.append(f"{method}: mean {mean:.4g}" + (f" ({ratios})" if ratios else ""))
     return f"diagnostics only, never used to rank: {'; '.join(parts)}" if parts else MISSING
+
+
+def induced_mean(drift: Any, split: str) -> float | None:
+    """Mean of a method's own thresholds over task pairs, from ``{split: {"induced": [T, T]}}``; None if not there.
+
+    >>> induced_mean({"test": {"induced": [[0.0, 0.2], [0.2, 0.0]]}}, "test")
+    0.2
+    """
+    matrix = (drift.get(split) or {}).get("induced") if isinstance(drift, Mapping) else None
+    if not isinstance(matrix, list) or not all(isinstance(row, list) for row in matrix):
+        return None
+    upper = [number(value) for i, row in enumerate(matrix) for value in row[i + 1 :]]
+    known = [value for value in upper if value == value]
+    return sum(known) / len(known) if known else None
 
 
 def _settings(run: RunFolder) -> str:

@@ -30,14 +30,15 @@ def shrinkage_verdict(run: RunFolder, split: str | None = None) -> pd.DataFrame:
     """Return method, delta_name, brier, bias, curve_bias, below: means over seeds, the curve of the same seed.
 
     ``below`` says whether the method has less Bias than the shrunk reference at equal Brier, in the mean over seeds; where
-    no shrunk reference reaches the method's Brier (``curve_bias`` NaN) it is below by being better calibrated.
+    no shrunk reference reaches the method's Brier (``curve_bias`` NaN) it is below by being better calibrated. A curve of
+    other tasks than the audit's is not used: at a = 1 it must be the reference itself.
     """
-    curves = shrinkage_frame(run, split)
+    curves = _curves(run, split)
     found = []
     brier = _macro_brier(run, split)
     for row in rows(audit_frame(run, split)):
-        curve = curves[(curves["seed"] == row.seed) & curves["delta_name"].isin([row.delta_name, ""])]
-        if row.method == run.reference or curve.empty or (row.method, row.seed) not in brier:
+        curve = curves.get((row.seed, row.delta_name))
+        if row.method == run.reference or curve is None or (row.method, row.seed) not in brier:
             continue
         own = brier[(row.method, row.seed)]
         found.append((row.method, row.delta_name, own, row.bias, curve_bias(curve, own)))
@@ -45,6 +46,27 @@ def shrinkage_verdict(run: RunFolder, split: str | None = None) -> pd.DataFrame:
     means = frame.groupby(["method", "delta_name"], sort=False).mean().reset_index()
     means["below"] = (means["bias"] < means["curve_bias"]) | means["curve_bias"].isna()
     return means
+
+
+def fits(run: RunFolder, split: str | None = None) -> bool:
+    """Whether the shrinkage curves there are belong to the audited tasks (True where there is none)."""
+    return shrinkage_frame(run, split).empty or bool(_curves(run, split))
+
+
+def _curves(run: RunFolder, split: str | None) -> dict[tuple[int, str], pd.DataFrame]:
+    """Curves by seed and tolerance, without those whose unshrunk end is not the reference's own point."""
+    found, brier = {}, _macro_brier(run, split)
+    curves = shrinkage_frame(run, split)
+    for row in rows(audit_frame(run, split)):
+        if row.method != run.reference:
+            continue
+        curve = curves[(curves["seed"] == row.seed) & curves["delta_name"].isin([row.delta_name, ""])]
+        end = curve[curve["a"] == 1]
+        own = brier.get((row.method, row.seed), math.nan)
+        near = (end["bias"] - row.bias).abs().le(0.1 * row.bias + 1e-6) & (end["brier"] - own).abs().le(2e-3)
+        if len(curve) and (end.empty or near.all()):
+            found[(row.seed, row.delta_name)] = curve
+    return found
 
 
 def _macro_brier(run: RunFolder, split: str | None) -> dict[tuple[str, int], float]:

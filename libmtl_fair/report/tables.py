@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from rich.table import Table
 from rich.text import Text
 
+from libmtl_fair.files import write_json
 from libmtl_fair.report.frames import audit_frame, groups_frame, mean_sd, rows, utility_frame
-from libmtl_fair.report.run_folder import RunFolder
+from libmtl_fair.report.run_folder import RunFolder, read_run
 
 HIGHER_IS_BETTER = frozenset({"auc", "accuracy", "balanced_accuracy", "f1", "r2", "ccc", "average_precision"})
 LABELS = {
@@ -86,6 +88,22 @@ def summary(run: RunFolder, split: str | None = None) -> pd.DataFrame:
     grouped = signed.groupby(cells["column"])
     cells["best"] = (signed == grouped.transform("min")) & (signed.round(9) < grouped.transform("max").round(9))
     return cells
+
+
+def write_summary(run_dir: str | Path) -> Path:
+    """Write ``summary.json``: mean, sd, n and paired difference to the reference of every method and column.
+
+    Raises
+    ------
+    CheckpointError : the run folder is incomplete or damaged, or cannot be written.
+    """
+    run = read_run(run_dir)
+    content: dict[str, Any] = {"format": 1, "name": run.name, "split": run.split, "seeds": run.seeds}
+    methods: dict[str, dict[str, Any]] = {method: {} for method in run.methods}
+    for row in rows(summary(run)):
+        numbers = {"mean": row.mean, "sd": row.sd, "n": int(row.n), "difference": row.difference}
+        methods[row.method][row.column] = {**numbers, "higher_is_better": bool(row.higher)}
+    return write_json(run.path / "summary.json", {**content, "reference": run.reference, "methods": methods})
 
 
 def _at(frame: pd.DataFrame, row: object, column: object) -> float:

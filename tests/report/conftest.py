@@ -110,13 +110,18 @@ class Builder:
 
     def _protocol(self) -> dict[str, Any]:
         return {
-            "reference": {"method": "plain", "seed": 0, "split": "val", "representation": "input of the heads"},
-            "deltas": [
-                {"name": "0.275", "delta": 0.275, "source": "fixed"},
-                {"name": "p75", "delta": 0.212, "source": "quantile 0.75 of 12288 reference pairs"},
-            ],
+            "deltas": self.deltas,
+            "score_ranges": {"hours": [-1.2, 1.4]},
+            "reference_model": "plain",
+            "reference_seed": 0,
+            "reference_data": "validation",
+            "representation": "what the heads receive",
+            "pair_distribution": "as audit pairs",
             "exact": True,
-            "pairs": "all pairs of all valid examples",
+            "pool_size": 256,
+            "n_pairs": 4096,
+            "eval_seed": 0,
+            "pair_seed": 42,
         }
 
     def _metrics(self, method: str, i: int, seed: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -132,9 +137,14 @@ class Builder:
             "audit": {split: self._audit(i, rng) for split in self.splits} if len(self.tasks) > 1 else {},
             "shrinkage": {split: self._shrinkage() for split in self.splits} if self.shrinkage and i == 0 else {},
             "groups": {split: self._groups(i, rng) for split in self.splits},
-            "drift": {"mean_threshold": 0.1 + 0.02 * i, "ratio": 1.0 + 0.1 * i},
+            "drift": {split: self._drift(i) for split in self.splits},
             "timing": {"train_s": 12.3 + i, "epochs": 10},
         }
+
+    def _drift(self, i: int) -> dict[str, Any]:
+        size = len(self.tasks)
+        induced = [[0.0 if a == b else 0.1 + 0.02 * i for a in range(size)] for b in range(size)]
+        return {"tasks": list(self.tasks), "induced": induced}
 
     def _utility(self, drop: float, rng: np.random.Generator) -> dict[str, Any]:
         found: dict[str, Any] = {}

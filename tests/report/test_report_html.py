@@ -58,6 +58,7 @@ def test_report_is_whole_and_self_contained(run_dir):
         assert (attrs.get("href") or "#").startswith("#")
     for heading in ("What was run", "Utility", "Group fairness", "Fixed-delta audit", "By group", "Training", "Limits"):
         assert heading in page.text
+    assert (run_dir / "plots" / "utility_bias.png").exists()
     for item, value in checklist(read_run(run_dir)):
         assert item in page.text
         assert " ".join(value.split()) in page.text
@@ -127,6 +128,16 @@ def test_protocol_falls_back_to_what_is_known(builder):
     assert items["Representation of the reference distances"] == "not recorded"
     assert "relif (ReLiF): target: 0.1; eta: 0.02" in items["Controller settings"]
     assert items["Choice of the checkpoint"].startswith("validation macro AUC (epochs by seed: plain 7, 7, 7")
+
+
+def test_protocol_states_what_was_recorded(run_dir):
+    items = dict(checklist(read_run(run_dir)))
+    assert items["Reference model"] == "model: plain; seed: 0; data: validation"
+    assert items["Pair distribution"] == "as audit pairs"
+    assert items["Representation of the reference distances"] == "what the heads receive"
+    assert items["Score of each task"].endswith("quantiles: hours: -1.2, 1.4")
+    drift = items["Thresholds of the methods themselves"]
+    assert drift.startswith("diagnostics only, never used to rank: plain: mean 0.1 (0.36 of δ 0.275, 0.47 of δ p75);")
 
 
 def test_sampled_protocol_names_pools_and_seeds(run_dir):

@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from libmtl_fair.report import groups_frame, mean_sd, read_run, shrinkage_verdict, summary, summary_table, utility_frame
+from libmtl_fair.report import (
+    groups_frame,
+    mean_sd,
+    read_run,
+    shrinkage_verdict,
+    summary,
+    summary_table,
+    utility_frame,
+    write_summary,
+)
+from libmtl_fair.report.notes import notes
 from libmtl_fair.report.shrinkage import curve_bias
 from libmtl_fair.report.tables import show
 
@@ -111,6 +121,29 @@ def test_shrinkage_verdict(run_dir):
     frame = shrinkage_verdict(read_run(run_dir)).set_index(["method", "delta_name"])
     assert not frame.loc[("relif", "0.275"), "below"]
     assert frame.loc[("relif", "p75"), "below"]
+
+
+def test_a_curve_of_other_tasks_is_not_used(run_dir):
+    for file in run_dir.glob("plain/seed*/metrics.json"):
+        metrics = json.loads(file.read_text())
+        for row in metrics["shrinkage"]["test"]:
+            row["bias"] *= 2
+        file.write_text(json.dumps(metrics))
+    run = read_run(run_dir)
+    assert shrinkage_verdict(run).empty
+    assert (
+        notes(run)[0]
+        == "The score-shrinkage curve covers other tasks than the audit, so no method is compared with it."
+    )
+
+
+def test_summary_file(run_dir):
+    content = json.loads(write_summary(run_dir).read_text())
+    assert content["reference"] == "plain"
+    found = content["methods"]["relif"]["Bias@p75"]
+    assert found["mean"] == pytest.approx(cell(summary(read_run(run_dir)), "relif", "Bias@p75")["mean"], abs=1e-15)
+    assert not found["higher_is_better"]
+    assert content["methods"]["plain"]["macro AUC"]["difference"] is None
 
 
 @given(
