@@ -22,7 +22,7 @@ class FairBatch:
     tasks : task name -> task, in ``task_dict`` order; None where its kind is not known.
     h : what the heads received, [B, d], or task -> [B, d] where the tasks' representations differ.
     outputs : task -> head output after ``process_preds``.
-    labels : task -> labels, NaN or -100 where missing.
+    labels : task -> labels, NaN or -100 where missing; what an auxiliary task trains on is its own (``AuxiliaryLabels``).
     losses : [T], attached to the graph.
     groups : attribute -> int64 [B], -1 unknown. With one input per task: task -> attribute -> int64 [B].
     n_groups : attribute -> number of groups.
@@ -60,25 +60,30 @@ class FairBatch:
         return self.groups[name] if self.multi_input else self.groups  # type: ignore[return-value]
 
     @cached_property
+    def main(self) -> tuple[str, ...]:
+        """Names of the tasks that are no auxiliary ones; scores, example losses and observed labels are theirs."""
+        return tuple(name for name, task in self.tasks.items() if task is None or not task.auxiliary)
+
+    @cached_property
     def observed(self) -> dict[str, Tensor]:
         """Task -> bool [B], True where it has a label."""
-        return {name: self.task(name).observed(labels) for name, labels in self.labels.items()}
+        return {name: self.task(name).observed(self.labels[name]) for name in self.main}
 
     @cached_property
     def example_losses(self) -> dict[str, Tensor]:
         """Task -> loss of each example [B], 0 where it has no label; attached to the graph."""
-        return {name: self.task(name).example_losses(self.outputs[name], self.labels[name]) for name in self.tasks}
+        return {name: self.task(name).example_losses(self.outputs[name], self.labels[name]) for name in self.main}
 
     @cached_property
     def scores(self) -> dict[str, Tensor]:
         """Task -> audit score of each example [B], attached to the graph."""
-        return {name: self.task(name).score(self.outputs[name]) for name in self.tasks}
+        return {name: self.task(name).score(self.outputs[name]) for name in self.main}
 
     @cached_property
     def score_matrix(self) -> Tensor:
-        """Audit scores of all tasks, [T, B]; NaN past the end of a task that has fewer examples in this step."""
-        logits = [self.outputs[name] for name in self.tasks]
-        single = all(isinstance(t, Binary) for t in self.tasks.values()) and all(z.shape[1:] == (1,) for z in logits)
+        """Audit scores of all main tasks, [T, B]; NaN past the end of a task that has fewer examples in this step."""
+        logits = [self.outputs[name] for name in self.main]
+        single = all(isinstance(self.tasks[t], Binary) for t in self.main) and all(z.shape[1:] == (1,) for z in logits)
         if single and len({z.shape[0] for z in logits}) == 1:
             return torch.sigmoid(torch.cat(logits, dim=1)).T
         rows = list(self.scores.values())
@@ -87,13 +92,13 @@ class FairBatch:
 
     @cached_property
     def embedding(self) -> Tensor:
-        """Representations as [B, d] where all tasks share one, else [T, B, d] (zeros past a task's end)."""
+        """Representations as [B, d] where all tasks share one, else [T, B, d] of main tasks (zeros past a task's end)."""
         if isinstance(self.h, Tensor):
             return self.h.flatten(1)
-        rows = [self.h[name].flatten(1) for name in self.tasks]
+        rows = [self.h[name].flatten(1) for name in self.main]
         longest = max(len(r) for r in rows)
         if len({r.shape[1] for r in rows}) > 1:
-            widths = {name: self.h[name].flatten(1).shape[1] for name in self.tasks}
+            widths = {name: self.h[name].flatten(1).shape[1] for name in self.main}
             raise HostError(
                 f"the tasks' representations differ in width {widths}; distances between them need one width"
             )

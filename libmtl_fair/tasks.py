@@ -20,6 +20,9 @@ from libmtl_fair.errors import DataError, RecipeError
 IGNORE_INDEX = -100
 """Integer label of an example whose label is missing (PyTorch's ``ignore_index``)."""
 
+AUXILIARY_PREFIX = "fair:"
+"""Names of auxiliary fairness tasks start with this; names of other tasks must not."""
+
 _NORMAL_Q10 = -1.2815515655446004
 
 
@@ -34,6 +37,7 @@ class Task:
 
     name: str
     kind: ClassVar[str] = "task"
+    auxiliary: ClassVar[bool] = False
     higher_is_better: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

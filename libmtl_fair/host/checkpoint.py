@@ -8,6 +8,7 @@ from __future__ import annotations
 import pickle
 import random
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,16 @@ from libmtl_fair.errors import CheckpointError
 from libmtl_fair.files import atomic_path
 
 FORMAT = 1
+_NOT_STATE = {
+    "training",
+    "task_num",
+    "task_name",
+    "rep_grad",
+    "multi_input",
+    "keeps_weights_on_device",
+    "fair_watchers",
+}
+_NOT_STATE |= {"grad_dim", "grad_index"}  # counted anew
 _Plain = (bool, int, float, str, np.ndarray, np.generic, torch.Tensor)
 
 
@@ -56,9 +67,8 @@ def seed_everything(seed: int) -> None:
 def attributes(model: Any) -> dict[str, Any]:
     """Return what a LibMTL weighting keeps outside its state_dict: tensors, arrays, numbers, optimisers of its own."""
     state: dict[str, Any] = {}
-    skip = {"training", "task_num", "rep_grad", "multi_input", "keeps_weights_on_device", "grad_dim"}
     for name, value in vars(model).items():
-        if name.startswith("_") or name in skip or not isinstance(value, (*_Plain, torch.optim.Optimizer)):
+        if name.startswith("_") or name in _NOT_STATE or not _is_state(value):
             continue
         if isinstance(value, torch.optim.Optimizer):
             state[name] = {"optimizer": value.state_dict()}
@@ -73,8 +83,16 @@ def attributes(model: Any) -> dict[str, Any]:
     return {name: value for name, value in state.items() if value is not None}
 
 
+def _is_state(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(v, (bool, int, float, str)) for v in value)
+    return isinstance(value, (*_Plain, torch.optim.Optimizer))
+
+
 def set_attributes(model: Any, state: dict[str, Any]) -> None:
     """Put back what :func:`attributes` gave, into tensors and optimisers that exist where they do."""
+    if state.get("step") and hasattr(model, "_init_optim_problem"):
+        model._init_optim_problem()  # git main's Nash_MTL makes its problem in its first step only
     for name, value in state.items():
         held = getattr(model, name, None)
         if isinstance(value, dict) and "optimizer" in value:
@@ -85,6 +103,27 @@ def set_attributes(model: Any, state: dict[str, Any]) -> None:
             held.data = value.to(held.device, held.dtype)
         else:
             setattr(model, name, value.to(model.device) if isinstance(value, torch.Tensor) else value)
+
+
+def loader_states(loaders: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the order of the coming epochs depends on, for loaders that say: ours, and those with a generator."""
+    states: dict[str, Any] = {}
+    for task, loader in loaders.items():
+        generator = getattr(loader, "generator", None)
+        if hasattr(loader, "state_dict"):
+            states[task] = loader.state_dict()
+        elif isinstance(generator, torch.Generator):
+            states[task] = {"generator": generator.get_state()}
+    return states
+
+
+def set_loader_states(loaders: Mapping[str, Any], states: dict[str, Any]) -> None:
+    """Put back what :func:`loader_states` gave."""
+    for task, state in states.items():
+        if hasattr(loaders[task], "load_state_dict"):
+            loaders[task].load_state_dict(state)
+        else:
+            loaders[task].generator.set_state(state["generator"].cpu())
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -101,8 +140,10 @@ def save(path: Path, content: dict[str, Any]) -> None:
             raise OSError(str(error).splitlines()[0]) from error
 
 
-def load(path: Path, device: torch.device) -> dict[str, Any]:
+def load(path: Path, device: torch.device, *, state_dict_too: bool = False) -> dict[str, Any]:
     """Read a checkpoint: tensors and plain values only, never code.
+
+    ``state_dict_too`` also takes a plain state_dict, as LibMTL's git main saves it; it comes back under ``"model"``.
 
     Raises
     ------
@@ -117,9 +158,15 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
         raise CheckpointError(
             f"checkpoint {path} is damaged or not ours ({first}); delete it to start afresh"
         ) from error
+    if state_dict_too and isinstance(content, dict) and content and _all_tensors(content):
+        return {"model": content}
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"checkpoint {path} is not of format {FORMAT}; delete it to start afresh")
     return content
+
+
+def _all_tensors(content: dict[str, Any]) -> bool:
+    return all(isinstance(value, torch.Tensor) for value in content.values())
 
 
 def fingerprint(model: Any) -> dict[str, list[int]]:
@@ -131,7 +178,7 @@ def check_fits(path: Path, model: Any, saved: dict[str, list[int]]) -> None:
     """Raise a CheckpointError that names the first tensor that differs."""
     here = fingerprint(model)
     for name in sorted(here.keys() | saved.keys()):
-        if here.get(name) != saved.get(name):
+        if list(here.get(name, ())) != list(saved.get(name, ())) or (name in here) != (name in saved):
             raise CheckpointError(
                 f"checkpoint {path} is of another model: {name} is {saved.get(name, 'absent')} there and "
                 f"{here.get(name, 'absent')} here; use the settings it was made with, or another run_dir"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,22 +16,32 @@ from libmtl_fair.predictions import Predictions
 Results = dict[str, dict[str, float]]
 
 
-def forward(trainer: Any, inputs: Any, task: str | None = None) -> dict[str, Tensor]:
-    """Return outputs of all tasks, or of one that has inputs of its own, through the user's ``process_preds``."""
+def forward(
+    trainer: Any, inputs: Any, task: str | None = None, groups: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return outputs of all tasks, or of one that has inputs of its own, through the user's ``process_preds``.
+
+    Outputs of auxiliary tasks are raw, and there in training only. ``groups`` go to heads that take them.
+    """
+    for module in trainer.group_modules:
+        module.take_groups(groups)
     if task is None:
-        preds: dict[str, Tensor] = trainer.process_preds(trainer.model(inputs))
-        return preds
-    return {task: trainer.process_preds(trainer.model(inputs, task)[task], task)}
+        found = trainer.model(inputs)
+        extra = {name: found.pop(name) for name in trainer.auxiliary if name in found}
+        preds: dict[str, Tensor] = trainer.process_preds(found)
+        return {**preds, **extra} if trainer.model.training else preds
+    one = trainer.model(inputs, task)[task]
+    return {task: one if task in trainer.auxiliary else trainer.process_preds(one, task)}
 
 
 def _passes(trainer: Any, loader: Any) -> list[tuple[Any, list[str], str | None]]:
     """Return (loader, its tasks, the task to name) for one loader, or one a task."""
     if not trainer.multi_input:
-        return [(loader, trainer.task_name, None)]
-    missing = [task for task in trainer.task_name if task not in loader]
+        return [(loader, trainer.main_tasks, None)]
+    missing = [task for task in trainer.main_tasks if task not in loader]
     if missing:
         raise DataError(f"multi_input=True needs one loader a task; there is none for {missing[0]!r}")
-    return [(loader[task], [task], task) for task in trainer.task_name]
+    return [(loader[task], [task], task) for task in trainer.main_tasks]
 
 
 @torch.no_grad()
@@ -39,20 +50,20 @@ def evaluate(trainer: Any, loader: Any) -> Results:
     trainer.model.eval()
     totals = {
         task: [torch.zeros((), dtype=torch.float64, device=trainer.device) for _ in range(2)]
-        for task in trainer.task_name
+        for task in trainer.main_tasks
     }
-    for entry in trainer.task_dict.values():
-        entry["metrics_fn"].reinit()
+    for task in trainer.main_tasks:
+        trainer.task_dict[task]["metrics_fn"].reinit()
     for part, tasks, named in _passes(trainer, loader):
-        for inputs, labels, _ in batches(part, trainer.device, tasks):
-            preds = forward(trainer, inputs, named)
+        for inputs, labels, groups in batches(part, trainer.device, tasks):
+            preds = forward(trainer, inputs, named, groups)
             for task in tasks:
                 kind = trainer.tasks[task]
                 count = kind.observed(labels[task]).sum() if kind else torch.tensor(len(preds[task]))
                 totals[task][0] += trainer.losses.one(task, preds[task], labels[task]) * count
                 totals[task][1] += count
                 trainer.task_dict[task]["metrics_fn"].update_fun(preds[task], labels[task])
-    return {task: _scores(trainer.task_dict[task], totals[task]) for task in trainer.task_name}
+    return {task: _scores(trainer.task_dict[task], totals[task]) for task in trainer.main_tasks}
 
 
 def _scores(entry: dict[str, Any], total: list[Tensor]) -> dict[str, float]:
@@ -77,15 +88,15 @@ def predict(trainer: Any, loader: Any, embeddings: bool = False) -> Predictions:
             f"task {unknown_kind[0]!r} has no known kind, so its outputs have no score: build task_dict with lf.task_dict"
         )
     trainer.model.eval()
-    outputs: dict[str, list[Tensor]] = {task: [] for task in trainer.task_name}
-    labels: dict[str, list[Tensor]] = {task: [] for task in trainer.task_name}
+    outputs: dict[str, list[Tensor]] = {task: [] for task in trainer.main_tasks}
+    labels: dict[str, list[Tensor]] = {task: [] for task in trainer.main_tasks}
     groups: dict[str, list[Tensor]] = {}
     h: dict[str, list[Tensor]] = {}
     hook = RepresentationHook(trainer.model) if embeddings else None
     try:
         for part, tasks, named in _passes(trainer, loader):
             for inputs, truth, ids in batches(part, trainer.device, tasks):
-                preds = forward(trainer, inputs, named)
+                preds = forward(trainer, inputs, named, ids)
                 for task in tasks:
                     outputs[task].append(preds[task])
                     labels[task].append(truth[task])
@@ -111,10 +122,11 @@ def _gather(trainer: Any, loader: Any, outputs: Any, labels: Any, groups: Any, h
         raise DataError(f"the loader has no batch for task {empty[0]!r}; nothing to predict")
     joined = {task: torch.cat(parts) for task, parts in outputs.items()}
     first = loader if not trainer.multi_input else next(iter(loader.values()))
-    vectors = {name: torch.cat(parts).cpu() for name, parts in h.items()}
+    vectors = {name: torch.cat(parts).cpu() for name, parts in h.items() if name not in trainer.auxiliary}
+    main = {name: trainer.tasks[name] for name in trainer.main_tasks}
     return Predictions(
-        tasks=tuple(trainer.tasks.values()),
-        scores={name: task.score(joined[name]).cpu() for name, task in trainer.tasks.items()},
+        tasks=tuple(main.values()),
+        scores={name: task.score(joined[name]).cpu() for name, task in main.items()},
         outputs={name: value.cpu() for name, value in joined.items()},
         labels={task: torch.cat(parts).cpu() for task, parts in labels.items()},
         groups={} if trainer.multi_input else {name: torch.cat(parts).cpu() for name, parts in groups.items()},

@@ -37,14 +37,16 @@ def grad2vec(self: Any) -> Tensor:
 
 
 def flatten(grads: list[Tensor | None], parameters: list[Tensor]) -> Tensor:
-    """Join gradients to one vector; a missing one counts as zeros."""
+    """Join gradients to one vector; a missing one counts as zeros. No parameter at all: an empty vector."""
+    if not parameters:
+        return torch.zeros(0)
     return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(grads, parameters)])
 
 
 def reset_grad(self: Any, new_grads: Tensor) -> None:
     """Put the vector ``new_grads`` [P] into the gradients of the shared parameters."""
     parameters = shared_parameters(self)
-    for parameter, part in zip(parameters, new_grads.split([p.numel() for p in parameters])):
+    for parameter, part in zip(parameters, torch.split(new_grads, [p.numel() for p in parameters])):
         parameter.grad = part.reshape(parameter.shape).clone()
 
 
@@ -75,7 +77,7 @@ def _parameter_grads(self: Any, losses: Tensor, mode: str) -> Tensor:
 def _representation_grads(self: Any, losses: Tensor) -> Tensor | list[Tensor]:
     grads = []
     for t, task in enumerate(self.task_name):
-        losses[t].backward(retain_graph=t + 1 < self.task_num)
+        torch.autograd.backward(losses[t], retain_graph=t + 1 < self.task_num)
         leaf = self.rep_tasks[task]
         grads.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.detach().clone())
     return grads if isinstance(self.rep, dict) else torch.stack(grads)

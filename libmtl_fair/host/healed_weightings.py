@@ -54,7 +54,7 @@ def ew_backward(self: Any, losses: Tensor, **_: Any) -> Any:
 def uw_backward(self: Any, losses: Tensor, **_: Any) -> Any:
     """Uncertainty weights (Kendall et al. 2018)."""
     weights = 0.5 * torch.exp(-self.loss_scale)
-    (losses * weights + self.loss_scale / 2).sum().backward()
+    torch.autograd.backward((losses * weights + self.loss_scale / 2).sum())
     carry_representation_gradients(self)
     return recorded(self, weights)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import Tensor
@@ -18,27 +19,36 @@ class StepLog:
     def __init__(self) -> None:
         self._values: dict[str, list[Tensor]] = {}
         self._steps: dict[str, list[int]] = {}
-        self._step = 0
+        self._rows: list[Sequence[int]] = []
+        self.steps = 0
 
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        """Keep a step's values: scalars, or [T] vectors. Nothing is copied to the CPU."""
+    def add(self, values: Mapping[str, Tensor], rows: Sequence[int]) -> None:
+        """Keep a step's values, scalars or vectors, and its number of rows for each task. Nothing is copied to the CPU."""
         for name, value in values.items():
             self._values.setdefault(name, []).append(value.detach())
-            self._steps.setdefault(name, []).append(self._step)
-        self._step += 1
+            self._steps.setdefault(name, []).append(self.steps)
+        self._rows.append(rows)
+        self.steps += 1
 
-    def read(self, vectors: Mapping[str, Sequence[str]]) -> pd.DataFrame:
-        """Return one row a step; a vector becomes columns named by ``vectors[name]``. One transfer a name."""
-        frame = pd.DataFrame(index=range(self._step))
+    def read(self, tasks: Sequence[str]) -> pd.DataFrame:
+        """Return one row a step; a vector with a number a task becomes columns ``<name>/<task>``. One transfer a name."""
         columns: dict[str, Any] = {}
         for name, values in self._values.items():
             block = torch.stack([v.reshape(-1) for v in values]).double().cpu().numpy()
-            full = np.full((self._step, block.shape[1]), np.nan)
+            full = np.full((self.steps, block.shape[1]), np.nan)
             full[self._steps[name]] = block
-            labels = vectors.get(name) or [f"{i}" for i in range(block.shape[1])]
-            single = block.shape[1] == 1 and values[0].dim() == 0
-            columns.update({name if single else f"{name}/{label}": full[:, i] for i, label in enumerate(labels)})
-        return pd.concat([frame, pd.DataFrame(columns)], axis=1) if columns else frame
+            if values[0].dim() == 0:
+                columns[name] = full[:, 0]
+                continue
+            labels = tasks if len(tasks) == block.shape[1] else [str(i) for i in range(block.shape[1])]
+            columns.update({f"{name}/{label}": full[:, i] for i, label in enumerate(labels)})
+        return pd.DataFrame(columns, index=range(self.steps))
+
+    def means(self, losses: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Return the means [T] of ``losses`` [steps, T] over the epoch's rows, as LibMTL's ``train_loss_buffer`` holds them."""
+        rows = np.asarray(self._rows, dtype=np.float64)
+        means: npt.NDArray[np.float64] = (losses * rows).sum(0) / rows.sum(0)
+        return means
 
 
 class History:

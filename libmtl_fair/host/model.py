@@ -13,31 +13,40 @@ from libmtl_fair.host.healing import _forward, healed
 from libmtl_fair.host.loading import AbsArchitecture, architecture_namespace
 from libmtl_fair.host.plugin import FairWeighting, Settings
 from libmtl_fair.host.registry import resolve_weighting, weight_args
+from libmtl_fair.tasks import AUXILIARY_PREFIX
 
 
 class _FusedHeads:
     """Run linear heads on one shared representation as one matrix product.
 
-    Comes first in the model's bases when the architecture shares one representation and every head is a plain
-    ``nn.Linear``; the heads stay the modules that LibMTL knows. A head that is replaced or hooked ends the short cut.
+    Comes first in the model's bases when the architecture shares one representation; the heads stay the modules that
+    LibMTL knows. A head that is hooked, or no plain ``nn.Linear``, is called by itself; auxiliary heads in training only.
     """
 
     fair_h: Tensor | None = None
+    fair_watchers: int = 0
 
     def forward(self: Any, inputs: Tensor, task_name: str | None = None) -> dict[str, Tensor]:
         h = self.encoder(inputs)
         if not isinstance(h, Tensor):
             raise HostError(f"hard sharing (HPS) needs an encoder that returns one tensor, found {type(h).__name__}")
-        self.fair_h = h
-        heads = [self.decoders[task] for task in self.task_name if task_name in (None, task)]
-        if not all(_is_plain_linear(head) for head in heads):
-            return {task: self.decoders[task](h) for task in self.task_name if task_name in (None, task)}
+        if self.fair_watchers:
+            self.fair_h = h
+        names = [task for task in self.task_name if task_name in (None, task) and self._wanted(task)]
+        plain = [task for task in names if is_plain_linear(self.decoders[task])]
+        if len(plain) < 2:
+            return {task: self.decoders[task](h) for task in names}
+        heads = [self.decoders[task] for task in plain]
         z = torch.nn.functional.linear(h, torch.cat([x.weight for x in heads]), torch.cat([x.bias for x in heads]))
-        names = self.task_name if task_name is None else [task_name]
-        return dict(zip(names, torch.split(z, [x.out_features for x in heads], dim=-1)))
+        out = dict(zip(plain, torch.split(z, [x.out_features for x in heads], dim=-1)))
+        return out if len(plain) == len(names) else {t: out[t] if t in out else self.decoders[t](h) for t in names}
+
+    def _wanted(self: Any, task: str) -> bool:
+        return self.training or not task.startswith(AUXILIARY_PREFIX)
 
 
-def _is_plain_linear(head: nn.Module) -> bool:
+def is_plain_linear(head: nn.Module) -> bool:
+    """Whether a head is ``nn.Linear`` with a bias and nobody listens to it, so that it may be run as part of a larger product."""
     hooked = head._forward_pre_hooks or head._forward_hooks or head._backward_hooks or head._backward_pre_hooks
     return type(head) is nn.Linear and head.bias is not None and not hooked
 
@@ -71,6 +80,11 @@ def compose(
     bases = [_FusedHeads, arch, *bases] if _can_fuse(arch, rep_grad, multi_input) else [arch, *bases]
     cls = type("MTLmodel", tuple(bases), {})
     model = _construct(cls, architecture, task_names, encoder_class, heads, rep_grad, multi_input, device, arch_args)
+    if not isinstance(model, _FusedHeads):
+        for head in heads.values():
+            follow: Any = getattr(head, "follow", None)
+            if follow is not None:
+                follow()  # tasks may have representations of their own: take the main task's
     model.keeps_weights_on_device = True
     model.init_param()
     if settings is not None:
@@ -123,6 +137,11 @@ def _can_fuse(arch: type[Any], rep_grad: bool, multi_input: bool) -> bool:
     return hard_sharing and arch.forward in (_forward, AbsArchitecture.forward) and not rep_grad and not multi_input
 
 
+def _keeps_own(model: Any) -> bool:
+    """Whether the architecture itself keeps what its heads received, while somebody watches (FairBranch)."""
+    return hasattr(model, "take_representation")
+
+
 class RepresentationHook:
     """Keeps what each head received in the last forward pass."""
 
@@ -130,7 +149,9 @@ class RepresentationHook:
         self._model = model
         self._seen: dict[str, Tensor] = {}
         self._handles: list[Any] = []
-        if not isinstance(model, _FusedHeads):
+        if isinstance(model, _FusedHeads) or _keeps_own(model):
+            model.fair_watchers += 1
+        else:
             for task in model.task_name:
                 hook = model.decoders[task].register_forward_pre_hook(self._keeper(task))
                 self._handles.append(hook)
@@ -146,6 +167,8 @@ class RepresentationHook:
         if isinstance(self._model, _FusedHeads) and self._model.fair_h is not None:
             h, self._model.fair_h = self._model.fair_h, None
             return h
+        if _keeps_own(self._model):
+            return self._model.take_representation()  # type: ignore[no-any-return]
         if self._model.rep_grad:
             rep = self._model.rep
             return dict(rep) if isinstance(rep, dict) else rep
@@ -157,5 +180,9 @@ class RepresentationHook:
 
     def remove(self) -> None:
         """Take the hooks off the heads."""
+        if isinstance(self._model, _FusedHeads):
+            self._model.fair_watchers, self._model.fair_h = self._model.fair_watchers - 1, None
+        elif _keeps_own(self._model):
+            self._model.fair_watchers -= 1
         for handle in self._handles:
             handle.remove()

@@ -94,12 +94,17 @@ def _regression(task: Task, values: Tensor, labels: Tensor) -> list[float]:
     return [float(error.abs().mean() * task.std), float(1 - error.square().sum() / spread)]
 
 
+def _auxiliary(task: Task, values: Tensor, labels: Tensor) -> list[float]:
+    return []
+
+
 _Compute = Callable[[Task, Tensor, Tensor], list[float]]
 _METRICS: Mapping[str, tuple[list[str], list[int], _Compute]] = {
     "binary": (["AUC", "Acc"], [1, 1], _binary),
     "multiclass": (["Acc"], [1], _multiclass),
     "multilabel": (["AUC"], [1], _multilabel),
     "regression": (["MAE", "R2"], [0, 1], _regression),
+    "auxiliary": ([], [], _auxiliary),
 }
 
 
@@ -160,7 +165,8 @@ class LossBank:
         try:
             loss = self._loss_fns[name].compute_loss(pred, label)
         except (RuntimeError, ValueError, IndexError) as error:
-            shapes = f"output {tuple(pred.shape)} {pred.dtype}, labels {tuple(label.shape)} {label.dtype}"
+            target = f"{tuple(label.shape)} {label.dtype}" if isinstance(label, Tensor) else type(label).__name__
+            shapes = f"output {tuple(pred.shape)} {pred.dtype}, labels {target}"
             raise HostError(f"task {name!r}: its loss cannot take these tensors ({shapes}): {error}") from error
         return loss if isinstance(loss, Tensor) else torch.as_tensor(loss)
 

@@ -8,16 +8,17 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from libmtl_fair.batch import FairBatch
 from libmtl_fair.data.loader import resolve_device
-from libmtl_fair.errors import CheckpointError, FairMTLError, HostError, RecipeError
-from libmtl_fair.files import write_text
-from libmtl_fair.host import batches, checkpoint, evaluation
+from libmtl_fair.errors import DataError, HostError, RecipeError
+from libmtl_fair.files import need_writable
+from libmtl_fair.host import batches, checkpoint, evaluation, judging, saving, stepping
 from libmtl_fair.host.history import History, StepLog
+from libmtl_fair.host.judging import DivergenceError
 from libmtl_fair.host.loading import Trainer
 from libmtl_fair.host.model import RepresentationHook, compose
 from libmtl_fair.host.objectives import LossBank, tasks_of
@@ -25,17 +26,14 @@ from libmtl_fair.host.optimizers import make_optimizer, make_scheduler
 from libmtl_fair.host.plugin import FairWeighting
 from libmtl_fair.host.registry import resolve_architecture, resolve_weighting
 from libmtl_fair.predictions import Predictions
+from libmtl_fair.tasks import AUXILIARY_PREFIX, Task
 
 if TYPE_CHECKING:
     from libmtl_fair.metrics import AuditReport
 
+__all__ = ["DivergenceError", "FairTrainer"]
+
 Selector = Callable[[evaluation.Results], float]
-_SAMPLES = {"MoDo": 3, "SDMGrad": 3}
-"""Batches that one step of a LibMTL weighting takes, where it is more than one."""
-
-
-class DivergenceError(FairMTLError):
-    """A loss was not finite; the model holds the last good state."""
 
 
 class FairTrainer(Trainer):  # type: ignore[misc]
@@ -104,6 +102,7 @@ class FairTrainer(Trainer):  # type: ignore[misc]
         self.task_name = list(task_dict)
         self.task_num = len(task_dict)
         self.tasks = tasks_of(self.task_dict)
+        self.auxiliary, self.main_tasks = _kinds(self.tasks)
         self.rep_grad, self.multi_input = rep_grad, multi_input
         self.run_dir = Path(run_dir or save_path) if run_dir or save_path else None  # type: ignore[arg-type]
         self.resume, self.seed, self.progress = resume, seed, progress
@@ -117,12 +116,16 @@ class FairTrainer(Trainer):  # type: ignore[misc]
         self._prepare_optimizer(self.optim_param, scheduler_param)
         self._reset_progress()
         if load_path is not None:
-            self._load_weights(Path(load_path))
+            saving.load_weights(self, Path(load_path))
 
     def _reset_progress(self) -> None:
         self._history = History()
         self.epoch = self.global_step = 0
-        self.best: dict[str, Any] = {"epoch": None, "score": float("-inf"), "results": None, "state": None}
+        self.best: dict[str, Any] = {
+            "epoch": None, "score": float("-inf"), "results": None, "state": None, "structure": None
+        }  # fmt: skip
+        self._running: dict[str, Any] | None = None
+        self._warned = False
         self.test_results: evaluation.Results | None = None
         self._first: evaluation.Results | None = None
         self._n_groups: dict[str, int] = {}
@@ -142,13 +145,16 @@ class FairTrainer(Trainer):  # type: ignore[misc]
             weight_settings=self.kwargs["weight_args"],
             arch_args=self.kwargs["arch_args"],
         )
+        self.group_modules = [m for m in self.model.modules() if hasattr(m, "take_groups")]
         self._is_fair = isinstance(self.model, FairWeighting)
         self._hook = RepresentationHook(self.model) if self._is_fair else None
-        self._samples = _SAMPLES.get(self.weighting, 1)
+        self._samples = stepping.SAMPLES.get(self.weighting, 1)
 
     def _prepare_optimizer(self, optim_param: Mapping[str, Any], scheduler_param: Mapping[str, Any] | None) -> None:
         self.optimizer = make_optimizer(self.model, optim_param)
         self.scheduler = make_scheduler(self.optimizer, scheduler_param)
+        if hasattr(self.model, "bind_optimizer"):
+            self.model.bind_optimizer(self.optimizer)
 
     # -- training ---------------------------------------------------------------------------------------------
 
@@ -165,7 +171,7 @@ class FairTrainer(Trainer):  # type: ignore[misc]
         Parameters
         ----------
         train_dataloaders, test_dataloaders, val_dataloaders : a loader, or task -> loader with ``multi_input``.
-        epochs : in all; a resumed run goes on to this number.
+        epochs : in all; a resumed run, or a second call, goes on to this number.
         return_weight : return the tasks' weights of every step, [T, steps] numpy, NaN where a weighting has none.
 
         Raises
@@ -176,23 +182,32 @@ class FairTrainer(Trainer):  # type: ignore[misc]
         """
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
             raise RecipeError(f"epochs must be a whole number of at least 0, found {epochs!r}")
-        if val_dataloaders is None and self.select == "best" and epochs > 0:
-            warnings.warn(
-                "no validation loader: the last epoch is kept (an epoch is never chosen on test data)", stacklevel=2
-            )
-        if self.seed is not None and self.epoch == 0:
-            checkpoint.seed_everything(self.seed + 1)
-        if self.resume and self.epoch == 0:
-            self._resume(train_dataloaders)
-        self._prepare_groups(train_dataloaders, val_dataloaders)
-        self._train_buffer(epochs)
+        self._start(train_dataloaders, val_dataloaders, epochs)
         for epoch in self._epochs(epochs):
             self._one_epoch(epoch, train_dataloaders, val_dataloaders)
-        if self.select == "best" and self.best["state"] is not None:
-            self.model.load_state_dict(self.best["state"])
+        if self.select == "best" and self.best["state"] is not None and self.epoch > self.best["epoch"] + 1:
+            self._running = self._running or judging.snapshot(self)
+            judging.hold_best(self)
         if test_dataloaders is not None:
             self.test_results = evaluation.evaluate(self, test_dataloaders)
         return self._weights() if return_weight else None
+
+    def _start(self, train_dataloaders: Any, val_dataloaders: Any, epochs: int) -> None:
+        if val_dataloaders is None and self.select == "best" and epochs > 0 and not self._warned:
+            self._warned = True
+            message = "no validation loader: the last epoch is kept (an epoch is never chosen on test data)"
+            warnings.warn(message, stacklevel=3)
+        if self.run_dir is not None:
+            need_writable(self.run_dir)
+        if self._running is not None and self.epoch < epochs:
+            judging.put_back(self, self._running)
+            self._running = None
+        if self.seed is not None and self.epoch == 0:
+            checkpoint.seed_everything(self.seed + 1)
+        self._prepare_groups(train_dataloaders, val_dataloaders)
+        if self.resume and self.epoch == 0:
+            saving.resume(self, train_dataloaders)
+        self._train_buffer(epochs)
 
     def _epochs(self, epochs: int) -> Iterator[int]:
         if not self.progress:
@@ -208,103 +223,53 @@ class FairTrainer(Trainer):  # type: ignore[misc]
     def _one_epoch(self, epoch: int, train_dataloaders: Any, val_dataloaders: Any) -> None:
         started = time.perf_counter()
         self.model.epoch = epoch
-        before = self._state() if self.run_dir is None else None
+        before = None if self.run_dir is not None and epoch > 0 else judging.snapshot(self)
         log = StepLog()
         self.model.train()
-        for batch in self._steps(train_dataloaders):
-            self._step(batch, epoch, log)
-        steps = log.read({"loss": self.task_name, "weight": self.task_name, "psi": self.task_name})
-        self._check_finite(epoch, steps, before)
-        means = [steps[f"loss/{task}"].mean() for task in self.task_name]
+        for batch in stepping.draw(self, train_dataloaders):
+            stepping.step(self, batch, epoch, log)
+        if not log.steps:
+            raise DataError(f"epoch {epoch}: the training loader has no batch")
+        steps = log.read(self.task_name)
+        judging.check_finite(self, epoch, steps, before)
+        means = log.means(steps[[f"loss/{task}" for task in self.task_name]].to_numpy())
         self.model.train_loss_buffer[:, epoch] = means
         results = {"train_s": time.perf_counter() - started}
         score = None
         if val_dataloaders is not None:
             found = evaluation.evaluate(self, val_dataloaders)
             results |= {f"val/{task}/{name}": value for task, scores in found.items() for name, value in scores.items()}
-            score = self._judge(epoch, found)
+            score = judging.judge(self, epoch, found)
         self._history.add_epoch(epoch, steps, results)
-        if self.scheduler is not None:
-            plateau = self.scheduler_param is not None and self.scheduler_param["scheduler"] == "reduce"
-            self.scheduler.step(*([score if score is not None else -sum(means)] if plateau else []))
+        self._move_schedule(-means.sum() if score is None else score)
         after = getattr(self.model, "after_epoch", None)
         if after is not None:
             after(self, epoch)
         self.epoch = epoch + 1
-        self._save(train_dataloaders)
+        if self.run_dir is not None:
+            saving.save(self, train_dataloaders)
 
-    def _steps(self, loaders: Any) -> Iterator[Any]:
-        """Yield what one step needs: a batch, a batch a task, or several batches for MoDo and SDMGrad."""
-        if not self.multi_input and self._samples == 1:
-            yield from loaders
+    def _move_schedule(self, score: float) -> None:
+        if self.scheduler is None:
             return
-        per_task = loaders if self.multi_input else {"": loaders}
-        streams = {task: batches.endless(per_task[task]) for task in (self.task_name if self.multi_input else [""])}
-        for _ in range(max(len(per_task[task]) for task in streams)):
-            drawn = [{task: next(stream) for task, stream in streams.items()} for _ in range(self._samples)]
-            parts = drawn if self.multi_input else [d[""] for d in drawn]
-            yield parts if self._samples > 1 else parts[0]
+        if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.scheduler.step(score)
+        else:
+            self.scheduler.step()
 
-    def _step(self, batch: Any, epoch: int, log: StepLog) -> None:
-        self.optimizer.zero_grad()
-        parts = batch if self._samples > 1 else [batch]
-        made = [self._losses(part) for part in parts]
-        losses = made[0][0] if self._samples == 1 else torch.stack([m[0] for m in made])
-        if self._is_fair:
-            self.model.fair_batch = self._fair_batch(made[0], epoch)
-        weights = self.model.backward(losses, **self._weight_args)
-        self.optimizer.step()
-        if hasattr(self.model, "update_w"):
-            with torch.no_grad():
-                self.model.update_w(self._losses(parts[0])[0].detach())
-        self.global_step += 1
-        values: dict[str, Tensor] = {"loss": losses if self._samples == 1 else losses[-1]}
-        if weights is not None:
-            values["weight"] = torch.as_tensor(weights)
-        if self._is_fair:
-            values.update(self.model.trace)
-        log.add(values)
-
-    def _losses(self, part: Any) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Any]:
-        """Return (losses [T], outputs, labels, groups) of one batch, or of one batch a task."""
-        if not self.multi_input:
-            inputs, labels, groups = batches.split(part, self.device, self.task_name)
-            preds = evaluation.forward(self, inputs)
-            return self._compute_losses(preds, labels), preds, labels, groups
-        preds: dict[str, Tensor] = {}
-        labels: dict[str, Tensor] = {}
-        groups: Any = {}
-        for task in self.task_name:
-            inputs, truth, groups[task] = batches.split(part[task], self.device, [task])
-            preds |= evaluation.forward(self, inputs, task)
-            labels |= truth
-        return self._compute_losses(preds, labels), preds, labels, groups
+    def _compute_loss(self, preds: Any, gts: Any, task_name: str | None = None) -> Tensor:
+        """Return the losses of all tasks [T], or of one; LibMTL's hook, which a user's subclass may override."""
+        return self.losses(preds, gts) if task_name is None else self.losses.one(task_name, preds, gts)
 
     def _compute_losses(self, preds: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
-        if type(self)._compute_loss is not Trainer._compute_loss:
-            if not self.multi_input:
-                return self._compute_loss(preds, labels)  # type: ignore[no-any-return]
-            return torch.stack([self._compute_loss(preds[t], labels[t], t) for t in self.task_name])
-        return self.losses(preds, labels)
-
-    def _fair_batch(self, made: tuple[Any, ...], epoch: int) -> FairBatch:
-        losses, preds, labels, groups = made
-        assert self._hook is not None
-        return FairBatch(
-            tasks=self.tasks,
-            h=self._hook.take(),
-            outputs=preds,
-            labels=labels,
-            losses=losses,
-            groups=groups,
-            n_groups=self._n_groups,
-            multi_input=self.multi_input,
-            epoch=epoch,
-            step=self.global_step,
-        )
+        if not self.multi_input:
+            return self._compute_loss(preds, labels)
+        if type(self)._compute_loss is FairTrainer._compute_loss:
+            return self.losses(preds, labels)
+        return torch.stack([self._compute_loss(preds[t], labels[t], t) for t in self.task_name])
 
     def _prepare_groups(self, train_dataloaders: Any, val_dataloaders: Any) -> None:
-        if not (self._is_fair and self.model.needs_groups):
+        if not (self.auxiliary or self.group_modules or (self._is_fair and self.model.needs_groups)):
             return
         found = [
             list(x.values()) if self.multi_input else [x] for x in (train_dataloaders, val_dataloaders) if x is not None
@@ -312,118 +277,21 @@ class FairTrainer(Trainer):  # type: ignore[misc]
         self._n_groups = batches.group_counts([loader for part in found for loader in part])
         if not self._n_groups:
             raise HostError(
-                f"{self.weighting} needs sensitive groups, and the training loader gives none: its labels need a "
+                f"{self._who_needs_groups()} sensitive groups, and the training loader gives none: its labels need a "
                 "'sensitive' dict attribute -> group ids, as libmtl_fair.data.ResidentLoader yields"
             )
 
-    def _train_buffer(self, epochs: int) -> None:
-        import numpy as np
+    def _who_needs_groups(self) -> str:
+        if self.auxiliary:
+            return f"auxiliary task {self.auxiliary[0]!r} needs"
+        return "group-specific heads need" if self.group_modules else f"{self.weighting} needs"
 
+    def _train_buffer(self, epochs: int) -> None:
         held = getattr(self.model, "train_loss_buffer", np.zeros((self.task_num, 0)))
         buffer = np.zeros((self.task_num, max(epochs, held.shape[1])))
         buffer[:, : held.shape[1]] = held
         self.model.train_loss_buffer = buffer
         self.model.epochs = epochs
-
-    # -- judging, saving ----------------------------------------------------------------------------------------
-
-    def _check_finite(self, epoch: int, steps: pd.DataFrame, before: Mapping[str, Tensor] | None) -> None:
-        losses = steps[[f"loss/{task}" for task in self.task_name]]
-        bad = ~losses.map(lambda v: v == v and abs(v) != float("inf"))
-        weights_bad = not all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
-        if not bad.any(axis=None) and not weights_bad:
-            return
-        kept = "the model is as it was before this epoch"
-        if before is not None:
-            self.model.load_state_dict(before)
-        elif self.run_dir is not None and (self.run_dir / "last.pt").exists():
-            self._restore(checkpoint.load(self.run_dir / "last.pt", self.device), None)
-            kept = f"the last good checkpoint is {self.run_dir / 'last.pt'}"
-        advice = "Lower the learning rate, or look for values that are not finite in the inputs"
-        if not bad.any(axis=None):
-            raise DivergenceError(f"epoch {epoch}: a parameter is not finite after the last step; {kept}. {advice}")
-        step = int(bad.any(axis=1).to_numpy().argmax())
-        task = self.task_name[int(bad.iloc[step].to_numpy().argmax())]
-        raise DivergenceError(
-            f"the loss of task {task!r} is {losses.iloc[step][f'loss/{task}']} in epoch {epoch}, step {step} of the epoch; {kept}. {advice}"
-        )
-
-    def _judge(self, epoch: int, results: evaluation.Results) -> float:
-        if self._first is None:
-            self._first = results
-        weights = {task: entry["weight"] for task, entry in self.task_dict.items()}
-        score = self.select_by(results) if self.select_by else evaluation.improvement(results, self._first, weights)
-        if score > self.best["score"] or self.best["epoch"] is None:
-            self.best = {"epoch": epoch, "score": score, "results": results, "state": self._state()}
-            if self.run_dir is not None:
-                checkpoint.save(self.run_dir / "best.pt", {"model": self.best["state"], "epoch": epoch})
-        return score
-
-    def _state(self) -> dict[str, Any]:
-        return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in self.model.state_dict().items()}
-
-    def _loader_states(self, loaders: Any) -> dict[str, Any]:
-        named = loaders if self.multi_input else {"": loaders}
-        return {task: x.state_dict() for task, x in named.items() if hasattr(x, "state_dict")}
-
-    def _save(self, loaders: Any) -> None:
-        if self.run_dir is None:
-            return
-        structure = getattr(self.model, "structure", None)
-        content = {
-            "fingerprint": checkpoint.fingerprint(self.model),
-            "structure": structure() if structure else None,
-            "method": self.weighting,
-            "tasks": self.task_name,
-            "epoch": self.epoch,
-            "step": self.global_step,
-            "model": self.model.state_dict(),
-            "attributes": checkpoint.attributes(self.model),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict() if self.scheduler else None,
-            "random": checkpoint.random_state(),
-            "loaders": self._loader_states(loaders),
-            "history": self._history.to_csv(),
-            "best": self.best,
-            "first": self._first,
-        }
-        checkpoint.save(self.run_dir / "last.pt", content)
-        write_text(self.run_dir / "history.csv", content["history"])
-
-    def _resume(self, loaders: Any) -> None:
-        assert self.run_dir is not None
-        path = self.run_dir / "last.pt"
-        if path.exists():
-            content = checkpoint.load(path, self.device)
-            if content["tasks"] != self.task_name or content["method"] != self.weighting:
-                raise CheckpointError(
-                    f"checkpoint {path} was made with {content['method']} on tasks {content['tasks']}, this run is "
-                    f"{self.weighting} on {self.task_name}; use another run_dir"
-                )
-            self._restore(content, loaders)
-
-    def _restore(self, content: dict[str, Any], loaders: Any) -> None:
-        if content["structure"] is not None:
-            self.model.restore_structure(content["structure"])
-            self._prepare_optimizer(self.optim_param, self.scheduler_param)
-        checkpoint.check_fits(self.run_dir or Path("checkpoint"), self.model, content["fingerprint"])
-        self.model.load_state_dict(content["model"])
-        checkpoint.set_attributes(self.model, content["attributes"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(content["scheduler"])
-        self._history = History.from_csv(content["history"])
-        self.best, self._first = content["best"], content["first"]
-        self.epoch, self.global_step = content["epoch"], content["step"]
-        if loaders is not None:
-            for task, state in content["loaders"].items():
-                (loaders[task] if self.multi_input else loaders).load_state_dict(state)
-        checkpoint.set_random_state(content["random"])
-
-    def _load_weights(self, path: Path) -> None:
-        path = path / "best.pt" if path.is_dir() else path
-        content = checkpoint.load(path, self.device)
-        self.model.load_state_dict(content["model"])
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -458,3 +326,17 @@ class FairTrainer(Trainer):  # type: ignore[misc]
         from libmtl_fair.metrics import FixedDeltaAudit
 
         return FixedDeltaAudit(delta, exact=exact, **options).run(self.predict(loader).scores)
+
+
+def _kinds(tasks: Mapping[str, Task | None]) -> tuple[list[str], list[str]]:
+    """Return the names of auxiliary tasks and of the others."""
+    auxiliary = [name for name, task in tasks.items() if task is not None and task.auxiliary]
+    main = [name for name in tasks if name not in auxiliary]
+    reserved = [name for name in main if name.startswith(AUXILIARY_PREFIX)]
+    if reserved:
+        raise HostError(
+            f"task {reserved[0]!r}: names that start with {AUXILIARY_PREFIX!r} are for auxiliary fairness heads; rename it"
+        )
+    if not main:
+        raise HostError("task_dict has auxiliary tasks only; it needs at least one main task")
+    return auxiliary, main

@@ -1,0 +1,157 @@
+"""Disparity of one task between groups, as a differentiable scalar: what fairness heads and regularisers minimise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from libmtl_fair import functional as F
+from libmtl_fair.errors import RecipeError, unknown
+from libmtl_fair.tasks import Multiclass, Multilabel, Task
+
+_OF_LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "glf": F.glf,
+    "gld": F.gld,
+    "bgl": F.bounded_group_loss,
+}
+_OF_SCORES = ("dpl", "fprl", "tprl")
+GROUP_LOSSES: tuple[str, ...] = (*_OF_LOSSES, *_OF_SCORES)
+"""Names of the disparities."""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Which examples of a batch count for which condition and group. Carries no gradient.
+
+    Attributes
+    ----------
+    condition : [B, K], 1 where the example counts for condition k (a class; a label's positives; all).
+    member : [B, G], 1 where the example is of group g; the row of an unknown group is 0.
+    count : [K, G], examples in each cell.
+    """
+
+    condition: Tensor
+    member: Tensor
+    count: Tensor
+
+    @classmethod
+    def of(cls, condition: Tensor, groups: Tensor, n_groups: int) -> Cells:
+        """Count the cells of ``condition`` [B, K] (bool) and group ids [B]."""
+        member = F.group_indicator(groups, n_groups)
+        chosen = condition.to(member.dtype)
+        return cls(chosen, member, chosen.T @ member)
+
+    def means(self, values: Tensor) -> Tensor:
+        """Return the mean of ``values`` [B, 1] or [B, K] in each cell, [K, G]; 0 in an empty one."""
+        sums = (self.condition.to(values.dtype) * values).T @ self.member.to(values.dtype)
+        return sums / self.count.clamp(min=1)
+
+
+@dataclass(frozen=True)
+class GroupLoss:
+    """A disparity between the groups of one sensitive attribute (methods.md, 4).
+
+    Parameters
+    ----------
+    loss : ``"glf"``, ``"gld"``, ``"bgl"`` (of the groups' mean losses); ``"dpl"``, ``"fprl"``, ``"tprl"`` (of the
+        groups' mean scores: over all examples, over negatives, over positives; the largest gap between groups).
+    conditional : group losses within each class, their disparities summed **(ours)**; None is True for glf, gld and bgl.
+        The gaps of scores say themselves what they are conditional on.
+    bins : classes of a regression target are its quantile bins in the batch.
+
+    Multiclass and multilabel tasks have one gap of scores a class or label; the mean is taken **(ours)**. Conditional
+    losses of a multilabel task are those of each label's positives and negatives **(ours)**.
+
+    Raises
+    ------
+    RecipeError : an unknown loss, or settings that exclude each other.
+    """
+
+    loss: str = "glf"
+    conditional: bool | None = None
+    bins: int = 4
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if self.loss not in GROUP_LOSSES:
+            raise RecipeError(unknown("fairness loss", self.loss, GROUP_LOSSES))
+        fixed = {"dpl": False, "fprl": True, "tprl": True}.get(self.loss)
+        if fixed is not None and self.conditional not in (None, fixed):
+            raise RecipeError(
+                f"loss {self.loss!r} has conditional={fixed} by definition, found {self.conditional!r}; leave it out"
+            )
+        if isinstance(self.bins, bool) or not isinstance(self.bins, int) or self.bins < 1:
+            raise RecipeError(f"bins must be a whole number of at least 1, found {self.bins!r}")
+
+    @property
+    def within_classes(self) -> bool:
+        """Whether groups are compared within classes."""
+        return self.loss != "dpl" if self.conditional is None else self.conditional
+
+    def check(self, task: Task) -> None:
+        """Raise a RecipeError where the disparity is not defined for the task."""
+        if self.loss in ("fprl", "tprl") and task.kind == "regression":
+            raise RecipeError(
+                f"loss {self.loss!r} needs classes, and task {task.name!r} is a regression; use 'glf', 'gld', 'bgl' or 'dpl'"
+            )
+
+    def cells(self, task: Task, labels: Tensor, groups: Tensor, n_groups: int) -> Cells:
+        """Return the cells of a batch from labels [B] or [B, C] and group ids [B]."""
+        return Cells.of(self._condition(task, labels), groups, n_groups)
+
+    def value(self, task: Task, output: Tensor, labels: Tensor, cells: Cells) -> Tensor:
+        """Return the disparity (scalar) of a task's outputs; 0 with zero gradient with fewer than two groups."""
+        present = cells.count > 0
+        if self.loss in _OF_SCORES:
+            scores = task.probabilities(output)
+            gaps = F.spread(cells.means(scores if scores.dim() == 2 else scores[:, None]), present)
+            defined = (present.sum(-1) >= 2).expand_as(gaps)
+            return gaps.sum() / defined.sum().clamp(min=1)
+        means = cells.means(self._losses(task, output, labels))
+        two = self.loss == "glf" and means.shape[-1] == 2  # the general form, without what more groups need
+        return (F.spread(means, present) if two else _OF_LOSSES[self.loss](means, present)).sum()
+
+    def _condition(self, task: Task, labels: Tensor) -> Tensor:
+        if self.loss == "dpl":
+            return torch.ones_like(labels.reshape(len(labels), -1)[:, :1], dtype=torch.bool)
+        if not self.within_classes:
+            return task.observed(labels)[:, None]
+        classes = class_indicator(task, labels, self.bins)
+        if self.loss not in _OF_SCORES:
+            return classes
+        if isinstance(task, Multiclass):
+            return classes if self.loss == "tprl" else task.observed(labels)[:, None] & ~classes
+        negative, positive = classes.chunk(2, dim=1)
+        return positive if self.loss == "tprl" else negative
+
+    def _losses(self, task: Task, output: Tensor, labels: Tensor) -> Tensor:
+        if not (isinstance(task, Multilabel) and self.within_classes):
+            return task.example_losses(output, labels)[:, None]
+        target = torch.where((labels == 0) | (labels == 1), labels, 0).to(output.dtype)
+        losses = nnf.binary_cross_entropy_with_logits(output, target, reduction="none")
+        return torch.cat([losses, losses], dim=1)
+
+
+def class_indicator(task: Task, labels: Tensor, bins: int = 4) -> Tensor:
+    """Return which class each example is of, bool [B, K]; the row of a missing label is False.
+
+    Binary: K = 2 (no, yes). Multiclass: K = n_classes. Multilabel: K = 2 n_labels (every label's no, then every label's
+    yes). Regression: K = ``bins`` quantile bins of the batch's targets.
+    """
+    if isinstance(task, Multilabel):
+        return torch.cat([labels == 0, labels == 1], dim=1)
+    if task.kind == "binary":
+        return torch.stack([labels == 0, labels == 1], dim=1)
+    ids, count = (labels, task.n_classes) if isinstance(task, Multiclass) else (F.quantile_bins(labels, bins), bins)
+    return ids[:, None] == torch.arange(count, device=ids.device)
+
+
+def class_count(task: Task, bins: int = 4) -> int:
+    """Return the number of columns of :func:`class_indicator`."""
+    counts: Mapping[str, Any] = {"binary": 2, "regression": bins, "multilabel": 2 * task.out_features}
+    return int(counts.get(task.kind, task.out_features))
