@@ -93,7 +93,7 @@ def run(
         with bar(loaded.name, len(planned.jobs) + 1) as advance:
             planned.note = advance
             made = planned()
-        out.print(summary_table(read_run(made)))
+        out.print(summary_table(read_run(made), width=out.width))
         out.print(f"report: {made / 'report.html'}", soft_wrap=True, highlight=False)
 
 

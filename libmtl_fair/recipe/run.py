@@ -168,9 +168,9 @@ class Run:
         return {"epoch": trainer.best["epoch"], "chosen_by": f"{by}, on validation"}
 
     def _finish(self) -> None:
-        from libmtl_fair.report import read_run, summary, write_report
+        from libmtl_fair.report import write_report, write_summary
 
-        write_json(self.out / "summary.json", summary(read_run(self.out)).reset_index().to_dict("records"))
+        write_summary(self.out)
         if self.recipe.output.report:
             write_report(self.out)
 
