@@ -28,11 +28,11 @@ def _gains(run: RunFolder) -> Iterator[str]:
     if not fits(run):
         yield "The score-shrinkage curve covers other tasks than the audit, so no method is compared with it."
     frame = shrinkage_verdict(run)
-    good = [f"{row.method} (Bias@{row.delta_name})" for row in rows(frame) if row.below]
+    good = [f"{r.method} (Bias@{r.delta_name}; {r.seeds_below} of {r.seeds} seeds)" for r in rows(frame) if r.below]
     if good:
         yield (
             f"Below the score-shrinkage curve of {run.reference} at equal Brier, in the mean over seeds: {', '.join(good)}. "
-            "Bias beside AUC alone can be lowered by shrinking scores; this comparison cannot."
+            "So their lower Bias is more than what shrinking all scores towards a constant would give."
         )
 
 
@@ -69,7 +69,10 @@ def _method(run: RunFolder) -> Iterator[str]:
     if run.split == "val":
         yield "No test split was evaluated: the numbers are of the validation split, which also chose the checkpoints."
     else:
-        yield "Settings and checkpoints are chosen on validation; every number here is of the test split unless it says so."
+        yield (
+            "Numbers are of the test split unless they say so. The protocol says what chose each checkpoint; how the settings "
+            "were chosen is not recorded here: they are honest only if the test split had no part in it."
+        )
     yield (
         "± is the standard deviation between seeds; intervals on bars are bootstrap intervals within a seed, averaged over "
         "seeds. Group metrics describe this sample; they do not establish why groups differ."

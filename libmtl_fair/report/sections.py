@@ -75,11 +75,15 @@ def audit_sheet(run: RunFolder) -> Sheet | None:
     body = []
     for key in means["bias"]:
         row = verdict.get(key)
-        words = ["–", "–"] if row is None else [show(row.curve_bias, digits=4), "yes" if row.below else "no"]
+        words = ["–", "–"] if row is None else [show(row.curve_bias, digits=4), _verdict(row)]
         delta = means["delta"][key].split(" ±")[0]
         body.append([key[1], delta, key[0], means["bias"][key], means["violation_rate"][key], *words])
     heads = ["tolerance", "δ", "method", "Bias ↓", "VR ↓", f"{run.reference} shrunk to equal Brier", "below it"]
     return sheet("Bias and violation rate", heads, body)
+
+
+def _verdict(row: Any) -> str:
+    return f"{'yes' if row.below else 'no'} ({row.seeds_below} of {row.seeds} seeds)"
 
 
 def _mean(frame: pd.DataFrame, column: str) -> pd.DataFrame:

@@ -27,7 +27,7 @@ def curve_bias(curve: pd.DataFrame, brier: float) -> float:
 
 
 def shrinkage_verdict(run: RunFolder, split: str | None = None) -> pd.DataFrame:
-    """Return method, delta_name, brier, bias, curve_bias, below: means over seeds, the curve of the same seed.
+    """Return method, delta_name, brier, bias, curve_bias, below, seeds_below, seeds: means, each seed's own curve.
 
     ``below`` says whether the method has less Bias than the shrunk reference at equal Brier, in the mean over seeds; where
     no shrunk reference reaches the method's Brier (``curve_bias`` NaN) it is below by being better calibrated. A curve of
@@ -43,7 +43,10 @@ def shrinkage_verdict(run: RunFolder, split: str | None = None) -> pd.DataFrame:
         own = brier[(row.method, row.seed)]
         found.append((row.method, row.delta_name, own, row.bias, curve_bias(curve, own)))
     frame = pd.DataFrame(found, columns=["method", "delta_name", "brier", "bias", "curve_bias"])
-    means = frame.groupby(["method", "delta_name"], sort=False).mean().reset_index()
+    frame["seeds_below"] = ((frame["bias"] < frame["curve_bias"]) | frame["curve_bias"].isna()).astype(int)
+    grouped = frame.groupby(["method", "delta_name"], sort=False)
+    means = grouped[["brier", "bias", "curve_bias"]].mean()
+    means = means.join(grouped["seeds_below"].agg(seeds_below="sum", seeds="count")).reset_index()
     means["below"] = (means["bias"] < means["curve_bias"]) | means["curve_bias"].isna()
     return means
 
