@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from libmtl_fair import metrics
+from libmtl_fair.host.registry import OUR_WEIGHTINGS
 from libmtl_fair.metrics.sampling import draw_pool
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.schema import Recipe
@@ -63,8 +64,6 @@ class Protocol:
 
     def freeze(self, tasks: tuple[Task, ...]) -> tuple[Task, ...]:
         """Return the tasks with the frozen score ranges."""
-        from dataclasses import replace
-
         return tuple(
             replace(t, score_range=tuple(self.score_ranges[t.name]))
             if isinstance(t, Regression) and t.name in self.score_ranges
@@ -112,7 +111,7 @@ def measure(
         "method": method,
         "seed": seed,
         "weighting": spec.weighting,
-        "settings": {k: v for k, v in spec.model_dump().items() if k != "weighting"},
+        "settings": _settings(recipe, method),
         "utility": {part: metrics.utility(p) for part, p in predictions.items()},
         "audit": {part: _audits(recipe, p, protocol) for part, p in predictions.items()},
         "groups": {part: _groups(recipe, p) for part, p in predictions.items()},
@@ -122,6 +121,14 @@ def measure(
     if protocol.deltas:
         content["drift"] = {part: _induced(recipe, p) for part, p in predictions.items()}
     return content
+
+
+def _settings(recipe: Recipe, method: str) -> dict[str, Any]:
+    """Return what the recipe says of a method, under it every default of a weighting of ours."""
+    spec = recipe.methods[method]
+    cls = OUR_WEIGHTINGS.get(spec.weighting)
+    resolved = asdict(cls.settings_class.from_args(spec.weighting, spec.args)) if cls else {}
+    return {**resolved, **{k: v for k, v in spec.model_dump().items() if k != "weighting"}}
 
 
 def _audits(recipe: Recipe, predictions: Predictions, protocol: Protocol) -> list[dict[str, Any]]:
@@ -143,13 +150,12 @@ def _audits(recipe: Recipe, predictions: Predictions, protocol: Protocol) -> lis
 
 
 def _shrinkage(predictions: Predictions, protocol: Protocol) -> list[dict[str, Any]]:
-    names = [task.name for task in predictions.tasks if task.kind == "binary"]
-    if len(names) < 2:
+    """Return the curve of the shrunk reference; none unless all tasks are binary, as its Brier must be the run's."""
+    if len(predictions.tasks) < 2 or any(task.kind != "binary" for task in predictions.tasks):
         return []
-    chosen = {name: predictions.scores[name] for name in names}
     rows: list[dict[str, Any]] = []
     for label, delta in protocol.deltas.items():
-        curve = metrics.shrinkage_curve(chosen, predictions.labels, delta)
+        curve = metrics.shrinkage_curve(predictions.scores, predictions.labels, delta)
         rows += [{"delta_name": label, **{str(k): v for k, v in row.items()}} for row in curve.to_dict("records")]
     return rows
 
