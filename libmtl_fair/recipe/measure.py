@@ -64,12 +64,11 @@ class Protocol:
 
     def freeze(self, tasks: tuple[Task, ...]) -> tuple[Task, ...]:
         """Return the tasks with the frozen score ranges."""
-        return tuple(
-            replace(t, score_range=tuple(self.score_ranges[t.name]))
-            if isinstance(t, Regression) and t.name in self.score_ranges
-            else t
-            for t in tasks
-        )
+        return tuple(self._frozen(task) for task in tasks)
+
+    def _frozen(self, task: Task) -> Task:
+        found = self.score_ranges.get(task.name)
+        return replace(task, score_range=found) if isinstance(task, Regression) and found else task
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""

@@ -135,11 +135,12 @@ class Run:
         self, method: str, seed: int, data: Dataset, tasks: tuple[Task, ...], folder: Path
     ) -> dict[tuple[str, ...], FairTrainer]:
         """Return the trained model, or one for each task where the method is single-task."""
-        single = self.recipe.methods[method].single_task
-        parts = [((t.name,), (t,), folder / "single" / f"{i}") for i, t in enumerate(tasks)] if single else []
-        parts = parts or [(tuple(t.name for t in tasks), tasks, folder)]
-        trained = {}
-        for names, chosen, run_dir in parts:
+        parts: list[tuple[tuple[Task, ...], Path]] = [(tasks, folder)]
+        if self.recipe.methods[method].single_task:
+            parts = [((task,), folder / "single" / str(i)) for i, task in enumerate(tasks)]
+        trained: dict[tuple[str, ...], FairTrainer] = {}
+        for chosen, run_dir in parts:
+            names = tuple(task.name for task in chosen)
             trainer = make_trainer(
                 self.recipe, method, data, chosen, seed, device=self.device, run_dir=run_dir, resume=True
             )
