@@ -7,6 +7,7 @@ gradient surgery of PCGrad and GradVac works on the T x T Gram matrix, so that o
 from __future__ import annotations
 
 import random
+import warnings
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,7 @@ def dwa_backward(self: Any, losses: Tensor, **kwargs: Any) -> Any:
         buffer = np.asarray(self.train_loss_buffer)
         ratio = buffer[:, self.epoch - 1] / np.maximum(buffer[:, self.epoch - 2], _TINY)
         weights = self.task_num * torch.softmax(torch.as_tensor(ratio).to(losses) / kwargs["T"], dim=-1)
-    (losses * weights).sum().backward()
+    torch.autograd.backward((losses * weights).sum())
     carry_representation_gradients(self)
     return recorded(self, weights)
 
@@ -91,7 +92,7 @@ def gradnorm_backward(self: Any, losses: Tensor, **kwargs: Any) -> Any:
     rate = losses.detach() / first.to(losses)
     rate = rate / rate.mean().clamp(min=_TINY)
     target = (norms.mean() * rate ** kwargs["alpha"]).detach()
-    (norms - target).abs().sum().backward()
+    torch.autograd.backward((norms - target).abs().sum())
     weights = scale.detach().clone()
     self._backward_new_grads(weights, per_grads=per_grads, grads=grads)
     return recorded(self, weights)
@@ -199,7 +200,9 @@ def cagrad_backward(self: Any, losses: Tensor, **kwargs: Any) -> Any:
         return float(x @ gram @ start + bound * np.sqrt(x @ gram @ x + 1e-8))
 
     simplex = {"type": "eq", "fun": lambda x: 1 - x.sum()}
-    weight = minimize(objective, start, bounds=[(0, 1)] * self.task_num, constraints=simplex).x
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # values a rounding error outside of the bounds
+        weight = minimize(objective, start, bounds=[(0, 1)] * self.task_num, constraints=simplex).x
     mixed = torch.as_tensor(weight, dtype=grads.dtype, device=grads.device) @ grads
     new = grads.mean(0) + bound / (torch.linalg.vector_norm(mixed) + 1e-8) * mixed
     self._reset_grad(new / (1.0, 1 + calpha**2, 1 + calpha)[rescale])
