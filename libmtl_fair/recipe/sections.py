@@ -238,9 +238,12 @@ class Heads(Section):
 
     loss: Text = "glf"
     sensitive: Names | None = None
-    target: Literal["label", "label+accuracy", "main", "group"] = "main"
-    conditional: bool = True
+    target: Literal["label", "label+accuracy", "main", "group"] | None = None
+    conditional: bool | None = None
     heads: Literal["per_task", "shared"] = "per_task"
+    intersectional: bool = False
+    tasks: Names | None = None
+    bins: Count = 4
 
 
 class Method(Section):
