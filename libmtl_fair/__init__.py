@@ -1,22 +1,28 @@
 """Fair multi-task learning for LibMTL. Importing this package loads LibMTL and registers the methods with it."""
 
 from libmtl_fair import errors, functional, metrics
+from libmtl_fair.architecture import FairBranch, add_fairness_heads, drop_fairness_heads
 from libmtl_fair.data import Dataset, ResidentLoader, load_dataset
 from libmtl_fair.host import DivergenceError, FairTrainer, FairWeighting, heal, register
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.tasks import Binary, Multiclass, Multilabel, Regression, Task, task_dict
-from libmtl_fair.weighting import ReLiF
+from libmtl_fair.weighting import FairMT, FBGrad, GroupRegulariser, LambdaMix, ReLiF
 
 __version__ = "0.1.0"
 
-register(ReLiF)
+register(FairBranch, FBGrad, FairMT, GroupRegulariser, LambdaMix, ReLiF)
 
 __all__ = [
     "Binary",
     "Dataset",
     "DivergenceError",
+    "FBGrad",
+    "FairBranch",
+    "FairMT",
     "FairTrainer",
     "FairWeighting",
+    "GroupRegulariser",
+    "LambdaMix",
     "Multiclass",
     "Multilabel",
     "Predictions",
@@ -24,6 +30,8 @@ __all__ = [
     "Regression",
     "ResidentLoader",
     "Task",
+    "add_fairness_heads",
+    "drop_fairness_heads",
     "errors",
     "functional",
     "heal",

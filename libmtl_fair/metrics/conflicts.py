@@ -1,0 +1,150 @@
+"""Conflicts between the tasks' gradients: how many and at what angle, per layer and epoch, accuracy and fairness apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from libmtl_fair.errors import DataError, unknown
+from libmtl_fair.functional import gradient_cosines
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+KINDS = ("accuracy", "fairness")
+"""Which losses the gradients are of."""
+
+
+def layer_cosines(losses: Tensor, layers: Sequence[Mapping[str, Sequence[Tensor]]], tasks: Sequence[str]) -> Tensor:
+    """Return the cosine between each two tasks' gradients in each layer, [L, T, T]; keeps the graph.
+
+    NaN where two tasks do not share the layer, or a gradient is zero. Takes T backward passes and waits for nothing.
+
+    Parameters
+    ----------
+    losses : [T], attached to the graph.
+    layers : for each layer, task -> the parameters that the task runs through; tasks that share them name the same ones.
+
+    >>> w = torch.ones(2, requires_grad=True)
+    >>> layer_cosines(torch.stack([w[0], -w[0]]), [{"a": [w], "b": [w]}], ["a", "b"])
+    tensor([[[ 1., -1.],
+             [-1.,  1.]]])
+    """
+    grads: list[dict[int, Tensor | None]] = []
+    for loss, task in zip(losses, tasks):
+        inputs = [p for layer in layers for p in layer[task] if p.requires_grad]
+        found = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True) if inputs else ()
+        grads.append(dict(zip(map(id, inputs), found)))
+    return torch.stack([_cosines(layer, grads, tasks) for layer in layers])
+
+
+def _cosines(
+    layer: Mapping[str, Sequence[Tensor]], grads: Sequence[Mapping[int, Tensor | None]], tasks: Sequence[str]
+) -> Tensor:
+    rows, owners = [], []
+    for task, found in zip(tasks, grads):
+        parts = [(p, found.get(id(p))) for p in layer[task]]
+        flat = [(torch.zeros_like(p) if g is None else g).flatten() for p, g in parts]
+        rows.append(torch.cat(flat) if flat else torch.zeros(0))
+        owners.append(tuple(id(p) for p in layer[task]))
+    shared = torch.tensor([[a == b and bool(a) for b in owners] for a in owners], device=rows[0].device)
+    if len({len(r) for r in rows}) > 1:  # layers of different size share nothing
+        longest = max(len(r) for r in rows)
+        rows = [torch.nn.functional.pad(r, (0, longest - len(r))) for r in rows]
+    stacked = torch.stack(rows)
+    alive = (stacked != 0).any(1)
+    return gradient_cosines(stacked).masked_fill(~(shared & alive[:, None] & alive), torch.nan)
+
+
+@dataclass(frozen=True)
+class ConflictRecord:
+    """Cosines between the tasks' gradients over training.
+
+    Attributes
+    ----------
+    tasks : T names.
+    layers : L names, from the input up.
+    epochs : [E].
+    cosines : [E, 2, L, T, T], accuracy then fairness; NaN where two tasks do not share the layer.
+    """
+
+    tasks: tuple[str, ...]
+    layers: tuple[str, ...]
+    epochs: tuple[int, ...]
+    cosines: Tensor
+
+    def __post_init__(self) -> None:
+        """Check the shape."""
+        shape = (len(self.epochs), 2, len(self.layers), len(self.tasks), len(self.tasks))
+        if tuple(self.cosines.shape) != shape:
+            raise DataError(
+                f"conflicts: cosines must be {shape} (epochs, kinds, layers, tasks, tasks), found {tuple(self.cosines.shape)}"
+            )
+
+    def frame(self) -> pd.DataFrame:
+        """Return one row per epoch, layer, kind and pair that shares the layer: ``cosine`` and ``angle`` in degrees."""
+        values = self.cosines.double().cpu().numpy()
+        first, second = np.triu_indices(len(self.tasks), 1)
+        pairs = values[..., first, second]
+        e, k, layer, pair = (index.ravel() for index in np.indices(pairs.shape))
+        frame = pd.DataFrame(
+            {
+                "epoch": np.asarray(self.epochs, dtype=np.int64)[e],
+                "layer": np.asarray(self.layers, dtype=object)[layer],
+                "kind": np.asarray(KINDS, dtype=object)[k],
+                "task_a": np.asarray(self.tasks, dtype=object)[first[pair]],
+                "task_b": np.asarray(self.tasks, dtype=object)[second[pair]],
+                "cosine": pairs.ravel(),
+            }
+        )
+        frame["angle"] = np.degrees(np.arccos(np.clip(frame["cosine"], -1, 1)))
+        return frame.dropna(subset="cosine").reset_index(drop=True)
+
+    def counts(self) -> pd.DataFrame:
+        """Return one row per epoch, layer and kind: ``pairs`` that share it, ``conflicts`` among them, mean ``angle``."""
+        frame = self.frame()
+        frame["conflict"] = frame["cosine"] < 0
+        grouped = frame.groupby(["epoch", "layer", "kind"], sort=False, observed=True)
+        return grouped.agg(
+            pairs=("cosine", "size"), conflicts=("conflict", "sum"), angle=("angle", "mean")
+        ).reset_index()
+
+    def plot(self, value: str = "conflicts") -> Figure:
+        """Return heat maps of layers by epochs, see :func:`conflict_heatmap`."""
+        return conflict_heatmap(self, value)
+
+
+def conflict_heatmap(record: ConflictRecord, value: str = "conflicts") -> Figure:
+    """Return two heat maps, accuracy and fairness: ``conflicts`` (number of pairs) or mean ``angle`` (degrees).
+
+    Rows are layers, the input below; columns are epochs; a cell that no two tasks share is empty.
+
+    Raises
+    ------
+    DataError : an unknown value, or nothing recorded.
+    """
+    from matplotlib.figure import Figure
+
+    if value not in ("conflicts", "angle"):
+        raise DataError(unknown("value of a conflict heat map", value, ["conflicts", "angle"]))
+    if not record.epochs:
+        raise DataError("no conflicts were recorded: train with record_conflicts=True")
+    counts = record.counts()
+    figure = Figure(figsize=(4.0 + 0.5 * len(record.epochs), 1.6 + 0.4 * len(record.layers)), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, 2, squeeze=False)[0], KINDS):
+        table = counts[counts["kind"] == kind].pivot(index="layer", columns="epoch", values=value)
+        cells = table.reindex(index=list(record.layers), columns=list(record.epochs)).to_numpy(dtype=float)
+        top = 180.0 if value == "angle" else max(float(counts["conflicts"].max()) if len(counts) else 0.0, 1.0)
+        image = axes.imshow(cells, origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=top)
+        axes.set_title(f"{kind} gradients", fontsize=10)
+        axes.set_xticks(range(len(record.epochs)), [str(e) for e in record.epochs], fontsize=7)
+        axes.set_yticks(range(len(record.layers)), record.layers, fontsize=8)
+        axes.set_xlabel("epoch")
+        figure.colorbar(image, ax=axes, label="conflicting pairs" if value == "conflicts" else "mean angle (degrees)")
+    return figure
