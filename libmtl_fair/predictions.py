@@ -56,12 +56,22 @@ class Predictions:
         raise DataError(f"no task {name!r} in these predictions; they hold: {', '.join(t.name for t in self.tasks)}")
 
     def frame(self) -> pd.DataFrame:
-        """Return one row per example: ``<task>/label|score|prob|value`` and ``sensitive/<attribute>`` as names."""
+        """Return one row per example: ``<task>/label|score|prob|value`` and ``sensitive/<attribute>`` as names.
+
+        Raises
+        ------
+        DataError : tasks that have inputs of their own, so that a row is no example; or fewer names than groups.
+        """
+        sizes = {name: len(score) for name, score in self.scores.items()}
+        if len(set(sizes.values())) > 1:
+            raise DataError(
+                f"the tasks have different examples {sizes}, so they make no one table; use .scores and .labels"
+            )
         columns: dict[str, Any] = {"row": np.arange(len(self))}
         for task in self.tasks:
             columns.update(self._task_columns(task))
         for attribute, ids in self.groups.items():
-            columns[f"sensitive/{attribute}"] = _names(ids, self.group_names.get(attribute))
+            columns[f"sensitive/{attribute}"] = _named(ids, attribute, self._names(attribute))
         return pd.DataFrame(columns)
 
     def _task_columns(self, task: Task) -> dict[str, Any]:
@@ -81,6 +91,10 @@ class Predictions:
             columns.update({f"{task.name}/prob_{c}": values[:, c] for c in range(values.shape[1])})
         return columns
 
+    def _names(self, attribute: str) -> list[str]:
+        ids = self.groups[attribute]
+        return self.group_names.get(attribute) or [str(i) for i in range(int(ids.max()) + 1 if len(ids) else 0)]
+
     def save(self, path: str | Path) -> Path:
         """Write :meth:`frame` and the raw outputs to a parquet file that :meth:`load` and pandas read."""
         from libmtl_fair.files import atomic_path
@@ -92,7 +106,7 @@ class Predictions:
                 frame[f"{task.name}/output_{c}"] = output[:, c]
         meta = {
             "tasks": [{"kind": t.kind, **asdict(t)} for t in self.tasks],
-            "group_names": self.group_names,
+            "group_names": {attribute: self._names(attribute) for attribute in self.groups},
             "shapes": {t.name: list(self.outputs[t.name].shape[1:]) for t in self.tasks},
         }
         table = pa.Table.from_pandas(frame, preserve_index=False)
@@ -147,17 +161,20 @@ def _missing(labels: Tensor) -> Any:
 def _labels(frame: pd.DataFrame, task: Task) -> Tensor:
     if task.kind == "multilabel":
         columns = [f"{task.name}/label_{c}" for c in range(task.out_features)]
-        return torch.from_numpy(frame[columns].to_numpy(dtype=np.float32, copy=True))
+        return torch.from_numpy(frame[columns].to_numpy(dtype=np.float32, na_value=np.nan, copy=True))
     column = frame[f"{task.name}/label"]
     if column.dtype.kind == "f" and task.kind != "multiclass":
         return torch.from_numpy(column.to_numpy(copy=True))
     return torch.from_numpy(column.fillna(IGNORE_INDEX).to_numpy(dtype=np.int64, copy=True))
 
 
-def _names(ids: Tensor, names: list[str] | None) -> Any:
-    values = ids.numpy()
-    names = names or [str(i) for i in range(int(values.max(initial=-1)) + 1)]
-    return pd.Series(pd.Categorical.from_codes(values, pd.Index(names)), dtype="category").astype("string")
+def _named(ids: Tensor, attribute: str, names: list[str]) -> Any:
+    highest = int(ids.max()) if len(ids) else -1
+    if highest >= len(names) or len(set(names)) < len(names):
+        raise DataError(
+            f"attribute {attribute!r}: group ids go to {highest}, so {highest + 1} different names are needed; found {names}"
+        )
+    return pd.Series(pd.Categorical.from_codes(ids.numpy(), pd.Index(names)), dtype="category").astype("string")
 
 
 def _ids(column: pd.Series[Any], names: list[str]) -> Tensor:

@@ -50,9 +50,13 @@ class Task:
         """Number of outputs that the task's head needs."""
         return 1
 
+    def flat(self, labels: Tensor) -> Tensor:
+        """Return labels [B] for [B] or [B, 1]."""
+        return labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels
+
     def observed(self, labels: Tensor) -> Tensor:
         """Return which examples have a label: bool [B]."""
-        return torch.isfinite(labels) if labels.is_floating_point() else labels != IGNORE_INDEX
+        return _present(self.flat(labels))
 
     def example_losses(self, output: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of each example, [B]; 0, with zero gradient, where the label is missing."""
@@ -92,6 +96,7 @@ class Binary(Task):
 
     def example_losses(self, output: Tensor, labels: Tensor) -> Tensor:
         """Return binary cross-entropy from logits, [B]."""
+        labels = self.flat(labels)
         logit, seen = self.logit(output), self.observed(labels)
         target = torch.where(seen, labels, 0).to(logit.dtype)
         return torch.where(seen, nnf.binary_cross_entropy_with_logits(logit, target, reduction="none"), 0.0)
@@ -130,8 +135,8 @@ class Multiclass(Task):
 
     def example_losses(self, output: Tensor, labels: Tensor) -> Tensor:
         """Return cross-entropy from logits, [B]."""
-        seen = self.observed(labels)
-        target = torch.where(seen, labels, IGNORE_INDEX).long()
+        labels = self.flat(labels)
+        target = torch.where(self.observed(labels), labels, IGNORE_INDEX).long()
         return nnf.cross_entropy(output, target, reduction="none", ignore_index=IGNORE_INDEX)
 
     def probabilities(self, output: Tensor) -> Tensor:
@@ -165,11 +170,15 @@ class Multilabel(Task):
 
     def observed(self, labels: Tensor) -> Tensor:
         """Return which examples have at least one label: bool [B]."""
-        return super().observed(labels).any(dim=-1)
+        return _present(labels).any(dim=-1)
+
+    def flat(self, labels: Tensor) -> Tensor:
+        """Return the labels as they are, [B, C]."""
+        return labels
 
     def example_losses(self, output: Tensor, labels: Tensor) -> Tensor:
         """Return the mean binary cross-entropy over the observed labels of each example, [B]."""
-        seen = super().observed(labels)
+        seen = _present(labels)
         target = torch.where(seen, labels, 0).to(output.dtype)
         losses = nnf.binary_cross_entropy_with_logits(output, target, reduction="none")
         return torch.where(seen, losses, 0.0).sum(-1) / seen.sum(-1).clamp(min=1)
@@ -213,8 +222,12 @@ class Regression(Task):
 
     def example_losses(self, output: Tensor, labels: Tensor) -> Tensor:
         """Return the squared error in standardised units, [B]."""
+        labels, value = self.flat(labels), self.value(output)
+        if labels.shape != value.shape:
+            raise DataError(
+                f"task {self.name!r}: {len(value)} outputs for labels of shape {tuple(labels.shape)}; expected [B]"
+            )
         seen = self.observed(labels)
-        value = self.value(output)
         return torch.where(seen, (value - torch.where(seen, labels, 0).to(value.dtype)) ** 2, 0.0)
 
     def probabilities(self, output: Tensor) -> Tensor:
@@ -234,6 +247,10 @@ class Regression(Task):
             raise DataError(f"task {self.name!r}: the reference model has no finite output to take a score range from")
         low, high = torch.quantile(values, torch.tensor([0.1, 0.9], dtype=values.dtype)).tolist()
         return replace(self, score_range=(low, high))
+
+
+def _present(labels: Tensor) -> Tensor:
+    return torch.isfinite(labels) if labels.is_floating_point() else labels != IGNORE_INDEX
 
 
 def _need_count(task: str, field: str, found: object, least: int) -> None:

@@ -128,7 +128,7 @@ def _gather(trainer: Any, loader: Any, outputs: Any, labels: Any, groups: Any, h
         tasks=tuple(main.values()),
         scores={name: task.score(joined[name]).cpu() for name, task in main.items()},
         outputs={name: value.cpu() for name, value in joined.items()},
-        labels={task: torch.cat(parts).cpu() for task, parts in labels.items()},
+        labels={task: trainer.tasks[task].flat(torch.cat(parts)).cpu() for task, parts in labels.items()},
         groups={} if trainer.multi_input else {name: torch.cat(parts).cpu() for name, parts in groups.items()},
         group_names=group_names(first),
         embeddings=vectors.get("", vectors) if vectors else None,

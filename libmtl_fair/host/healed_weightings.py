@@ -98,6 +98,25 @@ def gradnorm_backward(self: Any, losses: Tensor, **kwargs: Any) -> Any:
     return recorded(self, weights)
 
 
+def graddrop_backward(self: Any, losses: Tensor, **kwargs: Any) -> None:
+    """GradDrop (Chen et al. 2020); the tasks' batches may differ in size, since the sign is that of the batch's sum."""
+    if not self.rep_grad:
+        raise HostError("GradDrop works on gradients of the representation: use rep_grad=True")
+    leak, reps = kwargs["leak"], [self.rep_tasks[task].detach() for task in self.task_name]
+    per_grads = self._compute_grad(losses, mode="backward", rep_grad=True)
+    if len({rep.shape[1:] for rep in reps}) > 1:
+        raise HostError(f"GradDrop needs representations of one size, found {[tuple(r.shape[1:]) for r in reps]}")
+    grads = torch.stack([(grad * rep.sign()).sum(0) for grad, rep in zip(per_grads, reps)])
+    positive = 0.5 * (1 + grads.sum(0) / (grads.abs().sum(0) + 1e-7))
+    drawn = torch.rand_like(positive)
+    mask = (positive > drawn) * (grads > 0) + (positive < drawn) * (grads < 0)
+    kept = [grad * (leak + (1 - leak) * m) for grad, m in zip(per_grads, mask)]
+    if isinstance(self.rep, dict):
+        torch.autograd.backward([self.rep[task] for task in self.task_name], kept)
+    else:
+        self.rep.backward(torch.stack(kept).sum(0))
+
+
 def mgda_solution(self: Any, grads: Tensor) -> Tensor:
     """Return the weights [T] of the smallest vector in the convex hull of ``grads`` [T, P].
 

@@ -93,6 +93,7 @@ _COMMON = [
         healed_weightings.mgda_solution,
         "its loop never counted, and could run for ever",
     ),
+    Patch("GradDrop", "backward", healed_weightings.graddrop_backward, "failed where tasks have batches of their own"),
     Patch("MGDA", "backward", healed_weightings.mgda_backward, "one device transfer a task"),
     Patch("PCGrad", "backward", healed_weightings.pcgrad_backward, _SYNC),
     Patch("CAGrad", "backward", healed_weightings.cagrad_backward, "was written for exactly three tasks"),

@@ -105,8 +105,8 @@ def _construct(
 ) -> Any:
     try:
         return cls(task_names, encoder_class, heads, rep_grad, multi_input, device, **arch_args)
-    except (AttributeError, KeyError, TypeError, IndexError) as error:
-        if not architecture.__module__.startswith("LibMTL."):
+    except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
+        if not architecture.__module__.startswith("LibMTL.") or _raised_by_user(error):
             raise
         hint = {
             KeyError: f"it needs arch_args[{error}]",
@@ -114,6 +114,15 @@ def _construct(
             IndexError: "num_experts needs one number for the shared experts and one for each task",
         }.get(type(error), str(error))
         raise HostError(f"architecture {architecture.__name__} cannot be built: {hint}") from error
+
+
+def _raised_by_user(error: BaseException) -> bool:
+    """Whether the error came out of the user's own code, such as an encoder's constructor, and is not about LibMTL."""
+    trace, names = error.__traceback__, []
+    while trace is not None:
+        names.append(str(trace.tb_frame.f_globals.get("__name__")))
+        trace = trace.tb_next
+    return any(not name.startswith(("LibMTL", "torch", "libmtl_fair", "numpy")) for name in names[1:])
 
 
 def _weighting_bases(

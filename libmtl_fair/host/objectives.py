@@ -49,7 +49,7 @@ class TaskMetric(AbsMetric):  # type: ignore[misc]
     def update_fun(self, pred: Tensor, gt: Tensor) -> None:
         """Collect one batch."""
         self.record.append(self.task.probabilities(pred.detach()))
-        self.bs.append(gt)
+        self.bs.append(self.task.flat(gt))
 
     def score_fun(self) -> list[float]:
         """Return the metrics in the order of ``names``; NaN where the labels do not define one."""
@@ -168,11 +168,17 @@ class LossBank:
             target = f"{tuple(label.shape)} {label.dtype}" if isinstance(label, Tensor) else type(label).__name__
             shapes = f"output {tuple(pred.shape)} {pred.dtype}, labels {target}"
             raise HostError(f"task {name!r}: its loss cannot take these tensors ({shapes}): {error}") from error
-        return loss if isinstance(loss, Tensor) else torch.as_tensor(loss)
+        loss = torch.as_tensor(loss)
+        if loss.numel() != 1:
+            raise HostError(f"task {name!r}: its loss must be one number, found shape {tuple(loss.shape)}")
+        return loss.reshape(())
 
 
 def _stackable(preds: Mapping[str, Tensor], labels: Mapping[str, Tensor], names: Sequence[str]) -> bool:
-    return all(preds[n].shape[1:] in ((), (1,)) and labels[n].is_floating_point() for n in names)
+    return all(
+        preds[n].shape[1:] in ((), (1,)) and labels[n].is_floating_point() and labels[n].shape == preds[n].shape[:1]
+        for n in names
+    )
 
 
 def _binary_losses(preds: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:

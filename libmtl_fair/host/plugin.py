@@ -38,7 +38,10 @@ class Settings:
         for name in args:
             if name not in names:
                 raise RecipeError(f"{method}: {unknown('setting', name, names)}")
-        return cls(**args)
+        try:
+            return cls(**args)
+        except TypeError as error:
+            raise RecipeError(f"{method}: a setting is of the wrong type ({error}); found {dict(args)}") from error
 
     def need(self, name: str, condition: bool, expected: str) -> None:
         """Raise a RecipeError unless the condition on the setting holds."""

@@ -107,23 +107,40 @@ def _default_args(name: str, arch: str = "HPS") -> Mapping[str, Any]:
 def weight_args(cls: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the hyperparameters of a LibMTL weighting: LibMTL's defaults, then those given, in either lineage's names.
 
+    A user's subclass takes its LibMTL parent's defaults, and any name of its own.
+
     Raises
     ------
     RecipeError : a name that this weighting does not take.
     """
-    name = cls.__name__
-    if getattr(weighting_namespace, name, None) is not cls or name in OUR_WEIGHTINGS:
+    parent = next((c for c in cls.__mro__ if _is_libmtls(c)), None)
+    if parent is None:
         return dict(given)
-    try:
-        args = dict(_default_args(name))
-    except (ValueError, SystemExit):
-        return dict(given)
+    name = parent.__name__
+    args = dict(_default_args(name))
     for key, value in given.items():
         match = next((d for d in args if key in (d, f"{name}_{d}") or d == f"{name}_{key}"), None)
-        if match is None:
-            raise RecipeError(f"{name} (LibMTL, {LINEAGE}): {unknown('setting', key, args)}")
-        args[match] = value
+        if match is None and parent is cls:
+            other = _OTHER_LINEAGE.get((name, key.removeprefix(f"{name}_")))
+            reason = f": {other}" if other else f": {unknown('setting', key, args)}"
+            raise RecipeError(f"{name} (LibMTL, {LINEAGE}){reason}")
+        args[match or key] = value
     return args
+
+
+_OTHER_LINEAGE = {
+    ("RLW", "dist"): "it takes no 'dist': git main always draws the weights from a normal distribution; leave it out",
+    (
+        "GradVac",
+        "group_type",
+    ): "it takes no 'group_type': only git main compares gradients layer by layer; leave it out",
+}
+"""Settings that one lineage has and the other lacks; only reached where it is lacking."""
+
+
+def _is_libmtls(cls: type[Any]) -> bool:
+    known = getattr(weighting_namespace, cls.__name__, None) is cls
+    return known and cls is not AbsWeighting and cls.__name__ not in OUR_WEIGHTINGS
 
 
 def _options(cls: type[Any]) -> list[Any]:
@@ -160,19 +177,27 @@ def _given(cls: type[Any], params: argparse.Namespace) -> dict[str, Any]:
 
 
 def _wrap_prepare_args(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Let ``prepare_args`` know our names; LibMTL's own go through unchanged."""
+    """Let ``prepare_args`` know our names; LibMTL's own go through unchanged.
+
+    The base of a weighting of ours takes its hyperparameters from LibMTL's options: ``--relif_base GradNorm --alpha 1``.
+    """
 
     def prepare_args(params: argparse.Namespace) -> Any:
+        _check_name("weighting", params.weighting, [*weighting_names(), *BILEVEL, "DIY"])
+        _check_name("architecture", params.arch, [*architecture_names(), "DIY"])
         weighting, architecture = OUR_WEIGHTINGS.get(params.weighting), OUR_ARCHITECTURES.get(params.arch)
         if weighting is None and architecture is None:
             return original(params)
-        plain = copy.copy(params)
-        plain.weighting = "EW" if weighting else params.weighting
+        plain, given = copy.copy(params), _given(weighting, params) if weighting else {}
+        if weighting:
+            plain.weighting = str(given.get("base", getattr(weighting.settings_class, "base", "EW")))
+            _check_name("base weighting", plain.weighting, [n for n in weighting_names() if n not in OUR_WEIGHTINGS])
         plain.arch = "HPS" if architecture else params.arch
         with contextlib.redirect_stdout(io.StringIO()):
             kwargs, optim_param, scheduler_param = original(plain)
         if weighting:
-            kwargs["weight_args"].update(_given(weighting, params))
+            base_args = {**kwargs["weight_args"], **given.pop("base_args", {})}
+            kwargs["weight_args"] = {**given, "base_args": base_args} if base_args else given
             weighting.settings_class.from_args(weighting.__name__, kwargs["weight_args"])
         if architecture:
             kwargs["arch_args"].update(_given(architecture, params))
@@ -182,3 +207,8 @@ def _wrap_prepare_args(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
     prepare_args.__doc__ = original.__doc__
     prepare_args.__dict__["wraps"] = original
     return prepare_args
+
+
+def _check_name(what: str, name: str, options: list[str]) -> None:
+    if name not in options:
+        raise RecipeError(unknown(what, name, options))
