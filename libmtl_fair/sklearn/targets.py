@@ -1,0 +1,188 @@
+"""Y -> tasks with masked labels, and outputs -> labels and numbers in the user's own units."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from libmtl_fair.errors import DataError, unknown
+from libmtl_fair.tasks import AUXILIARY_PREFIX, IGNORE_INDEX, Binary, Multiclass, Regression, Task
+
+KINDS = ("binary", "multiclass", "regression")
+_MOST_CLASSES = 20
+
+
+@dataclass(frozen=True)
+class Target:
+    """One column of Y.
+
+    Attributes
+    ----------
+    column : its label in Y.
+    name : of the task inside the model.
+    kind : "binary", "multiclass" or "regression".
+    classes : sorted values of a classification target.
+    mean, std : of a regression target in training.
+    """
+
+    column: Hashable
+    name: str
+    kind: str
+    classes: NDArray[Any] | None = None
+    mean: float = 0.0
+    std: float = 1.0
+
+    @property
+    def task(self) -> Task:
+        """The task that the model learns."""
+        if self.kind == "regression":
+            return Regression(self.name, mean=self.mean, std=self.std)
+        if self.kind == "binary":
+            return Binary(self.name)
+        assert self.classes is not None
+        return Multiclass(self.name, len(self.classes), classes=tuple(str(c) for c in self.classes))
+
+    def encode(self, series: pd.Series[Any]) -> Tensor:
+        """Return the labels [N] as the task takes them; a class that training lacked is refused."""
+        gone = series.isna().to_numpy()
+        if self.kind == "regression":
+            values = (_floats(series) - self.mean) / self.std
+            return torch.from_numpy(values.astype(np.float32))
+        assert self.classes is not None
+        index = {value: i for i, value in enumerate(self.classes.tolist())}
+        ids = [IGNORE_INDEX if g else index.get(_plain(v), -1) for v, g in zip(series, gone)]
+        if -1 in ids:
+            value = series.iloc[ids.index(-1)]
+            raise DataError(f"target {self.column!r} holds {value!r}, which is no class that fit saw: {list(index)}")
+        labels = torch.tensor(ids, dtype=torch.int64)
+        return torch.where(labels >= 0, labels.float(), torch.nan) if self.kind == "binary" else labels
+
+    def probabilities(self, output: Tensor) -> NDArray[np.float64]:
+        """Return [N, C] probabilities of a classification target."""
+        assert self.classes is not None
+        values = self.task.probabilities(output).double().numpy()
+        if self.kind == "multiclass":
+            return np.asarray(values / values.sum(1, keepdims=True))
+        return np.ones((len(values), 1)) if len(self.classes) == 1 else np.column_stack([1 - values, values])
+
+    def predict(self, output: Tensor) -> NDArray[Any]:
+        """Return classes, or numbers in native units, [N]."""
+        if self.kind == "regression":
+            return np.asarray(self.task.probabilities(output).double().numpy() * self.std + self.mean)
+        assert self.classes is not None
+        return np.asarray(self.classes[self.probabilities(output).argmax(1)])
+
+
+def read_table(y: Any) -> pd.DataFrame:
+    """Return Y as a DataFrame; one column is one task.
+
+    Raises
+    ------
+    DataError : Y is empty, has more than two dimensions, or two columns of one name.
+    """
+    if isinstance(y, pd.DataFrame):
+        frame = y
+    elif isinstance(y, pd.Series):
+        frame = y.to_frame(y.name if y.name is not None else 0)
+    else:
+        array = np.asarray(y)
+        if array.ndim == 1:
+            array = array[:, None]
+        if array.ndim != 2:
+            raise DataError(f"Y must be one column or a table of targets, found shape {array.shape}")
+        frame = pd.DataFrame(array).infer_objects()
+    if not frame.shape[1] or not frame.columns.is_unique:
+        raise DataError("Y needs at least one column, and columns of different names")
+    return frame
+
+
+def make_targets(frame: pd.DataFrame, declared: Mapping[Any, str] | None) -> list[Target]:
+    """Return one target a column, of the declared kind or the one that its values suggest.
+
+    Raises
+    ------
+    DataError : a declared column or kind that is not there, or a column whose kind cannot be told.
+    """
+    declared = dict(declared or {})
+    for column, kind in declared.items():
+        if column not in frame:
+            raise DataError(f"tasks: {unknown('column of Y', column, map(str, frame.columns))}")
+        if kind not in KINDS:
+            raise DataError(f"tasks: {unknown('kind', kind, KINDS)}")
+    return [_target(frame[column], column, _safe(column, i), declared.get(column)) for i, column in enumerate(frame)]
+
+
+def _target(series: pd.Series[Any], column: Any, name: str, kind: str | None) -> Target:
+    seen = series[series.notna()]
+    if not len(seen):
+        raise DataError(f"target {column!r} has no label in {len(series)} rows; leave the column out")
+    if pd.api.types.is_numeric_dtype(seen) and not np.isfinite(_floats(seen)).all():
+        raise DataError(
+            f"Input Y contains infinity or a value too large for dtype('float64'), in target {column!r}; missing labels "
+            "are NaN"
+        )
+    kind = kind or _kind(series, seen, column)
+    if kind == "regression":
+        values = _floats(seen)
+        std = float(values.std())
+        return Target(column, name, kind, None, float(values.mean()), std if std > 0 else 1.0)
+    classes = _classes(seen, column)
+    if kind == "binary" and len(classes) > 2:
+        raise DataError(f"target {column!r} is declared binary and has {len(classes)} classes: {classes[:5].tolist()}")
+    return Target(column, name, "multiclass" if kind == "multiclass" and len(classes) > 1 else "binary", classes)
+
+
+def _kind(series: pd.Series[Any], seen: pd.Series[Any], column: Any) -> str:
+    """Text, categories, booleans and up to 20 integers are classes, two values are binary, other numbers regression."""
+    distinct = seen.nunique()
+    if not pd.api.types.is_numeric_dtype(seen) or pd.api.types.is_bool_dtype(seen):
+        return "binary" if distinct <= 2 else "multiclass"
+    values = _floats(seen)
+    whole = bool((values == np.round(values)).all())
+    if distinct <= 2 and whole:
+        return "binary"
+    if not pd.api.types.is_float_dtype(series):
+        return "multiclass" if distinct <= _MOST_CLASSES else "regression"
+    if whole and distinct <= _MOST_CLASSES and len(seen) < len(series):
+        raise DataError(
+            f"target {column!r} holds {distinct} whole numbers and gaps: classes or quantities? Say which: "
+            f"tasks={{{column!r}: 'multiclass'}} or 'regression'"
+        )
+    return "regression"
+
+
+def _classes(seen: pd.Series[Any], column: Any) -> NDArray[Any]:
+    values = sorted({_plain(v) for v in seen}, key=lambda v: (isinstance(v, str), v))
+    kinds = {type(v) for v in values}
+    if kinds <= {str}:
+        return np.array(values, dtype=object)
+    if str in kinds:
+        raise DataError(f"target {column!r} mixes text and numbers; make its classes one or the other")
+    array = np.array(values)
+    dtype = getattr(seen.dtype, "numpy_dtype", seen.dtype)
+    return array.astype(dtype) if isinstance(dtype, np.dtype) and dtype.kind in "iufb" else array
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _floats(series: pd.Series[Any]) -> NDArray[np.float64]:
+    try:
+        return np.asarray(pd.to_numeric(series).to_numpy(dtype=np.float64, na_value=np.nan))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"target {series.name!r} is declared regression and holds no numbers ({error})") from error
+
+
+def _safe(column: Any, position: int) -> str:
+    """Return a name that a torch module may have: the column's own where that is possible."""
+    name = str(column)
+    fine = isinstance(column, str) and name and "." not in name and not name.startswith(AUXILIARY_PREFIX)
+    return name if fine and not hasattr(nn.ModuleDict, name) and name != "sensitive" else f"task_{position}"
