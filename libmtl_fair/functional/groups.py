@@ -200,7 +200,7 @@ def quantile_bins(target: Tensor, n_bins: int = 4) -> Tensor:
     ordered = target.masked_fill(~observed, torch.inf).sort().values
     fractions = torch.arange(1, n_bins, device=target.device) / n_bins
     edges = sorted_quantiles(ordered, observed.sum(0, keepdim=True), fractions)
-    return torch.bucketize(target, edges, right=True).where(observed, -1)
+    return torch.bucketize(target.contiguous(), edges, right=True).where(observed, -1)
 
 
 def rate_sums(scores: Tensor, labels: Tensor, groups: Tensor, n_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
