@@ -1,0 +1,88 @@
+"""ReLiF's Lipschitz term of one step with its running scales, apart from what controls its strength."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from libmtl_fair import functional as F
+from libmtl_fair.batch import FairBatch
+from libmtl_fair.errors import RecipeError
+
+if TYPE_CHECKING:
+    from libmtl_fair.weighting.relif import ReLiFSettings
+
+_SCALE_FLOOR = 1e-4
+_DISTANCE_FLOOR = 1e-3
+
+
+class Lipschitz(NamedTuple):
+    """The term of one step.
+
+    ``value`` L_lip, attached to the graph; ``rate`` share of pairs with a positive margin; ``some`` whether there was a
+    pair at all (without one, value and rate are 0); ``tau`` and ``kappa`` the scales in use.
+    """
+
+    value: Tensor
+    rate: Tensor
+    some: Tensor
+    tau: Tensor
+    kappa: Tensor
+
+
+class LipschitzTerm(nn.Module):
+    """L_lip of methods.md, 1.2: huberised hinge of scaled score gaps over scaled distances, across tasks.
+
+    The scales follow the 95 % quantiles of gaps and distances; they are buffers, saved with the model.
+    """
+
+    scales: Tensor
+    scales_started: Tensor
+
+    def __init__(self, settings: ReLiFSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.register_buffer("scales", torch.ones(2))
+        self.register_buffer("scales_started", torch.tensor(False))
+
+    def forward(self, batch: FairBatch) -> Lipschitz:
+        """Return the term of this step's prototype pairs, after moving the scales.
+
+        Raises
+        ------
+        RecipeError : fewer than two tasks.
+        """
+        s = self.settings
+        scores = batch.score_matrix
+        if scores.shape[0] < 2:
+            raise RecipeError("the Lipschitz term compares tasks with each other: it needs at least two tasks")
+        value, rate, some = F.lipschitz_term(
+            scores,
+            batch.embedding,
+            s.prototypes_per_task,
+            self._move_scales,
+            mode=s.prototypes,
+            max_task_pairs=s.task_pairs,
+            beta=s.beta,
+            mu=s.mu,
+            min_distance=_DISTANCE_FLOOR,
+            detach_distance=s.detach_distance,
+        )
+        tau, kappa = self.scales if s.scaling else torch.ones_like(self.scales)
+        return Lipschitz(value, rate, some, tau, kappa)
+
+    @torch.no_grad()
+    def _move_scales(self, gap: Tensor, distance: Tensor, mask: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Move tau and kappa towards this step's quantiles; the first step sets them; no pair leaves them."""
+        s = self.settings
+        if not s.scaling:
+            return 1.0, 1.0
+        found = torch.stack([F.masked_quantile(x, s.quantile, mask) for x in (gap.abs(), distance)])
+        share = torch.where(self.scales_started, s.scale_ema, 1.0).to(self.scales.dtype)
+        moved = torch.lerp(self.scales, found.to(self.scales.dtype), share).clamp(min=_SCALE_FLOOR)
+        some = mask.any()
+        self.scales = torch.where(some, moved, self.scales)
+        self.scales_started = self.scales_started | some
+        return self.scales[0], self.scales[1]
