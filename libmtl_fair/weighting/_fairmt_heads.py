@@ -38,8 +38,12 @@ class Outputs:
         return list(torch.split(parts[0], [z.shape[1] for z in self.outputs], 1))
 
     def matrix(self, parts: Sequence[Tensor]) -> Tensor:
-        """Join gradients to one [B, C] matrix."""
-        return parts[0] if self.joined else torch.cat([g.reshape(len(g), -1) for g in parts], 1)
+        """Join gradients to one [B, C] matrix, zero past the end of a task that has fewer examples."""
+        if self.joined:
+            return parts[0]
+        longest = max(len(g) for g in parts)
+        rows = [g.reshape(len(g), -1) for g in parts]
+        return torch.cat([g if len(g) == longest else nn.functional.pad(g, (0, 0, 0, longest - len(g))) for g in rows], 1)
 
 
 def _common_base(outputs: Sequence[Tensor]) -> Tensor | None:
@@ -117,8 +121,19 @@ def head_products(
     return gram, linear
 
 
+def head_linear(grads: Tensor, term: Tensor, h: Any, weights: Tensor, owner: Tensor | None) -> Tensor:
+    """Return [T], the inner products of the tasks' representation gradients with that of a further term of ``h``."""
+    (to_h,) = torch.autograd.grad(term, h, retain_graph=True)
+    per_column: Tensor = (grads * (to_h.flatten(1) @ weights.detach().T)).sum(0)
+    return per_column if owner is None else owner.T @ per_column
+
+
 def autograd_products(
-    outputs: Outputs, grads: Sequence[Tensor], fairness: Sequence[Tensor], to: Sequence[Sequence[Tensor]]
+    outputs: Outputs,
+    grads: Sequence[Tensor],
+    fairness: Sequence[Tensor],
+    to: Sequence[Sequence[Tensor]],
+    term: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (K, b) by autograd from the outputs to ``to[t]``: representations (MGDA-UB) or shared parameters.
 
@@ -127,12 +142,18 @@ def autograd_products(
     own = outputs.per_task(grads)
     rows = [_pulled([z], [g], anchors) for z, g, anchors in zip(outputs.outputs, own, to, strict=True)]
     fair = outputs.per_task(fairness)
-    if all(anchors is to[0] for anchors in to):
+    if len(_distinct(to)) == 1:
         phi = _pulled(outputs.outputs, fair, to[0])
     else:
         phi = torch.stack([_pulled([z], [g], a) for z, g, a in zip(outputs.outputs, fair, to, strict=True)]).sum(0)
+    if term is not None:
+        phi = phi + sum(_pulled([term], [torch.ones_like(term)], anchors) for anchors in _distinct(to))
     matrix = torch.stack(rows)
     return matrix @ matrix.T, matrix @ phi
+
+
+def _distinct(to: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
+    return [to[0]] if all(anchors is to[0] for anchors in to) else list(to)
 
 
 def _pulled(outputs: Sequence[Tensor], grads: Sequence[Tensor], to: Sequence[Tensor]) -> Tensor:

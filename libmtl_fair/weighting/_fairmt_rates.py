@@ -34,6 +34,7 @@ class Lift:
     reference: str = "max"
     min_count: float = 10
     error: str = "squared"
+    fpr_weight: float = 1.0
 
     @property
     def moments(self) -> int:
@@ -69,6 +70,8 @@ class Layout:
         owner = [t for t, w in enumerate(widths) for _ in range(w)] + [t for t, w in enumerate(widths) if not w]
         self.one_column_each = owner == list(range(len(tasks)))
         self.owner = torch.nn.functional.one_hot(torch.tensor(owner), len(tasks)).to(device, torch.get_default_dtype())
+        self.parts = torch.ones(2 * self.n_rates, device=device, dtype=self.owner.dtype)
+        self.parts[self.n_rates :] = lift.fpr_weight
         self.columns = self._columns(device)
         self.order = torch.cat(self.columns).argsort() if len(self.blocks) > 1 else None
 
@@ -144,6 +147,8 @@ def disparity(layout: Layout, sums: Tensor, counts: Tensor) -> Disparity:
     k = 2 * layout.n_rates
     means = layout.by_group(sums) / _above_zero(count)
     part, enough, slope = _rates(layout, means[..., :k], count[..., :k])
+    if layout.lift.fpr_weight != 1:
+        part, enough, slope = part * layout.parts, enough & (layout.parts > 0), slope * layout.parts
     if layout.n_errors:
         wrong, present, steep = _errors(layout, means[..., k:], count[..., k:])
         part, enough, slope = torch.cat([part, wrong], 1), torch.cat([enough, present], 1), torch.cat([slope, steep], 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,11 +23,14 @@ from libmtl_fair.weighting._fairmt_heads import (
     LastInputs,
     Outputs,
     autograd_products,
+    head_linear,
     head_products,
     last_linear,
     shared_anchors,
 )
-from libmtl_fair.weighting._fairmt_rates import Disparity, Layout, Lift, disparity
+from libmtl_fair.weighting._fairmt_rates import Layout, Lift, disparity
+from libmtl_fair.weighting._lipschitz import Lipschitz, LipschitzTerm
+from libmtl_fair.weighting.relif import ReLiFSettings
 
 _CHOICES: Mapping[str, Sequence[Any]] = {
     "proxy": ("head", "representation", "full"),
@@ -37,6 +40,7 @@ _CHOICES: Mapping[str, Sequence[Any]] = {
     "error": ("squared", "absolute", "ccc"),
     "solver": AGGREGATION_SOLVERS,
 }
+_LIPSCHITZ = ("prototypes", "k", "beta", "mu", "quantile", "scaling", "scale_ema", "detach_distance", "task_pairs")
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class FairMTSettings(Settings):
     alpha : ``"proxy"`` (default), ``"uniform"``, or ``"base"``: another LibMTL weighting, named by ``base``.
     rank_one : the source's form of the head proxy.
     normalise : divide by the number of groups that can differ, so that attributes compare (ours).
+    fpr_weight : weight of the FPR part of a disparity against the TPR part, >= 0 (ours; the source's is 1). The FPR part
+        lowers the scores of the group that the TPR part takes as its reference: 0 lifts only, and keeps that group's TPR.
     symmetric : the ablation: largest minus smallest rate, gradient to both sides.
     reference : ``"max"``, or ``"lcb"``: the group whose rate has the best confidence bound sets the bar (ours).
     ema : decay of the running sums per group; 0 takes each batch alone (ours).
@@ -62,6 +68,9 @@ class FairMTSettings(Settings):
     attributes : which sensitive attributes to constrain; None takes all.
     error : a regression task's error: ``"squared"`` (standardised), ``"absolute"``, or ``"ccc"`` (1 - CCC of a group).
     solver : of the aggregation: ``"exact"`` or ``"frank-wolfe"``.
+    lipschitz : ReLiF's term is one more disparity, so that individual and group fairness are one constraint (ours).
+    lipschitz_args : its settings, as ReLiF's: ``prototypes``, ``k``, ``beta``, ``mu``, ``quantile``, ``scaling``,
+        ``scale_ema``, ``detach_distance``, ``task_pairs``.
     base, base_args : the LibMTL weighting that balances the tasks where ``alpha`` is ``"base"``.
     """
 
@@ -74,6 +83,7 @@ class FairMTSettings(Settings):
     alpha: str | None = None
     rank_one: bool = False
     normalise: bool = True
+    fpr_weight: float = 1.0
     symmetric: bool = False
     reference: str = "max"
     ema: float = 0.9
@@ -83,6 +93,8 @@ class FairMTSettings(Settings):
     attributes: Sequence[str] | None = None
     error: str = "squared"
     solver: str = "exact"
+    lipschitz: bool = False
+    lipschitz_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check every range."""
@@ -93,6 +105,7 @@ class FairMTSettings(Settings):
         self.need("mu", _number(self.mu) and self.mu > 0, "above 0")
         self.need("ema", _number(self.ema) and 0 <= self.ema < 1, "in [0, 1)")
         self.need("min_count", _number(self.min_count) and self.min_count > 0, "above 0")
+        self.need("fpr_weight", _number(self.fpr_weight) and self.fpr_weight >= 0, "a number of at least 0")
         if isinstance(self.attributes, str):
             object.__setattr__(self, "attributes", (self.attributes,))
         self.need("attributes", self.attributes is None or len(self.attributes) > 0, "at least one attribute, or null")
@@ -100,6 +113,7 @@ class FairMTSettings(Settings):
             raise RecipeError("FairMT: reference='lcb' names a best group, symmetric=True has none; choose one")
         self._check_alpha()
         self.dual()
+        self.relif()
 
     def _check_alpha(self) -> None:
         if self.base != "EW" and self.alpha not in (None, "base"):
@@ -124,11 +138,39 @@ class FairMTSettings(Settings):
 
     def lift(self) -> Lift:
         """Return how disparities are measured."""
-        return Lift(self.symmetric, self.normalise, self.reference, self.min_count, self.error)
+        return Lift(self.symmetric, self.normalise, self.reference, self.min_count, self.error, self.fpr_weight)
+
+    def relif(self) -> ReLiFSettings:
+        """Return the settings of the Lipschitz term."""
+        if self.lipschitz_args and not self.lipschitz:
+            raise RecipeError("FairMT: lipschitz_args are given, but lipschitz is False; set it, or leave them out")
+        for name in self.lipschitz_args:
+            if name not in _LIPSCHITZ:
+                raise RecipeError(f"FairMT: lipschitz_args: {unknown('setting', name, _LIPSCHITZ)}")
+        return ReLiFSettings(**self.lipschitz_args)
 
 
 def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+@dataclass
+class Fairness:
+    """The constraint in one step: psi and presence [T] (and the Lipschitz term's), Phi, w*, its gradient to the outputs."""
+
+    psi: Tensor
+    present: Tensor
+    phi: Tensor
+    w: Tensor
+    grads: list[Tensor]
+    term: tuple[Tensor, Tensor] | None
+
+    def lipschitz(self, strength: Tensor | None) -> Tensor | None:
+        """Return strength (1 if None) times w* times the Lipschitz term, attached to the graph; None without it."""
+        if self.term is None:
+            return None
+        w, value = self.term
+        return (w if strength is None else w * strength).to(value.dtype) * value
 
 
 class FairMT(FairWeighting):
@@ -148,6 +190,7 @@ class FairMT(FairWeighting):
     source = "arXiv:2512.00469"
     needs_groups = True
     settings: FairMTSettings
+    lipschitz: LipschitzTerm | None
     running: Tensor | None = None
     presence: Tensor | None = None
 
@@ -155,6 +198,7 @@ class FairMT(FairWeighting):
         """Make the dual variable."""
         super().configure(settings)
         self.dual = self.settings.dual()
+        self.lipschitz = LipschitzTerm(self.settings.relif()) if self.settings.lipschitz else None
         self.to(self.device)
         self._layout: Layout | None = None
         self._last_inputs = LastInputs(self.decoders)
@@ -167,19 +211,18 @@ class FairMT(FairWeighting):
     def step(self, batch: FairBatch, losses: Tensor) -> Any:
         """Descend the Lagrangian with one backward pass through the encoder, then raise or lower eta."""
         outputs = Outputs([batch.outputs[name] for name in self.task_name])
+        lipschitz = self.lipschitz(batch) if self.lipschitz is not None else None
         with torch.no_grad():
-            found, phi, w, fairness = self.fairness(batch, outputs)
+            fairness = self.fairness(batch, outputs, lipschitz)
         eta = self.dual.value.clone()
         if self.settings.weighing == "base":
-            weights = self._with_base(losses, outputs, fairness, eta)
-            alpha = None
+            alpha, weights = None, self._with_base(losses, outputs, fairness, eta)
         else:
-            grads = outputs.gradients(losses)
-            alpha, weights = self._descend(batch, outputs, grads, fairness, eta)
-        self._record(found, phi, w, alpha)
+            alpha, weights = self._descend(batch, outputs, outputs.gradients(losses), fairness, eta)
+        self._record(fairness, alpha)
         return weights
 
-    def fairness(self, batch: FairBatch, outputs: Outputs) -> tuple[Disparity, Tensor, Tensor, list[Tensor]]:
+    def fairness(self, batch: FairBatch, outputs: Outputs, lipschitz: Lipschitz | None = None) -> Fairness:
         """Move the running sums; return psi, Phi, w* and the gradient of Phi to each of ``outputs.tensors``."""
         s = self.settings
         layout = self._layout or self._make_layout(batch)
@@ -191,23 +234,34 @@ class FairMT(FairWeighting):
             self.running = torch.add(now, self.running, alpha=s.ema)
         sums, counts = self.running[:, : layout.n_summed], self.running[:, layout.n_summed :]
         found = disparity(layout, sums, counts)
-        phi, w = F.aggregate_disparities(found.psi, s.mu, found.present, s.solver)
+        psi, present = found.psi, found.present
+        if lipschitz is not None:
+            psi = torch.cat([psi, lipschitz.value.detach().to(psi.dtype).unsqueeze(0)])
+            present = torch.cat([present, lipschitz.some.unsqueeze(0)])
+        phi, w = F.aggregate_disparities(psi, s.mu, present, s.solver)
         divisor = counts if s.ema_gradient == "decayed" else now[:, layout.n_summed :]
-        slope = found.slope(w, divisor)
-        return found, phi, w, self._pull_back(layout, blocks, members, slope, outputs)
+        slope = found.slope(w[: len(self.task_name)], divisor)
+        grads = self._pull_back(layout, blocks, members, slope, outputs)
+        term = None if lipschitz is None else (w[-1], lipschitz.value)
+        return Fairness(psi, present, phi, w, grads, term)
 
     def _descend(
-        self, batch: FairBatch, outputs: Outputs, grads: list[Tensor], fairness: list[Tensor], eta: Tensor
+        self, batch: FairBatch, outputs: Outputs, grads: list[Tensor], fairness: Fairness, eta: Tensor
     ) -> tuple[Tensor, Tensor]:
         observed = self._observed(batch)
+        alpha = self._alpha(batch, outputs, grads, fairness, eta, observed)
         with torch.no_grad():
-            alpha = self._alpha(batch, outputs, grads, fairness, eta, observed)
             count = observed.sum().to(alpha.dtype)
-            weights = alpha * count
-            strength = eta * count
-            total = self._combine(outputs, grads, fairness, weights, strength)
-        torch.autograd.backward(outputs.tensors, total)
+            weights, strength = alpha * count, eta * count
+            total = self._combine(outputs, grads, fairness.grads, weights, strength)
+        term = fairness.lipschitz(strength)
+        extra = extra_gradients(self, term) if term is not None and self.rep_grad else []
+        if term is None or self.rep_grad:
+            torch.autograd.backward(outputs.tensors, total)
+        else:
+            torch.autograd.backward([*outputs.tensors, term], [*total, torch.ones_like(term)])
         carry_representation_gradients(self)
+        add_gradients(extra)
         return alpha, weights
 
     def _combine(
@@ -215,26 +269,31 @@ class FairMT(FairWeighting):
     ) -> list[Tensor]:
         """Return weights . grads + strength * fairness for each of ``outputs.tensors``."""
         if outputs.joined:
-            assert self._layout is not None
-            owner = self._column_owner(outputs)
-            per_column = weights if owner is None else weights[owner.argmax(1)]
-            return [grads[0] * per_column + strength * fairness[0]]
+            index = self._column_task(outputs)
+            per_column = weights if index is None else weights[index]
+            return [torch.addcmul(grads[0] * per_column, fairness[0], strength)]
         return [weights[t] * g + strength * f for t, (g, f) in enumerate(zip(grads, fairness, strict=True))]
 
-    def _with_base(self, losses: Tensor, outputs: Outputs, fairness: list[Tensor], eta: Tensor) -> Any:
+    def _with_base(self, losses: Tensor, outputs: Outputs, fairness: Fairness, eta: Tensor) -> Any:
         """Let the base weighting balance the losses, and add the gradient of T eta Phi."""
         strength = eta * len(losses)
-        term = torch.stack([(z * (strength * g)).sum() for z, g in zip(outputs.tensors, fairness, strict=True)]).sum()
-        extra = extra_gradients(self, term)
+        pairs = zip(outputs.tensors, fairness.grads, strict=True)
+        terms = [(z * (strength * g)).sum() for z, g in pairs]
+        term = fairness.lipschitz(strength)
+        extra = extra_gradients(self, torch.stack([*terms, *([] if term is None else [term])]).sum())
         weights = self.base_backward(losses)
         add_gradients(extra)
         return weights
 
-    def _record(self, found: Disparity, phi: Tensor, w: Tensor, alpha: Tensor | None) -> None:
+    def _record(self, fairness: Fairness, alpha: Tensor | None) -> None:
         assert self.presence is not None
-        eta = self.dual.update(phi, found.present.any())
-        self.presence += found.present
-        self.trace = {"psi": found.psi.masked_fill(~found.present, torch.nan), "w": w, "phi": phi, "eta": eta}
+        tasks = len(self.task_name)
+        eta = self.dual.update(fairness.phi, fairness.present.any())
+        self.presence += fairness.present[:tasks]
+        psi = fairness.psi.masked_fill(~fairness.present, torch.nan)
+        self.trace = {"psi": psi[:tasks], "w": fairness.w[:tasks], "phi": fairness.phi, "eta": eta}
+        if self.lipschitz is not None:
+            self.trace |= {"psi/lipschitz": psi[-1], "w/lipschitz": fairness.w[-1]}
         if alpha is not None:
             self.trace["alpha"] = alpha
 
@@ -245,7 +304,7 @@ class FairMT(FairWeighting):
         batch: FairBatch,
         outputs: Outputs,
         grads: list[Tensor],
-        fairness: list[Tensor],
+        fairness: Fairness,
         eta: Tensor,
         observed: Tensor,
     ) -> Tensor:
@@ -255,23 +314,30 @@ class FairMT(FairWeighting):
         if self.settings.weighing == "uniform" or len(seen) == 1:
             return seen / seen.sum().clamp(min=1)
         gram, linear = self._products(batch, outputs, grads, fairness)
-        gram, linear = gram.to(dtype), (eta * linear).to(dtype)
-        missing = 1 - seen
-        barrier = 1e12 * (gram.diagonal().amax() + linear.abs().amax() + 1)
-        gram = gram + torch.diag(missing * barrier)
-        alpha = F.min_norm_weights(gram, linear * seen) * seen
-        return alpha / alpha.sum().clamp(min=torch.finfo(dtype).tiny)
+        with torch.no_grad():
+            gram, linear = gram.to(dtype), (eta * linear).to(dtype)
+            barrier = 1e12 * (gram.diagonal().amax() + linear.abs().amax() + 1)
+            alpha = F.min_norm_weights(gram + torch.diag((1 - seen) * barrier), linear * seen) * seen
+            return alpha / alpha.sum().clamp(min=torch.finfo(dtype).tiny)
 
     def _products(
-        self, batch: FairBatch, outputs: Outputs, grads: list[Tensor], fairness: list[Tensor]
+        self, batch: FairBatch, outputs: Outputs, grads: list[Tensor], fairness: Fairness
     ) -> tuple[Tensor, Tensor]:
+        """Return (K [T, T], b [T]); b holds the Lipschitz term too, but not in the rank-one form, which has no signs."""
         proxy, rank_one = self._usable_proxy(batch)
-        if proxy == "head":
-            layers = [last_linear(self.decoders[name]) for name in self.task_name]
+        term = fairness.lipschitz(None) if not rank_one else None
+        if proxy != "head":
+            return autograd_products(outputs, grads, fairness.grads, shared_anchors(self, batch.h, proxy), term)
+        layers = [last_linear(self.decoders[name]) for name in self.task_name]
+        index = self._column_task(outputs)
+        with torch.no_grad():
             weights = torch.cat([layer.weight for layer in layers if layer is not None])
-            g, f = outputs.matrix(grads), outputs.matrix(fairness)
-            return head_products(g, f, weights, self._column_owner(outputs), rank_one)
-        return autograd_products(outputs, grads, fairness, shared_anchors(self, batch.h, proxy))
+            owner = None if index is None else nn.functional.one_hot(index, len(layers)).to(weights.dtype)
+            g, f = outputs.matrix(grads), outputs.matrix(fairness.grads)
+            gram, linear = head_products(g, f, weights, owner, rank_one)
+        if term is not None:
+            linear = linear + head_linear(g, term, batch.h, weights, owner)
+        return gram, linear
 
     def _usable_proxy(self, batch: FairBatch) -> tuple[str, bool]:
         """Return the proxy that this model allows, and whether in its rank-one form; says once why it is another."""
@@ -279,34 +345,36 @@ class FairMT(FairWeighting):
         if s.proxy == "full":
             return "full", False
         layers = {name: last_linear(self.decoders[name]) for name in self.task_name}
-        plain = all(layer is self.decoders[name] for name, layer in layers.items())
         shared = isinstance(batch.h, Tensor) and not batch.multi_input
         if s.proxy == "representation":
             return ("representation", False) if shared else self._fall_back("full", _OWN)
         other = next((name for name, layer in layers.items() if layer is None), None)
         if not shared:
             widths = {layer.in_features for layer in layers.values() if layer is not None}
-            if other is None and plain and len(widths) == 1:
-                return ("head", True) if s.rank_one else self._fall_back("head", _OWN)
-            return self._fall_back("full", _OWN)
+            if other is None and len(widths) == 1:
+                return "head", True
+            return self._fall_back("full", f"{_OWN}, nor linear heads of one width")
         assert isinstance(batch.h, Tensor)
         if other is not None:
             kind = type(self.decoders[other]).__name__
             return self._fall_back(
                 "representation", f"the head of task {other!r} ({kind}) does not end in a linear layer"
             )
-        if not plain and not self._last_inputs.shared(self.task_name, batch.h):
+        if not self._last_inputs.shared(self.task_name, batch.h):
             return self._fall_back("representation", "a head's last linear layer does not receive what all heads share")
         return "head", s.rank_one
 
     def _fall_back(self, proxy: str, why: str) -> tuple[str, bool]:
-        used = {"head": "the rank-one head proxy"}.get(proxy, f"proxy={proxy!r}")
         if proxy == "full" and self.rep_grad:
-            raise HostError(f"FairMT: {why}, so alpha needs gradients of the shared parameters: set rep_grad=False")
+            raise HostError(
+                f"FairMT: {why}, so alpha needs gradients of the shared parameters: set rep_grad=False, or alpha='uniform'"
+            )
         if why not in self._said:
             self._said.add(why)
-            warnings.warn(f"FairMT: proxy={self.settings.proxy!r} cannot be used: {why}; using {used}", stacklevel=2)
-        return proxy, proxy == "head"
+            warnings.warn(
+                f"FairMT: proxy={self.settings.proxy!r} cannot be used: {why}; using proxy={proxy!r}", stacklevel=2
+            )
+        return proxy, False
 
     # -- from batches to sums and back ----------------------------------------------------------------------------
 
@@ -368,15 +436,15 @@ class FairMT(FairWeighting):
             return torch.isfinite(stacked_labels(batch.labels, self.task_name)).any(0)
         return torch.stack([batch.observed[name].any() for name in self.task_name])
 
-    def _column_owner(self, outputs: Outputs) -> Tensor | None:
-        """Return which task an output column belongs to, [C, T]; None where each task has one."""
+    def _column_task(self, outputs: Outputs) -> Tensor | None:
+        """Return which task an output column belongs to, [C]; None where each task has one."""
         widths = [z[0].numel() if len(z) else 1 for z in outputs.outputs]
         if all(width == 1 for width in widths):
             return None
         tasks = torch.arange(len(widths), device=self.device).repeat_interleave(
             torch.tensor(widths, device=self.device), output_size=sum(widths)
         )
-        return nn.functional.one_hot(tasks, len(widths)).to(outputs.outputs[0].dtype)
+        return tasks
 
     def after_epoch(self, trainer: Any, epoch: int) -> None:
         """Say once which tasks had no two groups to compare in any step of an epoch."""
@@ -397,7 +465,7 @@ class FairMT(FairWeighting):
             )
 
 
-_OWN = "the tasks do not share one representation, so the exact inner products of head gradients do not exist"
+_OWN = "the tasks do not share one representation"
 
 
 def _width(task: Task, output: Tensor) -> int:
