@@ -213,12 +213,12 @@ class BranchedEncoder(nn.Module):
             calls[id(module)] = (args[0], out)
 
         handles = [m.register_forward_hook(keep) for m in self._unchecked]
-        buffers = [b.clone() for b in self.frame.buffers()]
         try:
             reps = self._forward(x, wanted)
         finally:
             for handle in handles:
                 handle.remove()
+        buffers = [b.clone() for b in self.frame.buffers()]
         with torch.no_grad():
             for place, module in zip(self._places, self._unchecked):
                 place.call, place.agreed = calls[id(module)], True

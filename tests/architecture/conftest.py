@@ -1,0 +1,71 @@
+"""What the tests of branching share: a small problem with four tasks of three kinds, and trainers for it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import libmtl_fair as lf
+from libmtl_fair.models import MLP, linear_heads
+
+N, FEATURES = 96, 6
+TASKS = (lf.Binary("a"), lf.Binary("b"), lf.Multiclass("c", 3), lf.Regression("d"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def make_loader(n: int = N, **options: Any) -> lf.ResidentLoader:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, FEATURES, generator=g)
+    labels = {
+        "a": (x[:, 0] > 0).float(),
+        "b": (x[:, 0] + x[:, 1] > 0).float(),
+        "c": torch.randint(0, 3, (n,), generator=g),
+        "d": x[:, 2] - x[:, 1],
+    }
+    labels["b"][::5] = torch.nan
+    groups = {"sex": (x[:, 3] > 0).long(), "race": torch.randint(-1, 3, (n,), generator=g)}
+    return lf.ResidentLoader(
+        x, labels, groups, **{"batch_size": 32, "shuffle": True, "seed": 1, "device": "cpu", **options}
+    )
+
+
+def make_trainer(weighting: Any = "EW", tasks: tuple[lf.Task, ...] = TASKS, **changes: Any) -> Any:
+    torch.manual_seed(5)  # heads are made before the trainer seeds
+    settings: dict[str, Any] = {
+        "architecture": "FairBranch",
+        "encoder_class": lambda: MLP(FEATURES, (12, 10, 8), norm="batch", dropout=0.1),
+        "decoders": linear_heads(tasks, 8),
+        "rep_grad": weighting == "GradDrop",
+        "multi_input": False,
+        "optim_param": {"optim": "adam", "lr": 1e-2},
+        "scheduler_param": None,
+        "device": "cpu",
+        "seed": 0,
+        "progress": False,
+        "select": "last",
+        "arch_args": {"threshold": 0.05, "branch_every": 1},
+    }
+    return lf.FairTrainer(lf.task_dict(tasks), weighting, **{**settings, **changes})
+
+
+def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
+    """Bitwise equality of state dicts."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.fixture
+def branching() -> SimpleNamespace:
+    """Helper functions and constants of this folder."""
+    return SimpleNamespace(
+        tasks=TASKS, features=FEATURES, loader=make_loader, trainer=make_trainer, assert_same=assert_same, nn=nn
+    )
