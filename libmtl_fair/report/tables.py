@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -128,27 +129,41 @@ def show_difference(value: float) -> str:
     return f"{value:+.3f}" if math.isfinite(value) else ""
 
 
-def summary_table(run: RunFolder, split: str | None = None, width: int | None = None) -> Table:
+def summary_table(run: RunFolder, split: str | None = None, width: int | None = None) -> Table | Group:
     """Build the table that ends a run on the console.
 
-    One row a method. Where that needs more than ``width`` characters, one row a column instead, so that a narrow
-    terminal shows whole numbers. Best mean in bold with a star, difference to the reference below it, dim.
+    One row a method. Where that needs more than ``width`` characters, one row a column instead; where that does not fit
+    either, several tables below each other, so that a narrow terminal shows whole numbers. Best mean with a star,
+    difference to the reference below it, dim.
     """
     cells = summary(run, split)
     columns = list(dict.fromkeys(cells["column"]))
-    methods = run.methods
     found = {(row.method, row.column): _cell(row) for row in rows(cells)}
-    needed = 2 + max(len(method) for method in methods) + sum(max(16, len(column)) + 3 for column in columns)
-    turned = width is not None and needed > width
+    if width is None or _width(run.methods, columns) <= width:
+        return _table(run, split, found, run.methods, columns)
+    if _width(columns, run.methods) <= width:
+        return _table(run, split, {(c, m): text for (m, c), text in found.items()}, columns, run.methods)
+    per_part = max(1, (width - 4 - max(map(len, run.methods))) // (max(16, *map(len, columns)) + 3))
+    parts = [columns[i : i + per_part] for i in range(0, len(columns), per_part)]
+    return Group(*(_table(run, split, found, run.methods, part) for part in parts))
+
+
+def _width(heads: list[str], columns: list[str]) -> int:
+    """Characters that a table needs whose rows are named by ``heads``."""
+    return 4 + max(map(len, heads)) + sum(max(16, len(column)) + 3 for column in columns)
+
+
+def _table(
+    run: RunFolder, split: str | None, found: dict[tuple[str, str], Text], heads: list[str], columns: list[str]
+) -> Table:
     seeds = f"{len(run.seeds)} seeds" if len(run.seeds) > 1 else "1 seed"
     table = Table(title=f"{run.name}: {split or run.split}, mean ± sd over {seeds}", title_justify="left")
-    table.add_column("" if turned else "method", no_wrap=True)
-    for head in methods if turned else columns:
-        table.add_column(Text(head), justify="right", no_wrap=not turned)
-    for row in columns if turned else methods:
-        keys = [(other, row) for other in methods] if turned else [(row, other) for other in columns]
-        table.add_row(Text(row), *(found.get(key, Text("–")) for key in keys))
-    caption = "* best mean; small: difference to " + run.reference if len(methods) > 1 else ""
+    table.add_column("", no_wrap=True)
+    for column in columns:
+        table.add_column(Text(column), justify="right", no_wrap=True)
+    for head in heads:
+        table.add_row(Text(head), *(found.get((head, column), Text("–")) for column in columns))
+    caption = "* best mean; small: difference to " + run.reference if len(run.methods) > 1 else ""
     table.caption = Text(caption, style="dim") if caption else None
     return table
 
