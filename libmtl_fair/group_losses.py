@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from libmtl_fair import functional as F
 from libmtl_fair.errors import RecipeError, unknown
+from libmtl_fair.functional._group_slopes import can_write_out, cell_disparity
 from libmtl_fair.tasks import Multiclass, Multilabel, Task
 
 _OF_LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -106,15 +107,24 @@ class GroupLoss:
 
     def value(self, task: Task, output: Tensor, labels: Tensor, cells: Cells) -> Tensor:
         """Return the disparity (scalar) of a task's outputs; 0 with zero gradient with fewer than two groups."""
-        present = cells.count > 0
-        if self.loss in _OF_SCORES:
-            scores = task.probabilities(output)
-            gaps = F.spread(cells.means(scores if scores.dim() == 2 else scores[:, None]), present)
-            defined = (present.sum(-1) >= 2).expand_as(gaps)
-            return gaps.sum() / defined.sum().clamp(min=1)
-        means = cells.means(self._losses(task, output, labels))
-        two = self.loss == "glf" and means.shape[-1] == 2  # the general form, without what more groups need
-        return (F.spread(means, present) if two else _OF_LOSSES[self.loss](means, present)).sum()
+        if self.loss in _OF_LOSSES:
+            return self._compare(self._losses(task, output, labels), cells, self.loss).sum()
+        scores = task.probabilities(output)
+        gaps = self._compare(scores if scores.dim() == 2 else scores[:, None], cells, "spread")
+        defined = ((cells.count > 0).sum(-1) >= 2).expand_as(gaps)
+        return gaps.sum() / defined.sum().clamp(min=1)
+
+    def _compare(self, values: Tensor, cells: Cells, kind: str) -> Tensor:
+        """Return the disparity of every condition, [K]."""
+        if cells.condition.shape[1] < values.shape[1]:  # one condition for all columns
+            cells = replace(
+                cells, condition=cells.condition.expand_as(values), count=cells.count.expand(values.shape[1], -1)
+            )
+        if can_write_out(values, cells.count):
+            parts = (cells.condition.to(values.dtype), cells.member.to(values.dtype), cells.count)
+            return cell_disparity(values, *parts, kind)
+        of = F.spread if kind == "spread" else _OF_LOSSES[kind]
+        return of(cells.means(values), cells.count > 0)
 
     def _condition(self, task: Task, labels: Tensor) -> Tensor:
         if self.loss == "dpl":
@@ -130,11 +140,12 @@ class GroupLoss:
         return positive if self.loss == "tprl" else negative
 
     def _losses(self, task: Task, output: Tensor, labels: Tensor) -> Tensor:
-        if not (isinstance(task, Multilabel) and self.within_classes):
+        single = task.kind == "binary" and output.shape[1:] == (1,)
+        if not single and not (isinstance(task, Multilabel) and self.within_classes):
             return task.example_losses(output, labels)[:, None]
-        target = torch.where((labels == 0) | (labels == 1), labels, 0).to(output.dtype)
+        target = labels.nan_to_num(0.0).clamp(min=0).to(output.dtype).reshape(output.shape)  # missing: in no cell
         losses = nnf.binary_cross_entropy_with_logits(output, target, reduction="none")
-        return torch.cat([losses, losses], dim=1)
+        return losses if single else torch.cat([losses, losses], dim=1)
 
 
 def class_indicator(task: Task, labels: Tensor, bins: int = 4) -> Tensor:

@@ -25,11 +25,13 @@ class AuxiliaryLabels:
     labels : those of its main tasks.
     groups : int64 [B], -1 unknown.
     cells : of its main tasks; empty for an adversary.
+    weight : [B, K] for an adversary, what each example counts in each class's mean; None else.
     """
 
     labels: tuple[Tensor, ...]
     groups: Tensor
     cells: tuple[Cells, ...] = ()
+    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,13 @@ class DisparityTask(AuxiliaryTask):
     def loss(self, output: Tensor, labels: AuxiliaryLabels) -> Tensor:  # type: ignore[override]
         """Return the disparity (scalar); 0 with zero gradient with fewer than two groups in the step."""
         parts = [output] if len(self.mains) == 1 else self._split(output)
-        total = torch.zeros((), dtype=output.dtype, device=output.device)
-        for task, part, y, cells in zip(self.mains, parts, labels.labels, labels.cells):
-            total = total + self.disparity.value(task, part, y, cells)
-            if self.accuracy:
-                total = total + task.loss(part, y)
-        return total
+        terms = [
+            self.disparity.value(task, part, y, cells)
+            for task, part, y, cells in zip(self.mains, parts, labels.labels, labels.cells)
+        ]
+        if self.accuracy:
+            terms += [task.loss(part, y) for task, part, y in zip(self.mains, parts, labels.labels)]
+        return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
 
     def _split(self, output: Tensor) -> list[Tensor]:
         return list(torch.split(output.flatten(1), [task.out_features for task in self.mains], dim=1))
@@ -125,21 +128,20 @@ class AdversaryTask(AuxiliaryTask):
                 f"auxiliary task {self.name!r}: its head tells {self.n_groups} groups apart, and the loader has {n_groups}; "
                 "give their number to add_fairness_heads"
             )
-        return AuxiliaryLabels(labels, groups)
+        member = F.group_indicator(groups, self.n_groups)
+        weight = member.sum(1, keepdim=True) * self._classes(labels, member)
+        compared = (member.sum(0) > 0).sum() >= 2
+        return AuxiliaryLabels(labels, groups, weight=weight / weight.sum().clamp(min=1) * compared)
+
+    def _classes(self, labels: tuple[Tensor, ...], like: Tensor) -> Tensor:
+        if not self.conditional:
+            return torch.ones_like(like[:, :1])
+        return torch.cat([class_indicator(t, y, self.bins) for t, y in zip(self.mains, labels)], dim=1).to(like.dtype)
 
     def loss(self, output: Tensor, labels: AuxiliaryLabels) -> Tensor:  # type: ignore[override]
         """Return the mean cross-entropy over known groups (scalar); 0 with zero gradient with fewer than two groups."""
-        known = labels.groups >= 0
-        member = F.group_indicator(labels.groups, self.n_groups, output.dtype)
-        logits = output.reshape(len(output), -1, self.n_groups)
-        target = labels.groups.clamp(min=0)[:, None].expand(-1, logits.shape[1])
-        losses = nnf.cross_entropy(logits.transpose(1, 2), target, reduction="none")
-        weight = known[:, None].to(output.dtype) * self._classes(labels, output)
-        mean = (losses * weight).sum() / weight.sum().clamp(min=1)
-        return mean.where((member.sum(0) > 0).sum() >= 2, 0.0)
-
-    def _classes(self, labels: AuxiliaryLabels, output: Tensor) -> Tensor:
-        if not self.conditional:
-            return torch.ones_like(output[:, :1])
-        parts = [class_indicator(task, y, self.bins) for task, y in zip(self.mains, labels.labels)]
-        return torch.cat(parts, dim=1).to(output.dtype)
+        assert labels.weight is not None
+        logits = output.reshape(len(output), -1, self.n_groups).transpose(1, 2)
+        target = labels.groups.clamp(min=0)[:, None].expand(-1, logits.shape[2])
+        losses = nnf.cross_entropy(logits, target, reduction="none")
+        return (losses * labels.weight.to(losses.dtype)).sum()

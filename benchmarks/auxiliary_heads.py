@@ -1,0 +1,84 @@
+"""What an auxiliary fairness head costs a training step: python benchmarks/auxiliary_heads.py
+
+Three binary tasks on one MLP (128, 64) of 100 inputs, batch 512. Rounds of the variants alternate, so that what else
+the machine does hits all alike; the ratio is the median over rounds of each round's own ratio. Limit: 1.3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+
+import libmtl_fair as lf
+from libmtl_fair.models import MLP, linear_heads
+
+ROWS, INPUTS, LIMIT = 512 * 40, 100, 1.3
+
+
+def make(
+    batch: int, device: str, heads: dict[str, object] | None, weighting: str = "EW"
+) -> tuple[lf.FairTrainer, object]:
+    """Return a trainer and its loader of random data."""
+    torch.manual_seed(0)
+    tasks = [lf.Binary(name) for name in ("a", "b", "c")]
+    x = torch.randn(ROWS, INPUTS)
+    labels = {t.name: (x[:, i] + torch.randn(ROWS) > 0).float() for i, t in enumerate(tasks)}
+    groups = {"sex": torch.randint(0, 2, (ROWS,)), "race": torch.randint(0, 5, (ROWS,))}
+    loader = lf.ResidentLoader(x, labels, groups, batch_size=batch, shuffle=True, seed=0, device=device)
+    entries, decoders = lf.task_dict(tasks), linear_heads(tasks, 64)
+    if heads is not None:
+        entries, decoders = lf.add_fairness_heads(entries, decoders, **heads)
+    trainer = lf.FairTrainer(
+        entries, weighting, "HPS", lambda: MLP(INPUTS, (128, 64)), decoders, False, False,
+        {"optim": "adam", "lr": 1e-3}, None, device=device, seed=0, progress=False, select="last",
+    )  # fmt: skip
+    return trainer, loader
+
+
+def main() -> None:
+    """Print milliseconds a step and the ratio to a step without heads."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--check", action="store_true", help="exit 1 if one head costs more than 1.3 times a step")
+    options = parser.parse_args()
+    one = {"tasks": ("a",)}
+    variants: dict[str, dict[str, object] | None] = {
+        "none": None,
+        "one head: main, GLF, sex": {**one, "sensitive": ("sex",)},
+        "one head: main, GLD, sex": {**one, "sensitive": ("sex",), "loss": "gld"},
+        "one head: main, GLF, race": {**one, "sensitive": ("race",)},
+        "one head: label, GLF, sex": {**one, "sensitive": ("sex",), "target": "label", "conditional": False},
+        "three heads: main, GLF, sex": {"sensitive": ("sex",)},
+        "shared head: main, GLF, sex": {"sensitive": ("sex",), "heads": "shared"},
+        "six heads: main, GLF, sex and race": {"sensitive": ("sex", "race")},
+        "one adversary: sex": {**one, "sensitive": {"sex": 2}, "loss": "adversarial"},
+    }
+    made = {name: make(options.batch, options.device, heads) for name, heads in variants.items()}
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    clock = time.process_time if options.device == "cpu" else time.perf_counter  # of this process alone
+    for round_ in range(options.rounds + 2):
+        for name, (trainer, loader) in made.items():
+            if options.device != "cpu":
+                torch.cuda.synchronize()
+            started = clock()
+            trainer.train(loader, None, trainer.epoch + 1)
+            if options.device != "cpu":
+                torch.cuda.synchronize()
+            if round_ >= 2:
+                times[name].append((clock() - started) / len(loader))
+    ratios = {name: statistics.median(a / b for a, b in zip(times[name], times["none"])) for name in variants}
+    for name in variants:
+        print(f"{name:38s} {1e3 * statistics.median(times[name]):7.3f} ms   {ratios[name]:.2f}")
+    worst = max(ratio for name, ratio in ratios.items() if name.startswith("one head"))
+    print(f"one head costs at most {worst:.2f} times a step without (limit {LIMIT})")
+    if options.check and worst > LIMIT:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
