@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from libmtl_fair.errors import DataError
-from libmtl_fair.metrics.arrays import Floats, Ints, as_numpy
+from libmtl_fair.metrics.arrays import Floats, Ints, as_floats, as_numpy
 from libmtl_fair.metrics.rates import divide
 
 CHUNK = 1 << 16
@@ -62,8 +62,8 @@ def _sorted_keys(score: NDArray[Any], label: NDArray[Any], group: NDArray[Any]) 
     keys = np.empty(len(score), dtype=np.int64)
     if score.dtype.kind == "f" and score.dtype.itemsize <= 4:
         for start in range(0, len(score), CHUNK):
-            rows = slice(start, start + CHUNK)
-            _pack(keys[rows], group[rows], _bits(score[rows]), label[rows])
+            part = slice(start, start + CHUNK)
+            _pack(keys[part], group[part], _bits(score[part]), label[part])
         keys.sort()
         return keys
     order = np.argsort(score)
@@ -186,7 +186,7 @@ def weighted_group_auc(scores: Any, y_true: Any, groups: Any, n_groups: int, sam
     starts[1:] = (score[1:] != score[:-1]) | (group[1:] != group[:-1])
     block = np.cumsum(starts) - 1
     sides = [np.where(label, weight, 0.0), np.where(label, 0.0, weight)]
-    totals: list[Floats] = [np.bincount(group, side, minlength=n_groups) for side in sides]
+    totals = [as_floats(np.bincount(group, side, minlength=n_groups)) for side in sides]
     placed = []
     for other in reversed(sides):
         in_block = np.bincount(block, other)

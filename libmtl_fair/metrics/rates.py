@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from libmtl_fair.errors import RecipeError, unknown
 from libmtl_fair.metrics.arrays import Bools, Floats, Ints
@@ -48,7 +49,7 @@ def check_option(what: str, value: str, options: tuple[str, ...]) -> None:
         raise RecipeError(unknown(what, value, options))
 
 
-def divide(numerator: Floats, denominator: Floats) -> Floats:
+def divide(numerator: NDArray[Any], denominator: NDArray[Any]) -> Floats:
     """Return the quotient, NaN where the denominator is 0, without warnings."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(np.where(denominator != 0, numerator / denominator, np.nan))
