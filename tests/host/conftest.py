@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,3 +93,52 @@ def kit() -> SimpleNamespace:
         assert_same=assert_same,
         nn=nn,
     )
+
+
+SERVER = """
+import json, os, sys, traceback
+import torch
+torch.set_num_threads(1)
+import libmtl_fair
+for line in sys.stdin:
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(write, 1)
+        code = 0
+        try:
+            exec(compile(json.loads(line), "<child>", "exec"), {"__name__": "__main__"})
+        except BaseException:
+            traceback.print_exc(file=sys.stdout)
+            code = 1
+        sys.stdout.flush()
+        os._exit(code)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        out = pipe.read()
+    _, status = os.waitpid(child, 0)
+    print(json.dumps([status, out]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def fresh() -> Iterator[Callable[[str], Any]]:
+    """Run code in a process of its own, with libmtl_fair imported and nothing else changed; returns its last line, as JSON.
+
+    One process imports, and is forked for each call: an import takes seconds.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+
+        def run(code: str) -> Any:
+            server.stdin.write(json.dumps(code) + "\n")  # type: ignore[union-attr]
+            server.stdin.flush()  # type: ignore[union-attr]
+            status, out = json.loads(server.stdout.readline())  # type: ignore[union-attr]
+            assert status == 0, out[-3000:]
+            return json.loads(out.strip().splitlines()[-1])
+
+        yield run
+        server.stdin.close()
