@@ -91,6 +91,8 @@ class ReLiFSettings(Settings):
         self.need(
             "task_pairs", self.task_pairs is None or self.task_pairs >= 1, "a whole number of at least 1, or null"
         )
+        ordered = not self.control or 0 <= self.lambda_min <= self.lambda_0 <= self.lambda_max
+        self.need("lambda_0", ordered, f"between lambda_min={self.lambda_min} and lambda_max={self.lambda_max}")
         self.need("beta", self.beta > 0, "above 0")
         self.need("mu", self.mu > 0, "above 0")
         self.need("scale_ema", 0 < self.scale_ema <= 1, "in (0, 1]")

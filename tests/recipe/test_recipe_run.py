@@ -1,0 +1,130 @@
+"""Running recipes from Python: protocol, single-task methods, partial labels, mixed kinds of task."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from libmtl_fair.errors import CheckpointError, RecipeError
+from libmtl_fair.metrics import FixedDeltaAudit
+from libmtl_fair.predictions import Predictions
+from libmtl_fair.recipe import Recipe
+from libmtl_fair.recipe.build import keep_labels, make_dataset, utility_of
+from libmtl_fair.recipe.measure import Protocol
+from libmtl_fair.recipe.run import run_recipe
+
+
+def recipe(**changes):
+    content = {
+        "name": "small",
+        "data": {"name": "german", "tasks": ["bad_credit", "owns_home"], "sensitive": ["age"]},
+        "model": {"hidden": [8]},
+        "train": {"epochs": 2, "batch_size": 128},
+        "methods": {"plain": {"weighting": "EW"}},
+        "metrics": {"n_bootstrap": 20},
+        "output": {"report": False},
+    }
+    for key, value in changes.items():
+        content[key] = {**content[key], **value} if isinstance(content.get(key), dict) and key != "methods" else value
+    return Recipe.from_dict(content)
+
+
+def numbers(out, method, seed=0):
+    return json.loads((out / method / f"seed{seed}" / "metrics.json").read_text())
+
+
+def test_metrics_agree_with_the_saved_predictions(tmp_path):
+    out = run_recipe(recipe(), tmp_path / "run", device="cpu")
+    found, saved = numbers(out, "plain"), Predictions.load(out / "plain" / "seed0" / "predictions_test.parquet")
+    for entry in found["audit"]["test"]:
+        report = FixedDeltaAudit(entry["delta"], exact=True).run(saved.scores)
+        assert entry["bias"] == pytest.approx(report.bias, abs=1e-12)
+    label, score = saved.labels["bad_credit"].double(), saved.scores["bad_credit"].double()
+    assert found["utility"]["test"]["bad_credit"]["brier"] == pytest.approx(
+        ((score - label) ** 2).mean().item(), abs=1e-7
+    )
+
+
+def test_embeddings_are_those_of_the_audit_pool(tmp_path):
+    out = run_recipe(recipe(audit={"pool_size": 50}), tmp_path / "run", device="cpu")
+    with np.load(out / "plain" / "seed0" / "embeddings.npz", allow_pickle=False) as held:
+        assert held["val/rows"].shape == (50,)
+        assert held["val/h"].shape == (50, 8)
+
+
+def test_single_task_models_are_reported_as_one_method(tmp_path):
+    methods = {"plain": {"weighting": "EW"}, "alone": {"weighting": "EW", "single_task": True}}
+    out = run_recipe(recipe(methods=methods), tmp_path / "run", device="cpu")
+    found = numbers(out, "alone")
+    assert set(found["utility"]["test"]) == {"bad_credit", "owns_home", "macro"}
+    assert found["utility"]["test"]["macro"]["auc"] != numbers(out, "plain")["utility"]["test"]["macro"]["auc"]
+
+
+def test_regression_scores_are_frozen_to_the_reference_model(tmp_path):
+    tasks = ["bad_credit", "log_amount", "job"]
+    methods = {"plain": {"weighting": "EW"}, "other": {"weighting": "UW"}}
+    out = run_recipe(recipe(data={"tasks": tasks}, methods=methods), tmp_path / "run", device="cpu")
+    protocol = json.loads((out / "audit_protocol.json").read_text())
+    reference = Predictions.load(out / "plain" / "seed0" / "predictions_val.parquet")
+    low, high = np.quantile(reference.outputs["log_amount"].numpy().ravel(), [0.1, 0.9])
+    assert protocol["score_ranges"]["log_amount"] == pytest.approx([low, high], abs=1e-6)
+    for method in methods:
+        task = Predictions.load(out / method / "seed0" / "predictions_test.parquet").task("log_amount")
+        assert task.score_range == pytest.approx(tuple(protocol["score_ranges"]["log_amount"]))
+    assert "shrinkage" not in numbers(out, "plain") or numbers(out, "plain")["shrinkage"]["test"] == []
+
+
+def test_protocol_survives_its_file():
+    protocol = Protocol({"0.275": 0.275}, {"hours": (-1.0, 1.5)}, {"reference_model": "plain"})
+    assert Protocol.from_dict(json.loads(json.dumps(protocol.to_dict()))) == protocol
+
+
+def test_label_fraction_hides_training_labels_only():
+    data = make_dataset(recipe(), 0)
+    part = keep_labels(data, 0.3, seed=1)
+    kept = torch.isfinite(part.train.labels["bad_credit"]).double().mean().item()
+    assert 0.2 < kept < 0.4
+    assert torch.isfinite(part.val.labels["bad_credit"]).all()
+    assert torch.isfinite(data.train.labels["bad_credit"]).all()
+    again = keep_labels(data, 0.3, seed=1)
+    assert torch.equal(torch.isnan(part.train.labels["bad_credit"]), torch.isnan(again.train.labels["bad_credit"]))
+
+
+def test_resplit_gives_each_seed_its_own_rows():
+    resplit = recipe(data={"resplit": True}, seeds=[0, 1])
+    assert not torch.equal(make_dataset(resplit, 0).test.rows, make_dataset(resplit, 1).test.rows)
+    assert torch.equal(make_dataset(recipe(), 0).test.rows, make_dataset(recipe(), 1).test.rows)
+
+
+def test_an_epoch_is_judged_by_what_is_defined():
+    data = make_dataset(recipe(), 0)
+    judge = utility_of({t.name: t for t in data.tasks})
+    results = {"bad_credit": {"AUC": 0.8, "Acc": 0.5}, "owns_home": {"AUC": float("nan"), "Acc": 0.5}}
+    assert judge(results) == pytest.approx(0.8)
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match="not empty and holds no run"):
+        run_recipe(recipe(), tmp_path, device="cpu")
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_bad_setting_is_found_before_training(tmp_path):
+    bad = recipe(methods={"plain": {"weighting": "EW"}, "relif": {"weighting": "ReLiF", "lambda_0": 99.0}})
+    with pytest.raises(RecipeError, match="lambda_0 must be between"):
+        run_recipe(bad, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_same_recipe_gives_the_same_numbers(tmp_path):
+    methods = {"plain": {"weighting": "EW"}, "relif": {"weighting": "ReLiF"}}
+    first = run_recipe(recipe(methods=methods), tmp_path / "a", device="cpu")
+    second = run_recipe(recipe(methods=methods), tmp_path / "b", device="cpu")
+    for method in methods:
+        one, two = numbers(first, method), numbers(second, method)
+        one.pop("timing"), two.pop("timing")
+        assert one == two
