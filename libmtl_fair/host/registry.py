@@ -68,7 +68,7 @@ def resolve_weighting(weighting: str | type[Any]) -> type[Any]:
     """
     if isinstance(weighting, str) and weighting in BILEVEL:
         raise HostError(
-            f"{weighting} trains on two levels inside LibMTL's own Trainer: call lf.heal() and use LibMTL.Trainer"
+            f"{weighting} trains on two levels inside the Trainer of LibMTL's git main: call lf.heal() there and use LibMTL.Trainer"
         )
     return _resolve(weighting, "weighting", AbsWeighting, weighting_namespace)
 
