@@ -31,6 +31,13 @@ Overrides = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda:0, ...")]
 Folder = Annotated[Path | None, typer.Option("--out", help="folder of the run")]
+RunDirs = Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="folders of finished runs")]
+Deltas = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--delta", metavar="0.275|p75|conformal:0.1", help="tolerance; may be repeated; default: the first run's"
+    ),
+]
 
 
 class _Stopped(KeyboardInterrupt):
@@ -110,6 +117,46 @@ def report(
         if card:
             for path in write_card(folder):
                 out.print(f"card: {path}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def audit(
+    folders: RunDirs,
+    delta: Deltas = None,
+    split: Annotated[str | None, typer.Option(help="test or val")] = None,
+    target: Annotated[
+        Path | None, typer.Option("--out", help="JSON file; default: reaudit.json in the first run")
+    ] = None,
+) -> None:
+    """Audit finished runs again from their saved predictions, under tolerances of the first run's reference model."""
+    with _clean_exit():
+        from libmtl_fair.report.reaudit import reaudit, reaudit_table, write_reaudit
+
+        found = reaudit(folders, delta or (), split=split)
+        out.print(reaudit_table(found))
+        for item in found.tolerances:
+            out.print(f"{item.name} = {item.value:.6g}: {escape(item.source)}", soft_wrap=True, highlight=False)
+        path = write_reaudit(found, target or folders[0] / "reaudit.json")
+        out.print(f"audit: {path}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def compare(
+    folders: RunDirs,
+    delta: Deltas = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="folder of the page; default: the run, or ./comparison for several")
+    ] = None,
+) -> None:
+    """Compare methods, runs and seeds: one table and one HTML page."""
+    with _clean_exit():
+        from libmtl_fair.report.compare import compare as compare_runs
+        from libmtl_fair.report.compare_page import comparison_table, write_comparison
+
+        found = compare_runs(folders, delta or ())
+        out.print(comparison_table(found))
+        page, _ = write_comparison(found, folder or (folders[0] if len(folders) == 1 else Path("comparison")))
+        out.print(f"comparison: {page}", soft_wrap=True, highlight=False)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

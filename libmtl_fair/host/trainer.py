@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from libmtl_fair.host.plugin import FairWeighting
 from libmtl_fair.host.registry import resolve_architecture, resolve_weighting
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.tasks import AUXILIARY_PREFIX, Task
+from libmtl_fair.trackers import Trackers
 
 if TYPE_CHECKING:
     from libmtl_fair.metrics import AuditReport
@@ -53,6 +54,8 @@ class FairTrainer(Trainer):  # type: ignore[misc]
     progress : a progress bar, where the error stream is a terminal.
     select : ``"best"``: after training the model holds its best epoch on validation data; ``"last"``: its last.
     select_by : validation results -> number, higher is better; default is LibMTL's mean relative improvement.
+    loggers : where each epoch's numbers go besides ``epochs.jsonl`` in ``run_dir``: ``"tensorboard"``, ``"mlflow"``, or
+        objects with ``log_epoch(epoch, values)``; see :mod:`libmtl_fair.trackers`.
     weight_args, arch_args : hyperparameters, as in LibMTL; missing ones take LibMTL's defaults.
 
     Raises
@@ -80,6 +83,7 @@ class FairTrainer(Trainer):  # type: ignore[misc]
         progress: bool = True,
         select: str = "best",
         select_by: Selector | None = None,
+        loggers: Iterable[Any] = (),
         weight_args: Mapping[str, Any] | None = None,
         arch_args: Mapping[str, Any] | None = None,
         save_path: str | Path | None = None,
@@ -107,6 +111,7 @@ class FairTrainer(Trainer):  # type: ignore[misc]
         self.run_dir = Path(run_dir or save_path) if run_dir or save_path else None  # type: ignore[arg-type]
         self.resume, self.seed, self.progress = resume, seed, progress
         self.select, self.select_by = select, select_by
+        self._trackers = Trackers(loggers, self.run_dir)
         self.optim_param, self.scheduler_param = dict(optim_param), scheduler_param
         self.losses = LossBank(self.task_dict)
         self.kwargs = {"weight_args": dict(weight_args or {}), "arch_args": dict(arch_args or {})}
@@ -183,8 +188,10 @@ class FairTrainer(Trainer):  # type: ignore[misc]
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
             raise RecipeError(f"epochs must be a whole number of at least 0, found {epochs!r}")
         self._start(train_dataloaders, val_dataloaders, epochs)
+        self._trackers.start(self)
         for epoch in self._epochs(epochs):
             self._one_epoch(epoch, train_dataloaders, val_dataloaders)
+        self._trackers.finish()
         if self.select == "best" and self.best["state"] is not None and self.epoch > self.best["epoch"] + 1:
             self._running = self._running or judging.snapshot(self)
             judging.hold_best(self)
@@ -241,6 +248,7 @@ class FairTrainer(Trainer):  # type: ignore[misc]
             results |= {f"val/{task}/{name}": value for task, scores in found.items() for name, value in scores.items()}
             score = judging.judge(self, epoch, found)
         self._history.add_epoch(epoch, steps, results)
+        self._trackers.log_epoch(epoch, {**steps.mean().to_dict(), **results})
         self._move_schedule(-means.sum() if score is None else score)
         after = getattr(self.model, "after_epoch", None)
         if after is not None:

@@ -75,8 +75,8 @@ def _context(run: RunFolder, interactive: bool, plots: Iterable[Plot]) -> dict[s
     return {
         "run": run,
         "figures": figures,
-        "figures_json": Markup(_script_json(figures)),
-        "plotly": Markup(_plotly()) if figures else "",
+        "figures_json": Markup(script_json(figures)),
+        "plotly": Markup(plotly_library()) if figures else "",
         "plots": static,
         "facts": run_facts(run),
         "methods": method_facts(run),
@@ -96,7 +96,7 @@ def _context(run: RunFolder, interactive: bool, plots: Iterable[Plot]) -> dict[s
     }
 
 
-def _script_json(value: Any) -> str:
+def script_json(value: Any) -> str:
     """JSON that can stand in a script element: no way to close it, no line ends that JavaScript dislikes."""
     text = json.dumps(value, allow_nan=False)
     for char in "<>&\u2028\u2029":
@@ -104,7 +104,8 @@ def _script_json(value: Any) -> str:
     return text
 
 
-def _plotly() -> str:
+def plotly_library() -> str:
+    """Return plotly's JavaScript, safe inside a script element."""
     from plotly.offline import get_plotlyjs
 
     return str(get_plotlyjs()).replace("</script", "<\\/script")

@@ -158,7 +158,7 @@ def _table(
 ) -> Table:
     seeds = f"{len(run.seeds)} seeds" if len(run.seeds) > 1 else "1 seed"
     table = Table(title=f"{run.name}: {split or run.split}, mean ± sd over {seeds}", title_justify="left")
-    table.add_column("", no_wrap=True)
+    table.add_column("method" if heads == run.methods else "", no_wrap=True)
     for column in columns:
         table.add_column(Text(column), justify="right", no_wrap=True)
     for head in heads:

@@ -246,3 +246,25 @@ def builder(tmp_path: Path) -> Callable[..., Builder]:
 @pytest.fixture
 def run_dir(builder: Callable[..., Builder]) -> Path:
     return builder().write()
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real run of two methods and two seeds on a small part of adult; the reference trains each task alone."""
+    from libmtl_fair.recipe import Recipe
+    from libmtl_fair.recipe.run import run_recipe
+
+    recipe = Recipe.from_dict(
+        {
+            "name": "tiny",
+            "data": {"name": "adult", "tasks": ["income", "long_hours"], "sensitive": ["sex"], "subset": 600},
+            "model": {"hidden": [8]},
+            "train": {"epochs": 2, "batch_size": 64, "optimizer": {"optim": "adam", "lr": 0.01}},
+            "seeds": [0, 1],
+            "methods": {"plain": {"weighting": "EW", "single_task": True}, "relif": {"weighting": "ReLiF"}},
+            "audit": {"delta": [0.275, "p75", "conformal:0.1"]},
+            "metrics": {"n_bootstrap": 20},
+            "output": {"report": False},
+        }
+    )
+    return run_recipe(recipe, tmp_path_factory.mktemp("runs") / "tiny", device="cpu")

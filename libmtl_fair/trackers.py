@@ -1,0 +1,195 @@
+"""Where an epoch's numbers go while training runs: JSON lines always, TensorBoard and MLflow where they are installed.
+
+A tracker is anything with ``log_epoch(epoch, values)``; ``start(trainer)`` and ``finish()`` are called if it has them.
+``FairTrainer(..., loggers=["tensorboard", MyTracker()])`` takes names and objects.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from libmtl_fair.errors import HostError, RecipeError, unknown
+from libmtl_fair.files import write_text
+
+EPOCHS = "epochs.jsonl"
+
+
+class JsonLines:
+    """One JSON object an epoch in a file, written whole each time; a resumed run replaces the epochs it trains again.
+
+    >>> import tempfile
+    >>> tracker = JsonLines(Path(tempfile.mkdtemp()) / "epochs.jsonl")
+    >>> tracker.log_epoch(0, {"loss/income": 0.5, "val/income/AUC": float("nan")})
+    >>> print(tracker.path.read_text(), end="")
+    {"epoch": 0, "loss/income": 0.5, "val/income/AUC": null}
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lines: dict[int, str] = {}
+
+    def start(self, trainer: Any) -> None:
+        """Keep what a run that is continued has logged; a fresh run starts afresh."""
+        self._lines = {}
+        if trainer.epoch > 0 and self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                epoch = _epoch_of(line)
+                if epoch is not None and epoch < trainer.epoch:
+                    self._lines[epoch] = line
+
+    def log_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Add an epoch; numbers that are not finite become null."""
+        plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._lines[epoch] = json.dumps({"epoch": epoch, **plain})
+        write_text(self.path, "".join(f"{line}\n" for line in self._lines.values()))
+
+
+class TensorBoard:
+    """Scalars for TensorBoard; needs the extra ``libmtl_fair[tensorboard]``.
+
+    Parameters
+    ----------
+    log_dir : folder of the event files; None takes ``tensorboard`` in the trainer's ``run_dir``, else ``runs/tensorboard``.
+
+    Raises
+    ------
+    HostError : TensorBoard is not installed.
+    """
+
+    def __init__(self, log_dir: str | Path | None = None) -> None:
+        self.log_dir = log_dir
+        self._writer_class = _summary_writer()
+        self._writer: Any = None
+
+    def start(self, trainer: Any) -> None:
+        """Open the event file; epochs that a resumed run trains again are purged."""
+        folder = self.log_dir or (trainer.run_dir or Path("runs")) / "tensorboard"
+        purge = trainer.epoch or None
+        self._writer = self._writer_class(log_dir=str(folder), purge_step=purge)
+
+    def log_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Write one scalar a number that is finite."""
+        for name, value in values.items():
+            if math.isfinite(value):
+                self._writer.add_scalar(name, value, epoch)
+        self._writer.flush()
+
+    def finish(self) -> None:
+        """Close the event file."""
+        self._writer.close()
+
+
+class MLflow:
+    """A run of MLflow; needs the extra ``libmtl_fair[mlflow]``. The tracking server is that of MLflow's own settings.
+
+    Parameters
+    ----------
+    experiment, run_name : as in MLflow; None takes its defaults. A run that is already active is used, and left active.
+
+    Raises
+    ------
+    HostError : MLflow is not installed.
+    """
+
+    def __init__(self, experiment: str | None = None, run_name: str | None = None) -> None:
+        self.experiment, self.run_name = experiment, run_name
+        self._mlflow = _mlflow()
+        self._own = False
+
+    def start(self, trainer: Any) -> None:
+        """Start a run, unless one is active, and log the method's settings."""
+        if self._mlflow.active_run() is None:
+            if self.experiment is not None:
+                self._mlflow.set_experiment(self.experiment)
+            self._mlflow.start_run(run_name=self.run_name)
+            self._own = True
+        settings = {"weighting": trainer.weighting, "seed": trainer.seed, **trainer.kwargs["weight_args"]}
+        self._mlflow.log_params({_mlflow_name(name): value for name, value in settings.items()})
+
+    def log_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Log the numbers that are finite."""
+        found = {_mlflow_name(name): float(value) for name, value in values.items() if math.isfinite(value)}
+        self._mlflow.log_metrics(found, step=epoch)
+
+    def finish(self) -> None:
+        """End the run that :meth:`start` started."""
+        if self._own:
+            self._mlflow.end_run()
+            self._own = False
+
+
+_BY_NAME = {"tensorboard": TensorBoard, "mlflow": MLflow}
+
+
+class Trackers:
+    """All trackers of one trainer, called together."""
+
+    def __init__(self, loggers: Iterable[Any], run_dir: Path | None) -> None:
+        if isinstance(loggers, str):
+            raise RecipeError(f"loggers must be a list, such as [{loggers!r}], found {loggers!r}")
+        self._all = [_made(item) for item in loggers]
+        if run_dir is not None:
+            self._all.append(JsonLines(run_dir / EPOCHS))
+
+    def start(self, trainer: Any) -> None:
+        """Say that training starts, or goes on, at ``trainer.epoch``."""
+        self._each("start", trainer)
+
+    def log_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Hand over the numbers of an epoch: means over its steps, and validation results."""
+        for tracker in self._all:
+            tracker.log_epoch(epoch, values)
+
+    def finish(self) -> None:
+        """Say that training ended."""
+        self._each("finish")
+
+    def _each(self, name: str, *args: Any) -> None:
+        for tracker in self._all:
+            if hasattr(tracker, name):
+                getattr(tracker, name)(*args)
+
+
+def _made(item: Any) -> Any:
+    if isinstance(item, str):
+        if item not in _BY_NAME:
+            raise RecipeError(unknown("logger", item, _BY_NAME))
+        return _BY_NAME[item]()
+    if not hasattr(item, "log_epoch"):
+        raise RecipeError(f"a logger needs log_epoch(epoch, values), found {type(item).__name__}: {item!r}")
+    return item
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise HostError("TensorBoard is not installed: pip install 'libmtl_fair[tensorboard]'") from error
+    return SummaryWriter
+
+
+def _mlflow() -> Any:
+    try:
+        import mlflow
+    except ImportError as error:
+        raise HostError("MLflow is not installed: pip install 'libmtl_fair[mlflow]'") from error
+    return mlflow
+
+
+def _mlflow_name(name: str) -> str:
+    """Return a name that MLflow takes."""
+    return re.sub(r"[^\w\-. :/]", "_", name)
+
+
+def _epoch_of(line: str) -> int | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    epoch = found.get("epoch") if isinstance(found, dict) else None
+    return epoch if isinstance(epoch, int) else None

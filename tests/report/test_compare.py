@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from libmtl_fair.cli import app
+from libmtl_fair.errors import CheckpointError, RecipeError
+from libmtl_fair.report import read_run
+from libmtl_fair.report.compare import bootstrap_interval, compare
+from libmtl_fair.report.compare_page import comparison_table, render, write_comparison
+from libmtl_fair.report.gains import delta_m, gains, mean_rank
+
+
+class Tags(HTMLParser):
+    """Refuses a page whose elements do not nest; keeps what it loads."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.sources += [value for name, value in attrs if name == "src"]
+        if tag not in {"meta", "br", "img", "input", "hr", "link"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_differences_are_paired_by_seed(run_dir):
+    found = compare([run_dir])
+    runs = {(r.method, r.seed): r.metrics["utility"]["test"]["macro"]["auc"] for r in read_run(run_dir).runs}
+    values = [runs["relif", s] - runs["plain", s] for s in (0, 1, 2)]
+    row = found.cells.set_index(["column", "method"]).loc[("macro AUC", "relif")]
+    assert row["difference"] == pytest.approx(np.mean(values))
+    assert row["pairs"] == 3
+    assert min(values) - 1e-12 <= row["low"] <= row["difference"] <= row["high"] <= max(values) + 1e-12
+
+
+def test_bootstrap_interval_is_that_of_the_mean():
+    values = np.random.default_rng(3).normal(1.0, 2.0, 200)
+    low, high = bootstrap_interval(values)
+    width = 2 * 1.96 * values.std(ddof=1) / np.sqrt(len(values))
+    assert high - low == pytest.approx(width, rel=0.05)
+    assert np.isnan(bootstrap_interval([1.0, 2.0])).all()
+
+
+def test_delta_m_and_mean_rank_by_hand(run_dir):
+    run = read_run(run_dir)
+    auc = {
+        (m, task): np.mean([r.metrics["utility"]["test"][task]["auc"] for r in run.of(m)])
+        for m in run.methods
+        for task in ("income", "<script>alert(1)</script>")
+    }
+    tasks = sorted({task for _, task in auc})
+    for method in run.methods:
+        lost = np.mean([(auc["plain", t] - auc[method, t]) / auc["plain", t] for t in tasks]) * 100
+        assert delta_m(run)[method] == pytest.approx(lost)
+        rank = np.mean([1 + sum(auc[other, t] > auc[method, t] for other in run.methods) for t in tasks])
+        assert mean_rank(run)[method] == pytest.approx(rank)
+
+
+def test_gains_against_a_single_task_method(finished_run, run_dir):
+    assert gains(read_run(run_dir)).empty
+    run = read_run(finished_run)
+    found = gains(run).set_index(["method", "task"])
+    assert set(found.index.get_level_values("method")) == {"relif"}
+
+    def violation(metrics, task):
+        rows = metrics["groups"]["test"]
+        wanted = ("demographic_parity", "equal_opportunity")
+        return sum(
+            r["value"] for r in rows if r["task"] == task and r["group"] == "difference" and r["metric"] in wanted
+        )
+
+    for task in ("income", "long_hours"):
+        means = {
+            method: [
+                np.mean([item.metrics["utility"]["test"][task]["auc"] for item in run.of(method)]),
+                np.mean([violation(item.metrics, task) for item in run.of(method)]),
+            ]
+            for method in run.methods
+        }
+        expected = np.subtract(means["relif"], means["plain"])
+        row = found.loc[("relif", task), ["knowledge_gain", "discrimination_gain"]].to_numpy(float)
+        np.testing.assert_allclose(row, expected, atol=1e-12)
+
+
+def test_drift_ranks_and_budgets(finished_run):
+    found = compare([finished_run])
+    frame = found.drift.set_index(["delta_name", "method"])
+    assert set(frame["seeds"]) == {2}
+    induced = [np.array(r.metrics["drift"]["test"]["induced"])[np.triu_indices(2, 1)] for r in found.run.of("relif")]
+    assert frame.loc[("0.275", "relif"), "budget"] == pytest.approx(
+        np.mean([np.abs(d - 0.275).mean() for d in induced])
+    )
+    apart = abs(frame.loc[("0.275", "relif"), "fixed_bias"] - frame.loc[("0.275", "plain"), "fixed_bias"])
+    both = frame.loc[("0.275", "relif"), "budget"] + frame.loc[("0.275", "plain"), "budget"]
+    assert frame.loc[("0.275", "relif"), "robust"] == (apart > both)
+
+
+def test_without_predictions_there_is_no_drift_and_a_note_says_so(run_dir):
+    found = compare([run_dir])
+    assert found.drift.empty
+    assert any("No drift diagnostics" in note for note in found.notes)
+
+
+def test_several_runs_get_one_yardstick(finished_run, tmp_path):
+    other = shutil.copytree(finished_run, tmp_path / "other")
+    protocol = json.loads((other / "audit_protocol.json").read_text())
+    protocol["deltas"]["p75"] = 0.9
+    (other / "audit_protocol.json").write_text(json.dumps(protocol))
+    recipe = (other / "recipe.yaml").read_text().replace("name: tiny", "name: other")
+    (other / "recipe.yaml").write_text(recipe)
+    found = compare([finished_run, other])
+    assert found.run.methods == ["tiny/plain", "tiny/relif", "other/plain", "other/relif"]
+    assert found.run.reference == "tiny/plain"
+    cells = found.cells.set_index(["column", "method"])["mean"]
+    assert cells["Bias@p75", "tiny/relif"] == pytest.approx(cells["Bias@p75", "other/relif"], abs=1e-12)
+    page, data = write_comparison(found, tmp_path / "page")
+    Tags(page.read_text(encoding="utf-8"))
+    assert json.loads(data.read_text())["reference"] == "tiny/plain"
+
+
+def test_the_page_is_self_contained_and_escapes_names(run_dir):
+    text = render(compare([run_dir]))
+    page = Tags(text)
+    assert page.sources == []
+    assert "<script>alert(1)</script>" not in text
+    assert "upper left is better" in text
+    assert "Ranks of utility" in text
+
+
+def test_the_table_has_every_measure_and_interval(run_dir):
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(comparison_table(compare([run_dir])))
+    text = console.export_text()
+    assert "macro AUC" in text
+    assert "difference to plain" in text
+    assert text.count("[") >= 6
+
+
+def test_a_method_may_lack_a_measure(builder):
+    made = builder(seeds=[0]).write()
+    path = made / "relif" / "seed0" / "metrics.json"
+    metrics = json.loads(path.read_text())
+    del metrics["utility"]["test"]["macro"]["brier"]
+    path.write_text(json.dumps(metrics))
+    found = compare([made])
+    assert pd.isna(found.cells["low"]).all()
+    assert any("Fewer than 3 seeds" in note for note in found.notes)
+
+
+def test_errors(run_dir, tmp_path):
+    with pytest.raises(RecipeError, match="at least one run folder"):
+        compare([])
+    with pytest.raises(CheckpointError, match="no such directory"):
+        compare([run_dir, tmp_path / "absent"])
+    (run_dir / "relif" / "seed1" / "metrics.json").unlink()
+    with pytest.raises(CheckpointError, match="incomplete: missing relif/seed1"):
+        compare([run_dir])
+
+
+def test_the_command(run_dir, tmp_path):
+    done = CliRunner().invoke(app, ["compare", str(run_dir), "--out", str(tmp_path / "page")])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "page" / "comparison.html").stat().st_size > 10_000
+    wrong = CliRunner().invoke(app, ["compare", str(tmp_path / "absent")])
+    assert wrong.exit_code == 1
+    assert "no such directory" in wrong.output
