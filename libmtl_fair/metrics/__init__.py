@@ -1,33 +1,59 @@
-"""Audit, group metrics, drift and comparison of methods."""
+"""Audit, group metrics, drift, comparison of methods, and the bridge to fairlearn."""
 
 from __future__ import annotations
 
 from libmtl_fair.metrics.audit import AuditReport, FixedDeltaAudit
+from libmtl_fair.metrics.comparison import (
+    delta_m,
+    discrimination_gain,
+    knowledge_gain,
+    mean_rank,
+    paired_difference,
+    violation,
+    worst_and_macro,
+)
 from libmtl_fair.metrics.deltas import conformal_delta, pair_distances, quantile_delta, reference_pairs
 from libmtl_fair.metrics.drift import drift, induced_thresholds, robust_pairs
+from libmtl_fair.metrics.fairlearn_bridge import FairlearnInputs, metric_frame, to_fairlearn
 from libmtl_fair.metrics.group_auc import group_auc
+from libmtl_fair.metrics.group_regression import group_regression, ks_distance
 from libmtl_fair.metrics.groups import GroupMetrics
+from libmtl_fair.metrics.post_processing import PostProcessed, post_process
 from libmtl_fair.metrics.rates import GroupRates, group_rates
 from libmtl_fair.metrics.shrinkage import below_curve, shrinkage_curve
 from libmtl_fair.metrics.utility import auc_score, task_utility, utility
 
 __all__ = [
     "AuditReport",
+    "FairlearnInputs",
     "FixedDeltaAudit",
     "GroupMetrics",
     "GroupRates",
+    "PostProcessed",
     "auc_score",
     "below_curve",
     "conformal_delta",
+    "delta_m",
+    "discrimination_gain",
     "drift",
     "group_auc",
     "group_rates",
+    "group_regression",
     "induced_thresholds",
+    "knowledge_gain",
+    "ks_distance",
+    "mean_rank",
+    "metric_frame",
     "pair_distances",
+    "paired_difference",
+    "post_process",
     "quantile_delta",
     "reference_pairs",
     "robust_pairs",
     "shrinkage_curve",
     "task_utility",
+    "to_fairlearn",
     "utility",
+    "violation",
+    "worst_and_macro",
 ]

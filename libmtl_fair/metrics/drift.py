@@ -53,7 +53,7 @@ def drift(reports: Mapping[str, AuditReport], induced: Mapping[str, Any], refere
 
     Parameters
     ----------
-    reports : method -> audit under the fixed tolerance.
+    reports : method -> audit; it is taken again at ``reference``, on the same scores, pools and pairs.
     induced : method -> thresholds [T, T], from :func:`induced_thresholds`.
     reference : the fixed tolerance, a number or [T, T].
 
@@ -80,14 +80,14 @@ def _row(method: str, report: AuditReport, own: Floats, reference: Any) -> dict[
     fixed = delta_matrix(reference, report.tasks)
     upper = np.triu_indices(len(report.tasks), 1)
     gaps = np.abs(own - fixed)[upper]
-    raw = report.at(np.clip(np.nan_to_num(own, nan=1.0), 0, 1))
+    raw, held = report.at(np.clip(np.nan_to_num(own, nan=1.0), 0, 1)), report.at(fixed)
     mean, base = float(np.nanmean(own[upper])), float(fixed[upper].mean())
     return {
         "method": method,
         "raw_bias": raw.bias,
         "raw_violation_rate": raw.violation_rate,
-        "fixed_bias": report.bias,
-        "fixed_violation_rate": report.violation_rate,
+        "fixed_bias": held.bias,
+        "fixed_violation_rate": held.violation_rate,
         "mean_threshold": mean,
         "ratio_to_reference": mean / base if base > 0 else float("nan"),
         "budget": float(np.nanmean(gaps)),

@@ -258,9 +258,9 @@ def test_one_class_only_and_constant_scores():
 
 def test_bad_batches():
     outputs, labels, groups = batch()
+    broken = outputs["b"].clone()
+    broken[0], broken[50] = torch.nan, torch.nan  # the label of row 0 is missing: not counted
     with pytest.raises(DataError, match="task 'b': 1 labelled examples have a score that is not finite"):
-        broken = outputs["b"].clone()
-        broken[0], broken[50] = torch.nan, torch.nan  # the label of row 0 is missing: not counted
         quick().update({**outputs, "b": broken}, labels, groups)
     with pytest.raises(DataError, match="attribute 'sex': 1 group ids lie outside"):
         quick().update(outputs, labels, {**groups, "sex": torch.cat([groups["sex"][1:], torch.tensor([2])])})

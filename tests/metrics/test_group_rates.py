@@ -34,7 +34,7 @@ def tables(draw):
     return (rng.random(n) < share).astype(int), rng.integers(0, 2, n), rng.integers(0, g, n), g, weight
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(tables(), st.sampled_from(["between_groups", "to_overall"]))
 @pytest.mark.filterwarnings("ignore")
 def test_rates_and_gaps_equal_fairlearns(data, method):
@@ -56,7 +56,7 @@ def test_rates_and_gaps_equal_fairlearns(data, method):
         assert close(ours.ratio(name, method), frame.ratio(method=method)[name])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(tables(), st.sampled_from(["between_groups", "to_overall"]), st.sampled_from(["worst_case", "mean"]))
 @pytest.mark.filterwarnings("ignore")
 def test_named_metrics_equal_fairlearns(data, method, agg):

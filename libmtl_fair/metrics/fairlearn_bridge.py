@@ -1,0 +1,162 @@
+"""From predictions of a multi-task model to fairlearn: one task, one MetricFrame; and its threshold optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from libmtl_fair.errors import DataError, unknown
+from libmtl_fair.metrics.arrays import Bools, as_floats, as_numpy
+
+if TYPE_CHECKING:
+    from libmtl_fair.predictions import Predictions
+
+DROPPED = "libmtl_fair_dropped"
+"""Where :func:`metric_frame` and :func:`to_fairlearn` leave the counts of rows left out."""
+
+
+class FairlearnInputs(NamedTuple):
+    """What fairlearn's functions take; the rows left out are counted in ``sensitive_features.attrs``."""
+
+    y_true: NDArray[Any]
+    y_pred: NDArray[Any]
+    y_score: NDArray[Any]
+    sensitive_features: pd.DataFrame
+
+
+def to_fairlearn(
+    predictions: Predictions, task: str, sensitive: str | Sequence[str] | None = None, label: int | None = None
+) -> FairlearnInputs:
+    """Return (y_true, y_pred, y_score, sensitive_features) of one task, ready for fairlearn and scikit-learn.
+
+    Rows with a missing label or an unknown group are left out (fairlearn takes neither); their counts are in
+    ``sensitive_features.attrs["libmtl_fair_dropped"]``. Decisions: probability > 0.5, the likeliest class, or the predicted
+    value in native units. ``label`` picks one class or label of a multiclass or multilabel task, one against the rest: fairlearn
+    takes one binary target at a time. ``sensitive`` names the attributes, all by default, shown by their groups' names.
+
+    Raises
+    ------
+    DataError : unknown task or attribute, or a multilabel task without ``label``.
+    """
+    found = predictions.task(task)
+    attributes = _attributes(predictions, sensitive)
+    values = as_numpy(found.probabilities(predictions.outputs[task]))
+    y_true, y_pred, y_score, seen = _columns(found, values, as_numpy(predictions.labels[task]), label)
+    ids = {a: as_numpy(predictions.groups[a]) for a in attributes}
+    known = np.logical_and.reduce([i >= 0 for i in ids.values()])
+    rows = np.flatnonzero(seen & known)
+    names = {a: predictions.group_names.get(a) for a in attributes}
+    features = pd.DataFrame({a: _named(ids[a][rows], names[a]) for a in attributes})
+    features.attrs[DROPPED] = {"missing_label": int((~seen).sum()), "unknown_group": int((seen & ~known).sum())}
+    return FairlearnInputs(y_true[rows], y_pred[rows], y_score[rows], features)
+
+
+def metric_frame(
+    predictions: Predictions,
+    task: str,
+    sensitive: str | Sequence[str] | None = None,
+    metrics: Mapping[str, Callable[..., Any]] | Callable[..., Any] | None = None,
+    label: int | None = None,
+) -> Any:
+    """Return fairlearn's ``MetricFrame`` of one task; several ``sensitive`` attributes give their intersections.
+
+    Default metrics: count, selection rate, TPR, FPR and accuracy for a binary task; count, accuracy and balanced accuracy for a
+    multiclass task; count, MAE, RMSE, R2 and mean prediction for regression. The frame's attribute ``libmtl_fair_dropped`` counts
+    the rows left out. Arguments are those of :func:`to_fairlearn`.
+
+    Raises
+    ------
+    DataError : as :func:`to_fairlearn`, or no row is left.
+    """
+    from fairlearn.metrics import MetricFrame
+
+    data = to_fairlearn(predictions, task, sensitive, label)
+    if not len(data.y_true):
+        raise DataError(
+            f"task {task!r}: no row has both a label and a known group ({data.sensitive_features.attrs[DROPPED]})"
+        )
+    kind = "binary" if label is not None else predictions.task(task).kind
+    frame = MetricFrame(
+        metrics=metrics if callable(metrics) else dict(metrics or default_metrics(kind)),
+        y_true=data.y_true,
+        y_pred=data.y_pred,
+        sensitive_features=data.sensitive_features,
+    )
+    setattr(frame, DROPPED, data.sensitive_features.attrs[DROPPED])
+    return frame
+
+
+def default_metrics(kind: str) -> dict[str, Callable[..., Any]]:
+    """Return the metrics that make sense for a task kind; they never raise for a small or one-sided group."""
+    import fairlearn.metrics as flm
+    from sklearn import metrics as skm
+
+    if kind == "regression":
+        errors = {"mae": skm.mean_absolute_error, "rmse": skm.root_mean_squared_error, "r2": _r2}
+        return {"count": flm.count, **errors, "mean_prediction": flm.mean_prediction}
+    if kind == "multiclass":
+        return {"count": flm.count, "accuracy": skm.accuracy_score, "balanced_accuracy": _balanced_accuracy}
+    names = ("selection_rate", "true_positive_rate", "false_positive_rate")
+    return {"count": flm.count, **{name: getattr(flm, name) for name in names}, "accuracy": skm.accuracy_score}
+
+
+def _r2(y_true: Any, y_pred: Any) -> float:
+    from sklearn.metrics import r2_score
+
+    return float(r2_score(y_true, y_pred)) if len(np.unique(y_true)) > 1 else float("nan")
+
+
+def _balanced_accuracy(y_true: Any, y_pred: Any) -> float:
+    return float(np.mean([np.mean(y_pred[y_true == c] == c) for c in np.unique(y_true)]))
+
+
+def _attributes(predictions: Predictions, sensitive: str | Sequence[str] | None) -> list[str]:
+    names = (
+        list(predictions.groups)
+        if sensitive is None
+        else [sensitive]
+        if isinstance(sensitive, str)
+        else list(sensitive)
+    )
+    for name in names:
+        if name not in predictions.groups:
+            raise DataError(unknown("sensitive attribute", name, predictions.groups))
+    if not names:
+        raise DataError("these predictions have no sensitive attribute; run the loader with one")
+    return names
+
+
+def _named(ids: NDArray[Any], names: Sequence[str] | None) -> NDArray[Any]:
+    shown = names or [str(i) for i in range(int(ids.max(initial=-1)) + 1)]
+    return np.asarray(shown, dtype=object)[ids] if len(ids) else np.zeros(0, dtype=object)
+
+
+def _columns(
+    task: Any, values: NDArray[Any], labels: NDArray[Any], label: int | None
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], Bools]:
+    """Return (y_true, y_pred, y_score, observed) of all rows."""
+    if label is not None and not (task.kind in ("multiclass", "multilabel") and 0 <= label < values.shape[1]):
+        raise DataError(f"task {task.name!r} ({task.kind}) has no label {label!r} to pick out")
+    if task.kind == "multilabel":
+        if label is None:
+            raise DataError(
+                f"task {task.name!r} is multilabel, and fairlearn takes one target at a time: pass label=0.."
+                f"{values.shape[1] - 1}"
+            )
+        labels, values = labels[:, label], values[:, label]
+    seen = np.asarray(np.isfinite(labels) if labels.dtype.kind == "f" else labels >= 0)
+    if task.kind == "regression":
+        shown = as_floats(values) * task.std + task.mean
+        return np.where(seen, labels, 0).astype(np.float64) * task.std + task.mean, shown, shown, seen
+    if task.kind == "multiclass":
+        of, chosen = np.where(seen, labels, 0).astype(np.int64), values.argmax(1)
+        if label is None:
+            classes = np.asarray(task.classes) if getattr(task, "classes", None) else np.arange(values.shape[1])
+            return classes[of], classes[chosen], values, seen
+        return (of == label).astype(int), (chosen == label).astype(int), values[:, label], seen
+    truth = np.where(seen, labels, 0) > 0.5
+    return truth.astype(int), (values > 0.5).astype(int), values, seen

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from libmtl_fair.errors import DataError
+from libmtl_fair.metrics import (
+    delta_m,
+    discrimination_gain,
+    knowledge_gain,
+    mean_rank,
+    paired_difference,
+    violation,
+    worst_and_macro,
+)
+
+RESULTS = {"a": {"auc": 0.9, "mae": 2.0}, "b": {"auc": 0.8, "mae": 1.0}, "c": {"auc": 0.8, "mae": 4.0}}
+WAYS = {"auc": True, "mae": False}
+
+
+def test_delta_m_by_hand():
+    found = delta_m(RESULTS, {"auc": 0.8, "mae": 2.0}, WAYS)
+    assert found["a"] == pytest.approx(-100 * (0.1 / 0.8) / 2)
+    assert found["b"] == pytest.approx(-100 * 0.5 / 2)
+    assert found["c"] == pytest.approx(100 * 1.0 / 2)
+
+
+def test_delta_m_leaves_out_what_has_no_ratio():
+    assert delta_m({"a": {"x": 1.0, "y": 2.0}}, {"x": 0.0, "y": 1.0})["a"] == pytest.approx(-100)
+    assert np.isnan(delta_m({"a": {"x": 1.0}}, {"x": 0.0})["a"])
+
+
+def test_mean_rank_shares_ties_and_puts_missing_last():
+    assert mean_rank(RESULTS, WAYS) == {"a": 1.5, "b": 1.75, "c": 2.75}
+    assert mean_rank({"a": {"x": float("nan")}, "b": {"x": -9.0}}) == {"a": 2.0, "b": 1.0}
+    assert mean_rank({}) == {}
+
+
+def test_worst_and_macro():
+    found = worst_and_macro(RESULTS, WAYS)
+    assert found.loc["a"].tolist() == pytest.approx([2 / 3, 5 / 6])
+    assert found.loc["b"].tolist() == [0.0, 0.5]
+
+
+def test_gains_and_violation():
+    assert knowledge_gain({"a": 0.7}, {"a": 0.8})["a"] == pytest.approx(-0.1)
+    assert discrimination_gain({"a": 0.1}, {"a": 0.3})["a"] == pytest.approx(-0.2)
+    assert violation({"true_positive_rate": [0.5, np.nan, 0.8, 0.6]}) == pytest.approx(0.3 + 0.1 + 0.2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: delta_m({"a": {"x": 1.0}}, {"y": 1.0}), "method 'a' lacks y"),
+        (lambda: mean_rank(RESULTS, {"auc": True}), "which way mae goes"),
+        (lambda: knowledge_gain({"a": 1.0}, {"b": 1.0}), "the same tasks"),
+        (lambda: paired_difference([1.0], [1.0, 2.0]), "one value a seed"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(DataError, match=message):
+        call()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=8))
+def test_paired_interval_lies_within_the_differences_and_holds_the_mean(values):
+    found = paired_difference(values, [0.0] * len(values), n_bootstrap=500)
+    assert min(values) - 1e-9 <= found["low"] <= found["high"] <= max(values) + 1e-9
+    assert found["low"] - 1e-9 <= found["mean"] <= found["high"] + 1e-9
+
+
+def test_paired_interval_covers_at_five_seeds():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for k in range(300):
+        x = rng.normal(0.5, 1, 5)
+        found = paired_difference(x, np.zeros(5), n_bootstrap=2000, seed=k)
+        hits += found["low"] <= 0.5 <= found["high"]
+    assert 0.90 <= hits / 300 <= 0.99
+
+
+def test_one_seed_has_no_interval():
+    found = paired_difference([0.5], [0.25])
+    assert found["mean"] == 0.25
+    assert np.isnan(found["low"])
