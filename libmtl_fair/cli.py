@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from libmtl_fair.errors import CheckpointError, DataError, FairMTLError, HostError, RecipeError
+from libmtl_fair.tune.cli import StudyName, agreement_table, dashboard, recipe_from_study, tune
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 75
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -80,11 +81,16 @@ def _one_thread() -> None:
 
 @app.command()
 def run(
-    recipe: RecipePath,
+    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="a YAML recipe")] = None,
     overrides: Overrides = None,
     device: Device = "auto",
     folder: Folder = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the run in the folder")] = False,
+    from_study: Annotated[
+        str | None, typer.Option("--from-study", metavar="FILE|URL", help="run a trial of a study instead of a recipe")
+    ] = None,
+    study: StudyName = None,
+    trial: Annotated[int | None, typer.Option(metavar="N", help="which trial of the study")] = None,
 ) -> None:
     """Train, audit, measure and report every method and seed of a recipe."""
     with _clean_exit(" Go on with the same command and --resume."):
@@ -95,12 +101,20 @@ def run(
         from libmtl_fair.report.run_folder import read_run
 
         _one_thread()
-        loaded = load_recipe(recipe, overrides or [])
+        if (recipe is None) == (from_study is None) or (from_study is None) != (trial is None):
+            raise RecipeError("run expects either a RECIPE, or --from-study STORAGE --trial N")
+        if from_study is not None and trial is not None:
+            loaded = recipe_from_study(from_study, study, trial, overrides or [])
+        else:
+            assert recipe is not None
+            loaded = load_recipe(recipe, overrides or [])
         planned = Run(loaded, folder, device=device, resume=resume)
         with bar(loaded.name, len(planned.jobs) + 1) as advance:
             planned.note = advance
             made = planned()
         out.print(summary_table(read_run(made), width=out.width))
+        if from_study is not None:
+            out.print(agreement_table(made))
         out.print(f"report: {made / 'report.html'}", soft_wrap=True, highlight=False)
 
 
@@ -210,6 +224,10 @@ def datasets(name: Annotated[str | None, typer.Argument(help="show one data set 
 
 def _listed(value: Any) -> str:
     return ", ".join(str(v) for v in (value or ()))
+
+
+app.command()(tune)
+app.command()(dashboard)
 
 
 def main() -> None:

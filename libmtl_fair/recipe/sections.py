@@ -327,8 +327,13 @@ class Metrics(Section):
 
 
 class Tune(Section):
-    """A study over this recipe; names of objectives and samplers are checked when the study is made."""
+    """A study over this recipe; names of objectives and samplers are checked when the study is made.
 
+    ``methods`` are the methods to tune; None takes the first that is not the reference. An empty ``space`` is the built-in
+    one; otherwise it maps names to ``builtin``, a list of choices, or ``{low: 0.01, high: 1.0, log: true}``.
+    """
+
+    methods: Names | None = None
     objectives: Names | None = None
     constraints: Names | None = None
     space: Settings = Field(default_factory=dict)

@@ -1,0 +1,20 @@
+"""Tuning with Optuna: from a question such as "at most 0.05 disparity" to a recipe."""
+
+from __future__ import annotations
+
+from libmtl_fair.tune.identity import study_recipe
+from libmtl_fair.tune.select import chosen, front, knee, select, to_recipe, trial_by_number
+from libmtl_fair.tune.storage import open_storage
+from libmtl_fair.tune.study import tune
+
+__all__ = [
+    "chosen",
+    "front",
+    "knee",
+    "open_storage",
+    "select",
+    "study_recipe",
+    "to_recipe",
+    "trial_by_number",
+    "tune",
+]

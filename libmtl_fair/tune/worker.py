@@ -1,0 +1,156 @@
+"""A worker: claims slots of a study, trains them, and watches for colleagues that died."""
+
+from __future__ import annotations
+
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import TrialState
+
+from libmtl_fair.errors import CheckpointError, FairMTLError
+from libmtl_fair.recipe.measure import Protocol
+from libmtl_fair.tune import stale
+from libmtl_fair.tune.objective import Outcome, Plan, run_trial
+from libmtl_fair.tune.queue import claim, fill, finished, slots
+
+_FAILURES = (
+    ArithmeticError,
+    AttributeError,
+    AssertionError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+)
+_HOPELESS = 5
+"""So many failures and no success: the study stops instead of spending its budget."""
+
+
+@dataclass
+class Worker:
+    """Runs trials of a study until its slots are done.
+
+    Attributes
+    ----------
+    plan, protocol : what is asked, and the fixed tolerances.
+    total : slots of the study.
+    device : of this worker's trainings.
+    deadline : ``time.monotonic()`` after which no trial is begun.
+    note : called with one line after each trial.
+    """
+
+    plan: Plan
+    protocol: Protocol
+    total: int
+    device: str = "auto"
+    deadline: float | None = None
+    grace: float = stale.GRACE
+    note: Callable[[str], None] = lambda text: None
+    reaper: stale.Reaper = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Start watching."""
+        self.reaper = stale.Reaper(self.grace)
+
+    def __call__(self, study: optuna.Study) -> None:
+        """Work until every slot is finished or the time is over.
+
+        Raises
+        ------
+        FairMTLError : every trial so far has failed.
+        """
+        while not self.late:
+            self.reaper(study)
+            fill(study, self.plan, self.total)
+            trial = claim(study, self.total)
+            if trial is not None:
+                self.run(study, trial)
+                self._check_hope(study)
+            elif finished(study, self.total) >= self.total:
+                return
+            else:
+                time.sleep(min(0.5, self.grace / 5))
+
+    @property
+    def late(self) -> bool:
+        """Whether the time is over."""
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    def run(self, study: optuna.Study, trial: optuna.Trial) -> None:
+        """Train and measure one trial, and tell the study, whatever happens."""
+        slot = trial.user_attrs[stale.SLOT]
+        seeds = self.plan.seeds(slot)
+        try:
+            with stale.Heartbeat(study, trial, self.grace):
+                trial.set_user_attr("seeds", seeds)
+                outcome = self._outcome(trial, seeds)
+            if outcome is None:
+                study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
+            else:
+                self._tell(study, trial, outcome)
+            self.note(f"trial {trial.number} " + ("pruned" if outcome is None else self._line(outcome)))
+        except UpdateFinishedTrialError:
+            self.note(f"trial {trial.number} had been given up as lost; another worker has it")
+        except CheckpointError:
+            raise
+        except KeyboardInterrupt:
+            stale.give_up(study, trial, "interrupted")
+            raise
+        except (FairMTLError, *_FAILURES) as error:
+            self._failed(study, trial, error)
+
+    def _outcome(self, trial: optuna.Trial, seeds: list[int]) -> Outcome | None:
+        recipe, method = self.plan.candidate(trial)
+        trial.set_user_attr("method", method)
+        trial.set_user_attr("recipe", recipe.to_dict())
+
+        def on_epoch(epoch: int, score: float) -> None:
+            trial.report(score, epoch)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
+        listen = on_epoch if self.plan.pruner is not None else None
+        try:
+            return run_trial(self.plan, recipe, method, seeds, self.protocol, device=self.device, on_epoch=listen)
+        except optuna.TrialPruned:
+            return None
+
+    def _tell(self, study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:
+        trial.set_user_attr("validation", outcome.found)
+        trial.set_user_attr("train_s", outcome.train_s)
+        excess = {c.text: c.excess(outcome.mean(c.measure.name)) for c in self.plan.constraints}
+        if excess:
+            for text, value in excess.items():
+                trial.set_constraint(text, value)
+            # optuna-dashboard 0.21 reads this attribute only.
+            study._storage.set_trial_system_attr(trial._trial_id, "constraints", list(excess.values()))
+        study.tell(trial, [outcome.mean(m.name) for m in self.plan.objectives])
+
+    def _line(self, outcome: Outcome) -> str:
+        return ", ".join(f"{m.name} {outcome.mean(m.name):.4f}" for m in self.plan.measures)
+
+    def _failed(self, study: optuna.Study, trial: optuna.Trial, error: BaseException) -> None:
+        try:
+            trial.set_user_attr("error", f"{type(error).__name__}: {error}")
+            trial.set_user_attr("traceback", traceback.format_exc())
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                study.tell(trial, state=TrialState.FAIL)
+        except UpdateFinishedTrialError:
+            return
+        self.note(f"trial {trial.number} failed: {error}")
+
+    def _check_hope(self, study: optuna.Study) -> None:
+        done = [t for t in slots(study).values() if t.state.is_finished()]
+        failed = [t for t in done if t.state == TrialState.FAIL]
+        if len(failed) >= _HOPELESS and len(failed) == len(done):
+            raise FairMTLError(
+                f"all {len(failed)} trials so far failed; the last: {failed[-1].user_attrs.get('error')}. The tracebacks "
+                "are in the trials' user attributes"
+            )
