@@ -11,7 +11,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from libmtl_fair import functional as F
-from libmtl_fair.errors import DataError, unknown
+from libmtl_fair.errors import DataError, HostError, unknown
 from libmtl_fair.group_losses import Cells, GroupLoss, class_count, class_indicator
 from libmtl_fair.tasks import Task
 
@@ -48,6 +48,20 @@ class AuxiliaryTask(Task):
     attributes: tuple[str, ...] = ()
     kind: ClassVar[str] = "auxiliary"
     auxiliary: ClassVar[bool] = True
+
+    @property
+    def source(self) -> str:
+        """The main task whose examples it sees where tasks have inputs of their own.
+
+        Raises
+        ------
+        HostError : it is shared by main tasks, which then have no examples in common.
+        """
+        if len(self.mains) > 1:
+            raise HostError(
+                f"auxiliary task {self.name!r}: heads='shared' needs one input for all tasks; use 'per_task'"
+            )
+        return self.mains[0].name
 
     def labels_from(
         self, labels: Mapping[str, Tensor], groups: Mapping[str, Tensor], n_groups: Mapping[str, int]

@@ -76,10 +76,15 @@ def losses_of(trainer: Any, part: Any) -> Made:
             labels[name] = trainer.tasks[name].labels_from(labels, groups, trainer._n_groups)
         return trainer._compute_losses(preds, labels), preds, labels, groups
     preds, labels, by_task = {}, {}, {}
-    for task in trainer.task_name:
-        inputs, truth, by_task[task] = batches.split(part[task], trainer.device, [task])
-        preds.update(evaluation.forward(trainer, inputs, task, by_task[task]))
+    inputs = {}
+    for task in trainer.main_tasks:
+        inputs[task], truth, by_task[task] = batches.split(part[task], trainer.device, [task])
+        preds.update(evaluation.forward(trainer, inputs[task], task, by_task[task]))
         labels.update(truth)
+    for name in trainer.auxiliary:  # on the examples of its main task
+        ids = by_task[trainer.tasks[name].source]
+        preds.update(evaluation.forward(trainer, inputs[trainer.tasks[name].source], name, ids))
+        labels[name] = trainer.tasks[name].labels_from(labels, ids, trainer._n_groups)
     return trainer._compute_losses(preds, labels), preds, labels, by_task
 
 

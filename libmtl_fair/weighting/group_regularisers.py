@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,8 @@ class GroupRegulariserSettings(Settings):
     Parameters
     ----------
     loss : ``"bgl"``, ``"dpl"``, ``"fprl"``, ``"tprl"``, ``"glf"`` or ``"gld"``; see :class:`GroupLoss`.
-    lam : lambda in (0, 1], the share of the tasks' losses: lambda L + (1 - lambda) R. With a base other than EW the
-        base's gradient is multiplied by lambda.
+    lam : lambda (``lambda`` is understood too), the share of the tasks' losses, in (0, 1]: lambda L + (1 - lambda) R.
+        With a base other than EW it is the base's gradient that is multiplied by lambda.
     sensitive : attributes; None is all that the loader gives.
     tasks : regularised tasks; None is all.
     conditional, bins : as in :class:`GroupLoss`; the default, False, is as published.
@@ -40,6 +40,18 @@ class GroupRegulariserSettings(Settings):
     conditional: bool | None = None
     bins: int = 4
     intersectional: bool = False
+
+    @classmethod
+    def from_args(cls, method: str, args: Mapping[str, Any]) -> GroupRegulariserSettings:
+        """Build settings; ``lambda`` is another name of ``lam``."""
+        args = dict(args)
+        if "lambda" in args:
+            if "lam" in args:
+                raise RecipeError(f"{method}: 'lambda' and 'lam' are the same setting; give one")
+            args["lam"] = args.pop("lambda")
+        made = super().from_args(method, args)
+        assert isinstance(made, GroupRegulariserSettings)
+        return made
 
     def __post_init__(self) -> None:
         """Check every range."""

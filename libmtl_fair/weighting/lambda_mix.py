@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +22,24 @@ class LambdaMixSettings(Settings):
 
     Parameters
     ----------
-    lam : lambda in [0, 1], the share of the main tasks; 1 trains without fairness. The published value is 0.5; with
-        ``target="main"`` and ``conditional=True``, 0.95 to 0.98 is where most of the effect is and 0.5 collapses.
+    lam : lambda (``lambda`` is understood too), the share of the main tasks, in [0, 1]; 1 trains without fairness.
+        The published value is 0.5; with ``target="main"`` and ``conditional=True`` start at 0.95 to 0.98.
     base, base_args : the LibMTL weighting inside each of the two sums.
     """
 
     lam: float = 0.5
+
+    @classmethod
+    def from_args(cls, method: str, args: Mapping[str, Any]) -> LambdaMixSettings:
+        """Build settings; ``lambda`` is another name of ``lam``."""
+        args = dict(args)
+        if "lambda" in args:
+            if "lam" in args:
+                raise RecipeError(f"{method}: 'lambda' and 'lam' are the same setting; give one")
+            args["lam"] = args.pop("lambda")
+        made = super().from_args(method, args)
+        assert isinstance(made, LambdaMixSettings)
+        return made
 
     def __post_init__(self) -> None:
         """Check the range."""
