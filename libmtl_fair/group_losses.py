@@ -61,8 +61,9 @@ class GroupLoss:
     ----------
     loss : ``"glf"``, ``"gld"``, ``"bgl"`` (of the groups' mean losses); ``"dpl"``, ``"fprl"``, ``"tprl"`` (of the
         groups' mean scores: over all examples, over negatives, over positives; the largest gap between groups).
-    conditional : group losses within each class, their disparities summed **(ours)**; None is True for glf, gld and bgl.
-        The gaps of scores say themselves what they are conditional on.
+    conditional : groups are compared within each class and the disparities summed **(ours)**; None is True, but for dpl.
+        dpl with True is the gap of scores within each class, what equalised odds asks for; of a multiclass task, of the
+        probability of that class.
     bins : classes of a regression target are its quantile bins in the batch.
 
     Multiclass and multilabel tasks have one gap of scores a class or label; the mean is taken **(ours)**. Conditional
@@ -81,11 +82,8 @@ class GroupLoss:
         """Check the settings."""
         if self.loss not in GROUP_LOSSES:
             raise RecipeError(unknown("fairness loss", self.loss, GROUP_LOSSES))
-        fixed = {"dpl": False, "fprl": True, "tprl": True}.get(self.loss)
-        if fixed is not None and self.conditional not in (None, fixed):
-            raise RecipeError(
-                f"loss {self.loss!r} has conditional={fixed} by definition, found {self.conditional!r}; leave it out"
-            )
+        if self.loss in ("fprl", "tprl") and self.conditional is False:
+            raise RecipeError(f"loss {self.loss!r} has conditional=True by definition, found False; leave it out")
         if isinstance(self.bins, bool) or not isinstance(self.bins, int) or self.bins < 1:
             raise RecipeError(f"bins must be a whole number of at least 1, found {self.bins!r}")
 
@@ -110,7 +108,11 @@ class GroupLoss:
         if self.loss in _OF_LOSSES:
             return self._compare(self._losses(task, output, labels), cells, self.loss).sum()
         scores = task.probabilities(output)
-        gaps = self._compare(scores if scores.dim() == 2 else scores[:, None], cells, "spread")
+        scores = scores if scores.dim() == 2 else scores[:, None]
+        if self.loss == "dpl" and self.within_classes:
+            both = isinstance(task, Multilabel)  # every label's no, then every label's yes
+            return self._compare(torch.cat([scores, scores], dim=1) if both else scores, cells, "spread").sum()
+        gaps = self._compare(scores, cells, "spread")
         defined = ((cells.count > 0).sum(-1) >= 2).expand_as(gaps)
         return gaps.sum() / defined.sum().clamp(min=1)
 
@@ -127,12 +129,12 @@ class GroupLoss:
         return of(cells.means(values), cells.count > 0)
 
     def _condition(self, task: Task, labels: Tensor) -> Tensor:
-        if self.loss == "dpl":
+        if self.loss == "dpl" and not self.within_classes:
             return torch.ones_like(labels.reshape(len(labels), -1)[:, :1], dtype=torch.bool)
         if not self.within_classes:
             return task.observed(labels)[:, None]
         classes = class_indicator(task, labels, self.bins)
-        if self.loss not in _OF_SCORES:
+        if self.loss not in ("fprl", "tprl"):
             return classes
         if isinstance(task, Multiclass):
             return classes if self.loss == "tprl" else task.observed(labels)[:, None] & ~classes

@@ -79,7 +79,7 @@ def add_fairness_heads(
         encoder alone is moved; ``"label"`` (as published): a head of its own, trained by the disparity alone;
         ``"label+accuracy"``: that also learns the task; ``"group"``: the group, for ``adversarial`` only.
     conditional : compare groups within each class (quantile bin, for regression) **(ours, default)**, as equalised odds
-        asks for; False compares them as a whole, as published. None is True where the loss leaves a choice.
+        asks for; False compares them as a whole, as published. None is True, but for ``dpl``.
     heads : ``"per_task"``, or ``"shared"``: one auxiliary task per attribute, with the sum over the main tasks.
     intersectional : cross all attributes into one.
     tasks : main tasks that get heads; default all.

@@ -80,6 +80,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shared, label": {"heads": "shared", "target": "label"},
     "two attributes": {"sensitive": ("sex", "race")},
     "crossed": {"sensitive": ("sex", "race"), "intersectional": True},
+    "scores within classes": {"loss": "dpl", "conditional": True},
     "tpr": {"loss": "tprl", "tasks": ("a", "b")},
     "fpr": {"loss": "fprl", "tasks": ("a",), "target": "label"},
 }
@@ -370,7 +371,7 @@ def test_heads_that_are_no_plain_linear_layers() -> None:
         ({"loss": "group_specific", "sensitive": {"sex": 2, "race": 3}}, "choose one, or intersectional=True"),
         ({"loss": "group_specific", "sensitive": {"sex": 1}}, "at least two groups"),
         ({"loss": "tprl"}, "'tprl' needs classes, and task 'c' is a regression"),
-        ({"loss": "dpl", "conditional": True}, "conditional=False by definition"),
+        ({"loss": "fprl", "conditional": False, "tasks": ("a",)}, "conditional=True by definition"),
         ({"tasks": ("d",)}, "unknown task 'd'"),
         ({"sensitive": ()}, "sensitive is empty"),
         ({"sensitive": "sex"}, "must be a sequence of attributes"),

@@ -66,6 +66,17 @@ def brute_force(kind: str, loss: str, conditional: bool, output: Tensor, labels:
                 cells[int(groups[b])].append(float(value(b)))  # type: ignore[operator]
         return cells
 
+    if loss == "dpl" and conditional:
+        p = task.probabilities(output)
+        p = p if p.dim() == 2 else p[:, None]
+        p = torch.cat([p, p], dim=1) if kind == "multilabel" else p
+        classes = class_indicator(task, labels)
+        return sum(
+            disparity(
+                "spread", grouped(lambda b, k=k: p[b, min(k, p.shape[1] - 1)], lambda b, k=k: bool(classes[b, k]))
+            )
+            for k in range(classes.shape[1])
+        )
     if loss in ("dpl", "tprl", "fprl"):
         p = task.probabilities(output)
         p = p if p.dim() == 2 else p[:, None]
@@ -101,7 +112,7 @@ def brute_force(kind: str, loss: str, conditional: bool, output: Tensor, labels:
 
 def cases() -> list[tuple[str, str, bool]]:
     wanted = itertools.product(KINDS, GROUP_LOSSES, (True, False))
-    allowed = {"dpl": (False,), "tprl": (True,), "fprl": (True,)}
+    allowed = {"tprl": (True,), "fprl": (True,)}
     undefined = {("regression", "tprl"), ("regression", "fprl")}
     return [(k, n, c) for k, n, c in wanted if c in allowed.get(n, (True, False)) and (k, n) not in undefined]
 
@@ -237,7 +248,6 @@ def test_unknown_attribute() -> None:
     ("arguments", "message"),
     [
         ({"loss": "gfl"}, "unknown fairness loss 'gfl'; did you mean"),
-        ({"loss": "dpl", "conditional": True}, "'dpl' has conditional=False by definition"),
         ({"loss": "tprl", "conditional": False}, "'tprl' has conditional=True by definition"),
         ({"bins": 0}, "bins must be a whole number of at least 1, found 0"),
     ],
