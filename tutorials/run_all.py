@@ -1,7 +1,7 @@
-"""Run every tutorial: ``python tutorials/run_all.py [--smoke] [--plain] [--out DIR]``.
+"""Run every tutorial: ``python tutorials/run_all.py [--smoke] [--notebooks DIR]``.
 
-Tutorials are jupytext percent scripts. They are executed as notebooks where jupytext, nbclient and ipykernel are there
-(``--out`` keeps the notebooks), else, or with ``--plain``, as Python scripts in which every warning is an error.
+Tutorials are jupytext percent scripts. They run as Python scripts in which every warning is an error; ``--notebooks``
+executes them as notebooks instead and keeps those in DIR (needs the extra ``libmtl_fair[tutorials]``).
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ HERE = Path(__file__).resolve().parent
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="few rows, epochs and seeds")
-    parser.add_argument("--plain", action="store_true", help="as scripts even where Jupyter is installed")
-    parser.add_argument("--out", type=Path, help="folder for the executed notebooks")
+    parser.add_argument("--notebooks", type=Path, metavar="DIR", help="execute as notebooks and keep them here")
     args = parser.parse_args()
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "MPLBACKEND": "Agg"}
     environment["LIBMTL_FAIR_SMOKE"] = "1" if args.smoke else "0"
     os.environ.update(environment)
     needed = ("jupytext", "nbclient", "ipykernel")
-    notebooks = not args.plain and all(importlib.util.find_spec(name) for name in needed)
+    lacking = [name for name in needed if importlib.util.find_spec(name) is None]
+    if args.notebooks and lacking:
+        parser.error(f"--notebooks needs {', '.join(lacking)}: pip install 'libmtl_fair[tutorials]'")
     failed = []
     for script in sorted(HERE.glob("[0-9][0-9]_*.py")):
         started = time.perf_counter()
-        error = as_notebook(script, args.out) if notebooks else as_script(script, environment)
+        error = as_notebook(script, args.notebooks) if args.notebooks else as_script(script, environment)
         print(f"{script.name}: {'FAILED' if error else 'ok'} in {time.perf_counter() - started:.0f} s", flush=True)
         if error:
             print(error, file=sys.stderr)
@@ -46,26 +47,21 @@ def as_script(script: Path, environment: dict[str, str]) -> str:
     return done.stdout[-2000:] + done.stderr[-4000:] if done.returncode else ""
 
 
-def as_notebook(script: Path, out: Path | None) -> str:
+def as_notebook(script: Path, out: Path) -> str:
     """Return what went wrong, or nothing; keep the notebook in ``out``."""
     import jupytext
     import nbclient
     import nbformat
 
     notebook = jupytext.read(script)
-    warnings_first = nbformat.v4.new_code_cell("import warnings\nwarnings.simplefilter('error')")
-    notebook.cells.insert(0, warnings_first)
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    notebook.metadata["kernelspec"] = kernel
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     try:
         nbclient.NotebookClient(notebook, timeout=3600, kernel_name="python3").execute()
     except (nbclient.exceptions.CellExecutionError, nbclient.exceptions.DeadKernelError) as error:
         return str(error)[-4000:]
     finally:
-        if out is not None:
-            del notebook.cells[0]
-            out.mkdir(parents=True, exist_ok=True)
-            nbformat.write(notebook, out / f"{script.stem}.ipynb")
+        out.mkdir(parents=True, exist_ok=True)
+        nbformat.write(notebook, out / f"{script.stem}.ipynb")
     return ""
 
 

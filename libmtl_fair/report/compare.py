@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from libmtl_fair.errors import CheckpointError, RecipeError
-from libmtl_fair.metrics import FixedDeltaAudit
+from libmtl_fair.metrics import FixedDeltaAudit, paired_difference
 from libmtl_fair.metrics.drift import drift, robust_pairs
 from libmtl_fair.report.frames import audit_frame, number, rows
 from libmtl_fair.report.gains import delta_m, gains, mean_rank, single_task_methods
@@ -19,8 +19,7 @@ from libmtl_fair.report.reaudit import Reaudit, common_scores, load_predictions,
 from libmtl_fair.report.run_folder import RunFolder, SeedRun, read_run
 from libmtl_fair.report.tables import summary, summary_values
 
-RESAMPLES = 10_000
-LEAST_SEEDS = 3
+FEW_SEEDS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +127,7 @@ def _audit_entries(again: Reaudit, run: str, item: SeedRun) -> list[dict[str, An
 def cells_with_intervals(run: RunFolder) -> pd.DataFrame:
     """Return the summary with 95 % bootstrap intervals of the mean paired difference (low, high) and its number of pairs.
 
-    Seeds are resampled, method and reference together; under 3 common seeds there is no interval (NaN).
+    Seeds are resampled, method and reference together; with one common seed there is no interval (NaN).
     """
     cells = summary(run)
     wide = summary_values(run).pivot_table(index=["column", "seed"], columns="method", values="value", dropna=False)
@@ -142,22 +141,10 @@ def _interval(wide: pd.DataFrame, method: str, column: str, reference: str) -> t
     if method == reference:
         return float("nan"), float("nan"), 0
     block = wide.xs(column, level="column")
-    values = (block[method] - block[reference]).dropna().to_numpy(dtype=np.float64)
-    return (*bootstrap_interval(values), len(values))
-
-
-def bootstrap_interval(values: Any, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of the mean of ``values``; NaN under 3 values.
-
-    >>> bootstrap_interval([1.0, 1.0, 1.0])
-    (1.0, 1.0)
-    """
-    values = np.asarray(values, dtype=np.float64)
-    if len(values) < LEAST_SEEDS:
-        return float("nan"), float("nan")
-    draws = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
-    low, high = np.quantile(values[draws].mean(1), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+    if method not in block or reference not in block:
+        return float("nan"), float("nan"), 0
+    found = paired_difference(block[method].to_numpy(float), block[reference].to_numpy(float))
+    return found["low"], found["high"], int(found["n"])
 
 
 def _overview(run: RunFolder) -> pd.DataFrame:
@@ -214,11 +201,11 @@ def _notes(runs: Sequence[RunFolder], run: RunFolder, lacking: str) -> list[str]
         "± is the standard deviation between seeds. Intervals are 95 % bootstrap intervals of the mean paired difference to "
         f"{run.reference}: seeds are resampled, the {run.split} rows are not, so they do not cover another sample of people."
     ]
-    if seeds < LEAST_SEEDS:
-        found.append(f"Fewer than {LEAST_SEEDS} seeds: no intervals.")
-    elif seeds < 10:
+    if seeds < 2:
+        found.append("One seed: no intervals.")
+    elif seeds < FEW_SEEDS:
         found.append(
-            f"With {seeds} seeds a bootstrap interval is too narrow; take it as the least uncertainty there is."
+            f"With {seeds} seeds an interval never leaves the range of the differences seen: it is too narrow."
         )
     found.append(
         "Ranks under raw thresholds use each method's own thresholds and are a diagnostic; those under the fixed tolerance "

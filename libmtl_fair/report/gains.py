@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
 
-from libmtl_fair.report.frames import groups_frame, utility_frame
+from libmtl_fair import metrics
+from libmtl_fair.report.frames import groups_frame, rows, utility_frame
+from libmtl_fair.report.plots import SUMMARIES
 from libmtl_fair.report.run_folder import RunFolder
 from libmtl_fair.report.tables import HIGHER_IS_BETTER
 
 _MAIN = ("auc", "accuracy", "r2")
-_VIOLATIONS = ("demographic_parity", "equal_opportunity", "true_positive_rate")
+_RATES = ("true_positive_rate", "false_positive_rate")
 
 
 def main_metrics(run: RunFolder, split: str | None = None) -> pd.DataFrame:
@@ -23,21 +23,14 @@ def main_metrics(run: RunFolder, split: str | None = None) -> pd.DataFrame:
 
 
 def delta_m(run: RunFolder, split: str | None = None) -> dict[str, float]:
-    """Return method -> Delta_m in percent: the mean relative *loss* of the tasks' main metrics to the reference.
-
-    Negative is better than the reference. Source: Navon et al., ICML 2022.
-    """
-    wide = _means(main_metrics(run, split))
-    base = wide[run.reference]
-    signs = pd.Series([1.0 if metric in HIGHER_IS_BETTER else -1.0 for _, metric in wide.index], index=wide.index)
-    lost = wide.rsub(base, axis=0).mul(signs, axis=0).div(base.abs(), axis=0)
-    return {str(method): float(100 * value) for method, value in lost.mean().items()}
+    """Return method -> Delta_m in percent of the tasks' main metrics against the reference; below 0 is better."""
+    results, higher = _results(main_metrics(run, split))
+    return metrics.delta_m(results, results[run.reference], higher) if run.reference in results else {}
 
 
 def mean_rank(run: RunFolder, split: str | None = None) -> dict[str, float]:
-    """Return method -> mean over tasks of its rank by the main metric; 1 is the best. Source: Navon et al., ICML 2022."""
-    ranks = _means(main_metrics(run, split)).rank(axis=1, ascending=False)
-    return {str(method): float(value) for method, value in ranks.mean().items()}
+    """Return method -> its rank by the tasks' main metrics, averaged over tasks; 1 is the best."""
+    return metrics.mean_rank(*_results(main_metrics(run, split)))
 
 
 def single_task_methods(run: RunFolder) -> list[str]:
@@ -48,41 +41,54 @@ def single_task_methods(run: RunFolder) -> list[str]:
 def gains(run: RunFolder, split: str | None = None) -> pd.DataFrame:
     """Return method, task, knowledge_gain, discrimination_gain against the first single-task method.
 
-    Knowledge gain is the main metric of the method minus that of the single-task model (above 0 is better); discrimination
-    gain the difference of the largest demographic-parity and equal-opportunity gaps between groups, summed over
-    attributes (below 0 is better). Empty without a single-task method. Source: FairBranch, arXiv:2310.13746.
+    Knowledge gain: the task's main metric minus that of the single-task model (above 0 is better). Discrimination gain: the
+    equalised-odds violation, absolute differences of true and false positive rates summed over pairs of groups and over
+    attributes, minus that of the single-task model (below 0 is better). Means over seeds; empty without a single-task
+    method. Source: FairBranch, arXiv:2310.13746.
     """
-    columns = ["method", "task", "knowledge_gain", "discrimination_gain"]
     alone = single_task_methods(run)
+    columns = ["method", "task", "knowledge_gain", "discrimination_gain"]
     if not alone:
         return pd.DataFrame(columns=columns)
-    utility, violation = _means(main_metrics(run, split)).droplevel("metric"), _violations(run, split)
-    found = [
-        (method, task, _minus(utility, task, method, alone[0]), _minus(violation, task, method, alone[0]))
-        for method in run.methods
-        if method not in alone
-        for task in utility.index
-    ]
+    utility, violation = _by_task(main_metrics(run, split)), _by_task(_violations(run, split))
+    found = []
+    for method in (m for m in run.methods if m not in alone):
+        known = metrics.knowledge_gain(utility[method], utility[alone[0]])
+        worse = _same_tasks(violation.get(method, {}), violation.get(alone[0], {}))
+        found += [(method, task, gain, worse.get(task, float("nan"))) for task, gain in known.items()]
     return pd.DataFrame(found, columns=columns)
 
 
+def _same_tasks(multi: dict[str, float], single: dict[str, float]) -> dict[str, float]:
+    both = [task for task in multi if task in single]
+    return metrics.discrimination_gain({t: multi[t] for t in both}, {t: single[t] for t in both})
+
+
 def _violations(run: RunFolder, split: str | None) -> pd.DataFrame:
+    """Return method, seed, task, value: the equalised-odds violation, summed over single attributes."""
     frame = groups_frame(run, split)
-    frame = frame[frame["metric"].isin(_VIOLATIONS) & (frame["group"] == "difference")]
-    # Equal opportunity is the gap of true positive rates: one of the two names counts, not both.
-    known = set(frame["metric"])
-    if {"equal_opportunity", "true_positive_rate"} <= known:
-        frame = frame[frame["metric"] != "true_positive_rate"]
-    sums = frame.groupby(["task", "method", "seed"])["value"].sum(min_count=1).groupby(["task", "method"]).mean()
-    return sums.unstack("method") if len(sums) else pd.DataFrame()
+    frame = frame[frame["metric"].isin(_RATES) & ~frame["group"].isin(SUMMARIES)]
+    frame = frame[~frame["attribute"].str.contains(" & ", regex=False)]
+    found = []
+    for (method, seed, task), part in frame.groupby(["method", "seed", "task"], sort=False):
+        by = part.groupby(["attribute", "metric"])["value"].apply(list)
+        whole = sum(metrics.violation({str(key): values}) for key, values in by.items())
+        found.append((method, seed, task, whole))
+    return pd.DataFrame(found, columns=["method", "seed", "task", "value"])
 
 
-def _means(frame: pd.DataFrame) -> pd.DataFrame:
-    keys = ["task", "metric", "method"]
-    return frame.groupby(keys, sort=False)["value"].mean().unstack("method")
+def _by_task(frame: pd.DataFrame) -> dict[str, dict[str, float]]:
+    means = frame.groupby(["method", "task"], sort=False)["value"].mean().reset_index()
+    found: dict[str, dict[str, float]] = {}
+    for row in rows(means):
+        found.setdefault(row.method, {})[row.task] = float(row.value)
+    return found
 
 
-def _minus(frame: pd.DataFrame, task: Any, method: str, base: str) -> float:
-    if task not in frame.index or method not in frame.columns or base not in frame.columns:
-        return float("nan")
-    return float(frame.loc[task, method]) - float(frame.loc[task, base])
+def _results(frame: pd.DataFrame) -> tuple[dict[str, dict[str, float]], dict[str, bool]]:
+    """Return method -> "task metric" -> mean over seeds, NaN where a method lacks it, and which way each goes."""
+    names = frame["task"].astype(str) + " " + frame["metric"].astype(str)
+    wide = frame.assign(name=names).pivot_table(index="name", columns="method", values="value", sort=False)
+    higher = {str(name): str(name).rpartition(" ")[2] in HIGHER_IS_BETTER for name in wide.index}
+    results = {str(m): {str(k): float(v) for k, v in wide[m].items()} for m in dict.fromkeys(frame["method"])}
+    return results, higher
