@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from libmtl_fair.tasks import Binary, Multiclass, Multilabel, Regression, Task
+from libmtl_fair.tasks import Multiclass, Multilabel, Regression, Task
 from libmtl_fair.weighting._fairmt_rates import Lift
 
 
@@ -17,34 +17,36 @@ class Block(ABC):
 
     Attributes
     ----------
-    values : [B, M], 0 where not seen; columns are positives, negatives, errors.
-    seen : [B, M] of 0 and 1.
+    summed : [B, 2M], M values (0 where not seen; columns are positives, negatives, errors), then M of 0 and 1: what is seen.
     """
 
-    values: Tensor
-    seen: Tensor
+    summed: Tensor
 
     @abstractmethod
     def pull_back(self, gradient: Tensor) -> list[Tensor]:
-        """Return the gradient to each output from that to ``values`` [B, M]."""
+        """Return the gradient to each output from that to the M values, [B, M]."""
 
 
 class BinaryBlock(Block):
     """Binary tasks of one logit each, as one matrix; the gradient is written out."""
 
-    def __init__(self, logits: Tensor, labels: Tensor) -> None:
-        self.p = torch.sigmoid(logits)
-        self.positive = (labels == 1).to(self.p.dtype)
-        self.negative = (labels == 0).to(self.p.dtype)
-        hit = self.p * self.positive
-        self.values = torch.cat([self.positive - hit, self.p * self.negative], 1)
-        self.seen = torch.cat([self.positive, self.negative], 1)
+    def __init__(self, logits: Tensor, labels: Tensor, sharpness: float) -> None:
+        self.labels, self.sharpness = labels, sharpness
+        self.p = torch.sigmoid(logits if sharpness == 1 else logits * sharpness)
+        self.positive, self.negative = labels == 1, labels == 0
+        missed, alarm = (1 - self.p) * self.positive, self.p * self.negative
+        self.summed = torch.cat([missed, alarm, self.positive, self.negative], 1)
 
     def pull_back(self, gradient: Tensor) -> list[Tensor]:
         """Return the gradient to the logits, one matrix [B, T]."""
         k = self.p.shape[1]
         signed = gradient[:, k:] * self.negative - gradient[:, :k] * self.positive
-        return [signed * (self.p * (1 - self.p))]
+        steep = self.p - self.p * self.p
+        return [signed * (steep if self.sharpness == 1 else steep * self.sharpness)]
+
+    def observed(self) -> Tensor:
+        """Return which tasks have a label, bool [T]."""
+        return (self.labels == self.labels).any(0)  # a comparison is a third of isfinite
 
 
 class MixedBlock(Block):
@@ -57,8 +59,7 @@ class MixedBlock(Block):
         with torch.enable_grad():
             bad, seen = _columns(tasks, self._leaves, labels, lift)
             self._values = torch.cat(bad, 1).to(dtype)
-        self.values = self._values.detach()
-        self.seen = torch.cat(seen, 1).to(dtype)
+        self.summed = torch.cat([self._values.detach(), *(part.to(dtype) for part in seen)], 1)
 
     def pull_back(self, gradient: Tensor) -> list[Tensor]:
         """Return the gradient to each task's output."""
@@ -77,6 +78,8 @@ def _columns(
     seen: list[Tensor] = []
     if rates:
         p = torch.cat([_probabilities(tasks[i], outputs[i]) for i in rates], 1)
+        if lift.sharpness != 1:
+            p = torch.sigmoid(lift.sharpness * torch.logit(p, eps=1e-6))
         y = torch.cat([_targets(tasks[i], labels[i]) for i in rates], 1)
         positive, negative = (y == 1).to(p.dtype), (y == 0).to(p.dtype)
         bad += [(1 - p) * positive, p * negative]
@@ -115,19 +118,12 @@ def _errors(task: Task, output: Tensor, labels: Tensor, lift: Lift) -> tuple[Ten
     return (torch.cat([size, size.detach().square()], 1), mask.expand(-1, 2)) if lift.moments > 1 else (size, mask)
 
 
-def single_logits(tasks: Sequence[Task], outputs: Sequence[Tensor]) -> bool:
-    """Say whether every task is binary with one logit."""
-    return all(isinstance(task, Binary) and (z.dim() == 1 or z.shape[1:] == (1,)) for task, z in zip(tasks, outputs))
-
-
 def stacked_labels(labels: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
     """Return the labels of the named tasks as [B, T]; without a copy where the loader gathered them as one matrix."""
-    first = labels[names[0]]
-    base = first._base
-    if base is not None and base.dim() == 2 and base.shape == (len(first), len(names)) and base.stride(1) == 1:
-        parts = [labels[name] for name in names]
-        if all(
-            part._base is base and part.storage_offset() == base.storage_offset() + i for i, part in enumerate(parts)
-        ):
+    parts = [labels[name] for name in names]
+    base = parts[0]._base
+    if base is not None and base.shape == (len(parts[0]), len(names)) and base.is_contiguous():
+        first = base.storage_offset()
+        if all(part._base is base and part.storage_offset() == first + i for i, part in enumerate(parts)):
             return base
-    return torch.stack([labels[name] for name in names], 1)
+    return torch.stack(parts, 1)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from libmtl_fair import functional as F
+from libmtl_fair.functional._device import on_host
 from libmtl_fair.host.gradients import flatten, shared_parameters
 
 
@@ -22,9 +24,11 @@ class Outputs:
 
     def __init__(self, outputs: Sequence[Tensor]) -> None:
         self.outputs = list(outputs)
+        self.widths = tuple(1 if z.dim() == 1 else z.shape[1] for z in self.outputs)
         base = _common_base(self.outputs)
         self.joined = base is not None
         self.tensors = self.outputs if base is None else [base]
+        self.single = all(width == 1 for width in self.widths)
 
     def gradients(self, losses: Tensor) -> list[Tensor]:
         """Return the gradient of each task's loss to its own output (one matrix where joined); keeps what lies below."""
@@ -35,7 +39,7 @@ class Outputs:
         """Split what :meth:`gradients` gave into one gradient a task, each shaped as its output."""
         if not self.joined:
             return list(parts)
-        return list(torch.split(parts[0], [z.shape[1] for z in self.outputs], 1))
+        return list(torch.split(parts[0], list(self.widths), 1))
 
     def matrix(self, parts: Sequence[Tensor]) -> Tensor:
         """Join gradients to one [B, C] matrix, zero past the end of a task that has fewer examples."""
@@ -43,7 +47,9 @@ class Outputs:
             return parts[0]
         longest = max(len(g) for g in parts)
         rows = [g.reshape(len(g), -1) for g in parts]
-        return torch.cat([g if len(g) == longest else nn.functional.pad(g, (0, 0, 0, longest - len(g))) for g in rows], 1)
+        return torch.cat(
+            [g if len(g) == longest else nn.functional.pad(g, (0, 0, 0, longest - len(g))) for g in rows], 1
+        )
 
 
 def _common_base(outputs: Sequence[Tensor]) -> Tensor | None:
@@ -51,12 +57,12 @@ def _common_base(outputs: Sequence[Tensor]) -> Tensor | None:
     base = outputs[0]._base
     if base is None or base.dim() != 2 or not base.is_contiguous():
         return None
-    column = base.storage_offset()
+    column = first = base.storage_offset()
     for z in outputs:
-        if z._base is not base or z.dim() != 2 or z.storage_offset() != column or len(z) != len(base):
+        if z._base is not base or z.storage_offset() != column or z.dim() != 2:
             return None
         column += z.shape[1]
-    return base if column == base.storage_offset() + base.shape[1] else None
+    return base if column == first + base.shape[1] else None
 
 
 def last_linear(head: nn.Module) -> nn.Linear | None:
@@ -126,6 +132,22 @@ def head_linear(grads: Tensor, term: Tensor, h: Any, weights: Tensor, owner: Ten
     (to_h,) = torch.autograd.grad(term, h, retain_graph=True)
     per_column: Tensor = (grads * (to_h.flatten(1) @ weights.detach().T)).sum(0)
     return per_column if owner is None else owner.T @ per_column
+
+
+def min_norm_of(gram: Tensor, linear: Tensor, observed: Tensor) -> Tensor:
+    """Return ``F.min_norm_weights`` over the tasks ``observed`` [T], 0 for the others (all 0 if there is none)."""
+    if on_host(gram, linear, observed):
+        if bool(observed.all()):
+            return F.min_norm_weights(gram, linear)
+        alpha = torch.zeros_like(linear)
+        index = observed.nonzero().squeeze(1)
+        if len(index):
+            alpha[index] = F.min_norm_weights(gram[index][:, index], linear[index])
+        return alpha
+    seen = observed.to(gram.dtype)
+    barrier = 1e12 * (gram.diagonal().amax() + linear.abs().amax() + 1)
+    alpha = F.min_norm_weights(gram + torch.diag((1 - seen) * barrier), linear * seen) * seen
+    return alpha / alpha.sum().clamp(min=torch.finfo(alpha.dtype).tiny)
 
 
 def autograd_products(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from libmtl_fair import functional as F
-from libmtl_fair.tasks import Task
+from libmtl_fair.tasks import Binary, Task
 
 MOMENTS = {"squared": 1, "absolute": 1, "ccc": 5}
 """Summed columns of a regression task: its error, or what CCC is made of."""
@@ -35,6 +35,7 @@ class Lift:
     min_count: float = 10
     error: str = "squared"
     fpr_weight: float = 1.0
+    sharpness: float = 1.0
 
     @property
     def moments(self) -> int:
@@ -69,6 +70,8 @@ class Layout:
         self.ids = torch.arange(self.n_groups, device=device)
         owner = [t for t, w in enumerate(widths) for _ in range(w)] + [t for t, w in enumerate(widths) if not w]
         self.one_column_each = owner == list(range(len(tasks)))
+        self.simple = self.one_column_each and not self.n_errors and self.n_attributes == 1
+        self.single_logits = all(isinstance(task, Binary) for task in tasks)
         self.owner = torch.nn.functional.one_hot(torch.tensor(owner), len(tasks)).to(device, torch.get_default_dtype())
         self.parts = torch.ones(2 * self.n_rates, device=device, dtype=self.owner.dtype)
         self.parts[self.n_rates :] = lift.fpr_weight
@@ -121,15 +124,18 @@ class Disparity:
     present: Tensor
     _layout: Layout
     _slope: Tensor
-    _column_present: Tensor
-    _share: Tensor
+    _column_present: Tensor | None = None
+    _share: Tensor | None = None
 
     def slope(self, weights: Tensor, divisor: Tensor) -> Tensor:
         """Return the gradient of ``weights . psi`` [T] to every summed example value, by group: [A * G, M].
 
-        ``divisor`` [A * G, M] are the counts that a mean divides by: the running ones, or the batch's own.
+        ``divisor`` [A * G, M] are the counts that a mean divides by: the running ones, or the batch's own. ``weights`` are 0
+        where a task is absent.
         """
         layout = self._layout
+        if self._share is None or self._column_present is None:
+            return (self._slope * weights.repeat(2)).flatten(0, 1) / _above_zero(divisor)
         column = weights * self._share  # [A, T]
         if not layout.one_column_each:
             column = (column @ layout.owner.T) * self._column_present
@@ -144,11 +150,16 @@ class Disparity:
 def disparity(layout: Layout, sums: Tensor, counts: Tensor) -> Disparity:
     """Return psi of every task from sums and counts [A * G, M] (methods.md, 2.1)."""
     count = layout.by_group(counts)
+    means = layout.by_group(sums / _above_zero(counts))
     k = 2 * layout.n_rates
-    means = layout.by_group(sums) / _above_zero(count)
-    part, enough, slope = _rates(layout, means[..., :k], count[..., :k])
+    rates, number = (means[..., :k], count[..., :k]) if layout.n_errors else (means, count)
+    part, enough, slope = _rates(layout, rates, number)
     if layout.lift.fpr_weight != 1:
         part, enough, slope = part * layout.parts, enough & (layout.parts > 0), slope * layout.parts
+    if layout.simple:
+        halves = layout.n_rates
+        psi, present = part[0].view(2, halves).sum(0), enough[0].view(2, halves).any(0)
+        return Disparity(psi, present, layout, slope)
     if layout.n_errors:
         wrong, present, steep = _errors(layout, means[..., k:], count[..., k:])
         part, enough, slope = torch.cat([part, wrong], 1), torch.cat([enough, present], 1), torch.cat([slope, steep], 2)
@@ -164,25 +175,22 @@ def _rates(layout: Layout, rates: Tensor, count: Tensor) -> tuple[Tensor, Tensor
     lift = layout.lift
     known = count >= lift.min_count
     observed = known.sum(1)
-    high = rates.masked_fill(~known, -torch.inf) if lift.symmetric else rates
-    low = rates.masked_fill(~known, torch.inf)
+    enough = observed >= 2
+    low = torch.where(known, rates, torch.inf)
     if lift.symmetric:
-        part, slope = _range(high, low, known)
-        part = part.where(observed >= 2, 0.0)
-        return part, observed >= 2, slope.where((observed >= 2).unsqueeze(1), 0.0)
+        part, slope = _range(rates.masked_fill(~known, -torch.inf), low, known)
+        return part.where(enough, 0.0), enough, slope.where(enough.unsqueeze(1), 0.0)
     if lift.reference == "lcb":
-        bound = F.wilson_interval(rates, count)[1].masked_fill(~known, torch.inf)
-        best = rates.gather(1, bound.argmin(1, keepdim=True))
+        bound = torch.where(known, F.wilson_interval(rates, count)[1], torch.inf)
+        best = low.gather(1, bound.argmin(1, keepdim=True))
     else:
         best = low.amin(1, keepdim=True)
-    hinge = (rates - best).relu().masked_fill(~known, 0.0)
-    part, slope = hinge.sum(1), (hinge > 0).to(rates.dtype)
+    hinge = torch.where(known, rates - best, 0.0).relu()  # with one group known it is the best, with none all is masked
+    part, slope = hinge.sum(1), hinge > 0
     if lift.normalise and layout.n_groups > 2:
         scale = 1 / (observed - 1).clamp(min=1)
-        part, slope = part * scale, slope * scale.unsqueeze(1)
-    if lift.reference == "lcb":
-        part = part.where(observed >= 2, 0.0)  # with one group the gathered best may be an unknown one's
-    return part, observed >= 2, slope
+        return part * scale, enough, slope * scale.unsqueeze(1)
+    return part, enough, slope
 
 
 def _range(high: Tensor, low: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,8 +239,6 @@ def _by_task(layout: Layout, part: Tensor, enough: Tensor, slope: Tensor) -> Dis
     if not layout.one_column_each:
         value, number = (column * here) @ layout.owner, here @ layout.owner
         value = value / number.clamp(min=1)
-    if layout.n_attributes == 1:
-        return Disparity(value[0], number[0] > 0, layout, slope, here, 1 / number.clamp(min=1))
     there = (number > 0).to(column.dtype)
     attributes = there.sum(0)
     psi = (value * there).sum(0) / attributes.clamp(min=1)

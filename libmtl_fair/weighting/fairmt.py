@@ -18,7 +18,7 @@ from libmtl_fair.functional.simplex import AGGREGATION_SOLVERS
 from libmtl_fair.host.gradients import add_gradients, carry_representation_gradients, extra_gradients
 from libmtl_fair.host.plugin import FairWeighting, Settings
 from libmtl_fair.tasks import Regression, Task
-from libmtl_fair.weighting._fairmt_blocks import BinaryBlock, Block, MixedBlock, single_logits, stacked_labels
+from libmtl_fair.weighting._fairmt_blocks import BinaryBlock, Block, MixedBlock, stacked_labels
 from libmtl_fair.weighting._fairmt_heads import (
     LastInputs,
     Outputs,
@@ -26,6 +26,7 @@ from libmtl_fair.weighting._fairmt_heads import (
     head_linear,
     head_products,
     last_linear,
+    min_norm_of,
     shared_anchors,
 )
 from libmtl_fair.weighting._fairmt_rates import Layout, Lift, disparity
@@ -59,6 +60,7 @@ class FairMTSettings(Settings):
     normalise : divide by the number of groups that can differ, so that attributes compare (ours).
     fpr_weight : weight of the FPR part of a disparity against the TPR part, >= 0 (ours; the source's is 1). The FPR part
         lowers the scores of the group that the TPR part takes as its reference: 0 lifts only, and keeps that group's TPR.
+    sharpness : rates are means of sigmoid(sharpness * logit): above 1 nearer to decisions at 0.5 (ours; the source's is 1).
     symmetric : the ablation: largest minus smallest rate, gradient to both sides.
     reference : ``"max"``, or ``"lcb"``: the group whose rate has the best confidence bound sets the bar (ours).
     ema : decay of the running sums per group; 0 takes each batch alone (ours).
@@ -84,6 +86,7 @@ class FairMTSettings(Settings):
     rank_one: bool = False
     normalise: bool = True
     fpr_weight: float = 1.0
+    sharpness: float = 1.0
     symmetric: bool = False
     reference: str = "max"
     ema: float = 0.9
@@ -106,6 +109,7 @@ class FairMTSettings(Settings):
         self.need("ema", _number(self.ema) and 0 <= self.ema < 1, "in [0, 1)")
         self.need("min_count", _number(self.min_count) and self.min_count > 0, "above 0")
         self.need("fpr_weight", _number(self.fpr_weight) and self.fpr_weight >= 0, "a number of at least 0")
+        self.need("sharpness", _number(self.sharpness) and self.sharpness > 0, "above 0")
         if isinstance(self.attributes, str):
             object.__setattr__(self, "attributes", (self.attributes,))
         self.need("attributes", self.attributes is None or len(self.attributes) > 0, "at least one attribute, or null")
@@ -138,7 +142,9 @@ class FairMTSettings(Settings):
 
     def lift(self) -> Lift:
         """Return how disparities are measured."""
-        return Lift(self.symmetric, self.normalise, self.reference, self.min_count, self.error, self.fpr_weight)
+        return Lift(
+            self.symmetric, self.normalise, self.reference, self.min_count, self.error, self.fpr_weight, self.sharpness
+        )
 
     def relif(self) -> ReLiFSettings:
         """Return the settings of the Lipschitz term."""
@@ -164,6 +170,7 @@ class Fairness:
     w: Tensor
     grads: list[Tensor]
     term: tuple[Tensor, Tensor] | None
+    observed: Tensor
 
     def lipschitz(self, strength: Tensor | None) -> Tensor | None:
         """Return strength (1 if None) times w* times the Lipschitz term, attached to the graph; None without it."""
@@ -202,6 +209,8 @@ class FairMT(FairWeighting):
         self.to(self.device)
         self._layout: Layout | None = None
         self._last_inputs = LastInputs(self.decoders)
+        self._heads: list[nn.Module] = []
+        self._columns: tuple[tuple[int, ...], Tensor | None] = ((), None)
         self._said: set[str] = set()
         if self.settings.proxy == "full" and self.settings.weighing == "proxy" and self.rep_grad:
             raise HostError("FairMT: proxy='full' needs gradients of the shared parameters: set rep_grad=False")
@@ -243,15 +252,14 @@ class FairMT(FairWeighting):
         slope = found.slope(w[: len(self.task_name)], divisor)
         grads = self._pull_back(layout, blocks, members, slope, outputs)
         term = None if lipschitz is None else (w[-1], lipschitz.value)
-        return Fairness(psi, present, phi, w, grads, term)
+        return Fairness(psi, present, phi, w, grads, term, self._observed(batch, blocks))
 
     def _descend(
         self, batch: FairBatch, outputs: Outputs, grads: list[Tensor], fairness: Fairness, eta: Tensor
     ) -> tuple[Tensor, Tensor]:
-        observed = self._observed(batch)
-        alpha = self._alpha(batch, outputs, grads, fairness, eta, observed)
+        alpha = self._alpha(batch, outputs, grads, fairness, eta)
         with torch.no_grad():
-            count = observed.sum().to(alpha.dtype)
+            count = fairness.observed.sum().to(alpha.dtype)
             weights, strength = alpha * count, eta * count
             total = self._combine(outputs, grads, fairness.grads, weights, strength)
         term = fairness.lipschitz(strength)
@@ -269,7 +277,7 @@ class FairMT(FairWeighting):
     ) -> list[Tensor]:
         """Return weights . grads + strength * fairness for each of ``outputs.tensors``."""
         if outputs.joined:
-            index = self._column_task(outputs)
+            index = self._column_task(outputs.widths)
             per_column = weights if index is None else weights[index]
             return [torch.addcmul(grads[0] * per_column, fairness[0], strength)]
         return [weights[t] * g + strength * f for t, (g, f) in enumerate(zip(grads, fairness, strict=True))]
@@ -289,36 +297,29 @@ class FairMT(FairWeighting):
         assert self.presence is not None
         tasks = len(self.task_name)
         eta = self.dual.update(fairness.phi, fairness.present.any())
-        self.presence += fairness.present[:tasks]
-        psi = fairness.psi.masked_fill(~fairness.present, torch.nan)
-        self.trace = {"psi": psi[:tasks], "w": fairness.w[:tasks], "phi": fairness.phi, "eta": eta}
+        psi, w, present = torch.where(fairness.present, fairness.psi, torch.nan), fairness.w, fairness.present
+        self.trace = {"phi": fairness.phi, "eta": eta}
         if self.lipschitz is not None:
-            self.trace |= {"psi/lipschitz": psi[-1], "w/lipschitz": fairness.w[-1]}
+            self.trace |= {"psi/lipschitz": psi[-1], "w/lipschitz": w[-1]}
+            psi, w, present = psi[:tasks], w[:tasks], present[:tasks]
+        self.presence += present
+        self.trace |= {"psi": psi, "w": w}
         if alpha is not None:
             self.trace["alpha"] = alpha
 
     # -- task weights ---------------------------------------------------------------------------------------------
 
     def _alpha(
-        self,
-        batch: FairBatch,
-        outputs: Outputs,
-        grads: list[Tensor],
-        fairness: Fairness,
-        eta: Tensor,
-        observed: Tensor,
+        self, batch: FairBatch, outputs: Outputs, grads: list[Tensor], fairness: Fairness, eta: Tensor
     ) -> Tensor:
         """Return alpha [T] on the simplex of the tasks that have a label in this batch."""
-        dtype = grads[0].dtype
-        seen = observed.to(dtype)
-        if self.settings.weighing == "uniform" or len(seen) == 1:
+        observed = fairness.observed
+        if self.settings.weighing == "uniform" or len(observed) == 1:
+            seen = observed.to(grads[0].dtype)
             return seen / seen.sum().clamp(min=1)
         gram, linear = self._products(batch, outputs, grads, fairness)
         with torch.no_grad():
-            gram, linear = gram.to(dtype), (eta * linear).to(dtype)
-            barrier = 1e12 * (gram.diagonal().amax() + linear.abs().amax() + 1)
-            alpha = F.min_norm_weights(gram + torch.diag((1 - seen) * barrier), linear * seen) * seen
-            return alpha / alpha.sum().clamp(min=torch.finfo(dtype).tiny)
+            return min_norm_of(gram, eta * linear, observed)
 
     def _products(
         self, batch: FairBatch, outputs: Outputs, grads: list[Tensor], fairness: Fairness
@@ -328,8 +329,8 @@ class FairMT(FairWeighting):
         term = fairness.lipschitz(None) if not rank_one else None
         if proxy != "head":
             return autograd_products(outputs, grads, fairness.grads, shared_anchors(self, batch.h, proxy), term)
-        layers = [last_linear(self.decoders[name]) for name in self.task_name]
-        index = self._column_task(outputs)
+        layers = list(self._head_layers().values())
+        index = self._column_task(outputs.widths)
         with torch.no_grad():
             weights = torch.cat([layer.weight for layer in layers if layer is not None])
             owner = None if index is None else nn.functional.one_hot(index, len(layers)).to(weights.dtype)
@@ -344,7 +345,7 @@ class FairMT(FairWeighting):
         s = self.settings
         if s.proxy == "full":
             return "full", False
-        layers = {name: last_linear(self.decoders[name]) for name in self.task_name}
+        layers = self._head_layers()
         shared = isinstance(batch.h, Tensor) and not batch.multi_input
         if s.proxy == "representation":
             return ("representation", False) if shared else self._fall_back("full", _OWN)
@@ -363,6 +364,14 @@ class FairMT(FairWeighting):
         if not self._last_inputs.shared(self.task_name, batch.h):
             return self._fall_back("representation", "a head's last linear layer does not receive what all heads share")
         return "head", s.rank_one
+
+    def _head_layers(self) -> dict[str, nn.Linear | None]:
+        """Return the linear layer that ends each task's head; looked up anew where a head was replaced."""
+        heads = [self.decoders[name] for name in self.task_name]
+        if heads != self._heads:
+            self._heads = heads
+            self._layers = {name: last_linear(head) for name, head in zip(self.task_name, heads, strict=True)}
+        return self._layers
 
     def _fall_back(self, proxy: str, why: str) -> tuple[str, bool]:
         if proxy == "full" and self.rep_grad:
@@ -406,9 +415,10 @@ class FairMT(FairWeighting):
             values = [outputs.outputs[t] for t in index]
             groups = batch.task_groups(names[index[0]])
             members.append(layout.membership(groups, self._attributes, self._crossed))
-            if single_logits(tasks, values):
+            if layout.single_logits and outputs.single:
                 joint = outputs.tensors[0] if outputs.joined else torch.cat([z.reshape(len(z), 1) for z in values], 1)
-                blocks.append(BinaryBlock(joint.detach(), stacked_labels(batch.labels, [names[t] for t in index])))
+                truth = stacked_labels(batch.labels, [names[t] for t in index])
+                blocks.append(BinaryBlock(joint.detach(), truth, layout.lift.sharpness))
             else:
                 labels = [batch.labels[names[t]] for t in index]
                 blocks.append(MixedBlock(tasks, values, labels, layout.lift, layout.owner.dtype))
@@ -429,22 +439,19 @@ class FairMT(FairWeighting):
             return [torch.cat(parts, 1)]
         return [g.reshape(z.shape) for g, z in zip(parts, outputs.tensors, strict=True)]
 
-    def _observed(self, batch: FairBatch) -> Tensor:
+    def _observed(self, batch: FairBatch, blocks: list[Block]) -> Tensor:
         """Return which tasks have a label in this batch: bool [T]."""
-        labels = [batch.labels[name] for name in self.task_name]
-        if not batch.multi_input and all(y.dim() == 1 and y.is_floating_point() for y in labels):
-            return torch.isfinite(stacked_labels(batch.labels, self.task_name)).any(0)
+        if len(blocks) == 1 and isinstance(blocks[0], BinaryBlock):
+            return blocks[0].observed()
         return torch.stack([batch.observed[name].any() for name in self.task_name])
 
-    def _column_task(self, outputs: Outputs) -> Tensor | None:
+    def _column_task(self, widths: tuple[int, ...]) -> Tensor | None:
         """Return which task an output column belongs to, [C]; None where each task has one."""
-        widths = [z[0].numel() if len(z) else 1 for z in outputs.outputs]
-        if all(width == 1 for width in widths):
-            return None
-        tasks = torch.arange(len(widths), device=self.device).repeat_interleave(
-            torch.tensor(widths, device=self.device), output_size=sum(widths)
-        )
-        return tasks
+        if self._columns[0] != widths:
+            tasks = [t for t, width in enumerate(widths) for _ in range(width)]
+            several = any(width != 1 for width in widths)
+            self._columns = widths, torch.tensor(tasks, device=self.device) if several else None
+        return self._columns[1]
 
     def after_epoch(self, trainer: Any, epoch: int) -> None:
         """Say once which tasks had no two groups to compare in any step of an epoch."""
@@ -478,11 +485,9 @@ def _width(task: Task, output: Tensor) -> int:
 
 def _group_sums(layout: Layout, blocks: list[Block], members: list[Tensor]) -> Tensor:
     """Return sums and counts by group of all blocks, [A * G, 2M]."""
-    parts = [member.T @ torch.cat([b.values, b.seen], 1) for b, member in zip(blocks, members, strict=True)]
+    parts = [member.T @ block.summed for block, member in zip(blocks, members, strict=True)]
     if len(parts) == 1:
         return parts[0]
     assert layout.order is not None
-    widths = [b.values.shape[1] for b in blocks]
-    sums = torch.cat([p[:, :m] for p, m in zip(parts, widths, strict=True)], 1)[:, layout.order]
-    counts = torch.cat([p[:, m:] for p, m in zip(parts, widths, strict=True)], 1)[:, layout.order]
-    return torch.cat([sums, counts], 1)
+    halves = [part.view(len(part), 2, -1) for part in parts]
+    return torch.cat(halves, 2)[:, :, layout.order].flatten(1)
