@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from libmtl_fair.errors import CheckpointError
+
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
 
 @contextmanager
@@ -45,11 +48,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(path: str | Path) -> None:
-    """Remove temporary files that a killed writer of ``path`` left behind."""
-    path = Path(path)
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
-        left.unlink(missing_ok=True)
+def remove_leftovers(folder: str | Path) -> None:
+    """Remove temporary files that a killed writer left behind in the folder."""
+    for left in Path(folder).glob(".*.tmp"):
+        if _LEFTOVER.fullmatch(left.name):
+            left.unlink(missing_ok=True)
 
 
 def need_writable(folder: str | Path) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import pickle
 import random
+import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +31,11 @@ _NOT_STATE = {
     "fair_watchers",
 }
 _NOT_STATE |= {"grad_dim", "grad_index"}  # counted anew
+_DAMAGE = (
+    *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, RuntimeError, EOFError, OSError, ValueError),
+    *(LookupError, TypeError, AttributeError, AssertionError, OverflowError, MemoryError),
+)
+"""What reading a file of any bytes was seen to raise."""
 _Plain = (bool, int, float, str, np.ndarray, np.generic, torch.Tensor)
 
 
@@ -150,10 +157,12 @@ def load(path: Path, device: torch.device, *, state_dict_too: bool = False) -> d
     CheckpointError : missing, damaged, of another format, or holding anything but data.
     """
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol of files that are not ours
+            content = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint at {path}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"checkpoint {path} is damaged or not ours ({first}); delete it to start afresh"

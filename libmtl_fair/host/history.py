@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -83,19 +81,13 @@ class History:
         """Return the frame as CSV text with every digit."""
         return str(self.frame.to_csv(index=False))
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the frame as names and one float64 matrix [rows, columns]: exact, and plain enough for a checkpoint."""
+        frame = self.frame
+        return {"columns": list(frame.columns), "values": torch.from_numpy(frame.to_numpy(dtype=np.float64, copy=True))}
+
     @classmethod
-    def from_csv(cls, text: str) -> History:
-        """Read what :meth:`to_csv` gave, to the last digit (which pandas' own reader gives in some versions only)."""
-        names, *rows = csv.reader(io.StringIO(text))
-        columns = zip(names, zip(*rows)) if rows else ((name, ()) for name in names)
-        return cls(pd.DataFrame({name: _numbers(values, whole=name in _WHOLE) for name, values in columns}))
-
-
-_WHOLE = ("epoch", "step")
-
-
-def _numbers(values: Sequence[str], whole: bool) -> npt.NDArray[Any]:
-    """Return a column of numbers; an empty cell is missing."""
-    if whole:
-        return np.array([int(v) for v in values], dtype=np.int64)
-    return np.array([float(v) if v else np.nan for v in values], dtype=np.float64)
+    def from_state(cls, state: Mapping[str, Any]) -> History:
+        """Read what :meth:`state_dict` gave."""
+        frame = pd.DataFrame(state["values"].cpu().numpy(), columns=state["columns"])
+        return cls(frame.astype({"epoch": np.int64, "step": np.int64}))

@@ -175,8 +175,11 @@ class LossBank:
 
 
 def _stackable(preds: Mapping[str, Tensor], labels: Mapping[str, Tensor], names: Sequence[str]) -> bool:
+    rows = preds[names[0]].shape[:1]
     return all(
-        preds[n].shape[1:] in ((), (1,)) and labels[n].is_floating_point() and labels[n].shape == preds[n].shape[:1]
+        preds[n].shape[1:] in ((), (1,))
+        and labels[n].is_floating_point()
+        and preds[n].shape[:1] == rows == labels[n].shape
         for n in names
     )
 

@@ -47,7 +47,6 @@ def settings(trainer: Any) -> dict[str, str]:
 
 def save(trainer: Any, loaders: Any) -> None:
     """Write ``last.pt`` and ``history.csv``, each whole or not at all."""
-    history = trainer._history.to_csv()
     content = {
         "fingerprint": checkpoint.fingerprint(trainer.model),
         "structure": structure(trainer.model),
@@ -62,12 +61,12 @@ def save(trainer: Any, loaders: Any) -> None:
         "scheduler": trainer.scheduler.state_dict() if trainer.scheduler else None,
         "random": checkpoint.random_state(),
         "loaders": checkpoint.loader_states(_named(trainer, loaders)),
-        "history": history,
+        "history": trainer._history.state_dict(),
         "best": trainer.best,
         "first": trainer._first,
     }
     checkpoint.save(trainer.run_dir / LAST, content)
-    write_text(trainer.run_dir / HISTORY, history)
+    write_text(trainer.run_dir / HISTORY, trainer._history.to_csv())
 
 
 def save_best(trainer: Any) -> None:
@@ -90,8 +89,7 @@ def resume(trainer: Any, loaders: Any) -> None:
     CheckpointError : damaged, no checkpoint of ours, or made with other tasks, settings or model.
     """
     path = trainer.run_dir / LAST
-    for name in (LAST, BEST, HISTORY):
-        remove_leftovers(trainer.run_dir / name)
+    remove_leftovers(trainer.run_dir)
     if path.exists():
         restore(trainer, checkpoint.load(path, trainer.device), loaders, path)
 
@@ -109,7 +107,7 @@ def restore(trainer: Any, content: dict[str, Any], loaders: Any, path: Path) -> 
         trainer.optimizer.load_state_dict(content["optimizer"])
         if trainer.scheduler is not None:
             trainer.scheduler.load_state_dict(content["scheduler"])
-        trainer._history = History.from_csv(content["history"])
+        trainer._history = History.from_state(content["history"])
         trainer.best, trainer._first = content["best"], content["first"]
         trainer.epoch, trainer.global_step = content["epoch"], content["step"]
         if loaders is not None:

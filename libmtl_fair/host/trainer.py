@@ -248,7 +248,7 @@ class FairTrainer(Trainer):  # type: ignore[misc]
             results |= {f"val/{task}/{name}": value for task, scores in found.items() for name, value in scores.items()}
             score = judging.judge(self, epoch, found)
         self._history.add_epoch(epoch, steps, results)
-        self._trackers.log_epoch(epoch, {**steps.mean().to_dict(), **results})
+        self._trackers.log_epoch(epoch, {**{str(k): float(v) for k, v in steps.mean().items()}, **results})
         self._move_schedule(-means.sum() if score is None else score)
         after = getattr(self.model, "after_epoch", None)
         if after is not None:
