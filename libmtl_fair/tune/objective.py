@@ -205,6 +205,7 @@ def _is_number(text: str) -> bool:
 
 
 OnEpoch = Callable[[int, float], None]
+OnTrained = Callable[[int, FairTrainer], None]
 
 
 @dataclass
@@ -247,6 +248,7 @@ def run_trial(
     device: str = "auto",
     part: str = "val",
     on_epoch: OnEpoch | None = None,
+    on_trained: OnTrained | None = None,
 ) -> Outcome:
     """Train a candidate once a seed and measure it.
 
@@ -264,6 +266,8 @@ def run_trial(
         predictions = trainer.predict(getattr(data, part).loader(8192, device=resolve_device(device)))
         for name, value in measured(plan, predictions, protocol).items():
             found[name].append(value)
+        if on_trained is not None:
+            on_trained(seed, trainer)
     return Outcome(found, list(seeds), time.perf_counter() - began)
 
 

@@ -23,6 +23,7 @@ from libmtl_fair.recipe.measure import Protocol
 from libmtl_fair.recipe.schema import Recipe, load_recipe
 from libmtl_fair.tune import stale
 from libmtl_fair.tune.identity import PROTOCOL, fingerprint, stamp, study_protocol
+from libmtl_fair.tune.keeping import describe, keeper_of
 from libmtl_fair.tune.objective import Plan, choose_protocol
 from libmtl_fair.tune.queue import fill, finished
 from libmtl_fair.tune.storage import open_storage, storage_errors
@@ -87,7 +88,8 @@ def tune(
         deadline = None if timeout is None else time.monotonic() + timeout
         if workers > 1:
             _run_workers(_Job.of(plan, study, storage, total, timeout, device, grace), workers, study, total, note)
-        Worker(plan, protocol, total, _own_device(device), deadline, grace, note or _silent)(study)
+        describe(study)
+        Worker(plan, protocol, total, _own_device(device), deadline, grace, keeper_of(storage), note or _silent)(study)
     return study
 
 
@@ -296,7 +298,8 @@ def _work(told: dict[str, Any]) -> None:
         protocol = study_protocol(study)
         assert protocol is not None
         deadline = None if told["timeout"] is None else time.monotonic() + told["timeout"]
-        Worker(plan, protocol, told["total"], told["device"], deadline, told["grace"])(study)
+        keeper = keeper_of(told["storage"])
+        Worker(plan, protocol, told["total"], told["device"], deadline, told["grace"], keeper)(study)
 
 
 def _main() -> int:

@@ -15,6 +15,7 @@ from optuna.trial import TrialState
 from libmtl_fair.errors import CheckpointError, FairMTLError
 from libmtl_fair.recipe.measure import Protocol
 from libmtl_fair.tune import stale
+from libmtl_fair.tune.keeping import Keeper
 from libmtl_fair.tune.objective import Outcome, Plan, run_trial
 from libmtl_fair.tune.queue import claim, fill, finished, slots
 
@@ -42,6 +43,7 @@ class Worker:
     total : slots of the study.
     device : of this worker's trainings.
     deadline : ``time.monotonic()`` after which no trial is begun.
+    keeper : keeps each trial's files, None where the storage has no folder for them.
     note : called with one line after each trial.
     """
 
@@ -51,6 +53,7 @@ class Worker:
     device: str = "auto"
     deadline: float | None = None
     grace: float = stale.GRACE
+    keeper: Keeper | None = None
     note: Callable[[str], None] = lambda text: None
     reaper: stale.Reaper = field(init=False)
 
@@ -117,9 +120,21 @@ class Worker:
 
         listen = on_epoch if self.plan.pruner is not None else None
         try:
-            return run_trial(self.plan, recipe, method, seeds, self.protocol, device=self.device, on_epoch=listen)
+            outcome = run_trial(
+                self.plan,
+                recipe,
+                method,
+                seeds,
+                self.protocol,
+                device=self.device,
+                on_epoch=listen,
+                on_trained=self.keeper.trained(trial) if self.keeper else None,
+            )
         except optuna.TrialPruned:
             return None
+        if self.keeper is not None:
+            self.keeper.measured(trial, outcome, recipe)
+        return outcome
 
     def _tell(self, study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:
         trial.set_user_attr("validation", outcome.found)
