@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from libmtl_fair.errors import CheckpointError, RecipeError
-from libmtl_fair.metrics import FixedDeltaAudit, paired_difference
+from libmtl_fair.metrics import AuditReport, FixedDeltaAudit, paired_difference
 from libmtl_fair.metrics.drift import drift, robust_pairs
 from libmtl_fair.report.frames import audit_frame, number, rows
 from libmtl_fair.report.gains import delta_m, gains, mean_rank, single_task_methods
@@ -156,27 +156,27 @@ def _overview(run: RunFolder) -> pd.DataFrame:
 def _drift(run: RunFolder) -> tuple[pd.DataFrame, str]:
     """Return drift per method and tolerance, means over seeds, ranks of the means; and why there is none."""
     audits = audit_frame(run)
-    frames = []
+    deltas = dict(zip(audits["delta_name"], audits["delta"]))
     try:
-        for name, delta in dict(zip(audits["delta_name"], audits["delta"])).items():
-            frames.append(_drift_at(run, str(name), float(delta)))
+        by_seed = [_reports(run, seed) for seed in run.seeds] if deltas else []
     except CheckpointError as error:
         return pd.DataFrame(), str(error)
+    whole = [(reports, own) for reports, own in by_seed if len(reports) == len(run.methods)]
+    frames = [_drift_at(whole, str(name), float(delta)) for name, delta in deltas.items() if whole]
     return (pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()), ""
 
 
-def _drift_at(run: RunFolder, name: str, delta: float) -> pd.DataFrame:
-    found = []
-    for seed in run.seeds:
-        items = [item for item in run.runs if item.seed == seed and _thresholds(item, run.split) is not None]
-        if len({item.method for item in items}) < len(run.methods):
-            continue
-        tasks = load_predictions(run.runs[0], run.split).tasks
-        audit = FixedDeltaAudit(delta, exact=True)
-        reports = {item.method: audit.run(common_scores(item, run.split, tasks).scores) for item in items}
-        found.append(drift(reports, {item.method: _thresholds(item, run.split) for item in items}, delta))
-    if not found:
-        return pd.DataFrame()
+def _reports(run: RunFolder, seed: int) -> tuple[dict[str, AuditReport], dict[str, Any]]:
+    """Return the audits of a seed's methods, ready for any tolerance, and the methods' own thresholds."""
+    found = [(i, own) for i in run.runs if i.seed == seed and (own := _thresholds(i, run.split)) is not None]
+    tasks = load_predictions(run.runs[0], run.split).tasks
+    audit = FixedDeltaAudit(0.0, exact=True)
+    reports = {item.method: audit.run(common_scores(item, run.split, tasks).scores) for item, _ in found}
+    return reports, {item.method: own for item, own in found}
+
+
+def _drift_at(whole: list[tuple[dict[str, AuditReport], dict[str, Any]]], name: str, delta: float) -> pd.DataFrame:
+    found = [drift(reports, own, delta) for reports, own in whole]
     keep = ["raw_bias", "fixed_bias", "mean_threshold", "ratio_to_reference", "budget"]
     means = pd.concat(found).groupby("method", sort=False)[keep].mean().reset_index()
     means["rank_raw"] = means["raw_bias"].rank(method="min").astype(int)

@@ -25,18 +25,15 @@ def comparison_table(found: Comparison) -> Table:
     run = found.run
     seeds = f"{len(run.seeds)} seeds" if len(run.seeds) > 1 else "1 seed"
     table = Table(title=f"{run.name}: {run.split}, mean ± sd over {seeds}", title_justify="left")
-    heads = ("measure", "method", "mean", f"difference to {run.reference}")
-    for i, head in enumerate(heads):
-        table.add_column(Text(head), justify="right" if i > 1 else "left", no_wrap=i == 2)
+    for i, head in enumerate(("measure, method", "mean", f"difference to {run.reference}")):
+        table.add_column(Text(head), justify="right" if i else "left", no_wrap=i == 1)
     cells = found.cells
     for column in dict.fromkeys(cells["column"]):
-        shown = str(column)
-        for row in rows(cells[cells["column"] == column]):
-            style = "bold" if row.best else ""
-            mean = Text(show(row.mean, row.sd) + ("*" if row.best else ""), style=style)
-            table.add_row(Text(shown), Text(row.method), mean, Text(difference(row)))
-            shown = ""
         table.add_section()
+        table.add_row(Text(str(column), style="bold"))
+        for row in rows(cells[cells["column"] == column]):
+            mean = Text(show(row.mean, row.sd) + ("*" if row.best else ""), style="bold" if row.best else "")
+            table.add_row(Text(f"  {row.method}"), mean, Text(difference(row)))
     table.caption = Text("* best mean; [95 % bootstrap interval over seeds]", style="dim")
     return table
 
@@ -45,7 +42,7 @@ def difference(row: Any) -> str:
     """Write a paired difference with its interval; nothing for the reference."""
     if row.difference != row.difference:
         return ""
-    return f"{row.difference:+.3f}" + (f" [{row.low:+.3f}, {row.high:+.3f}]" if row.low == row.low else "")
+    return f"{row.difference:+.4f}" + (f" [{row.low:+.4f}, {row.high:+.4f}]" if row.low == row.low else "")
 
 
 def write_comparison(found: Comparison, folder: str | Path) -> tuple[Path, Path]:

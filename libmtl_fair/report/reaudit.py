@@ -270,16 +270,19 @@ def write_reaudit(found: Reaudit, path: str | Path) -> Path:
 
 def reaudit_table(found: Reaudit) -> Table:
     """Return the table for the console: mean ± sd over seeds of Bias and VR, with the Brier beside them."""
-    several = found.frame["run"].nunique() > 1
     keys = ["delta_name", "run", "method"]
-    means = {c: in_order(mean_sd(found.frame, keys, c), *keys) for c in ("bias", "violation_rate", "brier")}
-    values = {item.name: item.value for item in found.tolerances}
-    heads = ["tolerance", "δ", *(["run"] if several else []), "method", "Bias", "VR", "macro Brier"]
+    columns = ("bias", "violation_rate", "brier")
+    means = {name: in_order(mean_sd(found.frame, keys, name), *keys) for name in columns}
     table = Table(title=f"Fixed-delta audit: {found.split}, mean ± sd over seeds", title_justify="left")
-    for i, head in enumerate(heads):
-        table.add_column(head, justify="right" if i >= len(heads) - 3 or head == "δ" else "left")
-    for bias, rate, brier in zip(*(rows(means[c]) for c in means)):
-        names = [bias.delta_name, f"{values[bias.delta_name]:.4f}", *([bias.run] if several else []), bias.method]
-        numbers = [show(bias.mean, bias.sd, 4), show(rate.mean, rate.sd, 4), show(brier.mean, brier.sd, 4)]
-        table.add_row(*(Text(str(text)) for text in (*names, *numbers)))
+    table.add_column("tolerance, method")
+    for head in ("Bias", "VR", "macro Brier"):
+        table.add_column(head, justify="right", no_wrap=True)
+    several = found.frame["run"].nunique() > 1
+    for tolerance in found.tolerances:
+        table.add_section()
+        table.add_row(Text(f"{tolerance.name} = {tolerance.value:.4f}", style="bold"))
+        parts = (rows(frame[frame["delta_name"] == tolerance.name]) for frame in means.values())
+        for lines in zip(*parts):
+            name = f"{lines[0].run}/{lines[0].method}" if several else lines[0].method
+            table.add_row(Text(f"  {name}"), *(show(line.mean, line.sd, 4) for line in lines))
     return table
