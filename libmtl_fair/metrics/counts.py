@@ -12,7 +12,7 @@ from torch import Tensor
 from libmtl_fair.errors import DataError
 from libmtl_fair.metrics.arrays import Floats, Ints, as_numpy
 
-CHUNK = 1 << 15
+CHUNK = 1 << 16
 """Rows that are packed at a time: the codes stay in the cache, and extra memory does not grow with n."""
 
 

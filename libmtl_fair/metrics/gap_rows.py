@@ -44,7 +44,8 @@ class GapWriter:
     def draws(self, components: int, groups: int) -> Floats:
         """Return standard normal noise [1, K, G, R], common to all problems."""
         replicates = self.options.n_bootstrap if self.options.intervals else 0
-        return self.rng.standard_normal((1, components, groups, replicates))
+        drawn: Any = self.rng.standard_normal((1, components, groups, replicates), dtype=np.float32)
+        return np.asarray(drawn)
 
     def single(
         self, names: Sequence[str], data: GroupNoise, aliases: Mapping[str, Sequence[str]] | None = None

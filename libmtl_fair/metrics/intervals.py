@@ -14,6 +14,7 @@ above 0 exactly where that test rejects; for large t it is the usual equal-taile
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +24,9 @@ from scipy.special import ndtri
 from libmtl_fair.metrics.arrays import Bools, Floats
 from libmtl_fair.metrics.gaps import TINY, Gap
 
-STEPS = 13
+STEPS = 11
 _REACH = 6.0
+_TIE = 5e-7
 _VALUES_AT_ONCE = 1 << 20
 
 
@@ -139,9 +141,8 @@ class _Inversion:
         apart = np.where(self.is_low & self.moves_low, low, np.where(self.is_high & self.moves_high, high, self.values))
         return np.where((parts > self.parts)[..., None], apart, inside)
 
-    def replicates(self, target: Floats, grows: Bools) -> Floats:
-        """Return replicates [P, R] of the gap if the truth were ``configuration(target)``."""
-        values = self.configuration(target, grows)
+    def replicates(self, values: Floats) -> Floats:
+        """Return replicates [P, R] of the gap if the truth were ``values`` [P, K, G]."""
         drawn = self._draw(values)
         top = np.clip(drawn.max(2), *self.bounds)
         bottom = np.clip(drawn.min(2), *self.bounds)
@@ -159,42 +160,49 @@ class _Inversion:
         spread = np.sqrt(size * values * (1 - values))
         skew = np.where(spread > 0, 1 - 2 * values, 0.0) / 6
         # Cornish-Fisher: count = n p + sd z + (1 - 2 p) (z^2 - 1) / 6, as ((skew z) + sd) z + (n p - skew).
-        drawn = self.noise * skew[..., None]
-        drawn += spread[..., None]
+        kind = self.noise.dtype
+        drawn = self.noise * skew[..., None].astype(kind)
+        drawn += spread[..., None].astype(kind)
         drawn *= self.noise
-        drawn += (size * values - skew)[..., None]
+        drawn += (size * values - skew)[..., None].astype(kind)
         np.rint(drawn, out=drawn)
-        drawn /= np.maximum(size, 1)[..., None]
-        return drawn
+        drawn *= (1 / np.maximum(size, 1))[..., None].astype(kind)
+        return np.asarray(drawn)
 
-    def truth(self, target: Floats, grows: Bools) -> Floats:
-        """Return the gap that ``configuration`` has: the target, but for bounds."""
-        values = self.configuration(target, grows)
+    def truth(self, values: Floats) -> Floats:
+        """Return the gap [P] of ``values``."""
         parts = self.gap.of(values.max(-1), values.min(-1), self._overall(values))
         return self.gap.combine(np.maximum(parts, 0))
 
     def solve(self, alpha: float) -> tuple[Floats, Floats]:
-        """Return the smallest and the largest gap that the test does not reject."""
-        zero, growers = np.zeros_like(self.estimate), self._growers()
-        null = self.replicates(zero, growers[0])
+        """Return the smallest and the largest gap that the test does not reject; all ends are searched at once."""
+        growers, count = self._growers(), len(self.estimate)
+        null = self.replicates(self.configuration(np.zeros(count), growers[0]))
+        rows = np.tile(np.arange(count), 1 + len(growers))
+        grows, is_low = np.concatenate([growers[0], *growers]), np.arange(len(rows)) < count
+        searches, nulls = self._take(rows), null[rows]
 
-        def share(target: Floats, grows: Bools) -> Floats:
-            below = (null < self.truth(target, grows)[:, None]).mean(1)
-            return np.asarray(alpha / 2 * np.maximum(2 * below - 1, 0))
+        def reached(target: Floats) -> Bools:
+            values = searches.configuration(target, grows)
+            exceeding = searches.exceeding(values)
+            below = (nulls < searches.truth(values)[:, None]).mean(1)
+            share = alpha / 2 * np.maximum(2 * below - 1, 0)
+            return np.asarray(np.where(is_low, exceeding >= alpha - share, 1 - exceeding < share))
 
-        def lower(target: Floats) -> Bools:
-            return np.asarray(self._exceeding(target, growers[0]) >= alpha - share(target, growers[0]))
+        high = np.where(is_low, searches.estimate, searches.ceiling())
+        ends = _bisect(reached, np.zeros(len(rows)), high)
+        found = searches.truth(searches.configuration(ends, grows)).reshape(-1, count)
+        equal = (null >= self.estimate[:, None] - _TIE).mean(1) >= alpha
+        low = np.where(equal, 0.0, found[0])
+        return np.minimum(low, self.estimate), np.maximum(found[1:].max(0), self.estimate)
 
-        def upper(target: Floats, grows: Bools) -> Bools:
-            return np.asarray(1 - self._exceeding(target, grows) < share(target, grows))
-
-        equal = (null >= self.estimate[:, None] - TINY).mean(1) >= alpha
-        low = np.where(equal, 0.0, self.truth(_bisect(lower, zero, self.estimate), growers[0]))
-        high = self.estimate
-        for grows in growers:
-            end = _bisect(lambda target, grows=grows: upper(target, grows), zero, self._ceiling())  # type: ignore[misc]
-            high = np.maximum(high, self.truth(end, grows))
-        return np.minimum(low, self.estimate), high
+    def _take(self, rows: NDArray[np.intp]) -> _Inversion:
+        taken = copy(self)
+        for name in _PER_PROBLEM:
+            value = getattr(self, name)
+            setattr(taken, name, None if value is None else value[rows])
+        taken.noise = self.noise if len(self.noise) == 1 else self.noise[rows]
+        return taken
 
     def _growers(self) -> list[Bools]:
         worst = self.parts >= self.parts.max(1, keepdims=True)
@@ -209,16 +217,37 @@ class _Inversion:
         farthest = reach >= reach.max(1, keepdims=True)
         return [worst, farthest] if worst.shape[1] > 2 else [worst, ~worst]
 
-    def _exceeding(self, target: Floats, grows: Bools) -> Floats:
-        drawn, estimate = self.replicates(target, grows), self.estimate[:, None]
-        ties = np.abs(drawn - estimate) <= TINY
-        return np.asarray((drawn > estimate + TINY).mean(1) + 0.5 * ties.mean(1))
+    def exceeding(self, values: Floats) -> Floats:
+        """Return the probability that the gap exceeds the estimate if the truth were ``values``, ties counted half."""
+        drawn, estimate = self.replicates(values), self.estimate[:, None]
+        above = np.count_nonzero(drawn > estimate + _TIE, axis=1)
+        not_below = np.count_nonzero(drawn >= estimate - _TIE, axis=1)
+        return np.asarray((above + not_below) / (2 * drawn.shape[1]))
 
-    def _ceiling(self) -> Floats:
+    def ceiling(self) -> Floats:
+        """Return a gap beyond the upper end."""
         if self.gap.ratio:
             return np.ones_like(self.estimate)
         reach = self.estimate + 2 * _REACH * self.error.max(axis=(1, 2))
         return np.asarray(np.minimum(reach, self.bounds[1] - self.bounds[0]))
+
+
+_PER_PROBLEM = (
+    "values",
+    "centre",
+    "shares",
+    "sizes",
+    "error",
+    "absent",
+    "parts",
+    "estimate",
+    "is_low",
+    "is_high",
+    "moves_low",
+    "moves_high",
+    "down",
+    "up",
+)
 
 
 def _bisect(reached: Callable[[Floats], Bools], low: Floats, high: Floats) -> Floats:

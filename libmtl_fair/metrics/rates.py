@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -103,6 +103,8 @@ def nan_reduce(ufunc: np.ufunc, values: Floats, axis: int = -1) -> Floats:
     """Reduce by ``maximum`` or ``minimum`` without NaN and without its warning; NaN if there is nothing else."""
     fill = -np.inf if ufunc is np.maximum else np.inf
     missing = np.isnan(values)
+    if values.size and not missing.any():
+        return np.asarray(ufunc.reduce(values, axis=axis))
     found = ufunc.reduce(np.where(missing, fill, values), axis=axis, initial=fill)
     return np.asarray(np.where(missing.all(axis=axis), np.nan, found))
 
@@ -127,6 +129,7 @@ class GroupRates:
 
     counts: Floats | Ints
     empty: Empty = "missing"
+    _known: dict[str, tuple[Floats, Floats]] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def values(self) -> Floats:
@@ -148,23 +151,31 @@ class GroupRates:
 
     def difference(self, metric: str, method: Method = "between_groups") -> float:
         """Return the difference of one rate between groups (``demographic_parity`` is that of the selection rate)."""
-        index = _index(metric)
-        return float(difference(self.values[index], self.overall_values[index], method))
+        return float(self._gaps(method)[0][_index(metric)])
 
     def ratio(self, metric: str, method: Method = "between_groups") -> float:
         """Return the ratio of one rate between groups."""
-        index = _index(metric)
-        return float(ratio(self.values[index], self.overall_values[index], method))
+        return float(self._gaps(method)[1][_index(metric)])
 
     def equalized_odds_difference(self, agg: Aggregate = "worst_case", method: Method = "between_groups") -> float:
         """Return the greater (or the mean) of the TPR and FPR differences."""
-        parts = difference(self.values[[TPR, FPR]], self.overall_values[[TPR, FPR]], method)
-        return float(combine(parts, agg, np.maximum))
+        check_option("agg", agg, ("worst_case", "mean"))
+        return float(combine(self._gaps(method)[0][[TPR, FPR]], agg, np.maximum))
 
     def equalized_odds_ratio(self, agg: Aggregate = "worst_case", method: Method = "between_groups") -> float:
         """Return the smaller (or the mean) of the TPR and FPR ratios."""
-        parts = ratio(self.values[[TPR, FPR]], self.overall_values[[TPR, FPR]], method)
-        return float(combine(parts, agg, np.minimum))
+        check_option("agg", agg, ("worst_case", "mean"))
+        return float(combine(self._gaps(method)[1][[TPR, FPR]], agg, np.minimum))
+
+    def _gaps(self, method: str) -> tuple[Floats, Floats]:
+        """Return differences and ratios of all rates, [8] each, computed once a method."""
+        found = self._known.get(method)
+        if found is None:
+            check_option("method", method, ("between_groups", "to_overall"))
+            overall = None if method == "between_groups" else self.overall_values
+            found = (difference(self.values, overall, method), ratio(self.values, overall, method))
+            self._known[method] = found
+        return found
 
 
 _ALIASES = {"demographic_parity": "selection_rate", "equal_opportunity": "true_positive_rate"}
