@@ -172,6 +172,7 @@ def make_trainer(
         progress=progress,
         select=train.select,
         select_by=judge,
+        loggers=recipe.output.loggers,
         weight_args=dict(spec.args),
         arch_args=arch_args,
     )

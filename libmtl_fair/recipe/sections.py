@@ -347,9 +347,10 @@ class Tune(Section):
 
 
 class Output(Section):
-    """What a run writes, and where (None: a folder named after the recipe)."""
+    """What a run writes, and where (None: a folder named after the recipe); ``loggers`` besides its JSON lines."""
 
     dir: Text | None = None
     predictions: bool = True
     embeddings: bool = True
     report: bool = True
+    loggers: Annotated[tuple[Literal["tensorboard", "mlflow"], ...], Field(strict=False)] = ()

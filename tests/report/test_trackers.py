@@ -141,6 +141,27 @@ def test_mlflow_gets_settings_and_epochs(monkeypatch):
     assert calls[-1] == ("end",)
 
 
+def test_a_recipe_names_its_loggers(tmp_path):
+    pytest.importorskip("tensorboard")
+    from libmtl_fair.recipe import Recipe
+    from libmtl_fair.recipe.run import run_recipe
+
+    content = {
+        "name": "logged",
+        "data": {"name": "adult", "tasks": ["income", "long_hours"], "sensitive": ["sex"], "subset": 400},
+        "model": {"hidden": [4]},
+        "train": {"epochs": 2, "batch_size": 64},
+        "methods": {"plain": {"weighting": "EW"}},
+        "metrics": {"n_bootstrap": 10},
+        "output": {"report": False, "loggers": ["tensorboard"]},
+    }
+    folder = run_recipe(Recipe.from_dict(content), tmp_path / "run", device="cpu") / "plain" / "seed0"
+    assert [line["epoch"] for line in lines(folder)] == [0, 1]
+    assert list((folder / "tensorboard").glob("events*"))
+    with pytest.raises(RecipeError, match="output.loggers"):
+        Recipe.from_dict({**content, "output": {"loggers": ["wandb"]}})
+
+
 @pytest.mark.parametrize(
     ("loggers", "match"),
     [
