@@ -44,7 +44,7 @@ def random_state() -> dict[str, Any]:
     version, keys, gauss = random.getstate()
     name, words, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
     state: dict[str, Any] = {
-        "python": [version, list(keys), gauss],
+        "python": [version, torch.tensor(keys), gauss],
         "numpy": [str(name), torch.from_numpy(np.asarray(words).astype(np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
     }
@@ -56,7 +56,7 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: dict[str, Any]) -> None:
     """Put back what :func:`random_state` gave."""
     version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
+    random.setstate((version, tuple(keys.tolist()), gauss))
     name, words, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, words.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
     torch.set_rng_state(state["torch"].cpu())

@@ -77,8 +77,9 @@ def torture(weighting: str, folder: Path, kills: int, epochs: int, seed: int = 0
     """Return how many kills hit a living run, at how many different epochs, and what differs in the end."""
     warnings.simplefilter("error")
     draw = random.Random(seed)
-    started = time.perf_counter()
     expected = picture(train(weighting, None, epochs)[0])
+    started = time.perf_counter()
+    train(weighting, folder / "timed", epochs)
     epoch_s = (time.perf_counter() - started) / epochs
     hits, reached, turn = 0, set(), 0
     while hits < kills:
