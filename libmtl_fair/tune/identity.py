@@ -12,6 +12,7 @@ import optuna
 from libmtl_fair.errors import CheckpointError, RecipeError
 from libmtl_fair.recipe.measure import Protocol
 from libmtl_fair.recipe.schema import Recipe
+from libmtl_fair.tune.stale import SLOT
 
 FINGERPRINT, DESCRIBED, RECIPE, PROTOCOL = "fingerprint", "about", "recipe", "protocol"
 
@@ -56,7 +57,8 @@ def stamp(study: optuna.Study, described: Mapping[str, Any], recipe: Recipe) -> 
     """
     held = study.user_attrs
     if FINGERPRINT not in held:
-        if study.get_trials(deepcopy=False):
+        # Trials with a slot are those of a worker that has begun on another machine just now.
+        if any(SLOT not in trial.user_attrs for trial in study.get_trials(deepcopy=False)):
             raise CheckpointError(
                 f"study {study.study_name!r} has trials that libmtl-fair tune did not make; choose another name with --study"
             )
