@@ -36,8 +36,9 @@ class Keeper:
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name)
                 torch.save(trainer.model.state_dict(), folder / f"checkpoint_seed{seed}.pt")
-                write_text(folder / f"history_seed{seed}.csv", trainer.epochs.to_csv(index=False))
-                _plot(trainer, folder / f"history_seed{seed}.png")
+                if len(trainer.history):  # a stacked training keeps none
+                    write_text(folder / f"history_seed{seed}.csv", trainer.epochs.to_csv(index=False))
+                    _plot(trainer, folder / f"history_seed{seed}.png")
                 for path in sorted(folder.iterdir()):
                     self._upload(path, trial)
 

@@ -171,7 +171,7 @@ class Stack:
             for m, trainer in enumerate(self.trainers):
                 linears = self._linears(trainer, index)
                 sizes = [linear.out_features for linear in linears]
-                parts = zip(linears, layer.weight[m].split(sizes), layer.bias[m, 0].split(sizes))
+                parts = zip(linears, torch.split(layer.weight[m], sizes), torch.split(layer.bias[m, 0], sizes))
                 for linear, weight, bias in parts:
                     linear.weight.copy_(weight)
                     linear.bias.copy_(bias)

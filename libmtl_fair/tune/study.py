@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def tune(
     timeout = timeout if timeout is not None else (recipe.tune.timeout if recipe.tune else None)
     _check_workers(workers, storage)
     plan = Plan.make(recipe, objectives)
-    _check_stacked(plan, stacked or (recipe.tune.stacked if recipe.tune else 0))
+    stacked = _stacked(plan, stacked)
     with storage_errors(storage if isinstance(storage, (str, Path)) else None), quiet():
         opened = open_storage(storage)
         study = open_study(plan, opened, study_name or recipe.name, resume=resume, new=new_study)
@@ -87,9 +87,11 @@ def tune(
         fill(study, plan, total)
         deadline = None if timeout is None else time.monotonic() + timeout
         if workers > 1:
-            _run_workers(_Job.of(plan, study, storage, total, timeout, device, grace), workers, study, total, note)
+            job = replace(_Job.of(plan, study, storage, total, timeout, device, grace), stacked=stacked)
+            _run_workers(job, workers, study, total, note)
         describe(study)
-        Worker(plan, protocol, total, _own_device(device), deadline, grace, keeper_of(storage), note or _silent)(study)
+        own, keeper = _own_device(device), keeper_of(storage)
+        Worker(plan, protocol, total, own, deadline, grace, keeper, stacked, note or _silent)(study)
     return study
 
 
@@ -113,9 +115,19 @@ def _check_workers(workers: int, storage: Any) -> None:
         )
 
 
-def _check_stacked(plan: Plan, stacked: int) -> None:
-    if stacked:
-        raise RecipeError("--stacked: this version trains one trial at a time; leave it out, or set it to 0")
+def _stacked(plan: Plan, asked: int) -> int:
+    """Return how many trials are trained at once.
+
+    Raises
+    ------
+    RecipeError : not a whole number, or a study that cannot be stacked.
+    """
+    found = asked or (plan.recipe.tune.stacked if plan.recipe.tune else 0)
+    if isinstance(found, bool) or not isinstance(found, int) or found < 0:
+        raise RecipeError(f"--stacked must be a whole number of at least 0, found {found!r}")
+    if found and (plan.pruner is not None or plan.recipe.data.resplit):
+        raise RecipeError("--stacked supports studies without pruner and with one split of the data (resplit: false)")
+    return found
 
 
 def make_sampler(name: str, seed: int) -> BaseSampler:
@@ -236,6 +248,7 @@ class _Job:
     device: str
     grace: float
     worker: int = 0
+    stacked: int = 0
 
     @classmethod
     def of(
@@ -299,7 +312,8 @@ def _work(told: dict[str, Any]) -> None:
         assert protocol is not None
         deadline = None if told["timeout"] is None else time.monotonic() + told["timeout"]
         keeper = keeper_of(told["storage"])
-        Worker(plan, protocol, told["total"], told["device"], deadline, told["grace"], keeper)(study)
+        stacked = told["stacked"]
+        Worker(plan, protocol, told["total"], told["device"], deadline, told["grace"], keeper, stacked)(study)
 
 
 def _main() -> int:

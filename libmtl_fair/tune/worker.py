@@ -6,6 +6,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import optuna
@@ -18,6 +19,7 @@ from libmtl_fair.tune import stale
 from libmtl_fair.tune.keeping import Keeper
 from libmtl_fair.tune.objective import Outcome, Plan, run_trial
 from libmtl_fair.tune.queue import claim, fill, finished, slots
+from libmtl_fair.tune.stacking import run_stacks
 
 _FAILURES = (
     ArithmeticError,
@@ -43,6 +45,7 @@ class Worker:
     total : slots of the study.
     device : of this worker's trainings.
     deadline : ``time.monotonic()`` after which no trial is begun.
+    stacked : trials that are trained at once, where they can be; 0 for one at a time.
     keeper : keeps each trial's files, None where the storage has no folder for them.
     note : called with one line after each trial.
     """
@@ -54,6 +57,7 @@ class Worker:
     deadline: float | None = None
     grace: float = stale.GRACE
     keeper: Keeper | None = None
+    stacked: int = 0
     note: Callable[[str], None] = lambda text: None
     reaper: stale.Reaper = field(init=False)
 
@@ -71,9 +75,9 @@ class Worker:
         while not self.late:
             self.reaper(study)
             fill(study, self.plan, self.total)
-            trial = claim(study, self.total)
-            if trial is not None:
-                self.run(study, trial)
+            taken = self._take(study)
+            if taken:
+                self._run_all(study, taken)
                 self._check_hope(study)
             elif finished(study, self.total) >= self.total:
                 return
@@ -85,14 +89,42 @@ class Worker:
         """Whether the time is over."""
         return self.deadline is not None and time.monotonic() > self.deadline
 
-    def run(self, study: optuna.Study, trial: optuna.Trial) -> None:
-        """Train and measure one trial, and tell the study, whatever happens."""
+    def _take(self, study: optuna.Study) -> list[optuna.Trial]:
+        """Claim a trial, or as many as are stacked."""
+        taken: list[optuna.Trial] = []
+        while len(taken) < max(self.stacked, 1):
+            trial = claim(study, self.total)
+            if trial is None:
+                break
+            taken.append(trial)
+        return taken
+
+    def _run_all(self, study: optuna.Study, trials: list[optuna.Trial]) -> None:
+        if len(trials) == 1:
+            self.run(study, trials[0])
+            return
+        with ExitStack() as alive:
+            try:
+                for trial in trials:
+                    alive.enter_context(stale.Heartbeat(study, trial, self.grace))
+                ready = run_stacks(
+                    self.plan, trials, self.protocol, device=self.device, keeper=self.keeper, note=self.note
+                )
+                for trial in trials:
+                    self.run(study, trial, ready.get(trial.number))
+            except KeyboardInterrupt:
+                for trial in trials:
+                    stale.give_up(study, trial, "interrupted")
+                raise
+
+    def run(self, study: optuna.Study, trial: optuna.Trial, ready: Outcome | None = None) -> None:
+        """Train and measure one trial (unless ``ready`` has it already), and tell the study, whatever happens."""
         slot = trial.user_attrs[stale.SLOT]
         seeds = self.plan.seeds(slot)
         try:
             with stale.Heartbeat(study, trial, self.grace):
                 trial.set_user_attr("seeds", seeds)
-                outcome = self._outcome(trial, seeds)
+                outcome = self._outcome(trial, seeds, ready)
             if outcome is None:
                 study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
             else:
@@ -108,7 +140,7 @@ class Worker:
         except (FairMTLError, *_FAILURES) as error:
             self._failed(study, trial, error)
 
-    def _outcome(self, trial: optuna.Trial, seeds: list[int]) -> Outcome | None:
+    def _outcome(self, trial: optuna.Trial, seeds: list[int], ready: Outcome | None) -> Outcome | None:
         recipe, method = self.plan.candidate(trial)
         trial.set_user_attr("method", method)
         trial.set_user_attr("recipe", recipe.to_dict())
@@ -120,7 +152,7 @@ class Worker:
 
         listen = on_epoch if self.plan.pruner is not None else None
         try:
-            outcome = run_trial(
+            outcome = ready or run_trial(
                 self.plan,
                 recipe,
                 method,

@@ -5,7 +5,10 @@ import dataclasses
 import pytest
 import torch
 
+from libmtl_fair import tune
+from libmtl_fair.errors import RecipeError
 from libmtl_fair.recipe.build import loaders, make_dataset, make_trainer
+from libmtl_fair.tune.objective import Plan, run_trial
 from libmtl_fair.tune.space import changed
 from libmtl_fair.tune.stacked import Stack, obstacle
 
@@ -57,3 +60,27 @@ def test_what_cannot_be_stacked_says_why(small):
     assert obstacle(small(), "relif", tasks) is None
     assert "weighting FairMT" in obstacle(small("methods.relif={weighting: FairMT}"), "relif", tasks)
     assert "norm batch" in obstacle(small("model.norm=batch"), "relif", tasks)
+
+
+def test_a_stacked_study_finds_what_a_sequential_one_finds(small, tmp_path):
+    recipe = small("tune.space={target: builtin, lr: builtin}")
+    said = []
+    stacked = tune.tune(recipe, 6, storage=tmp_path / "s.journal", stacked=3, note=said.append)
+    complete = stacked.get_trials()
+    assert [t.state.name for t in complete] == ["COMPLETE"] * 6
+    plan = Plan.make(recipe)
+    for trial in complete[:4]:
+        candidate = tune.to_recipe(trial)
+        (method,) = candidate.methods
+        alone = run_trial(plan, candidate, method, trial.user_attrs["seeds"], plan.plain_protocol())
+        assert [alone.mean(m.name) for m in plan.objectives] == pytest.approx(trial.values, abs=2e-3)
+
+
+def test_others_are_trained_alone_and_say_so(small):
+    said = []
+    recipe = small("methods.relif={weighting: FairMT}", "tune.space={lr: builtin}")
+    study = tune.tune(recipe, 3, stacked=3, note=said.append)
+    assert [t.state.name for t in study.get_trials()] == ["COMPLETE"] * 3
+    assert any("trained alone: weighting FairMT (stacked: an MLP" in line for line in said)
+    with pytest.raises(RecipeError, match="--stacked supports studies without pruner"):
+        tune.tune(small("tune.objectives=[macro_auc]", "tune.pruner=median"), 1, stacked=2)
