@@ -56,7 +56,9 @@ def make_batches(steps: int, n_tasks: int) -> Batches:
     logits = x @ torch.randn(FEATURES, n_tasks, generator=generator) / FEATURES**0.5
     groups = (torch.rand(rows, generator=generator) < 0.3).long()
     labels = {f"t{i}": (logits[:, i] + 0.5 * groups > 0).float() for i in range(n_tasks)}
-    return Batches(lf.ResidentLoader(x, labels, {"group": groups}, batch_size=BATCH, shuffle=True, seed=0, device="cpu"))
+    return Batches(
+        lf.ResidentLoader(x, labels, {"group": groups}, batch_size=BATCH, shuffle=True, seed=0, device="cpu")
+    )
 
 
 def settings(n_tasks: int) -> dict[str, Any]:
@@ -127,7 +129,9 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     results = []
-    print(f"{'T':>3} {'plain':>9} {'FairMT':>9} " + " ".join(f"{name:>21}" for name in ("uniform alpha / plain", *GOALS)))
+    print(
+        f"{'T':>3} {'plain':>9} {'FairMT':>9} " + " ".join(f"{name:>21}" for name in ("uniform alpha / plain", *GOALS))
+    )
     for n_tasks in options.tasks:
         batches = make_batches(options.steps, n_tasks)
         few = Batches(batches[: max(1, options.steps // n_tasks)])
