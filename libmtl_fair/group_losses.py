@@ -65,6 +65,8 @@ class GroupLoss:
         dpl with True is the gap of scores within each class, what equalised odds asks for; of a multiclass task, of the
         probability of that class.
     bins : classes of a regression target are its quantile bins in the batch.
+    sharpness : scores are those of the logits times this, for gaps of scores **(ours)**: above 1 they come near the
+        decisions at 0.5 whose rates equalised odds compares. Regression has no logits, and keeps its values.
 
     Multiclass and multilabel tasks have one gap of scores a class or label; the mean is taken **(ours)**. Conditional
     losses of a multilabel task are those of each label's positives and negatives **(ours)**.
@@ -77,6 +79,7 @@ class GroupLoss:
     loss: str = "glf"
     conditional: bool | None = None
     bins: int = 4
+    sharpness: float = 1.0
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -84,6 +87,11 @@ class GroupLoss:
             raise RecipeError(unknown("fairness loss", self.loss, GROUP_LOSSES))
         if self.loss in ("fprl", "tprl") and self.conditional is False:
             raise RecipeError(f"loss {self.loss!r} has conditional=True by definition, found False; leave it out")
+        number = isinstance(self.sharpness, (int, float)) and not isinstance(self.sharpness, bool)
+        if not (number and 0 < self.sharpness < float("inf")):
+            raise RecipeError(f"sharpness must be a number above 0, found {self.sharpness!r}")
+        if self.sharpness != 1 and self.loss not in _OF_SCORES:
+            raise RecipeError(f"sharpness is for gaps of scores ({', '.join(_OF_SCORES)}), found it with {self.loss!r}")
         if isinstance(self.bins, bool) or not isinstance(self.bins, int) or self.bins < 1:
             raise RecipeError(f"bins must be a whole number of at least 1, found {self.bins!r}")
 
@@ -107,7 +115,8 @@ class GroupLoss:
         """Return the disparity (scalar) of a task's outputs; 0 with zero gradient with fewer than two groups."""
         if self.loss in _OF_LOSSES:
             return self._compare(self._losses(task, output, labels), cells, self.loss).sum()
-        scores = task.probabilities(output)
+        sharp = self.sharpness != 1 and task.kind != "regression"
+        scores = task.probabilities(output * self.sharpness if sharp else output)
         scores = scores if scores.dim() == 2 else scores[:, None]
         if self.loss == "dpl" and self.within_classes:
             both = isinstance(task, Multilabel)  # every label's no, then every label's yes

@@ -31,6 +31,7 @@ class _Plan:
     target: str
     conditional: bool | None
     bins: int
+    sharpness: float
     mains: tuple[Task, ...]
     shared: bool
     attributes: tuple[tuple[str, ...], ...]
@@ -60,6 +61,7 @@ def add_fairness_heads(
     intersectional: bool = False,
     tasks: Sequence[str] | None = None,
     bins: int = 4,
+    sharpness: float = 1.0,
     n_groups: Mapping[str, int] | None = None,
     in_features: int | None = None,
 ) -> tuple[TaskDict, nn.ModuleDict]:
@@ -84,6 +86,7 @@ def add_fairness_heads(
     intersectional : cross all attributes into one.
     tasks : main tasks that get heads; default all.
     bins : quantile bins of a regression target.
+    sharpness : of the scores in ``dpl``, ``fprl``, ``tprl``; see :class:`GroupLoss` **(ours)**.
     n_groups : attribute -> number of groups, where it must be known beforehand (``adversarial``, ``group_specific``).
     in_features : width of the representation; default is that of the main head's first linear layer.
 
@@ -97,7 +100,18 @@ def add_fairness_heads(
     ['income', 'fair:income/sex']
     """
     plan = _plan(
-        task_dict, decoders, loss, sensitive, target, conditional, heads, intersectional, tasks, bins, n_groups
+        task_dict,
+        decoders,
+        loss,
+        sensitive,
+        target,
+        conditional,
+        heads,
+        intersectional,
+        tasks,
+        bins,
+        sharpness,
+        n_groups,
     )
     entries = {name: dict(values) for name, values in task_dict.items()}
     modules = dict(decoders.items())
@@ -127,6 +141,7 @@ def _plan(
     intersectional: bool,
     tasks: Sequence[str] | None,
     bins: int,
+    sharpness: float,
     n_groups: Mapping[str, int] | None,
 ) -> _Plan:
     _one_of("fairness loss", loss, LOSSES)
@@ -140,7 +155,7 @@ def _plan(
     mains = _mains(task_dict, decoders, tasks)
     if loss in GROUP_LOSSES:
         for task in mains:
-            GroupLoss(loss, conditional, bins).check(task)
+            GroupLoss(loss, conditional, bins, sharpness).check(task)
     if loss == "group_specific" and len(names) > 1 and not intersectional:
         raise RecipeError(
             f"group_specific has one head per group of one attribute, found {', '.join(names)}: choose one, or intersectional=True"
@@ -153,6 +168,7 @@ def _plan(
         target=target,
         conditional=conditional,
         bins=bins,
+        sharpness=sharpness,
         mains=mains,
         shared=heads == "shared",
         attributes=(names,) if intersectional else tuple((name,) for name in names),
@@ -211,7 +227,7 @@ def _task(plan: _Plan, mains: tuple[Task, ...], attributes: tuple[str, ...]) -> 
     if plan.target == "group":
         conditional = plan.conditional is not False
         return AdversaryTask(name, mains, attributes, conditional, plan.bins, plan.groups_of(attributes))
-    disparity = GroupLoss(plan.loss, plan.conditional, plan.bins)
+    disparity = GroupLoss(plan.loss, plan.conditional, plan.bins, plan.sharpness)
     return DisparityTask(name, mains, attributes, disparity, plan.target == "label+accuracy")
 
 

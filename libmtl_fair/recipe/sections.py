@@ -244,6 +244,7 @@ class Heads(Section):
     intersectional: bool = False
     tasks: Names | None = None
     bins: Count = 4
+    sharpness: _Positive = 1.0
 
 
 class Method(Section):

@@ -28,7 +28,7 @@ class GroupRegulariserSettings(Settings):
         With a base other than EW it is the base's gradient that is multiplied by lambda.
     sensitive : attributes; None is all that the loader gives.
     tasks : regularised tasks; None is all.
-    conditional, bins : as in :class:`GroupLoss`; the default, False, is as published.
+    conditional, bins, sharpness : as in :class:`GroupLoss`; the defaults are as published, not within classes.
     intersectional : cross the attributes instead of summing over them.
     base, base_args : the LibMTL weighting that balances the tasks.
     """
@@ -39,6 +39,7 @@ class GroupRegulariserSettings(Settings):
     tasks: Sequence[str] | None = None
     conditional: bool | None = None
     bins: int = 4
+    sharpness: float = 1.0
     intersectional: bool = False
 
     @classmethod
@@ -67,7 +68,9 @@ class GroupRegulariserSettings(Settings):
     def disparity(self) -> GroupLoss:
         """Return the disparity."""
         published = False if self.loss in ("bgl", "glf", "gld") else None
-        return GroupLoss(self.loss, published if self.conditional is None else self.conditional, self.bins)
+        return GroupLoss(
+            self.loss, published if self.conditional is None else self.conditional, self.bins, self.sharpness
+        )
 
 
 class GroupRegulariser(FairWeighting):

@@ -184,6 +184,17 @@ def test_without_the_short_cut_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -
         test_equals_brute_force_and_finite_differences(kind, loss, conditional)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_sharp_scores_are_those_of_larger_logits(kind: str) -> None:
+    output, labels, groups = example(kind)
+    values = []
+    for sharpness, z in ((3.0, output), (1.0, 3 * output if kind != "regression" else output)):
+        task = DisparityTask("fair:t/sex", (KINDS[kind],), ("sex",), GroupLoss("dpl", True, sharpness=sharpness))
+        packed = task.labels_from({"t": labels}, {"sex": groups}, {"sex": 3})
+        values.append(task.loss(z, packed))
+    torch.testing.assert_close(*values)
+
+
 def test_shared_head_sums_over_tasks_and_accuracy_adds_the_task_loss() -> None:
     a, b = lf.Binary("a"), lf.Multiclass("b", 3)
     za, ya, groups = example("binary")
@@ -249,6 +260,8 @@ def test_unknown_attribute() -> None:
     [
         ({"loss": "gfl"}, "unknown fairness loss 'gfl'; did you mean"),
         ({"loss": "tprl", "conditional": False}, "'tprl' has conditional=True by definition"),
+        ({"loss": "dpl", "sharpness": 0}, "sharpness must be a number above 0, found 0"),
+        ({"loss": "glf", "sharpness": 3}, "sharpness is for gaps of scores"),
         ({"bins": 0}, "bins must be a whole number of at least 1, found 0"),
     ],
 )
