@@ -27,16 +27,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import libmtl_fair as lf
 from libmtl_fair.models import MLP, linear_heads
 
 lf.heal()
-from LibMTL import Trainer  # noqa: E402
-from LibMTL.architecture import HPS  # noqa: E402
-from LibMTL.weighting import EW  # noqa: E402
+from LibMTL import Trainer
+from LibMTL.architecture import HPS
+from LibMTL.weighting import EW
 
 FEATURES, BATCH = 100, 256
 GOALS = {2: (0.28, 0.40), 5: (0.18, 0.28), 40: (0.03, 0.06)}
@@ -134,7 +134,11 @@ def main() -> None:
     print(f"{'T':>3} {'LibMTL':>10} {'plain':>8} {'goal':>6} {'ReLiF':>8} {'goal':>6} {'ReLiF/plain':>12}")
     for n_tasks in options.tasks:
         data = make_data(options.rows, n_tasks)
-        variants = {"LibMTL": libmtl_epoch(*data), "plain": fair_epoch(*data, "EW"), "ReLiF": fair_epoch(*data, "ReLiF")}
+        variants = {
+            "LibMTL": libmtl_epoch(*data),
+            "plain": fair_epoch(*data, "EW"),
+            "ReLiF": fair_epoch(*data, "ReLiF"),
+        }
         seconds = measure(variants, options.rounds)
         row = {
             "tasks": n_tasks,

@@ -25,7 +25,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -33,9 +33,9 @@ import libmtl_fair as lf
 from libmtl_fair.models import MLP, linear_heads
 
 lf.heal()
-from LibMTL import Trainer  # noqa: E402
-from LibMTL.architecture import HPS  # noqa: E402
-from LibMTL.weighting import EW, MGDA  # noqa: E402
+from LibMTL import Trainer
+from LibMTL.architecture import HPS
+from LibMTL.weighting import EW, MGDA
 
 FEATURES, BATCH = 100, 256
 GOALS = {"FairMT / plain": 1.8, "FairMT / LibMTL": 1.0, "FairMT / LibMTL MGDA": 1 / 50}
@@ -45,8 +45,8 @@ GOALS = {"FairMT / plain": 1.8, "FairMT / LibMTL": 1.0, "FairMT / LibMTL MGDA": 
 class Batches(list[Any]):
     """Batches gathered beforehand, with what a loader declares."""
 
-    n_groups = {"group": 2}
-    group_names = {"group": ["a", "b"]}
+    n_groups: ClassVar = {"group": 2}
+    group_names: ClassVar = {"group": ["a", "b"]}
 
 
 def make_batches(steps: int, n_tasks: int) -> Batches:

@@ -10,6 +10,8 @@ where 64 members cost about what a few do. On one CPU thread the gain vanishes a
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import statistics
 import time
 
@@ -17,6 +19,7 @@ import torch
 
 import libmtl_fair as lf
 from libmtl_fair.host.loading import Trainer
+from libmtl_fair.host.registry import resolve_architecture, resolve_weighting
 from libmtl_fair.models import MLP, linear_heads
 from libmtl_fair.recipe import Recipe
 from libmtl_fair.recipe.build import loaders, make_dataset, make_trainer
@@ -48,11 +51,10 @@ def single(recipe, data, method, members, epochs, device) -> None:
 
 def libmtl(recipe, data, method, members, epochs, device) -> None:
     """LibMTL's Trainer with an ordinary DataLoader and equal weighting, mended only where it cannot run at all."""
-    lf.heal()
     trainer = Trainer(
         lf.task_dict(data.tasks),
-        "EW",
-        "HPS",
+        resolve_weighting("EW"),
+        resolve_architecture("HPS"),
         lambda: MLP(data.n_features, recipe.model.hidden),
         linear_heads(data.tasks, recipe.model.hidden[-1]),
         False,
@@ -63,8 +65,8 @@ def libmtl(recipe, data, method, members, epochs, device) -> None:
         arch_args={},
     )
     rows = torch.utils.data.DataLoader(data.train.torch_dataset(), 512, shuffle=True)
-    val = torch.utils.data.DataLoader(data.val.torch_dataset(), 4096)
-    trainer.train(rows, val, epochs)
+    one = torch.utils.data.DataLoader(torch.utils.data.Subset(data.val.torch_dataset(), range(512)), 512)
+    trainer.train(rows, one, epochs)
 
 
 def main() -> None:
@@ -84,7 +86,8 @@ def main() -> None:
     for _ in range(options.rounds):
         for name, (run, members) in variants.items():
             began = clock()
-            run(recipe, data, options.method, members, options.epochs, device)
+            with contextlib.redirect_stdout(io.StringIO()):
+                run(recipe, data, options.method, members, options.epochs, device)
             per_trial[name].append((clock() - began) / members)
     for name, times in per_trial.items():
         print(f"{name:14} {60 / statistics.median(times):8.1f} trials a minute ({device})")

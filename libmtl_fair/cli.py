@@ -60,7 +60,7 @@ def _clean_exit(resume_hint: str = "") -> Iterator[None]:
         raise typer.Exit(BAD_INPUT) from error
     except CheckpointError as error:
         err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        raise typer.Exit(BAD_INPUT if "--" in str(error) else FAILED) from error
+        raise typer.Exit(FAILED if str(error).startswith("cannot write") else BAD_INPUT) from error
     except FairMTLError as error:
         err.print(f"[bold red]failed:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(FAILED) from error
