@@ -27,13 +27,6 @@ def as_floats(values: Any) -> Floats:
     return np.asarray(as_numpy(values), dtype=np.float64)
 
 
-def observed_labels(labels: NDArray[Any]) -> Bools:
-    """Return which entries are observed: not NaN (float labels), not -100 (integer labels)."""
-    if labels.dtype.kind == "f":
-        return np.asarray(~np.isnan(labels))
-    return np.asarray(labels != -100)
-
-
 def delta_matrix(delta: Any, tasks: Sequence[str]) -> Floats:
     """Return the tolerance of every task pair as a [T, T] matrix.
 
