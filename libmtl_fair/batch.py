@@ -27,6 +27,7 @@ class FairBatch:
     groups : attribute -> int64 [B], -1 unknown. With one input per task: task -> attribute -> int64 [B].
     n_groups : attribute -> number of groups.
     epoch, step : 0-based; ``step`` counts over the whole training.
+    standard_losses : whether every loss is its task's own ``Task.loss``, so that its gradient may be written out.
     """
 
     tasks: Mapping[str, Task | None]
@@ -39,6 +40,7 @@ class FairBatch:
     multi_input: bool = False
     epoch: int = 0
     step: int = 0
+    standard_losses: bool = False
 
     def task(self, name: str) -> Task:
         """Return a task whose kind is known.

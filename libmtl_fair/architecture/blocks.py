@@ -166,19 +166,19 @@ class BranchedEncoder(nn.Module):
         HostError : the encoder's own forward is not the chain of its blocks, or a block changes its input in place.
         """
         wanted = self.tree.tasks if tasks is None else tuple(tasks)
-        if self._unchecked and not self._is_random():
+        if self._unchecked and not self._is_random() and (wanted[0] == self.tree.tasks[0] or self.tree.n_branches == 0):
             return self._checked_forward(x, wanted)
         return self._forward(x, wanted)
 
     def _forward(self, x: Any, wanted: Sequence[str]) -> dict[str, Tensor]:
+        everyone = len(wanted) == len(self.tree.tasks)
         below = {0: self._before(x)}
-        for level, copies in enumerate(self.levels):
-            above: dict[int, Any] = {}
-            assert isinstance(copies, nn.ModuleList)
+        for level in range(self.tree.n_blocks):
+            copies, above = self.copies(level), {}
             for index, group in enumerate(self.tree.levels[level]):
-                if len(wanted) == len(self.tree.tasks) or any(task in wanted for task in group):
+                if everyone or any(task in wanted for task in group):
                     source = below[self._parents[level][index]]
-                    before = _version(source) if len(copies) > 1 else 0
+                    before = _version(source)
                     above[index] = run(copies[index], source)
                     if len(copies) > 1 and _version(source) != before:
                         raise HostError(

@@ -150,6 +150,7 @@ class LossBank:
         position = {name: i for i, name in enumerate(ordered)}
         self._order = [position[name] for name in self._loss_fns]
         self._in_order = self._order == sorted(self._order)
+        self.standard = all(type(fn) is TaskLoss for fn in self._loss_fns.values())
 
     def __call__(self, preds: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
         """Return the loss of every task, [T], in ``task_dict`` order."""

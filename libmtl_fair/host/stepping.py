@@ -102,4 +102,5 @@ def fair_batch(trainer: Any, made: Made, epoch: int) -> FairBatch:
         multi_input=trainer.multi_input,
         epoch=epoch,
         step=trainer.global_step,
+        standard_losses=trainer._standard_losses,
     )

@@ -114,6 +114,7 @@ class FairTrainer(Trainer):  # type: ignore[misc]
         self._trackers = Trackers(loggers, self.run_dir)
         self.optim_param, self.scheduler_param = dict(optim_param), scheduler_param
         self.losses = LossBank(self.task_dict)
+        self._standard_losses = self.losses.standard and type(self)._compute_loss is FairTrainer._compute_loss
         self.kwargs = {"weight_args": dict(weight_args or {}), "arch_args": dict(arch_args or {})}
         if seed is not None:
             checkpoint.seed_everything(seed)

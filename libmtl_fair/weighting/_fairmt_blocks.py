@@ -31,8 +31,10 @@ class BinaryBlock(Block):
     """Binary tasks of one logit each, as one matrix; the gradient is written out."""
 
     def __init__(self, logits: Tensor, labels: Tensor, sharpness: float) -> None:
-        self.labels, self.sharpness = labels, sharpness
+        self.labels, self.sharpness, self.logits = labels, sharpness, logits
         self.p = torch.sigmoid(logits if sharpness == 1 else logits * sharpness)
+        self.known = labels == labels
+        self.labelled = self.known.sum(0)
         self.positive, self.negative = labels == 1, labels == 0
         missed, alarm = (1 - self.p) * self.positive, self.p * self.negative
         self.summed = torch.cat([missed, alarm, self.positive, self.negative], 1)
@@ -44,9 +46,10 @@ class BinaryBlock(Block):
         steep = self.p - self.p * self.p
         return [signed * (steep if self.sharpness == 1 else steep * self.sharpness)]
 
-    def observed(self) -> Tensor:
-        """Return which tasks have a label, bool [T]."""
-        return (self.labels == self.labels).any(0)  # a comparison is a third of isfinite
+    def loss_gradient(self) -> Tensor:
+        """Return the gradient of each task's mean cross-entropy to the logits, [B, T]."""
+        p = self.p if self.sharpness == 1 else torch.sigmoid(self.logits)
+        return torch.where(self.known, p - self.labels, 0.0) / self.labelled.clamp(min=1)
 
 
 class MixedBlock(Block):

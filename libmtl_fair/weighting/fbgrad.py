@@ -14,9 +14,10 @@ from libmtl_fair.architecture.blocks import find_blocks
 from libmtl_fair.batch import FairBatch
 from libmtl_fair.errors import HostError, RecipeError, unknown
 from libmtl_fair.host.gradients import add_gradients, flatten
+from libmtl_fair.host.healed_weightings import recorded
 from libmtl_fair.host.plugin import FairWeighting, Settings
 from libmtl_fair.metrics.conflicts import ConflictRecord, layer_cosines
-from libmtl_fair.weighting._fbgrad_plan import Plan, Shared, buckets, coefficients, shares
+from libmtl_fair.weighting._fbgrad_plan import Found, Plan, Shared, coefficients, gradients, shares
 from libmtl_fair.weighting.robust import robust_losses
 
 WHERE = ("branches", "everywhere", "none")
@@ -69,6 +70,10 @@ class FBGradSettings(Settings):
             object.__setattr__(self, "sensitive", names)
 
 
+Pairs = list[tuple[Tensor, Tensor]]
+"""(parameter, gradient)."""
+
+
 class FBGrad(FairWeighting):
     r"""Fairness gradients for heads and branches; conflicts between tasks of a branch are projected away.
 
@@ -82,9 +87,13 @@ class FBGrad(FairWeighting):
     Made for :class:`~libmtl_fair.architecture.FairBranch`. On an architecture without branches, ``where="branches"``
     corrects nothing and reaches the heads only: it says so once.
 
-    Cost: one ordinary backward, one to the heads only, and as many partial ones (heads and branches, not the trunk) as the
-    largest branch has tasks: tasks without a common branch are served by the same pass, so T tasks in pairs take two, and
-    T tasks alone on their branches one. ``where="everywhere"`` takes T.
+    Cost: tasks without a common branch are served by the same backward pass, so a step takes as many partial passes (heads
+    and shared branches, not the trunk) as the largest branch has tasks: two for any number of pairs, four after a second
+    merge, T for ``where="everywhere"``. Tasks alone on their branches take one for all of them together, in which, with equal
+    weights, accuracy and fairness are one sum. Beside them there is the ordinary backward, and for another base one to the
+    heads. MLP 100-128-64-32, batch 256, CPU: .80 to .86 of a PCGrad step in LibMTL's own Trainer with 5 tasks, .31 to .36
+    with 20; of PCGrad in FairTrainer 1.05 to 1.15 and .61 to .72 (benchmarks/fairbranch_step.py). Batching the passes with
+    ``is_grads_batched`` was 4 to 15 % slower than one after the other.
 
     Records each step: ``robust/<task>`` (F_t), ``lambda/<task>``, ``conflicts`` (pairs of tasks in conflict in a branch).
 
@@ -113,7 +122,9 @@ class FBGrad(FairWeighting):
                 stacklevel=2,
             )
         self._plan: Plan | None = None
-        self._plan_key: tuple[Any, ...] = ()
+        self._plan_tree: Any = None
+        self._plan_tasks: tuple[str, ...] = ()
+        self._plan_flags: list[tuple[Tensor, bool]] = []
         self._recorded_epoch = -1
         self.conflict_cosines = None
 
@@ -123,8 +134,17 @@ class FBGrad(FairWeighting):
         main = losses if len(batch.main) == len(losses) else losses[self._positions(batch)]
         if self.settings.record_conflicts and batch.epoch != self._recorded_epoch:
             self._record(batch, main, robust)
-        fairness = self._fairness_gradients(batch, main, robust)
-        weights = self.base_backward(losses)
+        plan = self._planned(batch.main)
+        equal = self.settings.base == "EW" and main is losses
+        accuracy = gradients([main.sum()], plan.common if equal else plan.head_parameters)
+        fairness = self._fairness_gradients(plan, batch, robust, accuracy)
+        if equal:  # the base's sum of losses, derived by each parameter once
+            fairness += _found(gradients([(main + self.trace["lambda"] * robust).sum()], plan.joined), plan.joined)
+            add_gradients(_found(accuracy, plan.common))
+            weights: Any = recorded(self, torch.ones_like(losses))
+        else:
+            fairness += _found(gradients([(self.trace["lambda"] * robust).sum()], plan.joined), plan.joined)
+            weights = self.base_backward(losses)
         add_gradients(fairness)
         return weights
 
@@ -136,9 +156,12 @@ class FBGrad(FairWeighting):
 
     def _planned(self, tasks: tuple[str, ...]) -> Plan:
         """Return the plan for the current tree; made anew when a branch event, or freezing, changed it."""
-        key = (tasks, getattr(self, "tree", None), *((id(p), p.requires_grad) for p in self.parameters()))
-        if self._plan is None or key != self._plan_key:
-            self._plan, self._plan_key = self._make_plan(tasks), key
+        tree = getattr(self, "tree", None)
+        known = self._plan is not None and tree is self._plan_tree and tasks == self._plan_tasks
+        if not known or any(p.requires_grad != trained for p, trained in self._plan_flags):
+            self._plan, self._plan_tree, self._plan_tasks = self._make_plan(tasks), tree, tasks
+            self._plan_flags = [(p, p.requires_grad) for p in self.parameters()]
+        assert self._plan is not None
         return self._plan
 
     def _make_plan(self, tasks: tuple[str, ...]) -> Plan:
@@ -154,49 +177,40 @@ class FBGrad(FairWeighting):
             trainable = [p for p in parameters if p.requires_grad]
             if members and trainable:
                 sets.append(Shared(members, trainable))
-        return Plan.of(sets, heads)
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        return Plan.of(sets, heads, trainable, correct=self.settings.where != "none")
 
     # -- gradients -----------------------------------------------------------------------------------------------
 
-    def _fairness_gradients(self, batch: FairBatch, losses: Tensor, robust: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Return (parameter, lambda-weighted corrected fairness gradient); keeps the graph."""
-        plan = self._planned(batch.main)
+    def _fairness_gradients(self, plan: Plan, batch: FairBatch, robust: Tensor, accuracy: Found) -> Pairs:
+        """Return (parameter, lambda-weighted fairness gradient) for heads and corrected sets; keeps the graph."""
         outputs = [batch.outputs[task] for task in batch.main]
         cotangents = torch.autograd.grad(robust.sum(), outputs, retain_graph=True)
         grads = plan.gradients(outputs, cotangents)
-        strength, pairs = self._intra_task(plan, losses, grads)
+        strength, pairs = self._intra_task(plan, robust, grads, accuracy)
         conflicts = robust.new_zeros(())
-        for sets in buckets(plan):
+        for sets in plan.buckets():
             rows = torch.stack([plan.rows(s, grads) for s in sets])
-            weights = torch.stack([strength[list(s.tasks)] for s in sets]).unsqueeze(1)
-            if rows.shape[1] > 1 and self.settings.where != "none":
-                gram = rows @ rows.mT
-                conflicts = conflicts + (gram < 0).triu(1).sum()
-                weights = weights @ coefficients(gram)
+            gram = rows @ rows.mT
+            conflicts = conflicts + (gram < 0).triu(1).sum()
+            weights = torch.stack([strength[list(s.tasks)] for s in sets]).unsqueeze(1) @ coefficients(gram)
             for s, total in zip(sets, (weights @ rows).squeeze(1)):
-                parts = torch.split(total, [p.numel() for p in s.parameters])
-                pairs += [(p, part.view_as(p)) for p, part in zip(s.parameters, parts)]
+                pairs += _split(total, s.parameters)
         self.trace = {"robust": robust.detach(), "lambda": strength, "conflicts": conflicts}
         return pairs
 
-    def _intra_task(
-        self, plan: Plan, losses: Tensor, grads: list[dict[int, Tensor | None]]
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    def _intra_task(self, plan: Plan, robust: Tensor, grads: list[Found], accuracy: Found) -> tuple[Tensor, Pairs]:
         """Return lambda_t [M], and (parameter, lambda_t grad F_t) for the heads."""
-        parameters = [p for head in plan.heads for p in head]
+        strength = torch.full_like(robust.detach(), self.settings.strength)
+        parameters = plan.head_parameters
         if not parameters:
-            return losses.new_full((len(plan.heads),), self.settings.strength), []
-        fair = [grads[plan.pass_of(t)].get(id(p)) for t, head in enumerate(plan.heads) for p in head]
-        fairness = flatten(fair, parameters)
-        accuracy = flatten(
-            list(torch.autograd.grad(losses.sum(), parameters, retain_graph=True, allow_unused=True)), parameters
-        )
-        inner = fairness.new_zeros(len(plan.heads)).index_add(0, plan.owner, fairness * accuracy)
-        strength = torch.full_like(inner, self.settings.strength)
+            return strength, []
+        fairness = flatten(plan.head_rows(grads), parameters)
         if self.settings.intra_task:
+            product = fairness * flatten([accuracy[id(p)] for p in parameters], parameters)
+            inner = product.new_zeros(len(strength)).index_add(0, plan.owner, product)
             strength = strength.where(inner >= 0, 0.0)
-        weighted = torch.split(fairness * strength[plan.owner], [p.numel() for p in parameters])
-        return strength, [(p, part.view_as(p)) for p, part in zip(parameters, weighted)]
+        return strength, _split(fairness * strength[plan.owner], parameters)
 
     # -- what is recorded ----------------------------------------------------------------------------------------
 
@@ -235,3 +249,13 @@ class FBGrad(FairWeighting):
         except (HostError, AttributeError):
             blocks = [list(self.get_share_params())]
         return [{task: block for task in tasks} for block in blocks]
+
+
+def _found(grads: Found, parameters: list[Tensor]) -> Pairs:
+    return [(p, g) for p in parameters if (g := grads[id(p)]) is not None]
+
+
+def _split(joined: Tensor, parameters: list[Tensor]) -> Pairs:
+    """Take a vector of all parameters' gradients apart."""
+    parts = torch.split(joined, [p.numel() for p in parameters])
+    return [(p, part.view_as(p)) for p, part in zip(parameters, parts)]

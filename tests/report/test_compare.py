@@ -170,5 +170,5 @@ def test_the_command(run_dir, tmp_path):
     assert done.exit_code == 0, done.output
     assert (tmp_path / "page" / "comparison.html").stat().st_size > 10_000
     wrong = CliRunner().invoke(app, ["compare", str(tmp_path / "absent")])
-    assert wrong.exit_code == 1
+    assert wrong.exit_code == 2
     assert "no such directory" in wrong.output

@@ -83,7 +83,7 @@ def products(made: Any) -> tuple[Tensor, Tensor]:
     term = made.model.lipschitz(batch) if made.model.lipschitz is not None else None
     with torch.no_grad():
         fairness = made.model.fairness(batch, outputs, term)
-    return made.model._products(batch, outputs, outputs.gradients(batch.losses), fairness)  # type: ignore[no-any-return]
+    return made.model._alpha._products(batch, outputs, outputs.gradients(batch.losses), fairness)  # type: ignore[no-any-return]
 
 
 def flattened(task: lf.Task) -> nn.Module:
