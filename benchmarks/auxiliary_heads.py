@@ -45,7 +45,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--check", action="store_true", help="exit 1 if one head costs more than 1.3 times a step")
+    parser.add_argument("--smoke", action="store_true", help="seconds: checks that it runs, its numbers mean nothing")
     options = parser.parse_args()
+    if options.smoke:
+        options.rounds = 1
     one = {"tasks": ("a",)}
     variants: dict[str, dict[str, object] | None] = {
         "none": None,

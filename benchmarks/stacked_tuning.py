@@ -77,7 +77,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--hidden", type=int, nargs="+", default=[128, 64])
     parser.add_argument("--method", choices=["plain", "relif"], default="plain")
+    parser.add_argument("--smoke", action="store_true", help="seconds: checks that it runs, its numbers mean nothing")
     options = parser.parse_args()
+    if options.smoke:
+        options.members, options.epochs, options.rounds = 2, 1, 1
     recipe = recipe_of(options)
     data = make_dataset(recipe, 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
