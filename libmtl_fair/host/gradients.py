@@ -65,13 +65,18 @@ def _parameter_grads(self: Any, losses: Tensor, mode: str) -> Tensor:
     own = own_parameters(self) if mode == "backward" else []
     rows = []
     for t in range(self.task_num):
-        keep = mode == "autograd" or t + 1 < self.task_num
+        keep = mode == "autograd" or t + 1 < self.task_num or _draws_several_batches(self)
         grads = torch.autograd.grad(losses[t], shared + own, retain_graph=keep, allow_unused=True)
         rows.append(flatten(list(grads[: len(shared)]), shared))
         for parameter, grad in zip(own, grads[len(shared) :]):
             if grad is not None:
                 parameter.grad = grad if parameter.grad is None else parameter.grad + grad
     return torch.stack(rows)
+
+
+def _draws_several_batches(model: Any) -> bool:
+    """Whether the losses of several batches hang on one graph (LibMTL's git main): freeing one would free all."""
+    return any(base.__name__ in ("MoDo", "SDMGrad") for base in type(model).__mro__)
 
 
 def _representation_grads(self: Any, losses: Tensor) -> Tensor | list[Tensor]:
