@@ -10,6 +10,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from libmtl_fair.errors import HostError
+from libmtl_fair.host.columns import joint_columns
 from libmtl_fair.host.loading import AbsLoss, AbsMetric
 from libmtl_fair.tasks import Binary, Multiclass, Regression, Task
 
@@ -187,8 +188,11 @@ def _stackable(preds: Mapping[str, Tensor], labels: Mapping[str, Tensor], names:
 
 def _binary_losses(preds: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
     """Return mean binary cross-entropy over observed labels for each column, [T]."""
-    logits = torch.cat([p if p.dim() == 2 else p[:, None] for p in preds], dim=1)
-    target = torch.stack(list(labels), dim=1)
+    logits, target = joint_columns(preds), joint_columns(labels)
+    if logits is None:
+        logits = torch.cat([p if p.dim() == 2 else p[:, None] for p in preds], dim=1)
+    if target is None:
+        target = torch.stack(list(labels), dim=1)
     seen = torch.isfinite(target)
     losses = nnf.binary_cross_entropy_with_logits(logits, target.nan_to_num(0.0).to(logits.dtype), reduction="none")
     return (losses * seen).sum(0) / seen.sum(0).clamp(min=1)

@@ -123,10 +123,10 @@ class TaskWeights:
 
     def _head_layers(self) -> dict[str, nn.Linear | None]:
         """Return the linear layer that ends each task's head; looked up anew where a head was replaced."""
-        heads = [self.model.decoders[name] for name in self.model.task_name]
+        heads = list(self.model.decoders.values())
         if heads != self._heads:
             self._heads = heads
-            self._layers = {name: last_linear(head) for name, head in zip(self.model.task_name, heads, strict=True)}
+            self._layers = {name: last_linear(self.model.decoders[name]) for name in self.model.task_name}
         return self._layers
 
     def _fall_back(self, proxy: str, why: str) -> tuple[str, bool]:

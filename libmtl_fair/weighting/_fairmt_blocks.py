@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from libmtl_fair.host.columns import joint_columns
 from libmtl_fair.tasks import Multiclass, Multilabel, Regression, Task
 from libmtl_fair.weighting._fairmt_rates import Lift
 
@@ -124,9 +125,5 @@ def _errors(task: Task, output: Tensor, labels: Tensor, lift: Lift) -> tuple[Ten
 def stacked_labels(labels: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
     """Return the labels of the named tasks as [B, T]; without a copy where the loader gathered them as one matrix."""
     parts = [labels[name] for name in names]
-    base = parts[0]._base
-    if base is not None and base.shape == (len(parts[0]), len(names)) and base.is_contiguous():
-        first = base.storage_offset()
-        if all(part._base is base and part.storage_offset() == first + i for i, part in enumerate(parts)):
-            return base
-    return torch.stack(parts, 1)
+    joint = joint_columns(parts)
+    return torch.stack(parts, 1) if joint is None else joint

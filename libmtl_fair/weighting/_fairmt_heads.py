@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from libmtl_fair import functional as F
 from libmtl_fair.functional._device import on_host
+from libmtl_fair.host.columns import joint_columns
 from libmtl_fair.host.gradients import flatten, shared_parameters
 
 
@@ -25,7 +26,7 @@ class Outputs:
     def __init__(self, outputs: Sequence[Tensor]) -> None:
         self.outputs = list(outputs)
         self.widths = tuple(1 if z.dim() == 1 else z.shape[1] for z in self.outputs)
-        base = _common_base(self.outputs)
+        base = joint_columns(self.outputs) if all(z.dim() == 2 for z in self.outputs) else None
         self.joined = base is not None
         self.tensors = self.outputs if base is None else [base]
         self.single = all(width == 1 for width in self.widths)
@@ -50,19 +51,6 @@ class Outputs:
         return torch.cat(
             [g if len(g) == longest else nn.functional.pad(g, (0, 0, 0, longest - len(g))) for g in rows], 1
         )
-
-
-def _common_base(outputs: Sequence[Tensor]) -> Tensor | None:
-    """Return the matrix that these outputs are consecutive columns of, if there is one."""
-    base = outputs[0]._base
-    if base is None or base.dim() != 2 or not base.is_contiguous():
-        return None
-    column = first = base.storage_offset()
-    for z in outputs:
-        if z._base is not base or z.storage_offset() != column or z.dim() != 2:
-            return None
-        column += z.shape[1]
-    return base if column == first + base.shape[1] else None
 
 
 def last_linear(head: nn.Module) -> nn.Linear | None:
