@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,9 +57,9 @@ class TaskWeights:
     HostError : a proxy that ``rep_grad=True`` rules out.
     """
 
-    def __init__(self, model: Any, settings: FairMTSettings) -> None:
-        self.model, self.settings = model, settings
-        self._last_inputs = LastInputs(model.decoders)
+    def __init__(self, model: Any, settings: FairMTSettings, tasks: Sequence[str]) -> None:
+        self.model, self.settings, self.tasks = model, settings, tuple(tasks)
+        self._last_inputs = LastInputs({name: model.decoders[name] for name in tasks})
         self._heads: list[nn.Module] = []
         self._columns: tuple[tuple[int, ...], Tensor | None] = ((), None)
         self._said: set[str] = set()
@@ -84,7 +85,9 @@ class TaskWeights:
         proxy, rank_one = self._usable_proxy(batch)
         term = fairness.lipschitz(None) if not rank_one else None
         if proxy != "head":
-            return autograd_products(outputs, grads, fairness.grads, shared_anchors(self.model, batch.h, proxy), term)
+            return autograd_products(
+                outputs, grads, fairness.grads, shared_anchors(self.model, self.tasks, batch.h, proxy), term
+            )
         layers = list(self._head_layers().values())
         index = self.column_task(outputs.widths)
         with torch.no_grad():
@@ -117,16 +120,16 @@ class TaskWeights:
             return self._fall_back(
                 "representation", f"the head of task {other!r} ({kind}) does not end in a linear layer"
             )
-        if not self._last_inputs.shared(self.model.task_name, batch.h):
+        if not self._last_inputs.shared(self.tasks, batch.h):
             return self._fall_back("representation", "a head's last linear layer does not receive what all heads share")
         return "head", s.rank_one
 
     def _head_layers(self) -> dict[str, nn.Linear | None]:
         """Return the linear layer that ends each task's head; looked up anew where a head was replaced."""
-        heads = list(self.model.decoders.values())
+        heads = [self.model.decoders[name] for name in self.tasks]
         if heads != self._heads:
             self._heads = heads
-            self._layers = {name: last_linear(self.model.decoders[name]) for name in self.model.task_name}
+            self._layers = {name: last_linear(self.model.decoders[name]) for name in self.tasks}
         return self._layers
 
     def _fall_back(self, proxy: str, why: str) -> tuple[str, bool]:

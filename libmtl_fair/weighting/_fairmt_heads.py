@@ -31,9 +31,12 @@ class Outputs:
         self.tensors = self.outputs if base is None else [base]
         self.single = all(width == 1 for width in self.widths)
 
-    def gradients(self, losses: Tensor) -> list[Tensor]:
-        """Return the gradient of each task's loss to its own output (one matrix where joined); keeps what lies below."""
-        found = torch.autograd.grad(losses.sum(), self.tensors, allow_unused=True)
+    def gradients(self, losses: Tensor, keep: bool = False) -> list[Tensor]:
+        """Return the gradient of each task's loss to its own output (one matrix where joined); keeps what lies below.
+
+        ``keep`` keeps the losses' own graph too, for losses of further tasks that were stacked with them.
+        """
+        found = torch.autograd.grad(losses.sum(), self.tensors, allow_unused=True, retain_graph=keep)
         return [torch.zeros_like(z) if g is None else g for z, g in zip(self.tensors, found, strict=True)]
 
     def per_task(self, parts: Sequence[Tensor]) -> list[Tensor]:
@@ -171,9 +174,8 @@ def _pulled(outputs: Sequence[Tensor], grads: Sequence[Tensor], to: Sequence[Ten
     return flatten(list(found), list(to))
 
 
-def shared_anchors(model: Any, h: Any, proxy: str) -> list[list[Tensor]]:
+def shared_anchors(model: Any, names: Sequence[str], h: Any, proxy: str) -> list[list[Tensor]]:
     """Return, for each task, the tensors whose gradients are compared."""
-    names = model.task_name
     if proxy == "full":
         parameters = shared_parameters(model)
         return [parameters] * len(names)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from libmtl_fair import functional as F
 from libmtl_fair.batch import FairBatch
-from libmtl_fair.errors import HostError, RecipeError, unknown
+from libmtl_fair.errors import RecipeError, unknown
 from libmtl_fair.host.gradients import add_gradients, carry_representation_gradients, extra_gradients
 from libmtl_fair.host.plugin import FairWeighting, Settings
-from libmtl_fair.tasks import Regression, Task
+from libmtl_fair.tasks import AUXILIARY_PREFIX, Regression, Task
 from libmtl_fair.weighting._fairmt_alpha import Fairness, TaskWeights
 from libmtl_fair.weighting._fairmt_blocks import BinaryBlock, Block, MixedBlock, stacked_labels
 from libmtl_fair.weighting._fairmt_heads import Outputs
@@ -31,7 +31,8 @@ class FairMT(FairWeighting):
     tasks' asymmetric disparities (only groups worse than the best are moved). A step descends
     :math:`T (\sum_t \alpha_t L_t + \eta \Phi)`; then :math:`\eta \leftarrow \mathrm{clip}(\eta + \rho (\Phi - \epsilon))`. The
     factor T, the number of tasks with a label in the batch, is ours: with uniform alpha a step without a violated
-    constraint is equal weighting's, at its learning rate. Source: arXiv:2512.00469; what is ours is marked in the settings.
+    constraint is equal weighting's, at its learning rate. Auxiliary fairness tasks are in neither sum: their losses are added
+    as they are (ours). Source: arXiv:2512.00469; what is ours is marked in the settings.
 
     Records each step: ``psi/<task>`` and ``w/<task>`` (NaN and 0 where absent), ``alpha/<task>`` (sums to 1), ``phi``, and
     ``eta`` after the dual update, which the next step uses.
@@ -52,14 +53,19 @@ class FairMT(FairWeighting):
         self.lipschitz = LipschitzTerm(self.settings.relif()) if self.settings.lipschitz else None
         self.to(self.device)
         self._layout: Layout | None = None
-        self._alpha = TaskWeights(self, self.settings)
+        self._main = [name for name in self.task_name if not name.startswith(AUXILIARY_PREFIX)]
+        self._rows: Tensor | None = None  # of the main tasks, where there are others
+        if len(self._main) < len(self.task_name):
+            is_main = torch.tensor([name in self._main for name in self.task_name], device=self.device)
+            self._rows, self._others = is_main.nonzero().squeeze(1), (~is_main).nonzero().squeeze(1)
+        self._alpha = TaskWeights(self, self.settings, self._main)
         self._absent: set[str] = set()
 
     # -- the step -------------------------------------------------------------------------------------------------
 
     def step(self, batch: FairBatch, losses: Tensor) -> Any:
         """Descend the Lagrangian with one backward pass through the encoder, then raise or lower eta."""
-        outputs = Outputs([batch.outputs[name] for name in self.task_name])
+        outputs = Outputs([batch.outputs[name] for name in self._main])
         lipschitz = self.lipschitz(batch) if self.lipschitz is not None else None
         with torch.no_grad():
             fairness = self.fairness(batch, outputs, lipschitz)
@@ -67,9 +73,10 @@ class FairMT(FairWeighting):
         if self.settings.weighing == "base":
             alpha, weights = None, self._with_base(losses, outputs, fairness, eta)
         else:
-            alpha, weights = self._descend(
-                batch, outputs, self._loss_gradients(batch, outputs, fairness), fairness, eta
-            )
+            main = losses if self._rows is None else losses.index_select(0, self._rows)
+            grads = self._loss_gradients(batch, outputs, main, fairness)
+            others = None if self._rows is None else losses.index_select(0, self._others).sum()
+            alpha, weights = self._descend(batch, outputs, grads, fairness, eta, others)
         self._record(fairness, alpha)
         return weights
 
@@ -91,22 +98,29 @@ class FairMT(FairWeighting):
             present = torch.cat([present, lipschitz.some.unsqueeze(0)])
         phi, w = F.aggregate_disparities(psi, s.mu, present, s.solver)
         divisor = counts if s.ema_gradient == "decayed" else now[:, layout.n_summed :]
-        slope = found.slope(w[: len(self.task_name)], divisor)
+        slope = found.slope(w[: len(self._main)], divisor)
         grads = self._pull_back(layout, blocks, members, slope, outputs)
         term = None if lipschitz is None else (w[-1], lipschitz.value)
         return Fairness(psi, present, phi, w, grads, term, self._observed(batch, blocks), blocks)
 
-    def _loss_gradients(self, batch: FairBatch, outputs: Outputs, fairness: Fairness) -> list[Tensor]:
+    def _loss_gradients(self, batch: FairBatch, outputs: Outputs, losses: Tensor, fairness: Fairness) -> list[Tensor]:
         """Return the gradient of each task's loss to its output; written out where all are plain cross-entropies."""
         block = fairness.blocks[0]
         if batch.standard_losses and outputs.joined and isinstance(block, BinaryBlock):
             with torch.no_grad():
                 return [block.loss_gradient()]
-        return outputs.gradients(batch.losses)
+        return outputs.gradients(losses, keep=self._rows is not None)
 
     def _descend(
-        self, batch: FairBatch, outputs: Outputs, grads: list[Tensor], fairness: Fairness, eta: Tensor
+        self,
+        batch: FairBatch,
+        outputs: Outputs,
+        grads: list[Tensor],
+        fairness: Fairness,
+        eta: Tensor,
+        others: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        """Leave the gradient of the Lagrangian and of the auxiliary tasks' losses; return alpha and all tasks' weights."""
         alpha = self._alpha(batch, outputs, grads, fairness, eta)
         with torch.no_grad():
             count = fairness.observed.sum().to(alpha.dtype)
@@ -114,12 +128,12 @@ class FairMT(FairWeighting):
             total = self._combine(outputs, grads, fairness.grads, weights, strength)
         term = fairness.lipschitz(strength)
         extra = extra_gradients(self, term) if term is not None and self.rep_grad else []
-        if term is None or self.rep_grad:
-            torch.autograd.backward(outputs.tensors, total)
-        else:
-            torch.autograd.backward([*outputs.tensors, term], [*total, torch.ones_like(term)])
+        further = [t for t in (others, None if self.rep_grad else term) if t is not None]
+        torch.autograd.backward([*outputs.tensors, *further], [*total, *map(torch.ones_like, further)])
         carry_representation_gradients(self)
         add_gradients(extra)
+        if self._rows is not None:
+            weights = torch.ones_like(batch.losses).index_copy(0, self._rows, weights.to(batch.losses.dtype))
         return alpha, weights
 
     def _combine(
@@ -134,7 +148,7 @@ class FairMT(FairWeighting):
 
     def _with_base(self, losses: Tensor, outputs: Outputs, fairness: Fairness, eta: Tensor) -> Any:
         """Let the base weighting balance the losses, and add the gradient of T eta Phi."""
-        strength = eta * len(losses)
+        strength = eta * len(self._main)
         pairs = zip(outputs.tensors, fairness.grads, strict=True)
         terms = [(z * (strength * g)).sum() for z, g in pairs]
         term = fairness.lipschitz(strength)
@@ -145,7 +159,7 @@ class FairMT(FairWeighting):
 
     def _record(self, fairness: Fairness, alpha: Tensor | None) -> None:
         assert self.presence is not None
-        tasks = len(self.task_name)
+        tasks = len(self._main)
         eta = self.dual.update(fairness.phi, fairness.present.any())
         psi, w, present = torch.where(fairness.present, fairness.psi, torch.nan), fairness.w, fairness.present
         self.trace = {"phi": fairness.phi, "eta": eta}
@@ -153,19 +167,16 @@ class FairMT(FairWeighting):
             self.trace |= {"psi/lipschitz": psi[-1], "w/lipschitz": w[-1]}
             psi, w, present = psi[:tasks], w[:tasks], present[:tasks]
         self.presence += present
-        self.trace |= {"psi": psi, "w": w}
-        if alpha is not None:
-            self.trace["alpha"] = alpha
+        traces = {"psi": psi, "w": w} | ({} if alpha is None else {"alpha": alpha})
+        if self._rows is None:
+            self.trace |= traces
+        else:
+            self.trace |= {f"{key}/{name}": v[t] for key, v in traces.items() for t, name in enumerate(self._main)}
 
     # -- from batches to sums and back ----------------------------------------------------------------------------
 
     def _make_layout(self, batch: FairBatch) -> Layout:
-        if set(batch.tasks) != set(self.task_name):
-            raise HostError(
-                "FairMT constrains the main tasks itself; it does not weight auxiliary fairness heads: train without "
-                "add_fairness_heads, or with another weighting"
-            )
-        tasks = [batch.task(name) for name in self.task_name]
+        tasks = [batch.task(name) for name in self._main]
         self._attributes = self._chosen_attributes(batch)
         counts = [batch.n_groups[name] for name in self._attributes]
         self._crossed = counts if self.settings.intersectional and len(counts) > 1 else []
@@ -186,7 +197,7 @@ class FairMT(FairWeighting):
     def _blocks(self, batch: FairBatch, outputs: Outputs, layout: Layout) -> tuple[list[Block], list[Tensor]]:
         blocks: list[Block] = []
         members = []
-        names = self.task_name
+        names = self._main
         for index in layout.blocks:
             tasks = [layout.tasks[t] for t in index]
             values = [outputs.outputs[t] for t in index]
@@ -220,7 +231,7 @@ class FairMT(FairWeighting):
         """Return which tasks have a label in this batch: bool [T]."""
         if len(blocks) == 1 and isinstance(blocks[0], BinaryBlock):
             return blocks[0].labelled > 0
-        return torch.stack([batch.observed[name].any() for name in self.task_name])
+        return torch.stack([batch.observed[name].any() for name in self._main])
 
     def after_epoch(self, trainer: Any, epoch: int) -> None:
         """Say once which tasks had no two groups to compare in any step of an epoch."""
@@ -231,9 +242,7 @@ class FairMT(FairWeighting):
             return
         seen = (self.presence > 0).tolist()
         self.presence.zero_()
-        absent = [
-            name for name, here in zip(self.task_name, seen, strict=True) if not here and name not in self._absent
-        ]
+        absent = [name for name, here in zip(self._main, seen, strict=True) if not here and name not in self._absent]
         if absent:
             self._absent.update(absent)
             warnings.warn(

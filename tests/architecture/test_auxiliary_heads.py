@@ -209,14 +209,69 @@ def test_every_variant_trains_and_is_left_out_of_results(variant: str) -> None:
     assert not any(name.startswith("val/fair:") for name in trainer.history)
 
 
-@pytest.mark.parametrize("weighting", ["ReLiF", "FBGrad", "GroupRegulariser"])
-def test_our_weightings_look_at_main_tasks(weighting: str) -> None:
-    if weighting not in OUR_WEIGHTINGS:
-        pytest.skip(f"{weighting} is not in this version")
-    args = {"FBGrad": {"where": "everywhere"}}.get(weighting, {})
-    trainer = make_trainer(weighting, tasks=TASKS[:2], weight_args=args)
-    trainer.train(make_loader(tasks=TASKS[:2]), None, 1)
-    assert trainer.history["loss/fair:a/sex"].notna().all()
+OUR_ARGS: dict[str, dict[str, Any]] = {
+    "ReLiF": {},
+    "ReLiF, PCGrad": {"base": "PCGrad"},
+    "FBGrad": {"where": "everywhere"},
+    "GroupRegulariser": {"loss": "dpl"},
+    "LambdaMix": {},
+    "LambdaMix, UW": {"base": "UW"},
+    "FairMT": {"min_count": 1},
+    "FairMT, representation": {"min_count": 1, "proxy": "representation"},
+    "FairMT, full": {"min_count": 1, "proxy": "full"},
+    "FairMT, uniform": {"min_count": 1, "alpha": "uniform"},
+    "FairMT, base": {"min_count": 1, "base": "UW"},
+    "FairMT, lipschitz": {"min_count": 1, "lipschitz": True},
+}
+
+
+def test_all_our_weightings_are_tried_with_heads() -> None:
+    assert {name.partition(",")[0] for name in OUR_ARGS} == set(OUR_WEIGHTINGS)
+
+
+@pytest.mark.parametrize("variant", ["main glf", "label as published", "adversarial", "shared"])
+@pytest.mark.parametrize("which", OUR_ARGS)
+def test_every_weighting_of_ours_trains_with_heads(which: str, variant: str) -> None:
+    weighting = which.partition(",")[0]
+    trainer = make_trainer(weighting, weight_args=OUR_ARGS[which], heads=VARIANTS[variant])
+    before = {k: p.detach().clone() for k, p in trainer.model.named_parameters()}
+    trainer.train(make_loader(), None, 2)
+    after = dict(trainer.model.named_parameters())
+    assert all(torch.isfinite(p).all() for p in after.values())
+    assert any(not torch.equal(v, before[k]) for k, v in after.items() if k.startswith("encoder"))
+    own = [k for k in before if k.startswith("decoders.fair:")]
+    assert all(not torch.equal(after[k], before[k]) for k in own)
+    history = trainer.history
+    assert history[[c for c in history if c.startswith("loss/fair:")]].notna().all(axis=None)
+    assert not [c for c in history if c.startswith(("psi/fair:", "alpha/fair:", "w/fair:", "lambda/fair:"))]
+    assert set(trainer.predict(make_loader(shuffle=False)).outputs) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize(
+    ("which", "rep_grad"),
+    [
+        (name, rep_grad)
+        for name in OUR_ARGS
+        for rep_grad in (False, True)
+        if name.startswith("FairMT") and "base" not in name and not (rep_grad and "full" in name)
+    ],
+)
+def test_fairmt_adds_the_heads_losses_as_they_are(which: str, rep_grad: bool) -> None:
+    grads = []
+    for heads in ({"sensitive": ()}, {"sensitive": ("sex", "race")}):
+        trainer = make_trainer("FairMT", weight_args=OUR_ARGS[which], heads=heads, rep_grad=rep_grad)
+        loader, model = make_loader(shuffle=False, batch_size=N), trainer.model
+        trainer.train(loader, None, 1)
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    again = make_trainer(heads={"sensitive": ("sex", "race")})
+    fair = [loss for name, loss in losses_of(again, loader).items() if name.startswith("fair:")]
+    torch.stack(fair).sum().backward()
+    for name, p in again.model.named_parameters():
+        expected = grads[0][name] if p.grad is None else grads[0][name] + p.grad
+        torch.testing.assert_close(grads[1][name], expected, rtol=1e-4, atol=1e-6)
+    frame = trainer.history
+    assert abs(frame[[f"alpha/{t.name}" for t in TASKS]].sum(axis=1) - 1).max() < 1e-5
+    assert (frame[[c for c in frame if c.startswith("weight/fair:")]] == 1).all(axis=None)
 
 
 @pytest.mark.filterwarnings("ignore:.*cheaper|.*overwrit")
