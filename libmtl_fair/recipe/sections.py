@@ -331,13 +331,15 @@ class Tune(Section):
     """A study over this recipe; names of objectives and samplers are checked when the study is made.
 
     ``methods`` are the methods to tune; None takes the first that is not the reference. An empty ``space`` is the built-in
-    one; otherwise it maps names to ``builtin``, a list of choices, or ``{low: 0.01, high: 1.0, log: true}``.
+    one; otherwise it maps names to ``builtin``, a list of choices, or ``{low: 0.01, high: 1.0, log: true}``. ``enqueue`` holds
+    what is tried first: names of methods, as they are written, and settings by name, within the space.
     """
 
     methods: Names | None = None
     objectives: Names | None = None
     constraints: Names | None = None
     space: Settings = Field(default_factory=dict)
+    enqueue: Annotated[tuple[Text | Settings, ...], Field(strict=False)] = ()
     sampler: str | None = None
     pruner: str | None = None
     trials: Count | None = None

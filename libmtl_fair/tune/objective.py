@@ -15,7 +15,7 @@ import torch
 
 from libmtl_fair.data import Dataset
 from libmtl_fair.data.loader import resolve_device
-from libmtl_fair.errors import RecipeError
+from libmtl_fair.errors import RecipeError, unknown
 from libmtl_fair.host import FairTrainer
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.build import check, loaders, make_dataset, make_trainer
@@ -23,7 +23,7 @@ from libmtl_fair.recipe.measure import Protocol
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.tasks import Regression, Task
 from libmtl_fair.tune.measures import Constraint, Measure, parse_constraint, parse_measure, value_of
-from libmtl_fair.tune.space import Parameter, changed, current, make_space
+from libmtl_fair.tune.space import Parameter, changed, current, label, make_space
 
 OBJECTIVES = ("macro_auc", "eo_difference")
 """Objectives where neither the recipe nor the caller names some."""
@@ -79,6 +79,7 @@ class Plan:
         return plan
 
     def _check(self) -> None:
+        self.known()
         if self.pruner is not None and (len(self.objectives) > 1 or self.objectives[0].fair):
             raise self.recipe.error(
                 ("tune", "pruner"),
@@ -115,15 +116,20 @@ class Plan:
             "sampler": self.sampler,
             "pruner": self.pruner,
             "seeds_per_trial": self.seeds_per_trial,
+            **({"enqueue": list(self._enqueue)} if self._enqueue else {}),
         }
 
     def queue(self, slot: int) -> Queued:
-        """Return (parameters, attributes) that a slot starts with: the known settings first, then nothing given."""
+        """Return (parameters, attributes) that a slot starts with: the settings tried first, then nothing given."""
         known = self.known()
         return known[slot] if slot < len(known) else ({}, {})
 
+    @property
+    def _enqueue(self) -> tuple[Any, ...]:
+        return self.recipe.tune.enqueue if self.recipe.tune else ()
+
     def known(self) -> list[Queued]:
-        """Return the settings that every study tries: unregularised, as the recipe has them, default, published."""
+        """Return the settings tried first: unregularised, as the recipe has them, default, published, and its ``enqueue``."""
         found: list[Queued] = [({}, {ROLE: "baseline", METHOD: self.recipe.reference, FIXED: True})]
         for method in self.space:
             if method != self.recipe.reference:
@@ -133,7 +139,37 @@ class Plan:
                 found.append(self._known("defaults", method, {}))
             if weighting == "ReLiF":
                 found.append(self._known("published", method, {"preset": "paper"}))
+        for i, entry in enumerate(self._enqueue):
+            try:
+                found.append(self._enqueued(entry))
+            except RecipeError as error:
+                raise self.recipe.error(("tune", "enqueue", i), str(error)) from error
         return found
+
+    def _enqueued(self, entry: str | Mapping[str, Any]) -> Queued:
+        """Return a method as it is written, by name, or some settings, the others as the recipe has them."""
+        if isinstance(entry, str):
+            if entry not in self.recipe.methods:
+                raise RecipeError(unknown("method", entry, self.recipe.methods))
+            if self.recipe.methods[entry].single_task:
+                raise RecipeError(f"{entry} is a single-task method, which is several models; tune one model")
+            return {}, {ROLE: entry, METHOD: entry, FIXED: True}
+        values = dict(entry)
+        method = values.pop("method", next(iter(self.space)))
+        if method not in self.space:
+            raise RecipeError(unknown("method", str(method), self.space))
+        parameters = {p.name: p for p in self.space[method]}
+        for name, value in values.items():
+            if name not in parameters:
+                raise RecipeError(unknown("parameter", name, parameters))
+            if not parameters[name].contains(value):
+                raise RecipeError(f"{name} = {value!r} is outside of the search space; widen tune.space.{name}")
+        for name, parameter in parameters.items():
+            held = current(self.recipe, method, parameter)
+            if name not in values and parameter.contains(held):
+                values[name] = held
+        params = {name: label(value) for name, value in values.items()}
+        return ({"method": method} if len(self.space) > 1 else {}) | params, {ROLE: "enqueued", METHOD: method}
 
     def _known(self, role: str, method: str, args: dict[str, Any] | None) -> Queued:
         values = {p.name: current(self.recipe, method, p, args) for p in self.space[method]}

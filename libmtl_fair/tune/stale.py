@@ -19,6 +19,8 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
+from libmtl_fair.tune.storage import storage_failures
+
 GRACE = 60.0
 """Seconds without a sign of life after which a worker on another machine counts as dead."""
 
@@ -89,8 +91,8 @@ class Heartbeat:
             except (UpdateFinishedTrialError, KeyError):
                 self.lost = True
                 return
-            except Exception:  # noqa: BLE001 - the training thread meets the storage's trouble itself and reports it
-                continue
+            except storage_failures():
+                continue  # the training thread meets the storage's trouble itself and reports it
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +13,9 @@ from urllib.parse import urlsplit
 
 import optuna
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
 
 from libmtl_fair.errors import CheckpointError, RecipeError
+from libmtl_fair.tune.journal import JournalFile
 
 _HINT = "; trials that were finished are kept. Repeat the same command to go on"
 
@@ -49,7 +50,7 @@ def _journal(path: Path) -> BaseStorage:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise RecipeError(f"storage {path} is a folder; give a file, such as {path / 'study.journal'}")
-        return JournalStorage(JournalFileBackend(str(path)))
+        return JournalStorage(JournalFile(str(path)))
 
 
 def _proxy(text: str) -> BaseStorage:
@@ -91,18 +92,24 @@ def _shown(where: str | Path) -> str:
     return str(where).replace(f":{parts.password}@", ":***@") if parts.password else str(where)
 
 
+def driver_errors() -> tuple[type[Exception], ...]:
+    """Return what the drivers of databases and of the proxy raise; those that are not loaded raise nothing."""
+    places = (("sqlalchemy.exc", "SQLAlchemyError"), ("psycopg2", "Error"), ("grpc", "RpcError"))
+    return tuple(getattr(sys.modules[module], name) for module, name in places if module in sys.modules)
+
+
+def storage_failures() -> tuple[type[Exception], ...]:
+    """Return what reading or writing a study may raise where the storage is at fault."""
+    return (OSError, optuna.exceptions.StorageInternalError, *driver_errors())
+
+
 @contextmanager
 def storage_errors(where: str | Path | None) -> Iterator[None]:
     """Turn what goes wrong in reading or writing a study into a CheckpointError that says so."""
     place = _shown(where) if where is not None else "memory"
     try:
         yield
-    except OSError as error:
-        raise CheckpointError(f"cannot use the study in {place}: {error.strerror or error}{_HINT}") from error
-    except optuna.exceptions.StorageInternalError as error:
-        raise CheckpointError(f"cannot use the study in {place}: {error}{_HINT}") from error
-    except Exception as error:
-        if type(error).__module__.split(".")[0] not in ("sqlalchemy", "grpc", "psycopg2"):
-            raise
-        first = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"cannot use the study in {place}: {first}{_HINT}") from error
+    except storage_failures() as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(f"cannot use the study in {place}: {reason or first}{_HINT}") from error

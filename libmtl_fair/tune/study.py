@@ -15,10 +15,9 @@ from typing import Any
 
 import optuna
 import torch
-from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 
-from libmtl_fair.errors import CheckpointError, FairMTLError, RecipeError, unknown
+from libmtl_fair.errors import CheckpointError, FairMTLError, RecipeError
 from libmtl_fair.recipe.measure import Protocol
 from libmtl_fair.recipe.schema import Recipe, load_recipe
 from libmtl_fair.tune import stale
@@ -26,12 +25,12 @@ from libmtl_fair.tune.identity import PROTOCOL, fingerprint, stamp, study_protoc
 from libmtl_fair.tune.keeping import describe, keeper_of
 from libmtl_fair.tune.objective import Plan, choose_protocol
 from libmtl_fair.tune.queue import fill, finished
+from libmtl_fair.tune.samplers import SAMPLERS, make_pruner, make_sampler
 from libmtl_fair.tune.storage import open_storage, storage_errors
 from libmtl_fair.tune.worker import Worker
 
-SAMPLERS = ("random", "tpe")
-PRUNERS = ("hyperband", "median")
 Note = Callable[[str], None]
+SAMPLER = "sampler"
 
 
 def tune(
@@ -130,39 +129,6 @@ def _stacked(plan: Plan, asked: int) -> int:
     return found
 
 
-def make_sampler(name: str, seed: int) -> BaseSampler:
-    """Return a sampler, its settings pinned so that another version of Optuna does not change a study.
-
-    Raises
-    ------
-    RecipeError : no such sampler.
-    """
-    if name == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    if name == "tpe":
-        # group=True: the baseline and the published settings have no parameters, several methods have different ones.
-        return optuna.samplers.TPESampler(
-            n_startup_trials=10, n_ei_candidates=24, multivariate=True, group=True, constant_liar=True, seed=seed
-        )
-    raise RecipeError(f"tune.sampler: {unknown('sampler', name, SAMPLERS)}")
-
-
-def make_pruner(name: str | None) -> optuna.pruners.BasePruner:
-    """Return a pruner; None never prunes.
-
-    Raises
-    ------
-    RecipeError : no such pruner.
-    """
-    if name is None:
-        return optuna.pruners.NopPruner()
-    if name == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2)
-    if name == "hyperband":
-        return optuna.pruners.HyperbandPruner(min_resource=2)
-    raise RecipeError(f"tune.pruner: {unknown('pruner', name, PRUNERS)}")
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep Optuna's own log lines and its notes about experimental arguments to itself."""
@@ -201,7 +167,10 @@ def open_study(
         raise CheckpointError(f"study {name!r} has trials already; call with resume=True to go on with it")
     if not study.metric_names:
         study.set_metric_names([m.name for m in plan.objectives])
-    study.sampler = make_sampler(plan.sampler, plan.recipe.seeds[0] + 7919 * worker + done)
+    study.sampler = make_sampler(plan.sampler, plan.space, plan.recipe.seeds[0] + 7919 * worker + done)
+    if SAMPLER not in study.user_attrs:
+        pinned = {"name": plan.sampler, **SAMPLERS[plan.sampler], "optuna": optuna.__version__}
+        study.set_user_attr(SAMPLER, pinned)
     study.pruner = make_pruner(plan.pruner)
     return study
 

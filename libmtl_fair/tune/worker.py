@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import time
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 import optuna
@@ -31,6 +32,7 @@ _FAILURES = (
     RuntimeError,
     TypeError,
 )
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _HOPELESS = 5
 """So many failures and no success: the study stops instead of spending its budget."""
 
@@ -138,6 +140,10 @@ class Worker:
             stale.give_up(study, trial, "interrupted")
             raise
         except (FairMTLError, *_FAILURES) as error:
+            if isinstance(error, OSError) and error.errno in _NO_ROOM:
+                with suppress(OSError):  # another worker, or the same command later, runs it again
+                    stale.give_up(study, trial, "no room for its results")
+                raise
             self._failed(study, trial, error)
 
     def _outcome(self, trial: optuna.Trial, seeds: list[int], ready: Outcome | None) -> Outcome | None:

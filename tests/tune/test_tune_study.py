@@ -6,7 +6,7 @@ from optuna.trial import TrialState
 
 from libmtl_fair import tune
 from libmtl_fair.errors import CheckpointError, FairMTLError, RecipeError
-from libmtl_fair.tune import objective, worker
+from libmtl_fair.tune import objective, samplers, worker
 from libmtl_fair.tune.queue import claim, fill, slots
 
 
@@ -214,3 +214,47 @@ def test_a_slot_queued_twice_runs_once(small):
     assert claim(study, 1).number == 0
     assert claim(study, 1) is None
     assert study.get_trials()[1].state == TrialState.FAIL
+
+
+def test_own_settings_are_tried_after_the_known_ones(small):
+    recipe = small(
+        "methods.strong={weighting: ReLiF, lambda_0: 5.0}",
+        "tune.enqueue=[strong, {target: 0.05, hidden: [16]}]",
+    )
+    trials = tune.tune(recipe, 6).get_trials()
+    assert [t.user_attrs.get("role") for t in trials][4:] == ["strong", "enqueued"]
+    assert trials[4].user_attrs["recipe"]["methods"] == {"strong": {"weighting": "ReLiF", "lambda_0": 5.0}}
+    assert trials[5].params == {"target": 0.05, "hidden": "16", "lr": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("relof", "did you mean 'relif'"),
+        ("{taget: 0.1}", "did you mean 'target'"),
+        ("{target: 0.9}", "outside of the search space; widen tune.space.target"),
+        ("{method: plain}", "unknown method 'plain'"),
+    ],
+)
+def test_own_settings_that_do_not_fit_are_refused(small, entry, message):
+    with pytest.raises(RecipeError, match=message):
+        tune.tune(small(f"tune.enqueue=[{entry}]"), 1)
+
+
+def test_nsga2_crosses_settings_and_is_recorded(small, monkeypatch):
+    monkeypatch.setitem(samplers.SAMPLERS["nsga2"], "population_size", 3)
+    bred = []
+    real = samplers.Evolution.sample_relative
+
+    def watched(self, study, trial, space):
+        bred.append(real(self, study, trial, space))
+        return bred[-1]
+
+    monkeypatch.setattr(samplers.Evolution, "sample_relative", watched)
+    study = tune.tune(small("tune.sampler=nsga2"), 12)
+    assert [t.state for t in study.get_trials()] == [TrialState.COMPLETE] * 12
+    assert study.user_attrs["sampler"]["name"] == "nsga2"
+    assert study.user_attrs["sampler"]["population_size"] == 3
+    assert any(bred)
+    with pytest.raises(RecipeError, match="nsga2 crosses the settings of one method"):
+        tune.tune(small("methods.other={weighting: ReLiF}", "tune.methods=[relif, other]", "tune.sampler=nsga2"), 1)
