@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
     from libmtl_fair.architecture.tree import BranchTree, Group
 
-_INK, _TRUNK, _BRANCH = "#33475b", "#c9d6e2", "#f2c14e"
+_INK, _TEXT, _TRUNK, _BRANCH = "#1b1b1f", "#101014", "#c9d6e2", "#f2c14e"
+"""Lines and title, which a page may recolour; text on the boxes; the boxes."""
 
 
 def draw(tree: BranchTree) -> str:
@@ -23,8 +24,7 @@ def draw(tree: BranchTree) -> str:
 
 
 def _trunk(tree: BranchTree) -> str:
-    span = "1" if tree.depth == 1 else f"1-{tree.depth}"
-    return f"blocks {span}: all tasks"
+    return "block 1: all tasks" if tree.depth == 1 else f"blocks 1-{tree.depth}: all tasks"
 
 
 def _below(tree: BranchTree, level: int, within: Group, indent: str) -> list[str]:
@@ -44,7 +44,9 @@ def plot(tree: BranchTree) -> Figure:
     from matplotlib.figure import Figure
 
     order = _task_order(tree)
-    figure = Figure(figsize=(max(4.0, 1.3 * len(order)), 1.0 + 0.9 * (tree.n_blocks + 1)), layout="constrained")
+    longest = max(len(_short(task)) for task in order)
+    wide, high = max(0.75, 0.25 + 0.075 * longest) * len(order), 0.4 + 0.6 * (tree.n_blocks + 1)
+    figure = Figure(figsize=(max(3.6, wide), high), layout="constrained")
     axes = figure.subplots()
     centres = {task: float(i) for i, task in enumerate(order)}
     for level, groups in enumerate(tree.levels):
@@ -59,11 +61,16 @@ def plot(tree: BranchTree) -> Figure:
         leaf = next(group for group in tree.leaves if task in group)
         top = float(tree.n_blocks)
         axes.plot([_middle(leaf, centres), centres[task]], [top - 1, top], color=_INK, linewidth=1, zorder=1)
-        _box(axes, centres[task], top, task, "white")
+        _box(axes, centres[task], top, _short(task), "white")
     axes.set_axis_off()
-    axes.set_xlim(-0.7, len(order) - 0.3)
+    axes.set(xlim=(-0.55, len(order) - 0.45), ylim=(-0.4, tree.n_blocks + 0.4))
     axes.set_title("Branch tree: input below, tasks above", fontsize=10, color=_INK)
     return figure
+
+
+def _short(task: str, longest: int = 20) -> str:
+    line = " ".join(task.split())
+    return line if len(line) <= longest else f"{line[: longest - 1]}…"
 
 
 def _task_order(tree: BranchTree) -> list[str]:
@@ -77,4 +84,4 @@ def _middle(group: Group, centres: dict[str, float]) -> float:
 
 def _box(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
     style = {"boxstyle": "round,pad=0.35", "facecolor": colour, "edgecolor": _INK, "linewidth": 0.8}
-    axes.text(x, y, text, ha="center", va="center", fontsize=8, color=_INK, bbox=style, zorder=2)
+    axes.text(x, y, text, ha="center", va="center", fontsize=8, color=_TEXT, parse_math=False, bbox=style, zorder=2)

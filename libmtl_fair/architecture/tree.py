@@ -28,7 +28,7 @@ class BranchTree:
 
     >>> tree = BranchTree.start(["a", "b", "c"], 2).branch([(0, 2), (1,)])
     >>> print(tree)
-    blocks 1: all tasks
+    block 1: all tasks
     ├─ block 2: a, c
     └─ block 2: b
     >>> BranchTree.from_dict(tree.to_dict()) == tree

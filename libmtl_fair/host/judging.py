@@ -105,6 +105,7 @@ def judge(trainer: Any, epoch: int, results: evaluation.Results) -> float:
 
 
 def hold_best(trainer: Any) -> None:
-    """Give the model the weights of its best epoch."""
+    """Give the model the weights of its best epoch; what its branches were before is kept as ``last_structure``."""
+    trainer.last_structure = saving.structure(trainer.model)
     _reshape(trainer, trainer.best["structure"])
     trainer.model.load_state_dict(trainer.best["state"])

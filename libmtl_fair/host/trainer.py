@@ -130,6 +130,7 @@ class FairTrainer(Trainer):  # type: ignore[misc]
         self.best: dict[str, Any] = {
             "epoch": None, "score": float("-inf"), "results": None, "state": None, "structure": None
         }  # fmt: skip
+        self.last_structure: Any = None
         self._running: dict[str, Any] | None = None
         self._warned = False
         self.test_results: evaluation.Results | None = None

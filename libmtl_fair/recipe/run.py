@@ -126,6 +126,7 @@ class Run:
         first = next(iter(trained.values()))
         content["checkpoint"] = self._chosen(first, method)
         content["timing"] = {"train_s": spent, "epochs": first.epoch}
+        _write_structure(first, folder)
         write_json(folder / "metrics.json", content)
         for trainer in trained.values():
             _tidy(trainer.run_dir)
@@ -182,6 +183,15 @@ def _narrowed(data: Dataset, names: tuple[str, ...]) -> Dataset:
     return dataclasses.replace(
         data, train=only(data.train, names), val=only(data.val, names), test=only(data.test, names)
     )
+
+
+def _write_structure(trainer: FairTrainer, folder: Path) -> None:
+    """Write the branches of a branching model, last and chosen, and the recorded conflicts, where there are any."""
+    chosen = trainer.model.structure() if hasattr(trainer.model, "structure") else None
+    if chosen is not None:
+        write_json(folder / "structure.json", {"last": trainer.last_structure or chosen, "chosen": chosen})
+    if getattr(trainer.model, "conflict_cosines", None) is not None:
+        write_text(folder / "conflicts.csv", trainer.model.conflicts.frame().to_csv(index=False))
 
 
 def _tidy(run_dir: Path | None) -> None:

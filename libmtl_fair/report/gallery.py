@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from libmtl_fair.files import atomic_path
+from libmtl_fair.report.branches import conflict_plots, tree_plots
 from libmtl_fair.report.frames import groups_frame, number
 from libmtl_fair.report.plots import (
     bar_metrics,
@@ -78,6 +79,10 @@ def plots_of(run: RunFolder) -> Iterator[Plot]:
         if bar_metrics(groups, task, attribute):
             name = _free(f"groups_{slug(task)}_{slug(attribute)}", taken)
             yield Plot(name, "groups", f"{task} by {attribute}", partial(group_bars, run, task, attribute))
+    for method, caption, draw in tree_plots(run):
+        yield Plot(_free(f"tree_{slug(method)}", taken), "branches", caption, draw)
+    for value, method, caption, draw in conflict_plots(run):
+        yield Plot(_free(f"conflicts_{value}_{slug(method)}", taken), "branches", caption, draw)
     for method in run.methods:
         yield from _trace_plots(run, method, taken)
 

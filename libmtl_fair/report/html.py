@@ -11,6 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from libmtl_fair.files import write_text
+from libmtl_fair.report.branches import event_sheet, tree_texts
 from libmtl_fair.report.facts import card_facts, method_facts, run_facts
 from libmtl_fair.report.gallery import Plot, plots_of, write_plots
 from libmtl_fair.report.interactive import interactive_plots
@@ -91,6 +92,8 @@ def _context(run: RunFolder, interactive: bool, plots: Iterable[Plot]) -> dict[s
         "audit": [audit_sheet(run), pair_sheet(run)],
         "checklist": checklist(run),
         "groups": group_sheet(run),
+        "trees": tree_texts(run),
+        "events": event_sheet(run),
         "notes": notes(run),
         "environment": [(str(key), words(value)) for key, value in run.environment.items()],
     }

@@ -37,15 +37,30 @@ class SeedRun:
         ------
         CheckpointError : ``history.csv`` is damaged.
         """
-        path = self.folder / "history.csv"
-        if not path.exists():
-            return None
-        try:
-            return pd.read_csv(path)
-        except pd.errors.EmptyDataError:
-            return None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}); run again to make it anew") from error
+        return _table(self.folder / "history.csv")
+
+    def structure(self) -> dict[str, Any] | None:
+        """Return the branches of a branching model, ``{"last": ..., "chosen": ...}``, or None for any other model.
+
+        Raises
+        ------
+        CheckpointError : ``structure.json`` is damaged.
+        """
+        path = self.folder / "structure.json"
+        return _mapping(path) if path.exists() else None
+
+    def conflicts(self) -> pd.DataFrame | None:
+        """Return epoch, layer, kind, task_a, task_b, cosine, angle of the tasks' gradients; None if not recorded.
+
+        Raises
+        ------
+        CheckpointError : ``conflicts.csv`` is damaged.
+        """
+        path = self.folder / "conflicts.csv"
+        frame = _table(path, {"layer": str, "kind": str, "task_a": str, "task_b": str})
+        if frame is not None and not {"epoch", "layer", "kind", "cosine", "angle"} <= set(frame.columns):
+            raise CheckpointError(f"{path} is damaged: columns {list(frame.columns)}; run again to make it anew")
+        return frame
 
 
 @dataclass(frozen=True)
@@ -157,6 +172,17 @@ def _check_rows(file: Path, where: str, value: Any, kind: type) -> None:
     rows = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
     if not isinstance(value, kind) or not all(isinstance(row, Mapping) for row in rows):
         raise CheckpointError(f"{file} is damaged: {where} is not what a run writes; run again to make it anew")
+
+
+def _table(path: Path, types: Mapping[str, type] | None = None) -> pd.DataFrame | None:
+    if not path.exists():
+        return None
+    try:
+        return pd.read_csv(path, dtype=dict(types or {}), keep_default_na=False, na_values=[""])
+    except pd.errors.EmptyDataError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); run again to make it anew") from error
 
 
 def _mapping(path: Path) -> dict[str, Any]:

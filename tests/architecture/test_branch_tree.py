@@ -60,7 +60,8 @@ def test_branches_name_each_copy_above_the_trunk_once(tree: BranchTree) -> None:
 @given(trees())
 def test_drawing_names_every_copy_and_task(tree: BranchTree) -> None:
     text = str(tree)
-    assert text.count("block ") == sum(len(level) for level in tree.levels[tree.depth :])
+    copies = sum(len(level) for level in tree.levels[tree.depth :])
+    assert text.count("block ") == copies + (tree.depth == 1)
     if tree.depth < tree.n_blocks:
         assert all(task in text for task in tree.tasks)
 
@@ -70,7 +71,7 @@ def test_drawing() -> None:
     assert str(tree) == "blocks 1-3: all tasks (not branched)"
     tree = tree.branch([(0, 2), (1,), (3,)]).branch([(0, 1), (2,)])
     assert str(tree).splitlines() == [
-        "blocks 1: all tasks",
+        "block 1: all tasks",
         "├─ block 2: a, b, c",
         "│  ├─ block 3: a, c",
         "│  └─ block 3: b",
