@@ -161,14 +161,33 @@ def compare(
     folder: Annotated[
         Path | None, typer.Option("--out", help="folder of the page; default: the run, or ./comparison for several")
     ] = None,
+    choose: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MEASURE",
+            help="take in each seed the method with the lowest of this (such as 'EO diff sex'; mean of several) on "
+            "validation data, and show it as one method more",
+        ),
+    ] = None,
+    within: Annotated[
+        float, typer.Option(metavar="POINTS", help="what that choice may lose in utility on validation data")
+    ] = 0.5,
+    among: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="methods to choose from, such as 'main_*'")
+    ] = None,
 ) -> None:
     """Compare methods, runs and seeds: one table and one HTML page."""
     with _clean_exit():
+        from libmtl_fair.report.choice import Rule
         from libmtl_fair.report.compare import compare as compare_runs
         from libmtl_fair.report.compare_page import comparison_table, write_comparison
 
-        found = compare_runs(folders, delta or ())
+        if among and not choose:
+            raise RecipeError("--among says what --choose chooses from; give --choose too")
+        found = compare_runs(folders, delta or (), Rule(choose, within, among or ("*",)) if choose else None)
         out.print(comparison_table(found))
+        if choose:
+            out.print(escape(found.notes[0]))
         page, _ = write_comparison(found, folder or (folders[0] if len(folders) == 1 else Path("comparison")))
         out.print(f"comparison: {page}", soft_wrap=True, highlight=False)
 

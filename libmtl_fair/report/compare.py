@@ -13,6 +13,7 @@ import pandas as pd
 from libmtl_fair.errors import CheckpointError, RecipeError
 from libmtl_fair.metrics import AuditReport, FixedDeltaAudit, paired_difference
 from libmtl_fair.metrics.drift import drift, robust_pairs
+from libmtl_fair.report.choice import Rule, describe, with_choice
 from libmtl_fair.report.frames import audit_frame, number, rows
 from libmtl_fair.report.gains import delta_m, gains, mean_rank, single_task_methods
 from libmtl_fair.report.reaudit import Reaudit, common_scores, load_predictions, reaudit, run_names
@@ -34,6 +35,7 @@ class Comparison:
     drift : one row per method and tolerance; see :func:`libmtl_fair.metrics.drift.drift`. Empty without predictions.
     gains : method, task, knowledge_gain, discrimination_gain; empty without a single-task method.
     notes : limits, in words.
+    choice : what a rule took in each seed; see :func:`libmtl_fair.report.choice.choose`. Empty without a rule.
     """
 
     run: RunFolder
@@ -42,10 +44,13 @@ class Comparison:
     drift: pd.DataFrame
     gains: pd.DataFrame
     notes: tuple[str, ...]
+    choice: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         tables = {"cells": self.cells, "overview": self.overview, "drift": self.drift, "gains": self.gains}
+        if not self.choice.empty:
+            tables["choice"] = self.choice
         return {
             "format": 1,
             "name": self.run.name,
@@ -58,7 +63,7 @@ class Comparison:
         }
 
 
-def compare(run_dirs: Sequence[str | Path], deltas: Sequence[str] = ()) -> Comparison:
+def compare(run_dirs: Sequence[str | Path], deltas: Sequence[str] = (), rule: Rule | None = None) -> Comparison:
     """Compare every method of one or more finished runs with the first method of the first run.
 
     Several runs are audited again under the first run's tolerances and score ranges, so that one yardstick holds.
@@ -69,17 +74,21 @@ def compare(run_dirs: Sequence[str | Path], deltas: Sequence[str] = ()) -> Compa
         Run folders with the same tasks.
     deltas
         Tolerances other than those of the first run; see :func:`libmtl_fair.report.reaudit.tolerances`.
+    rule
+        How to choose among the methods on validation data; the choice is then one method more.
 
     Raises
     ------
-    RecipeError : no run, or runs of other tasks.
+    RecipeError : no run, runs of other tasks, or a rule that does not fit them.
     CheckpointError : a folder is incomplete or damaged, or lacks the predictions that auditing again needs.
     """
     runs = [read_run(path) for path in run_dirs]
     if not runs:
         raise RecipeError("compare needs at least one run folder")
     again = reaudit(run_dirs, deltas) if deltas or (len(runs) > 1 and runs[0].protocol.get("deltas")) else None
-    run = merged(runs, again)
+    run, choice = merged(runs, again), pd.DataFrame()
+    if rule is not None:
+        run, choice = with_choice(run, rule)
     frame, lacking = _drift(run)
     return Comparison(
         run=run,
@@ -87,7 +96,8 @@ def compare(run_dirs: Sequence[str | Path], deltas: Sequence[str] = ()) -> Compa
         overview=_overview(run),
         drift=frame,
         gains=gains(run),
-        notes=tuple(_notes(runs, run, lacking)),
+        notes=tuple([describe(rule, choice)] if rule is not None else []) + tuple(_notes(runs, run, lacking)),
+        choice=choice,
     )
 
 

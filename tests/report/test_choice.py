@@ -1,0 +1,129 @@
+"""A method chosen on validation data in each seed, and reported as one method more."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from libmtl_fair.cli import app
+from libmtl_fair.errors import CheckpointError, RecipeError
+from libmtl_fair.report import read_run
+from libmtl_fair.report.choice import CHOSEN, Rule, choose, describe, with_choice
+from libmtl_fair.report.compare import compare
+
+AUC = {"plain": 0.90, "relif": 0.896, "fairmt": 0.88}
+
+
+def write(builder: Any, gaps: dict[str, list[float]], auc: dict[str, float] = AUC) -> Path:
+    """A run of three seeds with known AUC, and known equalised odds on validation; those on test are 1 minus them."""
+    made: Path = builder().write()
+    for method, values in gaps.items():
+        for seed, gap in enumerate(values):
+            path = made / method / f"seed{seed}" / "metrics.json"
+            metrics = json.loads(path.read_text())
+            for split, value in (("val", gap), ("test", 1 - gap)):
+                metrics["utility"][split]["macro"]["auc"] = auc[method] if split == "val" else 0.5
+                for row in metrics["groups"][split]:
+                    if row["metric"].startswith("equalized_odds") and row["attribute"] == "sex":
+                        row["value"] = value
+            path.write_text(json.dumps(metrics))
+    return made
+
+
+GAPS = {"plain": [0.3, 0.3, 0.1], "relif": [0.2, 0.4, 0.2], "fairmt": [0.0, 0.0, 0.0]}
+
+
+def test_the_fairest_that_loses_little_is_taken_in_each_seed(builder: Any) -> None:
+    made = choose(read_run(write(builder, GAPS)), Rule(["EO diff sex"], within=0.5))
+    assert list(made["method"]) == ["relif", "plain", "plain"]
+    assert list(made["disparity"]) == pytest.approx([0.2, 0.3, 0.1])
+    assert list(made["reference_disparity"]) == pytest.approx([0.3, 0.3, 0.1])
+    assert list(made["utility"]) == pytest.approx([0.896, 0.90, 0.90])
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (Rule(["EO diff sex"], within=2.5), ["fairmt"] * 3),
+        (Rule(["EO diff sex"], within=2.5, among=("re*",)), ["relif", "plain", "plain"]),
+        (Rule(["EO diff sex"], within=0.3), ["plain"] * 3),
+        (Rule(["EO diff sex"], within=0.41, utility="macro AUC"), ["relif", "plain", "plain"]),
+    ],
+)
+def test_rules(builder: Any, rule: Rule, expected: list[str]) -> None:
+    assert list(choose(read_run(write(builder, GAPS)), rule)["method"]) == expected
+
+
+def test_test_data_has_no_say(builder: Any) -> None:
+    run = read_run(write(builder, GAPS))
+    for item in run.runs:
+        for part in ("utility", "groups"):
+            item.metrics[part].pop("test")
+    assert list(choose(run, Rule(["EO diff sex"]))["method"]) == ["relif", "plain", "plain"]
+
+
+def test_the_choice_is_one_method_more(builder: Any) -> None:
+    made = write(builder, GAPS)
+    run, taken = with_choice(read_run(made), Rule(["EO diff sex"]))
+    assert run.methods == ["plain", "relif", "fairmt", CHOSEN]
+    assert [item.folder.parent.name for item in run.of(CHOSEN)] == list(taken["method"])
+    found = compare([made], rule=Rule(["EO diff sex"]))
+    row = found.cells.set_index(["column", "method"]).loc[("EO diff sex", CHOSEN)]
+    assert row["mean"] == pytest.approx((0.8 + 0.7 + 0.9) / 3)
+    assert row["difference"] == pytest.approx((0.1 + 0 + 0) / 3)
+    assert found.notes[0] == describe(Rule(["EO diff sex"]), taken)
+    assert "plain (2 of 3), relif (1 of 3)" in found.notes[0]
+    assert [row["method"] for row in found.to_dict()["choice"]] == ["relif", "plain", "plain"]
+    assert "choice" not in compare([made]).to_dict()
+
+
+def test_several_measures_count_by_their_mean(builder: Any) -> None:
+    made = write(builder, GAPS)
+    both = choose(read_run(made), Rule(["EO diff sex", "EO diff race"], within=100))
+    assert (both["disparity"] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (Rule(["EO diff sx"]), "unknown measure 'EO diff sx'; did you mean 'EO diff sex'"),
+        (Rule(["EO diff sex"], utility="macro AUX"), "unknown measure 'macro AUX'"),
+        (Rule(["macro AUC"]), "'macro AUC' is better when higher"),
+        (Rule(["EO diff sex"], among=("glf*",)), "no method fits glf"),
+    ],
+)
+def test_rules_that_do_not_fit(builder: Any, rule: Rule, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        choose(read_run(write(builder, GAPS)), rule)
+
+
+def test_bad_rules(builder: Any) -> None:
+    with pytest.raises(RecipeError, match="at least one measure"):
+        Rule([])
+    for within in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(RecipeError, match="points of at least 0"):
+            Rule(["EO diff sex"], within=within)
+    run = read_run(write(builder, GAPS))
+    with pytest.raises(RecipeError, match="has a method 'plain' already"):
+        with_choice(run, Rule(["EO diff sex"]), "plain")
+    for item in run.runs:
+        item.metrics["utility"].pop("val")
+        item.metrics["groups"].pop("val")
+        item.metrics["audit"].pop("val", None)
+    with pytest.raises(CheckpointError, match="no validation results"):
+        choose(run, Rule(["EO diff sex"]))
+
+
+def test_on_the_command_line(builder: Any) -> None:
+    made = write(builder, GAPS)
+    runner = CliRunner()
+    done = runner.invoke(app, ["compare", str(made), "--choose", "EO diff sex", "--within", "0.5", "--among", "*"])
+    assert done.exit_code == 0, done.output
+    assert CHOSEN in done.output
+    assert CHOSEN in (made / "comparison.html").read_text(encoding="utf-8")
+    wrong = runner.invoke(app, ["compare", str(made), "--among", "re*"])
+    assert wrong.exit_code == 2
