@@ -31,7 +31,8 @@ class Comparison:
     ----------
     run : all runs as one, methods named ``run/method`` where there are several runs; the first is the reference.
     cells : one row per method and measure: mean, sd, n, difference (paired by seed), low, high, pairs, higher, best.
-    overview : one row per method: delta_m (%, negative is better), mean_rank.
+    overview : one row per method: delta_m (%, negative is better) and mean_rank by the tasks' utility; fair_delta_m and
+        fair_rank by the differences between groups as well.
     drift : one row per method and tolerance; see :func:`libmtl_fair.metrics.drift.drift`. Empty without predictions.
     gains : method, task, knowledge_gain, discrimination_gain; empty without a single-task method.
     notes : limits, in words.
@@ -135,12 +136,14 @@ def _audit_entries(again: Reaudit, run: str, item: SeedRun) -> list[dict[str, An
 
 
 def cells_with_intervals(run: RunFolder) -> pd.DataFrame:
-    """Return the summary with 95 % bootstrap intervals of the mean paired difference (low, high) and its number of pairs.
+    """Return the summary and further differences between groups, with 95 % bootstrap intervals of the mean paired difference.
 
-    Seeds are resampled, method and reference together; with one common seed there is no interval (NaN).
+    Columns low, high, and pairs, their number. Seeds are resampled, method and reference together; with one common seed there is no interval (NaN).
     """
-    cells = summary(run)
-    wide = summary_values(run).pivot_table(index=["column", "seed"], columns="method", values="value", dropna=False)
+    cells = summary(run, further=True)
+    wide = summary_values(run, further=True).pivot_table(
+        index=["column", "seed"], columns="method", values="value", dropna=False
+    )
     found = [_interval(wide, row.method, row.column, run.reference) for row in rows(cells)]
     return cells.assign(
         low=[low for low, _, _ in found], high=[high for _, high, _ in found], pairs=[n for _, _, n in found]
@@ -158,9 +161,15 @@ def _interval(wide: pd.DataFrame, method: str, column: str, reference: str) -> t
 
 
 def _overview(run: RunFolder) -> pd.DataFrame:
-    lost, ranks = delta_m(run), mean_rank(run)
-    found = [(m, lost.get(m, float("nan")), ranks.get(m, float("nan"))) for m in run.methods]
-    return pd.DataFrame(found, columns=["method", "delta_m", "mean_rank"])
+    columns = {
+        "delta_m": delta_m(run),
+        "mean_rank": mean_rank(run),
+        "fair_delta_m": delta_m(run, fair=True),
+        "fair_rank": mean_rank(run, fair=True),
+    }
+    return pd.DataFrame(
+        {"method": run.methods, **{k: [v.get(m, float("nan")) for m in run.methods] for k, v in columns.items()}}
+    )
 
 
 def _drift(run: RunFolder) -> tuple[pd.DataFrame, str]:

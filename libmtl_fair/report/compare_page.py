@@ -75,7 +75,10 @@ def render(found: Comparison) -> str:
         plots={},
         facts=_facts(found),
         utility=[measure_sheet(found, "Utility", ("macro ",)), task_sheet(found.run)],
-        fairness=[measure_sheet(found, "Group fairness", ("EO diff", "DP diff", "KS"))],
+        fairness=[
+            measure_sheet(found, "Group fairness", ("EO diff", "DP diff", "KS")),
+            measure_sheet(found, "Further differences between groups", ("EOP diff", "AUC diff", "MAE diff")),
+        ],
         audit=[measure_sheet(found, "Bias and violation rate", ("Bias@", "VR@")), audit_sheet(found.run)],
         standing=[standing_sheet(found), drift_sheet(found), gain_sheet(found)],
         notes=found.notes,
@@ -102,10 +105,18 @@ def measure_sheet(found: Comparison, title: str, prefixes: tuple[str, ...]) -> S
 
 
 def standing_sheet(found: Comparison) -> Sheet:
-    """Return mean rank and Delta_m of every method."""
-    body = [[r.method, f"{r.mean_rank:.2f}", f"{r.delta_m:+.2f} %"] for r in rows(found.overview)]
-    note = "By each task's main metric (AUC, else accuracy, else R²). Δm: mean relative loss to the reference; below 0 is better."
-    return sheet("Ranks of utility", ["method", "mean rank ↓", "Δm ↓"], body, note)
+    """Return mean rank and Delta_m of every method, by utility alone and with the differences between groups."""
+    body = [
+        [r.method, f"{r.mean_rank:.2f}", f"{r.delta_m:+.2f} %", f"{r.fair_rank:.2f}", f"{r.fair_delta_m:+.2f} %"]
+        for r in rows(found.overview)
+    ]
+    heads = ["method", "mean rank ↓", "Δm ↓", "mean rank, fairness too ↓", "Δm, fairness too ↓"]
+    note = (
+        "By each task's main metric (AUC, else accuracy, else R²); with fairness, the differences between groups in equalised "
+        "odds, equal opportunity and AUC (regression: MAE) of each attribute count as one metric each. "
+        "Δm: mean relative loss to the reference; below 0 is better."
+    )
+    return sheet("Ranks and Δm", heads, body, note)
 
 
 def drift_sheet(found: Comparison) -> Sheet | None:

@@ -8,9 +8,10 @@ from libmtl_fair import metrics
 from libmtl_fair.report.frames import groups_frame, rows, utility_frame
 from libmtl_fair.report.plots import SUMMARIES
 from libmtl_fair.report.run_folder import RunFolder
-from libmtl_fair.report.tables import HIGHER_IS_BETTER
+from libmtl_fair.report.tables import HIGHER_IS_BETTER, summary_values
 
 _MAIN = ("auc", "accuracy", "r2")
+_BETWEEN_GROUPS = ("EO diff", "EOP diff", "AUC diff", "MAE diff")
 _RATES = ("true_positive_rate", "false_positive_rate")
 
 
@@ -22,15 +23,29 @@ def main_metrics(run: RunFolder, split: str | None = None) -> pd.DataFrame:
     return frame[order == order.groupby(frame["task"]).transform("min")]
 
 
-def delta_m(run: RunFolder, split: str | None = None) -> dict[str, float]:
-    """Return method -> Delta_m in percent of the tasks' main metrics against the reference; below 0 is better."""
-    results, higher = _results(main_metrics(run, split))
+def delta_m(run: RunFolder, split: str | None = None, fair: bool = False) -> dict[str, float]:
+    """Return method -> Delta_m in percent of the tasks' main metrics against the reference; below 0 is better.
+
+    ``fair`` counts the differences between groups too: equalised odds, equal opportunity and AUC (regression: mean absolute
+    error) of every attribute, each as one more metric. Source: Navon et al., ICML 2022; GLF compares methods so.
+    """
+    results, higher = _results(_measures(run, split, fair))
     return metrics.delta_m(results, results[run.reference], higher) if run.reference in results else {}
 
 
-def mean_rank(run: RunFolder, split: str | None = None) -> dict[str, float]:
-    """Return method -> its rank by the tasks' main metrics, averaged over tasks; 1 is the best."""
-    return metrics.mean_rank(*_results(main_metrics(run, split)))
+def mean_rank(run: RunFolder, split: str | None = None, fair: bool = False) -> dict[str, float]:
+    """Return method -> its rank by the tasks' main metrics, averaged over tasks; 1 is the best. ``fair`` as in :func:`delta_m`."""
+    return metrics.mean_rank(*_results(_measures(run, split, fair)))
+
+
+def _measures(run: RunFolder, split: str | None, fair: bool) -> pd.DataFrame:
+    """Return method, seed, task, metric, value; differences between groups have their column of the summary as the task."""
+    found = main_metrics(run, split)
+    if not fair:
+        return found
+    values = summary_values(run, split, further=True)
+    values = values[values["column"].str.startswith(_BETWEEN_GROUPS)]
+    return pd.concat([found, values.assign(task=values["column"], metric="difference")[list(found.columns)]])
 
 
 def single_task_methods(run: RunFolder) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +31,28 @@ _DISPARITIES = {
     "DP diff": {"demographic_parity", "demographic_parity_difference"},
     "KS": {"ks", "ks_distance", "kolmogorov_smirnov"},
 }
+_FURTHER = {
+    "EOP diff": {"equal_opportunity", "equal_opportunity_difference"},
+    "AUC diff": {"auc", "auc_difference"},
+    "MAE diff": {"mae", "mae_difference"},
+}
 MEANINGS = {
     "EO diff": "equalised-odds difference, mean over classification tasks",
     "DP diff": "demographic-parity difference, mean over classification tasks",
+    "EOP diff": "equal-opportunity difference, mean over classification tasks",
+    "AUC diff": "largest difference between groups' AUC, mean over classification tasks",
+    "MAE diff": "largest difference between groups' mean absolute error, mean over regression tasks",
     "KS": "largest Kolmogorov-Smirnov distance between groups' predictions, mean over regression tasks",
     "Bias": "mean excess of cross-task score gaps over the fixed tolerance",
     "VR": "share of cross-task pairs whose gap exceeds the fixed tolerance",
 }
 
 
-def summary_values(run: RunFolder, split: str | None = None) -> pd.DataFrame:
-    """Return one row per method, seed and column of the summary: method, seed, column, value, higher."""
+def summary_values(run: RunFolder, split: str | None = None, further: bool = False) -> pd.DataFrame:
+    """Return one row per method, seed and column of the summary: method, seed, column, value, higher.
+
+    ``further`` adds differences between groups that the summary leaves out: equal opportunity, AUC and mean absolute error.
+    """
     found: list[tuple[str, int, str, float, bool]] = []
     utility = utility_frame(run, split)
     for row in rows(utility[utility["task"] == "macro"]):
@@ -50,7 +61,7 @@ def summary_values(run: RunFolder, split: str | None = None) -> pd.DataFrame:
     for column, name in (("bias", "Bias"), ("violation_rate", "VR")):
         for row in rows(audit):
             found.append((row.method, row.seed, f"{name}@{row.delta_name}", getattr(row, column), False))
-    found.extend(_disparities(run, split))
+    found.extend(_disparities(run, split, {**_DISPARITIES, **(_FURTHER if further else {})}))
     return pd.DataFrame(found, columns=["method", "seed", "column", "value", "higher"])
 
 
@@ -58,9 +69,11 @@ def _label(metric: object) -> str:
     return f"macro {LABELS.get(str(metric), str(metric).replace('_', ' '))}"
 
 
-def _disparities(run: RunFolder, split: str | None) -> Iterator[tuple[str, int, str, float, bool]]:
+def _disparities(
+    run: RunFolder, split: str | None, measures: Mapping[str, set[str]]
+) -> Iterator[tuple[str, int, str, float, bool]]:
     groups = groups_frame(run, split)
-    for name, metrics in _DISPARITIES.items():
+    for name, metrics in measures.items():
         taken = groups[
             groups["metric"].isin(metrics)
             & (groups["group"].eq("difference") | groups["metric"].str.endswith("_difference"))
@@ -70,13 +83,13 @@ def _disparities(run: RunFolder, split: str | None) -> Iterator[tuple[str, int, 
             yield row.method, row.seed, f"{name} {row.attribute}", row.value, False
 
 
-def summary(run: RunFolder, split: str | None = None) -> pd.DataFrame:
+def summary(run: RunFolder, split: str | None = None, further: bool = False) -> pd.DataFrame:
     """Return method, column, mean, sd, n, higher, difference, best: one row a cell of the summary.
 
     ``difference`` is the mean of paired differences to the reference over the seeds that both have; ``best`` marks the
     best mean of each column (none where all methods are equal).
     """
-    values = summary_values(run, split)
+    values = summary_values(run, split, further)
     cells = mean_sd(values, ["method", "column", "higher"])
     wide = values.pivot_table(index=["column", "seed"], columns="method", values="value", dropna=False)
     if run.reference in wide:

@@ -16,7 +16,7 @@ from libmtl_fair.errors import CheckpointError, RecipeError
 from libmtl_fair.report import read_run
 from libmtl_fair.report.compare import compare
 from libmtl_fair.report.compare_page import comparison_table, render, write_comparison
-from libmtl_fair.report.gains import delta_m, gains, mean_rank
+from libmtl_fair.report.gains import delta_m, gains, main_metrics, mean_rank
 
 
 class Tags(HTMLParser):
@@ -132,7 +132,7 @@ def test_the_page_is_self_contained_and_escapes_names(run_dir):
     assert page.sources == []
     assert "<script>alert(1)</script>" not in text
     assert "upper left is better" in text
-    assert "Ranks of utility" in text
+    assert "Ranks and Δm" in text
 
 
 def test_the_table_has_every_measure_and_interval(run_dir):
@@ -172,3 +172,26 @@ def test_the_command(run_dir, tmp_path):
     wrong = CliRunner().invoke(app, ["compare", str(tmp_path / "absent")])
     assert wrong.exit_code == 2
     assert "no such directory" in wrong.output
+
+
+def test_delta_m_and_ranks_with_differences_between_groups_by_hand(run_dir):
+    run = read_run(run_dir)
+    names = {"equalized_odds", "equal_opportunity", "auc", "mae"}
+    values = {}
+    for item in run.runs:
+        for row in item.metrics["groups"]["test"]:
+            plain = row["metric"].removesuffix("_difference")
+            if plain in names and (row["group"] == "difference" or row["metric"].endswith("_difference")):
+                key = (item.method, plain, row["attribute"])
+                values.setdefault(key, {}).setdefault(item.seed, []).append(row["value"])
+    mean = {key: np.mean([np.mean(v) for v in seeds.values()]) for key, seeds in values.items()}
+    assert {key[1] for key in mean} >= {"equalized_odds"}
+    base = delta_m(run)
+    tasks = main_metrics(run)["task"].nunique()
+    for method in run.methods:
+        changes = [(mean[key] - mean["plain", *key[1:]]) / mean["plain", *key[1:]] for key in mean if key[0] == method]
+        expected = (base[method] * tasks + 100 * sum(changes)) / (tasks + len(changes))
+        assert delta_m(run, fair=True)[method] == pytest.approx(expected)
+    overview = compare([run_dir]).overview.set_index("method")
+    assert overview.loc["relif", "fair_delta_m"] == pytest.approx(delta_m(run, fair=True)["relif"])
+    assert overview["fair_rank"].between(1, len(run.methods)).all()
