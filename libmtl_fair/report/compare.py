@@ -138,7 +138,8 @@ def _audit_entries(again: Reaudit, run: str, item: SeedRun) -> list[dict[str, An
 def cells_with_intervals(run: RunFolder) -> pd.DataFrame:
     """Return the summary and further differences between groups, with 95 % bootstrap intervals of the mean paired difference.
 
-    Columns low, high, and pairs, their number. Seeds are resampled, method and reference together; with one common seed there is no interval (NaN).
+    Columns low, high, and pairs, their number. Seeds are resampled, method and reference together; with one common seed there
+    is no interval (NaN).
     """
     cells = summary(run, further=True)
     wide = summary_values(run, further=True).pivot_table(
