@@ -275,11 +275,18 @@ def test_fairmt_adds_the_heads_losses_as_they_are(which: str, rep_grad: bool) ->
 
 
 @pytest.mark.filterwarnings("ignore:.*cheaper|.*overwrit")
-def test_fairbranch_keeps_an_auxiliary_head_where_its_main_head_is() -> None:
+@pytest.mark.parametrize("weighting", ["EW", "FBGrad", "FairMT", "LambdaMix"])
+def test_fairbranch_keeps_an_auxiliary_head_where_its_main_head_is(weighting: str) -> None:
+    tasks = TASKS[:2]  # FBGrad is for classes
     trainer = make_trainer(
-        architecture="FairBranch", arch_args={"threshold": 0.05}, encoder_class=lambda: MLP(FEATURES, (16, 12, 8))
+        weighting,
+        tasks=tasks,
+        architecture="FairBranch",
+        arch_args={"threshold": 0.05},
+        encoder_class=lambda: MLP(FEATURES, (16, 12, 8)),
+        weight_args={"min_count": 1} if weighting == "FairMT" else {},
     )
-    trainer.train(make_loader(), None, 2)
+    trainer.train(make_loader(tasks=tasks), None, 2)
     out = trainer.model.train()(next(iter(make_loader()))[0])
     torch.testing.assert_close(out["fair:a/sex"], out["a"])
 
@@ -476,6 +483,8 @@ def test_a_loader_without_the_groups_says_so() -> None:
 def test_an_attribute_that_is_also_a_feature_is_allowed() -> None:
     data = lf.load_dataset("adult", tasks=["income"], sensitive=["sex"], subset=600)
     assert any("sex" in name for name in data.feature_names)
+    assert data.card["groups"]["sex"]["is_input"]
+    assert data.card["sensitive_inputs"] == ["sex"]
     entries, decoders = lf.add_fairness_heads(
         lf.task_dict(data.tasks), linear_heads(data.tasks, 8), sensitive=data.groups
     )
