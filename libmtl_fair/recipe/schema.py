@@ -15,10 +15,11 @@ from libmtl_fair.recipe.emit import emit_yaml
 from libmtl_fair.recipe.fields import FolderName, OptionalText, Section, Seeds
 from libmtl_fair.recipe.overrides import apply_overrides
 from libmtl_fair.recipe.problems import problem, to_recipe_error
-from libmtl_fair.recipe.sections import Audit, Data, Method, Metrics, Model, Output, Train, Tune
+from libmtl_fair.recipe.sections import Audit, Data, Method, Metrics, Model, Output, Published, Train, Tune
 from libmtl_fair.recipe.yaml_source import Location, Source, read_yaml
 
 _RESERVED = {"plots"}
+_WITHOUT_EFFECT = {"output", "description", "published"}
 
 
 class Recipe(Section):
@@ -35,6 +36,7 @@ class Recipe(Section):
     metrics: Metrics = Field(default_factory=Metrics)
     tune: Tune | None = None
     output: Output = Field(default_factory=Output)
+    published: Published | None = None
     _source: Source = PrivateAttr(default_factory=Source)
 
     @field_validator("methods", mode="after")
@@ -98,11 +100,11 @@ class Recipe(Section):
         return emit_yaml(self.to_dict())
 
     def fingerprint(self) -> str:
-        """sha256 (hex) of the content that decides results: everything but ``output`` and ``description``.
+        """sha256 (hex) of the content that decides results: everything but ``output``, ``description`` and ``published``.
 
         The order of methods and tasks counts, the order of other keys and the spelling of numbers do not.
         """
-        content = {key: value for key, value in self.to_dict().items() if key not in ("output", "description")}
+        content = {key: value for key, value in self.to_dict().items() if key not in _WITHOUT_EFFECT}
         content["methods"] = list(content["methods"].items())
         for part in ("tasks", "sensitive"):
             if isinstance(content["data"][part], dict):

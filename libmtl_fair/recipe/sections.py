@@ -1,4 +1,4 @@
-"""The sections of a recipe: data, model, train, methods, audit, metrics, tune, output."""
+"""The sections of a recipe: data, model, train, methods, audit, metrics, tune, output, published."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from libmtl_fair.recipe.fields import (
     Listing,
     MissingRule,
     Names,
+    OptionalText,
     Section,
     Seed,
     Settings,
@@ -347,6 +348,18 @@ class Tune(Section):
     seeds_per_trial: Annotated[int, Field(ge=1, le=10_000)] = 1
     select: str | None = None
     stacked: Annotated[int, Field(ge=0, le=100_000)] = 0
+
+
+class Published(Section):
+    """A source's own numbers, which ``compare`` shows beside the run's: method -> measure -> value.
+
+    A measure is a column of the comparison, such as ``macro AUC`` or ``EO diff sex``, or ``delta_m``, ``mean_rank``,
+    ``fair_delta_m``, ``fair_rank``. ``source`` says where the numbers come from, ``note`` where the protocols differ.
+    """
+
+    source: Text
+    note: OptionalText = ""
+    values: dict[Text, dict[Text, float]]
 
 
 class Output(Section):

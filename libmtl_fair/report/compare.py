@@ -16,6 +16,7 @@ from libmtl_fair.metrics.drift import drift, robust_pairs
 from libmtl_fair.report.choice import Rule, describe, with_choice
 from libmtl_fair.report.frames import audit_frame, number, rows
 from libmtl_fair.report.gains import delta_m, gains, mean_rank, single_task_methods
+from libmtl_fair.report.published import beside_published, publication
 from libmtl_fair.report.reaudit import Reaudit, common_scores, load_predictions, reaudit, run_names
 from libmtl_fair.report.run_folder import RunFolder, SeedRun, read_run
 from libmtl_fair.report.tables import summary, summary_values
@@ -37,6 +38,7 @@ class Comparison:
     gains : method, task, knowledge_gain, discrimination_gain; empty without a single-task method.
     notes : limits, in words.
     choice : what a rule took in each seed; see :func:`libmtl_fair.report.choice.choose`. Empty without a rule.
+    published : a source's numbers beside the run's; see :func:`libmtl_fair.report.published.beside_published`. May be empty.
     """
 
     run: RunFolder
@@ -46,12 +48,12 @@ class Comparison:
     gains: pd.DataFrame
     notes: tuple[str, ...]
     choice: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
+    published: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         tables = {"cells": self.cells, "overview": self.overview, "drift": self.drift, "gains": self.gains}
-        if not self.choice.empty:
-            tables["choice"] = self.choice
+        tables |= {k: v for k, v in (("choice", self.choice), ("published", self.published)) if not v.empty}
         return {
             "format": 1,
             "name": self.run.name,
@@ -91,14 +93,16 @@ def compare(run_dirs: Sequence[str | Path], deltas: Sequence[str] = (), rule: Ru
     if rule is not None:
         run, choice = with_choice(run, rule)
     frame, lacking = _drift(run)
+    cells, overview = cells_with_intervals(run), _overview(run)
     return Comparison(
         run=run,
-        cells=cells_with_intervals(run),
-        overview=_overview(run),
+        cells=cells,
+        overview=overview,
         drift=frame,
         gains=gains(run),
         notes=tuple([describe(rule, choice)] if rule is not None else []) + tuple(_notes(runs, run, lacking)),
         choice=choice,
+        published=beside_published(run, cells, overview),
     )
 
 
@@ -116,7 +120,12 @@ def merged(runs: Sequence[RunFolder], again: Reaudit | None = None) -> RunFolder
             found.append(SeedRun(label, item.seed, item.folder, metrics))
     if len(runs) == 1:
         return dataclasses.replace(runs[0], runs=tuple(found))
-    recipe = {**runs[0].recipe, "name": " and ".join(names), "description": f"Comparison of {len(runs)} runs."}
+    recipe = {
+        **runs[0].recipe,
+        "name": " and ".join(names),
+        "description": f"Comparison of {len(runs)} runs.",
+        "published": None,
+    }
     return dataclasses.replace(runs[0], recipe=recipe, runs=tuple(found))
 
 
@@ -231,6 +240,7 @@ def _notes(runs: Sequence[RunFolder], run: RunFolder, lacking: str) -> list[str]
         "Ranks under raw thresholds use each method's own thresholds and are a diagnostic; those under the fixed tolerance "
         "compare. An order is robust where the difference in Bias exceeds the two drift budgets together."
     )
+    found += publication(run)
     alone = single_task_methods(run)
     if not alone:
         found.append(

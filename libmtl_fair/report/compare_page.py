@@ -16,6 +16,7 @@ from libmtl_fair.report.frames import rows
 from libmtl_fair.report.gains import single_task_methods
 from libmtl_fair.report.html import plotly_library, script_json
 from libmtl_fair.report.interactive import interactive_plots
+from libmtl_fair.report.published import publication
 from libmtl_fair.report.sections import Cell, Sheet, audit_sheet, sheet, task_sheet
 from libmtl_fair.report.tables import show
 
@@ -80,7 +81,7 @@ def render(found: Comparison) -> str:
             measure_sheet(found, "Further differences between groups", ("EOP diff", "AUC diff", "MAE diff")),
         ],
         audit=[measure_sheet(found, "Bias and violation rate", ("Bias@", "VR@")), audit_sheet(found.run)],
-        standing=[standing_sheet(found), drift_sheet(found), gain_sheet(found)],
+        standing=[standing_sheet(found), published_sheet(found), drift_sheet(found), gain_sheet(found)],
         notes=found.notes,
     )
 
@@ -117,6 +118,18 @@ def standing_sheet(found: Comparison) -> Sheet:
         "Δm: mean relative loss to the reference; below 0 is better."
     )
     return sheet("Ranks and Δm", heads, body, note)
+
+
+def published_sheet(found: Comparison) -> Sheet | None:
+    """Return a source's numbers beside ours; None where the recipe holds none."""
+    if found.published.empty:
+        return None
+    body = [
+        [r.method, r.measure, show(r.published, digits=4), show(r.ours, digits=4), f"{r.ours - r.published:+.4f}"]
+        for r in rows(found.published)
+    ]
+    heads = ["method", "measure", "published", "ours", "ours − published"]
+    return sheet("Beside published numbers", heads, body, " ".join(publication(found.run)))
 
 
 def drift_sheet(found: Comparison) -> Sheet | None:

@@ -102,6 +102,7 @@ def test_fingerprint_sees_content_only(write, recipe_text):
 
     base = fingerprint()
     assert fingerprint("description=other", "output.dir=/elsewhere", "methods.relif.target=0.1") == base
+    assert fingerprint("published={source: a paper, values: {plain: {macro AUC: 0.9}}}") == base
     assert fingerprint("train.epochs=3") != base
     assert fingerprint("methods.relif.target=0.2") != base
     swapped = recipe_text.replace("  plain: {weighting: EW}\n", "") + "\n"

@@ -1,0 +1,48 @@
+"""A source's numbers beside those of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from libmtl_fair.report import read_run
+from libmtl_fair.report.compare import compare
+from libmtl_fair.report.compare_page import render
+
+SECTION = """
+published:
+  source: A paper, table 2
+  note: Its preprocessing is not published.
+  values:
+    relif: {macro AUC: 0.8834, fair_delta_m: -9.08, something else: 1}
+    missing: {macro AUC: 0.5}
+"""
+
+
+def test_published_numbers_stand_beside_ours(run_dir: Path) -> None:
+    recipe = run_dir / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + SECTION)
+    found = compare([run_dir])
+    table = found.published.set_index(["method", "measure"])
+    auc = [item.metrics["utility"]["test"]["macro"]["auc"] for item in read_run(run_dir).of("relif")]
+    assert table.loc[("relif", "macro AUC"), "published"] == 0.8834
+    assert table.loc[("relif", "macro AUC"), "ours"] == pytest.approx(sum(auc) / len(auc))
+    fair = found.overview.set_index("method").loc["relif", "fair_delta_m"]
+    assert table.loc[("relif", "fair_delta_m"), "ours"] == fair
+    assert table.loc[("relif", "something else"), "ours"] != table.loc[("relif", "something else"), "ours"]
+    assert ("missing", "macro AUC") not in table.index
+    note = next(text for text in found.notes if "A paper, table 2" in text)
+    assert "preprocessing is not published" in note
+    assert "Not in this run: missing." in note
+    page = render(found)
+    assert "Beside published numbers" in page
+    assert "0.8834" in page
+    assert len(found.to_dict()["published"]) == 3
+
+
+def test_without_published_numbers(run_dir: Path) -> None:
+    found = compare([run_dir])
+    assert found.published.empty
+    assert "published" not in found.to_dict()
+    assert "Beside published numbers" not in render(found)
