@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from libmtl_fair.files import atomic_path
 from libmtl_fair.report.branches import conflict_plots, tree_plots
 from libmtl_fair.report.frames import groups_frame, number
+from libmtl_fair.report.pareto import disparities, pareto_plot
 from libmtl_fair.report.plots import (
     bar_metrics,
     dual_plot,
@@ -75,6 +76,9 @@ def plots_of(run: RunFolder) -> Iterator[Plot]:
     yield Plot("shrinkage", "audit", caption, partial(shrinkage_plot, run))
     groups = groups_frame(run)
     taken: set[str] = set()
+    for column in disparities(run):
+        caption = f"Utility against {column}, means over seeds; numbers are those at the end of the methods' names."
+        yield Plot(_free(f"pareto_{slug(column)}", taken), "groups", caption, partial(pareto_plot, run, column))
     for task, attribute in dict.fromkeys(zip(groups["task"], groups["attribute"])):
         if bar_metrics(groups, task, attribute):
             name = _free(f"groups_{slug(task)}_{slug(attribute)}", taken)
