@@ -16,6 +16,7 @@ from libmtl_fair.data.checks import (
     check_group_names,
     check_groups,
     check_labels,
+    check_weights,
 )
 from libmtl_fair.errors import DataError, near
 
@@ -44,10 +45,13 @@ class ResidentLoader:
     drop_last : leave out the last batch if it is not full.
     group_names : {attribute: names}, index = id. Without it ids count up to the highest found.
     feature_names : of the columns of ``x``, for messages.
+    weights : [N] of at least 0; needs ``shuffle``. An epoch then draws its N rows in proportion to them, a row of weight w
+        floor or ceil of N w / sum(w) times (systematic resampling, **ours**). So every loss and every group statistic, of
+        any method, is of the weighted population. Equal weights give the very order of no weights.
 
     Raises
     ------
-    DataError : lengths differ, a feature is not finite, a group id is below -1, or there would be no batch.
+    DataError : weights without ``shuffle``, lengths differ, a feature is not finite, a group id is below -1, or there would be no batch.
 
     >>> import torch
     >>> loader = ResidentLoader(torch.eye(4), {"t": torch.arange(4)}, {"sex": torch.tensor([0, 1, 1, -1])},
@@ -69,6 +73,7 @@ class ResidentLoader:
         drop_last: bool = False,
         group_names: Mapping[str, Sequence[str]] | None = None,
         feature_names: Sequence[str] | None = None,
+        weights: Array | None = None,
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise DataError(f"batch_size must be an integer of at least 1, found {batch_size!r}")
@@ -84,6 +89,9 @@ class ResidentLoader:
         self.drop_last = bool(drop_last)
         self.seed = _draw_seed() if seed is None else int(seed)
         self.epoch = 0
+        if weights is not None and not shuffle:
+            raise DataError("weights: rows are drawn in proportion to them, which needs shuffle=True")
+        self._weights = None if weights is None else _shares(check_weights(weights, self.n_rows)).to(self.device)
         targets = check_labels(labels, self.n_rows)
         sensitive = check_groups(groups or {}, self.n_rows)
         self.task_names: tuple[str, ...] = tuple(targets)
@@ -126,9 +134,12 @@ class ResidentLoader:
         self.seed, self.epoch = int(state["seed"]), int(state["epoch"])
 
     def _order(self, epoch: int) -> Tensor:
-        generator = torch.Generator(device=self.device)
-        generator.manual_seed(_mix(self.seed, epoch))
-        return torch.randperm(self.n_rows, generator=generator, device=self.device)
+        order = epoch_order(self.seed, epoch, self.n_rows, self.device)
+        if self._weights is None:
+            return order
+        generator = torch.Generator(device=self.device).manual_seed(_mix(~self.seed, epoch))
+        start = torch.rand((), generator=generator, device=self.device, dtype=torch.float64)
+        return systematic(self._weights, start).index_select(0, order)
 
 
 class _Epoch:
@@ -178,6 +189,25 @@ class _Pack:
             into.update(zip(self.names, taken.unbind(1)))
 
 
+def _shares(weights: Tensor) -> Tensor:
+    """Return how often an epoch draws the rows up to and including each, [N]; the last is N."""
+    passed = weights.cumsum(0)
+    return passed * (len(weights) / passed[-1])
+
+
+def representative(weights: Tensor) -> Tensor:
+    """Return N row numbers, ascending, that stand for N rows of these weights; all rows once where they are equal."""
+    return systematic(_shares(check_weights(weights, len(weights))), torch.tensor(0.5, dtype=torch.float64))
+
+
+def systematic(shares: Tensor, start: Tensor) -> Tensor:
+    """Return N row numbers, ascending: row i as often as points ``start + k`` (in (0, 1) + 0..N-1) fall into its share."""
+    points = torch.arange(len(shares), device=shares.device, dtype=torch.float64) + start.clamp(1e-6, 1 - 1e-6)
+    found = torch.searchsorted(shares, points, right=True)
+    last = torch.searchsorted(shares, shares[-1])  # rows of weight 0 may follow the last that can be drawn
+    return torch.minimum(found, last)
+
+
 def _packed(columns: Mapping[str, Tensor], device: torch.device) -> list[_Pack]:
     alike: dict[tuple[torch.dtype, torch.Size], list[str]] = {}
     for name, column in columns.items():
@@ -211,6 +241,13 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if found.type == "cuda" and not torch.cuda.is_available():
         raise DataError(f"device {device!r}: torch finds no CUDA device here; use device='cpu' or device='auto'")
     return found
+
+
+def epoch_order(seed: int, epoch: int, n_rows: int, device: torch.device) -> Tensor:
+    """Return the order [n_rows] in which a shuffling loader of this seed gives its rows in an epoch."""
+    generator = torch.Generator(device=device)
+    generator.manual_seed(_mix(seed, epoch))
+    return torch.randperm(n_rows, generator=generator, device=device)
 
 
 def _draw_seed() -> int:

@@ -88,12 +88,12 @@ def losses_of(trainer: Any, part: Any) -> Made:
     return trainer._compute_losses(preds, labels), preds, labels, by_task
 
 
-def fair_batch(trainer: Any, made: Made, epoch: int) -> FairBatch:
-    """Return the step as a fairness method may see it."""
+def fair_batch(trainer: Any, made: Made, epoch: int, h: Tensor | None = None) -> FairBatch:
+    """Return the step as a fairness method may see it; ``h`` where something else than the model made it."""
     losses, preds, labels, groups = made
     return FairBatch(
         tasks={name: trainer.tasks[name] for name in trainer.main_tasks} if trainer.auxiliary else trainer.tasks,
-        h=trainer._hook.take(),
+        h=trainer._hook.take() if h is None else h,
         outputs=preds,
         labels=labels,
         losses=losses,

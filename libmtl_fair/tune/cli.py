@@ -26,7 +26,9 @@ def tune(
     ] = None,
     study: StudyName = None,
     workers: Annotated[int, typer.Option(help="processes that share the storage")] = 1,
-    stacked: Annotated[int, typer.Option(metavar="M", help="trials trained at once as one batched model")] = 0,
+    stacked: Annotated[
+        int, typer.Option(metavar="M", help="trials trained at once as one model (default: 16 on a GPU, else 1)")
+    ] = 0,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="change one entry; may be repeated")
     ] = None,

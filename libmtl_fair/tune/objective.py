@@ -21,6 +21,7 @@ from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.build import check, loaders, make_dataset, make_trainer
 from libmtl_fair.recipe.measure import Protocol
 from libmtl_fair.recipe.schema import Recipe
+from libmtl_fair.recipe.sections import Train
 from libmtl_fair.tasks import Regression, Task
 from libmtl_fair.tune.measures import Constraint, Measure, parse_constraint, parse_measure, value_of
 from libmtl_fair.tune.space import Parameter, changed, current, label, make_space
@@ -238,6 +239,20 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a trial trains: one method of a recipe, once a seed."""
+
+    recipe: Recipe
+    method: str
+    seeds: list[int]
+
+    @property
+    def train(self) -> Train:
+        """How it trains."""
+        return self.recipe.train_for(self.method)
 
 
 OnEpoch = Callable[[int, float], None]

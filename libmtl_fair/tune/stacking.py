@@ -1,92 +1,170 @@
-"""Which of some trials are trained as stacks, and their outcomes."""
+"""Trials in places: M of them train at once, and where one ends or is pruned the next one asked of the study takes its place."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import optuna
-import torch
 
 from libmtl_fair.data.loader import resolve_device
 from libmtl_fair.errors import FairMTLError
-from libmtl_fair.host import FairTrainer
+from libmtl_fair.host import FairTrainer, judging
 from libmtl_fair.recipe.build import make_trainer
-from libmtl_fair.recipe.measure import Protocol
-from libmtl_fair.recipe.schema import Recipe
-from libmtl_fair.tune.keeping import Keeper
-from libmtl_fair.tune.objective import Outcome, Plan, measured
-from libmtl_fair.tune.stacked import Stack, obstacle, shape
-from libmtl_fair.tune.stale import SLOT
+from libmtl_fair.tune import stale
+from libmtl_fair.tune.objective import Candidate, Outcome, measured
+from libmtl_fair.tune.stacked import Rows, Stack, obstacle, shape
+
+if TYPE_CHECKING:
+    from libmtl_fair.tune.worker import Worker
 
 
-@dataclass(frozen=True)
-class _Candidate:
+@dataclass
+class _Run:
+    """A trial in its place: a trainer for each seed, in the stack of its shape."""
+
     trial: optuna.Trial
-    recipe: Recipe
-    method: str
-    seeds: list[int]
+    candidate: Candidate
+    trainers: list[FairTrainer]
+    stack: Stack
+    alive: ExitStack
+    spent: float = 0.0
+
+    @property
+    def epoch(self) -> int:
+        return self.trainers[0].epoch
+
+    @property
+    def finished(self) -> bool:
+        return self.epoch >= self.candidate.train.epochs
+
+    def is_finite(self) -> bool:
+        here = [m for m, trainer in enumerate(self.stack.trainers) if any(trainer is own for own in self.trainers)]
+        return all(self.stack.finite(m) for m in here)
 
 
-def run_stacks(
-    plan: Plan,
-    trials: Sequence[optuna.Trial],
-    protocol: Protocol,
-    *,
-    device: str,
-    keeper: Keeper | None,
-    note: Callable[[str], None],
-) -> dict[int, Outcome]:
-    """Train what can be stacked of some trials; return number -> outcome. The others are left to be trained alone."""
-    groups: dict[tuple[Any, ...], list[_Candidate]] = {}
-    tasks = plan.dataset(plan.recipe.seeds[0]).tasks
-    for trial in trials:
-        recipe, method = plan.candidate(trial)
-        why = obstacle(recipe, method, tasks)
-        if why is not None:
-            note(f"trial {trial.number} is trained alone: {why}")
-            continue
-        found = _Candidate(trial, recipe, method, plan.seeds(trial.user_attrs[SLOT]))
-        groups.setdefault(shape(recipe, method), []).append(found)
-    ready: dict[int, Outcome] = {}
-    for members in groups.values():
-        if len(members) < 2:
-            note(f"trial {members[0].trial.number} is trained alone: no other trial at hand has its widths and batches")
-            continue
+@dataclass
+class Places:
+    """Works as a worker does, with up to ``count`` trials of a study at once; one stack for each shape among them."""
+
+    worker: Worker
+    study: optuna.Study
+    count: int
+    _runs: list[_Run] = field(default_factory=list)
+    _stacks: dict[Any, Stack] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Move the data to the device."""
+        plan = self.worker.plan
+        self._device = resolve_device(self.worker.device)
+        self._data = plan.dataset(plan.recipe.seeds[0])
+        self._tasks = self.worker.protocol.freeze(self._data.tasks)
+        self._rows = Rows(self._data, self._device)
+
+    def __call__(self) -> None:
+        """Train until nothing waits in the queue and all places are empty."""
         try:
-            ready |= _run(plan, members, protocol, device, keeper)
+            while self._fill():
+                for stack in list(self._stacks.values()):
+                    self._train(stack)
+                self.worker.check_hope(self.study)
+        except KeyboardInterrupt:
+            for run in self._runs:
+                stale.give_up(self.study, run.trial, "interrupted")
+            raise
+        finally:
+            for run in self._runs:
+                run.alive.close()
+
+    def _fill(self) -> bool:
+        """Ask for trials until no place is empty; return whether any is taken."""
+        while len(self._runs) < self.count and not self.worker.late:
+            trial = self.worker.ask(self.study)
+            if trial is None:
+                break
+            self._begin(trial)
+        return bool(self._runs)
+
+    def _begin(self, trial: optuna.Trial) -> None:
+        with self.worker.telling(self.study, trial), ExitStack() as alive:
+            alive.enter_context(stale.Heartbeat(self.study, trial, self.worker.grace))
+            candidate = self.worker.begin(trial)
+            why = obstacle(candidate.recipe, candidate.method, self._tasks)
+            if why is None:
+                self._runs.append(self._placed(trial, candidate, alive.pop_all()))
+                return
+        if trial.user_attrs.get("recipe"):
+            self.worker.note(f"trial {trial.number} is trained alone: {why}")
+            self.worker.run(self.study, trial)
+
+    def _placed(self, trial: optuna.Trial, candidate: Candidate, alive: ExitStack) -> _Run:
+        recipe, method = candidate.recipe, candidate.method
+        trainers = [
+            make_trainer(recipe, method, self._data, self._tasks, seed, device=self._device) for seed in candidate.seeds
+        ]
+        key = shape(recipe, method)
+        if key not in self._stacks:
+            judge_all = self.worker.plan.pruner is not None
+            self._stacks[key] = Stack(self._rows, candidate.train.batch_size, judge_all)
+        self._stacks[key].change(add=trainers)
+        return _Run(trial, candidate, trainers, self._stacks[key], alive)
+
+    def _train(self, stack: Stack) -> None:
+        """Train one epoch of a stack; end the trials that are done."""
+        runs = [run for run in self._runs if run.stack is stack]
+        began = time.perf_counter()
+        try:
+            scores = stack.epoch()
         except (FairMTLError, ArithmeticError, RuntimeError) as error:
-            note(f"{len(members)} stacked trials are trained alone: {error}")
-    return ready
+            self._stacks = {key: other for key, other in self._stacks.items() if other is not stack}
+            self._alone(runs, f"their stack cannot be trained: {error}")
+            return
+        each = (time.perf_counter() - began) / len(stack.members)
+        for run in runs:
+            run.spent += each * len(run.trainers)
+        # alone, a trial says in which step and task it diverged
+        diverged = [run for run in runs if not run.is_finite()]
+        pruned = [run for run in runs if run not in diverged and self._is_pruned(run, scores)]
+        ended = [run for run in runs if run.finished and run not in diverged and run not in pruned]
+        stack.change(drop=[trainer for run in [*diverged, *pruned, *ended] for trainer in run.trainers])
+        if not stack.members:
+            self._stacks = {key: other for key, other in self._stacks.items() if other is not stack}
+        self._alone(diverged, "it diverged")
+        for run in [*pruned, *ended]:
+            self._end(run, pruned=run in pruned)
 
+    def _is_pruned(self, run: _Run, scores: dict[int, float]) -> bool:
+        """Report the score of a trial's first seed, as a trial alone does; whether the pruner stops it."""
+        if self.worker.plan.pruner is None:
+            return False
+        place = next(m for m, trainer in enumerate(run.stack.trainers) if trainer is run.trainers[0])
+        run.trial.report(scores[place], run.epoch - 1)
+        return run.trial.should_prune()
 
-def _run(
-    plan: Plan, members: Sequence[_Candidate], protocol: Protocol, device: str, keeper: Keeper | None
-) -> dict[int, Outcome]:
-    where, began = resolve_device(device), time.perf_counter()
-    data = plan.dataset(plan.recipe.seeds[0])
-    pairs = [(c, seed) for c in members for seed in c.seeds]
-    trainers = [make_trainer(c.recipe, c.method, data, data.tasks, seed, device=where) for c, seed in pairs]
-    settings = members[0].recipe.train_for(members[0].method)
-    Stack(trainers, data, settings.batch_size, settings.epochs).train()
-    spent = time.perf_counter() - began
-    ready: dict[int, Outcome] = {}
-    for (candidate, seed), trainer in zip(pairs, trainers):
-        if not _finite(trainer):
-            continue  # alone, the trial says in which step and task it diverged
-        predictions = trainer.predict(data.val.loader(8192, device=where))
-        empty = Outcome({m.name: [] for m in plan.measures}, candidate.seeds, spent / len(members))
-        outcome = ready.setdefault(candidate.trial.number, empty)
-        for name, value in measured(plan, predictions, protocol).items():
-            outcome.found[name].append(value)
-        if keeper is not None:
-            keeper.trained(candidate.trial)(seed, trainer)
-    counts = {c.trial.number: len(c.seeds) for c in members}
-    first = plan.measures[0].name
-    return {number: o for number, o in ready.items() if len(o.found[first]) == counts[number]}
+    def _end(self, run: _Run, pruned: bool) -> None:
+        self._runs.remove(run)
+        with run.alive, self.worker.telling(self.study, run.trial):
+            self.worker.finish(self.study, run.trial, run.candidate, None if pruned else self._outcome(run))
 
+    def _outcome(self, run: _Run) -> Outcome:
+        plan, keeper = self.worker.plan, self.worker.keeper
+        found: dict[str, list[float]] = {m.name: [] for m in plan.measures}
+        for seed, trainer in zip(run.candidate.seeds, run.trainers):
+            if trainer.select == "best" and trainer.best["state"] is not None:
+                judging.hold_best(trainer)
+            predictions = trainer.predict(self._rows.val)
+            for name, value in measured(plan, predictions, self.worker.protocol).items():
+                found[name].append(value)
+            if keeper is not None:
+                keeper.trained(run.trial)(seed, trainer)
+        return Outcome(found, list(run.candidate.seeds), run.spent)
 
-def _finite(trainer: FairTrainer) -> bool:
-    return all(bool(torch.isfinite(p).all()) for p in trainer.model.parameters())
+    def _alone(self, runs: Sequence[_Run], why: str) -> None:
+        for run in runs:
+            self._runs.remove(run)
+            run.alive.close()
+            self.worker.note(f"trial {run.trial.number} is trained alone: {why}")
+            self.worker.run(self.study, run.trial)

@@ -17,6 +17,7 @@ import optuna
 import torch
 from optuna.storages import BaseStorage
 
+from libmtl_fair.data.loader import resolve_device
 from libmtl_fair.errors import CheckpointError, FairMTLError, RecipeError
 from libmtl_fair.recipe.measure import Protocol
 from libmtl_fair.recipe.schema import Recipe, load_recipe
@@ -31,6 +32,8 @@ from libmtl_fair.tune.worker import Worker
 
 Note = Callable[[str], None]
 SAMPLER = "sampler"
+ON_GPU = 16
+"""Trials trained at once on a GPU, which one small model leaves idle."""
 
 
 def tune(
@@ -60,7 +63,7 @@ def tune(
     objectives : names such as ``macro_auc`` (up) or ``eo_difference`` (down); see :mod:`libmtl_fair.tune.measures`.
     storage : a journal file, a database URL, ``grpc://host:port``, an Optuna storage, or None: memory of this process.
     workers : processes that work on it; more than one need a storage that they can share.
-    stacked : trials trained at once as one batched model; 0 trains one at a time.
+    stacked : trials trained at once as one batched model; 1 trains one at a time; 0 is 16 on a GPU and 1 elsewhere.
     resume : False refuses to go on with a study that has trials.
     study_name : default is the recipe's name.
     timeout : seconds after which no trial is begun.
@@ -78,7 +81,7 @@ def tune(
     timeout = timeout if timeout is not None else (recipe.tune.timeout if recipe.tune else None)
     _check_workers(workers, storage)
     plan = Plan.make(recipe, objectives)
-    stacked = _stacked(plan, stacked)
+    stacked = _stacked(plan, stacked, _own_device(device))
     with storage_errors(storage if isinstance(storage, (str, Path)) else None), quiet():
         opened = open_storage(storage)
         study = open_study(plan, opened, study_name or recipe.name, resume=resume, new=new_study)
@@ -114,19 +117,17 @@ def _check_workers(workers: int, storage: Any) -> None:
         )
 
 
-def _stacked(plan: Plan, asked: int) -> int:
+def _stacked(plan: Plan, asked: int, device: str) -> int:
     """Return how many trials are trained at once.
 
     Raises
     ------
-    RecipeError : not a whole number, or a study that cannot be stacked.
+    RecipeError : not a whole number.
     """
     found = asked or (plan.recipe.tune.stacked if plan.recipe.tune else 0)
     if isinstance(found, bool) or not isinstance(found, int) or found < 0:
         raise RecipeError(f"--stacked must be a whole number of at least 0, found {found!r}")
-    if found and (plan.pruner is not None or plan.recipe.data.resplit):
-        raise RecipeError("--stacked supports studies without pruner and with one split of the data (resplit: false)")
-    return found
+    return found or (ON_GPU if resolve_device(device).type == "cuda" else 1)
 
 
 @contextmanager

@@ -6,8 +6,8 @@ import errno
 import time
 import traceback
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import optuna
@@ -18,9 +18,9 @@ from libmtl_fair.errors import CheckpointError, FairMTLError
 from libmtl_fair.recipe.measure import Protocol
 from libmtl_fair.tune import stale
 from libmtl_fair.tune.keeping import Keeper
-from libmtl_fair.tune.objective import Outcome, Plan, run_trial
+from libmtl_fair.tune.objective import Candidate, Outcome, Plan, run_trial
 from libmtl_fair.tune.queue import claim, fill, finished, slots
-from libmtl_fair.tune.stacking import run_stacks
+from libmtl_fair.tune.stacking import Places
 
 _FAILURES = (
     ArithmeticError,
@@ -47,7 +47,7 @@ class Worker:
     total : slots of the study.
     device : of this worker's trainings.
     deadline : ``time.monotonic()`` after which no trial is begun.
-    stacked : trials that are trained at once, where they can be; 0 for one at a time.
+    stacked : trials that are trained at once, where they can be; below 2 one at a time.
     keeper : keeps each trial's files, None where the storage has no folder for them.
     note : called with one line after each trial.
     """
@@ -75,63 +75,50 @@ class Worker:
         FairMTLError : every trial so far has failed.
         """
         while not self.late:
-            self.reaper(study)
-            fill(study, self.plan, self.total)
-            taken = self._take(study)
-            if taken:
-                self._run_all(study, taken)
-                self._check_hope(study)
-            elif finished(study, self.total) >= self.total:
+            trial = self.ask(study) if self.stacked < 2 else None
+            if trial is not None:
+                self.run(study, trial)
+                self.check_hope(study)
+                continue
+            if self.stacked > 1:
+                Places(self, study, self.stacked)()
+            if finished(study, self.total) >= self.total:
                 return
-            else:
-                time.sleep(min(0.5, self.grace / 5))
+            time.sleep(min(0.5, self.grace / 5))
 
     @property
     def late(self) -> bool:
         """Whether the time is over."""
         return self.deadline is not None and time.monotonic() > self.deadline
 
-    def _take(self, study: optuna.Study) -> list[optuna.Trial]:
-        """Claim a trial, or as many as are stacked."""
-        taken: list[optuna.Trial] = []
-        while len(taken) < max(self.stacked, 1):
-            trial = claim(study, self.total)
-            if trial is None:
-                break
-            taken.append(trial)
-        return taken
+    def ask(self, study: optuna.Study) -> optuna.Trial | None:
+        """Return a trial that waits, after queueing again what dead colleagues left; None where nothing waits."""
+        self.reaper(study)
+        fill(study, self.plan, self.total)
+        return claim(study, self.total)
 
-    def _run_all(self, study: optuna.Study, trials: list[optuna.Trial]) -> None:
-        if len(trials) == 1:
-            self.run(study, trials[0])
-            return
-        with ExitStack() as alive:
-            try:
-                for trial in trials:
-                    alive.enter_context(stale.Heartbeat(study, trial, self.grace))
-                ready = run_stacks(
-                    self.plan, trials, self.protocol, device=self.device, keeper=self.keeper, note=self.note
-                )
-                for trial in trials:
-                    self.run(study, trial, ready.get(trial.number))
-            except KeyboardInterrupt:
-                for trial in trials:
-                    stale.give_up(study, trial, "interrupted")
-                raise
+    def begin(self, trial: optuna.Trial) -> Candidate:
+        """Ask the sampler for a trial's parameters, and note in the trial what it trains."""
+        recipe, method = self.plan.candidate(trial)
+        found = Candidate(recipe, method, self.plan.seeds(trial.user_attrs[stale.SLOT]))
+        trial.set_user_attr("seeds", found.seeds)
+        trial.set_user_attr("method", method)
+        trial.set_user_attr("recipe", recipe.to_dict())
+        return found
 
-    def run(self, study: optuna.Study, trial: optuna.Trial, ready: Outcome | None = None) -> None:
-        """Train and measure one trial (unless ``ready`` has it already), and tell the study, whatever happens."""
-        slot = trial.user_attrs[stale.SLOT]
-        seeds = self.plan.seeds(slot)
-        try:
+    def run(self, study: optuna.Study, trial: optuna.Trial) -> None:
+        """Train and measure one trial alone, and tell the study, whatever happens."""
+        with self.telling(study, trial):
             with stale.Heartbeat(study, trial, self.grace):
-                trial.set_user_attr("seeds", seeds)
-                outcome = self._outcome(trial, seeds, ready)
-            if outcome is None:
-                study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
-            else:
-                self._tell(study, trial, outcome)
-            self.note(f"trial {trial.number} " + ("pruned" if outcome is None else self._line(outcome)))
+                candidate = self.begin(trial)
+                outcome = self._train(trial, candidate)
+            self.finish(study, trial, candidate, outcome)
+
+    @contextmanager
+    def telling(self, study: optuna.Study, trial: optuna.Trial) -> Iterator[None]:
+        """Within it, what goes wrong is told to the study as the trial's failure, and the study goes on."""
+        try:
+            yield
         except UpdateFinishedTrialError:
             self.note(f"trial {trial.number} had been given up as lost; another worker has it")
         except CheckpointError:
@@ -146,33 +133,35 @@ class Worker:
                 raise
             self._failed(study, trial, error)
 
-    def _outcome(self, trial: optuna.Trial, seeds: list[int], ready: Outcome | None) -> Outcome | None:
-        recipe, method = self.plan.candidate(trial)
-        trial.set_user_attr("method", method)
-        trial.set_user_attr("recipe", recipe.to_dict())
-
+    def _train(self, trial: optuna.Trial, candidate: Candidate) -> Outcome | None:
         def on_epoch(epoch: int, score: float) -> None:
             trial.report(score, epoch)
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-        listen = on_epoch if self.plan.pruner is not None else None
         try:
-            outcome = ready or run_trial(
+            return run_trial(
                 self.plan,
-                recipe,
-                method,
-                seeds,
+                candidate.recipe,
+                candidate.method,
+                candidate.seeds,
                 self.protocol,
                 device=self.device,
-                on_epoch=listen,
+                on_epoch=on_epoch if self.plan.pruner is not None else None,
                 on_trained=self.keeper.trained(trial) if self.keeper else None,
             )
         except optuna.TrialPruned:
             return None
-        if self.keeper is not None:
-            self.keeper.measured(trial, outcome, recipe)
-        return outcome
+
+    def finish(self, study: optuna.Study, trial: optuna.Trial, candidate: Candidate, outcome: Outcome | None) -> None:
+        """Tell the study what a trial found; None is a pruned one."""
+        if outcome is None:
+            study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
+        else:
+            if self.keeper is not None:
+                self.keeper.measured(trial, outcome, candidate.recipe)
+            self._tell(study, trial, outcome)
+        self.note(f"trial {trial.number} " + ("pruned" if outcome is None else self._line(outcome)))
 
     def _tell(self, study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:
         trial.set_user_attr("validation", outcome.found)
@@ -199,7 +188,13 @@ class Worker:
             return
         self.note(f"trial {trial.number} failed: {error}")
 
-    def _check_hope(self, study: optuna.Study) -> None:
+    def check_hope(self, study: optuna.Study) -> None:
+        """Stop where every trial fails.
+
+        Raises
+        ------
+        FairMTLError : every trial so far has failed.
+        """
         done = [t for t in slots(study).values() if t.state.is_finished()]
         failed = [t for t in done if t.state == TrialState.FAIL]
         if len(failed) >= _HOPELESS and len(failed) == len(done):

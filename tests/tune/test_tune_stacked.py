@@ -5,19 +5,31 @@ import dataclasses
 import pytest
 import torch
 
-from libmtl_fair import tune
-from libmtl_fair.errors import RecipeError
 from libmtl_fair.recipe.build import loaders, make_dataset, make_trainer
-from libmtl_fair.tune.objective import Plan, run_trial
 from libmtl_fair.tune.space import changed
-from libmtl_fair.tune.stacked import Stack, obstacle
+from libmtl_fair.tune.stacked import Rows, Stack, obstacle, shape
 
 CPU = torch.device("cpu")
+LR, DECAY, DROPOUT = ("train", "optimizer", "lr"), ("train", "optimizer", "weight_decay"), ("model", "dropout")
+HEADS = "{weighting: LambdaMix, lam: 0.7, heads: {loss: %s}}"
+METHODS = (
+    "methods.fairmt={weighting: FairMT, epsilon: 0.01, rho: 0.3}",
+    "methods.lipschitz={weighting: FairMT, rho: 0.3, lipschitz: true, alpha: uniform}",
+    f"methods.glf={HEADS % 'glf'}",
+    f"methods.gld={HEADS % 'gld, target: main, heads: shared'}",
+    f"methods.own={HEADS % 'glf, target: label+accuracy'}",
+)
 MEMBERS = [
-    ("relif", {("train", "optimizer", "lr"): 0.01, ("target",): 0.05}, 3),
-    ("relif", {("train", "optimizer", "lr"): 0.003, ("beta",): 0.2, ("model", "dropout"): 0.3}, 4),
-    ("plain", {("train", "optimizer", "weight_decay"): 0.01}, 5),
+    ("relif", {LR: 0.01, ("target",): 0.05, ("lambda_max",): 3.0}, 3),
+    ("relif", {LR: 0.003, ("beta",): 0.2, DROPOUT: 0.3, ("warmup",): 2, ("k",): 8}, 4),
+    ("plain", {DECAY: 0.01}, 5),
+    ("fairmt", {LR: 0.02, ("epsilon",): 0.002}, 6),
+    ("fairmt", {("mu",): 0.2, DROPOUT: 0.1}, 7),
+    ("lipschitz", {}, 8),
+    ("glf", {("lam",): 0.8, DROPOUT: 0.2}, 9),
+    ("gld", {DECAY: 0.001}, 10),
 ]
+OWN_HEADS = [("own", {("lam",): 0.6}, 3), ("own", {LR: 0.02, ("lam",): 0.9}, 4)]
 
 
 def doubled(data):
@@ -28,59 +40,139 @@ def doubled(data):
     return dataclasses.replace(data, **parts)
 
 
-@pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("select", ["last", "best"])
-def test_each_member_is_the_trial_run_alone(small, dtype, within, select):
-    recipe = small("train.epochs=2", f"train.select={select}", "train.scheduler={scheduler: cos, T_max: 2}")
+@pytest.fixture
+def world(small, request):
+    """A function of changes that returns (data, a function that makes a member's trainer)."""
     held = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
+
+    def make(*changes, dtype=torch.float64):
+        torch.set_default_dtype(dtype)
+        recipe = small(*METHODS, *changes)
         data = make_dataset(recipe, 0)
         data = doubled(data) if dtype == torch.float64 else data
 
         def trainer(method, values, seed):
             return make_trainer(changed(recipe, method, values), method, data, data.tasks, seed, device=CPU)
 
-        stacked = [trainer(*member) for member in MEMBERS]
-        Stack(stacked, data, 256, 2).train()
-        for (method, values, seed), found in zip(MEMBERS, stacked):
-            alone = trainer(method, values, seed)
-            sources = loaders(data, 256, seed, CPU)
-            alone.train(sources["train"], None, 2, sources["val"])
-            for (name, a), b in zip(alone.model.named_parameters(), found.model.parameters()):
-                assert torch.allclose(a, b, rtol=0, atol=within), name
-            if select == "best":
-                assert alone.best["epoch"] == found.best["epoch"]
-    finally:
-        torch.set_default_dtype(held)
+        return data, trainer
+
+    yield make
+    torch.set_default_dtype(held)
+
+
+def alone(trainer, data, epochs, batch_size=256):
+    sources = loaders(data, batch_size, trainer.seed, CPU)
+    trainer.train(sources["train"], None, epochs, sources["val"])
+    return trainer
+
+
+def assert_equal(stacked, single, within):
+    found = stacked.model.state_dict()
+    for name, value in single.model.state_dict().items():
+        if value.is_floating_point():
+            assert torch.allclose(found[name], value, rtol=0, atol=within), name
+
+
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("select", ["last", "best"])
+@pytest.mark.parametrize("members", [MEMBERS, OWN_HEADS], ids=["main", "own_heads"])
+def test_each_member_is_the_trial_run_alone(world, dtype, within, select, members):
+    data, trainer = world(f"train.select={select}", "train.scheduler={scheduler: cos, T_max: 2}", dtype=dtype)
+    trainers = [trainer(*member) for member in members]
+    stack = Stack(Rows(data, CPU), 256)
+    stack.change(add=trainers)
+    for _ in range(2):
+        stack.epoch()
+    stack.change(drop=trainers)
+    for member, found in zip(members, trainers):
+        single = alone(trainer(*member), data, 2)
+        if select == "best":
+            assert single.best["epoch"] == found.best["epoch"]
+            single.model.load_state_dict(single.best["state"])
+            found.model.load_state_dict(found.best["state"])
+        assert_equal(found, single, within)
+
+
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_every_step_is_that_of_the_trial_run_alone(world, dtype, within):
+    """An epoch is one step here; after each, the stack goes on from the weights of the trainer alone."""
+    data, trainer = world("train.select=last", dtype=dtype)
+    data = dataclasses.replace(data, train=_rows(data.train, 100))
+    for member in MEMBERS:
+        twin, single = trainer(*member), trainer(*member)
+        rows = loaders(data, 100, single.seed, CPU)["train"]
+        stack = Stack(Rows(data, CPU), 100)
+        stack.change(add=[twin])
+        for steps in range(1, 9):
+            stack.epoch()
+            single.train(rows, None, steps)
+            assert_equal(twin, single, within)
+            twin.model.load_state_dict(single.model.state_dict())
+
+
+def _rows(split, count):
+    return dataclasses.replace(
+        split,
+        x=split.x[:count],
+        labels={name: y[:count] for name, y in split.labels.items()},
+        groups={name: g[:count] for name, g in split.groups.items()},
+        rows=split.rows[:count],
+    )
+
+
+def test_members_come_and_go_and_do_not_notice_each_other(world):
+    data, trainer = world("train.scheduler={scheduler: cos, T_max: 3}")
+    first, second, third, fourth = (trainer(*MEMBERS[i]) for i in (0, 1, 3, 6))
+    stack = Stack(Rows(data, CPU), 256)
+    stack.change(add=[first, second])
+    stack.epoch()
+    stack.change(add=[third], drop=[first])
+    stack.epoch()
+    stack.change(add=[fourth])
+    stack.epoch()
+    stack.change(drop=[second, third, fourth])
+    assert not stack.members
+    for i, (found, epochs) in enumerate([(first, 1), (second, 3), (third, 2), (fourth, 1)]):
+        single = alone(trainer(*MEMBERS[(0, 1, 3, 6)[i]]), data, epochs)
+        assert_equal(found, single, 1e-9)
+
+
+def test_missing_labels_and_a_member_that_diverges_do_not_disturb_the_others(world):
+    data, trainer = world()
+    train = data.train
+    labels = {name: y.masked_fill(torch.rand(len(y)) < 0.3, torch.nan) for name, y in train.labels.items()}
+    data = dataclasses.replace(data, train=dataclasses.replace(train, labels=labels))
+    mad = trainer("plain", {LR: 1e300}, 1)
+    good = [trainer(*MEMBERS[i]) for i in (0, 2, 3, 6)]
+    stack = Stack(Rows(data, CPU), 256)
+    stack.change(add=[good[0], mad, *good[1:]])
+    stack.epoch()
+    assert [stack.finite(m) for m in range(5)] == [True, False, True, True, True]
+    stack.change(drop=[mad])
+    stack.epoch()
+    stack.change(drop=good)
+    for i, found in zip((0, 2, 3, 6), good):
+        assert_equal(found, alone(trainer(*MEMBERS[i]), data, 2), 1e-9)
 
 
 def test_what_cannot_be_stacked_says_why(small):
     tasks = make_dataset(small(), 0).tasks
+
+    def why(change):
+        return obstacle(small(change), "relif", tasks)
+
     assert obstacle(small(), "relif", tasks) is None
-    assert "weighting FairMT" in obstacle(small("methods.relif={weighting: FairMT}"), "relif", tasks)
-    assert "norm batch" in obstacle(small("model.norm=batch"), "relif", tasks)
+    assert "weighting FBGrad (stacked: an MLP" in why("methods.relif={weighting: FBGrad, architecture: FairBranch}")
+    assert "proxy full" in why("methods.relif={weighting: FairMT, proxy: full}")
+    assert why("methods.relif={weighting: FairMT, proxy: full, alpha: uniform}") is None
+    assert "base GradNorm" in why("methods.relif={weighting: ReLiF, base: GradNorm}")
+    assert "norm batch" in why("model.norm=batch")
+    assert "heads adversarial" in why("methods.relif={weighting: LambdaMix, heads: {loss: adversarial}}")
+    assert "resplit" in why("data.resplit=true")
+    assert "optimiser sgd" in why("train.optimizer={optim: sgd}")
 
 
-def test_a_stacked_study_finds_what_a_sequential_one_finds(small, tmp_path):
-    recipe = small("tune.space={target: builtin, lr: builtin}")
-    said = []
-    stacked = tune.tune(recipe, 6, storage=tmp_path / "s.journal", stacked=3, note=said.append)
-    complete = stacked.get_trials()
-    assert [t.state.name for t in complete] == ["COMPLETE"] * 6
-    plan = Plan.make(recipe)
-    for trial in complete[:4]:
-        candidate = tune.to_recipe(trial)
-        (method,) = candidate.methods
-        alone = run_trial(plan, candidate, method, trial.user_attrs["seeds"], plan.plain_protocol())
-        assert [alone.mean(m.name) for m in plan.objectives] == pytest.approx(trial.values, abs=2e-3)
-
-
-def test_others_are_trained_alone_and_say_so(small):
-    said = []
-    recipe = small("methods.relif={weighting: FairMT}", "tune.space={lr: builtin}")
-    study = tune.tune(recipe, 3, stacked=3, note=said.append)
-    assert [t.state.name for t in study.get_trials()] == ["COMPLETE"] * 3
-    assert any("trained alone: weighting FairMT (stacked: an MLP" in line for line in said)
-    with pytest.raises(RecipeError, match="--stacked supports studies without pruner"):
-        tune.tune(small("tune.objectives=[macro_auc]", "tune.pruner=median"), 1, stacked=2)
+def test_members_of_one_stack_share_their_shape(small):
+    recipe = small(*METHODS)
+    assert shape(recipe, "relif") == shape(recipe, "fairmt") == shape(recipe, "glf") != shape(recipe, "own")
+    assert shape(small("model.hidden=[4]"), "relif") != shape(recipe, "relif")

@@ -1,0 +1,188 @@
+"""M trainings as one: batched matrix products, gradients written out, one Adam; members come and go between epochs.
+
+A member is a :class:`FairTrainer` whose weights are a row of one matrix [M, P]. One batched matrix product does a layer of all
+members. What a fairness method asks for is a gradient to its logits and representations, a few columns wide, which the
+member's own weighting computes. Random draws come from each member's own stream, so that a member's training is the one that
+it would have had alone, up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from libmtl_fair.data import Dataset
+from libmtl_fair.data.loader import epoch_order
+from libmtl_fair.errors import HostError
+from libmtl_fair.host import FairTrainer, evaluation, judging
+from libmtl_fair.tune.stacked.members import Member
+from libmtl_fair.tune.stacked.weights import Adam, Weights
+
+
+class Rows:
+    """The training data of a stack on its device, and a loader of the validation data.
+
+    Attributes
+    ----------
+    x, y : [N, F] and [N, T], NaN where a label is missing.
+    groups : attribute -> [N].
+    """
+
+    def __init__(self, data: Dataset, device: torch.device) -> None:
+        split, self.device = data.train, device
+        self.x = split.x.to(device)
+        self.tasks = tuple(task.name for task in data.tasks)
+        y = torch.stack([split.labels[name].to(self.x.dtype) for name in self.tasks], 1).to(device)
+        self.y = torch.where(y < 0, torch.nan, y)
+        self.groups = {name: ids.to(device) for name, ids in split.groups.items()}
+        self.val = data.val.loader(8192, device=device)
+
+
+class Stack:
+    """Trainers of binary tasks that train together, an epoch at a time.
+
+    Parameters
+    ----------
+    rows : the data of all of them.
+    batch_size : of all of them.
+    judge_all : judge every member after each epoch, not only those that keep their best epoch.
+
+    Attributes
+    ----------
+    members : in the order of the rows of weights.
+    """
+
+    def __init__(self, rows: Rows, batch_size: int, judge_all: bool = False) -> None:
+        self.rows, self.batch_size, self.judge_all = rows, batch_size, judge_all
+        self.members: list[Member] = []
+        self._weights: Weights | None = None
+
+    @property
+    def trainers(self) -> list[FairTrainer]:
+        """Return the members' trainers."""
+        return [member.trainer for member in self.members]
+
+    def change(self, add: Sequence[FairTrainer] = (), drop: Sequence[FairTrainer] = ()) -> None:
+        """Take in new trainers (of one shape) and let others go, which keep what they have learned."""
+        if self._weights is None:
+            if not add:
+                return
+            self._weights = Weights(add[0])
+            group = add[0].optimizer.param_groups[0]
+            self._adam = Adam(group["betas"], group["eps"], self._weights.flat)
+        kept = [m for m, trainer in enumerate(self.trainers) if not any(trainer is gone for gone in drop)]
+        for trainer in add:
+            trainer._prepare_groups(self.rows.val, None)
+        self.members = [self.members[m] for m in kept] + [Member(trainer) for trainer in add]
+        self._weights.change(kept, self.trainers, add)
+        self._adam.change(kept, add)
+        for trainer in drop:
+            Weights.release(trainer)
+        plain = [m for m, member in enumerate(self.members) if member.plain]
+        self._fair = [m for m, member in enumerate(self.members) if not member.plain]
+        self._plain = torch.tensor(plain, device=self.rows.device) if plain and self._fair else None
+
+    @property
+    def weights(self) -> Weights:
+        """Return the weights of all members.
+
+        Raises
+        ------
+        HostError : there was no member yet.
+        """
+        if self._weights is None:
+            raise HostError("the stack has no members")
+        return self._weights
+
+    def epoch(self) -> dict[int, float]:
+        """Train one epoch; return place -> validation score of the members that are judged."""
+        for member in self.members:
+            member.trainer.model.train()
+            member.trainer.model.epoch = member.trainer.epoch
+        orders = torch.stack(
+            [epoch_order(m.seed, m.trainer.epoch, len(self.rows.x), self.rows.device) for m in self.members]
+        )
+        with torch.no_grad():
+            for rows in torch.split(orders, self.batch_size, 1):
+                self._step(rows)
+        scores: dict[int, float] = {}
+        for m, member in enumerate(self.members):
+            if (self.judge_all or member.trainer.select == "best") and self.finite(m):
+                found = evaluation.evaluate(member.trainer, self.rows.val)
+                scores[m] = judging.judge(member.trainer, member.trainer.epoch, found)
+            self._adam.rates[m] = member.end_epoch()
+        return scores
+
+    def finite(self, m: int) -> bool:
+        """Whether a member's weights are numbers."""
+        return bool(self.weights.flat[m].isfinite().all())
+
+    def _step(self, rows: Tensor) -> None:
+        """Train one step of every member on its own rows [M, B] of the data."""
+        *blocks, heads = self.weights.layers
+        flat = rows.reshape(-1)
+        inputs, masks = [self.rows.x.index_select(0, flat).view(*rows.shape, -1)], []
+        for layer in blocks:
+            h = layer(inputs[-1]).relu_()
+            masks.append(self._mask(h))
+            inputs.append(h if masks[-1] is None else h.mul_(masks[-1]))
+        z = heads(inputs[-1])
+        y = self.rows.y.index_select(0, flat).view(*rows.shape, -1)
+        self._backward(inputs, masks, *self._objective(z, inputs[-1], y, rows))
+        self._adam.step(self.weights.flat, self.weights.grad)
+
+    def _mask(self, h: Tensor) -> Tensor | None:
+        """Return what dropout multiplies h [M, B, d] by, None where no member has it."""
+        if not any(member.dropout for member in self.members):
+            return None
+        mask = torch.ones_like(h)
+        for m, member in enumerate(self.members):
+            if member.dropout:
+                keep = 1 - member.dropout
+                mask[m].bernoulli_(keep, generator=member.generator).div_(keep)
+        return mask
+
+    def _objective(self, z: Tensor, h: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, list[tuple[int, Tensor]]]:
+        """Return the gradients to the logits [M, B, C], and those that pass by the heads: (place, [B, d])."""
+        if not self._fair:
+            return _loss_gradient(z, y), []
+        gradient = torch.empty_like(z)
+        if self._plain is not None:
+            gradient[self._plain] = _loss_gradient(z[self._plain], y[self._plain])
+        further = []
+        for m in self._fair:
+            labels = dict(zip(self.rows.tasks, y[m].clone().unbind(1)))
+            groups = {name: ids.index_select(0, rows[m]) for name, ids in self.rows.groups.items()}
+            with torch.enable_grad():
+                gradient[m], to_h = self.members[m].logit_gradients(z[m], h[m], labels, groups)
+            if to_h is not None:
+                further.append((m, to_h))
+        return gradient, further
+
+    def _backward(
+        self, inputs: list[Tensor], masks: list[Tensor | None], gradient: Tensor, further: list[tuple[int, Tensor]]
+    ) -> None:
+        """Write the gradient of all weights from that of the logits."""
+        layers, grads = self.weights.layers, self.weights.grads
+        for index in reversed(range(len(layers))):
+            torch.bmm(inputs[index].mT, gradient, out=grads[index].weight)
+            torch.sum(gradient, 1, keepdim=True, out=grads[index].bias)
+            if not index:
+                return
+            gradient = torch.bmm(gradient, layers[index].weight.mT)
+            if index == len(layers) - 1:
+                for m, to_h in further:
+                    gradient[m] += to_h
+            mask = masks[index - 1]
+            if mask is not None:
+                gradient.mul_(mask)
+            gradient = torch.ops.aten.threshold_backward(gradient, inputs[index], 0)
+
+
+def _loss_gradient(z: Tensor, y: Tensor) -> Tensor:
+    """Gradient to the logits [M, B, T] of the tasks' binary cross-entropies, means over rows with a label (NaN: none)."""
+    seen = y == y
+    count = seen.sum(1, keepdim=True).clamp_(min=1)
+    return torch.where(seen, (torch.sigmoid(z) - y).div_(count), 0.0)

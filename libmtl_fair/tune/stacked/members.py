@@ -1,0 +1,94 @@
+"""A member of a stack: its trainer, its random draws, its learning rates, and what its fairness method asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from libmtl_fair.host import FairTrainer, stepping
+from libmtl_fair.host.optimizers import make_scheduler
+
+
+class Member:
+    """One training among those of a stack.
+
+    Random draws (dropout, prototypes) come from a generator of its own, in the order in which it would draw them alone.
+    """
+
+    def __init__(self, trainer: FairTrainer) -> None:
+        self.trainer = trainer
+        self.device = trainer.device
+        self.seed = trainer.seed or 0
+        self.generator = torch.Generator(self.device).manual_seed(self.seed + 1)  # as a trainer does
+        rates = [module.p for module in trainer.model.encoder.modules() if isinstance(module, nn.Dropout)]
+        self.dropout = float(rates[0]) if rates else 0.0
+        self.plain = trainer.weighting == "EW" and not trainer.auxiliary
+        self._schedule = _schedule(trainer)
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Within it, torch's global generator is the member's own."""
+        default = _default(self.device)
+        held = default.get_state()
+        default.set_state(self.generator.get_state())
+        try:
+            yield
+        finally:
+            self.generator.set_state(default.get_state())
+            default.set_state(held)
+
+    def logit_gradients(
+        self, z: Tensor, h: Tensor, labels: dict[str, Any], groups: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the gradients of this step's objective to the logits [B, C] and, past the heads, to h [B, d].
+
+        The member's own weighting computes them, on logits and representations cut off from what made them.
+        """
+        trainer, model = self.trainer, self.trainer.model
+        z, h = z.clone().requires_grad_(), h.detach().requires_grad_()
+        own = [name for name in trainer.task_name if type(model.decoders[name]) is nn.Linear]
+        preds = dict(zip(own, torch.split(z, 1, 1)))
+        for name in trainer.auxiliary:
+            task: Any = trainer.tasks[name]
+            labels[name] = task.labels_from(labels, groups, trainer._n_groups)
+            if name not in preds:
+                preds[name] = model.decoders[name](h)
+        preds = {name: preds[name] for name in trainer.task_name}
+        losses = trainer._compute_losses(preds, labels)
+        if trainer._is_fair:
+            model.fair_batch = stepping.fair_batch(trainer, (losses, preds, labels, groups), trainer.epoch, h)
+        with self.drawing():
+            model.backward(losses, **trainer._weight_args)
+        trainer.global_step += 1
+        return torch.zeros_like(z) if z.grad is None else z.grad, h.grad
+
+    def end_epoch(self) -> float:
+        """Count an epoch; return the learning rate of the next."""
+        trainer = self.trainer
+        after = getattr(trainer.model, "after_epoch", None)
+        if after is not None:
+            after(trainer, trainer.epoch)
+        trainer.epoch += 1
+        if self._schedule is None:
+            return float(trainer.optimizer.param_groups[0]["lr"])
+        self._schedule.optimizer.step()
+        self._schedule.step()
+        return float(self._schedule.get_last_lr()[0])
+
+
+def _default(device: torch.device) -> torch.Generator:
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.default_generator
+
+
+def _schedule(trainer: FairTrainer) -> Any:
+    """Return a scheduler that only counts: of an optimiser without real parameters."""
+    if trainer.scheduler is None:
+        return None
+    rate = float(trainer.optimizer.param_groups[0].get("initial_lr", trainer.optimizer.param_groups[0]["lr"]))
+    return make_scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=rate), trainer.scheduler_param)

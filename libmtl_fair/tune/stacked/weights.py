@@ -1,0 +1,135 @@
+"""The weights of all members as one matrix [M, P], and Adam on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from libmtl_fair.host import FairTrainer
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Views of one layer of all members: ``weight`` [M, in, out] (the transpose of ``nn.Linear``'s), ``bias`` [M, 1, out]."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the layer's output [M, B, out]."""
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+def own_linears(trainer: FairTrainer) -> list[list[nn.Linear]]:
+    """Return a trainer's layers, each as the linear modules that are its columns: blocks of the encoder, then all heads.
+
+    Heads that repeat a main head (``target="main"``) have no weights of their own.
+    """
+    model = trainer.model
+    blocks = [[block[0]] for block in model.encoder.blocks]
+    heads = [model.decoders[name] for name in trainer.task_name]
+    return [*blocks, [head for head in heads if type(head) is nn.Linear]]
+
+
+class Weights:
+    """One row of weights a member. The members' own modules hold views of their row, so they always have its values.
+
+    Attributes
+    ----------
+    flat, grad : [M, P].
+    layers, grads : views of them, a layer each; the last layer is that of the heads.
+    """
+
+    flat: Tensor
+    grad: Tensor
+    layers: list[Layer]
+    grads: list[Layer]
+
+    def __init__(self, trainer: FairTrainer) -> None:
+        linears = own_linears(trainer)
+        self.sizes = [(row[0].in_features, sum(linear.out_features for linear in row)) for row in linears]
+        like = linears[0][0].weight
+        self._set(like.new_empty((0, sum(i * o + o for i, o in self.sizes))), [])
+
+    def _set(self, flat: Tensor, trainers: Sequence[FairTrainer]) -> None:
+        self.flat, self.grad = flat, torch.zeros_like(flat)
+        self.layers, self.grads = self._views(self.flat), self._views(self.grad)
+        for m, trainer in enumerate(trainers):
+            for row, layer in zip(own_linears(trainer), self.layers):
+                sizes = [linear.out_features for linear in row]
+                parts = zip(row, torch.split(layer.weight[m], sizes, 1), torch.split(layer.bias[m, 0], sizes))
+                for linear, weight, bias in parts:
+                    linear.weight.data, linear.bias.data = weight.t(), bias
+
+    def _views(self, flat: Tensor) -> list[Layer]:
+        found, start = [], 0
+        for i, o in self.sizes:
+            weight = flat[:, start : start + i * o].view(len(flat), i, o)
+            bias = flat[:, start + i * o : start + i * o + o].view(len(flat), 1, o)
+            found.append(Layer(weight, bias))
+            start += i * o + o
+        return found
+
+    @torch.no_grad()
+    def change(self, kept: Sequence[int], trainers: Sequence[FairTrainer], new: Sequence[FairTrainer]) -> None:
+        """Keep some rows and append those of new members; ``trainers`` are the members afterwards."""
+        rows = [torch.cat([part.reshape(-1) for row in own_linears(t) for part in _joined(row)]) for t in new]
+        self._set(torch.cat([self.flat[list(kept)], *(row.unsqueeze(0) for row in rows)]), trainers)
+
+    @staticmethod
+    def release(trainer: FairTrainer) -> None:
+        """Give a member's modules weights of their own again."""
+        for row in own_linears(trainer):
+            for linear in row:
+                for parameter in (linear.weight, linear.bias):
+                    parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _joined(row: Sequence[nn.Linear]) -> tuple[Tensor, Tensor]:
+    return torch.cat([linear.weight.detach().t() for linear in row], 1), torch.cat([x.bias.detach() for x in row])
+
+
+class Adam:
+    """Adam over [M, P], a learning rate, a weight decay and a count of steps for each member; torch's formula."""
+
+    def __init__(self, betas: tuple[float, float], eps: float, like: Tensor) -> None:
+        self.betas, self.eps = betas, eps
+        self.mean, self.square = torch.zeros_like(like), torch.zeros_like(like)
+        self.rates: list[float] = []
+        self.decays: list[float] = []
+        self.steps: list[int] = []
+
+    def change(self, kept: Sequence[int], new: Sequence[FairTrainer]) -> None:
+        """Keep the state of some members, and begin that of new ones."""
+        groups = [trainer.optimizer.param_groups[0] for trainer in new]
+        self.rates = [self.rates[m] for m in kept] + [float(group["lr"]) for group in groups]
+        self.decays = [self.decays[m] for m in kept] + [float(group["weight_decay"]) for group in groups]
+        self.steps = [self.steps[m] for m in kept] + [0] * len(new)
+        zeros = self.mean.new_zeros((len(new), self.mean.shape[1]))
+        self.mean, self.square = (torch.cat([held[list(kept)], zeros]) for held in (self.mean, self.square))
+        self._decay = self._column(self.decays) if any(self.decays) else None
+        self._room = torch.empty_like(self.mean)
+
+    def _column(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=self.mean.dtype).to(self.mean.device).unsqueeze(1)
+
+    @torch.no_grad()
+    def step(self, flat: Tensor, grad: Tensor) -> None:
+        """Update all weights from their gradient, which it may change.
+
+        ``lr / (1 - b1^t) mean / (sqrt(square) / root + eps)`` with ``root = sqrt(1 - b2^t)``.
+        """
+        first, second = self.betas
+        self.steps = [step + 1 for step in self.steps]
+        if self._decay is not None:
+            grad.addcmul_(flat, self._decay)
+        self.mean.lerp_(grad, 1 - first)
+        self.square.mul_(second).addcmul_(grad, grad, value=1 - second)
+        roots = [(1 - second**step) ** 0.5 for step in self.steps]
+        sizes = [rate * root / (1 - first**step) for rate, root, step in zip(self.rates, roots, self.steps)]
+        torch.sqrt(self.square, out=self._room)
+        self._room.add_(self._column([self.eps * root for root in roots])).div_(self._column(sizes))
+        flat.addcdiv_(self.mean, self._room, value=-1)
