@@ -145,6 +145,25 @@ def check_group_names(
     return names
 
 
+def check_weights(weights: object, n_rows: int) -> Tensor:
+    """Return the weight of each row, float64 [N], finite, not negative, not all 0.
+
+    Raises
+    ------
+    DataError : anything else.
+    """
+    values = torch.as_tensor(weights if isinstance(weights, Tensor) else np.asarray(weights, dtype=np.float64))
+    values = _one_length(values.detach().double(), n_rows, "weights")
+    if (
+        values.dim() != 1
+        or not bool(torch.isfinite(values).all())
+        or float(values.min()) < 0
+        or not float(values.sum())
+    ):
+        raise DataError("weights: expected [N] finite numbers of at least 0, not all of them 0")
+    return values
+
+
 def _one_length(tensor: Tensor, n_rows: int, what: str) -> Tensor:
     found = tensor.shape[0] if tensor.dim() else 0
     if found != n_rows:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from sklearn.base import BaseEstimator
-from sklearn.utils import check_random_state
+from sklearn.utils import _safe_indexing, check_random_state
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from libmtl_fair.errors import RecipeError
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.sklearn import storage, training
 from libmtl_fair.sklearn.groups import read_groups
-from libmtl_fair.sklearn.inputs import TableEncoder, check_inputs
+from libmtl_fair.sklearn.inputs import TableEncoder, check_inputs, check_weights
 from libmtl_fair.sklearn.methods import check_method, find_method
 from libmtl_fair.sklearn.targets import Target, make_targets
 
@@ -64,21 +64,31 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
         return tags
 
     def _fit(
-        self, x: Any, y: pd.DataFrame, sensitive_features: Any, declared: Mapping[Any, str] | None
+        self,
+        x: Any,
+        y: pd.DataFrame,
+        sensitive_features: Any,
+        declared: Mapping[Any, str] | None,
+        sample_weight: Any = None,
     ) -> list[Target]:
         settings, method = training.Settings.of(self), find_method(self.method)
         if self.method_args is not None and not isinstance(self.method_args, Mapping):
             raise RecipeError(f"method_args must be a dict of settings of {self.method!r}, found {self.method_args!r}")
         check_consistent_length(x, y)
+        groups, weights = read_groups(sensitive_features, len(y)), check_weights(sample_weight, x)
+        if weights is not None and not weights.all():  # rows of weight 0 are as good as absent
+            kept = np.flatnonzero(weights)
+            x, y, weights = _safe_indexing(x, kept), y.iloc[kept], weights[kept]
+            groups = groups.take(torch.from_numpy(kept))
         targets = make_targets(y, declared)
-        groups = read_groups(sensitive_features, len(y))
         check_method(self.method, method, len(targets), groups.names)
         self.encoder_ = TableEncoder.fit(x)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         labels = {target.name: target.encode(y[target.column]) for target in targets}
         tasks = [target.task for target in targets]
         rows = torch.from_numpy(self.encoder_.encode(x))
-        found = training.train(settings, method, self._arguments(), rows, tasks, labels, groups, seed)
+        importance = None if weights is None else torch.from_numpy(weights)
+        found = training.train(settings, method, self._arguments(), rows, tasks, labels, groups, seed, importance)
         self.targets_, self.groups_, self.history_ = targets, groups.names, found.history
         self.weights_, self.structure_ = found.weights, found.structure
         self._rebuild(rows.shape[1])

@@ -48,7 +48,7 @@ class FairMTLClassifier(ClassifierMixin, FairMTLBase):  # type: ignore[misc]
     (200, 2)
     """
 
-    def fit(self, X: Any, y: Any, *, sensitive_features: Any = None) -> FairMTLClassifier:
+    def fit(self, X: Any, y: Any, *, sensitive_features: Any = None, sample_weight: Any = None) -> FairMTLClassifier:
         """Train on rows X [N, F] with classes y [N].
 
         Parameters
@@ -56,6 +56,9 @@ class FairMTLClassifier(ClassifierMixin, FairMTLBase):  # type: ignore[misc]
         X : array or DataFrame; text and category columns are one-hot encoded, gaps are filled.
         y : binary or multiclass labels without gaps.
         sensitive_features : groups, one column or a table of them, missing values allowed; most methods need them.
+        sample_weight : [N] of at least 0: how much a row counts, in losses and in the methods' group statistics. Each epoch
+            draws rows in proportion to it (see :class:`~libmtl_fair.data.ResidentLoader`), so a weight of 2 is as good as a
+            row given twice only in the mean over epochs; a weight of 0 leaves the row out.
 
         Raises
         ------
@@ -75,7 +78,7 @@ class FairMTLClassifier(ClassifierMixin, FairMTLBase):  # type: ignore[misc]
         frame = pd.DataFrame({"y" if name is None else name: labels})
         n_classes = frame.iloc[:, 0].nunique()
         kind = "binary" if n_classes <= 2 else "multiclass"
-        self._fit(x, frame, sensitive_features, {frame.columns[0]: kind})
+        self._fit(x, frame, sensitive_features, {frame.columns[0]: kind}, sample_weight)
         self._publish()
         return self
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
 from libmtl_fair.errors import DataError
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.sklearn.base import FairMTLBase
-from libmtl_fair.sklearn.inputs import check_inputs
+from libmtl_fair.sklearn.inputs import check_inputs, check_weights
 from libmtl_fair.sklearn.targets import Target, read_table
 
 
@@ -82,7 +82,9 @@ class FairMTLEstimator(FairMTLBase):
         tags.target_tags.multi_output = True
         return tags
 
-    def fit(self, X: Any, Y: Any, *, sensitive_features: Any = None) -> FairMTLEstimator:
+    def fit(
+        self, X: Any, Y: Any = None, *, sensitive_features: Any = None, sample_weight: Any = None, y: Any = None
+    ) -> FairMTLEstimator:
         """Train on rows X [N, F] with targets Y.
 
         Parameters
@@ -90,17 +92,24 @@ class FairMTLEstimator(FairMTLBase):
         X : array or DataFrame; text and category columns are one-hot encoded, gaps are filled.
         Y : DataFrame (one column a task), Series or array; NaN, None or NA where a label is missing.
         sensitive_features : groups, one column or a table of them, missing values allowed; most methods need them.
+        sample_weight : [N] of at least 0: how much a row counts, in losses and in the methods' group statistics. Each epoch
+            draws rows in proportion to it (see :class:`~libmtl_fair.data.ResidentLoader`), so a weight of 2 is as good as a
+            row given twice only in the mean over epochs; a weight of 0 leaves the row out.
+        y : another name of Y, for tools that write ``fit(X, y=...)``.
 
         Raises
         ------
         RecipeError : unknown method, too few tasks for it, or a parameter out of range.
         DataError : a method that needs groups got none, or a target whose kind cannot be told.
         """
+        if Y is not None and y is not None:
+            raise DataError("fit got both Y and y, which are two names of the same table; give one")
+        Y = y if Y is None else Y
         if Y is None:
             raise ValueError("FairMTLEstimator requires y to be passed, but the target y is None")
         x = check_inputs(self, X, reset=True)
         frame = read_table(Y)
-        self._fit(x, frame, sensitive_features, self.tasks)
+        self._fit(x, frame, sensitive_features, self.tasks, sample_weight)
         self.form_ = _form(Y)
         self._publish()
         return self
@@ -137,11 +146,17 @@ class FairMTLEstimator(FairMTLBase):
             )
         return blocks[0] if self.form_ == "column" else blocks
 
-    def score(self, X: Any, y: Any) -> float:
-        """Return the mean over targets of accuracy (classes) or R2 (numbers), over the labels that there are."""
-        found = self._outputs(X)
-        frame = self._truth(y)
-        return float(np.nanmean([_score(t, frame[t.column], t.predict(found[t.name])) for t in self.targets_]))
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Return the mean over targets of accuracy (classes) or R2 (numbers), over the labels that there are.
+
+        ``sample_weight`` [N] weighs the rows. NaN where no target has a label.
+        """
+        found, frame = self._outputs(X), self._truth(y)
+        check_consistent_length(frame, next(iter(found.values())), sample_weight)
+        weights = check_weights(sample_weight, frame)
+        scores = [_score(t, frame[t.column], t.predict(found[t.name]), weights) for t in self.targets_]
+        known = [value for value in scores if value == value]
+        return float(np.mean(known)) if known else float("nan")
 
     def predictions(self, X: Any, Y: Any = None, *, sensitive_features: Any = None) -> Predictions:
         """Return outputs, scores, labels and groups for this package's own audit, metrics and ``metric_frame``."""
@@ -162,7 +177,7 @@ class FairMTLEstimator(FairMTLBase):
 def _form(y: Any) -> str:
     if isinstance(y, pd.DataFrame):
         return "frame"
-    return "column" if np.ndim(y) == 1 else "array"
+    return "column" if np.asarray(y).ndim == 1 else "array"
 
 
 def _shaped(columns: dict[Any, NDArray[Any]], form: str) -> Any:
@@ -177,13 +192,14 @@ def _classes(target: Target) -> list[Any]:
     return list(target.classes.tolist())
 
 
-def _score(target: Target, truth: pd.Series[Any], found: NDArray[Any]) -> float:
+def _score(target: Target, truth: pd.Series[Any], found: NDArray[Any], weights: NDArray[np.float64] | None) -> float:
     seen = truth.notna().to_numpy()
-    if not seen.any():
+    w = np.ones(len(truth)) if weights is None else weights
+    values, guess, w = truth[seen].to_numpy(), found[seen], w[seen]
+    if not w.any():
         return float("nan")
-    values, guess = truth[seen].to_numpy(), found[seen]
     if target.classes is not None:
-        return float(np.mean([a == b for a, b in zip(values.tolist(), guess.tolist())]))
+        return float(np.average([a == b for a, b in zip(values.tolist(), guess.tolist())], weights=w))
     values = values.astype(np.float64)
-    spread = ((values - values.mean()) ** 2).sum()
-    return float(1 - ((values - guess) ** 2).sum() / spread) if spread > 0 else float("nan")
+    spread = float(w @ (values - np.average(values, weights=w)) ** 2)
+    return float(1 - w @ (values - guess) ** 2 / spread) if spread > 0 else float("nan")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from sklearn.utils.validation import validate_data
+from sklearn.utils.validation import _check_sample_weight, validate_data
 
 from libmtl_fair.errors import DataError
 
@@ -113,6 +113,22 @@ def check_inputs(estimator: Any, x: Any, *, reset: bool) -> NDArray[np.float64] 
         estimator, x, dtype=np.float64, ensure_all_finite="allow-nan", reset=reset, estimator=estimator
     )
     return array
+
+
+def check_weights(sample_weight: Any, x: NDArray[np.float64] | pd.DataFrame) -> NDArray[np.float64] | None:
+    """Return the rows' weights, float64 [N], or None for none given.
+
+    Raises
+    ------
+    ValueError : another length than X, a negative weight, one that is not finite, or none above 0.
+    """
+    if sample_weight is None:
+        return None
+    rows = np.zeros((len(x), 1))
+    weights: NDArray[np.float64] = _check_sample_weight(
+        sample_weight, rows, dtype=np.float64, copy=True, ensure_non_negative=True
+    )
+    return weights
 
 
 def _kinds(x: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from libmtl_fair.data import ResidentLoader
+from libmtl_fair.data.loader import representative
 from libmtl_fair.errors import RecipeError
 from libmtl_fair.host import FairTrainer, checkpoint
 from libmtl_fair.models import MLP, linear_heads
@@ -83,18 +84,22 @@ def train(
     labels: Mapping[str, Tensor],
     groups: Groups,
     seed: int,
+    weights: Tensor | None = None,
 ) -> Trained:
-    """Train a model on rows [N, F] and return what prediction needs."""
+    """Train a model on rows [N, F], with weights [N] or without, and return what prediction needs."""
     with random_state_kept():
         trainer = _trainer(settings, method, method_args, x.shape[1], tasks, groups, seed)
         parts = _parts(len(x), settings.validation_fraction, seed)
-        loaders = [_loader(settings, x, labels, groups, rows, seed, shuffle=i == 0) for i, rows in enumerate(parts)]
+        if weights is not None and len(parts) > 1:
+            parts[1] = parts[1][representative(weights[parts[1]])]
+        loaders = [_loader(settings, x, labels, groups, parts[0], seed, weights)]
+        loaders += [_loader(settings, x, labels, groups, rows, None, None) for rows in parts[1:]]
         trainer.train(loaders[0], None, int(settings.epochs), loaders[1] if len(loaders) > 1 else None)
         structure = trainer.model.structure() if hasattr(trainer.model, "structure") else None
         model = predictor(settings, method, method_args, x.shape[1], tasks, structure)
     held = trainer.model.state_dict()
-    weights = {name: held[name].detach().cpu().clone() for name in model.state_dict()}
-    return Trained(weights, structure, trainer.history)
+    learnt = {name: held[name].detach().cpu().clone() for name in model.state_dict()}
+    return Trained(learnt, structure, trainer.history)
 
 
 def _trainer(
@@ -149,10 +154,11 @@ def _loader(
     labels: Mapping[str, Tensor],
     groups: Groups,
     rows: Tensor,
-    seed: int,
-    shuffle: bool,
+    seed: int | None,
+    weights: Tensor | None,
 ) -> ResidentLoader:
-    taken = groups.take(rows)
+    """Return a loader of some rows: shuffled by a seed, or, without one, in their order."""
+    taken, shuffle = groups.take(rows), seed is not None
     return ResidentLoader(
         x[rows],
         {name: values[rows] for name, values in labels.items()},
@@ -162,6 +168,7 @@ def _loader(
         seed=seed,
         device=settings.device,
         group_names=taken.names,
+        weights=None if weights is None else weights[rows],
     )
 
 

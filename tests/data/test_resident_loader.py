@@ -270,3 +270,48 @@ def test_cuda_that_is_not_there() -> None:
     assert resolve_device("auto") == torch.device("cpu")
     with pytest.raises(DataError, match="torch finds no CUDA device here; use device='cpu'"):
         resolve_device("cuda")
+
+
+@given(
+    weights=st.lists(st.floats(0, 1e6), min_size=1, max_size=40).filter(lambda w: sum(w) > 1e-6),
+    seed=st.integers(0, 2**31),
+)
+def test_weighted_rows_are_drawn_floor_or_ceil_of_their_share(weights, seed):
+    n = len(weights)
+    loader = ResidentLoader(
+        torch.arange(n)[:, None], {"t": torch.zeros(n)}, batch_size=7, shuffle=True, seed=seed, device="cpu",
+        weights=np.array(weights),
+    )  # fmt: skip
+    drawn = torch.cat([x.flatten() for x, _ in loader])
+    assert len(drawn) == n
+    counts = np.bincount(drawn.numpy(), minlength=n)
+    share = n * np.array(weights) / np.sum(weights)
+    assert (counts >= np.floor(share - 1e-5)).all()
+    assert (counts <= np.ceil(share + 1e-5)).all()
+
+
+def test_equal_weights_keep_the_order_of_no_weights():
+    x, labels = torch.arange(1000)[:, None], {"t": torch.zeros(1000)}
+    options = {"batch_size": 64, "shuffle": True, "seed": 3, "device": "cpu"}
+    for value in (1.0, 0.1, 1e9):
+        plain = ResidentLoader(x, labels, **options)
+        weighted = ResidentLoader(x, labels, **options, weights=torch.full((1000,), value))
+        for _ in range(3):
+            assert torch.equal(torch.cat([x for x, _ in plain]), torch.cat([x for x, _ in weighted]))
+
+
+@pytest.mark.parametrize(
+    ("weights", "shuffle", "match"),
+    [
+        ([1.0, 1.0], False, "needs shuffle=True"),
+        ([1.0], True, "expected 2 rows"),
+        ([0.0, 0.0], True, "not all of them 0"),
+        ([1.0, -1.0], True, "at least 0"),
+        ([1.0, float("nan")], True, "finite"),
+    ],
+)
+def test_bad_weights_of_rows(weights, shuffle, match):
+    with pytest.raises(DataError, match=match):
+        ResidentLoader(
+            torch.eye(2), {"t": torch.zeros(2)}, batch_size=1, shuffle=shuffle, device="cpu", weights=weights
+        )

@@ -1,4 +1,4 @@
-"""scikit-learn's own checks. None is expected to fail; ``array_api`` is skipped by scikit-learn itself."""
+"""scikit-learn's own checks. Expected to fail: those in EXPECTED; ``array_api`` is skipped by scikit-learn itself."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from libmtl_fair.sklearn import FairMTLClassifier, FairMTLEstimator
 
+EXPECTED = {
+    "check_sample_weight_equivalence_on_dense_data": (
+        "trained on mini-batches: a row of weight 2 is drawn twice an epoch, in other batches than a row given twice"
+    ),
+}
+
 
 @parametrize_with_checks(
-    [FairMTLClassifier(epochs=20, random_state=0), FairMTLEstimator(epochs=2, hidden=(8,), random_state=0)]
+    [FairMTLClassifier(epochs=20, random_state=0), FairMTLEstimator(epochs=2, hidden=(8,), random_state=0)],
+    expected_failed_checks=lambda estimator: EXPECTED,
+    xfail_strict=True,
 )
 def test_scikit_learn_check(estimator, check):
     if "array_api" in str(check):
