@@ -51,7 +51,8 @@ class ResidentLoader:
 
     Raises
     ------
-    DataError : weights without ``shuffle``, lengths differ, a feature is not finite, a group id is below -1, or there would be no batch.
+    DataError : weights without ``shuffle``, lengths differ, a feature is not finite, a group id is below -1, or there would
+        be no batch.
 
     >>> import torch
     >>> loader = ResidentLoader(torch.eye(4), {"t": torch.arange(4)}, {"sex": torch.tensor([0, 1, 1, -1])},
