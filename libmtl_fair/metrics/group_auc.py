@@ -10,9 +10,12 @@ from numpy.typing import NDArray
 
 from libmtl_fair.errors import DataError
 from libmtl_fair.metrics.arrays import Floats, Ints, as_floats, as_numpy
+from libmtl_fair.metrics.auc_segments import placements, segments
 from libmtl_fair.metrics.rates import divide
 
 CHUNK = 1 << 16
+MANY = 1 << 17
+"""Rows from which scores that are no float32 are sorted in place by segments, and not as dense ranks (58 bytes a row)."""
 _SCORE_BITS = 32
 _FULL = np.int64(1) << 31
 
@@ -39,7 +42,7 @@ def group_auc(scores: Any, y_true: Any, groups: Any, n_groups: int, *, errors: b
 
     ``scores`` [N] finite; ``y_true`` [N] of 0/1; ``groups`` [N] ids, rows outside of 0..G-1 are left out. O(n log n) for any
     G: the group, the score's bits and the label are packed in one integer and sorted once. float32 scores fit directly; others
-    are replaced by their dense ranks first.
+    are replaced by their dense ranks first or, from 131,072 rows on, sorted by group and label. At most 20 bytes a row then.
 
     >>> group_auc([0.1, 0.9, 0.5, 0.5], [0, 1, 0, 1], [0, 0, 1, 1], 2).value.tolist()
     [1.0, 0.5]
@@ -54,13 +57,31 @@ def group_auc(scores: Any, y_true: Any, groups: Any, n_groups: int, *, errors: b
         score, label, group = score[known], label[known], group[known]
     if not np.isfinite(score).all():
         raise DataError(f"group_auc: {int((~np.isfinite(score)).sum())} scores are not finite; leave them out")
+    if len(score) >= MANY and not _fits(score):
+        return _by_segments(score, label, group, n_groups, errors)
     keys = _sorted_keys(score, label, group)
     return _from_sorted(keys, n_groups, errors)
 
 
+def _fits(score: NDArray[Any]) -> bool:
+    return score.dtype.kind == "f" and score.dtype.itemsize <= 4
+
+
+def _by_segments(
+    score: NDArray[Any], label: NDArray[Any], group: NDArray[Any], n_groups: int, errors: bool
+) -> GroupAuc:
+    held, edges = segments(score, label, group, n_groups)
+    pairs, squares = placements(held, edges, errors)
+    negatives, positives = np.diff(edges).reshape(n_groups, 2).T
+    p, n = positives.astype(np.float64), negatives.astype(np.float64)
+    value = divide(pairs, p * n)
+    error = _delong(squares, p, n, value) if errors else np.full(n_groups, np.nan)
+    return GroupAuc(value, error, positives, negatives)
+
+
 def _sorted_keys(score: NDArray[Any], label: NDArray[Any], group: NDArray[Any]) -> Ints:
     keys = np.empty(len(score), dtype=np.int64)
-    if score.dtype.kind == "f" and score.dtype.itemsize <= 4:
+    if _fits(score):
         for start in range(0, len(score), CHUNK):
             part = slice(start, start + CHUNK)
             _pack(keys[part], group[part], _bits(score[part]), label[part])
@@ -143,9 +164,12 @@ def _errors(keys: Ints, edges: Ints, positives: Ints, value: Floats) -> Floats:
         passed += _add_placements(sums, keys[start:end], start, passed, edges[:-1], before, positives)
         start = end
     p = positives.astype(np.float64)
-    n = np.diff(edges) - p
-    among_pos = divide(np.maximum(divide(sums[0], n * n) - p * value**2, 0), (p - 1) * p)
-    among_neg = divide(np.maximum(divide(sums[1], p * p) - n * value**2, 0), (n - 1) * n)
+    return _delong(sums, p, np.diff(edges) - p, value)
+
+
+def _delong(squares: Floats, p: Floats, n: Floats, value: Floats) -> Floats:
+    among_pos = divide(np.maximum(divide(squares[0], n * n) - p * value**2, 0), (p - 1) * p)
+    among_neg = divide(np.maximum(divide(squares[1], p * p) - n * value**2, 0), (n - 1) * n)
     return np.sqrt(among_pos + among_neg)
 
 
