@@ -20,9 +20,11 @@ _OF_LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gld": F.gld,
     "bgl": F.bounded_group_loss,
 }
-_OF_SCORES = ("dpl", "fprl", "tprl")
+_OF_SCORES = ("gap", "dpl", "fprl", "tprl")
 GROUP_LOSSES: tuple[str, ...] = (*_OF_LOSSES, *_OF_SCORES)
 """Names of the disparities."""
+GAP_SHARPNESS = 6.0
+"""Sharpness of ``"gap"`` unless told **(ours)**: chosen on adult among 1, 3, 6 and 12."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,14 @@ class GroupLoss:
     Parameters
     ----------
     loss : ``"glf"``, ``"gld"``, ``"bgl"`` (of the groups' mean losses); ``"dpl"``, ``"fprl"``, ``"tprl"`` (of the
-        groups' mean scores: over all examples, over negatives, over positives; the largest gap between groups).
+        groups' mean scores: over all examples, over negatives, over positives; the largest gap between groups); ``"gap"``
+        **(ours)**: dpl within classes of sharpened scores, which is equalised odds made smooth.
     conditional : groups are compared within each class and the disparities summed **(ours)**; None is True, but for dpl.
-        dpl with True is the gap of scores within each class, what equalised odds asks for; of a multiclass task, of the
-        probability of that class.
+        dpl with True is the gap of scores within each class; of a multiclass task, of the probability of that class.
     bins : classes of a regression target are its quantile bins in the batch.
     sharpness : scores are those of the logits times this, for gaps of scores **(ours)**: above 1 they come near the
-        decisions at 0.5 whose rates equalised odds compares. Regression has no logits, and keeps its values.
+        decisions at 0.5 whose rates equalised odds compares. Regression has no logits, and keeps its values. None is 6 for
+        gap, else 1.
 
     Multiclass and multilabel tasks have one gap of scores a class or label; the mean is taken **(ours)**. Conditional
     losses of a multilabel task are those of each label's positives and negatives **(ours)**.
@@ -79,21 +82,27 @@ class GroupLoss:
     loss: str = "glf"
     conditional: bool | None = None
     bins: int = 4
-    sharpness: float = 1.0
+    sharpness: float | None = None
 
     def __post_init__(self) -> None:
         """Check the settings."""
         if self.loss not in GROUP_LOSSES:
             raise RecipeError(unknown("fairness loss", self.loss, GROUP_LOSSES))
-        if self.loss in ("fprl", "tprl") and self.conditional is False:
+        if self.loss in ("gap", "fprl", "tprl") and self.conditional is False:
             raise RecipeError(f"loss {self.loss!r} has conditional=True by definition, found False; leave it out")
-        number = isinstance(self.sharpness, (int, float)) and not isinstance(self.sharpness, bool)
-        if not (number and 0 < self.sharpness < float("inf")):
-            raise RecipeError(f"sharpness must be a number above 0, found {self.sharpness!r}")
-        if self.sharpness != 1 and self.loss not in _OF_SCORES:
+        value = self.scale
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise RecipeError(f"sharpness must be a number above 0, found {value!r}")
+        if value != 1 and self.loss not in _OF_SCORES:
             raise RecipeError(f"sharpness is for gaps of scores ({', '.join(_OF_SCORES)}), found it with {self.loss!r}")
         if isinstance(self.bins, bool) or not isinstance(self.bins, int) or self.bins < 1:
             raise RecipeError(f"bins must be a whole number of at least 1, found {self.bins!r}")
+
+    @property
+    def scale(self) -> float:
+        """What logits are multiplied by."""
+        default = GAP_SHARPNESS if self.loss == "gap" else 1.0
+        return default if self.sharpness is None else self.sharpness
 
     @property
     def within_classes(self) -> bool:
@@ -115,10 +124,10 @@ class GroupLoss:
         """Return the disparity (scalar) of a task's outputs; 0 with zero gradient with fewer than two groups."""
         if self.loss in _OF_LOSSES:
             return self._compare(self._losses(task, output, labels), cells, self.loss).sum()
-        sharp = self.sharpness != 1 and task.kind != "regression"
-        scores = task.probabilities(output * self.sharpness if sharp else output)
+        sharp = self.scale != 1 and task.kind != "regression"
+        scores = task.probabilities(output * self.scale if sharp else output)
         scores = scores if scores.dim() == 2 else scores[:, None]
-        if self.loss == "dpl" and self.within_classes:
+        if self.loss in ("dpl", "gap") and self.within_classes:
             both = isinstance(task, Multilabel)  # every label's no, then every label's yes
             return self._compare(torch.cat([scores, scores], dim=1) if both else scores, cells, "spread").sum()
         gaps = self._compare(scores, cells, "spread")

@@ -31,7 +31,7 @@ class _Plan:
     target: str
     conditional: bool | None
     bins: int
-    sharpness: float
+    sharpness: float | None
     mains: tuple[Task, ...]
     shared: bool
     attributes: tuple[tuple[str, ...], ...]
@@ -61,7 +61,7 @@ def add_fairness_heads(
     intersectional: bool = False,
     tasks: Sequence[str] | None = None,
     bins: int = 4,
-    sharpness: float = 1.0,
+    sharpness: float | None = None,
     n_groups: Mapping[str, int] | None = None,
     in_features: int | None = None,
 ) -> tuple[TaskDict, nn.ModuleDict]:
@@ -74,7 +74,7 @@ def add_fairness_heads(
     Parameters
     ----------
     task_dict, decoders : as LibMTL takes them; both are left as they are.
-    loss : a disparity of group losses (``glf``, ``gld``, ``bgl``) or of scores (``dpl``, ``fprl``, ``tprl``);
+    loss : a disparity of group losses (``glf``, ``gld``, ``bgl``) or of scores (``gap``, ``dpl``, ``fprl``, ``tprl``);
         ``adversarial``; or ``group_specific``: no auxiliary task, but one main head per group (see :class:`GroupHeads`).
     sensitive : attributes as the loader names them; a mapping also says their number of groups, or the groups' names.
     target : what the head says. ``"main"`` **(ours, default)**: what the main head says, which stays fixed, so that the
@@ -86,7 +86,7 @@ def add_fairness_heads(
     intersectional : cross all attributes into one.
     tasks : main tasks that get heads; default all.
     bins : quantile bins of a regression target.
-    sharpness : of the scores in ``dpl``, ``fprl``, ``tprl``; see :class:`GroupLoss` **(ours)**.
+    sharpness : of the scores in ``gap``, ``dpl``, ``fprl``, ``tprl``; see :class:`GroupLoss` **(ours)**.
     n_groups : attribute -> number of groups, where it must be known beforehand (``adversarial``, ``group_specific``).
     in_features : width of the representation; default is that of the main head's first linear layer.
 
@@ -141,7 +141,7 @@ def _plan(
     intersectional: bool,
     tasks: Sequence[str] | None,
     bins: int,
-    sharpness: float,
+    sharpness: float | None,
     n_groups: Mapping[str, int] | None,
 ) -> _Plan:
     _one_of("fairness loss", loss, LOSSES)

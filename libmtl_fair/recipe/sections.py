@@ -245,7 +245,7 @@ class Heads(Section):
     intersectional: bool = False
     tasks: Names | None = None
     bins: Count = 4
-    sharpness: _Positive = 1.0
+    sharpness: _Positive | None = None
 
 
 class Method(Section):

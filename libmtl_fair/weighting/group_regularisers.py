@@ -23,7 +23,7 @@ class GroupRegulariserSettings(Settings):
 
     Parameters
     ----------
-    loss : ``"bgl"``, ``"dpl"``, ``"fprl"``, ``"tprl"``, ``"glf"`` or ``"gld"``; see :class:`GroupLoss`.
+    loss : ``"bgl"``, ``"dpl"``, ``"fprl"``, ``"tprl"``, ``"glf"``, ``"gld"`` or ``"gap"``; see :class:`GroupLoss`.
     lam : lambda (``lambda`` is understood too), the share of the tasks' losses, in (0, 1]: lambda L + (1 - lambda) R.
         With a base other than EW it is the base's gradient that is multiplied by lambda.
     sensitive : attributes; None is all that the loader gives.
@@ -39,7 +39,7 @@ class GroupRegulariserSettings(Settings):
     tasks: Sequence[str] | None = None
     conditional: bool | None = None
     bins: int = 4
-    sharpness: float = 1.0
+    sharpness: float | None = None
     intersectional: bool = False
 
     @classmethod

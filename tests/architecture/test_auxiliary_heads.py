@@ -18,7 +18,7 @@ from libmtl_fair.models import MLP, linear_heads
 
 FEATURES, N = 6, 96
 TASKS = (lf.Binary("a"), lf.Multiclass("b", 3), lf.Regression("c"))
-LOSSES = ("glf", "gld", "bgl", "dpl")
+LOSSES = ("glf", "gld", "bgl", "dpl", "gap")
 NEEDS = {"Nash_MTL": "cvxpy", "UPGrad": "qpsolvers"}
 REPRESENTATION_ONLY = {"GradDrop"}
 
@@ -213,7 +213,7 @@ OUR_ARGS: dict[str, dict[str, Any]] = {
     "ReLiF": {},
     "ReLiF, PCGrad": {"base": "PCGrad"},
     "FBGrad": {"where": "everywhere"},
-    "GroupRegulariser": {"loss": "dpl"},
+    "GroupRegulariser": {"loss": "gap"},
     "LambdaMix": {},
     "LambdaMix, UW": {"base": "UW"},
     "FairMT": {"min_count": 1},

@@ -66,8 +66,9 @@ def brute_force(kind: str, loss: str, conditional: bool, output: Tensor, labels:
                 cells[int(groups[b])].append(float(value(b)))  # type: ignore[operator]
         return cells
 
-    if loss == "dpl" and conditional:
-        p = task.probabilities(output)
+    if loss in ("dpl", "gap") and conditional:
+        sharp = 6 if loss == "gap" and kind != "regression" else 1
+        p = task.probabilities(sharp * output)
         p = p if p.dim() == 2 else p[:, None]
         p = torch.cat([p, p], dim=1) if kind == "multilabel" else p
         classes = class_indicator(task, labels)
@@ -112,7 +113,7 @@ def brute_force(kind: str, loss: str, conditional: bool, output: Tensor, labels:
 
 def cases() -> list[tuple[str, str, bool]]:
     wanted = itertools.product(KINDS, GROUP_LOSSES, (True, False))
-    allowed = {"tprl": (True,), "fprl": (True,)}
+    allowed = {"tprl": (True,), "fprl": (True,), "gap": (True,)}
     undefined = {("regression", "tprl"), ("regression", "fprl")}
     return [(k, n, c) for k, n, c in wanted if c in allowed.get(n, (True, False)) and (k, n) not in undefined]
 
@@ -262,6 +263,8 @@ def test_unknown_attribute() -> None:
         ({"loss": "tprl", "conditional": False}, "'tprl' has conditional=True by definition"),
         ({"loss": "dpl", "sharpness": 0}, "sharpness must be a number above 0, found 0"),
         ({"loss": "glf", "sharpness": 3}, "sharpness is for gaps of scores"),
+        ({"loss": "gap", "sharpness": -1.0}, "sharpness must be a number above 0"),
+        ({"loss": "gap", "conditional": False}, "conditional=True by definition"),
         ({"bins": 0}, "bins must be a whole number of at least 1, found 0"),
     ],
 )
