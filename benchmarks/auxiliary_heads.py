@@ -55,6 +55,7 @@ def main() -> None:
         "one head: main, GLF, sex": {**one, "sensitive": ("sex",)},
         "one head: main, GLD, sex": {**one, "sensitive": ("sex",), "loss": "gld"},
         "one head: main, GLF, race": {**one, "sensitive": ("race",)},
+        "one head: main, gap, sex": {**one, "sensitive": ("sex",), "loss": "gap"},
         "one head: label, GLF, sex": {**one, "sensitive": ("sex",), "target": "label", "conditional": False},
         "three heads: main, GLF, sex": {"sensitive": ("sex",)},
         "shared head: main, GLF, sex": {"sensitive": ("sex",), "heads": "shared"},
