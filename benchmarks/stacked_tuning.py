@@ -23,7 +23,7 @@ from libmtl_fair.host.registry import resolve_architecture, resolve_weighting
 from libmtl_fair.models import MLP, linear_heads
 from libmtl_fair.recipe import Recipe
 from libmtl_fair.recipe.build import loaders, make_dataset, make_trainer
-from libmtl_fair.tune.stacked import Stack
+from libmtl_fair.tune.stacked import Rows, Stack
 
 
 def recipe_of(options: argparse.Namespace) -> Recipe:
@@ -40,7 +40,11 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
 
 def stacked(recipe, data, method, members, epochs, device) -> None:
     trainers = [make_trainer(recipe, method, data, data.tasks, s, device=device) for s in range(members)]
-    Stack(trainers, data, 512, epochs).train()
+    stack = Stack(Rows(data, device), 512)
+    stack.change(add=trainers)
+    for _ in range(epochs):
+        stack.epoch()
+    stack.change(drop=trainers)
 
 
 def single(recipe, data, method, members, epochs, device) -> None:

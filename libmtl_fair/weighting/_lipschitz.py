@@ -14,8 +14,8 @@ from libmtl_fair.errors import RecipeError
 if TYPE_CHECKING:
     from libmtl_fair.weighting.relif import ReLiFSettings
 
-_SCALE_FLOOR = 1e-4
-_DISTANCE_FLOOR = 1e-3
+SCALE_FLOOR = 1e-4
+DISTANCE_FLOOR = 1e-3
 
 
 class Lipschitz(NamedTuple):
@@ -67,7 +67,7 @@ class LipschitzTerm(nn.Module):
             max_task_pairs=s.task_pairs,
             beta=s.beta,
             mu=s.mu,
-            min_distance=_DISTANCE_FLOOR,
+            min_distance=DISTANCE_FLOOR,
             detach_distance=s.detach_distance,
         )
         tau, kappa = self.scales if s.scaling else torch.ones_like(self.scales)
@@ -81,7 +81,7 @@ class LipschitzTerm(nn.Module):
             return 1.0, 1.0
         found = torch.stack([F.masked_quantile(x, s.quantile, mask) for x in (gap.abs(), distance)])
         share = torch.where(self.scales_started, s.scale_ema, 1.0).to(self.scales.dtype)
-        moved = torch.lerp(self.scales, found.to(self.scales.dtype), share).clamp(min=_SCALE_FLOOR)
+        moved = torch.lerp(self.scales, found.to(self.scales.dtype), share).clamp(min=SCALE_FLOOR)
         some = mask.any()
         self.scales = torch.where(some, moved, self.scales)
         self.scales_started = self.scales_started | some

@@ -17,6 +17,9 @@ METHODS = (
     "methods.lipschitz={weighting: FairMT, rho: 0.3, lipschitz: true, alpha: uniform}",
     f"methods.glf={HEADS % 'glf'}",
     f"methods.gld={HEADS % 'gld, target: main, heads: shared'}",
+    "methods.paper={weighting: ReLiF, preset: paper, lambda_0: 0.5, warmup: 1, eta: 0.3}",
+    "methods.rough={weighting: ReLiF, scaling: false, detach_distance: false, control: false, lambda_0: 2.0}",
+    "methods.sampled={weighting: ReLiF, lambda_0: 2.0, lipschitz: false}",
     f"methods.own={HEADS % 'glf, target: label+accuracy'}",
 )
 MEMBERS = [
@@ -28,6 +31,9 @@ MEMBERS = [
     ("lipschitz", {}, 8),
     ("glf", {("lam",): 0.8, DROPOUT: 0.2}, 9),
     ("gld", {DECAY: 0.001}, 10),
+    ("paper", {DROPOUT: 0.1}, 11),
+    ("rough", {}, 12),
+    ("sampled", {}, 13),
 ]
 OWN_HEADS = [("own", {("lam",): 0.6}, 3), ("own", {LR: 0.02, ("lam",): 0.9}, 4)]
 

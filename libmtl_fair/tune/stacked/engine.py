@@ -17,7 +17,9 @@ from libmtl_fair.data import Dataset
 from libmtl_fair.data.loader import epoch_order
 from libmtl_fair.errors import HostError
 from libmtl_fair.host import FairTrainer, evaluation, judging
+from libmtl_fair.tune.stacked.grouping import parts_of
 from libmtl_fair.tune.stacked.members import Member
+from libmtl_fair.tune.stacked.parts import Step
 from libmtl_fair.tune.stacked.weights import Adam, Weights
 
 
@@ -40,6 +42,19 @@ class Rows:
         self.val = data.val.loader(8192, device=device)
 
 
+class Room:
+    """Tensors that are written anew in each step, kept: memory of that size costs more to get than to fill."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return the tensor of a name and shape; its values are those of its last use."""
+        if (name, shape) not in self._held:
+            self._held[name, shape] = like.new_empty(shape)
+        return self._held[name, shape]
+
+
 class Stack:
     """Trainers of binary tasks that train together, an epoch at a time.
 
@@ -58,6 +73,7 @@ class Stack:
         self.rows, self.batch_size, self.judge_all = rows, batch_size, judge_all
         self.members: list[Member] = []
         self._weights: Weights | None = None
+        self._room = Room()
 
     @property
     def trainers(self) -> list[FairTrainer]:
@@ -80,9 +96,8 @@ class Stack:
         self._adam.change(kept, add)
         for trainer in drop:
             Weights.release(trainer)
-        plain = [m for m, member in enumerate(self.members) if member.plain]
-        self._fair = [m for m, member in enumerate(self.members) if not member.plain]
-        self._plain = torch.tensor(plain, device=self.rows.device) if plain and self._fair else None
+        self._room = Room()
+        self._parts = parts_of(self.members)
 
     @property
     def weights(self) -> Weights:
@@ -107,6 +122,8 @@ class Stack:
         with torch.no_grad():
             for rows in torch.split(orders, self.batch_size, 1):
                 self._step(rows)
+        for part in self._parts:
+            part.save()
         scores: dict[int, float] = {}
         for m, member in enumerate(self.members):
             if (self.judge_all or member.trainer.select == "best") and self.finite(m):
@@ -122,15 +139,17 @@ class Stack:
     def _step(self, rows: Tensor) -> None:
         """Train one step of every member on its own rows [M, B] of the data."""
         *blocks, heads = self.weights.layers
-        flat = rows.reshape(-1)
-        inputs, masks = [self.rows.x.index_select(0, flat).view(*rows.shape, -1)], []
-        for layer in blocks:
-            h = layer(inputs[-1]).relu_()
+        size, flat, room = tuple(rows.shape), rows.reshape(-1), self._room
+        x = room("x", (len(flat), self.rows.x.shape[1]), self.rows.x)
+        inputs, masks = [torch.index_select(self.rows.x, 0, flat, out=x).view(*size, -1)], []
+        for i, layer in enumerate(blocks):
+            h = torch.baddbmm(layer.bias, inputs[-1], layer.weight, out=room(f"h{i}", (*size, layer.width), x)).relu_()
             masks.append(self._mask(h))
             inputs.append(h if masks[-1] is None else h.mul_(masks[-1]))
-        z = heads(inputs[-1])
-        y = self.rows.y.index_select(0, flat).view(*rows.shape, -1)
-        self._backward(inputs, masks, *self._objective(z, inputs[-1], y, rows))
+        z = torch.baddbmm(heads.bias, inputs[-1], heads.weight)
+        y = self.rows.y.index_select(0, flat).view(*size, -1)
+        step = Step(z, inputs[-1], y, rows, self.rows.groups)
+        self._backward(inputs, masks, *self._objective(step))
         self._adam.step(self.weights.flat, self.weights.grad)
 
     def _mask(self, h: Tensor) -> Tensor | None:
@@ -144,45 +163,34 @@ class Stack:
                 mask[m].bernoulli_(keep, generator=member.generator).div_(keep)
         return mask
 
-    def _objective(self, z: Tensor, h: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, list[tuple[int, Tensor]]]:
-        """Return the gradients to the logits [M, B, C], and those that pass by the heads: (place, [B, d])."""
-        if not self._fair:
-            return _loss_gradient(z, y), []
-        gradient = torch.empty_like(z)
-        if self._plain is not None:
-            gradient[self._plain] = _loss_gradient(z[self._plain], y[self._plain])
-        further = []
-        for m in self._fair:
-            labels = dict(zip(self.rows.tasks, y[m].clone().unbind(1)))
-            groups = {name: ids.index_select(0, rows[m]) for name, ids in self.rows.groups.items()}
-            with torch.enable_grad():
-                gradient[m], to_h = self.members[m].logit_gradients(z[m], h[m], labels, groups)
-            if to_h is not None:
-                further.append((m, to_h))
-        return gradient, further
+    def _objective(self, step: Step) -> tuple[Tensor, Tensor | None]:
+        """Return the gradients to the logits [M, B, C] and, past the heads, to the representations [M, B, d]."""
+        if len(self._parts) == 1:
+            return self._parts[0].gradients(step)
+        to_z, to_h = torch.empty_like(step.z), None
+        for part in self._parts:
+            gradient, further = part.gradients(step.of(part.places))
+            to_z[part.places] = gradient
+            if further is not None:
+                to_h = torch.zeros_like(step.h) if to_h is None else to_h
+                to_h[part.places] = further
+        return to_z, to_h
 
     def _backward(
-        self, inputs: list[Tensor], masks: list[Tensor | None], gradient: Tensor, further: list[tuple[int, Tensor]]
+        self, inputs: list[Tensor], masks: list[Tensor | None], gradient: Tensor, further: Tensor | None
     ) -> None:
-        """Write the gradient of all weights from that of the logits."""
+        """Write the gradient of all weights from those to the logits and to what the heads received."""
         layers, grads = self.weights.layers, self.weights.grads
         for index in reversed(range(len(layers))):
             torch.bmm(inputs[index].mT, gradient, out=grads[index].weight)
             torch.sum(gradient, 1, keepdim=True, out=grads[index].bias)
             if not index:
                 return
-            gradient = torch.bmm(gradient, layers[index].weight.mT)
-            if index == len(layers) - 1:
-                for m, to_h in further:
-                    gradient[m] += to_h
+            h = inputs[index]
+            gradient = torch.bmm(gradient, layers[index].weight.mT, out=self._room(f"g{index}", tuple(h.shape), h))
+            if further is not None and index == len(layers) - 1:
+                gradient.add_(further)
             mask = masks[index - 1]
             if mask is not None:
                 gradient.mul_(mask)
-            gradient = torch.ops.aten.threshold_backward(gradient, inputs[index], 0)
-
-
-def _loss_gradient(z: Tensor, y: Tensor) -> Tensor:
-    """Gradient to the logits [M, B, T] of the tasks' binary cross-entropies, means over rows with a label (NaN: none)."""
-    seen = y == y
-    count = seen.sum(1, keepdim=True).clamp_(min=1)
-    return torch.where(seen, (torch.sigmoid(z) - y).div_(count), 0.0)
+            torch.ops.aten.threshold_backward.grad_input(gradient, h, 0, grad_input=gradient)

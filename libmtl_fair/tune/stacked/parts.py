@@ -1,0 +1,79 @@
+"""What the members of a stack ask for in a step: gradients to their logits and representations, for many at once or one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from libmtl_fair.tune.stacked.members import Member
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of some members.
+
+    Attributes
+    ----------
+    z, h : logits [M, B, C] and what the heads received [M, B, d].
+    y : labels of the main tasks [M, B, T], NaN where missing.
+    rows : [M, B], in the training data, whose ``groups`` (attribute -> [N]) are looked up by those who need them.
+    """
+
+    z: Tensor
+    h: Tensor
+    y: Tensor
+    rows: Tensor
+    groups: Mapping[str, Tensor]
+
+    def of(self, places: Sequence[int]) -> Step:
+        """Return the step of some members only; of all, without a copy."""
+        if len(places) == len(self.z):
+            return self
+        at = torch.tensor(places, device=self.z.device)
+        return Step(self.z[at], self.h[at], self.y[at], self.rows[at], self.groups)
+
+
+class Part(ABC):
+    """Members whose gradients are computed together; ``places`` are theirs in the stack."""
+
+    def __init__(self, places: Sequence[int], members: Sequence[Member]) -> None:
+        self.places, self.members = list(places), list(members)
+
+    @abstractmethod
+    def gradients(self, step: Step) -> tuple[Tensor, Tensor | None]:
+        """Return the gradients to the logits [m, B, C] and, past the heads, to the representations [m, B, d]."""
+
+    def save(self) -> None:  # noqa: B027 - most keep nothing
+        """Give the members' modules what the part has kept for them in an epoch."""
+
+
+class Plain(Part):
+    """Equal weighting of the tasks' losses."""
+
+    def gradients(self, step: Step) -> tuple[Tensor, Tensor | None]:
+        """Return the losses' gradient."""
+        return loss_gradient(step.z, step.y), None
+
+
+class Own(Part):
+    """One member, whose own weighting computes its gradients."""
+
+    def gradients(self, step: Step) -> tuple[Tensor, Tensor | None]:
+        """Return what the weighting leaves."""
+        (member,) = self.members
+        labels = dict(zip(member.trainer.main_tasks, step.y[0].clone().unbind(1)))
+        groups = {name: ids.index_select(0, step.rows[0]) for name, ids in step.groups.items()}
+        with torch.enable_grad():
+            to_z, to_h = member.logit_gradients(step.z[0], step.h[0], labels, groups)
+        return to_z.unsqueeze(0), None if to_h is None else to_h.unsqueeze(0)
+
+
+def loss_gradient(z: Tensor, y: Tensor) -> Tensor:
+    """Gradient to the logits [M, B, T] of the tasks' binary cross-entropies, means over rows with a label (NaN: none)."""
+    seen = y == y
+    count = seen.sum(1, keepdim=True).clamp_(min=1)
+    return torch.where(seen, (torch.sigmoid(z) - y).div_(count), 0.0)
