@@ -17,6 +17,9 @@ METHODS = (
     "methods.lipschitz={weighting: FairMT, rho: 0.3, lipschitz: true, alpha: uniform}",
     f"methods.glf={HEADS % 'glf'}",
     f"methods.gld={HEADS % 'gld, target: main, heads: shared'}",
+    "methods.uniform={weighting: FairMT, epsilon: 0.01, rho: 0.3, alpha: uniform, attributes: [sex], fpr_weight: 0.5}",
+    "methods.batchwise={weighting: FairMT, rho: 0.5, ema: 0.0, ema_gradient: batch, sharpness: 2.0, normalise: false}",
+    "methods.lcb={weighting: FairMT, rho: 0.3, reference: lcb}",
     "methods.paper={weighting: ReLiF, preset: paper, lambda_0: 0.5, warmup: 1, eta: 0.3}",
     "methods.rough={weighting: ReLiF, scaling: false, detach_distance: false, control: false, lambda_0: 2.0}",
     "methods.sampled={weighting: ReLiF, lambda_0: 2.0, lipschitz: false}",
@@ -31,6 +34,10 @@ MEMBERS = [
     ("lipschitz", {}, 8),
     ("glf", {("lam",): 0.8, DROPOUT: 0.2}, 9),
     ("gld", {DECAY: 0.001}, 10),
+    ("uniform", {}, 14),
+    ("batchwise", {("min_count",): 5.0}, 15),
+    ("batchwise", {("ema",): 0.5}, 16),
+    ("lcb", {}, 17),
     ("paper", {DROPOUT: 0.1}, 11),
     ("rough", {}, 12),
     ("sampled", {}, 13),
@@ -81,9 +88,11 @@ def assert_equal(stacked, single, within):
 
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("select", ["last", "best"])
+@pytest.mark.parametrize("sensitive", ["[sex]", "[sex, race]"])
 @pytest.mark.parametrize("members", [MEMBERS, OWN_HEADS], ids=["main", "own_heads"])
-def test_each_member_is_the_trial_run_alone(world, dtype, within, select, members):
-    data, trainer = world(f"train.select={select}", "train.scheduler={scheduler: cos, T_max: 2}", dtype=dtype)
+def test_each_member_is_the_trial_run_alone(world, dtype, within, select, sensitive, members):
+    changes = [f"train.select={select}", f"data.sensitive={sensitive}", "train.scheduler={scheduler: cos, T_max: 2}"]
+    data, trainer = world(*changes, dtype=dtype)
     trainers = [trainer(*member) for member in members]
     stack = Stack(Rows(data, CPU), 256)
     stack.change(add=trainers)

@@ -148,7 +148,7 @@ class Stack:
             inputs.append(h if masks[-1] is None else h.mul_(masks[-1]))
         z = torch.baddbmm(heads.bias, inputs[-1], heads.weight)
         y = self.rows.y.index_select(0, flat).view(*size, -1)
-        step = Step(z, inputs[-1], y, rows, self.rows.groups)
+        step = Step(z, inputs[-1], heads.weight, y, rows, self.rows.groups)
         self._backward(inputs, masks, *self._objective(step))
         self._adam.step(self.weights.flat, self.weights.grad)
 

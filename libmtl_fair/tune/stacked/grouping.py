@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from libmtl_fair.tune.stacked import relif
+from libmtl_fair.tune.stacked import fairmt, relif
 from libmtl_fair.tune.stacked.members import Member
 from libmtl_fair.tune.stacked.parts import Own, Part, Plain
 
@@ -16,7 +16,11 @@ def _plain(member: Member) -> tuple[Any, ...] | None:
     return ("EW",) if member.plain else None
 
 
-_KINDS: Sequence[tuple[_Key, type[Part]]] = ((_plain, Plain), (relif.key, relif.ReLiFPart))
+_KINDS: Sequence[tuple[_Key, type[Part]]] = (
+    (_plain, Plain),
+    (relif.key, relif.ReLiFPart),
+    (fairmt.key, fairmt.FairMTPart),
+)
 
 
 def parts_of(members: Sequence[Member]) -> list[Part]:

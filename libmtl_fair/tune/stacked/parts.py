@@ -19,12 +19,14 @@ class Step:
     Attributes
     ----------
     z, h : logits [M, B, C] and what the heads received [M, B, d].
+    heads : weights of the heads [M, d, C].
     y : labels of the main tasks [M, B, T], NaN where missing.
     rows : [M, B], in the training data, whose ``groups`` (attribute -> [N]) are looked up by those who need them.
     """
 
     z: Tensor
     h: Tensor
+    heads: Tensor
     y: Tensor
     rows: Tensor
     groups: Mapping[str, Tensor]
@@ -34,7 +36,7 @@ class Step:
         if len(places) == len(self.z):
             return self
         at = torch.tensor(places, device=self.z.device)
-        return Step(self.z[at], self.h[at], self.y[at], self.rows[at], self.groups)
+        return Step(self.z[at], self.h[at], self.heads[at], self.y[at], self.rows[at], self.groups)
 
 
 class Part(ABC):
