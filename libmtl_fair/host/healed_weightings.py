@@ -241,6 +241,21 @@ def imtl_backward(self: Any, losses: Tensor, **_: Any) -> Any:
     return recorded(self, weights)
 
 
+def aligned_backward(self: Any, losses: Tensor, **_: Any) -> Any:
+    """Aligned-MTL (Senushkin et al. 2023), which calls an eigensolver that is gone; without a gradient, equal weights."""
+    grads = self._get_grads(losses, mode="backward")
+    per_grads, grads = grads if self.rep_grad else (None, grads)
+    values, vectors = np.linalg.eigh(_gram(grads))
+    kept = values > values.max() * len(values) * np.finfo(np.float32).eps
+    alpha = np.ones(len(values))
+    if kept.any():
+        values, vectors = values[kept], vectors[:, kept]
+        alpha = np.sqrt(values.min()) * ((vectors / np.sqrt(values)) @ vectors.T).sum(0)
+    weights = torch.as_tensor(alpha, dtype=grads.dtype, device=grads.device)
+    self._backward_new_grads(weights, per_grads=per_grads, grads=grads)
+    return recorded(self, weights)
+
+
 def project_numpy(self: Any, v: Array, s: float = 1) -> Array:
     """Euclidean projection on the simplex of radius ``s`` (SDMGrad calls a numpy function that is gone)."""
     v = np.asarray(v, dtype=np.float64)

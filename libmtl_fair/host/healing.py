@@ -98,6 +98,7 @@ _COMMON = [
     Patch("PCGrad", "backward", healed_weightings.pcgrad_backward, _SYNC),
     Patch("CAGrad", "backward", healed_weightings.cagrad_backward, "was written for exactly three tasks"),
     Patch("IMTL", "backward", healed_weightings.imtl_backward, "linearly dependent gradients raised"),
+    Patch("Aligned_MTL", "backward", healed_weightings.aligned_backward, "torch.symeig is gone"),
     Patch("SDMGrad", "euclidean_proj_simplex", healed_weightings.project_numpy, "numpy.alltrue is gone"),
 ]
 _PACKAGE = [Patch("GradVac", "backward", healed_weightings.gradvac_backward, _SYNC)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -62,6 +63,32 @@ def make_scheduler(optimizer: torch.optim.Optimizer, param: Mapping[str, Any] | 
         return cls(optimizer, **args)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"scheduler {param['scheduler']}: {error}") from error
+
+
+def prepare_forgotten(params: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return the parameter dicts of what LibMTL's ``prepare_args`` accepts but never prepares, by option name.
+
+    Its options name adagrad, rmsprop, cos and exp, for which it then ends in an UnboundLocalError. ``cos`` falls over the
+    script's ``--T_max`` or ``--epochs``, which LibMTL leaves to the script.
+
+    Raises
+    ------
+    RecipeError : ``--scheduler cos`` and neither of the two is among the script's options.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    if params.optim in ("adagrad", "rmsprop"):
+        found["optim"] = {"optim": params.optim, "lr": params.lr, "weight_decay": params.weight_decay}
+    if params.scheduler == "exp":
+        found["scheduler"] = {"scheduler": "exp", "gamma": params.gamma}
+    if params.scheduler == "cos":
+        over = getattr(params, "T_max", None) or getattr(params, "epochs", None)
+        if not over:
+            raise RecipeError(
+                "--scheduler cos: over how many epochs? Add an option --T_max or --epochs to the script's parser, or pass "
+                "scheduler_param={'scheduler': 'cos', 'T_max': ...} to the trainer"
+            )
+        found["scheduler"] = {"scheduler": "cos", "T_max": int(over)}
+    return found
 
 
 def _pick(what: str, param: Mapping[str, Any], key: str, options: Mapping[str, Any]) -> Any:

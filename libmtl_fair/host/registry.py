@@ -21,6 +21,7 @@ from libmtl_fair.host.loading import (
     config_module,
     weighting_namespace,
 )
+from libmtl_fair.host.optimizers import prepare_forgotten
 
 OUR_WEIGHTINGS: dict[str, type[Any]] = {}
 OUR_ARCHITECTURES: dict[str, type[Any]] = {}
@@ -177,24 +178,30 @@ def _given(cls: type[Any], params: argparse.Namespace) -> dict[str, Any]:
 
 
 def _wrap_prepare_args(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Let ``prepare_args`` know our names; LibMTL's own go through unchanged.
+    """Let ``prepare_args`` know our names, and the optimisers and schedulers that it accepts but forgets to prepare.
 
-    The base of a weighting of ours takes its hyperparameters from LibMTL's options: ``--relif_base GradNorm --alpha 1``.
+    What LibMTL prepares itself goes through unchanged. The base of a weighting of ours takes its hyperparameters from
+    LibMTL's options: ``--relif_base GradNorm --alpha 1``.
     """
 
     def prepare_args(params: argparse.Namespace) -> Any:
         _check_name("weighting", params.weighting, [*weighting_names(), *BILEVEL, "DIY"])
         _check_name("architecture", params.arch, [*architecture_names(), "DIY"])
         weighting, architecture = OUR_WEIGHTINGS.get(params.weighting), OUR_ARCHITECTURES.get(params.arch)
-        if weighting is None and architecture is None:
+        forgotten = prepare_forgotten(params)
+        if weighting is None and architecture is None and not forgotten:
             return original(params)
         plain, given = copy.copy(params), _given(weighting, params) if weighting else {}
         if weighting:
             plain.weighting = str(given.get("base", getattr(weighting.settings_class, "base", "EW")))
             _check_name("base weighting", plain.weighting, [n for n in weighting_names() if n not in OUR_WEIGHTINGS])
         plain.arch = "HPS" if architecture else params.arch
+        for what in forgotten:
+            setattr(plain, what, {"optim": "adam", "scheduler": None}[what])
         with contextlib.redirect_stdout(io.StringIO()):
             kwargs, optim_param, scheduler_param = original(plain)
+        optim_param = forgotten.get("optim", optim_param)
+        scheduler_param = forgotten.get("scheduler", scheduler_param)
         if weighting:
             base_args = {**kwargs["weight_args"], **given.pop("base_args", {})}
             kwargs["weight_args"] = {**given, "base_args": base_args} if base_args else given

@@ -13,9 +13,9 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 import libmtl_fair as lf
-from libmtl_fair.host import stepping
+from libmtl_fair.host import healed_weightings, stepping
 from libmtl_fair.host.healing import healed
-from libmtl_fair.host.loading import LINEAGE, weighting_namespace
+from libmtl_fair.host.loading import LINEAGE, AbsWeighting, weighting_namespace
 
 Array = np.ndarray[Any, Any]
 COUNTS = (2, 3, 5)
@@ -25,7 +25,7 @@ class Step:
     """A model before its backward pass, and what plain autograd says about it."""
 
     def __init__(
-        self, kit: Any, weighting: str, n_tasks: int = 3, rep_grad: bool = False, seed: int = 0, **args: Any
+        self, kit: Any, weighting: Any, n_tasks: int = 3, rep_grad: bool = False, seed: int = 0, **args: Any
     ) -> None:
         g = torch.Generator().manual_seed(seed)
         x = torch.randn(64, kit.features, generator=g)
@@ -327,6 +327,32 @@ def test_imtl_takes_equal_gradients(kit: Any) -> None:
     step.forward()
     assert np.isfinite(np.asarray(step.backward())).all()
     assert bool(step.shared_grad.isfinite().all())
+
+
+class AlignedMTL(AbsWeighting):  # type: ignore[misc]
+    """Stands in for git main's class, whose backward calls an eigensolver that is gone."""
+
+    backward = healed_weightings.aligned_backward
+
+
+@pytest.mark.parametrize("n_tasks", COUNTS)
+def test_aligned_mtl_makes_the_gradients_orthogonal_and_of_one_length(kit: Any, n_tasks: int) -> None:
+    step = Step(kit, AlignedMTL, n_tasks)
+    left, values, right = torch.linalg.svd(step.reference(), full_matrices=False)
+    expected = values.min() * (left @ right).sum(0)
+    step.backward()
+    close(step.shared_grad, expected, rtol=1e-3)
+
+
+def test_aligned_mtl_without_rank_or_gradient(kit: Any) -> None:
+    step = Step(kit, AlignedMTL, 2)
+    with torch.no_grad():
+        step.model.decoders["t1"].load_state_dict(step.model.decoders["t0"].state_dict())
+    step.batch[1]["t1"] = step.batch[1]["t0"]
+    step.forward()
+    np.testing.assert_allclose(np.asarray(step.backward()), np.ones(2), rtol=1e-3)
+    step.losses = sum(p.sum() for p in step.model.parameters()) * torch.zeros(2)
+    np.testing.assert_array_equal(np.asarray(step.backward()), np.ones(2))
 
 
 @pytest.mark.parametrize("n_tasks", COUNTS)

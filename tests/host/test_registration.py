@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import libmtl_fair as lf
 from libmtl_fair.errors import HostError, RecipeError
@@ -20,6 +21,7 @@ from libmtl_fair.host.loading import (
     config_module,
     weighting_namespace,
 )
+from libmtl_fair.host.optimizers import make_optimizer, make_scheduler
 
 
 def prepare(*args: str) -> tuple[Any, str]:
@@ -51,6 +53,36 @@ def test_registering_twice_is_as_good_as_once() -> None:
     assert config_module.LibMTL_args._option_string_actions == options
     assert weighting_namespace.__all__ == names
     assert config_module.prepare_args is prepare_args
+
+
+@pytest.mark.parametrize("weighting", ["EW", "ReLiF"])
+@pytest.mark.parametrize(
+    ("args", "optim", "scheduler"),
+    [
+        ("--optim rmsprop", {"optim": "rmsprop"}, None),
+        ("--optim adagrad --scheduler exp --gamma 0.9", {"optim": "adagrad"}, {"scheduler": "exp", "gamma": 0.9}),
+        ("--scheduler exp", {"optim": "adam"}, {"scheduler": "exp", "gamma": 0.5}),
+    ],
+)
+def test_what_libmtl_offers_but_forgets_to_prepare(weighting: str, args: str, optim: Any, scheduler: Any) -> None:
+    """LibMTL's own prepare_args ends in an UnboundLocalError here."""
+    (_, found, schedule), out = prepare(
+        "--weighting", weighting, *args.split(), "--lr", "0.01", "--weight_decay", "0.1"
+    )
+    assert found == optim | {"lr": 0.01, "weight_decay": 0.1}
+    assert schedule == scheduler
+    assert out.count("Optimizer Configuration") == 1
+    make_scheduler(make_optimizer(nn.Linear(2, 1), found), schedule)
+
+
+def test_cos_falls_over_the_epochs_of_the_script() -> None:
+    params = config_module.LibMTL_args.parse_args(["--scheduler", "cos"])
+    with pytest.raises(lf.errors.RecipeError, match=r"cos: over how many epochs\? Add an option --T_max or --epochs"):
+        config_module.prepare_args(params)
+    params.epochs = 7
+    with redirect_stdout(io.StringIO()):
+        _, _, schedule = config_module.prepare_args(params)
+    assert schedule == {"scheduler": "cos", "T_max": 7}
 
 
 def test_command_line_of_relif() -> None:
