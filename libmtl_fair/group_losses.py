@@ -13,7 +13,7 @@ from torch import Tensor
 from libmtl_fair import functional as F
 from libmtl_fair.errors import RecipeError, unknown
 from libmtl_fair.functional._group_slopes import can_write_out, cell_disparity
-from libmtl_fair.tasks import Multiclass, Multilabel, Task
+from libmtl_fair.tasks import Binary, Multiclass, Multilabel, Task
 
 _OF_LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "glf": F.glf,
@@ -63,7 +63,9 @@ class GroupLoss:
     ----------
     loss : ``"glf"``, ``"gld"``, ``"bgl"`` (of the groups' mean losses); ``"dpl"``, ``"fprl"``, ``"tprl"`` (of the
         groups' mean scores: over all examples, over negatives, over positives; the largest gap between groups); ``"gap"``
-        **(ours)**: dpl within classes of sharpened scores, which is equalised odds made smooth.
+        **(ours)**: dpl within classes of sharpened scores, which is equalised odds made smooth. Scores of binary and
+        multilabel tasks are then about the threshold that selects as many of the batch as are positive, so that lowering
+        all scores, which makes decisions at 0.5 look fair, gains nothing.
     conditional : groups are compared within each class and the disparities summed **(ours)**; None is True, but for dpl.
         dpl with True is the gap of scores within each class; of a multiclass task, of the probability of that class.
     bins : classes of a regression target are its quantile bins in the batch.
@@ -124,15 +126,22 @@ class GroupLoss:
         """Return the disparity (scalar) of a task's outputs; 0 with zero gradient with fewer than two groups."""
         if self.loss in _OF_LOSSES:
             return self._compare(self._losses(task, output, labels), cells, self.loss).sum()
-        sharp = self.scale != 1 and task.kind != "regression"
-        scores = task.probabilities(output * self.scale if sharp else output)
-        scores = scores if scores.dim() == 2 else scores[:, None]
+        scores = self._scores(task, output, labels)
         if self.loss in ("dpl", "gap") and self.within_classes:
             both = isinstance(task, Multilabel)  # every label's no, then every label's yes
             return self._compare(torch.cat([scores, scores], dim=1) if both else scores, cells, "spread").sum()
         gaps = self._compare(scores, cells, "spread")
         defined = ((cells.count > 0).sum(-1) >= 2).expand_as(gaps)
         return gaps.sum() / defined.sum().clamp(min=1)
+
+    def _scores(self, task: Task, output: Tensor, labels: Tensor) -> Tensor:
+        """Return the scores that gaps are of, [B, 1] or [B, C]."""
+        if self.loss == "gap" and isinstance(task, (Binary, Multilabel)):
+            logits = output if isinstance(task, Multilabel) else task.logit(output)[:, None]
+            return torch.sigmoid(self.scale * (logits - F.base_rate_threshold(logits, labels)))
+        sharp = self.scale != 1 and task.kind != "regression"
+        scores = task.probabilities(output * self.scale if sharp else output)
+        return scores if scores.dim() == 2 else scores[:, None]
 
     def _compare(self, values: Tensor, cells: Cells, kind: str) -> Tensor:
         """Return the disparity of every condition, [K]."""

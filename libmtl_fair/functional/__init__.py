@@ -23,6 +23,7 @@ from libmtl_fair.functional.disparity import (
     wilson_interval,
 )
 from libmtl_fair.functional.groups import (
+    base_rate_threshold,
     bounded_group_loss,
     conditional_group_losses,
     cross_groups,
@@ -72,6 +73,7 @@ __all__ = [
     "aep_ccc_from_lack",
     "aep_from_means",
     "aggregate_disparities",
+    "base_rate_threshold",
     "bounded_group_loss",
     "caeod",
     "ccc_lack_from_sums",

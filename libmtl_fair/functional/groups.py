@@ -203,6 +203,22 @@ def quantile_bins(target: Tensor, n_bins: int = 4) -> Tensor:
     return torch.bucketize(target.contiguous(), edges, right=True).where(observed, -1)
 
 
+def base_rate_threshold(logits: Tensor, labels: Tensor) -> Tensor:
+    """Threshold [K] above which as many rows of ``logits`` [B, K] lie as are positive in ``labels`` [B, K] (or [B]). No gradient.
+
+    Labels other than 0 and 1 are missing; 0 where all of a column are. Ours.
+
+    >>> base_rate_threshold(torch.tensor([[1.0], [2.0], [3.0], [4.0], [9.0]]), torch.tensor([0.0, 1, 0, 0, torch.nan]))
+    tensor([3.2500])
+    """
+    truth = labels.reshape(len(logits), -1)
+    seen = (truth == 0) | (truth == 1)
+    count = seen.sum(0).unsqueeze(-1)
+    rate = (truth == 1).sum(0).unsqueeze(-1) / count.clamp(min=1)
+    ordered = logits.detach().masked_fill(~seen, torch.inf).T.sort(-1).values
+    return sorted_quantiles(ordered, count, 1 - rate).squeeze(-1)
+
+
 def rate_sums(scores: Tensor, labels: Tensor, groups: Tensor, n_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sufficient statistics of :func:`soft_rates`: sums of scores over positives and negatives, and their counts.
 

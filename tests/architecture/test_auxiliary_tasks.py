@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import libmtl_fair as lf
+from libmtl_fair import functional as F
 from libmtl_fair.architecture.auxiliary_tasks import AdversaryTask, DisparityTask
 from libmtl_fair.errors import DataError, RecipeError
 from libmtl_fair.group_losses import GROUP_LOSSES, GroupLoss, class_count, class_indicator
@@ -55,6 +56,13 @@ def disparity(loss: str, by_group: dict[int, list[float]]) -> float:
     return max(means) - min(means)
 
 
+def threshold(output: Tensor, labels: Tensor) -> Tensor:
+    """The quantile of each column that leaves as many above it as are positive."""
+    columns = labels.reshape(len(output), -1)
+    pairs = [(z[~y.isnan()], y[~y.isnan()]) for z, y in zip(output.detach().T, columns.T)]
+    return torch.stack([torch.quantile(z, 1 - y.mean()) for z, y in pairs])
+
+
 def brute_force(kind: str, loss: str, conditional: bool, output: Tensor, labels: Tensor, groups: Tensor) -> float:
     task = KINDS[kind]
     rows = [b for b in range(len(output)) if groups[b] >= 0]
@@ -68,7 +76,8 @@ def brute_force(kind: str, loss: str, conditional: bool, output: Tensor, labels:
 
     if loss in ("dpl", "gap") and conditional:
         sharp = 6 if loss == "gap" and kind != "regression" else 1
-        p = task.probabilities(sharp * output)
+        middle = threshold(output, labels) if loss == "gap" and kind in ("binary", "multilabel") else 0
+        p = task.probabilities(sharp * (output - middle))
         p = p if p.dim() == 2 else p[:, None]
         p = torch.cat([p, p], dim=1) if kind == "multilabel" else p
         classes = class_indicator(task, labels)
@@ -126,7 +135,37 @@ def test_equals_brute_force_and_finite_differences(kind: str, loss: str, conditi
     expected = brute_force(kind, loss, conditional, output, labels, groups)
     assert task.loss(output, packed).item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
     output.requires_grad_()
+    if loss != "gap":  # its threshold is held fixed, see below
+        assert torch.autograd.gradcheck(lambda z: task.loss(z, packed), (output,), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gap_is_that_of_sharpened_scores_about_a_fixed_threshold(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, labels, groups = example(kind)
+    task = DisparityTask("fair:t/sex", (KINDS[kind],), ("sex",), GroupLoss("gap", sharpness=2))
+    packed = task.labels_from({"t": labels}, {"sex": groups}, {"sex": 3})
+    loss = task.loss(output.requires_grad_(), packed)
+    (slope,) = torch.autograd.grad(loss, output)
+    anchored = kind in ("binary", "multilabel")
+    if anchored:  # a shift of all scores changes nothing
+        torch.testing.assert_close(task.loss(output - 3, packed), loss)
+        middle = threshold(output, labels)
+        monkeypatch.setattr(F, "base_rate_threshold", lambda z, y: middle)
     assert torch.autograd.gradcheck(lambda z: task.loss(z, packed), (output,), atol=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(task.loss(output, packed), output)[0], slope)
+    other = DisparityTask("fair:t/sex", (KINDS[kind],), ("sex",), GroupLoss("dpl", True, sharpness=2))
+    same = other.loss(output - (middle if anchored else 0), packed)
+    torch.testing.assert_close(task.loss(output, packed), same)
+
+
+def test_two_logits_have_a_gap_too() -> None:
+    output, labels, groups = example("binary")
+    both = torch.cat([torch.ones_like(output), output + 1], dim=1)
+    task = DisparityTask("fair:t/sex", (KINDS["binary"],), ("sex",), GroupLoss("gap"))
+    packed = task.labels_from({"t": labels}, {"sex": groups}, {"sex": 3})
+    torch.testing.assert_close(task.loss(both, packed), task.loss(output, packed))
 
 
 @pytest.mark.parametrize(("kind", "loss", "conditional"), cases())

@@ -279,3 +279,20 @@ def test_gaps_are_differentiable_and_zero_for_one_group() -> None:
     alone = F.demographic_parity_gap(scores, groups * 0, 3)
     assert alone.item() == 0.0
     assert not torch.autograd.grad(alone, scores)[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_base_rate_threshold_selects_as_many_as_are_positive(device: torch.device, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(3)
+    logits = torch.randn(400, 3, generator=g, dtype=dtype).to(device).requires_grad_()
+    labels = (torch.rand(400, 3, generator=g) < torch.tensor([0.1, 0.5, 0.9])).to(dtype).to(device)
+    labels[::7] = torch.nan
+    found = F.base_rate_threshold(logits, labels)
+    assert not found.requires_grad
+    seen = ~labels.isnan()
+    chosen = ((logits > found) & seen).sum(0)
+    assert ((chosen - (labels == 1).sum(0)).abs() <= 1).all()
+    labels[:, 1] = torch.nan
+    assert F.base_rate_threshold(logits, labels)[1] == 0
+    one = F.base_rate_threshold(logits[:, :1], labels[:, 0])
+    torch.testing.assert_close(one, found[:1])
