@@ -191,3 +191,25 @@ def test_members_of_one_stack_share_their_shape(small):
     recipe = small(*METHODS)
     assert shape(recipe, "relif") == shape(recipe, "fairmt") == shape(recipe, "glf") != shape(recipe, "own")
     assert shape(small("model.hidden=[4]"), "relif") != shape(recipe, "relif")
+
+
+def test_members_of_a_method_are_computed_together(world):
+    data, trainer = world()
+    stack = Stack(Rows(data, CPU), 256)
+    stack.change(add=[trainer(*member) for member in MEMBERS])
+    found = {tuple(part.places): type(part).__name__ for part in stack._parts}
+    named = {tuple(MEMBERS[m][0] for m in places): kind for places, kind in found.items()}
+    assert named == {
+        ("relif", "relif"): "ReLiFPart",
+        ("plain",): "Plain",
+        ("fairmt", "fairmt"): "FairMTPart",
+        ("lipschitz",): "Own",
+        ("glf",): "HeadsPart",
+        ("gld",): "HeadsPart",
+        ("uniform",): "FairMTPart",
+        ("batchwise", "batchwise"): "FairMTPart",
+        ("lcb",): "Own",
+        ("paper",): "ReLiFPart",
+        ("rough",): "ReLiFPart",
+        ("sampled",): "Own",
+    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from libmtl_fair.tune.stacked import fairmt, relif
+from libmtl_fair.tune.stacked import fairmt, heads, relif
 from libmtl_fair.tune.stacked.members import Member
 from libmtl_fair.tune.stacked.parts import Own, Part, Plain
 
@@ -20,6 +20,7 @@ _KINDS: Sequence[tuple[_Key, type[Part]]] = (
     (_plain, Plain),
     (relif.key, relif.ReLiFPart),
     (fairmt.key, fairmt.FairMTPart),
+    (heads.key, heads.HeadsPart),
 )
 
 
