@@ -11,7 +11,7 @@ import pandas as pd
 
 from libmtl_fair.errors import DataError, RecipeError
 from libmtl_fair.metrics.arrays import Bools, Floats, delta_matrix, score_arrays
-from libmtl_fair.metrics.exact import SortedScores, exact_excess
+from libmtl_fair.metrics.exact import exact_excesses
 from libmtl_fair.metrics.sampling import draw_pairs, draw_pools
 
 PAIR_COLUMNS = ["task_a", "task_b", "bias", "violation_rate", "delta", "n_pairs"]
@@ -127,7 +127,7 @@ class FixedDeltaAudit:
         rows = (
             self._exact_rows(names, arrays, masks, deltas) if self.exact else self._rows(names, arrays, masks, deltas)
         )
-        table = pd.DataFrame(rows, columns=PAIR_COLUMNS)
+        table = pd.DataFrame(dict(zip(PAIR_COLUMNS, zip(*rows))))
         means = table[["bias", "violation_rate"]].mean()
         protocol = self._protocol(masks)
         return AuditReport(float(means.iloc[0]), float(means.iloc[1]), table, protocol, self, arrays, masks)
@@ -135,13 +135,12 @@ class FixedDeltaAudit:
     def _exact_rows(
         self, names: list[str], arrays: dict[str, Floats], masks: dict[str, Bools], deltas: Floats
     ) -> list[Any]:
-        sorts = {t: SortedScores(arrays[t][masks[t]]) for t in names if masks[t].any()}
-        rows = []
-        for i, j in _pairs(names, masks):
-            a, b = sorts[names[i]], sorts[names[j]]
-            bias, rate = exact_excess(a, b, float(deltas[i, j]))
-            rows.append((names[i], names[j], bias, rate, float(deltas[i, j]), len(a.values) * len(b.values)))
-        return rows
+        values = {t: arrays[t] if masks[t].all() else arrays[t][masks[t]] for t in names if masks[t].any()}
+        found = exact_excesses(values, {(i, j): float(deltas[i, j]) for i, j in _pairs(names, masks)}, names)
+        return [
+            (names[i], names[j], bias, rate, float(deltas[i, j]), len(values[names[i]]) * len(values[names[j]]))
+            for (i, j), (bias, rate) in found.items()
+        ]
 
     def _rows(self, names: list[str], arrays: dict[str, Floats], masks: dict[str, Bools], deltas: Floats) -> list[Any]:
         pools = {t: arrays[t][rows] for t, rows in draw_pools(masks, self.pool_size, self.eval_seed).items()}

@@ -1,13 +1,24 @@
 from __future__ import annotations
 
+import tracemalloc
+from unittest import mock
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from libmtl_fair.errors import DataError, RecipeError
-from libmtl_fair.metrics import FixedDeltaAudit, conformal_delta, pair_distances, quantile_delta, reference_pairs
+from libmtl_fair.metrics import (
+    FixedDeltaAudit,
+    conformal_delta,
+    exact_tables,
+    pair_distances,
+    quantile_delta,
+    reference_pairs,
+)
 from libmtl_fair.metrics.sampling import draw_pool
 
 scores32 = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=25)
@@ -195,3 +206,62 @@ def test_pair_distances_of_shared_and_own_embeddings():
         pair_distances({"a": h}, ["a", "b"])
     with pytest.raises(DataError, match="two tasks"):
         pair_distances(h, ["a", "b"], {"a": np.zeros(300, bool)})
+
+
+def _every_pair(scores, delta):
+    excess, below = np.zeros((2, len(scores), len(scores)))
+    for i, p in enumerate(scores):
+        for j, q in enumerate(scores):
+            gap = (p - delta)[:, None] - q
+            excess[i, j], below[i, j] = np.maximum(gap, 0).sum(), (gap > 0).sum()
+    return excess, below
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=3, max_size=6),
+    levels=st.sampled_from([1, 2, 8, 10**6]),
+    delta=st.sampled_from([0.0, 0.1, 0.125, 0.275, 0.999, 1.0, 3.0]),
+    seed=st.integers(0, 2**31),
+    bent=st.sampled_from([1.0, 8.0]),
+)
+def test_tables_of_all_task_pairs_equal_brute_force(sizes, levels, delta, seed, bent):
+    """Ties, single values, few levels, scores crowded at 0, tolerances out of reach."""
+    rng = np.random.default_rng(seed)
+    scores = [(rng.integers(0, levels + 1, n) / levels) ** bent for n in sizes]
+    with mock.patch.object(exact_tables, "_SEARCH_NS", 1e9):
+        found = exact_tables.excess_tables(scores, delta)
+    if found is None:  # a span too small for bins
+        assert max(s.max() for s in scores) - delta - min(s.min() for s in scores) < 1e-9
+        return
+    excess, below = _every_pair(scores, delta)
+    np.testing.assert_allclose(found[0], excess, rtol=0, atol=1e-11)
+    np.testing.assert_array_equal(found[1], below)
+
+
+def test_both_ways_of_the_exact_audit_agree_on_many_tasks():
+    rng = np.random.default_rng(0)
+    scores = {f"t{t}": 1 / (1 + np.exp(-rng.normal(rng.normal(), 1, 700 + t))) for t in range(12)}
+    scores["t3"][5] = np.nan
+    together = FixedDeltaAudit(0.275, exact=True).run(scores)
+    one_by_one = FixedDeltaAudit(np.full((12, 12), 0.275) + np.diag(np.ones(12)), exact=True)
+    with mock.patch("libmtl_fair.metrics.exact.excess_tables", return_value=None) as refused:
+        apart = one_by_one.run(scores)
+    assert refused.called
+    pd.testing.assert_frame_equal(together.per_pair, apart.per_pair, rtol=0, atol=1e-12)
+
+
+def test_crowded_scores_are_searched_task_by_task():
+    scores = [np.full(3000, 0.1 * (t % 2)) for t in range(12)]
+    assert exact_tables.excess_tables(scores, 0.0) is None
+    report = FixedDeltaAudit(0.05, exact=True).run({str(t): s for t, s in enumerate(scores)})
+    assert report.violation_rate == pytest.approx(36 / 66)
+
+
+def test_memory_of_the_exact_audit_is_bounded_by_the_scores():
+    rng = np.random.default_rng(0)
+    scores = [rng.random(5000) for _ in range(20)]
+    tracemalloc.start()
+    assert exact_tables.excess_tables(scores, 0.275) is not None
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40 * 100_000 + 8e6
