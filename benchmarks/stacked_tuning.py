@@ -25,15 +25,23 @@ from libmtl_fair.recipe import Recipe
 from libmtl_fair.recipe.build import loaders, make_dataset, make_trainer
 from libmtl_fair.tune.stacked import Rows, Stack
 
+PAYS = 1.1
+METHODS = {
+    "plain": {"weighting": "EW"},
+    "relif": {"weighting": "ReLiF"},
+    "fairmt": {"weighting": "FairMT"},
+    "glf": {"weighting": "LambdaMix", "lam": 0.95, "heads": {"loss": "glf"}},
+}
 
-def recipe_of(options: argparse.Namespace) -> Recipe:
+
+def recipe_of(hidden: list[int], epochs: int) -> Recipe:
     return Recipe.from_dict(
         {
             "name": "bench",
             "data": {"name": "adult", "tasks": ["income", "never_married"], "sensitive": ["sex"]},
-            "model": {"hidden": options.hidden},
-            "train": {"epochs": options.epochs, "batch_size": 512, "select": "last"},
-            "methods": {"plain": {"weighting": "EW"}, "relif": {"weighting": "ReLiF"}},
+            "model": {"hidden": hidden},
+            "train": {"epochs": epochs, "batch_size": 512, "select": "last"},
+            "methods": METHODS,
         }
     )
 
@@ -74,34 +82,53 @@ def libmtl(recipe, data, method, members, epochs, device) -> None:
     trainer.train(rows, one, epochs)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--members", type=int, default=8)
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--hidden", type=int, nargs="+", default=[128, 64])
-    parser.add_argument("--method", choices=["plain", "relif"], default="plain")
-    parser.add_argument("--smoke", action="store_true", help="seconds: checks that it runs, its numbers mean nothing")
-    options = parser.parse_args()
-    if options.smoke:
-        options.members, options.epochs, options.rounds = 2, 1, 1
-    recipe = recipe_of(options)
+def measure(options: argparse.Namespace, method: str, hidden: list[int]) -> dict[str, float]:
+    """Print trials a minute; return other -> how many times as fast stacked is, the median over rounds."""
+    recipe = recipe_of(hidden, options.epochs)
     data = make_dataset(recipe, 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    clock = time.perf_counter if options.wall or device.type == "cuda" else time.process_time
     variants = {"stacked": (stacked, options.members), "one at a time": (single, 2), "LibMTL": (libmtl, 1)}
     per_trial: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(options.rounds):
         for name, (run, members) in variants.items():
             began = clock()
             with contextlib.redirect_stdout(io.StringIO()):
-                run(recipe, data, options.method, members, options.epochs, device)
+                run(recipe, data, method, members, options.epochs, device)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
             per_trial[name].append((clock() - began) / members)
-    for name, times in per_trial.items():
-        print(f"{name:14} {60 / statistics.median(times):8.1f} trials a minute ({device})")
+    widths = "-".join(map(str, hidden))
+    rates = ", ".join(f"{name} {60 / statistics.median(times):.0f}" for name, times in per_trial.items())
+    print(f"{method}, {widths}, M = {options.members}, {device}: trials a minute: {rates}")
+    found = {}
     for other in ("one at a time", "LibMTL"):
-        ratios = [b / a for a, b in zip(per_trial["stacked"], per_trial[other])]
-        print(f"stacked against {other}: {statistics.median(ratios):.2f} times")
+        found[other] = statistics.median(b / a for a, b in zip(per_trial["stacked"], per_trial[other]))
+        print(f"  stacked against {other}: {found[other]:.2f} times")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--members", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--hidden", type=int, nargs="+", default=[128, 64])
+    parser.add_argument("--widths", action="store_true", help="several widths, to see below which stacking pays")
+    parser.add_argument("--method", choices=list(METHODS), nargs="+", default=["plain"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--wall", action="store_true", help="wall time; on the CPU only of use where nothing else runs")
+    parser.add_argument("--smoke", action="store_true", help="seconds: checks that it runs, its numbers mean nothing")
+    options = parser.parse_args()
+    if options.smoke:
+        options.members, options.epochs, options.rounds = 2, 1, 1
+    torch.set_num_threads(options.threads)
+    widths = [[32, 16], [64, 32], [128, 64], [256, 128], [512, 256]] if options.widths else [options.hidden]
+    for method in options.method:
+        found = {tuple(hidden): measure(options, method, hidden)["one at a time"] for hidden in widths}
+        paying = [hidden for hidden, times in found.items() if times >= PAYS]
+        if options.widths:
+            print(f"{method}: stacking gains a tenth or more up to {max(paying) if paying else 'no width'}")
 
 
 if __name__ == "__main__":

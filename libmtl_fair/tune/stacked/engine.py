@@ -28,7 +28,7 @@ class Rows:
 
     Attributes
     ----------
-    x, y : [N, F] and [N, T], NaN where a label is missing.
+    x, y : [N, F] and [N, T], NaN where a label is missing; ``complete``: there is none.
     groups : attribute -> [N].
     """
 
@@ -38,6 +38,7 @@ class Rows:
         self.tasks = tuple(task.name for task in data.tasks)
         y = torch.stack([split.labels[name].to(self.x.dtype) for name in self.tasks], 1).to(device)
         self.y = torch.where(y < 0, torch.nan, y)
+        self.complete = not bool(self.y.isnan().any())
         self.groups = {name: ids.to(device) for name, ids in split.groups.items()}
         self.val = data.val.loader(8192, device=device)
 
@@ -148,7 +149,7 @@ class Stack:
             inputs.append(h if masks[-1] is None else h.mul_(masks[-1]))
         z = torch.baddbmm(heads.bias, inputs[-1], heads.weight)
         y = self.rows.y.index_select(0, flat).view(*size, -1)
-        step = Step(z, inputs[-1], heads.weight, y, rows, self.rows.groups)
+        step = Step(z, inputs[-1], heads.weight, y, rows, self.rows.groups, self.rows.complete)
         self._backward(inputs, masks, *self._objective(step))
         self._adam.step(self.weights.flat, self.weights.grad)
 

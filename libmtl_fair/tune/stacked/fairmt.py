@@ -74,7 +74,7 @@ class FairMTPart(Part):
         """Return the gradient of the Lagrangian; move the running sums and the dual variables."""
         known = step.y == step.y
         observed = known.any(1)
-        losses = loss_gradient(step.z, step.y)
+        losses = loss_gradient(step)
         fairness, phi, present = self._fairness(step)
         eta = self.duals.value.to(losses.dtype).unsqueeze(1)
         alpha = self._alpha(step, losses, fairness, eta, observed)

@@ -46,7 +46,7 @@ class HeadsPart(Part):
         """
         groups = {name: ids[step.rows] for name, ids in step.groups.items()}
         fair = self._fair(step.z, step.y, groups).mul_(1 - self.lam)
-        main = loss_gradient(step.z[:, :, : len(self.mains)], step.y).mul_(self.lam)
+        main = loss_gradient(step).mul_(self.lam)
         if self.detached:
             return main, fair @ step.heads.mT
         fair[:, :, : len(self.mains)] += main

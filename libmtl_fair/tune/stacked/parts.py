@@ -22,6 +22,7 @@ class Step:
     heads : weights of the heads [M, d, C].
     y : labels of the main tasks [M, B, T], NaN where missing.
     rows : [M, B], in the training data, whose ``groups`` (attribute -> [N]) are looked up by those who need them.
+    complete : whether no label is missing in the training data.
     """
 
     z: Tensor
@@ -30,13 +31,14 @@ class Step:
     y: Tensor
     rows: Tensor
     groups: Mapping[str, Tensor]
+    complete: bool
 
     def of(self, places: Sequence[int]) -> Step:
         """Return the step of some members only; of all, without a copy."""
         if len(places) == len(self.z):
             return self
         at = torch.tensor(places, device=self.z.device)
-        return Step(self.z[at], self.h[at], self.heads[at], self.y[at], self.rows[at], self.groups)
+        return Step(self.z[at], self.h[at], self.heads[at], self.y[at], self.rows[at], self.groups, self.complete)
 
 
 class Part(ABC):
@@ -58,7 +60,7 @@ class Plain(Part):
 
     def gradients(self, step: Step) -> tuple[Tensor, Tensor | None]:
         """Return the losses' gradient."""
-        return loss_gradient(step.z, step.y), None
+        return loss_gradient(step), None
 
 
 class Own(Part):
@@ -74,8 +76,11 @@ class Own(Part):
         return to_z.unsqueeze(0), None if to_h is None else to_h.unsqueeze(0)
 
 
-def loss_gradient(z: Tensor, y: Tensor) -> Tensor:
-    """Gradient to the logits [M, B, T] of the tasks' binary cross-entropies, means over rows with a label (NaN: none)."""
+def loss_gradient(step: Step) -> Tensor:
+    """Gradient to the main tasks' logits [M, B, T] of their binary cross-entropies, means over rows with a label."""
+    y = step.y
+    wrong = torch.sigmoid(step.z[:, :, : y.shape[2]]).sub_(y)
+    if step.complete:
+        return wrong.div_(y.shape[1])
     seen = y == y
-    count = seen.sum(1, keepdim=True).clamp_(min=1)
-    return torch.where(seen, (torch.sigmoid(z) - y).div_(count), 0.0)
+    return torch.where(seen, wrong.div_(seen.sum(1, keepdim=True).clamp_(min=1)), 0.0)

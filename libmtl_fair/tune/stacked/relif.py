@@ -73,7 +73,7 @@ class ReLiFPart(Part):
         distance = distance.add_(0.5)
         to_gap, to_distance = self._derivatives(gap, distance, mask)
         to_scores = torch.zeros_like(scores).scatter_add_(2, index, self._to_picked(to_gap, picked))
-        to_z = loss_gradient(step.z, step.y).add_((to_scores * (scores - scores * scores)).mT)
+        to_z = loss_gradient(step).add_((to_scores * (scores - scores * scores)).mT)
         if self.settings.detach_distance:
             return to_z, None
         to_rows = self._to_rows(to_distance, units, norm).flatten(0, 2)
