@@ -35,7 +35,7 @@ class Comparison:
     overview : one row per method: delta_m (%, negative is better) and mean_rank by the tasks' utility; fair_delta_m and
         fair_rank by the differences between groups as well.
     drift : one row per method and tolerance; see :func:`libmtl_fair.metrics.drift.drift`. Empty without predictions.
-    gains : method, task, knowledge_gain, discrimination_gain; empty without a single-task method.
+    gains : as :func:`~libmtl_fair.report.gains.gains` has them; empty without a single-task method.
     notes : limits, in words.
     choice : what a rule took in each seed; see :func:`libmtl_fair.report.choice.choose`. Empty without a rule.
     published : a source's numbers beside the run's; see :func:`libmtl_fair.report.published.beside_published`. May be empty.

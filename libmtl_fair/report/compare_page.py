@@ -13,11 +13,10 @@ from rich.text import Text
 from libmtl_fair.files import write_json, write_text
 from libmtl_fair.report.compare import Comparison
 from libmtl_fair.report.frames import rows
-from libmtl_fair.report.gains import single_task_methods
 from libmtl_fair.report.html import plotly_library, script_json
 from libmtl_fair.report.interactive import interactive_plots
 from libmtl_fair.report.published import publication
-from libmtl_fair.report.sections import Cell, Sheet, audit_sheet, sheet, task_sheet
+from libmtl_fair.report.sections import Cell, Sheet, audit_sheet, gain_sheet, sheet, task_sheet
 from libmtl_fair.report.tables import show
 
 
@@ -81,7 +80,12 @@ def render(found: Comparison) -> str:
             measure_sheet(found, "Further differences between groups", ("EOP diff", "AUC diff", "MAE diff")),
         ],
         audit=[measure_sheet(found, "Bias and violation rate", ("Bias@", "VR@")), audit_sheet(found.run)],
-        standing=[standing_sheet(found), published_sheet(found), drift_sheet(found), gain_sheet(found)],
+        standing=[
+            standing_sheet(found),
+            published_sheet(found),
+            drift_sheet(found),
+            gain_sheet(found.run, found.gains),
+        ],
         notes=found.notes,
     )
 
@@ -153,16 +157,3 @@ def drift_sheet(found: Comparison) -> Sheet | None:
     heads = ["tolerance", "method", "raw Bias", "rank", "fixed Bias", "rank", "own threshold", "drift budget", "robust"]
     note = "Robust: the fixed order against every other method outlasts both drift budgets."
     return sheet("Threshold drift", heads, body, note)
-
-
-def gain_sheet(found: Comparison) -> Sheet | None:
-    """Return knowledge and discrimination gain by task, where a single-task method is present."""
-    if found.gains.empty:
-        return None
-    shown = [
-        [r.method, r.task, *(f"{v:+.4f}" if v == v else "–" for v in (r.knowledge_gain, r.discrimination_gain))]
-        for r in rows(found.gains)
-    ]
-    alone = single_task_methods(found.run)[0]
-    heads = ["method", "task", "knowledge gain ↑", "discrimination gain ↓"]
-    return sheet(f"Against {alone} (each task alone)", heads, shown)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import pandas as pd
 
 from libmtl_fair import metrics
-from libmtl_fair.report.frames import groups_frame, rows, utility_frame
+from libmtl_fair.report.frames import groups_frame, utility_frame
 from libmtl_fair.report.plots import SUMMARIES
 from libmtl_fair.report.run_folder import RunFolder
 from libmtl_fair.report.tables import HIGHER_IS_BETTER, summary_values
 
 _MAIN = ("auc", "accuracy", "r2")
 _BETWEEN_GROUPS = ("EO diff", "EOP diff", "AUC diff", "MAE diff")
-_RATES = ("true_positive_rate", "false_positive_rate")
 
 
 def main_metrics(run: RunFolder, split: str | None = None) -> pd.DataFrame:
@@ -53,50 +52,81 @@ def single_task_methods(run: RunFolder) -> list[str]:
     return [m for m in run.methods if (run.of(m)[0].metrics.get("settings") or {}).get("single_task")]
 
 
-def gains(run: RunFolder, split: str | None = None) -> pd.DataFrame:
-    """Return method, task, knowledge_gain, discrimination_gain against the first single-task method.
+GAINS = {
+    "knowledge": "knowledge gain ↑",
+    "ep": "discrimination gain, EP ↓",
+    "eo": "discrimination gain, EO ↓",
+}
+"""Columns of :func:`gains` and what they are called."""
 
-    Knowledge gain: the task's main metric minus that of the single-task model (above 0 is better). Discrimination gain: the
-    equalised-odds violation, absolute differences of true and false positive rates summed over pairs of groups and over
-    attributes, minus that of the single-task model (below 0 is better). Means over seeds; empty without a single-task
-    method. Source: FairBranch, arXiv:2310.13746.
+
+def gains(run: RunFolder, split: str | None = None) -> pd.DataFrame:
+    """Return what training together gains against the first single-task method, paired by seed.
+
+    Knowledge gain: accuracy (R2 of a regression task) minus that of the single-task model; above 0 is better. Discrimination
+    gain: the violation minus that of the single-task model, below 0 is better; EP takes the differences of true positive
+    rates summed over pairs of groups and over attributes, EO adds those of false positive rates; a multiclass task is the
+    mean of its classes one against the rest (ours). Source: FairBranch, arXiv:2310.13746.
+
+    Returns
+    -------
+    One row a method and task, and one for ``"mean"`` over tasks: method, task, seeds, and for each of knowledge, ep and eo
+    its mean over seeds and ``<name>_sd``. Empty without a single-task method.
     """
     alone = single_task_methods(run)
-    columns = ["method", "task", "knowledge_gain", "discrimination_gain"]
+    columns = ["method", "task", "seeds", *(f"{name}{end}" for name in GAINS for end in ("", "_sd"))]
     if not alone:
         return pd.DataFrame(columns=columns)
-    utility, violation = _by_task(main_metrics(run, split)), _by_task(_violations(run, split))
-    found = []
-    for method in (m for m in run.methods if m not in alone):
-        known = metrics.knowledge_gain(utility[method], utility[alone[0]])
-        worse = _same_tasks(violation.get(method, {}), violation.get(alone[0], {}))
-        found += [(method, task, gain, worse.get(task, float("nan"))) for task, gain in known.items()]
-    return pd.DataFrame(found, columns=columns)
+    keys = ["method", "seed", "task"]
+    frame = pd.concat([_accuracy(run, split), *_violations(run, split)]).pivot(index=keys, columns="of", values="value")
+    frame = frame.reindex(columns=list(GAINS)).reset_index()
+    single = frame[frame["method"] == alone[0]].drop(columns="method")
+    both = frame[~frame["method"].isin(alone)].merge(single, on=["seed", "task"], suffixes=("", "_alone"))
+    for name in GAINS:
+        both[name] -= both[f"{name}_alone"]
+    overall = both.groupby(["method", "seed"], sort=False)[list(GAINS)].mean().reset_index().assign(task="mean")
+    groups = pd.concat([both, overall]).groupby(["method", "task"], sort=False)
+    found = groups["seed"].nunique().rename("seeds").to_frame()
+    for name in GAINS:
+        found[name], found[f"{name}_sd"] = groups[name].mean(), groups[name].std()
+    place = {name: i for i, name in enumerate(run.methods)}
+    return found.reset_index().sort_values("method", key=lambda m: m.map(place), kind="stable")[columns]
 
 
-def _same_tasks(multi: dict[str, float], single: dict[str, float]) -> dict[str, float]:
-    both = [task for task in multi if task in single]
-    return metrics.discrimination_gain({t: multi[t] for t in both}, {t: single[t] for t in both})
+def gain_verdict(found: pd.DataFrame) -> str:
+    """Return one sentence that says which methods gain on average over tasks, and which do not."""
+    gained, short = [], []
+    for row in rows(found[found["task"] == "mean"]):
+        less = {"knowledge": row.knowledge < 0, "EP": row.ep > 0, "EO": row.eo > 0}
+        lacks = ", ".join(name for name, true in less.items() if true)
+        (short if lacks else gained).append(f"{row.method} ({lacks})" if lacks else str(row.method))
+    return (
+        f"Mean knowledge gain at least 0 and mean discrimination gain at most 0: {', '.join(gained) or 'none'}. "
+        f"Short of it (in what): {'; '.join(short) or 'none'}."
+    )
 
 
-def _violations(run: RunFolder, split: str | None) -> pd.DataFrame:
-    """Return method, seed, task, value: the equalised-odds violation, summed over single attributes."""
+def _accuracy(run: RunFolder, split: str | None) -> pd.DataFrame:
+    frame = utility_frame(run, split)
+    frame = frame[(frame["task"] != "macro") & frame["metric"].isin(["accuracy", "r2"])]
+    frame = frame.sort_values("metric").drop_duplicates(["method", "seed", "task"])
+    return frame[["method", "seed", "task", "value"]].assign(of="knowledge")
+
+
+def _violations(run: RunFolder, split: str | None) -> list[pd.DataFrame]:
+    """Return method, seed, task, value, of for EP and for EO: summed over single attributes, mean over classes."""
     frame = groups_frame(run, split)
-    frame = frame[frame["metric"].isin(_RATES) & ~frame["group"].isin(SUMMARIES)]
+    parts = frame["metric"].str.extract(r"^(true_positive_rate|false_positive_rate)(\[.*\])?$")
+    frame = frame.assign(rate=parts[0], label=parts[1].fillna(""))
+    frame = frame[frame["rate"].notna() & ~frame["group"].isin(SUMMARIES)]
     frame = frame[~frame["attribute"].str.contains(" & ", regex=False)]
+    keys = ["method", "seed", "task"]
+    of_rate = frame.groupby([*keys, "attribute", "label", "rate"], sort=False)["value"]
+    each = of_rate.agg(lambda rates: metrics.violation({"rate": list(rates)})).reset_index()
     found = []
-    for (method, seed, task), part in frame.groupby(["method", "seed", "task"], sort=False):
-        by = part.groupby(["attribute", "metric"])["value"].apply(list)
-        whole = sum(metrics.violation({str(key): values}) for key, values in by.items())
-        found.append((method, seed, task, whole))
-    return pd.DataFrame(found, columns=["method", "seed", "task", "value"])
-
-
-def _by_task(frame: pd.DataFrame) -> dict[str, dict[str, float]]:
-    means = frame.groupby(["method", "task"], sort=False)["value"].mean().reset_index()
-    found: dict[str, dict[str, float]] = {}
-    for row in rows(means):
-        found.setdefault(row.method, {})[row.task] = float(row.value)
+    for name, rates in (("ep", ["true_positive_rate"]), ("eo", ["true_positive_rate", "false_positive_rate"])):
+        of_class = each[each["rate"].isin(rates)].groupby([*keys, "label"], sort=False)["value"].sum()
+        found.append(of_class.groupby(keys, sort=False).mean().reset_index().assign(of=name))
     return found
 
 

@@ -22,6 +22,7 @@ from libmtl_fair.report.sections import (
     audit_sheet,
     data_sheets,
     disparity_sheet,
+    gain_sheet,
     group_sheet,
     pair_sheet,
     summary_sheet,
@@ -84,7 +85,7 @@ def _context(run: RunFolder, interactive: bool, plots: Iterable[Plot]) -> dict[s
         "recipe": (run.path / "recipe.yaml").read_text(encoding="utf-8"),
         "card": card_facts(run.data_card),
         "data_sheets": data_sheets(run),
-        "utility": [summary_sheet(run, "Mean over tasks", ("macro ",)), task_sheet(run)],
+        "utility": [summary_sheet(run, "Mean over tasks", ("macro ",)), task_sheet(run), gain_sheet(run)],
         "fairness": [
             summary_sheet(run, "Mean over tasks", ("EO diff", "DP diff", "KS"), _FAIRNESS_NOTE),
             disparity_sheet(run),

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from libmtl_fair.report.frames import audit_frame, groups_frame, mean_sd, pair_frame, rows, utility_frame
+from libmtl_fair.report.gains import GAINS, gain_verdict, gains, single_task_methods
 from libmtl_fair.report.run_folder import RunFolder
 from libmtl_fair.report.shrinkage import shrinkage_verdict
 from libmtl_fair.report.tables import HIGHER_IS_BETTER, LABELS, show, show_difference, summary
@@ -60,6 +61,25 @@ def task_sheet(run: RunFolder) -> Sheet:
     body = [[task, method, *(found.get((task, method, metric), "–") for metric in metrics)] for task, method in keys]
     heads = [f"{LABELS.get(m, m)} {'↑' if m in HIGHER_IS_BETTER else '↓'}" for m in metrics]
     return sheet("Utility by task", ["task", "method", *heads], body)
+
+
+def gain_sheet(run: RunFolder, found: pd.DataFrame | None = None) -> Sheet | None:
+    """Knowledge and discrimination gain by task; None without a single-task method."""
+    found = gains(run) if found is None else found
+    if found.empty:
+        return None
+    body = [
+        [r.method, r.task, *(_signed(getattr(r, name), getattr(r, f"{name}_sd")) for name in GAINS)]
+        for r in rows(found)
+    ]
+    title = f"Against {single_task_methods(run)[0]} (each task alone)"
+    return sheet(title, ["method", "task", *GAINS.values()], body, gain_verdict(found))
+
+
+def _signed(mean: float, sd: float) -> str:
+    if mean != mean:
+        return "–"
+    return f"{mean:+.4f}" + (f" ± {sd:.4f}" if sd == sd else "")
 
 
 def audit_sheet(run: RunFolder) -> Sheet | None:

@@ -16,7 +16,8 @@ from libmtl_fair.errors import CheckpointError, RecipeError
 from libmtl_fair.report import read_run
 from libmtl_fair.report.compare import compare
 from libmtl_fair.report.compare_page import comparison_table, render, write_comparison
-from libmtl_fair.report.gains import delta_m, gains, main_metrics, mean_rank
+from libmtl_fair.report.gains import delta_m, gain_verdict, gains, main_metrics, mean_rank
+from libmtl_fair.report.html import render as render_report
 
 
 class Tags(HTMLParser):
@@ -68,26 +69,50 @@ def test_gains_against_a_single_task_method(finished_run, run_dir):
     run = read_run(finished_run)
     found = gains(run).set_index(["method", "task"])
     assert set(found.index.get_level_values("method")) == {"relif"}
+    names = ("true_positive_rate", "false_positive_rate")
 
-    def violation(metrics, task):
+    def values(metrics, task):
         rows = [r for r in metrics["groups"]["test"] if r["task"] == task and r["group"] in ("Female", "Male")]
-        rates = {
-            name: [r["value"] for r in rows if r["metric"] == name]
-            for name in ("true_positive_rate", "false_positive_rate")
-        }
-        return sum(abs(a - b) for a, b in rates.values())
+        tpr, fpr = (abs(np.subtract(*[r["value"] for r in rows if r["metric"] == name])) for name in names)
+        return [metrics["utility"]["test"][task]["accuracy"], tpr, tpr + fpr]
 
-    for task in ("income", "long_hours"):
-        means = {
-            method: [
-                np.mean([item.metrics["utility"]["test"][task]["auc"] for item in run.of(method)]),
-                np.mean([violation(item.metrics, task) for item in run.of(method)]),
-            ]
-            for method in run.methods
-        }
-        expected = np.subtract(means["relif"], means["plain"])
-        row = found.loc[("relif", task), ["knowledge_gain", "discrimination_gain"]].to_numpy(float)
-        np.testing.assert_allclose(row, expected, atol=1e-12)
+    tasks = ("income", "long_hours")
+    runs = {m: {item.seed: [values(item.metrics, t) for t in tasks] for item in run.of(m)} for m in run.methods}
+    differences = np.array([np.subtract(runs["relif"][s], runs["plain"][s]) for s in run.seeds])  # seed, task, measure
+    for t, task in enumerate(tasks):
+        row = found.loc[("relif", task)]
+        np.testing.assert_allclose(
+            row[["knowledge", "ep", "eo"]].to_numpy(float), differences[:, t].mean(0), atol=1e-12
+        )
+    overall = found.loc[("relif", "mean")]
+    each = differences.mean(1)
+    np.testing.assert_allclose(overall[["knowledge", "ep", "eo"]].to_numpy(float), each.mean(0), atol=1e-12)
+    sd = overall[["knowledge_sd", "ep_sd", "eo_sd"]].to_numpy(float)
+    np.testing.assert_allclose(sd, each.std(0, ddof=1), atol=1e-12)
+    html = render_report(run, interactive=False)
+    assert "Against plain (each task alone)" in html
+    assert gain_verdict(gains(run)) in html
+
+
+def test_the_verdict_says_where_training_together_does_not_gain():
+    table = {"knowledge": [0.1, 0.0, -0.1, 0.2], "ep": [-0.1, 0.0, -0.1, 0.1], "eo": [-0.1, 0.0, 0.1, -0.1]}
+    found = pd.DataFrame({"method": ["a", "b", "c", "d"], "task": "mean"} | table)
+    assert gain_verdict(found) == (
+        "Mean knowledge gain at least 0 and mean discrimination gain at most 0: a, b. "
+        "Short of it (in what): c (knowledge, EO); d (EP)."
+    )
+
+
+def test_gains_of_a_multiclass_task_are_the_mean_over_classes(finished_run):
+    run = read_run(finished_run)
+    for item in run.runs:
+        rows = item.metrics["groups"]["test"]
+        for row in [r for r in rows if r["task"] == "income" and r["metric"] in ("true_positive_rate", "accuracy")]:
+            row["metric"] += "[yes]"
+            rows.append(row | {"metric": row["metric"].replace("yes", "no"), "value": 0.5})
+    found = gains(run).set_index(["method", "task"])
+    halves = gains(read_run(finished_run)).set_index(["method", "task"])["ep"] / 2
+    assert found.loc[("relif", "income"), "ep"] == pytest.approx(halves.loc[("relif", "income")])
 
 
 def test_drift_ranks_and_budgets(finished_run):
