@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from libmtl_fair import metrics
-from libmtl_fair.report.frames import groups_frame, utility_frame
+from libmtl_fair.report.frames import groups_frame, rows, utility_frame
 from libmtl_fair.report.plots import SUMMARIES
 from libmtl_fair.report.run_folder import RunFolder
 from libmtl_fair.report.tables import HIGHER_IS_BETTER, summary_values
@@ -95,7 +95,8 @@ def gains(run: RunFolder, split: str | None = None) -> pd.DataFrame:
 
 def gain_verdict(found: pd.DataFrame) -> str:
     """Return one sentence that says which methods gain on average over tasks, and which do not."""
-    gained, short = [], []
+    gained: list[str] = []
+    short: list[str] = []
     for row in rows(found[found["task"] == "mean"]):
         less = {"knowledge": row.knowledge < 0, "EP": row.ep > 0, "EO": row.eo > 0}
         lacks = ", ".join(name for name, true in less.items() if true)
