@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -53,8 +53,8 @@ def front(frame: pd.DataFrame) -> pd.DataFrame:
 def pareto_plot(run: RunFolder, disparity: str, split: str | None = None) -> Figure | None:
     """Utility (up) against a difference between groups (right), means over seeds: upper left is better.
 
-    Sweeps are lines with the number at each point, other methods single points; the dashed line is the Pareto front of the
-    means, which favours lucky methods where there are many. None with fewer than three methods, or no utility.
+    Sweeps are lines with the number at their ends, other methods single points, named where there is room; the dashed line is
+    the Pareto front of the means, which favours lucky methods where there are many. None with fewer than three methods, or no utility.
     """
     utility, _ = utility_columns(run, split)
     frame = points(run, disparity, utility, split) if utility is not None else pd.DataFrame()
@@ -64,8 +64,9 @@ def pareto_plot(run: RunFolder, disparity: str, split: str | None = None) -> Fig
     axes = figure.subplots()
     best = front(frame)
     axes.plot(best["x"], best["y"], color=REFERENCE, linestyle="--", linewidth=1, zorder=1, label="Pareto front")
-    at = {row.method: (row.x, row.y) for row in rows(frame)}
+    at = {row.method: (float(row.x), float(row.y)) for row in rows(frame)}
     lines = sweeps([method for method in run.methods if method in at])
+    names: list[tuple[str, str]] = []
     for i, (name, methods) in enumerate(lines.items()):
         x, y = zip(*(at[method] for method in methods))
         style: dict[str, Any] = {
@@ -74,16 +75,31 @@ def pareto_plot(run: RunFolder, disparity: str, split: str | None = None) -> Fig
             "markersize": 5,
         }
         axes.plot(x, y, **style, label=label(name))
-        for method in methods:
-            number = method.removeprefix(name).strip(" _-")
-            axes.annotate(number, at[method], xytext=(4, 4), textcoords="offset points", fontsize=7)
+        names += [(method, method.removeprefix(name).strip(" _-")) for method in (methods[0], methods[-1])]
     swept = {method for methods in lines.values() for method in methods}
-    for method, where in at.items():
-        if method not in swept:
-            reference = method == run.reference
-            axes.plot(*where, "*" if reference else "x", color=REFERENCE, markersize=11 if reference else 6)
-            axes.annotate(label(method, 24), where, xytext=(4, -8), textcoords="offset points", fontsize=7)
+    for method in (m for m in at if m not in swept):
+        reference = method == run.reference
+        axes.plot(*at[method], "*" if reference else "x", color=REFERENCE, markersize=11 if reference else 6)
+        names.append((method, label(method, 24)))
+    for method, text in _apart([(run.reference, label(run.reference, 24)), *names], at):
+        axes.annotate(text, at[method], xytext=(4, 4), textcoords="offset points", fontsize=7)
     axes.margins(0.1)
     axes.set(xlabel=f"{disparity} (lower is better)", ylabel=utility, title="upper left is better")
     axes.legend(fontsize=8)
     return figure
+
+
+def _apart(names: Sequence[tuple[str, str]], at: Mapping[str, tuple[float, float]]) -> list[tuple[str, str]]:
+    """Return the names that can be read beside those before them: no two within a seventh of the width and a twenty-fifth of the height."""
+    x, y = zip(*at.values())
+    width, height = (max(max(v) - min(v), 1e-12) for v in (x, y))
+    kept: list[tuple[str, str]] = []
+    for method, text in names:
+        near = [
+            m
+            for m, _ in kept
+            if abs(at[m][0] - at[method][0]) < width / 7 and abs(at[m][1] - at[method][1]) < height / 25
+        ]
+        if method in at and not near:
+            kept.append((method, text))
+    return kept
