@@ -57,7 +57,8 @@ class Plot:
         text = stream.getvalue()
         text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
         text = re.sub(r' id="(figure|axes|patch|line2d|text|xtick|ytick|matplotlib\.axis|legend)_\d+"', "", text)
-        return text.replace(INK, "var(--ink)").replace(GRID, "var(--grid)")
+        wide = re.sub(r'<svg ([^>]*?)width="([\d.]+pt)"', r'<svg style="--natural: \2" \1width="\2"', text, count=1)
+        return wide.replace(INK, "var(--ink)").replace(GRID, "var(--grid)")
 
     def save(self, folder: Path) -> Path | None:
         """Write the plot as PNG and return its path, None if there is nothing to draw."""

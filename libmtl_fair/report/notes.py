@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from libmtl_fair.report.frames import groups_frame, rows
+from libmtl_fair.report.frames import audit_frame, groups_frame, rows, shrinkage_frame
+from libmtl_fair.report.plots import SUMMARIES
 from libmtl_fair.report.run_folder import RunFolder
 from libmtl_fair.report.shrinkage import fits, shrinkage_verdict
 
@@ -25,6 +26,11 @@ def _gains(run: RunFolder) -> Iterator[str]:
             f"{row.method}: at its Brier of {row.brier:.4f}, shrinking the scores of {run.reference} alone gives Bias@"
             f"{row.delta_name} {row.curve_bias:.4f}; the method has {row.bias:.4f}. Its lower Bias is no gain in consistency."
         )
+    if len(audit_frame(run)) and shrinkage_frame(run).empty:
+        yield (
+            "No score-shrinkage curve was made: it needs classification tasks only, and audit.shrinkage. A lower Bias may be "
+            "no more than what shrinking all scores towards a constant would give."
+        )
     if not fits(run):
         yield "The score-shrinkage curve covers other tasks than the audit, so no method is compared with it."
     frame = shrinkage_verdict(run)
@@ -38,7 +44,7 @@ def _gains(run: RunFolder) -> Iterator[str]:
 
 def _small_groups(run: RunFolder) -> Iterator[str]:
     frame = groups_frame(run)
-    flagged = frame[frame["flag"] != ""]
+    flagged = frame[~frame["flag"].isin(["", "undefined", "dropped"]) & ~frame["group"].isin(SUMMARIES)]
     found = dict.fromkeys((row.attribute, row.group, row.flag) for row in rows(flagged))
     names = [f"{attribute} = {group} ({flag})" for attribute, group, flag in list(found)[:_AT_MOST]]
     if names:

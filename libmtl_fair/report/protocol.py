@@ -50,6 +50,8 @@ def words(value: Any) -> str:
     >>> words({"method": "plain", "seeds": [0, 1], "exact": True})
     'method: plain; seeds: 0, 1; exact: yes'
     """
+    if isinstance(value, Mapping | list | tuple) and not value:
+        return "none"
     if isinstance(value, Mapping):
         return "; ".join(f"{key}: {words(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):

@@ -16,11 +16,16 @@ from libmtl_fair.files import write_json
 from libmtl_fair.report.frames import audit_frame, groups_frame, mean_sd, rows, utility_frame
 from libmtl_fair.report.run_folder import RunFolder, read_run
 
-HIGHER_IS_BETTER = frozenset({"auc", "accuracy", "balanced_accuracy", "f1", "r2", "ccc", "average_precision"})
+HIGHER_IS_BETTER = frozenset(
+    {"auc", "accuracy", "balanced_accuracy", "f1", "macro_f1", "r2", "ccc", "average_precision"}
+)
 LABELS = {
     "auc": "AUC",
     "accuracy": "accuracy",
     "brier": "Brier",
+    "log_loss": "log loss",
+    "f1": "F1",
+    "macro_f1": "macro F1",
     "rmse": "RMSE",
     "mae": "MAE",
     "r2": "R²",
