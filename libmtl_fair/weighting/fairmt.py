@@ -159,19 +159,17 @@ class FairMT(FairWeighting):
 
     def _record(self, fairness: Fairness, alpha: Tensor | None) -> None:
         assert self.presence is not None
-        tasks = len(self._main)
-        eta = self.dual.update(fairness.phi, fairness.present.any())
         psi, w, present = torch.where(fairness.present, fairness.psi, torch.nan), fairness.w, fairness.present
-        self.trace = {"phi": fairness.phi, "eta": eta}
+        trace = {"phi": fairness.phi, "eta": self.dual.update(fairness.phi, present.any())}
         if self.lipschitz is not None:
-            self.trace |= {"psi/lipschitz": psi[-1], "w/lipschitz": w[-1]}
+            tasks = len(self._main)
+            trace |= {"psi/lipschitz": psi[-1], "w/lipschitz": w[-1]}
             psi, w, present = psi[:tasks], w[:tasks], present[:tasks]
-        self.presence += present
+        self.presence.add_(present)
         traces = {"psi": psi, "w": w} | ({} if alpha is None else {"alpha": alpha})
-        if self._rows is None:
-            self.trace |= traces
-        else:
-            self.trace |= {f"{key}/{name}": v[t] for key, v in traces.items() for t, name in enumerate(self._main)}
+        if self._rows is not None:
+            traces = {f"{key}/{name}": v[t] for key, v in traces.items() for t, name in enumerate(self._main)}
+        self.trace = trace | traces
 
     # -- from batches to sums and back ----------------------------------------------------------------------------
 
