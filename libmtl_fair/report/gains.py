@@ -90,7 +90,9 @@ def gains(run: RunFolder, split: str | None = None) -> pd.DataFrame:
     for name in GAINS:
         found[name], found[f"{name}_sd"] = groups[name].mean(), groups[name].std()
     place = {name: i for i, name in enumerate(run.methods)}
-    return found.reset_index().sort_values("method", key=lambda m: m.map(place), kind="stable")[columns]
+    return found.reset_index().sort_values("method", key=lambda m: m.map(place), kind="stable", ignore_index=True)[
+        columns
+    ]
 
 
 def gain_verdict(found: pd.DataFrame) -> str:
