@@ -115,11 +115,12 @@ def check_selection(how: str) -> None:
 
 def _show(found: Any, trial: Any, loaded: Any, out: Path, device: str) -> None:
     from libmtl_fair.tune.objective import ROLE, Plan
-    from libmtl_fair.tune.results import front_table, outcome_on_test, table_on_test, write_results
+    from libmtl_fair.tune.results import described, front_table, outcome_on_test, table_on_test, write_results
     from libmtl_fair.tune.select import complete
     from libmtl_fair.tune.study import quiet
 
     _OUT.print(front_table(found, trial))
+    _OUT.print(f"chosen: {escape(described(trial))}\n", highlight=False)
     plan = Plan.make(loaded, list(found.metric_names or []) or None)
     baseline = [t for t in complete(found) if t.user_attrs.get(ROLE) == "baseline"]
     measured = {t.number: outcome_on_test(found, plan, t, device.split(",")[0]) for t in [trial, *baseline]}

@@ -159,7 +159,7 @@ class Plan:
         method = values.pop("method", next(iter(self.space)))
         if method not in self.space:
             raise RecipeError(unknown("method", str(method), self.space))
-        parameters = {p.name: p for p in self.space[method]}
+        parameters = {p.name.removeprefix(f"{method}."): p for p in self.space[method]}
         for name, value in values.items():
             if name not in parameters:
                 raise RecipeError(unknown("parameter", name, parameters))
@@ -169,7 +169,7 @@ class Plan:
             held = current(self.recipe, method, parameter)
             if name not in values and parameter.contains(held):
                 values[name] = held
-        params = {name: label(value) for name, value in values.items()}
+        params = {parameters[name].name: label(value) for name, value in values.items()}
         return ({"method": method} if len(self.space) > 1 else {}) | params, {ROLE: "enqueued", METHOD: method}
 
     def _known(self, role: str, method: str, args: dict[str, Any] | None) -> Queued:

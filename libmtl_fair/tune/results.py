@@ -29,15 +29,22 @@ def front_table(study: optuna.Study, chosen: FrozenTrial | None = None) -> Table
     ]
     shown = {t.number: t for t in [*trials, *others]}
     names = list(dict.fromkeys(name for t in shown.values() for name in t.user_attrs["validation"]))
-    table = Table("trial", "", *names, "parameters", title=f"{title} (validation)", title_justify="left")
+    table = Table("trial", "", *names, title=f"{title} (validation)", title_justify="left")
     for trial in sorted(shown.values(), key=lambda t: tuple(t.values)):
         marks = [trial.user_attrs.get(ROLE) or ""]
         marks += ["chosen"] if chosen is not None and trial.number == chosen.number else []
         marks += [] if any(t.number == trial.number for t in trials) else ["not on the front"]
         cells = [_cell(trial.user_attrs["validation"].get(name)) for name in names]
-        params = ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in trial.params.items())
-        table.add_row(str(trial.number), ", ".join(m for m in marks if m), *cells, params)
+        table.add_row(str(trial.number), ", ".join(m for m in marks if m), *cells)
     return table
+
+
+def described(trial: FrozenTrial) -> str:
+    """Return what a trial trained, in one line: its method, and its parameters, or its settings where those are fixed."""
+    method = trial.user_attrs["method"]
+    values = trial.params or trial.user_attrs["recipe"]["methods"][method]
+    text = ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
+    return f"trial {trial.number} ({method}): {text}"
 
 
 def _cell(values: list[float] | None) -> str:

@@ -203,6 +203,8 @@ def _own_device(device: str) -> str:
 
 # -- worker processes -------------------------------------------------------------------------------------------------
 
+_START = "import sys; from libmtl_fair.tune.study import _main; sys.exit(_main())"
+
 
 @dataclass(frozen=True)
 class _Job:
@@ -236,7 +238,7 @@ def _run_workers(job: _Job, workers: int, study: optuna.Study, total: int, note:
     try:
         for number in range(workers):
             told = {**asdict(job), "worker": number + 1, "device": devices[number % len(devices)]}
-            process = subprocess.Popen([sys.executable, "-m", "libmtl_fair.tune.study"], stdin=subprocess.PIPE)
+            process = subprocess.Popen([sys.executable, "-c", _START], stdin=subprocess.PIPE)
             processes.append(process)
             assert process.stdin is not None
             process.stdin.write(json.dumps(told).encode())
@@ -305,7 +307,3 @@ def _main() -> int:
     except KeyboardInterrupt:
         return 75
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(_main())
