@@ -24,6 +24,15 @@ _MARKS = {
     "defaults": ("square", "s"),
     "published": ("cross", "P"),
 }
+_ENQUEUED = "tried first"
+_OTHER = ("triangle-up", "^")
+
+
+def _marked(every: list[dict[str, Any]]) -> list[tuple[str, tuple[str, str], list[dict[str, Any]]]]:
+    """Return (label, symbols, points) of the known settings, and of a user's own together."""
+    found = [(role, symbols, [p for p in every if p["role"] == role]) for role, symbols in _MARKS.items()]
+    found.append((_ENQUEUED, _OTHER, [p for p in every if p["role"] is not None and p["role"] not in _MARKS]))
+    return [entry for entry in found if entry[2]]
 
 
 def page(study: optuna.Study, path: str | Path) -> Path:
@@ -95,11 +104,9 @@ def _front_figure(study: optuna.Study) -> Any:
             figure.add_trace(_scatter(name, some, {"color": colour, "size": 7}))
     line = sorted((p for p in every if p["front"]), key=lambda p: (p["x"], p["y"]))
     figure.add_trace(_scatter("front", line, {"color": PALETTE[1], "size": 10}, mode="lines+markers"))
-    for role, (symbol, _) in _MARKS.items():
-        some = [p for p in every if p["role"] == role]
-        if some:
-            colour = REFERENCE if role == "baseline" else PALETTE[2]
-            figure.add_trace(_scatter(role, some, {"color": colour, "size": 14, "symbol": symbol}))
+    for role, (symbol, _), some in _marked(every):
+        colour = REFERENCE if role == "baseline" else PALETTE[2]
+        figure.add_trace(_scatter(role, some, {"color": colour, "size": 14, "symbol": symbol}))
     figure.update_layout(
         title="Front on validation data", xaxis_title=x, yaxis_title=y, template="plotly_white", legend_title=None
     )
@@ -168,7 +175,7 @@ def _parallel(study: optuna.Study) -> Any:
 
 
 def image(study: optuna.Study, path: str | Path) -> Path:
-    """Write the front as an image (the kind by the file's ending).
+    """Write the front as an image (the kind by the file's ending); trials outside of the constraints are left out.
 
     Raises
     ------
@@ -178,22 +185,19 @@ def image(study: optuna.Study, path: str | Path) -> Path:
 
     x, y = axes(study)
     every = points(study)
+    allowed = [p for p in every if p["feasible"] or p["role"] is not None or p["front"]]
     with themed():
         figure = Figure(figsize=(6.4, 4.4), layout="constrained")
         axis = figure.subplots()
-        plain = [p for p in every if p["role"] is None]
-        axis.scatter(
-            [p["x"] for p in plain], [p["y"] for p in plain], s=22, color=PALETTE[0], alpha=0.6, label="trials"
-        )
+
+        def draw(some: list[dict[str, Any]], **style: Any) -> None:
+            axis.scatter([p["x"] for p in some], [p["y"] for p in some], **style)
+
+        draw([p for p in allowed if p["role"] is None], s=22, color=PALETTE[0], alpha=0.6, label="trials")
         line = sorted((p for p in every if p["front"]), key=lambda p: (p["x"], p["y"]))
         axis.plot([p["x"] for p in line], [p["y"] for p in line], color=PALETTE[1], marker="o", label="front")
-        for role, (_, marker) in _MARKS.items():
-            some = [p for p in every if p["role"] == role]
-            colour = REFERENCE if role == "baseline" else PALETTE[2]
-            if some:
-                axis.scatter(
-                    [p["x"] for p in some], [p["y"] for p in some], s=80, marker=marker, color=colour, label=role
-                )
+        for role, (_, marker), some in _marked(every):
+            draw(some, s=80, marker=marker, color=REFERENCE if role == "baseline" else PALETTE[2], label=role)
         axis.set_xlabel(f"{x} (validation)")
         axis.set_ylabel(f"{y} (validation)")
         axis.legend()

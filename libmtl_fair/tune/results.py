@@ -14,8 +14,8 @@ from libmtl_fair.files import write_json, write_text
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.tune.identity import study_protocol, study_recipe
 from libmtl_fair.tune.objective import ROLE, Outcome, Plan, run_trial
-from libmtl_fair.tune.plots import page, trials_table
-from libmtl_fair.tune.select import complete, front, to_recipe
+from libmtl_fair.tune.plots import image, page, trials_table
+from libmtl_fair.tune.select import complete, front, has_disparity, to_recipe
 
 
 def front_table(study: optuna.Study, chosen: FrozenTrial | None = None) -> Table:
@@ -86,7 +86,7 @@ def best_recipe(study: optuna.Study, trial: FrozenTrial) -> Recipe:
 def write_results(
     study: optuna.Study, trial: FrozenTrial, outcomes: dict[int, Outcome], folder: str | Path
 ) -> list[Path]:
-    """Write ``best.yaml``, ``study.html``, ``trials.csv`` and ``result.json``; return their paths."""
+    """Write ``best.yaml``, ``study.html``, ``front.png``, ``trials.csv`` and ``result.json``; return their paths."""
     folder = Path(folder)
     recipe = best_recipe(study, trial)
     content: dict[str, Any] = {
@@ -102,6 +102,7 @@ def write_results(
     return [
         write_text(folder / "best.yaml", comment + recipe.to_yaml()),
         page(study, folder / "study.html"),
+        *([image(study, folder / "front.png")] if has_disparity(study) else []),
         write_text(folder / "trials.csv", trials_table(study).to_csv(index=False)),
         write_json(folder / "result.json", content),
     ]

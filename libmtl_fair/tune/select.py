@@ -96,6 +96,12 @@ def disparity_name(study: optuna.Study) -> str:
     )
 
 
+def has_disparity(study: optuna.Study) -> bool:
+    """Whether a study has a disparity: an objective that is minimised, or a constraint."""
+    about = study.user_attrs.get("about", {})
+    return StudyDirection.MINIMIZE in study.directions or bool(about.get("constraints"))
+
+
 def disparity(trial: FrozenTrial, name: str) -> float:
     """Return a trial's value of a measure on validation data, mean over seeds."""
     return float(np.mean(trial.user_attrs["validation"][name]))
