@@ -99,6 +99,17 @@ saved = pd.read_parquet(path)
 print(saved[["income/label", "income/prob", "long_hours/prob", "sensitive/sex"]].head(3).to_string())
 
 # %% [markdown]
+# ## Thresholds per group for one task
+#
+# `post_process` runs fairlearn's `ThresholdOptimizer` on a task's validation scores and keeps predicting through the trainer.
+
+# %%
+chosen = lf.metrics.post_process(trainer, "income", "equalized_odds", sensitive="sex")
+decided = chosen.predict(data.test.loader(batch_size=2048), random_state=0)
+print("selected at 0.5: ", round(float((predictions.scores["income"] > 0.5).double().mean()), 3), end=", ")
+print("with thresholds per group: ", round(float(decided.mean()), 3))
+
+# %% [markdown]
 # ## As a scikit-learn estimator, under fairlearn's threshold optimiser
 
 # %%

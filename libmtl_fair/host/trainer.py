@@ -131,6 +131,7 @@ class FairTrainer(Trainer):  # type: ignore[misc]
             "epoch": None, "score": float("-inf"), "results": None, "state": None, "structure": None
         }  # fmt: skip
         self.last_structure: Any = None
+        self.validation: Any = None
         self._running: dict[str, Any] | None = None
         self._warned = False
         self.test_results: evaluation.Results | None = None
@@ -189,6 +190,7 @@ class FairTrainer(Trainer):  # type: ignore[misc]
         """
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
             raise RecipeError(f"epochs must be a whole number of at least 0, found {epochs!r}")
+        self.validation = val_dataloaders
         self._start(train_dataloaders, val_dataloaders, epochs)
         self._trackers.start(self)
         for epoch in self._epochs(epochs):

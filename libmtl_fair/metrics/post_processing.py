@@ -53,20 +53,28 @@ class PostProcessed:
     optimizer : the fitted ``fairlearn.postprocessing.ThresholdOptimizer``.
     task, sensitive : what it decides, and by which attributes.
     groups : names of the groups that it has thresholds for.
+    trainer : whose model it predicts with; None for thresholds of given predictions.
     """
 
-    def __init__(self, optimizer: Any, task: str, sensitive: Sequence[str], groups: Sequence[str]) -> None:
+    def __init__(
+        self, optimizer: Any, task: str, sensitive: Sequence[str], groups: Sequence[str], trainer: Any = None
+    ) -> None:
         """Keep the fitted optimiser."""
-        self.optimizer, self.task = optimizer, task
+        self.optimizer, self.task, self.trainer = optimizer, task, trainer
         self.sensitive, self.groups = tuple(sensitive), tuple(groups)
 
     def predict(self, predictions: Any, sensitive: Any = None, random_state: int | None = None) -> NDArray[Any]:
         """Return decisions 0/1, [N].
 
-        ``predictions`` is a ``Predictions`` object, or scores [N] with ``sensitive``: group names [N], or a DataFrame with
-        one column per attribute. A row of a group that validation did not have (or of none) is decided at 0.5. Thresholds may be
-        random mixtures: ``random_state`` repeats them.
+        ``predictions`` is a loader, which goes through the trainer, a ``Predictions`` object, or scores [N] with
+        ``sensitive``: group names [N], or a DataFrame with one column per attribute. A row of a group that validation did not
+        have (or of none) is decided at 0.5. Thresholds may be random mixtures: ``random_state`` repeats them.
+
+        Raises
+        ------
+        DataError : a loader without a trainer, scores without groups, or of another length.
         """
+        predictions = self._read(predictions)
         if hasattr(predictions, "outputs"):
             task = predictions.task(self.task)
             scores = as_floats(task.probabilities(predictions.outputs[self.task]))
@@ -83,33 +91,49 @@ class PostProcessed:
             )
         return decided
 
+    def _read(self, found: Any) -> Any:
+        if hasattr(found, "outputs") or hasattr(found, "__array__") or isinstance(found, list | tuple):
+            return found
+        if self.trainer is None:
+            raise DataError(
+                f"post_process of task {self.task!r} was made from predictions, so it cannot read a {type(found).__name__}; "
+                "give predictions or scores, or make it from the trainer: post_process(trainer, task, constraint)"
+            )
+        return self.trainer.predict(found)
+
 
 def post_process(
-    predictions: Predictions,
+    source: Predictions | Any,
     task: str,
     constraint: str = "equalized_odds",
     *,
     sensitive: str | Sequence[str] | None = None,
     objective: str = "accuracy_score",
+    data: Any = None,
     **options: Any,
 ) -> PostProcessed:
-    """Choose thresholds per group on (validation) predictions of a binary task, by fairlearn's ``ThresholdOptimizer``.
+    """Choose thresholds per group on validation data for a binary task, by fairlearn's ``ThresholdOptimizer``.
 
+    ``source`` is a trainer, and the result keeps predicting through it; its validation loader is what it was trained with,
+    or ``data``. Or it is (validation) ``Predictions``.
     ``constraint`` and ``objective`` are fairlearn's; several ``sensitive`` attributes mean their intersection; ``options`` go to
     the optimiser (``grid_size``, ``flip``).
 
     Raises
     ------
-    DataError : the task is not binary, or a group lacks positives or negatives, for which no threshold can be chosen.
+    DataError : the task is not binary, a trainer without validation data, or a group lacks positives or negatives, for which
+        no threshold can be chosen.
     """
     from fairlearn.postprocessing import ThresholdOptimizer
 
+    trainer: Any = None if hasattr(source, "outputs") else source
+    predictions: Any = source if trainer is None else trainer.predict(_validation(trainer, task, data))
     if predictions.task(task).kind != "binary":
         raise DataError(f"post_process needs a binary task, and {task!r} is {predictions.task(task).kind}")
-    data = to_fairlearn(predictions, task, sensitive)
-    shown = _joined(data.sensitive_features)
+    found = to_fairlearn(predictions, task, sensitive)
+    shown = _joined(found.sensitive_features)
     groups = sorted(set(shown))
-    _need_both_classes(task, data, shown, groups)
+    _need_both_classes(task, found, shown, groups)
     optimizer = ThresholdOptimizer(
         estimator=ScorePassThrough(),
         constraints=constraint,
@@ -118,8 +142,18 @@ def post_process(
         predict_method="predict_proba",
         **options,
     )
-    optimizer.fit(data.y_score[:, None], data.y_true, sensitive_features=shown)
-    return PostProcessed(optimizer, task, list(data.sensitive_features.columns), groups)
+    optimizer.fit(found.y_score[:, None], found.y_true, sensitive_features=shown)
+    return PostProcessed(optimizer, task, list(found.sensitive_features.columns), groups, trainer)
+
+
+def _validation(trainer: Any, task: str, data: Any) -> Any:
+    loader = getattr(trainer, "validation", None) if data is None else data
+    if loader is None:
+        raise DataError(
+            f"post_process of task {task!r}: the trainer was trained without validation data; give data=, a loader that "
+            "neither training nor the test has seen"
+        )
+    return loader
 
 
 def _need_both_classes(task: str, data: FairlearnInputs, shown: NDArray[Any], groups: Sequence[str]) -> None:

@@ -7,8 +7,10 @@ import torch
 from sklearn.metrics import balanced_accuracy_score
 
 import libmtl_fair as lf
+from libmtl_fair.data import ResidentLoader
 from libmtl_fair.errors import DataError
 from libmtl_fair.metrics import GroupMetrics, metric_frame, post_process, to_fairlearn
+from libmtl_fair.models import MLP, linear_heads
 from libmtl_fair.predictions import Predictions
 
 
@@ -136,3 +138,46 @@ def test_post_process_bad_input():
         q.predict(np.array([0.1]))
     with pytest.raises(DataError, match="1 scores for 2"):
         q.predict(np.array([0.1]), ["Female", "Male"])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_post_process_keeps_predicting_through_the_trainer():
+    rng = np.random.default_rng(0)
+    sex = rng.integers(0, 2, 1500)
+    x = torch.from_numpy(rng.normal(size=(1500, 3)) + 0.8 * sex[:, None]).float()
+    y = {"b": (x[:, 0] + torch.randn(1500, generator=torch.Generator().manual_seed(0)) > 0.4).float()}
+    y["b"][::9] = torch.nan
+    loaders = [
+        ResidentLoader(
+            x[rows],
+            {"b": y["b"][rows]},
+            {"sex": sex[rows]},
+            batch_size=256,
+            shuffle=False,
+            group_names={"sex": ["f", "m"]},
+        )
+        for rows in (slice(0, 700), slice(700, 1100), slice(1100, 1500))
+    ]
+    task = lf.Binary("b")
+    trainer = lf.FairTrainer(
+        lf.task_dict([task]), "EW", "HPS", lambda: MLP(3, (8,)), linear_heads([task], 8), False, False,
+        {"optim": "adam", "lr": 0.01}, None, seed=0, progress=False, device="cpu",
+    )  # fmt: skip
+    with pytest.raises(DataError, match=r"task 'b'.*without validation data; give data="):
+        post_process(trainer, "b", "demographic_parity")
+    trainer.train(loaders[0], None, 15, loaders[1])
+    chosen = post_process(trainer, "b", "demographic_parity")
+    assert chosen.trainer is trainer
+    decided = chosen.predict(loaders[2], random_state=0)
+    assert (decided == chosen.predict(trainer.predict(loaders[2]), random_state=0)).all()
+    names = np.array(["f", "m"])[sex[700:1100]]
+    plain = (torch.sigmoid(trainer.predict(loaders[1]).outputs["b"][:, 0]) > 0.5).numpy()
+    after = chosen.predict(loaders[1], random_state=0)
+    gaps = [flm.demographic_parity_difference(names, d, sensitive_features=names) for d in (plain, after)]
+    assert gaps[0] > 0.2
+    assert gaps[1] < 0.1
+    given = post_process(trainer, "b", "demographic_parity", data=loaders[1])
+    assert (given.predict(loaders[2], random_state=0) == decided).all()
+    bare = post_process(trainer.predict(loaders[1]), "b", "demographic_parity")
+    with pytest.raises(DataError, match="cannot read a ResidentLoader; .*make it from the trainer"):
+        bare.predict(loaders[2])
