@@ -76,11 +76,12 @@ def prepare_forgotten(params: argparse.Namespace) -> dict[str, dict[str, Any]]:
     RecipeError : ``--scheduler cos`` and neither of the two is among the script's options.
     """
     found: dict[str, dict[str, Any]] = {}
-    if params.optim in ("adagrad", "rmsprop"):
-        found["optim"] = {"optim": params.optim, "lr": params.lr, "weight_decay": params.weight_decay}
-    if params.scheduler == "exp":
+    optim, scheduler = getattr(params, "optim", None), getattr(params, "scheduler", None)  # a lineage may name neither
+    if optim in ("adagrad", "rmsprop"):
+        found["optim"] = {"optim": optim, "lr": params.lr, "weight_decay": params.weight_decay}
+    if scheduler == "exp":
         found["scheduler"] = {"scheduler": "exp", "gamma": params.gamma}
-    if params.scheduler == "cos":
+    if scheduler == "cos":
         over = getattr(params, "T_max", None) or getattr(params, "epochs", None)
         if not over:
             raise RecipeError(
