@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from libmtl_fair.tune.agreement import agreement_table as agreement_table
+
 _OUT = Console()
 _ERR = Console(stderr=True)
 
@@ -153,43 +155,6 @@ def recipe_from_study(where: str, study: str | None, trial: int, overrides: list
         made = best_recipe(opened, trial_by_number(opened, trial))
     source = apply_overrides(Source(file=made._source.file, data=made.to_dict()), overrides, Recipe)
     return Recipe.from_dict(source.data, source)
-
-
-def agreement_table(folder: Path) -> Any:
-    """Return a table of a run's main numbers on validation and on test data, mean and spread over seeds, side by side."""
-    from rich.table import Table
-
-    from libmtl_fair.files import read_json
-
-    table = Table("method", "measure", "validation", "test", title="validation and test agree?", title_justify="left")
-    for method in sorted({path.parent.parent.name for path in folder.glob("*/seed*/metrics.json")}):
-        held = [read_json(path) for path in sorted((folder / method).glob("seed*/metrics.json"))]
-        for name in held[0]["utility"]["val"]["macro"]:
-            parts = [[h["utility"][part]["macro"].get(name) for h in held] for part in ("val", "test")]
-            table.add_row(method, f"macro {name}", *map(_spread, parts))
-        for i, entry in enumerate(held[0]["audit"]["val"]):
-            parts = [[h["audit"][part][i]["bias"] for h in held] for part in ("val", "test")]
-            table.add_row(method, f"bias@{entry['delta_name']}", *map(_spread, parts))
-        table.add_row(
-            method, "eo difference, worst", *(_spread([_worst(h, part) for h in held]) for part in ("val", "test"))
-        )
-    return table
-
-
-def _worst(held: Any, part: str) -> float | None:
-    rows = held["groups"][part]
-    found = [r["value"] for r in rows if r["metric"].startswith("equalized_odds") and r["group"] == "difference"]
-    known = [value for value in found if value is not None and value == value]
-    return max(known) if known else None
-
-
-def _spread(values: list[float | None]) -> str:
-    import numpy as np
-
-    known = [v for v in values if v is not None]
-    if not known:
-        return ""
-    return f"{np.mean(known):.4f}" + (f" ± {np.std(known, ddof=1):.4f}" if len(known) > 1 else "")
 
 
 def load(where: str, name: str | None) -> Any:
