@@ -22,8 +22,12 @@ _KIND = "libmtl_fair estimator"
 def save(estimator: Any, path: Path) -> Path:
     """Write a fitted estimator."""
     parameters = estimator.get_params()
-    if not isinstance(parameters["random_state"], int):
+    if not isinstance(parameters["random_state"], int | np.integer):
         parameters["random_state"] = None
+    if parameters.get("tasks") is not None:
+        parameters["tasks"] = [
+            [column, kind] for column, kind in parameters["tasks"].items()
+        ]  # JSON keys are text only
     names = getattr(estimator, "feature_names_in_", None)
     about = {
         "class": type(estimator).__name__,
@@ -38,7 +42,7 @@ def save(estimator: Any, path: Path) -> Path:
         "form": getattr(estimator, "form_", None),
     }
     try:
-        text = json.dumps(about)
+        text = json.dumps(about, default=_plain)
     except TypeError as error:
         raise CheckpointError(f"cannot save {type(estimator).__name__}: {error}; give plain values") from error
     checkpoint.save(path, {"kind": _KIND, "about": text, "weights": estimator.weights_})
@@ -55,6 +59,8 @@ def load(cls: Any, path: Path) -> Any:
         if about["class"] != cls.__name__:
             raise CheckpointError(f"{path} holds a {about['class']}, not a {cls.__name__}: use {about['class']}.load")
         parameters = {k: tuple(v) if k == "hidden" else v for k, v in about["parameters"].items()}
+        if parameters.get("tasks") is not None:
+            parameters["tasks"] = {_column(column): kind for column, kind in parameters["tasks"]}
         made = cls(**parameters)
         made.encoder_ = TableEncoder.from_dict(about["encoder"])
         made.targets_ = [_read_target(entry) for entry in about["targets"]]
@@ -75,14 +81,25 @@ def load(cls: Any, path: Path) -> Any:
 
 
 def _target(target: Target) -> dict[str, Any]:
-    column = target.column.item() if isinstance(target.column, np.generic) else target.column
     values = {f.name: getattr(target, f.name) for f in dataclasses.fields(target)}
     classes = target.classes
     kept = None if classes is None else {"values": classes.tolist(), "dtype": classes.dtype.str}
-    return {**values, "column": column, "classes": kept}
+    return {**values, "classes": kept}
 
 
 def _read_target(values: dict[str, Any]) -> Target:
     kept = values["classes"]
     classes = None if kept is None else np.array(kept["values"], dtype=np.dtype(kept["dtype"]))
-    return Target(**{**values, "classes": classes})
+    return Target(**{**values, "column": _column(values["column"]), "classes": classes})
+
+
+def _plain(value: Any) -> Any:
+    """Return a numpy number as JSON has it."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{value!r} is no plain value")
+
+
+def _column(label: Any) -> Any:
+    """Return a column's label: JSON makes a list of a tuple."""
+    return tuple(map(_column, label)) if isinstance(label, list) else label

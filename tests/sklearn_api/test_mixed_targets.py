@@ -203,3 +203,21 @@ def test_new_rows_are_checked(fitted, people):
         FairMTLEstimator().fit(people.X, people.Y, sensitive_features=["f"] * len(people.X))
     unseen = people.X.head(3).assign(city="elsewhere")
     assert len(fitted.predict(unseen)) == 3
+
+
+def test_odd_labels_and_numpy_parameters_survive_saving(people, tmp_path):
+    columns = [("a", 1), 2, "fair:x", None, "a.b"]
+    frame = pd.DataFrame({i: people.y for i in range(len(columns))})
+    frame.columns = pd.Index(columns, dtype=object, tupleize_cols=False)
+    model = FairMTLEstimator(
+        "none",
+        tasks={2: "multiclass", ("a", 1): "regression"},
+        epochs=np.int64(1),
+        hidden=(np.int64(4),),
+        random_state=np.int64(3),
+    )
+    model.fit(people.X, frame)
+    again = FairMTLEstimator.load(model.save(tmp_path / "m"))
+    assert again.get_params() == model.get_params()
+    pd.testing.assert_frame_equal(again.predict(people.X), model.predict(people.X))
+    assert clone(again).fit(people.X, frame).targets_[0].kind == "regression"
