@@ -175,6 +175,9 @@ def compare(
     among: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="methods to choose from, such as 'main_*'")
     ] = None,
+    pooled: Annotated[
+        bool, typer.Option("--pooled", help="one choice for all seeds, by means over their validation data")
+    ] = False,
 ) -> None:
     """Compare methods, runs and seeds: one table and one HTML page."""
     with _clean_exit():
@@ -182,9 +185,10 @@ def compare(
         from libmtl_fair.report.compare import compare as compare_runs
         from libmtl_fair.report.compare_page import comparison_table, write_comparison
 
-        if among and not choose:
-            raise RecipeError("--among says what --choose chooses from; give --choose too")
-        found = compare_runs(folders, delta or (), Rule(choose, within, among or ("*",)) if choose else None)
+        if (among or pooled) and not choose:
+            raise RecipeError("--among and --pooled say how --choose chooses; give --choose too")
+        rule = Rule(choose, within, among or ("*",), pooled=pooled) if choose else None
+        found = compare_runs(folders, delta or (), rule)
         out.print(comparison_table(found))
         if choose:
             out.print(escape(found.notes[0]))

@@ -25,6 +25,8 @@ class Rule:
     within : what the utility may lose against the reference on validation data, in points (hundredths).
     among : patterns of the methods to choose from, such as ``"main_*"``; the reference is always one of them, so a choice
         exists.
+    pooled : one choice for all seeds, by means over their validation data. It is less noisy; but where every seed has a split
+        of its own, one seed's validation rows are test rows of others.
     utility : column of the summary that must not fall; None is macro AUC, else macro accuracy, else macro R².
 
     Raises
@@ -36,6 +38,7 @@ class Rule:
     within: float = 0.5
     among: Sequence[str] = ("*",)
     utility: str | None = None
+    pooled: bool = False
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -49,8 +52,7 @@ def choose(run: RunFolder, rule: Rule) -> pd.DataFrame:
     """Return one row a seed: the method that the rule takes, its utility and disparity on validation data.
 
     Columns: seed, method, utility, disparity (of the choice), reference_utility, reference_disparity; a utility that is better
-    when lower has its sign changed. A seed's choice looks at
-    that seed's validation data only, so test data of no seed has a say in it.
+    when lower has its sign changed. A seed's choice looks at that seed's validation data only, unless the rule is pooled.
 
     Raises
     ------
@@ -75,6 +77,8 @@ def choose(run: RunFolder, rule: Rule) -> pd.DataFrame:
     signed = wide[utility] if higher[utility] else -wide[utility]
     disparity = wide[list(rule.measures)].mean(axis=1, skipna=False)
     scores = pd.DataFrame({"utility": signed, "disparity": disparity})
+    if rule.pooled:
+        scores = scores.groupby("method").transform("mean")
     candidates = list(dict.fromkeys([run.reference, *methods]))
     return pd.DataFrame(
         [{"seed": seed, **_of_seed(scores.loc[[seed]].droplevel("seed"), candidates, rule)} for seed in run.seeds]
@@ -120,6 +124,6 @@ def describe(rule: Rule, made: pd.DataFrame) -> str:
     counts = made["method"].value_counts()
     taken = ", ".join(f"{method} ({count} of {len(made)})" for method, count in counts.items())
     return (
-        f"{CHOSEN}: in each seed the lowest {' and '.join(rule.measures)} on validation data among methods that lose at most "
+        f"{CHOSEN}: {'for all seeds' if rule.pooled else 'in each seed'} the lowest {' and '.join(rule.measures)} on validation data among methods that lose at most "
         f"{rule.within:g} points of {rule.utility or 'utility'} there; it took {taken}."
     )

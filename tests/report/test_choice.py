@@ -58,6 +58,16 @@ def test_rules(builder: Any, rule: Rule, expected: list[str]) -> None:
     assert list(choose(read_run(write(builder, GAPS)), rule)["method"]) == expected
 
 
+def test_a_pooled_rule_takes_one_method_by_means(builder: Any) -> None:
+    gaps = {"plain": [0.3, 0.3, 0.1], "relif": [0.2, 0.2, 0.2], "fairmt": [0.0, 0.0, 0.0]}
+    run = read_run(write(builder, gaps))
+    assert list(choose(run, Rule(["EO diff sex"]))["method"]) == ["relif", "relif", "plain"]
+    made = choose(run, Rule(["EO diff sex"], pooled=True))
+    assert list(made["method"]) == ["relif"] * 3
+    assert list(made["reference_disparity"]) == pytest.approx([0.7 / 3] * 3)
+    assert "for all seeds" in describe(Rule(["EO diff sex"], pooled=True), made)
+
+
 def test_test_data_has_no_say(builder: Any) -> None:
     run = read_run(write(builder, GAPS))
     for item in run.runs:
