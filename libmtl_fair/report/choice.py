@@ -123,7 +123,8 @@ def describe(rule: Rule, made: pd.DataFrame) -> str:
     """Say in one sentence how the choice was made and what it took."""
     counts = made["method"].value_counts()
     taken = ", ".join(f"{method} ({count} of {len(made)})" for method, count in counts.items())
+    where = "for all seeds" if rule.pooled else "in each seed"
     return (
-        f"{CHOSEN}: {'for all seeds' if rule.pooled else 'in each seed'} the lowest {' and '.join(rule.measures)} on validation data among methods that lose at most "
+        f"{CHOSEN}: {where} the lowest {' and '.join(rule.measures)} on validation data among methods that lose at most "
         f"{rule.within:g} points of {rule.utility or 'utility'} there; it took {taken}."
     )
