@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 import warnings
 from collections.abc import Iterator
@@ -80,10 +81,17 @@ def _proxy(text: str) -> BaseStorage:
 def _database(url: str) -> BaseStorage:
     with storage_errors(url):
         try:
-            return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+            return optuna.storages.RDBStorage(_with_driver(url), engine_kwargs={"pool_pre_ping": True})
         except (ImportError, AttributeError) as error:
             driver = "psycopg2; install libmtl_fair[postgresql]" if url.startswith("postgres") else "its driver"
             raise RecipeError(f"storage {_shown(url)} needs {driver} ({error})") from error
+
+
+def _with_driver(url: str) -> str:
+    """Return a PostgreSQL address with psycopg2 as its driver where it names none; SQLAlchemy's choice differs by version."""
+    scheme, rest = url.split("://", 1)
+    plain = scheme in ("postgresql", "postgres") and importlib.util.find_spec("psycopg2") is not None
+    return f"postgresql+psycopg2://{rest}" if plain else url
 
 
 def _shown(where: str | Path) -> str:

@@ -158,7 +158,7 @@ def postgresql():
     server = subprocess.Popen(list(map(str, run)), **quietly)
     try:
         wait_until(lambda: _answers(port))
-        yield f"postgresql+psycopg2://tuner@127.0.0.1:{port}/postgres"
+        yield f"postgresql://tuner@127.0.0.1:{port}/postgres"
     finally:
         server.send_signal(signal.SIGINT)
         server.wait()

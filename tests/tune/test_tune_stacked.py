@@ -8,6 +8,8 @@ import torch
 from libmtl_fair.recipe.build import loaders, make_dataset, make_trainer
 from libmtl_fair.tune.space import changed
 from libmtl_fair.tune.stacked import Rows, Stack, obstacle, shape
+from libmtl_fair.tune.stacked.fairmt import min_norm_rows
+from libmtl_fair.weighting._fairmt_heads import min_norm_of
 
 CPU = torch.device("cpu")
 LR, DECAY, DROPOUT = ("train", "optimizer", "lr"), ("train", "optimizer", "weight_decay"), ("model", "dropout")
@@ -213,3 +215,14 @@ def test_members_of_a_method_are_computed_together(world):
         ("rough",): "ReLiFPart",
         ("sampled",): "Own",
     }
+
+
+def test_task_weights_away_from_the_cpu_are_those_beside_it():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn((20, 3, 5), generator=generator, dtype=torch.float64)
+    linear = torch.randn((20, 3), generator=generator, dtype=torch.float64)
+    seen = torch.rand((20, 3), generator=generator) < 0.7
+    seen[:, 0] |= ~seen.any(1)
+    gram = rows @ rows.mT
+    alone = torch.stack([min_norm_of(*own) for own in zip(gram, linear, seen)])
+    torch.testing.assert_close(min_norm_rows(gram, linear, seen.double()), alone, rtol=0, atol=1e-6)

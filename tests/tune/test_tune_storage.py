@@ -89,5 +89,5 @@ def test_lines_of_many_writers_stay_whole(tmp_path):
 
 def test_a_storage_that_is_gone_says_so(small):
     with pytest.raises(CheckpointError, match=r"cannot use the study in postgresql.*:\*\*\*@") as caught:
-        tune.tune(small(), 1, storage="postgresql+psycopg2://nobody:secret@127.0.0.1:1/none")
+        tune.tune(small(), 1, storage="postgresql://nobody:secret@127.0.0.1:1/none")
     assert "secret" not in str(caught.value)

@@ -140,10 +140,14 @@ class FairMTPart(Part):
         linear = eta * (cross[:, :, self.tasks :] * overlap).sum(2)
         if gram.device.type == "cpu":
             return torch.stack([min_norm_of(*own) for own in zip(gram, linear, observed)])
-        largest = gram.diagonal(dim1=1, dim2=2).amax(1, keepdim=True) + linear.abs().amax(1, keepdim=True) + 1
-        barrier = torch.diag_embed((1 - seen) * 1e12 * largest)
-        alpha = F.min_norm_weights(gram + barrier, linear * seen) * seen
-        return alpha / alpha.sum(1, keepdim=True).clamp(min=torch.finfo(alpha.dtype).tiny)
+        return min_norm_rows(gram, linear, seen)
+
+
+def min_norm_rows(gram: Tensor, linear: Tensor, seen: Tensor) -> Tensor:
+    """Return minimum-norm weights [m, T] over the tasks that are ``seen`` (1, else 0), without waiting for the device."""
+    largest = gram.diagonal(dim1=1, dim2=2).amax(1, keepdim=True) + linear.abs().amax(1, keepdim=True) + 1
+    alpha = F.min_norm_weights(gram + torch.diag_embed((1 - seen) * 1e12 * largest), linear * seen) * seen
+    return alpha / alpha.sum(1, keepdim=True).clamp(min=torch.finfo(alpha.dtype).tiny)
 
 
 class Duals:
