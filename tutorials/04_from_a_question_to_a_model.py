@@ -24,9 +24,11 @@ import tempfile
 from pathlib import Path
 
 import torch
+from rich import print as show
 
 from libmtl_fair import tune
 from libmtl_fair.recipe import Recipe, load_recipe
+from libmtl_fair.tune.plots import trials_table
 
 SMOKE = os.environ.get("LIBMTL_FAIR_SMOKE") == "1"
 TRIALS, EPOCHS, ROWS = (6, 1, 1200) if SMOKE else (40, 8, None)
@@ -61,8 +63,8 @@ recipe = Recipe.from_dict(
 # %%
 study = tune.tune(recipe, TRIALS, storage=folder / "study.journal")
 front, feasible = tune.front(study)
-for trial in front:
-    print(trial.number, trial.user_attrs.get("role", ""), [round(value, 4) for value in trial.values], trial.params)
+table = trials_table(study).set_index("number").loc[[trial.number for trial in front]]
+print(table[["role", "macro_auc", "income/eo_difference", "lr", "epsilon"]].round(4).fillna({"role": ""}).to_string())
 
 # %% [markdown]
 # ## The answer
@@ -78,7 +80,8 @@ print("chosen:", chosen.number, "knee:", tune.knee(study).number)
 # ## The model
 #
 # A trial gives a recipe, and a recipe gives a run: the chosen setting beside the plain model, over seeds that the study has
-# not used. What held on validation should hold on test.
+# not used. What held on validation should hold on test: the last column says by how much it differs, and by how much
+# it would if other people had been drawn.
 
 # %%
 from libmtl_fair.recipe.run import run_recipe
@@ -87,13 +90,13 @@ from libmtl_fair.tune.cli import agreement_table
 best = tune.to_recipe(chosen, recipe)
 (folder / "best.yaml").write_text(best.to_yaml())
 run = run_recipe(load_recipe(folder / "best.yaml"), folder / "run", device="cpu")
-agreement_table(run)
+show(agreement_table(run))
 
 # %% [markdown]
 # The same from the shell:
 #
 # ```
-# libmtl-fair tune question.yaml --select max_disparity=0.05 --out runs/question
+# libmtl-fair tune question.yaml --select max_disparity=0.05 --out runs/question --stacked 8
 # libmtl-fair run --from-study runs/question/study.journal --trial 12
 # libmtl-fair dashboard runs/question
 # ```
