@@ -86,21 +86,27 @@ def _tune(
     from libmtl_fair.files import need_writable
     from libmtl_fair.progress import bar
     from libmtl_fair.tune.select import chosen
+    from libmtl_fair.tune.stacking import aloud
     from libmtl_fair.tune.study import tune as run_study
 
     how = select or (loaded.tune.select if loaded.tune else None) or "best"
     check_selection(how)
     need_writable(out)
     with bar(loaded.name, trials or (loaded.tune.trials if loaded.tune else None) or 60) as advance:
+        note = aloud(_say, advance)
         found = run_study(
             loaded, trials, None, storage, workers, stacked, True,
-            study_name=study, timeout=timeout, device=device, new_study=new_study, note=advance,
+            study_name=study, timeout=timeout, device=device, new_study=new_study, note=note,
         )  # fmt: skip
     try:
         trial = chosen(found, how)
     except RecipeError as error:
         raise RecipeError(f"--select {how}: {error}") from error
     _show(found, trial, loaded, out, device)
+
+
+def _say(text: str) -> None:
+    _ERR.print(escape(text), soft_wrap=True, highlight=False)
 
 
 def check_selection(how: str) -> None:
@@ -131,7 +137,7 @@ def _show(found: Any, trial: Any, loaded: Any, out: Path, device: str) -> None:
         paths = write_results(found, trial, measured, out)
     failed = [t for t in found.get_trials(deepcopy=False) if t.user_attrs.get("error")]
     for each in failed:
-        _ERR.print(f"trial {each.number} failed: {escape(each.user_attrs['error'])}", soft_wrap=True, highlight=False)
+        _say(f"trial {each.number} failed: {each.user_attrs['error']}")
     for path in paths:
         _OUT.print(f"{path.stem}: {path}", soft_wrap=True, highlight=False)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,24 @@ from libmtl_fair.tune.stacked import Rows, Stack, obstacle, shape
 
 if TYPE_CHECKING:
     from libmtl_fair.tune.worker import Worker
+
+
+_ALONE = "is trained alone: "
+
+
+def aloud(say: Callable[[str], None], then: Callable[[str], None]) -> Callable[[str], None]:
+    """Return what to note with: ``then`` for a trial's result, ``say`` for why one is not stacked, each reason once."""
+    said: set[str] = set()
+
+    def note(text: str) -> None:
+        reason = text.partition(_ALONE)[2]
+        if not reason:
+            then(text)
+        elif reason not in said:
+            said.add(reason)
+            say(text)
+
+    return note
 
 
 @dataclass
@@ -97,7 +115,7 @@ class Places:
                 self._runs.append(self._placed(trial, candidate, alive.pop_all()))
                 return
         if trial.user_attrs.get("recipe"):
-            self.worker.note(f"trial {trial.number} is trained alone: {why}")
+            self.worker.note(f"trial {trial.number} {_ALONE}{why}")
             self.worker.run(self.study, trial)
 
     def _placed(self, trial: optuna.Trial, candidate: Candidate, alive: ExitStack) -> _Run:
@@ -166,5 +184,5 @@ class Places:
         for run in runs:
             self._runs.remove(run)
             run.alive.close()
-            self.worker.note(f"trial {run.trial.number} is trained alone: {why}")
+            self.worker.note(f"trial {run.trial.number} {_ALONE}{why}")
             self.worker.run(self.study, run.trial)

@@ -27,6 +27,7 @@ from libmtl_fair.tune.keeping import describe, keeper_of
 from libmtl_fair.tune.objective import Plan, choose_protocol
 from libmtl_fair.tune.queue import fill, finished
 from libmtl_fair.tune.samplers import SAMPLERS, make_pruner, make_sampler
+from libmtl_fair.tune.stacking import aloud
 from libmtl_fair.tune.storage import open_storage, storage_errors
 from libmtl_fair.tune.worker import Worker
 
@@ -285,7 +286,12 @@ def _work(told: dict[str, Any]) -> None:
         deadline = None if told["timeout"] is None else time.monotonic() + told["timeout"]
         keeper = keeper_of(told["storage"])
         stacked = told["stacked"]
-        Worker(plan, protocol, told["total"], told["device"], deadline, told["grace"], keeper, stacked)(study)
+        note = aloud(_complain, _silent)
+        Worker(plan, protocol, told["total"], told["device"], deadline, told["grace"], keeper, stacked, note)(study)
+
+
+def _complain(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
 
 
 def _main() -> int:

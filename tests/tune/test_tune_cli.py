@@ -81,3 +81,12 @@ def test_a_storage_that_cannot_be_written_is_a_clear_error(cli, recipe_file, tmp
     assert done.returncode in (1, 2)
     assert "Traceback" not in done.stderr
     assert "cannot use the study in" in done.stderr
+
+
+def test_what_cannot_be_stacked_is_said_once(cli, recipe_file, tmp_path):
+    changes = ["--set", "methods.relif={weighting: GradNorm}", "--set", "tune.space={lr: builtin}"]
+    for workers in (1, 2):
+        out = tmp_path / f"out{workers}"
+        done = cli("tune", recipe_file, *changes, "--stacked", 2, "--trials", 4, "--workers", workers, "--out", out)
+        assert done.returncode == 0, done.stderr
+        assert 1 <= done.stderr.count("is trained alone: weighting GradNorm (stacked: an MLP") <= workers
