@@ -35,7 +35,8 @@ class GroupMetrics:
     group_names : attribute -> names in the order of ids; the ids themselves where not given.
     intersections : attributes to cross, ``[("sex", "race")]``, or True for all; shown as ``"sex & race"``.
     method : gaps ``"between_groups"`` or ``"to_overall"``; agg : equalised odds, ``"worst_case"`` or ``"mean"``.
-    confidence : level of the intervals; None leaves them out. n_bootstrap, seed : their replicates.
+    confidence : level of the intervals; None leaves them out. n_bootstrap, seed : their replicates. Nominal 95 % covered
+        93 to 97 % in simulations with groups of 100 or more, but for corners that :mod:`libmtl_fair.metrics.intervals` names.
     auc : AUC per group; keeps every score until :meth:`compute`.
 
     >>> import torch, libmtl_fair as lf
