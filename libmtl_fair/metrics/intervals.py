@@ -12,7 +12,7 @@ above 0 exactly where that test rejects; for large t it is the usual equal-taile
 
 Measured coverage of nominal 95 % intervals (simulations with known truth, groups of 100 or more): 93 to 97 % in 39 of 40 hand-made
 cases with 2 to 10 groups (parity and equalised odds, differences and ratios; 93.5 to 97.5), and in 37 of 48 with rates, base
-rates and sizes of 100 to 1,500 drawn at random (89.1 to 98.6, mean 95.4). What falls outside: a difference of selection rates
+rates and sizes of 100 to 1,500 drawn at random (89.1 to 98.6, mean 95.5). What falls outside: a difference of selection rates
 whose true extreme is one small group among five or ten larger ones (89 to 92: the group need not look extreme, and the others, held
 at their estimates, are more spread than the truth), and, above 97, ratios of equalised odds and rates with ten positives a group.
 Moving the two groups that could lie farthest apart instead, with the others drawn together, mended 2 to 3 points of the first at
