@@ -77,7 +77,7 @@ def score_arrays(
                     f"valid[{task!r}] must have the shape of its scores {list(score.shape)}, found {list(given.shape)}"
                 )
             mask &= given
-        _need_unit_range(task, score[mask])
+        _need_unit_range(task, score if mask.all() else score[mask])
         arrays[task], masks[task] = score, mask
     return arrays, masks
 
