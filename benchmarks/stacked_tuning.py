@@ -8,7 +8,7 @@ two.
 
 Below which model size it pays: stacking saves the cost of each call, not arithmetic. On a shared 2-core CPU, M = 8, equal
 weighting, it was 4.6 times as fast as one at a time with widths 32-16, 3.1 with 64-32, 1.8 with 128-64, 1.3 with 256-128 and
-1.1 with 512-256: up to there it pays. At 128-64 three quarters of its time are matrix products. A GPU, which one such model
+1.1 with 512-256: up to there it pays. At 128-64 four fifths of its time are matrix products. A GPU, which one such model
 leaves idle, was not at hand.
 """
 

@@ -9,6 +9,7 @@ from libmtl_fair.recipe.build import loaders, make_dataset, make_trainer
 from libmtl_fair.tune.space import changed
 from libmtl_fair.tune.stacked import Rows, Stack, obstacle, shape
 from libmtl_fair.tune.stacked.fairmt import min_norm_rows
+from libmtl_fair.tune.stacked.weights import Adam
 from libmtl_fair.weighting._fairmt_heads import min_norm_of
 
 CPU = torch.device("cpu")
@@ -226,3 +227,22 @@ def test_task_weights_away_from_the_cpu_are_those_beside_it():
     gram = rows @ rows.mT
     alone = torch.stack([min_norm_of(*own) for own in zip(gram, linear, seen)])
     torch.testing.assert_close(min_norm_rows(gram, linear, seen.double()), alone, rtol=0, atol=1e-6)
+
+
+def test_adam_of_all_rows_at_once_is_that_of_each_row(world):
+    _, trainer = world()
+    trainers = [trainer("plain", {LR: 0.01, DECAY: 0.1}, 0), trainer("plain", {LR: 0.3}, 1)]
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn((2, 7), generator=generator, dtype=torch.float64)
+    found = []
+    for way in (Adam._rows, Adam._together):
+        weights, adam = start.clone(), Adam((0.9, 0.999), 1e-8, start[:0])
+        adam.change([], trainers)
+        generator.manual_seed(1)
+        for step in range(5):
+            if step == 2:
+                adam.change([1], trainers[:1])
+                weights = weights[[1, 0]]
+            way(adam, weights, torch.randn((2, 7), generator=generator, dtype=torch.float64))
+        found.append(weights)
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from libmtl_fair.host import FairTrainer
 
@@ -101,37 +102,52 @@ class Adam:
         self.mean, self.square = torch.zeros_like(like), torch.zeros_like(like)
         self.rates: list[float] = []
         self.decays: list[float] = []
-        self.steps: list[int] = []
+        self.steps: list[Tensor] = []  # on the CPU, as torch's own Adam keeps them
 
     def change(self, kept: Sequence[int], new: Sequence[FairTrainer]) -> None:
         """Keep the state of some members, and begin that of new ones."""
         groups = [trainer.optimizer.param_groups[0] for trainer in new]
         self.rates = [self.rates[m] for m in kept] + [float(group["lr"]) for group in groups]
         self.decays = [self.decays[m] for m in kept] + [float(group["weight_decay"]) for group in groups]
-        self.steps = [self.steps[m] for m in kept] + [0] * len(new)
+        self.steps = [self.steps[m] for m in kept] + [torch.tensor(0.0) for _ in new]
         zeros = self.mean.new_zeros((len(new), self.mean.shape[1]))
         self.mean, self.square = (torch.cat([held[list(kept)], zeros]) for held in (self.mean, self.square))
-        self._decay = self._column(self.decays) if any(self.decays) else None
-        self._room = torch.empty_like(self.mean)
 
     def _column(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=self.mean.dtype).to(self.mean.device).unsqueeze(1)
 
     @torch.no_grad()
     def step(self, flat: Tensor, grad: Tensor) -> None:
-        """Update all weights from their gradient, which it may change.
+        """Update all weights from their gradient, which it may change."""
+        if flat.device.type == "cpu":
+            self._rows(flat, grad)
+        else:
+            self._together(flat, grad)
+
+    def _rows(self, flat: Tensor, grad: Tensor) -> None:
+        """Update row by row with torch's fused kernel, one pass over a row."""
+        first, second = self.betas
+        for m, step in enumerate(self.steps):
+            adam(
+                [flat[m]], [grad[m]], [self.mean[m]], [self.square[m]], [], [step],
+                fused=True, amsgrad=False, beta1=first, beta2=second, lr=self.rates[m], weight_decay=self.decays[m],
+                eps=self.eps, maximize=False,
+            )  # fmt: skip
+
+    def _together(self, flat: Tensor, grad: Tensor) -> None:
+        """Update all rows at once, so that their number costs no further calls.
 
         ``lr / (1 - b1^t) mean / (sqrt(square) / root + eps)`` with ``root = sqrt(1 - b2^t)``.
         """
         first, second = self.betas
-        self.steps = [step + 1 for step in self.steps]
-        if self._decay is not None:
-            grad.addcmul_(flat, self._decay)
+        for step in self.steps:
+            step += 1
+        if any(self.decays):
+            grad.addcmul_(flat, self._column(self.decays))
         self.mean.lerp_(grad, 1 - first)
         self.square.mul_(second).addcmul_(grad, grad, value=1 - second)
-        roots = [(1 - second**step) ** 0.5 for step in self.steps]
-        sizes = [rate * root / (1 - first**step) for rate, root, step in zip(self.rates, roots, self.steps)]
-        # a number below the smallest normal one takes the CPU ten times as long, and counts for nothing beside eps
-        torch.clamp(self.square, min=torch.finfo(flat.dtype).tiny, out=self._room).sqrt_()
-        self._room.add_(self._column([self.eps * root for root in roots])).div_(self._column(sizes))
-        flat.addcdiv_(self.mean, self._room, value=-1)
+        counts = [int(step) for step in self.steps]
+        roots = [(1 - second**count) ** 0.5 for count in counts]
+        sizes = [rate * root / (1 - first**count) for rate, root, count in zip(self.rates, roots, counts)]
+        size, eps = self._column(sizes), self._column([self.eps * root for root in roots])
+        flat.addcdiv_(self.mean, self.square.sqrt().add_(eps).div_(size), value=-1)
