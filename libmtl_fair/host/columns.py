@@ -21,13 +21,11 @@ def joint_columns(parts: Sequence[Tensor]) -> Tensor | None:
     base = parts[0]._base
     if base is None or base.dim() != 2 or not base.is_contiguous():
         return None
-    first, (rows, width) = base.storage_offset(), base.shape
-    column = 0
+    (rows, width), first, column = base.shape, base.storage_offset(), 0
     for part in parts:
         if part._base is not base or part.storage_offset() != first + column or part.stride(0) != width:
             return None
-        shape = part.shape
-        if shape[0] != rows or len(shape) > 2:
+        if part.size(0) != rows or part.dim() > 2:
             return None
-        column += shape[1] if len(shape) == 2 else 1
+        column += part.size(1) if part.dim() == 2 else 1
     return base if column == width else None

@@ -33,13 +33,15 @@ class _FusedHeads:
         if self.fair_watchers:
             self.fair_h = h
         names = [task for task in self.task_name if task_name in (None, task) and self._wanted(task)]
-        plain = [task for task in names if is_plain_linear(self.decoders[task])]
+        decoders = dict(self.decoders.items())
+        plain = [task for task in names if is_plain_linear(decoders[task])]
         if len(plain) < 2:
-            return {task: self.decoders[task](h) for task in names}
-        heads = [self.decoders[task] for task in plain]
-        z = torch.nn.functional.linear(h, torch.cat([x.weight for x in heads]), torch.cat([x.bias for x in heads]))
+            return {task: decoders[task](h) for task in names}
+        heads = [decoders[task] for task in plain]
+        weights, biases = zip(*[(x.weight, x.bias) for x in heads])
+        z = torch.nn.functional.linear(h, torch.cat(weights), torch.cat(biases))
         out = dict(zip(plain, torch.split(z, [x.out_features for x in heads], dim=-1)))
-        return out if len(plain) == len(names) else {t: out[t] if t in out else self.decoders[t](h) for t in names}
+        return out if len(plain) == len(names) else {t: out[t] if t in out else decoders[t](h) for t in names}
 
     def _wanted(self: Any, task: str) -> bool:
         return self.training or not task.startswith(AUXILIARY_PREFIX)

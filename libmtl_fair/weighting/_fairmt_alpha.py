@@ -126,7 +126,7 @@ class TaskWeights:
 
     def _head_layers(self) -> dict[str, nn.Linear | None]:
         """Return the linear layer that ends each task's head; looked up anew where a head was replaced."""
-        heads = [self.model.decoders[name] for name in self.tasks]
+        heads = list(self.model.decoders.values())
         if heads != self._heads:
             self._heads = heads
             self._layers = {name: last_linear(self.model.decoders[name]) for name in self.tasks}

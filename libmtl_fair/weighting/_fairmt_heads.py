@@ -25,11 +25,15 @@ class Outputs:
 
     def __init__(self, outputs: Sequence[Tensor]) -> None:
         self.outputs = list(outputs)
-        self.widths = tuple(1 if z.dim() == 1 else z.shape[1] for z in self.outputs)
         base = joint_columns(self.outputs) if all(z.dim() == 2 for z in self.outputs) else None
         self.joined = base is not None
         self.tensors = self.outputs if base is None else [base]
-        self.single = all(width == 1 for width in self.widths)
+        self.single = base is not None and base.shape[1] == len(self.outputs)
+        if self.single:
+            self.widths = (1,) * len(self.outputs)
+        else:
+            self.widths = tuple(1 if z.dim() == 1 else z.shape[1] for z in self.outputs)
+            self.single = all(width == 1 for width in self.widths)
 
     def gradients(self, losses: Tensor, keep: bool = False) -> list[Tensor]:
         """Return the gradient of each task's loss to its own output (one matrix where joined); keeps what lies below.
