@@ -70,7 +70,7 @@ def add_fairness_heads(
     The tasks are named ``fair:<main>/<attribute>`` and come after the main ones, so every LibMTL weighting and
     architecture sees them. :class:`FairTrainer` makes their labels; predictions, metrics and selection leave them out;
     :func:`drop_fairness_heads` removes them. To reduce differences in equalised odds use ``loss="gap"`` with the weighting
-    ``LambdaMix``, ``lam=0.8`` **(ours)**.
+    ``LambdaMix``, ``lam`` from 0.8 to 0.95 **(ours)**.
 
     Parameters
     ----------

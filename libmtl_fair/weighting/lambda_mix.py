@@ -23,7 +23,7 @@ class LambdaMixSettings(Settings):
     Parameters
     ----------
     lam : lambda (``lambda`` is understood too), the share of the main tasks, in [0, 1]; 1 trains without fairness.
-        The published value is 0.5. With ``target="main"`` and ``conditional=True`` start at 0.8 for ``gap``, at 0.95 for
+        The published value is 0.5. With ``target="main"`` and ``conditional=True`` start at 0.85 for ``gap``, at 0.95 for
         ``glf`` and at 0.5 for ``gld``, try values on both sides, and choose on validation data: ``libmtl-fair compare --choose``.
     base, base_args : the LibMTL weighting inside each of the two sums.
     """
