@@ -160,8 +160,12 @@ def main() -> None:
     sizes = (2_000,) if options.smoke else (10_000, 100_000, 1_000_000)
     groups = (2, 10) if options.smoke else (2, 10, 50)
     count = 1 if options.smoke else options.rounds
-    print("rates and differences: times slower than ours. 'report': GroupMetrics from logits, 10 metrics, the table, and")
-    print("intervals of every gap, equalised odds included, from 1,000 bootstrap replicates: one MetricFrame takes that much more")
+    print(
+        "rates and differences: times slower than ours. 'report': GroupMetrics from logits, 10 metrics, the table, and"
+    )
+    print(
+        "intervals of every gap, equalised odds included, from 1,000 bootstrap replicates: one MetricFrame takes that much more"
+    )
     print("        n groups   ours ms   mended     bare    stock  peak MB  report ms  mended/report")
     for n in sizes:
         for g in groups:
