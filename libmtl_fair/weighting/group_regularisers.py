@@ -74,8 +74,9 @@ class GroupRegulariserSettings(Settings):
 
 
 class GroupRegulariser(FairWeighting):
-    r"""BGL, DPL, FPRL or TPRL as regularisers: :math:`\lambda \sum_k L_k + (1 - \lambda) \sum_{k, a} R_{k, a}`.
+    r"""BGL, DPL, FPRL or TPRL of the main heads' outputs as regularisers, in a fixed proportion to the losses.
 
+    The objective is :math:`\lambda \sum_k L_k + (1 - \lambda) \sum_{k, a} R_{k, a}`.
     R is the disparity of task k between the groups of attribute a in the batch; it moves encoder and main heads.
     Records each step: ``regulariser``, the sum of R.
     """

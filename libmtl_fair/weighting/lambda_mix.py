@@ -49,8 +49,9 @@ class LambdaMixSettings(Settings):
 
 
 class LambdaMix(FairWeighting):
-    r"""Main and fairness losses in a fixed proportion: :math:`\lambda \sum_k L_k + (1 - \lambda) \sum_s L_s`.
+    r"""Main and fairness losses in a fixed proportion.
 
+    The objective is :math:`\lambda \sum_k L_k + (1 - \lambda) \sum_s L_s`, s over the fairness heads.
     With a ``base`` the sums are what that weighting makes of them **(ours)**: it runs on the main tasks and on the
     fairness tasks apart, each with a state of its own, and the gradients that it leaves are mixed by lambda. (Run over
     all tasks at once, a weighting that evens out scales, such as UW, would undo lambda.) A sum of one loss is itself.

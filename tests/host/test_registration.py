@@ -222,3 +222,10 @@ class TestHyperparameters:
             pass
 
         assert registry.weight_args(Mine, {"extra": 2}) == {"extra": 2}
+
+
+def test_the_first_line_of_a_methods_description_is_plain_text() -> None:
+    for cls in (*registry.OUR_WEIGHTINGS.values(), *registry.OUR_ARCHITECTURES.values()):
+        first = (cls.__doc__ or "").strip().splitlines()[0]
+        assert first.endswith(".")
+        assert not set(first) & set("`\\$")
