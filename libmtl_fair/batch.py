@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from libmtl_fair.errors import HostError
 from libmtl_fair.tasks import Binary, Task
+
+
+class Matrices(NamedTuple):
+    """Binary tasks of one logit each as matrices [B, T], and how many labels each has, [T]."""
+
+    logits: Tensor
+    labels: Tensor
+    labelled: Tensor
 
 
 @dataclass
@@ -28,6 +37,7 @@ class FairBatch:
     n_groups : attribute -> number of groups.
     epoch, step : 0-based; ``step`` counts over the whole training.
     standard_losses : whether every loss is its task's own ``Task.loss``, so that its gradient may be written out.
+    matrices : where all tasks are binary ones of a single logit and ``outputs`` and ``labels`` are columns of matrices.
     """
 
     tasks: Mapping[str, Task | None]
@@ -41,6 +51,7 @@ class FairBatch:
     epoch: int = 0
     step: int = 0
     standard_losses: bool = False
+    matrices: Matrices | None = None
 
     def task(self, name: str) -> Task:
         """Return a task whose kind is known.
@@ -84,6 +95,8 @@ class FairBatch:
     @cached_property
     def score_matrix(self) -> Tensor:
         """Audit scores of all main tasks, [T, B]; NaN past the end of a task that has fewer examples in this step."""
+        if self.matrices is not None and len(self.main) == self.matrices.logits.shape[1]:
+            return torch.sigmoid(self.matrices.logits).T
         logits = [self.outputs[name] for name in self.main]
         single = all(isinstance(self.tasks[t], Binary) for t in self.main) and all(z.shape[1:] == (1,) for z in logits)
         if single and len({z.shape[0] for z in logits}) == 1:

@@ -176,18 +176,18 @@ class DualAscent(nn.Module):
 
         Where ``present`` (bool scalar: some task had groups to compare) is False, or Phi is not finite, eta stays.
         """
-        phi = phi.detach()
+        phi, value = phi.detach(), self.value
         if self.static:
-            return self.value.clone()
-        if on_host(phi, self.value) and (present is None or on_host(present)):
+            return value.clone()
+        if on_host(phi, value) and (present is None or on_host(present)):
             excess = float(phi) - self.epsilon
             if math.isfinite(excess) and (present is None or bool(present)):
-                self.value.fill_(min(max(float(self.value) + self.rho * excess, 0.0), self.maximum))
+                value.fill_(min(max(float(value) + self.rho * excess, 0.0), self.maximum))
         else:
             ok = phi.isfinite() if present is None else phi.isfinite() & present
-            moved = (self.value + self.rho * (phi.to(self.value.dtype) - self.epsilon)).clamp(0, self.maximum)
-            self.value.copy_(moved.where(ok, self.value))
-        return self.value.clone()
+            moved = (value + self.rho * (phi.to(value.dtype) - self.epsilon)).clamp(0, self.maximum)
+            value.copy_(moved.where(ok, value))
+        return value.clone()
 
     def extra_repr(self) -> str:
         """Settings, for ``repr``."""

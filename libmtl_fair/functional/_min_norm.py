@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import numpy as np
 import torch
+from scipy.linalg import lapack
 from torch import Tensor
 
 from libmtl_fair.errors import DataError, RecipeError, unknown
@@ -61,7 +63,7 @@ def min_norm_weights(gram: Tensor, linear: Tensor | None = None, *, iters: int =
     if readable and solver in ("auto", "active-set"):
         found = _solve_host(gram.numpy(), linear.numpy(), ridge)
         if found is not None:
-            return gram.new_tensor(found)
+            return torch.as_tensor(found, dtype=gram.dtype)
     enumerate_supports = solver == "enumeration" or (solver == "auto" and gram.shape[-1] <= _ENUMERATED)
     return _solve_device(gram, linear, ridge, iters, enumerate_supports)
 
@@ -83,21 +85,29 @@ def _check(gram: Tensor, linear: Tensor | None, iters: int, solver: str) -> None
 
 def _solve_host(gram: np.ndarray, linear: np.ndarray, ridge: float) -> list[float] | np.ndarray | None:
     """Solve on the CPU; None where block pivoting has not settled."""
-    if len(linear) == 2:
+    n = len(linear)
+    if n == 2:
         return _two_tasks(gram.tolist(), linear.tolist())
     gram, linear = gram.astype(np.float64), linear.astype(np.float64)
-    if not (np.isfinite(gram).all() and np.isfinite(linear).all()):
-        return np.full(len(linear), np.nan)
-    smallest = max(1e-24 * gram.diagonal().max(), 1e-24 * np.abs(linear).max(), 1e-300)
-    length = np.sqrt(np.maximum(gram.diagonal(), smallest))
-    shortest = length.min()
-    gram = (gram + gram.T) / (2 * np.outer(length, length))
-    gram.flat[:: len(linear) + 1] += ridge
-    x = _block_pivoting(gram, linear / (length * shortest), shortest / length)
+    if not (math.isfinite(np.add.reduce(gram, None)) and math.isfinite(np.add.reduce(linear))):
+        return None if np.isfinite(gram).all() and np.isfinite(linear).all() else np.full(n, np.nan)
+    diagonal = gram.diagonal()
+    largest = max(np.maximum.reduce(diagonal), np.maximum.reduce(linear), -np.minimum.reduce(linear))
+    length = np.sqrt(np.maximum(diagonal, max(1e-24 * largest, 1e-300)))
+    shortest = np.minimum.reduce(length)
+    unit = shortest / length
+    # K x - nu unit = -linear and unit'x = 1, in units where each gradient has length 1
+    system = np.zeros((n + 1, n + 1))
+    np.divide(gram + gram.T, 2 * length[:, None] * length, out=system[:n, :n])
+    system.ravel()[: n * (n + 2) : n + 2] += ridge
+    system[:n, n], system[n, :n] = -unit, unit
+    right = np.ones(n + 1)
+    np.divide(linear, length * -shortest, out=right[:n])
+    x = _block_pivoting(system, right)
     if x is None:
         return None
     weights = x / length
-    total: np.ndarray = weights / weights.sum()
+    total: np.ndarray = weights / np.add.reduce(weights)
     return total
 
 
@@ -113,29 +123,23 @@ def _two_tasks(gram: list[list[float]], linear: list[float]) -> list[float]:
     return [first, 1 - first]
 
 
-def _block_pivoting(gram: np.ndarray, linear: np.ndarray, unit: np.ndarray) -> np.ndarray | None:
-    """Minimise ``x'Kx + 2 linear'x`` over ``x >= 0, unit'x = 1``, exchanging all violated signs at once.
+def _block_pivoting(system: np.ndarray, right: np.ndarray) -> np.ndarray | None:
+    """Return x [n] of ``min x'Kx + 2 linear'x over x >= 0, unit'x = 1``, exchanging all violated signs at once.
 
-    After Kim and Park (2011): while the number of violations falls, or has failed to only three times, every violated
-    variable changes sides; then one at a time. Typically three to six solves, against one a task for a primal active set.
+    ``system`` [n + 1, n + 1] and ``right`` hold ``K x - nu unit = -linear`` and ``unit'x = 1``. After Kim and Park (2011): while
+    the number of violations falls, or has failed to only three times, every violated variable changes sides; then one at
+    a time. Typically one to six solves, against one a task for a primal active set.
     """
-    n = len(linear)
-    # K x - nu unit = -linear and unit'x = 1, for the free rows and columns
-    system = np.zeros((n + 1, n + 1))
-    system[:n, :n], system[:n, n], system[n, :n] = gram, -unit, unit
-    right = np.append(-linear, 1.0)
+    n = len(right) - 1
     free = np.ones(n + 1, dtype=bool)
     fewest, chances = n + 1, 3
     for _ in range(3 * n + 10):
-        index = np.flatnonzero(free)
-        x = np.zeros(n + 1)
-        try:
-            x[index] = np.linalg.solve(system[index][:, index], right[index])
-        except np.linalg.LinAlgError:
+        x = _solved(system, right, free)
+        if x is None:
             return None
         wrong = free & (x < 0)
         wrong[n] = False
-        if len(index) <= n:
+        if not free.all():
             slack = system @ x - right
             wrong |= ~free & (slack < -1e-13 * (np.abs(system) @ np.abs(x) + np.abs(right)))
         violations = int(np.count_nonzero(wrong))
@@ -149,8 +153,22 @@ def _block_pivoting(gram: np.ndarray, linear: np.ndarray, unit: np.ndarray) -> n
             wrong[: np.flatnonzero(wrong)[-1]] = False
         free ^= wrong
         if not free[:n].any():
-            free[np.argmin((linear + gram.diagonal()) / unit)] = True
+            free[np.argmin((system.diagonal() - right)[:n] / system[n, :n])] = True
     return None
+
+
+def _solved(system: np.ndarray, right: np.ndarray, free: np.ndarray) -> np.ndarray | None:
+    """Solve the free rows and columns, 0 elsewhere; None if they are singular."""
+    if free.all():
+        found, failed = lapack.dgesv(system, right)[2:]
+        return None if failed else found
+    index = np.flatnonzero(free)
+    found, failed = lapack.dgesv(system[index][:, index], right[index])[2:]
+    if failed:
+        return None
+    x = np.zeros(len(right))
+    x[index] = found
+    return x
 
 
 def _solve_device(gram: Tensor, linear: Tensor, ridge: float, iters: int, enumerate_supports: bool) -> Tensor:

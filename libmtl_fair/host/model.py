@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from libmtl_fair.errors import HostError
 from libmtl_fair.host.healing import _forward, healed
+from libmtl_fair.host.joint_heads import JointHeads
 from libmtl_fair.host.loading import AbsArchitecture, architecture_namespace
 from libmtl_fair.host.plugin import FairWeighting, Settings
 from libmtl_fair.host.registry import resolve_weighting, weight_args
@@ -25,6 +26,7 @@ class _FusedHeads:
 
     fair_h: Tensor | None = None
     fair_watchers: int = 0
+    fair_joint: JointHeads | None = None
 
     def forward(self: Any, inputs: Tensor, task_name: str | None = None) -> dict[str, Tensor]:
         h = self.encoder(inputs)
@@ -32,16 +34,38 @@ class _FusedHeads:
             raise HostError(f"hard sharing (HPS) needs an encoder that returns one tensor, found {type(h).__name__}")
         if self.fair_watchers:
             self.fair_h = h
+        joint = self.fair_joint
+        if joint is not None and task_name is None and self.training:
+            out = joint.run(h)
+            return out if len(out) == len(self.task_name) else self._by_themselves(h, self.task_name, out)
         names = [task for task in self.task_name if task_name in (None, task) and self._wanted(task)]
-        decoders = dict(self.decoders.items())
-        plain = [task for task in names if is_plain_linear(decoders[task])]
-        if len(plain) < 2:
-            return {task: decoders[task](h) for task in names}
-        heads = [decoders[task] for task in plain]
-        weights, biases = zip(*[(x.weight, x.bias) for x in heads])
+        heads = self.plain_heads(names)
+        if len(heads) < 2:
+            return self._by_themselves(h, names, {})
+        weights, biases = zip(*[(x.weight, x.bias) for x in heads.values()])
         z = torch.nn.functional.linear(h, torch.cat(weights), torch.cat(biases))
-        out = dict(zip(plain, torch.split(z, [x.out_features for x in heads], dim=-1)))
-        return out if len(plain) == len(names) else {t: out[t] if t in out else decoders[t](h) for t in names}
+        out = dict(zip(heads, torch.split(z, [x.out_features for x in heads.values()], dim=-1)))
+        return out if len(out) == len(names) else self._by_themselves(h, names, out)
+
+    def plain_heads(self: Any, names: Sequence[str] | None = None) -> dict[str, nn.Linear]:
+        """Return task -> head of those that one product may run."""
+        heads = dict(self.decoders.items())
+        return {task: heads[task] for task in (self.task_name if names is None else names) if is_plain_linear(heads[task])}
+
+    def parameters(self: Any, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Yield what is trained: while heads are joined, their joint weight and bias in place of their own."""
+        joint = self.fair_joint
+        if joint is None:
+            yield from super().parameters(recurse)  # type: ignore[misc]
+            return
+        yield from (p for p in super().parameters(recurse) if id(p) not in joint.replaced)  # type: ignore[misc]
+        yield from (joint.weight, joint.bias)
+
+    def _by_themselves(
+        self: Any, h: Tensor, names: Sequence[str], out: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the outputs of the named tasks, in order: those that are there, and of the others by their heads."""
+        return {task: out[task] if task in out else self.decoders[task](h) for task in names}
 
     def _wanted(self: Any, task: str) -> bool:
         return self.training or not task.startswith(AUXILIARY_PREFIX)

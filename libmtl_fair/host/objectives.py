@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from libmtl_fair.batch import Matrices
 from libmtl_fair.errors import HostError
 from libmtl_fair.host.columns import joint_columns
 from libmtl_fair.host.loading import AbsLoss, AbsMetric
@@ -139,7 +140,15 @@ def _infer(name: str, loss_fn: Any) -> Task | None:
 
 
 class LossBank:
-    """The losses of all tasks in one step, [T]: single-logit binary tasks in one call, the rest one by one."""
+    """The losses of all tasks in one step, [T]: single-logit binary tasks in one call, the rest one by one.
+
+    Attributes
+    ----------
+    matrices : those of the last call, where all tasks are such ones and columns of one matrix.
+    standard : whether every loss is its task's own.
+    """
+
+    matrices: Matrices | None = None
 
     def __init__(self, task_dict: Mapping[str, Mapping[str, Any]]) -> None:
         self._loss_fns = {name: values["loss_fn"] for name, values in task_dict.items()}
@@ -155,12 +164,26 @@ class LossBank:
 
     def __call__(self, preds: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
         """Return the loss of every task, [T], in ``task_dict`` order."""
-        if not self._together or not _stackable(preds, labels, self._binary):
-            return torch.stack([self.one(name, preds[name], labels[name]) for name in self._loss_fns])
-        joint = _binary_losses([preds[n] for n in self._binary], [labels[n] for n in self._binary])
+        self.matrices = None
+        if not self._together:
+            return self._each(preds, labels)
+        outputs, truth = [preds[n] for n in self._binary], [labels[n] for n in self._binary]
+        logits, target = joint_columns(outputs), joint_columns(truth)
+        found = logits is not None and target is not None
+        if not (found and logits.shape == target.shape and target.is_floating_point()):
+            if not _stackable(outputs, truth):
+                return self._each(preds, labels)
+            logits = torch.cat([p if p.dim() == 2 else p[:, None] for p in outputs], 1)
+            target = torch.stack(truth, 1)
+        joint, labelled = _binary_losses(logits, target)
+        if found and len(self._binary) == len(self._loss_fns):
+            self.matrices = Matrices(logits, target, labelled)
         rest = [self.one(n, preds[n], labels[n]) for n in self._loss_fns if n not in self._binary]
         losses = torch.cat([joint, torch.stack(rest)]) if rest else joint
         return losses if self._in_order else losses[self._order]
+
+    def _each(self, preds: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([self.one(name, preds[name], labels[name]) for name in self._loss_fns])
 
     def one(self, name: str, pred: Tensor, label: Tensor) -> Tensor:
         """Return the loss of one task (scalar)."""
@@ -176,23 +199,17 @@ class LossBank:
         return loss.reshape(())
 
 
-def _stackable(preds: Mapping[str, Tensor], labels: Mapping[str, Tensor], names: Sequence[str]) -> bool:
-    rows = preds[names[0]].shape[:1]
+def _stackable(preds: Sequence[Tensor], labels: Sequence[Tensor]) -> bool:
+    rows = preds[0].shape[:1]
     return all(
-        preds[n].shape[1:] in ((), (1,))
-        and labels[n].is_floating_point()
-        and preds[n].shape[:1] == rows == labels[n].shape
-        for n in names
+        p.shape[1:] in ((), (1,)) and y.is_floating_point() and p.shape[:1] == rows == y.shape
+        for p, y in zip(preds, labels)
     )
 
 
-def _binary_losses(preds: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
-    """Return mean binary cross-entropy over observed labels for each column, [T]."""
-    logits, target = joint_columns(preds), joint_columns(labels)
-    if logits is None:
-        logits = torch.cat([p if p.dim() == 2 else p[:, None] for p in preds], dim=1)
-    if target is None:
-        target = torch.stack(list(labels), dim=1)
+def _binary_losses(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean binary cross-entropy over observed labels for each column, [T], and how many there are, [T]."""
     seen = torch.isfinite(target)
+    labelled = seen.sum(0)
     losses = nnf.binary_cross_entropy_with_logits(logits, target.nan_to_num(0.0).to(logits.dtype), reduction="none")
-    return (losses * seen).sum(0) / seen.sum(0).clamp(min=1)
+    return (losses * seen).sum(0) / labelled.clamp(min=1), labelled

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from libmtl_fair.batch import FairBatch
+from libmtl_fair.batch import FairBatch, Matrices
 from libmtl_fair.errors import DataError
 from libmtl_fair.host import batches, evaluation
 from libmtl_fair.host.history import StepLog
@@ -46,9 +46,14 @@ def step(trainer: Any, batch: Any, epoch: int, log: StepLog) -> None:
     made = [losses_of(trainer, part) for part in batch] if several else [losses_of(trainer, batch)]
     losses = torch.stack([m[0] for m in made]) if several else made[0][0]
     trainer.optimizer.zero_grad()  # after the forward pass, where LibMTL does it
+    joint = getattr(model, "fair_joint", None)
+    if joint is not None:
+        joint.zero_grad()
     if trainer._is_fair:
         model.fair_batch = fair_batch(trainer, made[0], epoch)
     weights = model.backward(losses, **trainer._weight_args)
+    if joint is not None:
+        joint.collect_grad()
     trainer.optimizer.step()
     if hasattr(model, "update_w"):  # FAMO looks at the losses after the step
         renewed = losses_of(trainer, batch)[0].detach()
@@ -102,5 +107,12 @@ def fair_batch(trainer: Any, made: Made, epoch: int, h: Tensor | None = None) ->
         multi_input=trainer.multi_input,
         epoch=epoch,
         step=trainer.global_step,
-        standard_losses=trainer._standard_losses,
+        standard_losses=trainer._own_losses and trainer.losses.standard,
+        matrices=_matrices(trainer, preds),
     )
+
+
+def _matrices(trainer: Any, preds: dict[str, Tensor]) -> Matrices | None:
+    """Return the matrices that the losses were made from, if they were made from these outputs."""
+    found: Matrices | None = trainer.losses.matrices if trainer._own_losses else None
+    return found if found is not None and preds[trainer.task_name[0]]._base is found.logits else None

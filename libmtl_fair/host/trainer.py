@@ -18,6 +18,7 @@ from libmtl_fair.errors import DataError, HostError, RecipeError
 from libmtl_fair.files import need_writable
 from libmtl_fair.host import batches, checkpoint, evaluation, judging, saving, stepping
 from libmtl_fair.host.history import History, StepLog
+from libmtl_fair.host.joint_heads import joined_heads
 from libmtl_fair.host.judging import DivergenceError
 from libmtl_fair.host.loading import Trainer
 from libmtl_fair.host.model import RepresentationHook, compose
@@ -114,7 +115,7 @@ class FairTrainer(Trainer):  # type: ignore[misc]
         self._trackers = Trackers(loggers, self.run_dir)
         self.optim_param, self.scheduler_param = dict(optim_param), scheduler_param
         self.losses = LossBank(self.task_dict)
-        self._standard_losses = self.losses.standard and type(self)._compute_loss is FairTrainer._compute_loss
+        self._own_losses = type(self)._compute_loss is FairTrainer._compute_loss
         self.kwargs = {"weight_args": dict(weight_args or {}), "arch_args": dict(arch_args or {})}
         if seed is not None:
             checkpoint.seed_everything(seed)
@@ -237,8 +238,9 @@ class FairTrainer(Trainer):  # type: ignore[misc]
         before = None if self.run_dir is not None and epoch > 0 else judging.snapshot(self)
         log = StepLog()
         self.model.train()
-        for batch in stepping.draw(self, train_dataloaders):
-            stepping.step(self, batch, epoch, log)
+        with joined_heads(self.model, self.optimizer):
+            for batch in stepping.draw(self, train_dataloaders):
+                stepping.step(self, batch, epoch, log)
         if not log.steps:
             raise DataError(f"epoch {epoch}: the training loader has no batch")
         steps = log.read(self.task_name)
@@ -276,7 +278,7 @@ class FairTrainer(Trainer):  # type: ignore[misc]
     def _compute_losses(self, preds: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
         if not self.multi_input:
             return self._compute_loss(preds, labels)
-        if type(self)._compute_loss is FairTrainer._compute_loss:
+        if self._own_losses:
             return self.losses(preds, labels)
         return torch.stack([self._compute_loss(preds[t], labels[t], t) for t in self.task_name])
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from libmtl_fair.batch import FairBatch
 from libmtl_fair.errors import HostError
+from libmtl_fair.host.joint_heads import head_weights
 from libmtl_fair.weighting._fairmt_blocks import Block
 from libmtl_fair.weighting._fairmt_heads import (
     LastInputs,
@@ -88,10 +89,10 @@ class TaskWeights:
             return autograd_products(
                 outputs, grads, fairness.grads, shared_anchors(self.model, self.tasks, batch.h, proxy), term
             )
-        layers = list(self._head_layers().values())
+        layers = [layer for layer in self._head_layers().values() if layer is not None]
         index = self.column_task(outputs.widths)
         with torch.no_grad():
-            weights = torch.cat([layer.weight for layer in layers if layer is not None])
+            weights = head_weights(self.model, self.tasks, layers)
             owner = None if index is None else nn.functional.one_hot(index, len(layers)).to(weights.dtype)
             g, f = outputs.matrix(grads), outputs.matrix(fairness.grads)
             gram, linear = head_products(g, f, weights, owner, rank_one)

@@ -29,28 +29,30 @@ class Block(ABC):
 
 
 class BinaryBlock(Block):
-    """Binary tasks of one logit each, as one matrix; the gradient is written out."""
+    """Binary tasks of one logit each, as one matrix; the gradient is written out.
 
-    def __init__(self, logits: Tensor, labels: Tensor, sharpness: float) -> None:
-        self.labels, self.sharpness, self.logits = labels, sharpness, logits
-        self.p = torch.sigmoid(logits if sharpness == 1 else logits * sharpness)
-        self.known = labels == labels
-        self.labelled = self.known.sum(0)
-        self.positive, self.negative = labels == 1, labels == 0
-        missed, alarm = (1 - self.p) * self.positive, self.p * self.negative
-        self.summed = torch.cat([missed, alarm, self.positive, self.negative], 1)
+    ``logits`` and ``labels`` are [B, T]; ``labelled`` [T] says how many labels each task has in this batch.
+    """
+
+    def __init__(self, logits: Tensor, labels: Tensor, labelled: Tensor, sharpness: float) -> None:
+        self.labels, self.sharpness, self.logits, self.labelled = labels, sharpness, logits, labelled
+        p = self.p = torch.sigmoid(logits if sharpness == 1 else logits * sharpness)
+        self.positive, self.negative = (labels == 1).to(p.dtype), (labels == 0).to(p.dtype)
+        missed = torch.addcmul(self.positive, p, self.positive, value=-1)  # (1 - p) where positive
+        self.summed = torch.cat([missed, p * self.negative, self.positive, self.negative], 1)
 
     def pull_back(self, gradient: Tensor) -> list[Tensor]:
         """Return the gradient to the logits, one matrix [B, T]."""
         k = self.p.shape[1]
-        signed = gradient[:, k:] * self.negative - gradient[:, :k] * self.positive
-        steep = self.p - self.p * self.p
+        signed = torch.addcmul(gradient[:, k:] * self.negative, gradient[:, :k], self.positive, value=-1)
+        steep = self.p * (1 - self.p)
         return [signed * (steep if self.sharpness == 1 else steep * self.sharpness)]
 
     def loss_gradient(self) -> Tensor:
         """Return the gradient of each task's mean cross-entropy to the logits, [B, T]."""
         p = self.p if self.sharpness == 1 else torch.sigmoid(self.logits)
-        return torch.where(self.known, p - self.labels, 0.0) / self.labelled.clamp(min=1)
+        wrong = (p - self.labels).nan_to_num_(0.0, 0.0, 0.0)  # 0 where there is no label
+        return wrong.div_(self.labelled.clamp(min=1))
 
 
 class MixedBlock(Block):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from libmtl_fair import functional as F
+from libmtl_fair.batch import Matrices
 from libmtl_fair.functional._device import on_host
 from libmtl_fair.host.columns import joint_columns
 from libmtl_fair.host.gradients import flatten, shared_parameters
@@ -20,12 +21,15 @@ class Outputs:
     Attributes
     ----------
     tensors : the one [B, C] matrix that all outputs are columns of, or each task's own output.
+    matrices : where these outputs are all tasks', as they lie in the batch.
     joined : whether it is the one matrix.
     """
 
-    def __init__(self, outputs: Sequence[Tensor]) -> None:
-        self.outputs = list(outputs)
-        base = joint_columns(self.outputs) if all(z.dim() == 2 for z in self.outputs) else None
+    def __init__(self, outputs: Sequence[Tensor], matrices: Matrices | None = None) -> None:
+        self.outputs, self.matrices = list(outputs), matrices
+        base = None if matrices is None else matrices.logits
+        if base is None and all(z.dim() == 2 for z in self.outputs):
+            base = joint_columns(self.outputs)
         self.joined = base is not None
         self.tensors = self.outputs if base is None else [base]
         self.single = base is not None and base.shape[1] == len(self.outputs)

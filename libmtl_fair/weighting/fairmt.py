@@ -65,7 +65,9 @@ class FairMT(FairWeighting):
 
     def step(self, batch: FairBatch, losses: Tensor) -> Any:
         """Descend the Lagrangian with one backward pass through the encoder, then raise or lower eta."""
-        outputs = Outputs([batch.outputs[name] for name in self._main])
+        outputs = Outputs(
+            [batch.outputs[name] for name in self._main], batch.matrices if self._rows is None else None
+        )
         lipschitz = self.lipschitz(batch) if self.lipschitz is not None else None
         with torch.no_grad():
             fairness = self.fairness(batch, outputs, lipschitz)
@@ -89,7 +91,7 @@ class FairMT(FairWeighting):
         if self.running is None or not s.ema:
             self.running = now
         else:
-            self.running = torch.add(now, self.running, alpha=s.ema)
+            torch.add(now, self.running, alpha=s.ema, out=self.running)
         sums, counts = self.running[:, : layout.n_summed], self.running[:, layout.n_summed :]
         found = disparity(layout, sums, counts)
         psi, present = found.psi, found.present
@@ -203,8 +205,12 @@ class FairMT(FairWeighting):
             members.append(layout.membership(groups, self._attributes, self._crossed))
             if layout.single_logits and outputs.single:
                 joint = outputs.tensors[0] if outputs.joined else torch.cat([z.reshape(len(z), 1) for z in values], 1)
-                truth = stacked_labels(batch.labels, [names[t] for t in index])
-                blocks.append(BinaryBlock(joint.detach(), truth, layout.lift.sharpness))
+                if outputs.matrices is not None:
+                    _, truth, labelled = outputs.matrices
+                else:
+                    truth = stacked_labels(batch.labels, [names[t] for t in index])
+                    labelled = (truth == truth).sum(0)
+                blocks.append(BinaryBlock(joint.detach(), truth, labelled, layout.lift.sharpness))
             else:
                 labels = [batch.labels[names[t]] for t in index]
                 blocks.append(MixedBlock(tasks, values, labels, layout.lift, layout.owner.dtype))

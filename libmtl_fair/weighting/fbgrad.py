@@ -105,6 +105,7 @@ class FBGrad(FairWeighting):
 
     settings_class = FBGradSettings
     needs_groups = True
+    looks_at_heads = True
     source = "arXiv:2310.13746"
     settings: FBGradSettings
     conflict_cosines: Tensor | None

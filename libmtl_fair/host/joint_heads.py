@@ -1,0 +1,176 @@
+"""Linear heads as one weight and one bias while an epoch runs, so that forty heads cost little more than one.
+
+Autograd, the optimiser and ``zero_grad`` each have a cost per parameter, which at forty heads is more than that of the
+arithmetic. Between epochs nothing of this is left: heads, optimiser state and checkpoints are LibMTL's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_OURS = ("LibMTL", "libmtl_fair", "torch", "abc", "builtins")
+
+
+class JointHeads:
+    """Plain linear heads on one representation as the rows of one matrix, which their own parameters are views of.
+
+    So are their gradients: whoever looks at a head, or runs it by itself, finds what would be there without this.
+
+    Attributes
+    ----------
+    tasks : whose heads, in order.
+    weight, bias : [C, d] and [C], C outputs of all heads together: what is trained in place of the heads' own.
+    replaced : ids of the heads' own parameters.
+    """
+
+    def __init__(self, heads: Mapping[str, nn.Linear]) -> None:
+        self.tasks, self.sizes = tuple(heads), [head.out_features for head in heads.values()]
+        own = [[head.weight for head in heads.values()], [head.bias for head in heads.values()]]
+        self._memory = [[p.data for p in part] for part in own]
+        self.weight, self.bias = (nn.Parameter(torch.cat(memory)) for memory in self._memory)
+        self.pairs = list(zip((self.weight, self.bias), own))
+        self.replaced = {id(p) for part in own for p in part}
+        self._flat = self.weight.new_zeros(self.weight.numel() + self.bias.numel())
+        weight, bias = torch.split(self._flat, [self.weight.numel(), self.bias.numel()])
+        self._grads = [weight.view_as(self.weight), bias]
+        self.zero_grad()
+        for (joint, part), grad in zip(self.pairs, self._grads):
+            for p, values, its in zip(part, torch.split(joint.data, self.sizes), torch.split(grad, self.sizes)):
+                p.data, p.grad = values, its
+
+    def run(self, h: Tensor) -> dict[str, Tensor]:
+        """Return task -> outputs [..., C_t] for representations [..., d]: columns of one matrix."""
+        z = nn.functional.linear(h, self.weight, self.bias)
+        return dict(zip(self.tasks, torch.split(z, self.sizes, dim=-1)))
+
+    def zero_grad(self) -> None:
+        """Set all gradients to 0, in the memory that the heads see."""
+        self._flat.zero_()
+        self.weight.grad, self.bias.grad = self._grads
+
+    def collect_grad(self) -> None:
+        """Bring gradients that a weighting put elsewhere into the memory that the heads see; call before the optimiser."""
+        for (joint, _), grad in zip(self.pairs, self._grads):
+            if joint.grad is not grad:
+                grad.zero_() if joint.grad is None else grad.copy_(joint.grad)
+                joint.grad = grad
+
+    @torch.no_grad()
+    def release(self) -> None:
+        """Give the heads the memory that they had, with the values of now."""
+        for (_, part), memory in zip(self.pairs, self._memory):
+            for p, held in zip(part, memory):
+                held.copy_(p.data)
+                p.data = held
+
+
+def head_weights(model: Any, tasks: Sequence[str], layers: Sequence[nn.Linear]) -> Tensor:
+    """Return the weights [C, d] of the tasks' last linear layers; no copy where they are joined."""
+    joint: JointHeads | None = getattr(model, "fair_joint", None)
+    if joint is not None and joint.tasks == tuple(tasks):
+        return joint.weight
+    return torch.cat([layer.weight for layer in layers])
+
+
+@contextmanager
+def joined_heads(model: Any, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within it the model runs, and the optimiser trains, its plain linear heads as one, where that changes no number.
+
+    Heads that are frozen, hooked, shared, of unequal kind or in several groups of the optimiser stay as they are, and so do
+    all where somebody's own weighting may look at their gradients.
+    """
+    heads = _joinable(model)
+    group = _group_of(optimizer, heads)
+    if group is None or not _same_state(optimizer, heads):
+        yield
+        return
+    joint = JointHeads(heads)
+    before = group["params"]
+    group["params"] = [*(p for p in before if id(p) not in joint.replaced), joint.weight, joint.bias]
+    for whole, parts in joint.pairs:
+        _join_state(optimizer, whole, parts)
+    model.fair_joint = joint
+    try:
+        yield
+    finally:
+        del model.fair_joint
+        group["params"] = before
+        for whole, parts in joint.pairs:
+            _split_state(optimizer, whole, parts, joint.sizes)
+        joint.release()
+
+
+def _joinable(model: Any) -> dict[str, nn.Linear]:
+    """Return task -> head of the heads that may be joined; empty if it is not worth it or may be seen."""
+    bases = type(model).__mro__
+    if not hasattr(model, "plain_heads") or any(base.__module__.partition(".")[0] not in _OURS for base in bases):
+        return {}
+    if any(vars(base).get("looks_at_heads") or base.__name__ == "MoDo" for base in bases):
+        return {}
+    heads: dict[str, nn.Linear] = model.plain_heads()
+    found = _parameters(heads)
+    kinds = {(p.dtype, p.device, p.shape[1:]) for p in found}
+    plain = all(p.requires_grad and not p._backward_hooks and not p._post_accumulate_grad_hooks for p in found)
+    wanted = {id(p) for p in found}
+    places = sum(id(p) in wanted for _, p in nn.Module.named_parameters(model, remove_duplicate=False))
+    return heads if len(heads) > 1 and plain and len(kinds) == 2 and places == len(found) == len(wanted) else {}
+
+
+def _parameters(heads: Mapping[str, nn.Linear]) -> list[nn.Parameter]:
+    return [p for head in heads.values() for p in (head.weight, head.bias)]
+
+
+def _group_of(optimizer: torch.optim.Optimizer, heads: Mapping[str, nn.Linear]) -> dict[str, Any] | None:
+    """Return the optimiser's group that holds all these heads, None if none does."""
+    wanted = {id(p) for p in _parameters(heads)}
+    for group in optimizer.param_groups:
+        if wanted and wanted <= {id(p) for p in group["params"]}:
+            return group
+    return None
+
+
+def _same_state(optimizer: torch.optim.Optimizer, heads: Mapping[str, nn.Linear]) -> bool:
+    """Whether the optimiser holds for each head tensors of its shape and equal counts (of steps), and nothing else."""
+    states = [(p, optimizer.state.get(p, {})) for p in _parameters(heads)]
+    if any(state.keys() != states[0][1].keys() for _, state in states):
+        return False
+    for name in states[0][1]:
+        values = [state[name] for _, state in states]
+        if all(_is_like(value, p) for value, (p, _) in zip(values, states)):
+            continue
+        if all(isinstance(value, Tensor) and value.dim() == 0 for value in values):
+            counts = torch.stack(values)
+            if bool((counts == counts[0]).all()):
+                continue
+        elif all(value is None for value in values):
+            continue
+        return False
+    return True
+
+
+def _is_like(value: Any, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == parameter.shape
+
+
+def _join_state(optimizer: torch.optim.Optimizer, whole: nn.Parameter, parts: Sequence[nn.Parameter]) -> None:
+    states = [optimizer.state.pop(p, {}) for p in parts]
+    if states[0]:
+        optimizer.state[whole] = {
+            name: torch.cat([state[name] for state in states]) if _is_like(value, parts[0]) else value
+            for name, value in states[0].items()
+        }
+
+
+def _split_state(
+    optimizer: torch.optim.Optimizer, whole: nn.Parameter, parts: Sequence[nn.Parameter], sizes: list[int]
+) -> None:
+    state = optimizer.state.pop(whole, {})
+    for name, value in state.items():
+        values = torch.split(value, sizes) if _is_like(value, whole) else [value] * len(parts)
+        for p, own in zip(parts, values):
+            optimizer.state[p][name] = own.clone() if isinstance(own, Tensor) else own
