@@ -86,11 +86,11 @@ def aggregate_disparities(
         raise RecipeError(f"aggregate_disparities: mu must be positive, found {mu}.")
     if solver not in AGGREGATION_SOLVERS:
         raise RecipeError(unknown("solver of aggregate_disparities", solver, AGGREGATION_SOLVERS))
+    if psi.dim() == 1 and (on_host(psi) if present is None else on_host(psi, present)):
+        return _aggregate_host(psi, mu, present, solver)
     if present is not None:
         psi = psi.where(present, 0.0)
-    if psi.dim() == 1 and on_host(psi) and (present is None or on_host(present)):
-        return _aggregate_host(psi, mu, present, solver)
-    if present is None:
+    else:
         present = torch.ones_like(psi, dtype=torch.bool)
     count = present.sum(-1, keepdim=True)
     allowed = present | (count == 0)
@@ -102,15 +102,20 @@ def aggregate_disparities(
 
 
 def _aggregate_host(psi: Tensor, mu: float, present: Tensor | None, solver: str) -> tuple[Tensor, Tensor]:
-    seen = [True] * len(psi) if present is None else present.tolist()
-    target = [value / mu for value, here in zip(psi.tolist(), seen, strict=True) if here]
-    if not target:
-        return psi.sum() * 0, torch.zeros_like(psi)
+    seen = None if present is None or bool(present.all()) else present.tolist()
+    target = [value / mu for value in psi.tolist()]
+    if seen is not None:
+        psi = psi.where(present, 0.0)  # type: ignore[arg-type]
+        target = [value for value, here in zip(target, seen, strict=True) if here]
+        if not target:
+            return psi.sum() * 0, torch.zeros_like(psi)
     gap = _FRANK_WOLFE_GAP * min(1.0, 1 / mu)  # in units of mu, where it keeps w within 5e-5
     weights = _water_filling(target) if solver == "exact" else _frank_wolfe_host(target, gap)
     centred = sum(weight * weight for weight in weights) - 1 / len(weights)
-    rest = iter(weights)
-    w = psi.new_tensor([next(rest) if here else 0.0 for here in seen])
+    if seen is not None:
+        rest = iter(weights)
+        weights = [next(rest) if here else 0.0 for here in seen]
+    w = torch.tensor(weights, dtype=psi.dtype)
     return torch.dot(w, psi) - (mu / 2) * centred, w
 
 

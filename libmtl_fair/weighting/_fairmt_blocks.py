@@ -37,7 +37,7 @@ class BinaryBlock(Block):
     def __init__(self, logits: Tensor, labels: Tensor, labelled: Tensor, sharpness: float) -> None:
         self.labels, self.sharpness, self.logits, self.labelled = labels, sharpness, logits, labelled
         p = self.p = torch.sigmoid(logits if sharpness == 1 else logits * sharpness)
-        self.positive, self.negative = (labels == 1).to(p.dtype), (labels == 0).to(p.dtype)
+        self.positive, self.negative = (torch.eq(labels, y, out=torch.empty_like(p)) for y in (1, 0))
         missed = torch.addcmul(self.positive, p, self.positive, value=-1)  # (1 - p) where positive
         self.summed = torch.cat([missed, p * self.negative, self.positive, self.negative], 1)
 
@@ -45,8 +45,8 @@ class BinaryBlock(Block):
         """Return the gradient to the logits, one matrix [B, T]."""
         k = self.p.shape[1]
         signed = torch.addcmul(gradient[:, k:] * self.negative, gradient[:, :k], self.positive, value=-1)
-        steep = self.p * (1 - self.p)
-        return [signed * (steep if self.sharpness == 1 else steep * self.sharpness)]
+        found = torch.ops.aten.sigmoid_backward(signed, self.p)
+        return [found if self.sharpness == 1 else found * self.sharpness]
 
     def loss_gradient(self) -> Tensor:
         """Return the gradient of each task's mean cross-entropy to the logits, [B, T]."""
