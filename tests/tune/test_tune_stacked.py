@@ -57,6 +57,12 @@ def doubled(data):
 
 
 @pytest.fixture
+def few(monkeypatch):
+    """A function that sets how many entries a row may have to be taken as such: 0 none, 1 any number."""
+    return lambda share: monkeypatch.setattr("libmtl_fair.tune.stacked.inputs.FEW", share)
+
+
+@pytest.fixture
 def world(small, request):
     """A function of changes that returns (data, a function that makes a member's trainer)."""
     held = torch.get_default_dtype()
@@ -90,10 +96,11 @@ def assert_equal(stacked, single, within):
 
 
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("select", ["last", "best"])
+@pytest.mark.parametrize(("select", "share"), [("last", 0), ("best", 1)])
 @pytest.mark.parametrize("sensitive", ["[sex]", "[sex, race]"])
 @pytest.mark.parametrize("members", [MEMBERS, OWN_HEADS], ids=["main", "own_heads"])
-def test_each_member_is_the_trial_run_alone(world, dtype, within, select, sensitive, members):
+def test_each_member_is_the_trial_run_alone(world, few, dtype, within, select, share, sensitive, members):
+    few(share)
     changes = [f"train.select={select}", f"data.sensitive={sensitive}", "train.scheduler={scheduler: cos, T_max: 2}"]
     data, trainer = world(*changes, dtype=dtype)
     trainers = [trainer(*member) for member in members]
@@ -111,9 +118,11 @@ def test_each_member_is_the_trial_run_alone(world, dtype, within, select, sensit
         assert_equal(found, single, within)
 
 
+@pytest.mark.parametrize("share", [0, 1])
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
-def test_every_step_is_that_of_the_trial_run_alone(world, dtype, within):
+def test_every_step_is_that_of_the_trial_run_alone(world, few, share, dtype, within):
     """An epoch is one step here; after each, the stack goes on from the weights of the trainer alone."""
+    few(share)
     data, trainer = world("train.select=last", dtype=dtype)
     data = dataclasses.replace(data, train=_rows(data.train, 100))
     for member in MEMBERS:
@@ -155,7 +164,9 @@ def test_members_come_and_go_and_do_not_notice_each_other(world):
         assert_equal(found, single, 1e-9)
 
 
-def test_missing_labels_and_a_member_that_diverges_do_not_disturb_the_others(world):
+@pytest.mark.parametrize("share", [0, 1])
+def test_missing_labels_and_a_member_that_diverges_do_not_disturb_the_others(world, few, share):
+    few(share)
     data, trainer = world()
     train = data.train
     labels = {name: y.masked_fill(torch.rand(len(y)) < 0.3, torch.nan) for name, y in train.labels.items()}

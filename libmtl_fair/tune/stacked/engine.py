@@ -18,8 +18,10 @@ from libmtl_fair.data.loader import epoch_order
 from libmtl_fair.errors import HostError
 from libmtl_fair.host import FairTrainer, evaluation, judging
 from libmtl_fair.tune.stacked.grouping import parts_of
+from libmtl_fair.tune.stacked.inputs import Batch, Inputs
 from libmtl_fair.tune.stacked.members import Member
 from libmtl_fair.tune.stacked.parts import Step
+from libmtl_fair.tune.stacked.room import Room
 from libmtl_fair.tune.stacked.weights import Adam, Weights
 
 
@@ -28,32 +30,20 @@ class Rows:
 
     Attributes
     ----------
-    x, y : [N, F] and [N, T], NaN where a label is missing; ``complete``: there is none.
+    x : features, [N, F].
+    y : [N, T], NaN where a label is missing; ``complete``: there is none.
     groups : attribute -> [N].
     """
 
     def __init__(self, data: Dataset, device: torch.device) -> None:
         split, self.device = data.train, device
-        self.x = split.x.to(device)
+        self.x = Inputs(split.x.to(device))
         self.tasks = tuple(task.name for task in data.tasks)
-        y = torch.stack([split.labels[name].to(self.x.dtype) for name in self.tasks], 1).to(device)
+        y = torch.stack([split.labels[name].to(split.x.dtype) for name in self.tasks], 1).to(device)
         self.y = torch.where(y < 0, torch.nan, y)
         self.complete = not bool(self.y.isnan().any())
         self.groups = {name: ids.to(device) for name, ids in split.groups.items()}
         self.val = data.val.loader(8192, device=device)
-
-
-class Room:
-    """Tensors that are written anew in each step, kept: memory of that size costs more to get than to fill."""
-
-    def __init__(self) -> None:
-        self._held: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-
-    def __call__(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Return the tensor of a name and shape; its values are those of its last use."""
-        if (name, shape) not in self._held:
-            self._held[name, shape] = like.new_empty(shape)
-        return self._held[name, shape]
 
 
 class Stack:
@@ -118,7 +108,7 @@ class Stack:
             member.trainer.model.train()
             member.trainer.model.epoch = member.trainer.epoch
         orders = torch.stack(
-            [epoch_order(m.seed, m.trainer.epoch, len(self.rows.x), self.rows.device) for m in self.members]
+            [epoch_order(m.seed, m.trainer.epoch, len(self.rows.y), self.rows.device) for m in self.members]
         )
         with torch.no_grad():
             for rows in torch.split(orders, self.batch_size, 1):
@@ -140,17 +130,21 @@ class Stack:
     def _step(self, rows: Tensor) -> None:
         """Train one step of every member on its own rows [M, B] of the data."""
         *blocks, heads = self.weights.layers
-        size, flat, room = tuple(rows.shape), rows.reshape(-1), self._room
-        x = room("x", (len(flat), self.rows.x.shape[1]), self.rows.x)
-        inputs, masks = [torch.index_select(self.rows.x, 0, flat, out=x).view(*size, -1)], []
+        batch, room = self.rows.x.take(rows, self._room), self._room
+        outputs: list[Tensor] = []
+        masks: list[Tensor | None] = []
         for i, layer in enumerate(blocks):
-            h = torch.baddbmm(layer.bias, inputs[-1], layer.weight, out=room(f"h{i}", (*size, layer.width), x)).relu_()
-            masks.append(self._mask(h))
-            inputs.append(h if masks[-1] is None else h.mul_(masks[-1]))
-        z = torch.baddbmm(heads.bias, inputs[-1], heads.weight)
-        y = self.rows.y.index_select(0, flat).view(*size, -1)
-        step = Step(z, inputs[-1], heads.weight, y, rows, self.rows.groups, self.rows.complete)
-        self._backward(inputs, masks, *self._objective(step))
+            if not i:
+                h = batch.forward(layer, room)
+            else:
+                out = room(f"h{i}", (*rows.shape, layer.width), outputs[-1])
+                h = torch.baddbmm(layer.bias, outputs[-1], layer.weight, out=out)
+            masks.append(self._mask(h.relu_()))
+            outputs.append(h if masks[-1] is None else h.mul_(masks[-1]))
+        z = torch.baddbmm(heads.bias, outputs[-1], heads.weight)
+        y = self.rows.y.index_select(0, rows.flatten()).view(*rows.shape, -1)
+        step = Step(z, outputs[-1], heads.weight, y, rows, self.rows.groups, self.rows.complete)
+        self._backward(batch, outputs, masks, *self._objective(step))
         self._adam.step(self.weights.flat, self.weights.grad)
 
     def _mask(self, h: Tensor) -> Tensor | None:
@@ -178,20 +172,24 @@ class Stack:
         return to_z, to_h
 
     def _backward(
-        self, inputs: list[Tensor], masks: list[Tensor | None], gradient: Tensor, further: Tensor | None
+        self,
+        batch: Batch,
+        outputs: list[Tensor],
+        masks: list[Tensor | None],
+        gradient: Tensor,
+        further: Tensor | None,
     ) -> None:
         """Write the gradient of all weights from those to the logits and to what the heads received."""
-        layers, grads = self.weights.layers, self.weights.grads
-        for index in reversed(range(len(layers))):
-            torch.bmm(inputs[index].mT, gradient, out=grads[index].weight)
+        first, *grads = self.weights.grads
+        layers = self.weights.layers[1:]
+        for index in reversed(range(len(grads))):
+            h, mask = outputs[index], masks[index]
+            torch.bmm(h.mT, gradient, out=grads[index].weight)
             torch.sum(gradient, 1, keepdim=True, out=grads[index].bias)
-            if not index:
-                return
-            h = inputs[index]
             gradient = torch.bmm(gradient, layers[index].weight.mT, out=self._room(f"g{index}", tuple(h.shape), h))
-            if further is not None and index == len(layers) - 1:
+            if further is not None and index == len(grads) - 1:
                 gradient.add_(further)
-            mask = masks[index - 1]
             if mask is not None:
                 gradient.mul_(mask)
             torch.ops.aten.threshold_backward.grad_input(gradient, h, 0, grad_input=gradient)
+        batch.backward(gradient, first)
