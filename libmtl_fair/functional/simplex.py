@@ -103,20 +103,33 @@ def aggregate_disparities(
 
 def _aggregate_host(psi: Tensor, mu: float, present: Tensor | None, solver: str) -> tuple[Tensor, Tensor]:
     seen = None if present is None or bool(present.all()) else present.tolist()
-    target = [value / mu for value in psi.tolist()]
+    weights = worst_case_weights(psi.tolist(), mu, seen, solver)
     if seen is not None:
+        if not any(seen):
+            return psi.where(present, 0.0).sum() * 0, torch.zeros_like(psi)  # type: ignore[arg-type]
         psi = psi.where(present, 0.0)  # type: ignore[arg-type]
-        target = [value for value, here in zip(target, seen, strict=True) if here]
+    w = torch.tensor(weights, dtype=psi.dtype)
+    return torch.dot(w, psi) - centring(weights, mu, len(weights) if seen is None else sum(seen)), w
+
+
+def worst_case_weights(psi: list[float], mu: float, present: list[bool] | None, solver: str) -> list[float]:
+    """Return the weights of :func:`aggregate_disparities` for Python numbers; ``present`` None is all."""
+    target = [value / mu for value in psi]
+    if present is not None:
+        target = [value for value, here in zip(target, present, strict=True) if here]
         if not target:
-            return psi.sum() * 0, torch.zeros_like(psi)
+            return [0.0] * len(psi)
     gap = _FRANK_WOLFE_GAP * min(1.0, 1 / mu)  # in units of mu, where it keeps w within 5e-5
     weights = _water_filling(target) if solver == "exact" else _frank_wolfe_host(target, gap)
-    centred = sum(weight * weight for weight in weights) - 1 / len(weights)
-    if seen is not None:
-        rest = iter(weights)
-        weights = [next(rest) if here else 0.0 for here in seen]
-    w = torch.tensor(weights, dtype=psi.dtype)
-    return torch.dot(w, psi) - (mu / 2) * centred, w
+    if present is None:
+        return weights
+    rest = iter(weights)
+    return [next(rest) if here else 0.0 for here in present]
+
+
+def centring(weights: list[float], mu: float, count: int) -> float:
+    """Return ``(mu/2) (|w|^2 - 1/count)``, what :func:`aggregate_disparities` takes off; 0 without a task."""
+    return (mu / 2) * (sum(weight * weight for weight in weights) - 1 / count) if count else 0.0
 
 
 def _water_filling(target: list[float]) -> list[float]:

@@ -30,10 +30,11 @@ class JointHeads:
 
     def __init__(self, heads: Mapping[str, nn.Linear]) -> None:
         self.tasks, self.sizes = tuple(heads), [head.out_features for head in heads.values()]
-        own = [[head.weight for head in heads.values()], [head.bias for head in heads.values()]]
+        weights: list[Tensor] = [head.weight for head in heads.values()]
+        own = [weights, [head.bias for head in heads.values()]]
         self._memory = [[p.data for p in part] for part in own]
         self.weight, self.bias = (nn.Parameter(torch.cat(memory)) for memory in self._memory)
-        self.pairs = list(zip((self.weight, self.bias), own))
+        self.pairs: list[tuple[nn.Parameter, list[Tensor]]] = [(self.weight, own[0]), (self.bias, own[1])]
         self.replaced = {id(p) for part in own for p in part}
         self._flat = self.weight.new_zeros(self.weight.numel() + self.bias.numel())
         weight, bias = torch.split(self._flat, [self.weight.numel(), self.bias.numel()])
@@ -69,12 +70,10 @@ class JointHeads:
                 p.data = held
 
 
-def head_weights(model: Any, tasks: Sequence[str], layers: Sequence[nn.Linear]) -> Tensor:
-    """Return the weights [C, d] of the tasks' last linear layers; no copy where they are joined."""
+def joint_weights(model: Any, tasks: tuple[str, ...]) -> Tensor | None:
+    """Return the weights [C, d] of the heads of these tasks, in order, while they are joined; else None."""
     joint: JointHeads | None = getattr(model, "fair_joint", None)
-    if joint is not None and joint.tasks == tuple(tasks):
-        return joint.weight
-    return torch.cat([layer.weight for layer in layers])
+    return joint.weight if joint is not None and joint.tasks == tasks else None
 
 
 @contextmanager
@@ -91,14 +90,14 @@ def joined_heads(model: Any, optimizer: torch.optim.Optimizer) -> Iterator[None]
         return
     joint = JointHeads(heads)
     before = group["params"]
-    group["params"] = [*(p for p in before if id(p) not in joint.replaced), joint.weight, joint.bias]
-    for whole, parts in joint.pairs:
-        _join_state(optimizer, whole, parts)
-    model.fair_joint = joint
     try:
+        group["params"] = [*(p for p in before if id(p) not in joint.replaced), joint.weight, joint.bias]
+        for whole, parts in joint.pairs:
+            _join_state(optimizer, whole, parts)
+        model.fair_joint = joint
         yield
     finally:
-        del model.fair_joint
+        vars(model).pop("fair_joint", None)
         group["params"] = before
         for whole, parts in joint.pairs:
             _split_state(optimizer, whole, parts, joint.sizes)
@@ -121,7 +120,7 @@ def _joinable(model: Any) -> dict[str, nn.Linear]:
     return heads if len(heads) > 1 and plain and len(kinds) == 2 and places == len(found) == len(wanted) else {}
 
 
-def _parameters(heads: Mapping[str, nn.Linear]) -> list[nn.Parameter]:
+def _parameters(heads: Mapping[str, nn.Linear]) -> list[Tensor]:
     return [p for head in heads.values() for p in (head.weight, head.bias)]
 
 
@@ -157,7 +156,7 @@ def _is_like(value: Any, parameter: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == parameter.shape
 
 
-def _join_state(optimizer: torch.optim.Optimizer, whole: nn.Parameter, parts: Sequence[nn.Parameter]) -> None:
+def _join_state(optimizer: torch.optim.Optimizer, whole: Tensor, parts: Sequence[Tensor]) -> None:
     states = [optimizer.state.pop(p, {}) for p in parts]
     if states[0]:
         optimizer.state[whole] = {
@@ -166,9 +165,7 @@ def _join_state(optimizer: torch.optim.Optimizer, whole: nn.Parameter, parts: Se
         }
 
 
-def _split_state(
-    optimizer: torch.optim.Optimizer, whole: nn.Parameter, parts: Sequence[nn.Parameter], sizes: list[int]
-) -> None:
+def _split_state(optimizer: torch.optim.Optimizer, whole: Tensor, parts: Sequence[Tensor], sizes: list[int]) -> None:
     state = optimizer.state.pop(whole, {})
     for name, value in state.items():
         values = torch.split(value, sizes) if _is_like(value, whole) else [value] * len(parts)

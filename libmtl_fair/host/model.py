@@ -36,21 +36,20 @@ class _FusedHeads:
             self.fair_h = h
         joint = self.fair_joint
         if joint is not None and task_name is None and self.training:
-            out = joint.run(h)
-            return out if len(out) == len(self.task_name) else self._by_themselves(h, self.task_name, out)
+            return _FusedHeads._with_others(self, h, self.task_name, joint.run(h))
         names = [task for task in self.task_name if task_name in (None, task) and self._wanted(task)]
         heads = self.plain_heads(names)
-        if len(heads) < 2:
-            return self._by_themselves(h, names, {})
-        weights, biases = zip(*[(x.weight, x.bias) for x in heads.values()])
-        z = torch.nn.functional.linear(h, torch.cat(weights), torch.cat(biases))
-        out = dict(zip(heads, torch.split(z, [x.out_features for x in heads.values()], dim=-1)))
-        return out if len(out) == len(names) else self._by_themselves(h, names, out)
+        out: dict[str, Tensor] = {}
+        if len(heads) > 1:
+            weights, biases = zip(*[(x.weight, x.bias) for x in heads.values()])
+            z = torch.nn.functional.linear(h, torch.cat(weights), torch.cat(biases))
+            out = dict(zip(heads, torch.split(z, [x.out_features for x in heads.values()], dim=-1)))
+        return _FusedHeads._with_others(self, h, names, out)
 
     def plain_heads(self: Any, names: Sequence[str] | None = None) -> dict[str, nn.Linear]:
         """Return task -> head of those that one product may run."""
-        heads = dict(self.decoders.items())
-        return {task: heads[task] for task in (self.task_name if names is None else names) if is_plain_linear(heads[task])}
+        heads = {task: self.decoders[task] for task in (self.task_name if names is None else names)}
+        return {task: head for task, head in heads.items() if is_plain_linear(head)}
 
     def parameters(self: Any, recurse: bool = True) -> Iterator[nn.Parameter]:
         """Yield what is trained: while heads are joined, their joint weight and bias in place of their own."""
@@ -61,10 +60,10 @@ class _FusedHeads:
         yield from (p for p in super().parameters(recurse) if id(p) not in joint.replaced)  # type: ignore[misc]
         yield from (joint.weight, joint.bias)
 
-    def _by_themselves(
-        self: Any, h: Tensor, names: Sequence[str], out: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Return the outputs of the named tasks, in order: those that are there, and of the others by their heads."""
+    def _with_others(self: Any, h: Tensor, names: Sequence[str], out: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the outputs of the named tasks, in order: those that are there, and of others by their heads."""
+        if len(out) == len(names):
+            return out
         return {task: out[task] if task in out else self.decoders[task](h) for task in names}
 
     def _wanted(self: Any, task: str) -> bool:

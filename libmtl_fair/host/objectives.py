@@ -169,15 +169,16 @@ class LossBank:
             return self._each(preds, labels)
         outputs, truth = [preds[n] for n in self._binary], [labels[n] for n in self._binary]
         logits, target = joint_columns(outputs), joint_columns(truth)
-        found = logits is not None and target is not None
-        if not (found and logits.shape == target.shape and target.is_floating_point()):
+        if logits is None or target is None or logits.shape != target.shape or not target.is_floating_point():
             if not _stackable(outputs, truth):
                 return self._each(preds, labels)
             logits = torch.cat([p if p.dim() == 2 else p[:, None] for p in outputs], 1)
             target = torch.stack(truth, 1)
-        joint, labelled = _binary_losses(logits, target)
-        if found and len(self._binary) == len(self._loss_fns):
-            self.matrices = Matrices(logits, target, labelled)
+            joint, _ = _binary_losses(logits, target)
+        else:
+            joint, labelled = _binary_losses(logits, target)
+            if len(self._binary) == len(self._loss_fns):
+                self.matrices = Matrices(logits, target, labelled)
         rest = [self.one(n, preds[n], labels[n]) for n in self._loss_fns if n not in self._binary]
         losses = torch.cat([joint, torch.stack(rest)]) if rest else joint
         return losses if self._in_order else losses[self._order]
@@ -210,7 +211,9 @@ def _stackable(preds: Sequence[Tensor], labels: Sequence[Tensor]) -> bool:
 def _binary_losses(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean binary cross-entropy over observed labels for each column, [T], and how many there are, [T]."""
     target = target.to(torch.promote_types(logits.dtype, torch.float32))
-    seen = (target - target).eq_(0)  # 1 where finite, else 0: as a float, which multiplies and sums twice as fast as a bool
+    seen = (target - target).eq_(
+        0
+    )  # 1 where finite, else 0: as a float, which multiplies and sums twice as fast as a bool
     labelled = seen.sum(0)
     losses = nnf.binary_cross_entropy_with_logits(logits, target.nan_to_num(0.0).to(logits.dtype), reduction="none")
     return (losses * seen).sum(0) / labelled.clamp(min=1), labelled

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from libmtl_fair.batch import FairBatch
 from libmtl_fair.errors import HostError
-from libmtl_fair.host.joint_heads import head_weights
+from libmtl_fair.host.joint_heads import joint_weights
 from libmtl_fair.weighting._fairmt_blocks import Block
 from libmtl_fair.weighting._fairmt_heads import (
     LastInputs,
@@ -83,17 +83,18 @@ class TaskWeights:
         self, batch: FairBatch, outputs: Outputs, grads: list[Tensor], fairness: Fairness
     ) -> tuple[Tensor, Tensor]:
         """Return (K [T, T], b [T]); b holds the Lipschitz term too, but not in the rank-one form, which has no signs."""
-        proxy, rank_one = self._usable_proxy(batch)
+        weights = joint_weights(self.model, self.tasks) if self.settings.proxy == "head" else None
+        proxy, rank_one = self._usable_proxy(batch) if weights is None else ("head", self.settings.rank_one)
         term = fairness.lipschitz(None) if not rank_one else None
         if proxy != "head":
             return autograd_products(
                 outputs, grads, fairness.grads, shared_anchors(self.model, self.tasks, batch.h, proxy), term
             )
-        layers = [layer for layer in self._head_layers().values() if layer is not None]
         index = self.column_task(outputs.widths)
         with torch.no_grad():
-            weights = head_weights(self.model, self.tasks, layers)
-            owner = None if index is None else nn.functional.one_hot(index, len(layers)).to(weights.dtype)
+            if weights is None:
+                weights = torch.cat([layer.weight for layer in self._head_layers().values() if layer is not None])
+            owner = None if index is None else nn.functional.one_hot(index, len(self.tasks)).to(weights.dtype)
             g, f = outputs.matrix(grads), outputs.matrix(fairness.grads)
             gram, linear = head_products(g, f, weights, owner, rank_one)
         if term is not None:

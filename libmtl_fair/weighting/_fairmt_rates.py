@@ -13,19 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from libmtl_fair import functional as F
-from libmtl_fair.functional._device import on_host
 from libmtl_fair.tasks import Binary, Task
 
-Rows: TypeAlias = npt.NDArray[Any]
-_TINY = 1e-12
+TINY = 1e-12
 MOMENTS = {"squared": 1, "absolute": 1, "ccc": 5}
 """Summed columns of a regression task: its error, or what CCC is made of."""
 
@@ -128,7 +124,7 @@ class Disparity:
     psi: Tensor
     present: Tensor
     _layout: Layout
-    _slope: Tensor | Rows
+    _slope: Tensor
     _column_present: Tensor | None = None
     _share: Tensor | None = None
 
@@ -139,9 +135,6 @@ class Disparity:
         where a task is absent.
         """
         layout = self._layout
-        if isinstance(self._slope, np.ndarray):
-            found = self._slope * np.tile(weights.numpy(), 2) / np.maximum(divisor.numpy(), _TINY)
-            return torch.from_numpy(found)
         if self._share is None or self._column_present is None:
             return (self._slope * weights.repeat(2)).flatten(0, 1) / _above_zero(divisor)
         column = weights * self._share  # [A, T]
@@ -157,8 +150,6 @@ class Disparity:
 
 def disparity(layout: Layout, sums: Tensor, counts: Tensor) -> Disparity:
     """Return psi of every task from sums and counts [A * G, M] (methods.md, 2.1)."""
-    if layout.simple and layout.lift.reference == "max" and not layout.lift.symmetric and on_host(sums, counts):
-        return _simple_host(layout, sums.numpy(), counts.numpy())
     count = layout.by_group(counts)
     means = layout.by_group(sums / _above_zero(counts))
     k = 2 * layout.n_rates
@@ -176,27 +167,8 @@ def disparity(layout: Layout, sums: Tensor, counts: Tensor) -> Disparity:
     return _by_task(layout, part, enough, slope)
 
 
-def _simple_host(layout: Layout, sums: Rows, counts: Rows) -> Disparity:
-    """Run :func:`_rates` for one attribute and one column a task by numpy, at a third of the cost beside the CPU."""
-    lift, k = layout.lift, layout.n_rates
-    known = counts >= lift.min_count
-    rates = sums / np.maximum(counts, _TINY)
-    hinge = np.where(known, rates - np.where(known, rates, np.inf).min(0), 0)
-    part, slope = hinge.sum(0), hinge > 0
-    observed = known.sum(0)
-    enough = observed >= 2
-    if lift.normalise and layout.n_groups > 2:
-        scale = (1 / np.maximum(observed - 1, 1)).astype(sums.dtype)
-        part, slope = part * scale, slope * scale
-    if lift.fpr_weight != 1:
-        parts = layout.parts.numpy()
-        part, enough, slope = part * parts, enough & (parts > 0), slope * parts
-    psi, present = part[:k] + part[k:], enough[:k] | enough[k:]
-    return Disparity(torch.from_numpy(psi), torch.from_numpy(present), layout, slope)
-
-
 def _above_zero(count: Tensor) -> Tensor:
-    return count.clamp(min=_TINY)
+    return count.clamp(min=TINY)
 
 
 def _rates(layout: Layout, rates: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:

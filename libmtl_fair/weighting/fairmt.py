@@ -14,6 +14,7 @@ from libmtl_fair.errors import RecipeError, unknown
 from libmtl_fair.host.gradients import add_gradients, carry_representation_gradients, extra_gradients
 from libmtl_fair.host.plugin import FairWeighting, Settings
 from libmtl_fair.tasks import AUXILIARY_PREFIX, Regression, Task
+from libmtl_fair.weighting import _fairmt_host as host
 from libmtl_fair.weighting._fairmt_alpha import Fairness, TaskWeights
 from libmtl_fair.weighting._fairmt_blocks import BinaryBlock, Block, MixedBlock, stacked_labels
 from libmtl_fair.weighting._fairmt_heads import Outputs
@@ -65,9 +66,7 @@ class FairMT(FairWeighting):
 
     def step(self, batch: FairBatch, losses: Tensor) -> Any:
         """Descend the Lagrangian with one backward pass through the encoder, then raise or lower eta."""
-        outputs = Outputs(
-            [batch.outputs[name] for name in self._main], batch.matrices if self._rows is None else None
-        )
+        outputs = Outputs([batch.outputs[name] for name in self._main], batch.matrices if self._rows is None else None)
         lipschitz = self.lipschitz(batch) if self.lipschitz is not None else None
         with torch.no_grad():
             fairness = self.fairness(batch, outputs, lipschitz)
@@ -93,16 +92,20 @@ class FairMT(FairWeighting):
         else:
             torch.add(now, self.running, alpha=s.ema, out=self.running)
         sums, counts = self.running[:, : layout.n_summed], self.running[:, layout.n_summed :]
-        found = disparity(layout, sums, counts)
-        psi, present = found.psi, found.present
-        if lipschitz is not None:
-            psi = torch.cat([psi, lipschitz.value.detach().to(psi.dtype).unsqueeze(0)])
-            present = torch.cat([present, lipschitz.some.unsqueeze(0)])
-        phi, w = F.aggregate_disparities(psi, s.mu, present, s.solver)
         divisor = counts if s.ema_gradient == "decayed" else now[:, layout.n_summed :]
-        slope = found.slope(w[: len(self._main)], divisor)
+        if lipschitz is None and host.fits(layout, sums):
+            psi, present, phi, w, slope = host.constraint(layout, sums, counts, divisor, s.mu, s.solver)
+            term = None
+        else:
+            found = disparity(layout, sums, counts)
+            psi, present = found.psi, found.present
+            if lipschitz is not None:
+                psi = torch.cat([psi, lipschitz.value.detach().to(psi.dtype).unsqueeze(0)])
+                present = torch.cat([present, lipschitz.some.unsqueeze(0)])
+            phi, w = F.aggregate_disparities(psi, s.mu, present, s.solver)
+            slope = found.slope(w[: len(self._main)], divisor)
+            term = None if lipschitz is None else (w[-1], lipschitz.value)
         grads = self._pull_back(layout, blocks, members, slope, outputs)
-        term = None if lipschitz is None else (w[-1], lipschitz.value)
         return Fairness(psi, present, phi, w, grads, term, self._observed(batch, blocks), blocks)
 
     def _loss_gradients(self, batch: FairBatch, outputs: Outputs, losses: Tensor, fairness: Fairness) -> list[Tensor]:
@@ -227,8 +230,8 @@ class FairMT(FairWeighting):
             if isinstance(block, BinaryBlock) and not outputs.joined:
                 found = list(torch.split(found[0], 1, 1))
             parts += found
-        if outputs.joined and len(parts) > 1:
-            return [torch.cat(parts, 1)]
+        if outputs.joined:
+            return [parts[0] if len(parts) == 1 else torch.cat(parts, 1)]
         return [g.reshape(z.shape) for g, z in zip(parts, outputs.tensors, strict=True)]
 
     def _observed(self, batch: FairBatch, blocks: list[Block]) -> Tensor:

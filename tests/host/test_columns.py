@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 import torch
 
 import libmtl_fair as lf
+from libmtl_fair.host import stepping
 from libmtl_fair.host.columns import joint_columns
 from libmtl_fair.host.objectives import LossBank
 
@@ -55,3 +60,60 @@ def test_losses_and_gradients_are_those_of_separate_tensors() -> None:
     (found * weights).sum().backward()
     (expected * weights).sum().backward()
     torch.testing.assert_close(joint.grad, torch.cat([p.grad for p in apart], 1))
+
+
+def test_a_bank_says_which_matrices_it_used() -> None:
+    tasks = [lf.Binary(name) for name in "abc"]
+    bank = LossBank(lf.task_dict(tasks))
+    z, y = torch.randn(8, 3), (torch.rand(8, 3) > 0.5).float()
+    y[2, 1] = torch.nan
+    bank(dict(zip("abc", z.split(1, 1))), dict(zip("abc", y.unbind(1))))
+    assert bank.matrices is not None
+    assert bank.matrices.logits is z
+    assert bank.matrices.labels is y
+    assert bank.matrices.labelled.tolist() == [8, 7, 8]
+    bank(dict(zip("abc", z.split(1, 1))), {name: y[:, i].clone() for i, name in enumerate("abc")})
+    assert bank.matrices is None
+    with_other = LossBank(lf.task_dict([*tasks, lf.Regression("d")]))
+    rest = {"d": torch.zeros(8, 1)}
+    with_other({**dict(zip("abc", z.split(1, 1))), **rest}, {**dict(zip("abc", y.unbind(1))), "d": torch.zeros(8)})
+    assert with_other.matrices is None
+
+
+@pytest.mark.parametrize("change", ["a value", "all values", "order", "loss"])
+def test_a_fairness_method_never_gets_matrices_of_other_outputs(kit: SimpleNamespace, change: str) -> None:
+    class Changes(lf.FairTrainer):
+        def process_preds(self, preds: Any, task_name: str | None = None) -> Any:
+            if change == "a value":
+                return {**preds, "b": 2 * preds["b"]}
+            if change == "all values":
+                return {name: 2 * z for name, z in preds.items()}
+            return dict(reversed(preds.items())) if change == "order" else preds
+
+    class Weighs(Changes):
+        def _compute_loss(self, preds: Any, gts: Any, task_name: str | None = None) -> Any:
+            return super()._compute_loss({name: -z for name, z in preds.items()}, gts, task_name)
+
+    tasks = (lf.Binary("a"), lf.Binary("b"))
+    trainer = kit.trainer("FairMT", tasks, Weighs if change == "loss" else Changes)
+    made = stepping.losses_of(trainer, next(iter(kit.loader())))
+    matrices = stepping.fair_batch(trainer, made, 0).matrices
+    if matrices is not None:
+        assert change == "order"
+        for i, name in enumerate(trainer.task_name):
+            assert torch.equal(matrices.logits[:, i : i + 1], made[1][name])
+            assert torch.equal(matrices.labels[:, i], made[2][name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_a_loss_has_the_type_of_its_logits_or_better(dtype: torch.dtype) -> None:
+    bank = LossBank(lf.task_dict([lf.Binary("a"), lf.Binary("b")]))
+    z = torch.zeros(3000, 2)
+    y = torch.ones(3000, 2, dtype=dtype)
+    y[0, 1] = torch.nan
+    y[1, 1] = torch.inf
+    losses = bank({"a": z[:, :1], "b": z[:, 1:]}, {"a": y[:, 0], "b": y[:, 1]})
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, torch.full((2,), 2.0).log())
+    assert bank.matrices is not None
+    assert bank.matrices.labelled.tolist() == [3000, 2998]
