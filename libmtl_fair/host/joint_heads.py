@@ -31,7 +31,8 @@ class JointHeads:
     def __init__(self, heads: Mapping[str, nn.Linear]) -> None:
         self.tasks, self.sizes = tuple(heads), [head.out_features for head in heads.values()]
         weights: list[Tensor] = [head.weight for head in heads.values()]
-        own = [weights, [head.bias for head in heads.values()]]
+        biases: list[Tensor] = [head.bias for head in heads.values()]
+        own = [weights, biases]
         self._memory = [[p.data for p in part] for part in own]
         self.weight, self.bias = (nn.Parameter(torch.cat(memory)) for memory in self._memory)
         self.pairs: list[tuple[nn.Parameter, list[Tensor]]] = [(self.weight, own[0]), (self.bias, own[1])]
