@@ -55,14 +55,17 @@ def constraint(layout: Layout, sums: Tensor, counts: Tensor, divisor: Tensor, mu
         parts = layout.parts.numpy()
         part, enough, slope = part * parts, enough & (parts > 0), slope * parts
     psi, present = part[:k] + part[k:], enough[:k] | enough[k:]
-    everywhere = bool(present.all())
-    here = None if everywhere else present.tolist()
+    here = None if present.all() else present.tolist()
     values = psi.tolist()
     weights = worst_case_weights(values, mu, here, solver)
-    total = sum(w * value for w, value in zip(weights, values) if w)
-    phi = total - centring(weights, mu, k if here is None else sum(here))
+    phi = sum(weight * value for weight, value in zip(weights, values) if weight)
+    phi -= centring(weights, mu, k if here is None else sum(here))
     w = np.array(weights, psi.dtype)
     slope = slope * np.concatenate((w, w)) / np.maximum(divisor.numpy(), TINY)
-    found = (torch.from_numpy(a) for a in (psi, present, w, slope))
-    psi_, present_, w_, slope_ = found
-    return Constraint(psi_, present_, torch.tensor(phi, dtype=psi_.dtype), w_, slope_)
+    return Constraint(
+        torch.from_numpy(psi),
+        torch.from_numpy(present),
+        torch.tensor(phi, dtype=sums.dtype),
+        torch.from_numpy(w),
+        torch.from_numpy(slope),
+    )
