@@ -23,7 +23,8 @@ from torch import Tensor
 import libmtl_fair as lf
 from libmtl_fair.models import MLP
 
-WEIGHTINGS = ("EW", "ReLiF", "GradNorm", "DWA", "GradVac")
+WEIGHTINGS = ("EW", "ReLiF", "FairMT", "GradNorm", "DWA", "GradVac")
+SETTINGS = {"ReLiF": {"warmup": 5}, "FairMT": {"min_count": 2, "epsilon": 0.01}}
 TASKS = (lf.Binary("a"), lf.Binary("b"), lf.Regression("c"))
 
 
@@ -48,7 +49,7 @@ def train(weighting: str, run_dir: Path | None, epochs: int) -> tuple[Any, Any]:
         lf.task_dict(TASKS), weighting, "HPS", lambda: MLP(6, (16, 8), dropout=0.2, norm="batch"), heads, False, False,
         {"optim": "adam", "lr": 1e-2}, {"scheduler": "cos", "T_max": epochs}, device="cpu", run_dir=run_dir,
         resume=run_dir is not None, seed=4, progress=False,
-        weight_args={"warmup": 5} if weighting == "ReLiF" else {},
+        weight_args=SETTINGS.get(weighting, {}),
     )  # fmt: skip
     train_loader, val_loader = loaders()
     trainer.train(train_loader, val_loader, epochs, val_loader)

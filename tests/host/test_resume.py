@@ -23,7 +23,7 @@ from libmtl_fair.host.loading import LINEAGE
 TORTURE = Path(__file__).with_name("kill_and_resume.py")
 
 
-@pytest.mark.parametrize("weighting", ["EW", "ReLiF", "GradNorm", "DWA", "GradVac"])
+@pytest.mark.parametrize("weighting", ["EW", "ReLiF", "FairMT", "GradNorm", "DWA", "GradVac"])
 def test_killed_at_random_moments(fresh: Any, tmp_path: Path, weighting: str) -> None:
     found = fresh(f"""
 import json, runpy, torch
