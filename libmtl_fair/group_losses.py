@@ -183,11 +183,16 @@ def class_indicator(task: Task, labels: Tensor, bins: int = 4) -> Tensor:
     Binary: K = 2 (no, yes). Multiclass: K = n_classes. Multilabel: K = 2 n_labels (every label's no, then every label's
     yes). Regression: K = ``bins`` quantile bins of the batch's targets.
     """
+    labels = task.flat(labels)
     if isinstance(task, Multilabel):
         return torch.cat([labels == 0, labels == 1], dim=1)
     if task.kind == "binary":
         return torch.stack([labels == 0, labels == 1], dim=1)
-    ids, count = (labels, task.n_classes) if isinstance(task, Multiclass) else (F.quantile_bins(labels, bins), bins)
+    if isinstance(task, Multiclass):
+        ids, count = labels, task.n_classes
+    else:
+        known = task.observed(labels)  # whole numbers say "missing" by a number of their own
+        ids, count = F.quantile_bins(torch.where(known, labels, torch.nan), bins), bins
     return ids[:, None] == torch.arange(count, device=ids.device)
 
 

@@ -170,15 +170,24 @@ class Multilabel(Task):
 
     def observed(self, labels: Tensor) -> Tensor:
         """Return which examples have at least one label: bool [B]."""
-        return _present(labels).any(dim=-1)
+        return _present(self.flat(labels)).any(dim=-1)
 
     def flat(self, labels: Tensor) -> Tensor:
-        """Return the labels as they are, [B, C]."""
+        """Return the labels as they are, [B, C].
+
+        Raises
+        ------
+        DataError : labels of another shape.
+        """
+        if labels.dim() != 2:
+            raise DataError(
+                f"task {self.name!r}: multilabel labels must be [B, {self.n_labels}], found {list(labels.shape)}"
+            )
         return labels
 
     def example_losses(self, output: Tensor, labels: Tensor) -> Tensor:
         """Return the mean binary cross-entropy over the observed labels of each example, [B]."""
-        seen = _present(labels)
+        seen = _present(self.flat(labels))
         target = torch.where(seen, labels, 0).to(output.dtype)
         losses = nnf.binary_cross_entropy_with_logits(output, target, reduction="none")
         return torch.where(seen, losses, 0.0).sum(-1) / seen.sum(-1).clamp(min=1)

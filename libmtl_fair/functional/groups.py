@@ -196,6 +196,7 @@ def quantile_bins(target: Tensor, n_bins: int = 4) -> Tensor:
     if n_bins < 1:
         raise RecipeError(f"quantile_bins: n_bins must be at least 1, found {n_bins}.")
     target = target.detach()
+    target = target if target.is_floating_point() else target.to(torch.get_default_dtype())
     observed = target.isfinite()
     ordered = target.masked_fill(~observed, torch.inf).sort().values
     fractions = torch.arange(1, n_bins, device=target.device) / n_bins

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from libmtl_fair.errors import DataError, unknown
+from libmtl_fair.tasks import Task
 
 SENSITIVE = "sensitive"
 """Key of the labels under which a loader hands over group ids."""
@@ -55,6 +56,12 @@ def split(batch: Any, device: torch.device, tasks: Sequence[str]) -> tuple[Any, 
         raise DataError(f"the loader's labels have no task {missing[0]!r}; {unknown('task', missing[0], found)}")
     groups = {name: ids.to(device, non_blocking=True) for name, ids in labels.get(SENSITIVE, {}).items()}
     return to_device(inputs, device), {task: to_device(labels[task], device) for task in tasks}, groups
+
+
+def flat_labels(labels: Mapping[str, Any], tasks: Mapping[str, Task | None]) -> Mapping[str, Any]:
+    """Return the labels as fairness methods expect them: [B] where a loader gives [B, 1]."""
+    odd = [name for name, y in labels.items() if isinstance(y, Tensor) and y.dim() > 1 and tasks[name] is not None]
+    return labels if not odd else {**labels, **{name: tasks[name].flat(labels[name]) for name in odd}}  # type: ignore[union-attr]
 
 
 def endless(loader: Any) -> Iterator[Any]:

@@ -26,12 +26,26 @@ def forward(
     for module in trainer.group_modules:
         module.take_groups(groups)
     if task is None:
-        found = trainer.model(inputs)
+        found = _run(trainer, inputs)
         extra = {name: found.pop(name) for name in trainer.auxiliary if name in found}
         preds: dict[str, Tensor] = trainer.process_preds(found)
         return {**preds, **extra} if trainer.model.training else preds
-    one = trainer.model(inputs, task)[task]
+    one = _run(trainer, inputs, task)[task]
     return {task: one if task in trainer.auxiliary else trainer.process_preds(one, task)}
+
+
+def _run(trainer: Any, *inputs: Any) -> dict[str, Tensor]:
+    try:
+        found: dict[str, Tensor] = trainer.model(*inputs)
+        return found
+    except RuntimeError as error:
+        if not str(error).startswith("mat1 and mat2"):
+            raise
+        x = inputs[0]
+        given = f"inputs of shape {list(x.shape)}, {x.dtype}" if isinstance(x, Tensor) else "these inputs"
+        raise HostError(
+            f"the model cannot take {given}: {error}. Check the encoder's width and the loader's x"
+        ) from error
 
 
 def _passes(trainer: Any, loader: Any) -> list[tuple[Any, list[str], str | None]]:

@@ -235,7 +235,9 @@ def imtl_backward(self: Any, losses: Tensor, **_: Any) -> Any:
     per_grads, grads = grads if self.rep_grad else (None, grads)
     unit = nnf.normalize(grads, dim=-1, eps=_TINY)
     differences, units = grads[:1] - grads[1:], unit[:1] - unit[1:]
-    rest = (grads[0] @ units.T) @ torch.linalg.pinv(differences @ units.T)
+    product = differences @ units.T
+    inverse = torch.linalg.pinv(product.nan_to_num(0.0, 0.0, 0.0))  # which fails on what is not finite
+    rest = (grads[0] @ units.T) @ inverse.where(product.isfinite().all(), torch.nan)
     weights = torch.cat([1 - rest.sum().unsqueeze(0), rest])
     self._backward_new_grads(weights, per_grads=per_grads, grads=grads)
     return recorded(self, weights)

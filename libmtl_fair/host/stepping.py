@@ -77,8 +77,9 @@ def losses_of(trainer: Any, part: Any) -> Made:
     if not trainer.multi_input:
         inputs, labels, groups = batches.split(part, trainer.device, trainer.main_tasks)
         preds = evaluation.forward(trainer, inputs, None, groups)
+        flat = batches.flat_labels(labels, trainer.tasks) if trainer.auxiliary else labels
         for name in trainer.auxiliary:
-            labels[name] = trainer.tasks[name].labels_from(labels, groups, trainer._n_groups)
+            labels[name] = trainer.tasks[name].labels_from(flat, groups, trainer._n_groups)
         return trainer._compute_losses(preds, labels), preds, labels, groups
     preds, labels, by_task = {}, {}, {}
     inputs = {}
@@ -86,10 +87,11 @@ def losses_of(trainer: Any, part: Any) -> Made:
         inputs[task], truth, by_task[task] = batches.split(part[task], trainer.device, [task])
         preds.update(evaluation.forward(trainer, inputs[task], task, by_task[task]))
         labels.update(truth)
+    flat = batches.flat_labels(labels, trainer.tasks) if trainer.auxiliary else labels
     for name in trainer.auxiliary:  # on the examples of its main task
         ids = by_task[trainer.tasks[name].source]
         preds.update(evaluation.forward(trainer, inputs[trainer.tasks[name].source], name, ids))
-        labels[name] = trainer.tasks[name].labels_from(labels, ids, trainer._n_groups)
+        labels[name] = trainer.tasks[name].labels_from(flat, ids, trainer._n_groups)
     return trainer._compute_losses(preds, labels), preds, labels, by_task
 
 
@@ -100,7 +102,7 @@ def fair_batch(trainer: Any, made: Made, epoch: int, h: Tensor | None = None) ->
         tasks={name: trainer.tasks[name] for name in trainer.main_tasks} if trainer.auxiliary else trainer.tasks,
         h=trainer._hook.take() if h is None else h,
         outputs=preds,
-        labels=labels,
+        labels=batches.flat_labels(labels, trainer.tasks),
         losses=losses,
         groups=groups,
         n_groups=trainer._n_groups,

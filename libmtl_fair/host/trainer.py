@@ -289,6 +289,12 @@ class FairTrainer(Trainer):  # type: ignore[misc]
             list(x.values()) if self.multi_input else [x] for x in (train_dataloaders, val_dataloaders) if x is not None
         ]
         self._n_groups = batches.group_counts([loader for part in found for loader in part])
+        empty = [name for name, count in self._n_groups.items() if count < 1]
+        if empty:
+            raise DataError(
+                f"sensitive attribute {empty[0]!r}: no example of the training data has a known group (all ids are below 0), "
+                f"and {self._who_needs_groups()} it"
+            )
         if not self._n_groups:
             raise HostError(
                 f"{self._who_needs_groups()} sensitive groups, and the training loader gives none: its labels need a "
