@@ -21,6 +21,11 @@ class Matrices(NamedTuple):
     labels: Tensor
     labelled: Tensor
 
+    def loss_gradient(self, probabilities: Tensor) -> Tensor:
+        """Return the gradient of each task's mean cross-entropy to its logits, [B, T]; 0 where there is no label."""
+        wrong = (probabilities - self.labels).nan_to_num_(0.0, 0.0, 0.0)
+        return wrong.div_(self.labelled.clamp(min=1)).to(self.logits.dtype)
+
 
 @dataclass
 class FairBatch:

@@ -90,14 +90,16 @@ class ViolationController(nn.Module):
         """
         rate = rate.detach()
         if on_host(rate, self.value) and (valid is None or on_host(valid)):
-            self._update_host(float(rate), valid is None or bool(valid))
+            if valid is None or bool(valid):
+                self.update_number(float(rate))
         else:
             self._update_device(rate, rate.isfinite() if valid is None else rate.isfinite() & valid)
         return self.value.clone()
 
-    def _update_host(self, rate: float, valid: bool) -> None:
-        if not (valid and math.isfinite(rate)):
-            return
+    def update_number(self, rate: float) -> float:
+        """:meth:`update` for a number, of a controller on the CPU."""
+        if not math.isfinite(rate):
+            return float(self.value)
         steps, smoothed = int(self.steps) + 1, float(self.smoothed)
         smoothed = smoothed + self.smoothing * (rate - smoothed) if steps > 1 else rate
         self.steps.fill_(steps)
@@ -105,6 +107,7 @@ class ViolationController(nn.Module):
         if steps > self.warmup and not self.static:
             scaled = float(self.value) * (1 + self.step_size * (smoothed - self.target))
             self.value.fill_(min(max(scaled, self.minimum), self.maximum))
+        return float(self.value)
 
     def _update_device(self, rate: Tensor, ok: Tensor) -> None:
         weight = torch.where(self.steps > 0, self.smoothing, 1.0).to(self.smoothed.dtype)

@@ -16,15 +16,15 @@ class StepLog:
     """Values of the steps of one epoch, on the device."""
 
     def __init__(self) -> None:
-        self._values: dict[str, list[Tensor]] = {}
+        self._values: dict[str, list[Tensor | float]] = {}
         self._steps: dict[str, list[int]] = {}
         self._rows: list[Sequence[int]] = []
         self.steps = 0
 
-    def add(self, values: Mapping[str, Tensor], rows: Sequence[int]) -> None:
-        """Keep a step's values, scalars or vectors, and its number of rows for each task. Nothing is copied to the CPU."""
+    def add(self, values: Mapping[str, Tensor | float], rows: Sequence[int]) -> None:
+        """Keep a step's values, numbers or tensors of any shape, and its rows for each task. Nothing is copied to the CPU."""
         for name, value in values.items():
-            self._values.setdefault(name, []).append(value.detach())
+            self._values.setdefault(name, []).append(value.detach() if isinstance(value, Tensor) else value)
             self._steps.setdefault(name, []).append(self.steps)
         self._rows.append(rows)
         self.steps += 1
@@ -33,10 +33,10 @@ class StepLog:
         """Return one row a step; a vector with a number a task becomes columns ``<name>/<task>``. One transfer a name."""
         columns: dict[str, Any] = {}
         for name, values in self._values.items():
-            block = torch.stack([v.reshape(-1) for v in values]).double().cpu().numpy()
+            block = _block(values)
             full = np.full((self.steps, block.shape[1]), np.nan)
             full[self._steps[name]] = block
-            if values[0].dim() == 0:
+            if not isinstance(values[0], Tensor) or values[0].dim() == 0:
                 columns[name] = full[:, 0]
                 continue
             labels = tasks if len(tasks) == block.shape[1] else [str(i) for i in range(block.shape[1])]
@@ -48,6 +48,16 @@ class StepLog:
         rows = np.asarray(self._rows, dtype=np.float64)
         means: npt.NDArray[np.float64] = (losses * rows).sum(0) / rows.sum(0)
         return means
+
+
+def _block(values: Sequence[Tensor | float]) -> npt.NDArray[np.float64]:
+    """Return values of one shape, flattened, as rows; a name's may be numbers in some steps and tensors in others."""
+    if all(isinstance(value, float) for value in values):
+        return np.array(values)[:, None]
+    block: npt.NDArray[np.float64] = (
+        torch.stack([torch.as_tensor(v).reshape(-1) for v in values]).double().cpu().numpy()
+    )
+    return block
 
 
 class History:

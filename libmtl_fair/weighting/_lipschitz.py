@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from libmtl_fair import functional as F
 from libmtl_fair.batch import FairBatch
 from libmtl_fair.errors import RecipeError
+from libmtl_fair.functional import _lipschitz_host as host
+from libmtl_fair.functional.margins import host_quantile
 
 if TYPE_CHECKING:
     from libmtl_fair.weighting.relif import ReLiFSettings
@@ -30,6 +32,16 @@ class Lipschitz(NamedTuple):
     some: Tensor
     tau: Tensor
     kappa: Tensor
+
+
+class HostLipschitz(NamedTuple):
+    """The term of one step beside the CPU, as numbers; ``pairs`` gives its gradients."""
+
+    value: float
+    rate: float
+    tau: float
+    kappa: float
+    pairs: host.HostPairs
 
 
 class LipschitzTerm(nn.Module):
@@ -55,9 +67,7 @@ class LipschitzTerm(nn.Module):
         RecipeError : fewer than two tasks.
         """
         s = self.settings
-        scores = batch.score_matrix
-        if scores.shape[0] < 2:
-            raise RecipeError("the Lipschitz term compares tasks with each other: it needs at least two tasks")
+        scores = _scores(batch)
         value, rate, some = F.lipschitz_term(
             scores,
             batch.embedding,
@@ -73,6 +83,40 @@ class LipschitzTerm(nn.Module):
         tau, kappa = self.scales if s.scaling else torch.ones_like(self.scales)
         return Lipschitz(value, rate, some, tau, kappa)
 
+    def on_host(self, batch: FairBatch) -> HostLipschitz | None:
+        """Return the same of plain CPU tensors, at half of the cost and without graph; None where it is not made for them.
+
+        Raises
+        ------
+        RecipeError : fewer than two tasks.
+        """
+        s = self.settings
+        scores, embeddings = _scores(batch).detach().T.contiguous(), batch.embedding.detach()
+        if not host.fits(scores, embeddings):
+            return None
+        pairs = host.HostPairs(
+            scores,
+            embeddings,
+            s.prototypes_per_task,
+            mode=s.prototypes,
+            max_task_pairs=s.task_pairs,
+            min_distance=DISTANCE_FLOOR,
+        )
+        tau, kappa = self._move_numbers(pairs) if s.scaling else (1.0, 1.0)
+        found = pairs.violations(tau, kappa, beta=s.beta, mu=s.mu)
+        return HostLipschitz(found.loss, found.rate, tau, kappa, pairs)
+
+    def _move_numbers(self, pairs: host.HostPairs) -> tuple[float, float]:
+        s = self.settings
+        found = [host_quantile(x.numpy().reshape(-1), s.quantile) for x in (pairs.gap.abs(), pairs.distance)]
+        if self.scales_started:
+            found = [old + s.scale_ema * (new - old) for old, new in zip(self.scales.tolist(), found)]
+        else:
+            self._buffers["scales_started"] = torch.tensor(True)
+        tau, kappa = (max(value, SCALE_FLOOR) for value in found)
+        self._buffers["scales"] = torch.tensor((tau, kappa), dtype=self.scales.dtype)
+        return tau, kappa
+
     @torch.no_grad()
     def _move_scales(self, gap: Tensor, distance: Tensor, mask: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """Move tau and kappa towards this step's quantiles; the first step sets them; no pair leaves them."""
@@ -86,3 +130,10 @@ class LipschitzTerm(nn.Module):
         self.scales = torch.where(some, moved, self.scales)
         self.scales_started = self.scales_started | some
         return self.scales[0], self.scales[1]
+
+
+def _scores(batch: FairBatch) -> Tensor:
+    scores = batch.score_matrix
+    if scores.shape[0] < 2:
+        raise RecipeError("the Lipschitz term compares tasks with each other: it needs at least two tasks")
+    return scores

@@ -15,7 +15,7 @@ from libmtl_fair.controllers import ViolationController
 from libmtl_fair.errors import RecipeError, unknown
 from libmtl_fair.host.gradients import add_gradients, extra_gradients
 from libmtl_fair.host.plugin import FairWeighting, Settings
-from libmtl_fair.weighting._lipschitz import Lipschitz, LipschitzTerm
+from libmtl_fair.weighting._lipschitz import HostLipschitz, Lipschitz, LipschitzTerm
 
 PAPER: Mapping[str, Any] = {
     "prototypes": "confident",
@@ -146,16 +146,52 @@ class ReLiF(FairWeighting):
 
     def step(self, batch: FairBatch, losses: Tensor) -> Any:
         """Add lambda times the Lipschitz term to the tasks' losses, or to the gradient of the base weighting."""
+        alone = self.settings.base == "EW" and self.settings.lipschitz and not self.rep_grad
+        if alone:
+            found = self.term.on_host(batch)
+            if found is not None:
+                self._descend(batch, losses, found)
+                return None
         term = self.penalty(batch)
         if not self.settings.lipschitz:
             return self.base_backward(losses)
-        if self.settings.base == "EW" and not self.rep_grad:
+        if alone:
             torch.autograd.backward(losses.sum() + term)
             return None
         extra = extra_gradients(self, term)
         weights = self.base_backward(losses)
         add_gradients(extra)
         return weights
+
+    def _descend(self, batch: FairBatch, losses: Tensor, found: HostLipschitz) -> None:
+        """Leave the gradient of the sum of the losses and lambda times the term, in one pass."""
+        strength = self.controller.update_number(found.rate)
+        self.__dict__["trace"] = {  # a module's own way to set an attribute costs as much as a tensor operation
+            "lambda": strength,
+            "r": found.rate,
+            "r_smooth": float(self.controller.smoothed),
+            "tau": found.tau,
+            "kappa": found.kappa,
+            "lipschitz": found.value,
+        }
+        pairs, scores, embedding = found.pairs, batch.score_matrix, batch.embedding
+        move = embedding.requires_grad and not self.settings.detach_distance
+        matrices = batch.matrices if batch.standard_losses else None
+        to_picked, to_embedding = pairs.gradients(strength, move)
+        if matrices is not None and matrices.logits.shape[1] == len(scores):
+            to_logits = torch.ops.aten.sigmoid_backward(to_picked, pairs.picked)
+            grad = matrices.loss_gradient(scores.detach().T)
+            grad.view(-1).index_add_(0, pairs.at, to_logits)
+            roots: list[Tensor] = [matrices.logits]
+            grads: list[Tensor] = [grad]
+        else:
+            grad = scores.new_zeros(scores.numel()).index_add_(0, pairs.at, to_picked)
+            roots = [losses, scores]
+            grads = [torch.ones_like(losses), grad.view(scores.shape[::-1]).T]
+        if to_embedding is not None:
+            roots.append(embedding)
+            grads.append(to_embedding)
+        torch.autograd.backward(roots, grads)
 
     def penalty(self, batch: FairBatch) -> Tensor:
         """Return lambda times L_lip (scalar, 0 without a finite pair) after moving scales and controller."""
