@@ -98,10 +98,22 @@ class FairBatch:
         return {name: self.task(name).score(self.outputs[name]) for name in self.main}
 
     @cached_property
+    def main_matrices(self) -> Matrices | None:
+        """:attr:`matrices` if their columns are the main tasks."""
+        return self.matrices if self.matrices is not None and len(self.main) == self.matrices.logits.shape[1] else None
+
+    @property
+    def row_scores(self) -> Tensor:
+        """Values of :attr:`score_matrix` with a row an example, [B, T], contiguous, without graph."""
+        if self.main_matrices is not None:
+            return torch.sigmoid(self.main_matrices.logits.detach())
+        return self.score_matrix.detach().T.contiguous()
+
+    @cached_property
     def score_matrix(self) -> Tensor:
         """Audit scores of all main tasks, [T, B]; NaN past the end of a task that has fewer examples in this step."""
-        if self.matrices is not None and len(self.main) == self.matrices.logits.shape[1]:
-            return torch.sigmoid(self.matrices.logits).T
+        if self.main_matrices is not None:
+            return torch.sigmoid(self.main_matrices.logits).T
         logits = [self.outputs[name] for name in self.main]
         single = all(isinstance(self.tasks[t], Binary) for t in self.main) and all(z.shape[1:] == (1,) for z in logits)
         if single and len({z.shape[0] for z in logits}) == 1:

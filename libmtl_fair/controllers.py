@@ -100,14 +100,15 @@ class ViolationController(nn.Module):
         """:meth:`update` for a number, of a controller on the CPU."""
         if not math.isfinite(rate):
             return float(self.value)
-        steps, smoothed = int(self.steps) + 1, float(self.smoothed)
+        value, held, count = self.value, self.smoothed, self.steps  # looked up once: a module is slow at it
+        steps, smoothed = int(count) + 1, float(held)
         smoothed = smoothed + self.smoothing * (rate - smoothed) if steps > 1 else rate
-        self.steps.fill_(steps)
-        self.smoothed.fill_(smoothed)
+        count.fill_(steps)
+        held.fill_(smoothed)
         if steps > self.warmup and not self.static:
-            scaled = float(self.value) * (1 + self.step_size * (smoothed - self.target))
-            self.value.fill_(min(max(scaled, self.minimum), self.maximum))
-        return float(self.value)
+            scaled = float(value) * (1 + self.step_size * (smoothed - self.target))
+            value.fill_(min(max(scaled, self.minimum), self.maximum))
+        return float(value)
 
     def _update_device(self, rate: Tensor, ok: Tensor) -> None:
         weight = torch.where(self.steps > 0, self.smoothing, 1.0).to(self.smoothed.dtype)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
 
 def on_host(*tensors: Tensor) -> bool:
     """Say whether all ``tensors`` are plain CPU tensors, whose values Python may read without waiting for a device.
@@ -16,7 +18,10 @@ def on_host(*tensors: Tensor) -> bool:
     >>> on_host(torch.ones(2))
     True
     """
-    return has_values(*tensors) and all(tensor.device.type == "cpu" for tensor in tensors)
+    for tensor in tensors:
+        if not tensor.is_cpu:
+            return False
+    return has_values(*tensors)
 
 
 def has_values(*tensors: Tensor) -> bool:
@@ -25,8 +30,10 @@ def has_values(*tensors: Tensor) -> bool:
     >>> has_values(torch.ones(2))
     True
     """
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return not torch.compiler.is_compiling() and not any(wrapped(tensor) for tensor in tensors)
+    for tensor in tensors:
+        if _is_wrapped(tensor):
+            return False
+    return not torch.compiler.is_compiling()
 
 
 def widest(device: torch.device) -> torch.dtype:

@@ -7,9 +7,7 @@ the scales are Python numbers, so they need no operations of their own; what all
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
-from itertools import chain, combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +15,9 @@ import torch
 from torch import Tensor
 
 from libmtl_fair.functional._device import on_host
+
+_where_above = torch.ops.aten.threshold_backward.default
+"""(x, y, least) -> x where y is above ``least``, else 0, in one operation."""
 
 
 def fits(scores: Tensor, embeddings: Tensor) -> bool:
@@ -43,6 +44,7 @@ class HostPairs:
 
     Attributes
     ----------
+    scores : as given.
     gap, distance : [n, k, k], n pairs of tasks; distances are floored at ``min_distance``.
     at, picked : where in ``scores.flatten()`` the prototypes are, [2nk], a place maybe twice, and their scores.
 
@@ -64,6 +66,7 @@ class HostPairs:
         min_distance: float = 1e-3,
     ) -> None:
         rows, at = _prototypes(scores, min(k, len(scores)), mode, max_task_pairs)
+        self.scores = scores
         self._rows, self.at = rows.view(-1), at.view(-1)
         n = self._n = len(rows) // 2
         self.picked = scores.view(-1).index_select(0, self.at)
@@ -92,13 +95,13 @@ class HostPairs:
         return Violations(-bulge * self._to_distance, int(np.count_nonzero(bent.numpy() < 0)) / pairs)
 
     def gradients(self, strength: float, embeddings: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Return ``strength`` times the loss's derivatives to ``picked`` [2nk] and to the embeddings [B, d], if wanted; once."""
+        """Return ``strength`` times the loss's derivatives to ``picked`` [2nk] and to the embeddings [B, d], if wanted."""
         n, units = self._n, self._units
-        to_gap = self._clipped.mul_(self._bent).mul_(self._to_gap * strength)
-        to_picked = torch.cat((to_gap.sum(2), to_gap.sum(1).neg_())).view(-1)
+        to_gap = self._clipped * self._bent
+        to_picked = torch.cat((to_gap.sum(2), to_gap.sum(1).neg_())).view(-1).mul_(self._to_gap * strength)
         if not embeddings:
             return to_picked, None
-        to_distance = torch.ops.aten.threshold_backward(self._bent, self.distance, self._floor)
+        to_distance = _where_above(self._bent, self.distance, self._floor)
         to_chosen = units.new_empty((2 * n, *self._left.shape[1:]))
         torch.bmm(to_distance, self._right, out=to_chosen[:n])
         torch.bmm(to_distance.mT, self._left, out=to_chosen[n:])
@@ -111,23 +114,23 @@ class HostPairs:
 def _prototypes(scores: Tensor, k: int, mode: str, limit: int | None) -> tuple[Tensor, Tensor]:
     """Return examples [2n, k], of the first task of each pair and then of the second, and their places in the flat scores."""
     tasks = scores.shape[1]
-    pairs: Sequence[tuple[int, int]] = _all_pairs(tasks)
-    if limit is not None and limit < len(pairs):
-        pairs = [pairs[i] for i in torch.randperm(len(pairs))[:limit].tolist()]
-    columns = list(chain(*zip(*pairs)))
-    used = torch.tensor(columns)
-    few = len(columns) < tasks  # only the tasks drawn need prototypes
+    used = _all_pairs(tasks)
+    n_pairs = used.shape[1]
+    if limit is not None and limit < n_pairs:
+        used = used.index_select(1, torch.randperm(n_pairs)[:limit])
+    used = used.view(-1)
+    few = len(used) < tasks  # only the tasks drawn need prototypes
     held = scores.T.index_select(0, used) if few else scores.T
     key = torch.rand(held.shape) if mode == "random" else held
     rows = key.topk(k, dim=1, sorted=False).indices
-    if not few and columns != list(range(tasks)):
+    if not few and tasks > 2:  # of two tasks, the one pair has them in order
         rows = rows.index_select(0, used)
     return rows, torch.add(used.unsqueeze(1), rows, alpha=tasks)
 
 
 @lru_cache(maxsize=64)
-def _all_pairs(tasks: int) -> tuple[tuple[int, int], ...]:
-    return tuple(combinations(range(tasks), 2))
+def _all_pairs(tasks: int) -> Tensor:
+    return torch.triu_indices(tasks, tasks, 1)
 
 
 @lru_cache(maxsize=8)

@@ -33,7 +33,7 @@ class _FusedHeads:
         if not isinstance(h, Tensor):
             raise HostError(f"hard sharing (HPS) needs an encoder that returns one tensor, found {type(h).__name__}")
         if self.fair_watchers:
-            self.fair_h = h
+            vars(self)["fair_h"] = h  # as everywhere in a step: nn.Module's own way takes as long as a tensor operation
         joint = self.fair_joint
         if joint is not None and task_name is None and self.training:
             return _FusedHeads._with_others(self, h, self.task_name, joint.run(h))
@@ -199,7 +199,7 @@ class RepresentationHook:
     def take(self) -> Tensor | dict[str, Tensor]:
         """Return the representation [B, d] where the heads shared one, else one per task; forget it."""
         if isinstance(self._model, _FusedHeads) and self._model.fair_h is not None:
-            h, self._model.fair_h = self._model.fair_h, None
+            h, vars(self._model)["fair_h"] = self._model.fair_h, None
             return h
         if _keeps_own(self._model):
             return self._model.take_representation()  # type: ignore[no-any-return]

@@ -78,7 +78,7 @@ class FairWeighting(AbsWeighting):  # type: ignore[misc]
 
     def backward(self, losses: Tensor, **kwargs: Any) -> Any:
         """LibMTL's entry point: take the batch that FairTrainer left here and run :meth:`step`."""
-        batch, self.fair_batch = self.fair_batch, None
+        batch, self.__dict__["fair_batch"] = self.fair_batch, None
         if batch is None:
             name = type(self).fair_name()
             raise HostError(

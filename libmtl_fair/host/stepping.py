@@ -50,7 +50,7 @@ def step(trainer: Any, batch: Any, epoch: int, log: StepLog) -> None:
     if joint is not None:
         joint.zero_grad()
     if trainer._is_fair:
-        model.fair_batch = fair_batch(trainer, made[0], epoch)
+        vars(model)["fair_batch"] = fair_batch(trainer, made[0], epoch)
     weights = model.backward(losses, **trainer._weight_args)
     if joint is not None:
         joint.collect_grad()

@@ -67,7 +67,8 @@ class LipschitzTerm(nn.Module):
         RecipeError : fewer than two tasks.
         """
         s = self.settings
-        scores = _scores(batch)
+        scores = batch.score_matrix
+        _check_tasks(scores.shape[0])
         value, rate, some = F.lipschitz_term(
             scores,
             batch.embedding,
@@ -80,7 +81,7 @@ class LipschitzTerm(nn.Module):
             min_distance=DISTANCE_FLOOR,
             detach_distance=s.detach_distance,
         )
-        tau, kappa = self.scales if s.scaling else torch.ones_like(self.scales)
+        tau, kappa = self.scales.clone() if s.scaling else torch.ones_like(self.scales)
         return Lipschitz(value, rate, some, tau, kappa)
 
     def on_host(self, batch: FairBatch) -> HostLipschitz | None:
@@ -91,7 +92,8 @@ class LipschitzTerm(nn.Module):
         RecipeError : fewer than two tasks.
         """
         s = self.settings
-        scores, embeddings = _scores(batch).detach().T.contiguous(), batch.embedding.detach()
+        scores, embeddings = batch.row_scores, batch.embedding.detach()
+        _check_tasks(scores.shape[1])
         if not host.fits(scores, embeddings):
             return None
         pairs = host.HostPairs(
@@ -108,13 +110,13 @@ class LipschitzTerm(nn.Module):
 
     def _move_numbers(self, pairs: host.HostPairs) -> tuple[float, float]:
         s = self.settings
-        found = [host_quantile(x.numpy().reshape(-1), s.quantile) for x in (pairs.gap.abs(), pairs.distance)]
-        if self.scales_started:
-            found = [old + s.scale_ema * (new - old) for old, new in zip(self.scales.tolist(), found)]
-        else:
-            self._buffers["scales_started"] = torch.tensor(True)
+        scales, started = self.scales.numpy(), self.scales_started.numpy()
+        found = [host_quantile(x.view(-1).numpy(), s.quantile) for x in (pairs.gap.abs(), pairs.distance)]
+        if started:
+            found = [old + s.scale_ema * (new - old) for old, new in zip(scales.tolist(), found)]
         tau, kappa = (max(value, SCALE_FLOOR) for value in found)
-        self._buffers["scales"] = torch.tensor((tau, kappa), dtype=self.scales.dtype)
+        scales[:] = tau, kappa
+        started[()] = True
         return tau, kappa
 
     @torch.no_grad()
@@ -132,8 +134,6 @@ class LipschitzTerm(nn.Module):
         return self.scales[0], self.scales[1]
 
 
-def _scores(batch: FairBatch) -> Tensor:
-    scores = batch.score_matrix
-    if scores.shape[0] < 2:
+def _check_tasks(tasks: int) -> None:
+    if tasks < 2:
         raise RecipeError("the Lipschitz term compares tasks with each other: it needs at least two tasks")
-    return scores

@@ -17,6 +17,8 @@ from libmtl_fair.host.gradients import add_gradients, extra_gradients
 from libmtl_fair.host.plugin import FairWeighting, Settings
 from libmtl_fair.weighting._lipschitz import HostLipschitz, Lipschitz, LipschitzTerm
 
+_sigmoid_backward = torch.ops.aten.sigmoid_backward.default
+
 PAPER: Mapping[str, Any] = {
     "prototypes": "confident",
     "k": 8,
@@ -166,7 +168,7 @@ class ReLiF(FairWeighting):
     def _descend(self, batch: FairBatch, losses: Tensor, found: HostLipschitz) -> None:
         """Leave the gradient of the sum of the losses and lambda times the term, in one pass."""
         strength = self.controller.update_number(found.rate)
-        self.__dict__["trace"] = {  # a module's own way to set an attribute costs as much as a tensor operation
+        self.__dict__["trace"] = {
             "lambda": strength,
             "r": found.rate,
             "r_smooth": float(self.controller.smoothed),
@@ -174,20 +176,20 @@ class ReLiF(FairWeighting):
             "kappa": found.kappa,
             "lipschitz": found.value,
         }
-        pairs, scores, embedding = found.pairs, batch.score_matrix, batch.embedding
+        pairs, embedding = found.pairs, batch.embedding
         move = embedding.requires_grad and not self.settings.detach_distance
-        matrices = batch.matrices if batch.standard_losses else None
+        matrices = batch.main_matrices if batch.standard_losses else None
         to_picked, to_embedding = pairs.gradients(strength, move)
-        if matrices is not None and matrices.logits.shape[1] == len(scores):
-            to_logits = torch.ops.aten.sigmoid_backward(to_picked, pairs.picked)
-            grad = matrices.loss_gradient(scores.detach().T)
+        if matrices is not None:
+            to_logits = _sigmoid_backward(to_picked, pairs.picked)
+            grad = matrices.loss_gradient(pairs.scores)
             grad.view(-1).index_add_(0, pairs.at, to_logits)
             roots: list[Tensor] = [matrices.logits]
             grads: list[Tensor] = [grad]
         else:
-            grad = scores.new_zeros(scores.numel()).index_add_(0, pairs.at, to_picked)
-            roots = [losses, scores]
-            grads = [torch.ones_like(losses), grad.view(scores.shape[::-1]).T]
+            grad = torch.zeros_like(pairs.scores)
+            grad.view(-1).index_add_(0, pairs.at, to_picked)
+            roots, grads = [losses, batch.score_matrix], [torch.ones_like(losses), grad.T]
         if to_embedding is not None:
             roots.append(embedding)
             grads.append(to_embedding)
