@@ -95,20 +95,21 @@ class HostPairs:
         return Violations(-bulge * self._to_distance, int(np.count_nonzero(bent.numpy() < 0)) / pairs)
 
     def gradients(self, strength: float, embeddings: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Return ``strength`` times the loss's derivatives to ``picked`` [2nk] and to the embeddings [B, d], if wanted."""
+        """Return ``strength`` times the loss's derivatives to ``picked`` [2nk] and to the embeddings [B, d], if wanted; once."""
         n, units = self._n, self._units
-        to_gap = self._clipped * self._bent
-        to_picked = torch.cat((to_gap.sum(2), to_gap.sum(1).neg_())).view(-1).mul_(self._to_gap * strength)
+        to_gap = self._clipped.mul_(self._bent).mul_(self._to_gap * strength)
+        to_picked = torch.cat((to_gap.sum(2), to_gap.sum(1).neg_())).view(-1)
         if not embeddings:
             return to_picked, None
         to_distance = _where_above(self._bent, self.distance, self._floor)
         to_chosen = units.new_empty((2 * n, *self._left.shape[1:]))
         torch.bmm(to_distance, self._right, out=to_chosen[:n])
         torch.bmm(to_distance.mT, self._left, out=to_chosen[n:])
-        to_units = torch.zeros_like(units).index_add_(0, self._rows, to_chosen.view(-1, units.shape[1]))
+        to_units = torch.zeros_like(units)
+        scale = 0.5 * strength * self._to_distance
+        to_units.index_add_(0, self._rows, to_chosen.view(-1, units.shape[1]), alpha=scale)
         along = (to_units * units).sum(1, keepdim=True)
-        scale = self._inverse * (0.5 * strength * self._to_distance)
-        return to_picked, torch.addcmul(to_units, units, along, value=-1).mul_(scale)
+        return to_picked, torch.addcmul(to_units, units, along, value=-1).mul_(self._inverse)
 
 
 def _prototypes(scores: Tensor, k: int, mode: str, limit: int | None) -> tuple[Tensor, Tensor]:
