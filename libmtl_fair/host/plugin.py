@@ -61,7 +61,7 @@ class FairWeighting(AbsWeighting):  # type: ignore[misc]
     source: ClassVar[str] = ""
     fair_batch: FairBatch | None = None
     settings: Settings | None = None
-    trace: dict[str, Tensor]
+    trace: Mapping[str, Tensor | float]
 
     def init_param(self) -> None:
         """Let the base weighting make its parameters."""

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from libmtl_fair.batch import Matrices
 from libmtl_fair.host.columns import joint_columns
-from libmtl_fair.tasks import Multiclass, Multilabel, Regression, Task
+from libmtl_fair.tasks import IGNORE_INDEX, Multiclass, Multilabel, Regression, Task
 from libmtl_fair.weighting._fairmt_rates import Lift
 
 
@@ -29,15 +30,13 @@ class Block(ABC):
 
 
 class BinaryBlock(Block):
-    """Binary tasks of one logit each, as one matrix; the gradient is written out.
+    """Binary tasks of one logit each, as one matrix; the gradient is written out."""
 
-    ``logits`` and ``labels`` are [B, T]; ``labelled`` [T] says how many labels each task has in this batch.
-    """
-
-    def __init__(self, logits: Tensor, labels: Tensor, labelled: Tensor, sharpness: float) -> None:
-        self.labels, self.sharpness, self.logits, self.labelled = labels, sharpness, logits, labelled
+    def __init__(self, matrices: Matrices, sharpness: float) -> None:
+        self.matrices, self.sharpness, self.labelled = matrices, sharpness, matrices.labelled
+        logits = matrices.logits.detach()
         p = self.p = torch.sigmoid(logits if sharpness == 1 else logits * sharpness)
-        self.positive, self.negative = (torch.eq(labels, y, out=torch.empty_like(p)) for y in (1, 0))
+        self.positive, self.negative = (torch.eq(matrices.labels, y, out=torch.empty_like(p)) for y in (1, 0))
         missed = torch.addcmul(self.positive, p, self.positive, value=-1)  # (1 - p) where positive
         self.summed = torch.cat([missed, p * self.negative, self.positive, self.negative], 1)
 
@@ -50,9 +49,8 @@ class BinaryBlock(Block):
 
     def loss_gradient(self) -> Tensor:
         """Return the gradient of each task's mean cross-entropy to the logits, [B, T]."""
-        p = self.p if self.sharpness == 1 else torch.sigmoid(self.logits)
-        wrong = (p - self.labels).nan_to_num_(0.0, 0.0, 0.0)  # 0 where there is no label
-        return wrong.div_(self.labelled.clamp(min=1))
+        p = self.p if self.sharpness == 1 else torch.sigmoid(self.matrices.logits.detach())
+        return self.matrices.loss_gradient(p)
 
 
 class MixedBlock(Block):
@@ -125,7 +123,13 @@ def _errors(task: Task, output: Tensor, labels: Tensor, lift: Lift) -> tuple[Ten
 
 
 def stacked_labels(labels: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-    """Return the labels of the named tasks as [B, T]; without a copy where the loader gathered them as one matrix."""
+    """Return the labels of the named binary tasks as [B, T], NaN where missing; without a copy where they are such a matrix."""
     parts = [labels[name] for name in names]
     joint = joint_columns(parts)
-    return torch.stack(parts, 1) if joint is None else joint
+    return torch.stack([_with_nan(part) for part in parts], 1) if joint is None else _with_nan(joint)
+
+
+def _with_nan(labels: Tensor) -> Tensor:
+    if labels.is_floating_point():
+        return labels
+    return torch.where(labels == IGNORE_INDEX, torch.nan, labels.to(torch.get_default_dtype()))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from libmtl_fair import functional as F
-from libmtl_fair.batch import FairBatch
+from libmtl_fair.batch import FairBatch, Matrices
 from libmtl_fair.errors import RecipeError, unknown
 from libmtl_fair.host.gradients import add_gradients, carry_representation_gradients, extra_gradients
 from libmtl_fair.host.plugin import FairWeighting, Settings
@@ -207,13 +207,14 @@ class FairMT(FairWeighting):
             groups = batch.task_groups(names[index[0]])
             members.append(layout.membership(groups, self._attributes, self._crossed))
             if layout.single_logits and outputs.single:
-                joint = outputs.tensors[0] if outputs.joined else torch.cat([z.reshape(len(z), 1) for z in values], 1)
-                if outputs.matrices is not None:
-                    _, truth, labelled = outputs.matrices
-                else:
+                matrices = outputs.matrices
+                if matrices is None:
+                    joint = (
+                        outputs.tensors[0] if outputs.joined else torch.cat([z.reshape(len(z), 1) for z in values], 1)
+                    )
                     truth = stacked_labels(batch.labels, [names[t] for t in index])
-                    labelled = (truth == truth).sum(0)
-                blocks.append(BinaryBlock(joint.detach(), truth, labelled, layout.lift.sharpness))
+                    matrices = Matrices(joint, truth, (truth - truth).eq_(0).sum(0))
+                blocks.append(BinaryBlock(matrices, layout.lift.sharpness))
             else:
                 labels = [batch.labels[names[t]] for t in index]
                 blocks.append(MixedBlock(tasks, values, labels, layout.lift, layout.owner.dtype))

@@ -70,16 +70,21 @@ def test_labels_may_have_a_column_of_their_own(kit: SimpleNamespace, method: str
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_labels_may_be_whole_numbers(kit: SimpleNamespace, method: str) -> None:
+@pytest.mark.parametrize("binary", [False, True])
+def test_labels_may_be_whole_numbers(kit: SimpleNamespace, method: str, binary: bool) -> None:
     labels = kit.data()[1]
     labels["c"] = (3 * labels["c"]).round()
+    if binary:
+        del labels["c"]
+        kit.tasks = kit.tasks[:2]
     floats = {name: y.clone() for name, y in labels.items()}
     whole = {name: y.long() for name, y in labels.items()}
     for name in labels:
         floats[name][::6], whole[name][::6] = torch.nan, -100
-    one, other = train(kit, method, floats), train(kit, method, whole)
-    for name, value in one.model.state_dict().items():
-        torch.testing.assert_close(other.model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+    one, mixed = train(kit, method, floats), train(kit, method, {**whole, "b": floats["b"]})
+    for other in (mixed, train(kit, method, whole)):
+        for name, value in one.model.state_dict().items():
+            torch.testing.assert_close(other.model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["FairMT", "FBGrad", "GroupRegulariser", "LambdaMix"])
