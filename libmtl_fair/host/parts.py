@@ -35,6 +35,11 @@ class Part(nn.Module):
         """Mean training losses of these tasks, [tasks, epochs]."""
         return self._model[0].train_loss_buffer[self._rows]
 
+    @property
+    def encoder(self) -> Any:
+        """The model's encoder."""
+        return self._model[0].encoder
+
     def get_share_params(self) -> Any:
         """Return the model's shared parameters."""
         return self._model[0].get_share_params()

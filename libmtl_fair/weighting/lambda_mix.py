@@ -97,6 +97,14 @@ class LambdaMix(FairWeighting):
             part_of(self, self.settings.base if len(side) > 1 else "EW", side, self._args(side))
             for side in (main, fair)
         )
+        if any(hasattr(side, "update_w") for side in self.sides):  # FAMO, which looks at the losses after the step
+            self.__dict__["update_w"] = self._update_sides
+
+    def _update_sides(self, losses: Tensor) -> None:
+        for side, rows in zip(self.sides, self._rows):
+            update: Any = getattr(side, "update_w", None)
+            if update is not None:
+                update(losses[rows])
 
     def _args(self, side: list[str]) -> Any:
         return self.settings.base_args if len(side) > 1 else {}

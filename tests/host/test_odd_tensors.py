@@ -14,6 +14,7 @@ from torch import Tensor
 import libmtl_fair as lf
 from libmtl_fair.errors import DataError, FairMTLError, HostError
 from libmtl_fair.host import DivergenceError
+from libmtl_fair.host.loading import weighting_namespace
 from libmtl_fair.models import MLP, linear_heads
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -161,3 +162,20 @@ def test_mutated_tensors_train_or_give_an_error_of_ours(block: int) -> None:
         trained += 1
         assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
     assert trained > 2
+
+
+@pytest.mark.parametrize("method", ["ReLiF", "GroupRegulariser", "FairMT"])
+def test_a_base_may_count_its_steps(kit: SimpleNamespace, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As git main's GradVac, MoCo and others do, under the name ``step``."""
+
+    def init_param(self: Any) -> None:
+        self.step = 0
+
+    args = {"base": "GLS", **({"alpha": "base", "min_count": 2} if method == "FairMT" else {})}
+    monkeypatch.setitem(METHODS, method, args)
+    plain = train(kit, method, kit.data()[1])
+    monkeypatch.setattr(weighting_namespace.GLS, "init_param", init_param)
+    counted = train(kit, method, kit.data()[1])
+    assert counted.model.step == 0
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(counted.model.state_dict()[name], value)
