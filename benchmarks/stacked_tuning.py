@@ -6,7 +6,7 @@ Variants are interleaved; times are process CPU time on the CPU and wall time on
 with equal weighting whatever the method. --workers of `libmtl-fair tune` use further cores, so ratios of one core are those of
 two.
 
-Measured on a shared 2-core CPU, M = 8: with equal weighting 12.7 to 13.5 times LibMTL's trials and 2.4 to 2.5 times those of one
+Measured on a shared 2-core CPU, M = 8: with equal weighting 12.7 to 13.7 times LibMTL's trials and 2.4 to 2.5 times those of one
 at a time; 2.8 times with ReLiF and with FairMT, 1.9 with fairness heads (7.7, 10.0 and 6.9 times LibMTL's). 16 members give what
 8 do. Adult's rows have 8 of 76 features that are not zero, which the first layer makes use of; without that, as with features
 that are not one-hot, it was 10.7 and 2.0 times.

@@ -172,9 +172,9 @@ class LossBank:
         if logits is None or target is None or logits.shape != target.shape or not target.is_floating_point():
             if not _stackable(outputs, truth):
                 return self._each(preds, labels)
-            logits = torch.cat([p if p.dim() == 2 else p[:, None] for p in outputs], 1)
-            target = torch.stack(truth, 1)
-            joint, _ = _binary_losses(logits, target)
+            if logits is None:
+                logits = torch.cat([p if p.dim() == 2 else p[:, None] for p in outputs], 1)
+            joint, _ = _binary_losses(logits, torch.stack(truth, 1) if target is None else target)
         else:
             joint, labelled = _binary_losses(logits, target)
             if len(self._binary) == len(self._loss_fns):
@@ -211,9 +211,8 @@ def _stackable(preds: Sequence[Tensor], labels: Sequence[Tensor]) -> bool:
 def _binary_losses(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean binary cross-entropy over observed labels for each column, [T], and how many there are, [T]."""
     target = target.to(torch.promote_types(logits.dtype, torch.float32))
-    seen = (target - target).eq_(
-        0
-    )  # 1 where finite, else 0: as a float, which multiplies and sums twice as fast as a bool
+    # 1 where finite, else 0: as a float, which multiplies and sums twice as fast as a bool
+    seen = (target - target).eq_(0)
     labelled = seen.sum(0)
     losses = nnf.binary_cross_entropy_with_logits(logits, target.nan_to_num(0.0).to(logits.dtype), reduction="none")
     return (losses * seen).sum(0) / labelled.clamp(min=1), labelled

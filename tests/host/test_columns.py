@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import libmtl_fair as lf
-from libmtl_fair.host import stepping
+from libmtl_fair.host import objectives, stepping
 from libmtl_fair.host.columns import joint_columns
 from libmtl_fair.host.objectives import LossBank
 
@@ -37,6 +37,23 @@ def test_anything_else_is_not() -> None:
         list(torch.zeros(2, 3, 4).unbind(2)),
     ):
         assert joint_columns(parts) is None
+
+
+@pytest.mark.parametrize("joint", ["outputs", "labels"])
+def test_one_matrix_is_used_where_the_other_has_to_be_made(joint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = LossBank(lf.task_dict([lf.Binary(name) for name in "abc"]))
+    z, y = torch.randn(8, 3), (torch.rand(8, 3) > 0.5).float()
+    apart = [column.clone() for column in (z.split(1, 1) if joint == "labels" else y.unbind(1))]
+    outputs, labels = (apart, y.unbind(1)) if joint == "labels" else (z.split(1, 1), apart)
+    seen: list[Any] = []
+    made = objectives._binary_losses
+    monkeypatch.setattr(objectives, "_binary_losses", lambda *given: seen.append(given) or made(*given))
+    losses = bank(dict(zip("abc", outputs)), dict(zip("abc", labels)))
+    torch.testing.assert_close(
+        losses, torch.nn.functional.binary_cross_entropy_with_logits(z, y, reduction="none").mean(0)
+    )
+    assert seen[0][0 if joint == "outputs" else 1] is (z if joint == "outputs" else y)
+    assert bank.matrices is None
 
 
 def test_a_matrix_of_width_one() -> None:
@@ -80,7 +97,7 @@ def test_a_bank_says_which_matrices_it_used() -> None:
     assert with_other.matrices is None
 
 
-@pytest.mark.parametrize("change", ["a value", "all values", "order", "loss"])
+@pytest.mark.parametrize("change", ["nothing", "order", "a value", "all values", "loss"])
 def test_a_fairness_method_never_gets_matrices_of_other_outputs(kit: SimpleNamespace, change: str) -> None:
     class Changes(lf.FairTrainer):
         def process_preds(self, preds: Any, task_name: str | None = None) -> Any:
@@ -96,10 +113,13 @@ def test_a_fairness_method_never_gets_matrices_of_other_outputs(kit: SimpleNames
 
     tasks = (lf.Binary("a"), lf.Binary("b"))
     trainer = kit.trainer("FairMT", tasks, Weighs if change == "loss" else Changes)
-    made = stepping.losses_of(trainer, next(iter(kit.loader())))
+    x, labels, groups = kit.data()
+    both = {name: labels[name] for name in "ab"}
+    loader = lf.ResidentLoader(x, both, groups, batch_size=32, shuffle=True, seed=1, device="cpu")
+    made = stepping.losses_of(trainer, next(iter(loader)))
     matrices = stepping.fair_batch(trainer, made, 0).matrices
+    assert (matrices is not None) == (change in ("nothing", "order"))
     if matrices is not None:
-        assert change == "order"
         for i, name in enumerate(trainer.task_name):
             assert torch.equal(matrices.logits[:, i : i + 1], made[1][name])
             assert torch.equal(matrices.labels[:, i], made[2][name])
