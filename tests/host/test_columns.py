@@ -109,7 +109,8 @@ def test_a_fairness_method_never_gets_matrices_of_other_outputs(kit: SimpleNames
 
     class Weighs(Changes):
         def _compute_loss(self, preds: Any, gts: Any, task_name: str | None = None) -> Any:
-            return super()._compute_loss({name: -z for name, z in preds.items()}, gts, task_name)
+            flipped = 1 - torch.stack(list(gts.values()), 1)
+            return super()._compute_loss(preds, dict(zip(gts, flipped.unbind(1))), task_name)
 
     tasks = (lf.Binary("a"), lf.Binary("b"))
     trainer = kit.trainer("FairMT", tasks, Weighs if change == "loss" else Changes)
