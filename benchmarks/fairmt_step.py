@@ -31,7 +31,7 @@ from typing import Any, ClassVar
 import torch
 
 import libmtl_fair as lf
-from libmtl_fair.host.loading import AbsWeighting, weighting_namespace
+from libmtl_fair.libmtl.loading import AbsWeighting, weighting_namespace
 from libmtl_fair.models import MLP, linear_heads
 
 _AS_SHIPPED = {

@@ -28,8 +28,8 @@ import time
 import torch
 
 import libmtl_fair as lf
-from libmtl_fair.host.loading import Trainer
-from libmtl_fair.host.registry import resolve_architecture, resolve_weighting
+from libmtl_fair.libmtl.loading import Trainer
+from libmtl_fair.libmtl.registry import resolve_architecture, resolve_weighting
 from libmtl_fair.models import MLP, linear_heads
 from libmtl_fair.recipe import Recipe
 from libmtl_fair.recipe.build import loaders, make_dataset, make_trainer

@@ -203,7 +203,7 @@ def exec(
 ) -> None:
     """Run a LibMTL script with the plugins registered and LibMTL healed: exec SCRIPT.py -- ARGS."""
     with _clean_exit():
-        from libmtl_fair.host.script import run_script
+        from libmtl_fair.libmtl.script import run_script
 
         run_script(script, list(context.args))
 
@@ -212,8 +212,8 @@ def exec(
 def methods() -> None:
     """List the weightings and architectures that recipes and LibMTL can name."""
     with _clean_exit():
-        from libmtl_fair.host import architecture_names, weighting_names
-        from libmtl_fair.host.registry import OUR_ARCHITECTURES, OUR_WEIGHTINGS
+        from libmtl_fair.libmtl import architecture_names, weighting_names
+        from libmtl_fair.libmtl.registry import OUR_ARCHITECTURES, OUR_WEIGHTINGS
 
         for title, names, ours in (
             ("weightings", weighting_names(), OUR_WEIGHTINGS),

@@ -283,7 +283,7 @@ def task_dict(tasks: Iterable[Task]) -> dict[str, dict[str, Any]]:
     >>> list(task_dict([Binary("income"), Regression("hours")]))
     ['income', 'hours']
     """
-    from libmtl_fair.host.objectives import entry
+    from libmtl_fair.libmtl.losses import entry
 
     entries: dict[str, dict[str, Any]] = {}
     for task in tasks:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import libmtl_fair as lf
 from libmtl_fair.errors import DataError, RecipeError
-from libmtl_fair.host.objectives import LossBank, auc
+from libmtl_fair.libmtl.losses import LossBank, auc
 
 B = 24
 NAN = float("nan")

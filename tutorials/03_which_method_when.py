@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from libmtl_fair.host import architecture_names, weighting_names
+from libmtl_fair.libmtl import architecture_names, weighting_names
 from libmtl_fair.recipe import Recipe
 from libmtl_fair.recipe.run import run_recipe
 from libmtl_fair.report.compare import compare

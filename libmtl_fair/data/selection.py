@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from libmtl_fair.data.given import given_mapping, given_names
 from libmtl_fair.data.labels import task_columns
 from libmtl_fair.data.spec import MissingRule, TableSpec, TaskSpec
+from libmtl_fair.data.validation import given_mapping, given_names
 from libmtl_fair.errors import DataError, unknown
 
 

@@ -12,8 +12,8 @@ import pandas as pd
 
 from libmtl_fair.data.checks import UNKNOWN_GROUP
 from libmtl_fair.data.frames import as_numbers, as_text, column_of
-from libmtl_fair.data.given import given_keep, given_names
 from libmtl_fair.data.spec import MissingRule, SensitiveSpec
+from libmtl_fair.data.validation import given_keep, given_names
 from libmtl_fair.errors import DataError, unknown
 
 MISSING_GROUP = "(missing)"

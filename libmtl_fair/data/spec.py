@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import pandas as pd
 
-from libmtl_fair.data.given import given_keep, given_mapping, given_names, given_number, given_text
+from libmtl_fair.data.validation import given_keep, given_mapping, given_names, given_number, given_text
 from libmtl_fair.errors import DataError, unknown
 
 TaskKind = Literal["binary", "multiclass", "multilabel", "regression"]

@@ -12,9 +12,9 @@ from libmtl_fair.data.build import build_dataset
 from libmtl_fair.data.checks import SENSITIVE
 from libmtl_fair.data.dataset import Dataset
 from libmtl_fair.data.frames import column_of, read_frame
-from libmtl_fair.data.given import given_mapping, given_names, given_text
 from libmtl_fair.data.selection import Choice, leaks
 from libmtl_fair.data.spec import MissingRule, SensitiveSpec, TableSpec, TaskSpec, make_spec
+from libmtl_fair.data.validation import given_mapping, given_names, given_text
 from libmtl_fair.errors import DataError, unknown
 
 

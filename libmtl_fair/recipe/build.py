@@ -11,9 +11,9 @@ import torch
 
 from libmtl_fair.data import Dataset, Split, dataset_names, load_dataset, load_table
 from libmtl_fair.errors import FairMTLError, RecipeError
-from libmtl_fair.host import FairTrainer, FairWeighting, architecture_names, weighting_names
-from libmtl_fair.host.evaluation import Results
-from libmtl_fair.host.registry import OUR_WEIGHTINGS
+from libmtl_fair.libmtl import FairTrainer, FairWeighting, architecture_names, weighting_names
+from libmtl_fair.libmtl.evaluate import Results
+from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS
 from libmtl_fair.models import MLP, linear_heads
 from libmtl_fair.recipe.schema import Recipe, check_names
 from libmtl_fair.tasks import Task, task_dict
@@ -139,7 +139,7 @@ def make_trainer(
     progress: bool = False,
 ) -> FairTrainer:
     """Return the trainer of one method and seed, with encoder and heads initialised from the seed."""
-    from libmtl_fair.host.checkpoint import seed_everything
+    from libmtl_fair.libmtl.checkpoint import seed_everything
 
     spec, train, model = recipe.methods[method], recipe.train_for(method), recipe.model_for(method)
     if model.encoder != "mlp":
@@ -180,7 +180,7 @@ def make_trainer(
 
 def _with_fairness_heads(described: Any, heads: Any, data: Dataset, spec: Any) -> Any:
     try:
-        from libmtl_fair.architecture.auxiliary_heads import add_fairness_heads
+        from libmtl_fair.methods.heads.add_heads import add_fairness_heads
     except ImportError as error:
         raise RecipeError("this version has no auxiliary fairness heads") from error
     options = {k: v for k, v in spec.model_dump().items() if v is not None}

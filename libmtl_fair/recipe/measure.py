@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from libmtl_fair import metrics
-from libmtl_fair.host.registry import OUR_WEIGHTINGS
+from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS
 from libmtl_fair.metrics.sampling import draw_pool
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.schema import Recipe

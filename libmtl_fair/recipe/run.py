@@ -18,8 +18,8 @@ from libmtl_fair.data import Dataset
 from libmtl_fair.data.loader import resolve_device
 from libmtl_fair.errors import CheckpointError
 from libmtl_fair.files import atomic_path, read_json, write_json, write_text
-from libmtl_fair.host import FairTrainer
-from libmtl_fair.host.loading import LINEAGE
+from libmtl_fair.libmtl import FairTrainer
+from libmtl_fair.libmtl.loading import LINEAGE
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.build import check, loaders, make_dataset, make_trainer, only
 from libmtl_fair.recipe.measure import Protocol, measure, pool_embeddings

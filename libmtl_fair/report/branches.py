@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from libmtl_fair.architecture.tree import BranchTree
 from libmtl_fair.errors import CheckpointError, FairMTLError
+from libmtl_fair.methods.fairbranch.tree import BranchTree
 from libmtl_fair.metrics.conflicts import KINDS
 from libmtl_fair.report.run_folder import RunFolder, SeedRun
 from libmtl_fair.report.sections import Sheet, sheet
@@ -32,7 +32,7 @@ class Branching:
     ----------
     last : the tree after the last epoch.
     chosen : the tree of the checkpoint that the numbers are of.
-    events : the events that led to ``last``, as :class:`~libmtl_fair.architecture.BranchEvent` spells them.
+    events : the events that led to ``last``, as :class:`~libmtl_fair.methods.fairbranch.fairbranch.BranchEvent` spells them.
     """
 
     method: str

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from libmtl_fair.errors import DataError, RecipeError, unknown
-from libmtl_fair.host import architecture_names, weighting_names
-from libmtl_fair.host.registry import OUR_ARCHITECTURES, OUR_WEIGHTINGS
+from libmtl_fair.libmtl import architecture_names, weighting_names
+from libmtl_fair.libmtl.registry import OUR_ARCHITECTURES, OUR_WEIGHTINGS
 
 _HEAD_OPTIONS = ("target", "conditional", "heads", "intersectional", "tasks", "bins", "sensitive")
 

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from libmtl_fair.errors import CheckpointError
-from libmtl_fair.host import checkpoint
+from libmtl_fair.libmtl import checkpoint
 from libmtl_fair.sklearn.inputs import TableEncoder
 from libmtl_fair.sklearn.targets import Target
 

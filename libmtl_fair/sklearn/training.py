@@ -14,7 +14,7 @@ from torch import Tensor
 from libmtl_fair.data import ResidentLoader
 from libmtl_fair.data.loader import representative
 from libmtl_fair.errors import RecipeError
-from libmtl_fair.host import FairTrainer, checkpoint
+from libmtl_fair.libmtl import FairTrainer, checkpoint
 from libmtl_fair.models import MLP, linear_heads
 from libmtl_fair.sklearn.groups import Groups
 from libmtl_fair.sklearn.methods import Method
@@ -116,7 +116,7 @@ def _trainer(
     described: Any = task_dict(tasks)
     heads: Any = linear_heads(tasks, settings.hidden[-1])
     if method.heads is not None:
-        from libmtl_fair.architecture.auxiliary_heads import add_fairness_heads
+        from libmtl_fair.methods.heads.add_heads import add_fairness_heads
 
         counts = {name: len(names) for name, names in groups.names.items()}
         head_args = {"sensitive": tuple(counts), **head_args}

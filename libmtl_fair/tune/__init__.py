@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from libmtl_fair.tune.identity import study_recipe
+from libmtl_fair.tune.fingerprint import study_recipe
 from libmtl_fair.tune.select import chosen, front, knee, select, to_recipe, trial_by_number
 from libmtl_fair.tune.storage import open_storage
 from libmtl_fair.tune.study import tune

@@ -49,7 +49,7 @@ def _measures(held: Mapping[str, Any], folder: Path) -> dict[str, tuple[Read, St
     deltas = {str(entry["delta_name"]): float(entry["delta"]) for entry in held["audit"]["val"]}
 
     def statistic(name: str) -> Statistic:
-        from libmtl_fair.tune.measures import parse_measure, value_of
+        from libmtl_fair.tune.objectives import parse_measure, value_of
 
         def value(predictions: Predictions) -> float:
             kinds = {task.name: task.kind for task in predictions.tasks}

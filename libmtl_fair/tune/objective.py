@@ -16,14 +16,14 @@ import torch
 from libmtl_fair.data import Dataset
 from libmtl_fair.data.loader import resolve_device
 from libmtl_fair.errors import RecipeError, unknown
-from libmtl_fair.host import FairTrainer
+from libmtl_fair.libmtl import FairTrainer
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.build import check, loaders, make_dataset, make_trainer
 from libmtl_fair.recipe.measure import Protocol
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.recipe.sections import Train
 from libmtl_fair.tasks import Regression, Task
-from libmtl_fair.tune.measures import Constraint, Measure, parse_constraint, parse_measure, value_of
+from libmtl_fair.tune.objectives import Constraint, Measure, parse_constraint, parse_measure, value_of
 from libmtl_fair.tune.space import Parameter, changed, current, label, make_space
 
 OBJECTIVES = ("macro_auc", "eo_difference")

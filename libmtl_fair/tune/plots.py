@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from libmtl_fair.errors import RecipeError
 from libmtl_fair.files import atomic_path, write_text
 from libmtl_fair.report.theme import PALETTE, REFERENCE, themed
-from libmtl_fair.tune.identity import DESCRIBED
+from libmtl_fair.tune.fingerprint import DESCRIBED
 from libmtl_fair.tune.objective import FIXED, ROLE
 from libmtl_fair.tune.select import complete, disparity, disparity_name, front
 

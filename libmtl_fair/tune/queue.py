@@ -10,8 +10,8 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
+from libmtl_fair.tune.heartbeat import SLOT, give_up, is_counted
 from libmtl_fair.tune.objective import Plan
-from libmtl_fair.tune.stale import SLOT, give_up, is_counted
 
 
 def slots(study: optuna.Study) -> dict[int, FrozenTrial]:

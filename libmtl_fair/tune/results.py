@@ -12,7 +12,7 @@ from rich.table import Table
 
 from libmtl_fair.files import write_json, write_text
 from libmtl_fair.recipe.schema import Recipe
-from libmtl_fair.tune.identity import study_protocol, study_recipe
+from libmtl_fair.tune.fingerprint import study_protocol, study_recipe
 from libmtl_fair.tune.objective import ROLE, Outcome, Plan, run_trial
 from libmtl_fair.tune.plots import image, page, trials_table
 from libmtl_fair.tune.select import complete, front, has_disparity, to_recipe

@@ -253,7 +253,7 @@ def current(recipe: Recipe, method: str, parameter: Parameter, args: Mapping[str
     """Return the value of a parameter as the recipe has it, None if nothing says; ``args`` replaces the method's own."""
     import dataclasses
 
-    from libmtl_fair.host.registry import OUR_WEIGHTINGS
+    from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS
 
     head, last = parameter.path[0], parameter.path[-1]
     if head == "train":

@@ -12,9 +12,10 @@ import optuna
 
 from libmtl_fair.data.loader import resolve_device
 from libmtl_fair.errors import FairMTLError
-from libmtl_fair.host import FairTrainer, judging
+from libmtl_fair.libmtl import FairTrainer
+from libmtl_fair.libmtl import checkpoint_selection as judging
 from libmtl_fair.recipe.build import make_trainer
-from libmtl_fair.tune import stale
+from libmtl_fair.tune import heartbeat as stale
 from libmtl_fair.tune.objective import Candidate, Outcome, measured
 from libmtl_fair.tune.stacked import Rows, Stack, obstacle, shape
 

@@ -21,9 +21,9 @@ from libmtl_fair.data.loader import resolve_device
 from libmtl_fair.errors import CheckpointError, FairMTLError, RecipeError
 from libmtl_fair.recipe.measure import Protocol
 from libmtl_fair.recipe.schema import Recipe, load_recipe
-from libmtl_fair.tune import stale
-from libmtl_fair.tune.identity import PROTOCOL, fingerprint, stamp, study_protocol
-from libmtl_fair.tune.keeping import describe, keeper_of
+from libmtl_fair.tune import heartbeat as stale
+from libmtl_fair.tune.artifacts import describe, keeper_of
+from libmtl_fair.tune.fingerprint import PROTOCOL, fingerprint, stamp, study_protocol
 from libmtl_fair.tune.objective import Plan, choose_protocol
 from libmtl_fair.tune.queue import fill, finished
 from libmtl_fair.tune.samplers import SAMPLERS, make_pruner, make_sampler
@@ -61,7 +61,7 @@ def tune(
     ----------
     recipe : a recipe or its file; its ``tune`` section says what the other arguments leave open.
     n_trials : trials of the study in all: calling again goes on to this number.
-    objectives : names such as ``macro_auc`` (up) or ``eo_difference`` (down); see :mod:`libmtl_fair.tune.measures`.
+    objectives : names such as ``macro_auc`` (up) or ``eo_difference`` (down); see :mod:`libmtl_fair.tune.objectives`.
     storage : a journal file, a database URL, ``grpc://host:port``, an Optuna storage, or None: memory of this process.
     workers : processes that work on it; more than one need a storage that they can share.
     stacked : trials trained at once as one batched model; 1 trains one at a time; 0 is 16 on a GPU and 1 elsewhere.
@@ -298,7 +298,7 @@ def _main() -> int:
     """Run as a worker process."""
     import signal
 
-    import libmtl_fair.host  # noqa: F401 - loads LibMTL before anything else does
+    import libmtl_fair.libmtl  # noqa: F401 - loads LibMTL before anything else does
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt

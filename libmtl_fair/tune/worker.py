@@ -16,8 +16,8 @@ from optuna.trial import TrialState
 
 from libmtl_fair.errors import CheckpointError, FairMTLError
 from libmtl_fair.recipe.measure import Protocol
-from libmtl_fair.tune import stale
-from libmtl_fair.tune.keeping import Keeper
+from libmtl_fair.tune import heartbeat as stale
+from libmtl_fair.tune.artifacts import Keeper
 from libmtl_fair.tune.objective import Candidate, Outcome, Plan, run_trial
 from libmtl_fair.tune.queue import claim, fill, finished, slots
 from libmtl_fair.tune.stacking import Places

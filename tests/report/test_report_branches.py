@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from libmtl_fair.architecture.tree import BranchTree
 from libmtl_fair.errors import CheckpointError
+from libmtl_fair.methods.fairbranch.tree import BranchTree
 from libmtl_fair.metrics.conflicts import ConflictRecord
 from libmtl_fair.recipe import Recipe
 from libmtl_fair.recipe.run import run_recipe

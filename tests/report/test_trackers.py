@@ -11,7 +11,7 @@ from torch import nn
 
 from libmtl_fair import Binary, FairTrainer, ResidentLoader, task_dict
 from libmtl_fair.errors import HostError, RecipeError
-from libmtl_fair.trackers import MLflow, TensorBoard
+from libmtl_fair.libmtl.loggers import MLflow, TensorBoard
 
 
 def make(tmp_path=None, **options):

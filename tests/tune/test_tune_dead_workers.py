@@ -17,7 +17,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from libmtl_fair.tune import stale
+from libmtl_fair.tune import heartbeat as stale
 from libmtl_fair.tune.objective import Plan
 from libmtl_fair.tune.queue import claim, fill
 from libmtl_fair.tune.storage import open_storage

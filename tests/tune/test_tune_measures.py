@@ -10,7 +10,7 @@ from libmtl_fair import functional as F
 from libmtl_fair.errors import RecipeError
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.tasks import Binary
-from libmtl_fair.tune.measures import UndefinedError, parse_constraint, parse_measure, value_of
+from libmtl_fair.tune.objectives import UndefinedError, parse_constraint, parse_measure, value_of
 
 TASKS = {"a": "binary", "b": "binary"}
 

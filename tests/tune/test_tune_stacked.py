@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 
+from libmtl_fair.methods.fairmt.proxies import min_norm_of
 from libmtl_fair.recipe.build import loaders, make_dataset, make_trainer
 from libmtl_fair.tune.space import changed
 from libmtl_fair.tune.stacked import Rows, Stack, obstacle, shape
 from libmtl_fair.tune.stacked.fairmt import min_norm_rows
 from libmtl_fair.tune.stacked.weights import Adam
-from libmtl_fair.weighting._fairmt_heads import min_norm_of
 
 CPU = torch.device("cpu")
 LR, DECAY, DROPOUT = ("train", "optimizer", "lr"), ("train", "optimizer", "weight_decay"), ("model", "dropout")

@@ -16,7 +16,9 @@ from torch import Tensor
 from libmtl_fair.data import Dataset
 from libmtl_fair.data.loader import epoch_order
 from libmtl_fair.errors import HostError
-from libmtl_fair.host import FairTrainer, evaluation, judging
+from libmtl_fair.libmtl import FairTrainer
+from libmtl_fair.libmtl import checkpoint_selection as judging
+from libmtl_fair.libmtl import evaluate as evaluation
 from libmtl_fair.tune.stacked.grouping import parts_of
 from libmtl_fair.tune.stacked.inputs import Batch, Inputs
 from libmtl_fair.tune.stacked.members import Member

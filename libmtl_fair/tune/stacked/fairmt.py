@@ -1,4 +1,4 @@
-"""FairMT of many members at once: :class:`~libmtl_fair.weighting.FairMT`'s step with a dimension for the members.
+"""FairMT of many members at once: :class:`~libmtl_fair.methods.FairMT`'s step with a dimension for the members.
 
 Shapes: m members, B examples, A attributes, G groups (the most of any attribute), T tasks; 2T columns are the groups' mean
 badness, 1 - TPR of each task and then FPR.
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from libmtl_fair import functional as F
 from libmtl_fair.functional._device import widest
+from libmtl_fair.methods.fairmt.proxies import min_norm_of
 from libmtl_fair.tune.stacked.members import Member
 from libmtl_fair.tune.stacked.parts import Part, Step, loss_gradient
-from libmtl_fair.weighting._fairmt_heads import min_norm_of
 
 _TINY = 1e-12
 
@@ -151,7 +151,7 @@ def min_norm_rows(gram: Tensor, linear: Tensor, seen: Tensor) -> Tensor:
 
 
 class Duals:
-    """The :class:`~libmtl_fair.controllers.DualAscent` of many members: one eta each, [m]."""
+    """The :class:`~libmtl_fair.methods.controllers.DualAscent` of many members: one eta each, [m]."""
 
     def __init__(self, modules: Sequence[Any]) -> None:
         self._modules = list(modules)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from libmtl_fair.host.registry import OUR_WEIGHTINGS
+from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.tasks import Task
 

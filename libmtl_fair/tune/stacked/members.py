@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from libmtl_fair.host import FairTrainer, stepping
-from libmtl_fair.host.optimizers import make_scheduler
+from libmtl_fair.libmtl import FairTrainer
+from libmtl_fair.libmtl import step as stepping
+from libmtl_fair.libmtl.optimizers import make_scheduler
 
 
 class Member:

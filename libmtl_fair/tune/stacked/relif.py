@@ -1,4 +1,4 @@
-"""ReLiF of many members at once: :class:`~libmtl_fair.weighting.ReLiF`'s step with a dimension for the members.
+"""ReLiF of many members at once: :class:`~libmtl_fair.methods.ReLiF`'s step with a dimension for the members.
 
 Members differ in every number (k, beta, mu, target, eta, bounds, ...). Prototypes are padded to the largest k, and pairs of
 padding count for nothing.
@@ -15,9 +15,9 @@ from torch import Tensor
 from libmtl_fair import functional as F
 from libmtl_fair.functional._device import widest
 from libmtl_fair.functional.margins import unit_vectors_and_norms
+from libmtl_fair.methods.lipschitz_term import DISTANCE_FLOOR, SCALE_FLOOR
 from libmtl_fair.tune.stacked.members import Member
 from libmtl_fair.tune.stacked.parts import Part, Step, loss_gradient
-from libmtl_fair.weighting._lipschitz import DISTANCE_FLOOR, SCALE_FLOOR
 
 
 def key(member: Member) -> tuple[Any, ...] | None:
@@ -132,7 +132,7 @@ class ReLiFPart(Part):
 
 
 class Controllers:
-    """The :class:`~libmtl_fair.controllers.ViolationController` of many members: one lambda each, [m]."""
+    """The :class:`~libmtl_fair.methods.controllers.ViolationController` of many members: one lambda each, [m]."""
 
     def __init__(self, controllers: Sequence[Any]) -> None:
         self._modules = list(controllers)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from libmtl_fair.host import FairTrainer
+from libmtl_fair.libmtl import FairTrainer
 
 
 @dataclass(frozen=True)

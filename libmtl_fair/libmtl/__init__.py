@@ -1,0 +1,17 @@
+"""All knowledge of LibMTL's insides: loading, healing, registering, training."""
+
+from libmtl_fair.libmtl.compat import heal
+from libmtl_fair.libmtl.registry import architecture_names, register, weighting_names
+from libmtl_fair.libmtl.trainer import DivergenceError, FairTrainer
+from libmtl_fair.methods.base import FairWeighting, Settings
+
+__all__ = [
+    "DivergenceError",
+    "FairTrainer",
+    "FairWeighting",
+    "Settings",
+    "architecture_names",
+    "heal",
+    "register",
+    "weighting_names",
+]

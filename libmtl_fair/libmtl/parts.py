@@ -1,0 +1,103 @@
+"""A LibMTL weighting over some of a model's tasks, with a state of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from libmtl_fair.libmtl.checkpoint import attributes, set_attributes
+from libmtl_fair.libmtl.compat import healed
+from libmtl_fair.libmtl.registry import resolve_weighting, weight_args
+
+
+class Part(nn.Module):
+    """What a LibMTL weighting needs of a model, for a subset of its tasks; everything else is the model's.
+
+    It stands in the place of LibMTL's architecture in the class that :func:`part_of` composes. Its own parameters
+    (UW's and GradNorm's scales) are its own; the model's are reached, not owned.
+    """
+
+    _model: tuple[Any]
+    _rows: list[int]
+    task_name: list[str]
+    task_num: int
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the model."""
+        return int(self._model[0].epoch)
+
+    @property
+    def train_loss_buffer(self) -> Any:
+        """Mean training losses of these tasks, [tasks, epochs]."""
+        return self._model[0].train_loss_buffer[self._rows]
+
+    @property
+    def encoder(self) -> Any:
+        """The model's encoder."""
+        return self._model[0].encoder
+
+    def get_share_params(self) -> Any:
+        """Return the model's shared parameters."""
+        return self._model[0].get_share_params()
+
+    def zero_grad_share_params(self) -> None:
+        """Forget the gradients of the model's shared parameters."""
+        self._model[0].zero_grad_share_params()
+
+    def parameters(self, recurse: bool = True) -> Any:
+        """Yield the model's parameters, which include this part's."""
+        return self._model[0].parameters(recurse)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return what the weighting keeps outside its parameters, for checkpoints."""
+        return attributes(self)
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Put back what :meth:`get_extra_state` gave."""
+        set_attributes(self, state)
+
+
+def part_of(model: Any, weighting: str, tasks: Sequence[str], args: Mapping[str, Any]) -> Any:
+    """Return a module whose ``backward(losses of these tasks, **part.args)`` is that weighting's, for these tasks alone."""
+    base = resolve_weighting(weighting)
+    part: Any = type(base.__name__, (Part, healed(base)), {})()
+    part._model = (model,)
+    part._rows = [model.task_name.index(task) for task in tasks]
+    part.task_name, part.task_num = list(tasks), len(tasks)
+    part.device, part.rep_grad, part.multi_input = model.device, False, model.multi_input
+    part.keeps_weights_on_device = True
+    part.args = weight_args(base, args)
+    part.init_param()
+    return part
+
+
+class _Linearised(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, count: int, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[count:])
+        ctx.count = count
+        return losses.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> Any:
+        grads = [torch.tensordot(outer[0].to(rows.dtype), rows, dims=1) for rows in ctx.saved_tensors]
+        return (None, None, *grads, *[None] * ctx.count)
+
+
+def linearised(losses: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """Return losses [T] of the same values and gradients on a graph of their own; the graph they came from is kept.
+
+    One backward pass a task. A weighting may take gradients of the result in any order, once, and free it.
+    """
+    rows: list[list[Tensor]] = [[] for _ in parameters]
+    for loss in losses:
+        grads = torch.autograd.grad(loss, list(parameters), retain_graph=True, allow_unused=True)
+        for kept, parameter, grad in zip(rows, parameters, grads):
+            kept.append(torch.zeros_like(parameter) if grad is None else grad)
+    stacked = [torch.stack(kept) for kept in rows]
+    out: Tensor = _Linearised.apply(losses.detach(), len(stacked), *parameters, *stacked)  # type: ignore[no-untyped-call]
+    return out

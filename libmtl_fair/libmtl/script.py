@@ -1,0 +1,111 @@
+"""Run a user's LibMTL script as it is: plugins registered, LibMTL healed."""
+
+from __future__ import annotations
+
+import itertools
+import runpy
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from libmtl_fair.errors import RecipeError
+from libmtl_fair.libmtl.compat import heal
+from libmtl_fair.libmtl.evaluate import Results
+from libmtl_fair.libmtl.loading import libmtl, trainer_module
+from libmtl_fair.libmtl.registry import OUR_ARCHITECTURES, OUR_WEIGHTINGS
+from libmtl_fair.libmtl.trainer import FairTrainer
+
+_OPTIONS = ("--weighting", "--arch")
+
+
+class ScriptTrainer(FairTrainer):
+    """FairTrainer in the place of ``LibMTL.Trainer``: results go to the console, as a LibMTL script expects."""
+
+    def _one_epoch(self, epoch: int, train_dataloaders: Any, val_dataloaders: Any) -> None:
+        super()._one_epoch(epoch, train_dataloaders, val_dataloaders)
+        row = self.epochs.iloc[-1]
+        train = " ".join(f"{task} {row[f'loss/{task}']:.4f}" for task in self.task_name)
+        val = " ".join(f"{name.removeprefix('val/')} {row[name]:.4f}" for name in row.index if name.startswith("val/"))
+        _say(f"Epoch: {epoch:04d} | TRAIN: {train}" + (f" | VAL: {val}" if val else ""))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, then show the results on the test loader."""
+        weights = super().train(*args, **kwargs)
+        if self.test_results is not None:
+            _say(f"TEST: {_line(self.test_results)}")
+        return weights
+
+    def test(self, *args: Any, **kwargs: Any) -> Results:
+        """Return the results over a loader, and show them."""
+        results = super().test(*args, **kwargs)
+        _say(f"TEST: {_line(results)}")
+        return results
+
+
+def _line(results: Results) -> str:
+    return " ".join(f"{task}/{name} {value:.4f}" for task, found in results.items() for name, value in found.items())
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def run_script(path: str | Path, args: Sequence[str] = ()) -> dict[str, Any]:
+    """Run a script as ``python path args`` would, with our methods known to LibMTL and LibMTL healed.
+
+    Where ``args`` choose one of our methods (``--weighting ReLiF``), the ``LibMTL.Trainer`` that the script imports is a
+    :class:`ScriptTrainer`, since LibMTL's own cannot show a weighting its batch; else it is LibMTL's own, healed.
+
+    Returns
+    -------
+    dict : the script's global names.
+
+    Raises
+    ------
+    RecipeError : there is no such script. The script's own exceptions, ``SystemExit`` included, go through unchanged.
+    """
+    script = Path(path)
+    if not script.is_file():
+        raise RecipeError(
+            f"no script at {path}; expected a Python file, as in: libmtl-fair exec train.py -- --weighting ReLiF"
+        )
+    heal()
+    with _as_main(script, args), _trainer(ScriptTrainer if _asks_for_ours(args) else None):
+        return runpy.run_path(str(script), run_name="__main__")
+
+
+def _asks_for_ours(args: Sequence[str]) -> bool:
+    ours = {*OUR_WEIGHTINGS, *OUR_ARCHITECTURES}
+    joined = {f"{option}={name}" for option in _OPTIONS for name in ours}
+    pairs = itertools.pairwise(args)
+    return any(a in joined for a in args) or any(a in _OPTIONS and b in ours for a, b in pairs)
+
+
+@contextmanager
+def _as_main(script: Path, args: Sequence[str]) -> Iterator[None]:
+    argv, first = sys.argv, str(script.resolve().parent)
+    sys.argv = [str(script), *args]
+    sys.path.insert(0, first)
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        if first in sys.path:
+            sys.path.remove(first)
+
+
+@contextmanager
+def _trainer(replacement: type[Any] | None) -> Iterator[None]:
+    """Let ``from LibMTL import Trainer`` give the replacement."""
+    if replacement is None:
+        yield
+        return
+    held = libmtl.Trainer, trainer_module.Trainer
+    libmtl.Trainer = trainer_module.Trainer = replacement  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        libmtl.Trainer, trainer_module.Trainer = held  # type: ignore[attr-defined]

@@ -1,0 +1,344 @@
+"""FairBranch: an architecture that grows branches where the tasks' weights differ."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from libmtl_fair import functional as F
+from libmtl_fair.errors import HostError, RecipeError, unknown
+from libmtl_fair.libmtl.loading import AbsArchitecture
+from libmtl_fair.libmtl.model import is_plain_linear
+from libmtl_fair.methods.fairbranch.adopt import adopt
+from libmtl_fair.methods.fairbranch.blocks import BranchedEncoder
+from libmtl_fair.methods.fairbranch.head_similarity import head_layers, identical, similarity
+from libmtl_fair.methods.fairbranch.tree import BranchTree, Group
+
+
+@dataclass(frozen=True)
+class FairBranchSettings:
+    """Hyperparameters of :class:`FairBranch`: LibMTL's ``arch_args``.
+
+    Parameters
+    ----------
+    threshold : tau in (0, 1]: groups whose weights are at least so similar stay together.
+    branch_every : epochs (or steps) from one branch event to the next.
+    unit : ``"epochs"`` or ``"steps"``.
+    keep_first : the first block always stays shared, as in the source; False may branch it too **(ours)**.
+    max_events : no further branch events after so many; None for no limit.
+    """
+
+    threshold: float = 0.5
+    branch_every: int = 1
+    unit: str = "epochs"
+    keep_first: bool = True
+    max_events: int | None = None
+
+    @classmethod
+    def from_args(cls, method: str, args: Mapping[str, Any]) -> FairBranchSettings:
+        """Build settings from a LibMTL ``arch_args`` dict.
+
+        Raises
+        ------
+        RecipeError : an unknown name, or a value out of range.
+        """
+        names = [f.name for f in fields(cls)]
+        for name in args:
+            if name not in names:
+                raise RecipeError(f"{method}: {unknown('setting', name, names)}")
+        return cls(**args)
+
+    def __post_init__(self) -> None:
+        """Check every range."""
+        self._need("threshold", _is_number(self.threshold) and 0 < self.threshold <= 1, "a number in (0, 1]")
+        self._need("branch_every", _is_count(self.branch_every, 1), "a whole number of at least 1")
+        if self.unit not in ("epochs", "steps"):
+            raise RecipeError(f"FairBranch: {unknown('unit', self.unit, ['epochs', 'steps'])}")
+        self._need("keep_first", isinstance(self.keep_first, bool), "true or false")
+        limit = self.max_events is None or _is_count(self.max_events, 0)
+        self._need("max_events", limit, "a whole number of at least 0, or null")
+
+    def _need(self, name: str, condition: bool, expected: str) -> None:
+        if not condition:
+            raise RecipeError(f"FairBranch: {name} must be {expected}, found {getattr(self, name)!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+@dataclass(frozen=True)
+class BranchEvent:
+    """One branch event.
+
+    Attributes
+    ----------
+    block : 1-based number of the block that was copied.
+    compared : task groups before the event.
+    similarity : of each pair of them, [n][n].
+    groups : task groups after it, each with its own copy of the block.
+    epoch, step : when, 0-based; None for an event by hand.
+    """
+
+    block: int
+    compared: tuple[Group, ...]
+    similarity: tuple[tuple[float, ...], ...]
+    groups: tuple[Group, ...]
+    epoch: int | None = None
+    step: int | None = None
+
+
+class FairBranch(AbsArchitecture):  # type: ignore[misc]
+    r"""Hard sharing that branches: blocks near the heads are copied for groups of tasks whose weights agree.
+
+    Training starts with one shared encoder of ordered blocks. At each branch event (every ``branch_every`` epochs) task
+    groups are compared by the linear CKA of their weights one layer above the current block (the heads first); pairs at
+    or above ``threshold`` stay together, best first; the block is copied once a group, with its norms, buffers and
+    optimiser state, and the next event is about the block below. The function does not change by an event. Source:
+    arXiv:2310.13746; the weightings' view of it (``get_share_params``: what at least two tasks have in common) is ours.
+
+    Works with every LibMTL weighting; :class:`~libmtl_fair.methods.FBGrad` corrects fairness conflicts in branches.
+    With ``FairTrainer`` events come by themselves; :meth:`branch` makes one now. :attr:`tree` prints and plots.
+
+    Raises
+    ------
+    HostError : fewer than two tasks; an encoder without blocks, or with one block and ``keep_first``; heads without
+        a linear layer, or of different input width.
+    RecipeError : a setting out of range.
+    """
+
+    settings_class: ClassVar[type[FairBranchSettings]] = FairBranchSettings
+    source: ClassVar[str] = "arXiv:2310.13746"
+    fair_watchers: int = 0
+    encoder: BranchedEncoder
+    rep: Tensor | dict[str, Tensor]
+
+    def __init__(
+        self,
+        task_name: list[str],
+        encoder_class: Callable[[], nn.Module],
+        decoders: nn.ModuleDict,
+        rep_grad: bool,
+        multi_input: bool,
+        device: torch.device,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(task_name, encoder_class, decoders, rep_grad, multi_input, device, **kwargs)
+        self.branching = FairBranchSettings.from_args("FairBranch", kwargs)
+        if len(task_name) < 2:
+            raise HostError(f"FairBranch needs at least two tasks to tell apart, found {len(task_name)}: {task_name}")
+        head_layers(dict(decoders.items()), task_name)
+        self.encoder = BranchedEncoder(encoder_class(), task_name)
+        if self.tree.n_blocks == 1 and self.branching.keep_first:
+            raise HostError(
+                "FairBranch: the encoder has one block, which keep_first=True never branches; use an encoder of two or "
+                "more blocks, or keep_first=False"
+            )
+        self.events: list[BranchEvent] = []
+        self._seen_by_heads: dict[str, Tensor] = {}
+        self._optimizer: Callable[[], torch.optim.Optimizer | None] = _nothing
+
+    # -- what LibMTL asks of an architecture --------------------------------------------------------------------
+
+    def forward(self, inputs: Any, task_name: str | None = None) -> dict[str, Tensor]:
+        """Return task -> output. Every block copy runs once."""
+        wanted = self.task_name if task_name is None else [task_name]
+        reps = self.encoder(inputs, wanted)
+        if self.rep_grad:
+            reps = self._detached(reps)
+        if self.fair_watchers:
+            self._seen_by_heads = reps if not self.multi_input else {**self._seen_by_heads, **reps}
+        if not self.training or self.rep_grad:
+            return {task: self.decoders[task](reps[task]) for task in wanted}
+        out: dict[str, Tensor] = {}
+        for group in self.tree.leaves:
+            out.update(self._heads([task for task in group if task in reps], reps))
+        return {task: out[task] for task in wanted}
+
+    def _heads(self, tasks: list[str], reps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run the heads of one leaf: as one matrix product where they are plain linear layers."""
+        heads = [self.decoders[task] for task in tasks]
+        if len(tasks) < 2 or not all(is_plain_linear(head) for head in heads):
+            return {task: head(reps[task]) for task, head in zip(tasks, heads)}
+        weight, bias = torch.cat([x.weight for x in heads]), torch.cat([x.bias for x in heads])
+        z = nn.functional.linear(reps[tasks[0]], weight, bias)
+        return dict(zip(tasks, torch.split(z, [x.out_features for x in heads], dim=-1)))
+
+    def _detached(self, reps: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Cut the graph at the representations, as LibMTL does under ``rep_grad=True``."""
+        if len(self.tree.leaves) == 1 and not self.multi_input:
+            self.rep = next(iter(reps.values()))
+        elif isinstance(self.rep, dict):
+            self.rep.update(reps)
+        else:
+            self.rep = dict(reps)
+        self.rep_tasks.update({task: rep.detach().clone().requires_grad_() for task, rep in reps.items()})
+        return {task: self.rep_tasks[task] for task in reps}
+
+    def get_share_params(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters that at least two tasks have in common: trunk first, then branches."""
+        yield from self.trunk_parameters()
+        for group, parameters in self.branch_parameters():
+            if len(group) > 1:
+                yield from parameters
+
+    def zero_grad_share_params(self) -> None:
+        """Drop the gradients of the shared parameters."""
+        for parameter in self.get_share_params():
+            parameter.grad = None
+
+    # -- branches ------------------------------------------------------------------------------------------------
+
+    @property
+    def tree(self) -> BranchTree:
+        """Which tasks share which block."""
+        return self.encoder.tree
+
+    def trunk_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that no event has reached."""
+        return self.encoder.trunk_parameters()
+
+    def branch_parameters(self) -> list[tuple[Group, list[nn.Parameter]]]:
+        """Return (task group, the parameters that are its own) for every branch, single tasks included."""
+        return [(group, self.encoder.parameters_of(places)) for group, places in self.tree.branches().items()]
+
+    def layer_parameters(self) -> list[dict[str, list[nn.Parameter]]]:
+        """Return, for each block, task -> the parameters of the copy that it runs through."""
+        return [
+            {task: self.encoder.parameters_of([(level, i)]) for i, group in enumerate(groups) for task in group}
+            for level, groups in enumerate(self.tree.levels)
+        ]
+
+    @property
+    def can_branch(self) -> bool:
+        """Whether a block is left to branch, and more than one group to give it to."""
+        limit = self.branching.max_events
+        left = self.tree.depth > (1 if self.branching.keep_first else 0)
+        return left and len(self.tree.groups) >= 2 and (limit is None or len(self.events) < limit)
+
+    def similarity(self) -> Tensor:
+        """Return the similarity of the current task groups, [n, n] on the CPU."""
+        return similarity(self._compared())
+
+    def _compared(self) -> list[nn.Module]:
+        if self.tree.depth == self.tree.n_blocks:
+            return head_layers(self.decoders, self.task_name)
+        found: list[nn.Module] = self.encoder.copies(self.tree.depth)
+        return found
+
+    def branch(
+        self,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        epoch: int | None = None,
+        step: int | None = None,
+    ) -> BranchEvent | None:
+        """Make one branch event now; return it, or None if there is nothing to branch.
+
+        Nothing is left when all groups are one or the last block is reached, and right after an event: copies that have
+        not been trained are identical, and their similarity says nothing.
+
+        Parameters
+        ----------
+        optimizer : that trains this model; new parameters join it with copied state. ``FairTrainer``'s is known.
+        epoch, step : recorded in the event.
+        """
+        compared = self._compared() if self.can_branch else []
+        if not compared or (self.tree.depth < self.tree.n_blocks and identical(compared)):
+            return None
+        likeness = similarity(compared)
+        before, groups = list(self.get_share_params()), self.tree.groups
+        pairs = F.pair_by_similarity(likeness, self.branching.threshold)
+        copies = self.encoder.grow(self.tree.branch(pairs))
+        optimizer = optimizer if optimizer is not None else self._optimizer()
+        if optimizer is not None:
+            adopt(optimizer, copies, list(self.named_parameters()))
+        self._move_cached_gradients(before, copies)
+        rows = tuple(tuple(row) for row in likeness.tolist())
+        event = BranchEvent(self.tree.depth + 1, groups, rows, self.tree.groups, epoch, step)
+        self.events.append(event)
+        return event
+
+    def _move_cached_gradients(
+        self, before: list[nn.Parameter], copies: list[tuple[nn.Parameter, nn.Parameter]]
+    ) -> None:
+        """Carry over what a weighting keeps a shared parameter each (MoCo's running gradients [T, P])."""
+        sizes = [p.numel() for p in before if p.requires_grad]
+        if getattr(self, "grad_dim", None) != sum(sizes):
+            return
+        starts = dict(zip((id(p) for p in before if p.requires_grad), _starts(sizes)))
+        origin = {id(new): id(old) for old, new in copies}
+        now = [p for p in self.get_share_params() if p.requires_grad]
+        at = [torch.arange(p.numel()) + starts[origin.get(id(p), id(p))] for p in now]
+        index = torch.cat(at) if at else torch.zeros(0, dtype=torch.long)
+        for name, value in list(vars(self).items()):
+            if isinstance(value, Tensor) and value.dim() and value.shape[-1] == sum(sizes):
+                setattr(self, name, value[..., index.to(value.device)].detach().clone())
+        self._compute_grad_dim()
+
+    # -- what FairTrainer asks -----------------------------------------------------------------------------------
+
+    def bind_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Remember (weakly) which optimiser new parameters have to join."""
+        self._optimizer = weakref.ref(optimizer)
+
+    def after_epoch(self, trainer: Any, epoch: int) -> None:
+        """Branch at the end of every ``branch_every``-th epoch."""
+        if self.branching.unit == "epochs" and (epoch + 1) % self.branching.branch_every == 0:
+            self.branch(trainer.optimizer, epoch=epoch, step=trainer.global_step)
+
+    def after_step(self, trainer: Any, step: int) -> None:
+        """Branch after every ``branch_every``-th step."""
+        if self.branching.unit == "steps" and step % self.branching.branch_every == 0:
+            self.branch(trainer.optimizer, epoch=self.epoch, step=step)
+
+    def structure(self) -> dict[str, Any]:
+        """Return tree and events as plain values, for a checkpoint."""
+        return {"tree": self.tree.to_dict(), "events": [asdict(event) for event in self.events]}
+
+    def restore_structure(self, structure: Mapping[str, Any]) -> None:
+        """Take the shape of a checkpoint; its weights come after. An optimiser has to be made anew.
+
+        Raises
+        ------
+        HostError : a tree of other tasks, or of another encoder.
+        """
+        self.encoder.grow(BranchTree.from_dict(structure["tree"]))
+        self.events = [BranchEvent(**_tuples(event)) for event in structure["events"]]
+
+    def take_representation(self) -> Tensor | dict[str, Tensor]:
+        """Return what the heads received in the last forward, one tensor where they share it; forget it.
+
+        Nothing is kept unless ``fair_watchers`` is above 0.
+        """
+        seen, self._seen_by_heads = self._seen_by_heads, {}
+        if not seen:
+            raise HostError("no head was called in the forward pass, so there is no representation to look at")
+        first = next(iter(seen.values()))
+        return first if all(h is first for h in seen.values()) and len(seen) > 1 else seen
+
+
+def _nothing() -> None:
+    return None
+
+
+def _starts(sizes: list[int]) -> list[int]:
+    return [sum(sizes[:i]) for i in range(len(sizes))]
+
+
+def _tuples(event: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an event's fields with lists made tuples: checkpoints and JSON know both."""
+
+    def frozen(value: Any) -> Any:
+        return tuple(frozen(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+    return {name: frozen(value) for name, value in event.items()}

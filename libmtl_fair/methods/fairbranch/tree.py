@@ -1,0 +1,143 @@
+"""The branch tree: which tasks share which copy of which block. Plain data, no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from libmtl_fair.errors import HostError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Group = tuple[str, ...]
+"""Tasks that share one copy of a block, in task order."""
+
+
+@dataclass(frozen=True)
+class BranchTree:
+    """Tasks, and for each block the groups of tasks that have a copy of it in common.
+
+    Attributes
+    ----------
+    tasks : in task order.
+    levels : one entry a block, from the input up: the groups of tasks, each with its own copy of the block. Groups are in
+        the order of their first task; every group lies within one group of the block below.
+    depth : number of blocks from the input that no event has reached yet (d_c): the trunk, shared by all tasks.
+
+    >>> tree = BranchTree.start(["a", "b", "c"], 2).branch([(0, 2), (1,)])
+    >>> print(tree)
+    block 1: all tasks
+    ├─ block 2: a, c
+    └─ block 2: b
+    >>> BranchTree.from_dict(tree.to_dict()) == tree
+    True
+    """
+
+    tasks: Group
+    levels: tuple[tuple[Group, ...], ...]
+    depth: int
+
+    def __post_init__(self) -> None:
+        """Check that every level is a partition of the tasks, nested in the one below."""
+        if len(set(self.tasks)) != len(self.tasks) or not self.tasks or not self.levels:
+            raise HostError(f"a branch tree needs distinct tasks and at least one block, found {self.tasks}")
+        if not 0 <= self.depth <= len(self.levels):
+            raise HostError(f"branch tree: depth must be in 0..{len(self.levels)}, found {self.depth}")
+        for index, level in enumerate(self.levels):
+            if sorted(t for group in level for t in group) != sorted(self.tasks) or () in level:
+                raise HostError(f"branch tree: block {index + 1} must hold every task once, found {level}")
+            below = self.levels[index - 1] if index else (self.tasks,)
+            if not all(any(set(group) <= set(g) for g in below) for group in level):
+                raise HostError(f"branch tree: the groups of block {index + 1} are not within those below: {level}")
+            if index < self.depth and len(level) != 1:
+                raise HostError(f"branch tree: block {index + 1} belongs to the trunk, but has {len(level)} copies")
+
+    @classmethod
+    def start(cls, tasks: Iterable[str], n_blocks: int) -> BranchTree:
+        """Return the tree before any event: every block shared by all tasks."""
+        names = tuple(tasks)
+        return cls(names, ((names,),) * n_blocks, n_blocks)
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of blocks of the encoder."""
+        return len(self.levels)
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """Task groups that the next event pairs: those of the last event, single tasks before any."""
+        return self.levels[self.depth] if self.depth < self.n_blocks else tuple((task,) for task in self.tasks)
+
+    @property
+    def leaves(self) -> tuple[Group, ...]:
+        """Groups of tasks that have the whole encoder in common."""
+        return self.levels[-1]
+
+    @property
+    def n_branches(self) -> int:
+        """Number of block copies beyond one of each block."""
+        return sum(len(level) - 1 for level in self.levels)
+
+    def branch(self, pairs: Sequence[Sequence[int]]) -> BranchTree:
+        """Return the tree after one event: ``pairs`` are tuples of indices into :attr:`groups`, singletons included."""
+        groups = self.groups
+        if sorted(i for pair in pairs for i in pair) != list(range(len(groups))):
+            raise HostError(f"branch event: the pairs {pairs} must name each of {len(groups)} groups once")
+        if self.depth == 0:
+            raise HostError("branch event: every block has been branched")
+        joined = [self._ordered(task for i in pair for task in groups[i]) for pair in pairs]
+        new = tuple(sorted(joined, key=lambda group: self.tasks.index(group[0])))
+        at = self.depth - 1
+        return replace(self, levels=(*self.levels[:at], new, *self.levels[at + 1 :]), depth=at)
+
+    def path(self, task: str) -> tuple[int, ...]:
+        """Return, for each block, the index of the copy that this task runs through."""
+        return tuple(next(i for i, group in enumerate(level) if task in group) for level in self.levels)
+
+    def parent(self, level: int, index: int) -> int:
+        """Return the index of the copy below (block ``level - 1``) that this copy receives its input from."""
+        task = self.levels[level][index][0]
+        return next(i for i, group in enumerate(self.levels[level - 1]) if task in group)
+
+    def branches(self) -> dict[Group, list[tuple[int, int]]]:
+        """Return task group -> the (block, copy) that it has of its own: everything above the trunk."""
+        found: dict[Group, list[tuple[int, int]]] = {}
+        for level in range(self.depth, self.n_blocks):
+            for index, group in enumerate(self.levels[level]):
+                found.setdefault(group, []).append((level, index))
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON."""
+        levels = [[list(group) for group in level] for level in self.levels]
+        return {"tasks": list(self.tasks), "levels": levels, "depth": self.depth}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> BranchTree:
+        """Rebuild what :meth:`to_dict` gave.
+
+        Raises
+        ------
+        HostError : a field is missing, or the levels are no nested partitions.
+        """
+        missing = {"tasks", "levels", "depth"} - set(content)
+        if missing:
+            raise HostError(f"branch tree: {sorted(missing)[0]!r} is missing, found {sorted(content)}")
+        levels = tuple(tuple(tuple(group) for group in level) for level in content["levels"])
+        return cls(tuple(content["tasks"]), levels, content["depth"])
+
+    def _ordered(self, tasks: Iterable[str]) -> Group:
+        return tuple(sorted(tasks, key=self.tasks.index))
+
+    def __str__(self) -> str:
+        from libmtl_fair.methods.fairbranch.drawing import draw
+
+        return draw(self)
+
+    def plot(self) -> Figure:
+        """Return a matplotlib figure: trunk at the bottom, tasks at the top."""
+        from libmtl_fair.methods.fairbranch.drawing import plot
+
+        return plot(self)

@@ -1,0 +1,1 @@
+"""Auxiliary fairness heads (GLF, GLD), LambdaMix, and heads per group."""

@@ -1,0 +1,133 @@
+"""GroupRegulariser: a disparity of the main heads' own outputs added to their losses (the sources' baselines)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from libmtl_fair import functional as F
+from libmtl_fair.batch import FairBatch
+from libmtl_fair.errors import DataError, RecipeError, unknown
+from libmtl_fair.libmtl.gradients import add_gradients, extra_gradients
+from libmtl_fair.methods.base import FairWeighting, Settings
+from libmtl_fair.methods.heads.group_losses import GroupLoss
+
+
+@dataclass(frozen=True)
+class GroupRegulariserSettings(Settings):
+    """Hyperparameters of :class:`GroupRegulariser` (methods.md, 4).
+
+    Parameters
+    ----------
+    loss : ``"bgl"``, ``"dpl"``, ``"fprl"``, ``"tprl"``, ``"glf"``, ``"gld"`` or ``"gap"``; see :class:`GroupLoss`.
+    lam : lambda (``lambda`` is understood too), the share of the tasks' losses, in (0, 1]: lambda L + (1 - lambda) R.
+        With a base other than EW it is the base's gradient that is multiplied by lambda.
+    sensitive : attributes; None is all that the loader gives.
+    tasks : regularised tasks; None is all.
+    conditional, bins, sharpness : as in :class:`GroupLoss`; the defaults are as published, not within classes.
+    intersectional : cross the attributes instead of summing over them.
+    base, base_args : the LibMTL weighting that balances the tasks.
+    """
+
+    loss: str = "bgl"
+    lam: float = 0.5
+    sensitive: Sequence[str] | None = None
+    tasks: Sequence[str] | None = None
+    conditional: bool | None = None
+    bins: int = 4
+    sharpness: float | None = None
+    intersectional: bool = False
+
+    @classmethod
+    def from_args(cls, method: str, args: Mapping[str, Any]) -> GroupRegulariserSettings:
+        """Build settings; ``lambda`` is another name of ``lam``."""
+        args = dict(args)
+        if "lambda" in args:
+            if "lam" in args:
+                raise RecipeError(f"{method}: 'lambda' and 'lam' are the same setting; give one")
+            args["lam"] = args.pop("lambda")
+        made = super().from_args(method, args)
+        assert isinstance(made, GroupRegulariserSettings)
+        return made
+
+    def __post_init__(self) -> None:
+        """Check every range."""
+        number = isinstance(self.lam, (int, float)) and not isinstance(self.lam, bool)
+        self.need("lam", number and 0 < self.lam <= 1, "lambda, a number in (0, 1]")
+        for name in ("sensitive", "tasks"):
+            value = getattr(self, name)
+            self.need(
+                name, value is None or (not isinstance(value, str) and len(value) > 0), "a list of names, or null"
+            )
+        self.disparity()
+
+    def disparity(self) -> GroupLoss:
+        """Return the disparity."""
+        published = False if self.loss in ("bgl", "glf", "gld") else None
+        return GroupLoss(
+            self.loss, published if self.conditional is None else self.conditional, self.bins, self.sharpness
+        )
+
+
+class GroupRegulariser(FairWeighting):
+    r"""BGL, DPL, FPRL or TPRL of the main heads' outputs as regularisers, in a fixed proportion to the losses.
+
+    The objective is :math:`\lambda \sum_k L_k + (1 - \lambda) \sum_{k, a} R_{k, a}`.
+    R is the disparity of task k between the groups of attribute a in the batch; it moves encoder and main heads.
+    Records each step: ``regulariser``, the sum of R.
+    """
+
+    settings_class = GroupRegulariserSettings
+    needs_groups = True
+    source = "Agarwal et al. 2019 (BGL); GLF's baselines"
+    settings: GroupRegulariserSettings
+
+    def configure(self, settings: Settings) -> None:
+        """Take the settings."""
+        super().configure(settings)
+        self.disparity = self.settings.disparity()
+
+    def step(self, batch: FairBatch, losses: Tensor) -> Any:
+        """Add the regulariser to the tasks' losses, or to the gradient of the base weighting."""
+        lam = self.settings.lam
+        term = self.penalty(batch)
+        self.trace = {"regulariser": term.detach()}
+        if self.settings.base == "EW" and not self.rep_grad:
+            torch.autograd.backward(lam * losses.sum() + (1 - lam) * term)
+            return None
+        extra = extra_gradients(self, (1 - lam) * term)
+        weights = self.base_backward(losses)
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(lam)
+        add_gradients(extra)
+        return weights
+
+    def penalty(self, batch: FairBatch) -> Tensor:
+        """Return the sum of the disparities (scalar)."""
+        names = self.settings.tasks or batch.main
+        total = torch.zeros((), device=batch.losses.device, dtype=batch.losses.dtype)
+        for name in names:
+            if name not in batch.main:
+                raise RecipeError(f"GroupRegulariser: {unknown('task', name, batch.main)}")
+            task = batch.task(name)
+            self.disparity.check(task)
+            for ids, count in self._groups(batch, name):
+                cells = self.disparity.cells(task, batch.labels[name], ids, count)
+                total = total + self.disparity.value(task, batch.outputs[name], batch.labels[name], cells)
+        return total
+
+    def _groups(self, batch: FairBatch, task: str) -> list[tuple[Tensor, int]]:
+        groups = batch.task_groups(task)
+        attributes = self.settings.sensitive or tuple(groups)
+        for name in attributes:
+            if name not in groups:
+                raise DataError(f"GroupRegulariser: {unknown('sensitive attribute', name, groups)}")
+        found = [(groups[name], batch.n_groups[name]) for name in attributes]
+        if not self.settings.intersectional:
+            return found
+        return [F.cross_groups([ids for ids, _ in found], [count for _, count in found])]

@@ -1,0 +1,181 @@
+"""Tensors as they come: labels [B, 1], whole numbers, unknown groups, wrong widths. The same numbers, or an error of ours."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import libmtl_fair as lf
+from libmtl_fair.errors import DataError, FairMTLError, HostError
+from libmtl_fair.libmtl import DivergenceError
+from libmtl_fair.libmtl.loading import weighting_namespace
+from libmtl_fair.models import MLP, linear_heads
+
+METHODS: dict[str, dict[str, Any]] = {
+    "EW": {},
+    "ReLiF": {},
+    "FairMT": {"min_count": 2, "eta_0": 1.0},
+    "FBGrad": {},
+    "GroupRegulariser": {},
+    "LambdaMix": {"lam": 0.7},
+}
+
+
+def train(
+    kit: SimpleNamespace,
+    method: str,
+    labels: dict[str, Tensor],
+    groups: dict[str, Tensor] | None = None,
+    **changes: Any,
+) -> Any:
+    x, _, given = kit.data()
+    torch.manual_seed(5)
+    heads: Any = linear_heads(kit.tasks, 8)
+    entries = lf.task_dict(kit.tasks)
+    if method == "LambdaMix":
+        entries, heads = lf.add_fairness_heads(entries, heads, sensitive=("sex",))
+    trainer = lf.FairTrainer(
+        entries, method, "FairBranch" if method == "FBGrad" else "HPS", lambda: MLP(kit.features, (16, 8)), heads, False,
+        False, {"optim": "sgd", "lr": 0.05}, None, device="cpu", seed=0, progress=False, select="last",
+        weight_args=METHODS.get(method, {}),
+    )  # fmt: skip
+    loader = lf.ResidentLoader(
+        changes.get("x", x),
+        labels,
+        given if groups is None else groups,
+        batch_size=32,
+        shuffle=True,
+        seed=1,
+        device="cpu",
+    )
+    trainer.train(loader, epochs=2)
+    return trainer
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_labels_may_have_a_column_of_their_own(kit: SimpleNamespace, method: str) -> None:
+    labels = kit.data()[1]
+    labels["b"][::5] = torch.nan
+    flat = train(kit, method, labels)
+    tall = train(kit, method, {name: y.unsqueeze(1) for name, y in labels.items()})
+    some = train(kit, method, {name: y.unsqueeze(1) if name == "b" else y for name, y in labels.items()})
+    for other in (tall, some):
+        for name, value in flat.model.state_dict().items():
+            torch.testing.assert_close(other.model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("binary", [False, True])
+def test_labels_may_be_whole_numbers(kit: SimpleNamespace, method: str, binary: bool) -> None:
+    labels = kit.data()[1]
+    labels["c"] = (3 * labels["c"]).round()
+    if binary:
+        del labels["c"]
+        kit.tasks = kit.tasks[:2]
+    floats = {name: y.clone() for name, y in labels.items()}
+    whole = {name: y.long() for name, y in labels.items()}
+    for name in labels:
+        floats[name][::6], whole[name][::6] = torch.nan, -100
+    one, mixed = train(kit, method, floats), train(kit, method, {**whole, "b": floats["b"]})
+    for other in (mixed, train(kit, method, whole)):
+        for name, value in one.model.state_dict().items():
+            torch.testing.assert_close(other.model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["FairMT", "FBGrad", "GroupRegulariser", "LambdaMix"])
+def test_an_attribute_that_nobody_has_is_refused(kit: SimpleNamespace, method: str) -> None:
+    with pytest.raises(DataError, match="attribute 'sex': no example of the training data has a known group"):
+        train(kit, method, kit.data()[1], {"sex": torch.full((96,), -1)})
+
+
+def test_inputs_that_the_encoder_cannot_take(kit: SimpleNamespace) -> None:
+    labels = kit.data()[1]
+    with pytest.raises(HostError, match=r"the model cannot take inputs of shape \[32, 4\], torch.float32: mat1"):
+        train(kit, "EW", labels, x=torch.zeros(96, 4))
+    with pytest.raises(HostError, match=r"torch.float64: mat1 and mat2 must have the same dtype"):
+        train(kit, "EW", labels, x=torch.zeros(96, kit.features, dtype=torch.float64))
+
+
+def test_multilabel_labels_need_a_column_a_label() -> None:
+    task = lf.Multilabel("signs", 2)
+    for call in (lambda y: task.loss(torch.zeros(4, 2), y), task.flat, task.observed):
+        with pytest.raises(DataError, match=r"task 'signs': multilabel labels must be \[B, 2\], found \[4\]"):
+            call(torch.zeros(4))
+
+
+def test_imtl_says_that_training_diverged(kit: SimpleNamespace) -> None:
+    with pytest.raises(DivergenceError, match="epoch 0, step 0"):
+        train(kit, "IMTL", kit.data()[1], x=1e37 * kit.data()[0])
+
+
+def _labels(draw: random.Random, n: int, g: torch.Generator) -> Tensor:
+    coin = torch.randint(0, 2, (n,), generator=g)
+    return draw.choice(
+        [
+            coin.float(), coin, coin.double(), coin.bool(), coin.float().unsqueeze(1), torch.randn(n, generator=g),
+            torch.ones(n), torch.full((n,), torch.nan), torch.full((n,), torch.inf), torch.zeros(n + 1), torch.zeros(0),
+            coin.float().masked_fill(torch.rand(n, generator=g) < 0.4, torch.nan), torch.zeros(n, 2),
+        ]
+    )  # fmt: skip
+
+
+def _groups(draw: random.Random, n: int, g: torch.Generator) -> Tensor:
+    coin = torch.randint(0, 2, (n,), generator=g)
+    return draw.choice([coin, coin - 1, coin * 0, coin * 0 - 1, coin * 40, coin.float(), coin.unsqueeze(1)])
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_mutated_tensors_train_or_give_an_error_of_ours(block: int) -> None:
+    trained = 0
+    for turn in range(40):
+        draw, g = random.Random(100 * block + turn), torch.Generator().manual_seed(100 * block + turn)
+        n = draw.choice([1, 2, 7, 40])
+        kinds = [lf.Binary, lf.Regression, lambda t: lf.Multiclass(t, 3), lambda t: lf.Multilabel(t, 2)]
+        tasks = [draw.choice(kinds)(f"t{i}") for i in range(draw.randint(1, 3))]
+        method = draw.choice(list(METHODS))
+        entries, heads = lf.task_dict(tasks), linear_heads(tasks, 6)
+        if method == "LambdaMix":
+            entries, heads = lf.add_fairness_heads(
+                entries, heads, draw.choice(["glf", "gap", "dpl"]), sensitive=("sex",)
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                loader = lf.ResidentLoader(
+                    torch.randn(n, 5, generator=g), {t.name: _labels(draw, n, g) for t in tasks},
+                    {"sex": _groups(draw, n, g)}, batch_size=8, shuffle=True, seed=turn, device="cpu",
+                )  # fmt: skip
+                trainer = lf.FairTrainer(
+                    entries, method, "FairBranch" if method == "FBGrad" else "HPS", lambda: MLP(5, (8, 6)), heads, False,
+                    False, {"optim": "adam", "lr": 0.01}, None, device="cpu", progress=False, select="last",
+                )  # fmt: skip
+                trainer.train(loader, epochs=1)
+                trainer.predict(loader)
+            except FairMTLError:
+                continue
+        trained += 1
+        assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
+    assert trained > 2
+
+
+@pytest.mark.parametrize("method", ["ReLiF", "GroupRegulariser", "FairMT"])
+def test_a_base_may_count_its_steps(kit: SimpleNamespace, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As git main's GradVac, MoCo and others do, under the name ``step``."""
+
+    def init_param(self: Any) -> None:
+        self.step = 0
+
+    args = {"base": "GLS", **({"alpha": "base", "min_count": 2} if method == "FairMT" else {})}
+    monkeypatch.setitem(METHODS, method, args)
+    plain = train(kit, method, kit.data()[1])
+    monkeypatch.setattr(weighting_namespace.GLS, "init_param", init_param)
+    counted = train(kit, method, kit.data()[1])
+    assert counted.model.step == 0
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(counted.model.state_dict()[name], value)

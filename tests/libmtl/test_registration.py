@@ -1,0 +1,231 @@
+"""Our methods in LibMTL's namespaces and command line, and any name or class back to a class."""
+
+from __future__ import annotations
+
+import io
+from contextlib import redirect_stdout
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import libmtl_fair as lf
+from libmtl_fair.errors import HostError, RecipeError
+from libmtl_fair.libmtl import architecture_names, register, registry, weighting_names
+from libmtl_fair.libmtl.loading import (
+    LINEAGE,
+    AbsArchitecture,
+    AbsWeighting,
+    architecture_namespace,
+    config_module,
+    weighting_namespace,
+)
+from libmtl_fair.libmtl.optimizers import make_optimizer, make_scheduler
+
+
+def prepare(*args: str) -> tuple[Any, str]:
+    params = config_module.LibMTL_args.parse_args(list(args))
+    out = io.StringIO()
+    with redirect_stdout(out):
+        found = config_module.prepare_args(params)
+    return found, out.getvalue()
+
+
+def test_names_are_in_libmtls_namespaces() -> None:
+    for name, cls in registry.OUR_WEIGHTINGS.items():
+        assert getattr(weighting_namespace, name) is cls
+        assert weighting_namespace.__all__.count(name) == 1
+        assert issubclass(cls, AbsWeighting)
+    for name, cls in registry.OUR_ARCHITECTURES.items():
+        assert getattr(architecture_namespace, name) is cls
+        assert architecture_namespace.__all__.count(name) == 1
+        assert issubclass(cls, AbsArchitecture)
+    assert "ReLiF" in registry.OUR_WEIGHTINGS
+    assert "AbsWeighting" not in weighting_names()
+    assert "AbsArchitecture" not in architecture_names()
+
+
+def test_registering_twice_is_as_good_as_once() -> None:
+    options, names = dict(config_module.LibMTL_args._option_string_actions), list(weighting_namespace.__all__)
+    prepare_args = config_module.prepare_args
+    register(lf.ReLiF)
+    assert config_module.LibMTL_args._option_string_actions == options
+    assert weighting_namespace.__all__ == names
+    assert config_module.prepare_args is prepare_args
+
+
+@pytest.mark.parametrize("weighting", ["EW", "ReLiF"])
+@pytest.mark.parametrize(
+    ("args", "optim", "scheduler"),
+    [
+        ("--optim rmsprop", {"optim": "rmsprop"}, None),
+        ("--optim adagrad --scheduler exp --gamma 0.9", {"optim": "adagrad"}, {"scheduler": "exp", "gamma": 0.9}),
+        ("--scheduler exp", {"optim": "adam"}, {"scheduler": "exp", "gamma": 0.5}),
+    ],
+)
+def test_what_libmtl_offers_but_forgets_to_prepare(weighting: str, args: str, optim: Any, scheduler: Any) -> None:
+    """LibMTL's own prepare_args ends in an UnboundLocalError here."""
+    (_, found, schedule), out = prepare(
+        "--weighting", weighting, *args.split(), "--lr", "0.01", "--weight_decay", "0.1"
+    )
+    assert found == optim | {"lr": 0.01, "weight_decay": 0.1}
+    assert schedule == scheduler
+    assert out.count("Optimizer Configuration") == 1
+    make_scheduler(make_optimizer(nn.Linear(2, 1), found), schedule)
+
+
+def test_cos_falls_over_the_epochs_of_the_script() -> None:
+    params = config_module.LibMTL_args.parse_args(["--scheduler", "cos"])
+    with pytest.raises(lf.errors.RecipeError, match=r"cos: over how many epochs\? Add an option --T_max or --epochs"):
+        config_module.prepare_args(params)
+    params.epochs = 7
+    with redirect_stdout(io.StringIO()):
+        _, _, schedule = config_module.prepare_args(params)
+    assert schedule == {"scheduler": "cos", "T_max": 7}
+
+
+def test_command_line_of_relif() -> None:
+    (kwargs, optim, scheduler), out = prepare(
+        *(
+            "--weighting",
+            "ReLiF",
+            "--relif_target",
+            "0.2",
+            "--relif_prototypes",
+            "confident",
+            "--relif_base",
+            "GradNorm",
+        ),
+        *("--alpha", "0.7", "--relif_control", "false", "--relif_k", "4", "--optim", "sgd"),
+    )
+    assert kwargs["weight_args"] == {
+        "target": 0.2,
+        "prototypes": "confident",
+        "base": "GradNorm",
+        "control": False,
+        "k": 4,
+        "base_args": {"alpha": 0.7},
+    }
+    assert kwargs["arch_args"] == {}
+    assert optim["optim"] == "sgd"
+    assert scheduler is None
+    assert "Wighting: ReLiF" in out
+    assert "target: 0.2" in out
+
+
+def test_base_args_on_the_command_line_win() -> None:
+    (kwargs, *_), _ = prepare("--weighting", "ReLiF", "--relif_base", "GradNorm", "--relif_base_args", '{"alpha": 3}')
+    assert kwargs["weight_args"]["base_args"] == {"alpha": 3}
+
+
+def test_libmtls_own_go_through_unchanged() -> None:
+    (kwargs, *_), out = prepare("--weighting", "CAGrad", "--calpha", "0.3", "--arch", "HPS")
+    assert kwargs == {"weight_args": {"calpha": 0.3, "rescale": 1}, "arch_args": {}}
+    assert "Wighting: CAGrad" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "match"),
+    [
+        (("--weighting", "RelLiF"), r"unknown weighting 'RelLiF'; did you mean 'ReLiF'\?"),
+        (("--weighting", "GradNrom"), r"unknown weighting 'GradNrom'; did you mean 'GradNorm'\?"),
+        (("--arch", "MMOE1"), r"unknown architecture 'MMOE1'; did you mean 'MMoE'\?"),
+        (
+            ("--weighting", "ReLiF", "--relif_base", "GradNrm"),
+            r"unknown base weighting 'GradNrm'; did you mean 'GradNorm'\?",
+        ),
+        (("--weighting", "ReLiF", "--relif_base", "ReLiF"), r"unknown base weighting 'ReLiF'"),
+        (
+            ("--weighting", "ReLiF", "--relif_prototypes", "confidnet"),
+            r"unknown prototypes 'confidnet'; did you mean 'confident'\?",
+        ),
+        (("--weighting", "ReLiF", "--relif_target", "2"), r"target must be in \[0, 1\].*found 2"),
+        (("--weighting", "ReLiF", "--relif_target", "abc"), r"ReLiF.*wrong type"),
+        (("--weighting", "ReLiF", "--relif_k", "0"), r"k must be a whole number of at least 1, found 0"),
+    ],
+)
+def test_command_line_errors(args: tuple[str, ...], match: str) -> None:
+    with pytest.raises(RecipeError, match=match):
+        prepare(*args)
+
+
+def test_names_and_classes_resolve() -> None:
+    assert registry.resolve_weighting("EW") is weighting_namespace.EW
+    assert registry.resolve_weighting(lf.ReLiF) is lf.ReLiF
+    assert registry.resolve_architecture("HPS") is architecture_namespace.HPS
+
+    class Mine(weighting_namespace.EW):  # type: ignore[misc, name-defined]
+        pass
+
+    assert registry.resolve_weighting(Mine) is Mine
+
+
+@pytest.mark.parametrize(
+    ("wanted", "match"),
+    [
+        ("GradNrom", r"unknown weighting 'GradNrom'; did you mean 'GradNorm'\? Known: .*ReLiF"),
+        (torch.nn.Linear, r"weighting Linear is no LibMTL weighting: subclass LibMTL\.weighting\.AbsWeighting"),
+    ],
+)
+def test_unknown_weighting(wanted: Any, match: str) -> None:
+    with pytest.raises(HostError, match=match):
+        registry.resolve_weighting(wanted)
+
+
+def test_unknown_architecture() -> None:
+    with pytest.raises(HostError, match=r"unknown architecture 'HSP'; did you mean 'HPS'\?"):
+        registry.resolve_architecture("HSP")
+
+
+@pytest.mark.skipif(LINEAGE == "git main", reason="its own Trainer has them")
+def test_bilevel_methods_are_named() -> None:
+    with pytest.raises(HostError, match="MOML trains on two levels inside the Trainer of LibMTL's git main"):
+        registry.resolve_weighting("MOML")
+
+
+class TestHyperparameters:
+    def test_libmtls_defaults_stand_under_what_is_given(self) -> None:
+        assert registry.weight_args(weighting_namespace.CAGrad, {"calpha": 0.1}) == {"calpha": 0.1, "rescale": 1}
+        assert registry.weight_args(weighting_namespace.EW, {}) == {}
+
+    def test_either_lineages_names(self) -> None:
+        name = "beta" if LINEAGE == "package" else "GradVac_beta"
+        for given in ("beta", "GradVac_beta"):
+            assert registry.weight_args(weighting_namespace.GradVac, {given: 0.2})[name] == 0.2
+
+    def test_a_setting_of_the_other_lineage_is_refused_with_the_reason(self) -> None:
+        if LINEAGE == "package":
+            with pytest.raises(
+                RecipeError, match=r"GradVac \(LibMTL, package\): it takes no 'group_type': only git main"
+            ):
+                registry.weight_args(weighting_namespace.GradVac, {"GradVac_group_type": 1})
+            assert registry.weight_args(weighting_namespace.RLW, {"dist": "Dirichlet"}) == {"dist": "Dirichlet"}
+        else:
+            with pytest.raises(RecipeError, match=r"RLW \(LibMTL, git main\): it takes no 'dist': git main always"):
+                registry.weight_args(weighting_namespace.RLW, {"dist": "Dirichlet"})
+
+    def test_a_typo(self) -> None:
+        with pytest.raises(
+            RecipeError, match=r"GradNorm \(LibMTL, .*\): unknown setting 'alhpa'; did you mean 'alpha'\?"
+        ):
+            registry.weight_args(weighting_namespace.GradNorm, {"alhpa": 1})
+
+    def test_a_users_subclass_inherits_defaults_and_may_add_its_own(self) -> None:
+        class Mine(weighting_namespace.GradNorm):  # type: ignore[misc, name-defined]
+            pass
+
+        assert registry.weight_args(Mine, {"extra": 2}) == {"alpha": 1.5, "extra": 2}
+
+    def test_a_users_own_weighting_takes_what_it_is_given(self) -> None:
+        class Mine(AbsWeighting):  # type: ignore[misc, valid-type]
+            pass
+
+        assert registry.weight_args(Mine, {"extra": 2}) == {"extra": 2}
+
+
+def test_the_first_line_of_a_methods_description_is_plain_text() -> None:
+    for cls in (*registry.OUR_WEIGHTINGS.values(), *registry.OUR_ARCHITECTURES.values()):
+        first = (cls.__doc__ or "").strip().splitlines()[0]
+        assert first.endswith(".")
+        assert not set(first) & set("`\\$")

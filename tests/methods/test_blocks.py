@@ -1,0 +1,224 @@
+"""Encoders as blocks: what is found, that each copy runs once, and that the chain is the encoder's own forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from libmtl_fair.errors import HostError
+from libmtl_fair.methods.fairbranch.blocks import BranchedEncoder, find_blocks
+from libmtl_fair.models import MLP
+
+
+class SequenceEncoder(nn.Module):
+    """Embeds a sequence, two LSTM layers, the last step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(3, 5)
+        self.blocks = nn.ModuleList([nn.LSTM(5, 6, batch_first=True), nn.LSTM(6, 4, batch_first=True)])
+
+    def before_blocks(self, x: Tensor) -> Tensor:
+        return self.embed(x)  # type: ignore[no-any-return]
+
+    def after_blocks(self, x: Tensor) -> Tensor:
+        return x[:, -1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before_blocks(x)
+        for block in self.blocks:
+            x, _ = block(x)
+        return self.after_blocks(x)
+
+
+class Stages(nn.Module):
+    """A small ResNet with the attribute names of torchvision's and LibMTL's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2)
+        self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(2)
+        for i in range(1, 5):
+            stage = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), nn.ReLU(inplace=True))
+            setattr(self, f"layer{i}", stage)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))  # type: ignore[no-any-return]
+
+
+def shape_of(encoder: nn.Module) -> list[list[str]]:
+    return [[type(m).__name__ for m in block] for block in find_blocks(encoder)]
+
+
+def split_all(encoder: BranchedEncoder, level: int) -> None:
+    """Branch the last blocks down to ``level`` so that every task is alone."""
+    tree = encoder.tree
+    while tree.depth > level:
+        tree = tree.branch([(i,) for i in range(len(tree.groups))])
+    encoder.grow(tree)
+
+
+def test_sequential_children_without_matrices_join_the_block_before() -> None:
+    encoder = nn.Sequential(
+        nn.Flatten(), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Dropout(0.1), nn.Linear(4, 2), nn.Tanh()
+    )
+    assert shape_of(encoder) == [["Flatten", "Linear", "BatchNorm1d", "ReLU", "Dropout"], ["Linear", "Tanh"]]
+    assert [len(block) for block in shape_of(MLP(4, (8, 4), norm="batch"))] == [1, 1]
+    assert len(shape_of(SequenceEncoder())) == 2
+    assert len(shape_of(Stages())) == 4
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.Linear(3, 3)
+        self.blocks = nn.ModuleList([layer, nn.Sequential(layer, nn.Linear(3, 3))])
+
+
+class Outside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(3, 3)])
+        self.last = nn.Linear(3, 3)
+
+
+class Strange(nn.Module):
+    blocks: Any = 3
+
+
+@pytest.mark.parametrize(
+    ("encoder", "message"),
+    [
+        (nn.Linear(3, 3), "found Linear, which is neither"),
+        (Strange(), "found 'blocks' of type int"),
+        (nn.Sequential(), "found an empty list"),
+        (nn.Sequential(nn.ReLU()), "none of the blocks of Sequential has a weight matrix"),
+        (Shared(), "blocks 1 and 2 of Shared share a weight"),
+        (Outside(), "weight 'last.weight' of Outside is in none of its blocks"),
+    ],
+)
+def test_encoders_without_clear_blocks(encoder: nn.Module, message: str) -> None:
+    with pytest.raises(HostError, match=message):
+        find_blocks(encoder)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: MLP(3, (5, 4, 4), dropout=0.2, norm="batch"), (6, 3)),
+        (lambda: nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 4)), (6, 3)),
+        (SequenceEncoder, (6, 7, 3)),
+        (Stages, (6, 1, 8, 8)),
+    ],
+)
+def test_the_chain_is_the_encoder_bitwise_before_and_after_branching(make: Any, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    encoder = make()
+    x = torch.randn(shape)
+    expected = encoder.eval()(x)
+    branched = BranchedEncoder(encoder, ["a", "b"]).eval()
+    for level in range(branched.tree.n_blocks, -1, -1):
+        split_all(branched, level)
+        reps = branched(x)
+        assert list(reps) == ["a", "b"]
+        assert all(torch.equal(rep, expected) for rep in reps.values())
+        assert (reps["a"] is reps["b"]) == (level == branched.tree.n_blocks)
+
+
+def test_every_copy_runs_once_a_forward_and_only_for_the_tasks_asked_for() -> None:
+    branched = BranchedEncoder(MLP(3, (5, 4, 4)), list("abc"))
+    calls: list[nn.Module] = []
+    branched.grow(branched.tree.branch([(0, 2), (1,)]).branch([(0,), (1,)]))
+    modules = [m for level in range(3) for m in branched.copies(level)]
+    for module in modules:
+        module.register_forward_hook(lambda m, *_: calls.append(m))
+    branched(torch.randn(2, 3))
+    assert len(calls) == len(modules) == 5
+    assert set(map(id, calls)) == set(map(id, modules))
+    calls.clear()
+    assert list(branched(torch.randn(2, 3), ["b"])) == ["b"]
+    assert len(calls) == 3
+
+
+def test_the_first_forward_runs_each_block_once_too_and_moves_batch_norm_once() -> None:
+    torch.manual_seed(0)
+    encoder = SequenceEncoder()
+    encoder.embed = nn.Sequential(nn.Linear(3, 5), nn.Flatten(0, 1), nn.BatchNorm1d(5), nn.Unflatten(0, (6, 7)))  # type: ignore[assignment]
+    branched = BranchedEncoder(encoder, ["a", "b"])
+    calls: list[nn.Module] = []
+    for level in range(2):
+        branched.copies(level)[0].register_forward_hook(lambda m, *_: calls.append(m))
+    branched(torch.randn(6, 7, 3))
+    assert len(calls) == 2
+    assert int(branched.frame.embed[2].num_batches_tracked) == 1  # type: ignore[index, arg-type, union-attr]
+
+
+class Skips(nn.Module):
+    """A forward that does something the blocks do not."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "after":
+            return self.blocks[1](self.blocks[0](x)).relu()  # type: ignore[no-any-return]
+        if self.how == "between":
+            return self.blocks[1](self.blocks[0](x) * 2)  # type: ignore[no-any-return]
+        if self.how == "before":
+            return self.blocks[1](self.blocks[0](x + 1))  # type: ignore[no-any-return]
+        return self.blocks[0](x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("how", ["after", "between", "before", "one block only"])
+def test_a_forward_that_is_no_chain_of_its_blocks_is_told(how: str) -> None:
+    with pytest.raises(HostError, match=r"Skips\.forward does more than run its blocks in order"):
+        BranchedEncoder(Skips(how), ["a", "b"])(torch.randn(2, 3))
+
+
+def test_the_encoder_itself_cannot_be_run_behind_the_models_back() -> None:
+    encoder = MLP(3, (4, 4))
+    BranchedEncoder(encoder, ["a", "b"])
+    with pytest.raises(HostError, match="belong to a FairBranch model now"):
+        encoder(torch.randn(2, 3))
+
+
+def test_a_block_that_writes_into_its_input_is_told() -> None:
+    blocks = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 3)))
+    branched = BranchedEncoder(blocks, ["a", "b"])
+    branched(torch.randn(2, 3))
+    split_all(branched, 1)
+    with pytest.raises(HostError, match=r"block 2 changes its input in place.*inplace=False"):
+        branched(torch.randn(2, 3))
+
+
+def test_copies_have_their_own_weights_and_buffers_and_keep_frozen_ones_frozen() -> None:
+    encoder = MLP(3, (4, 4), norm="batch")
+    encoder.blocks[1][0].bias.requires_grad_(False)  # type: ignore[index]
+    branched = BranchedEncoder(encoder, ["a", "b"])
+    branched(torch.randn(8, 3))
+    split_all(branched, 1)
+    one, two = branched.copies(1)
+    for p, q in zip(one.parameters(), two.parameters()):
+        assert p is not q
+        assert torch.equal(p, q)
+        assert p.requires_grad == q.requires_grad
+    for a, b in zip(one.buffers(), two.buffers()):
+        assert a is not b
+        assert torch.equal(a, b)
+    assert {id(p) for p in branched.parameters()} == {
+        id(p) for p in [*branched.trunk_parameters(), *branched.parameters_of([(1, 0), (1, 1)])]
+    }
+    assert len({id(p) for p in branched.parameters()}) == 12
+
+
+def test_growing_to_a_tree_that_does_not_fit() -> None:
+    branched = BranchedEncoder(MLP(3, (4, 4)), ["a", "b"])
+    other = BranchedEncoder(MLP(3, (4, 4, 4)), ["a", "b"]).tree
+    with pytest.raises(HostError, match="branch tree of 3 blocks and tasks a, b does not fit an encoder of 2 blocks"):
+        branched.grow(other)
