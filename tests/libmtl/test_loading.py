@@ -19,7 +19,7 @@ import importlib, importlib.util, json, sys, types
 root = {root!r}
 for name in [n for n in sys.modules if n.split(".")[0] in ("LibMTL", "libmtl_fair", "torchvision")]:
     del sys.modules[name]
-for name, folder in (("libmtl_fair", root), ("libmtl_fair.libmtl", root + "/host")):  # without running their __init__
+for name, folder in (("libmtl_fair", root), ("libmtl_fair.libmtl", root + "/libmtl")):  # without running their __init__
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [folder]
 if {path!r}:
