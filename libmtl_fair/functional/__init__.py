@@ -42,6 +42,7 @@ from libmtl_fair.functional.groups import (
     spread,
     tpr_gap,
 )
+from libmtl_fair.functional.losses import example_cross_entropy, mean_cross_entropy, mean_cross_entropy_gradient
 from libmtl_fair.functional.margins import (
     cosine_distance,
     huber,
@@ -85,6 +86,7 @@ __all__ = [
     "cosine_distance",
     "cross_groups",
     "demographic_parity_gap",
+    "example_cross_entropy",
     "fpr_gap",
     "gld",
     "glf",
@@ -103,6 +105,8 @@ __all__ = [
     "lipschitz_term",
     "masked_mean",
     "masked_quantile",
+    "mean_cross_entropy",
+    "mean_cross_entropy_gradient",
     "min_norm_weights",
     "one_hot_labels",
     "pair_by_similarity",
