@@ -11,7 +11,9 @@ class FairMTLError(ValueError):
 
 
 class RecipeError(FairMTLError):
-    """A recipe, a setting of a method, or a command line does not make sense."""
+    """A recipe, a setting of a method, or a command line does not make sense; ``where`` names the entry, if it is one."""
+
+    where: tuple[str, ...] = ()
 
 
 class DataError(FairMTLError):

@@ -161,7 +161,7 @@ def _weighting_bases(
         raise HostError(
             f"{weighting.__name__}: base must be a LibMTL weighting such as 'EW' or 'GradNorm', found {settings.base!r}"
         )
-    object.__setattr__(settings, "base_args", weight_args(base, settings.base_args))
+    settings = settings.model_copy(update={"base_args": weight_args(base, settings.base_args)})
     return [weighting, healed(base)], {}, settings
 
 

@@ -8,7 +8,6 @@ import copy
 import io
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields
 from functools import cache
 from typing import Any
 
@@ -144,9 +143,9 @@ def _is_libmtls(cls: type[Any]) -> bool:
     return known and cls is not AbsWeighting and cls.__name__ not in OUR_WEIGHTINGS
 
 
-def _options(cls: type[Any]) -> list[Any]:
+def _options(cls: type[Any]) -> Mapping[str, Any]:
     settings = getattr(cls, "settings_class", None)
-    return list(fields(settings)) if settings else []
+    return settings.model_fields if settings else {}
 
 
 def _option_name(cls: type[Any], field_name: str) -> str:
@@ -155,13 +154,11 @@ def _option_name(cls: type[Any], field_name: str) -> str:
 
 def _add_options(cls: type[Any]) -> None:
     parser: argparse.ArgumentParser = config_module.LibMTL_args
-    for f in _options(cls):
-        option = "--" + _option_name(cls, f.name)
+    for name, field in _options(cls).items():
+        option = "--" + _option_name(cls, name)
         if option not in parser._option_string_actions:
-            default = "{}" if f.default is MISSING else f.default
-            parser.add_argument(
-                option, type=_value, default=None, help=f"{f.name} of {cls.__name__} (default: {default})"
-            )
+            help = f"{name} of {cls.__name__} (default: {field.default})"
+            parser.add_argument(option, type=_value, default=None, help=help)
 
 
 def _value(text: str) -> Any:
@@ -173,7 +170,7 @@ def _value(text: str) -> Any:
 
 
 def _given(cls: type[Any], params: argparse.Namespace) -> dict[str, Any]:
-    found = {f.name: getattr(params, _option_name(cls, f.name), None) for f in _options(cls)}
+    found = {name: getattr(params, _option_name(cls, name), None) for name in _options(cls)}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -193,7 +190,7 @@ def _wrap_prepare_args(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
             return original(params)
         plain, given = copy.copy(params), _given(weighting, params) if weighting else {}
         if weighting:
-            plain.weighting = str(given.get("base", getattr(weighting.settings_class, "base", "EW")))
+            plain.weighting = str(given.get("base", weighting.settings_class.model_fields["base"].default))
             _check_name("base weighting", plain.weighting, [n for n in weighting_names() if n not in OUR_WEIGHTINGS])
         plain.arch = "HPS" if architecture else params.arch
         for what in forgotten:

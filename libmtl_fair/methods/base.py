@@ -1,56 +1,212 @@
-"""FairWeighting: the base of every weighting here, a LibMTL weighting that sees the whole step."""
+"""What a method is made of: settings declared once, a whole step (FairWeighting), or a term that is added (Penalty)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Self
 
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
+from pydantic.fields import FieldInfo
 from torch import Tensor
 
 from libmtl_fair.batch import FairBatch
 from libmtl_fair.errors import HostError, RecipeError, unknown
+from libmtl_fair.libmtl.gradients import (
+    add_gradients,
+    carry_representation_gradients,
+    extra_gradients,
+    shared_parameters,
+)
 from libmtl_fair.libmtl.loading import AbsWeighting
 
+Names = Annotated[
+    tuple[str, ...], Strict(False), BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+]
+"""A list of names, or one name."""
 
-@dataclass(frozen=True)
-class Settings:
-    """Hyperparameters of a weighting, checked when made.
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    ours: bool = False,
+    expected: str | None = None,
+    choices: Sequence[str] | None = None,
+    search: Sequence[Any] | None = None,
+    **bounds: Any,
+) -> Any:
+    """Declare one hyperparameter: everything that checks, tables, studies and docs say of it.
 
     Parameters
     ----------
-    base : LibMTL weighting that balances the tasks' losses; the fairness term is added to the gradient it leaves.
-    base_args : its hyperparameters; what is not given takes LibMTL's default.
+    default : its value where nothing is given; for a mapping ``{}``.
+    help : one line.
+    ours : whether the default (or the setting itself) is ours and not the source's.
+    expected : how an error names what is allowed; None says it from the bounds.
+    choices : the texts that it takes.
+    search : what a study searches unless told: ``(low, high)``, ``(low, high, "log")``, or a list of choices.
+    bounds : ``gt``, ``ge``, ``lt``, ``le`` of a number, ``min_length`` of a list, and what else pydantic's ``Field`` takes.
+    """
+    extra = {"ours": ours, "expected": expected, "choices": choices, "search": search}
+    made: Any = Field
+    return made(default, description=help, json_schema_extra=extra, **bounds)
+
+
+class Declared(BaseModel):
+    """Hyperparameters, each declared by :func:`setting`; checked when made, then fixed.
+
+    A subclass may have :meth:`check` for what concerns several settings, ``aliases`` (another name -> setting) and
+    ``presets`` (name -> values that stand under those given).
+
+    Raises
+    ------
+    RecipeError : an unknown setting, or a value of the wrong type or out of range. Its ``where`` names the setting.
     """
 
-    base: str = "EW"
-    base_args: Mapping[str, Any] = field(default_factory=dict)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
+    aliases: ClassVar[Mapping[str, str]] = {}
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        try:
+            super().__init__(**dict(zip(type(self).model_fields, values)), **named)
+        except ValidationError as error:
+            raise self._refusal(error) from None
+        for name in type(self).model_fields:
+            choices, value = self._declared(name)["choices"], getattr(self, name)
+            if choices and value is not None and value not in choices:
+                raise self.refused(name, unknown(name, value, choices))
+        self.check()
 
     @classmethod
-    def from_args(cls, method: str, args: Mapping[str, Any]) -> Settings:
-        """Build settings from a LibMTL ``weight_args`` dict.
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Document every setting from its declaration."""
+        lines = [f"    {name} : {field.description}" for name, field in cls.model_fields.items()]
+        cls.__doc__ = "\n".join([(cls.__doc__ or "").rstrip(), "", "    Parameters", "    ----------", *lines, "    "])
+
+    def check(self) -> None:
+        """Raise a RecipeError where settings do not go together."""
+
+    @classmethod
+    def from_args(cls, method: str, args: Mapping[str, Any]) -> Self:
+        """Build settings from LibMTL's ``weight_args`` or ``arch_args`` of a method.
 
         Raises
         ------
-        RecipeError : an unknown name, or a value out of range.
+        RecipeError : an unknown name or preset, a setting given under two names, or a value out of range.
         """
-        names = {f.name for f in fields(cls)}
-        for name in args:
-            if name not in names:
-                raise RecipeError(f"{method}: {unknown('setting', name, names)}")
-        try:
-            return cls(**args)
-        except TypeError as error:
-            raise RecipeError(f"{method}: a setting is of the wrong type ({error}); found {dict(args)}") from error
+        given: dict[str, Any] = {}
+        for name, value in args.items():
+            known = cls.aliases.get(name, name)
+            if known in given:
+                alias = next(a for a, s in cls.aliases.items() if s == known)
+                raise RecipeError(f"{method}: {alias!r} and {known!r} are the same setting; give one")
+            if known not in cls.model_fields:
+                raise RecipeError(f"{method}: {unknown('setting', name, cls.model_fields)}")
+            given[known] = value
+        preset = given.get("preset")
+        if preset is not None and preset not in cls.presets:
+            raise RecipeError(f"{method}: {unknown('preset', preset, cls.presets)}")
+        return cls(**{**cls.presets.get(str(preset), {}), **given})
 
-    def need(self, name: str, condition: bool, expected: str) -> None:
-        """Raise a RecipeError unless the condition on the setting holds."""
-        if not condition:
-            raise RecipeError(f"{name} must be {expected}, found {getattr(self, name)!r}")
+    @classmethod
+    def search_space(cls) -> dict[str, dict[str, Any]]:
+        """Return setting -> what a study searches unless told: ``low, high, log`` or ``choices``."""
+        found: dict[str, dict[str, Any]] = {}
+        for name in cls.model_fields:
+            search = cls._declared(name)["search"]
+            if isinstance(search, list):
+                found[name] = {"choices": search}
+            elif search:
+                found[name] = {"low": search[0], "high": search[1]} | ({"log": True} if search[2:] else {})
+        return found
+
+    @classmethod
+    def described(cls) -> list[dict[str, str]]:
+        """Return a row a setting: ``name, type, range, default, search, source, help``."""
+        rows = []
+        for name, field in cls.model_fields.items():
+            extra, space = cls._declared(name), cls.search_space().get(name, {})
+            choices = " | ".join(str(c) for c in extra["choices"] or ())
+            search = (
+                f"{space['low']:g} to {space['high']:g}"
+                if "low" in space
+                else ", ".join(map(str, space.get("choices", ())))
+            )
+            kind = getattr(field.annotation, "__name__", str(field.annotation)).replace("typing.", "")
+            rows.append(
+                {
+                    "name": name,
+                    "type": str(field.annotation) if "|" in str(field.annotation) else kind,
+                    "range": choices or _range(field),
+                    "default": "{}" if field.default == {} else str(field.default),
+                    "search": search + (" (log)" if space.get("log") else ""),
+                    "source": "ours" if extra["ours"] else "source",
+                    "help": field.description or "",
+                }
+            )
+        return rows
+
+    @classmethod
+    def _declared(cls, name: str) -> dict[str, Any]:
+        extra = cls.model_fields[name].json_schema_extra
+        return {"ours": False, "expected": None, "choices": None, "search": None} | (
+            dict(extra) if isinstance(extra, dict) else {}
+        )
+
+    @classmethod
+    def refused(cls, name: str, message: str) -> RecipeError:
+        """Return the error that a setting is refused with."""
+        error = RecipeError(f"{cls.__name__.removesuffix('Settings')}: {message}")
+        error.where = (name,)
+        return error
+
+    @classmethod
+    def _refusal(cls, error: ValidationError) -> RecipeError:
+        first = error.errors(include_url=False)[0]
+        name, found, kind = str(first["loc"][0]), first["input"], first["type"]
+        if kind == "extra_forbidden":
+            return cls.refused(name, unknown("setting", name, cls.model_fields))
+        field, extra = cls.model_fields[name], cls._declared(name)
+        if extra["choices"]:
+            return cls.refused(name, unknown(name, found, extra["choices"]))
+        wrong_type = not kind.startswith(("greater", "less", "too_", "finite"))
+        finite = (
+            "a finite number" if kind == "finite_number" or (wrong_type and "float" in str(field.annotation)) else None
+        )
+        expected = extra["expected"] or finite or _range(field)
+        return cls.refused(
+            name, f"{name} must be {expected}, found {found!r}" + (" (wrong type)" if wrong_type else "")
+        )
+
+
+def _range(field: FieldInfo) -> str:
+    """Say what a field takes, from its type and bounds."""
+    bounds = {key: getattr(m, key) for m in field.metadata for key in ("gt", "ge", "lt", "le") if hasattr(m, key)}
+    kind, low, high = str(field.annotation), bounds.get("gt", bounds.get("ge")), bounds.get("lt", bounds.get("le"))
+    null = ", or null" if "None" in kind else ""
+    if low is not None and high is not None:
+        return f"in {'(' if 'gt' in bounds else '['}{low:g}, {high:g}{')' if 'lt' in bounds else ']'}{null}"
+    if "int" in kind:
+        return f"a whole number{'' if low is None else f' of at least {low:g}'}{null}"
+    if "float" in kind:
+        return ("finite" if low is None else f"finite and {'>' if 'gt' in bounds else '>='} {low:g}") + null
+    names = {"bool": "true or false", "str": "a text", "tuple": "a list of names", "Sequence": "a list of names"}
+    return next((text for key, text in names.items() if key in kind), "a mapping") + null
+
+
+class Settings(Declared):
+    """Hyperparameters of a weighting."""
+
+    base: str = setting(
+        "EW", "LibMTL weighting that balances the tasks' losses; the method's term is added to its gradient"
+    )
+    base_args: Mapping[str, Any] = setting({}, "hyperparameters of ``base``; what is not given takes LibMTL's default")
 
 
 class FairWeighting(AbsWeighting):  # type: ignore[misc]
-    """A weighting that uses a :class:`FairBatch`. Subclasses define ``Settings``, :meth:`configure`, :meth:`step`.
+    """A weighting that uses a :class:`FairBatch`. Subclasses define ``settings_class``, :meth:`configure`, :meth:`step`.
 
     :class:`FairTrainer` sets ``fair_batch`` before each ``backward`` and composes the model as architecture, this
     weighting, base weighting, so that :meth:`base_backward` reaches the base.
@@ -59,6 +215,7 @@ class FairWeighting(AbsWeighting):  # type: ignore[misc]
     settings_class: ClassVar[type[Settings]] = Settings
     needs_groups: ClassVar[bool] = False
     source: ClassVar[str] = ""
+    cost: ClassVar[str] = ""
     fair_batch: FairBatch | None = None
     settings: Settings | None = None
     trace: Mapping[str, Tensor | float]
@@ -72,12 +229,15 @@ class FairWeighting(AbsWeighting):  # type: ignore[misc]
         """Take the settings and make controllers and buffers; called once, before the optimiser is made."""
         self.settings = settings
 
-    def step(self, batch: FairBatch, losses: Tensor) -> Any:
+    def step(self, batch: FairBatch, losses: Tensor) -> Tensor | None:
         """Leave the gradient of this step in ``.grad``; return the tasks' weights [T] or None."""
         raise NotImplementedError
 
-    def backward(self, losses: Tensor, **kwargs: Any) -> Any:
-        """LibMTL's entry point: take the batch that FairTrainer left here and run :meth:`step`."""
+    def backward(self, losses: Tensor, **kwargs: Any) -> Tensor | None:
+        """LibMTL's entry point: take the batch that FairTrainer left here and run :meth:`step`.
+
+        Under ``rep_grad=True`` a step that leaves gradients at the detached representations only has them carried on.
+        """
         batch, self.__dict__["fair_batch"] = self.fair_batch, None
         if batch is None:
             name = type(self).fair_name()
@@ -87,10 +247,11 @@ class FairWeighting(AbsWeighting):  # type: ignore[misc]
             )
         if self.settings is None:
             self.configure(self.settings_class.from_args(type(self).fair_name(), kwargs))
-        step = self.step
-        if not callable(step):  # a base of git main, such as GradVac, counts its steps under this name
-            return type(self).step(self, batch, losses)
-        return step(batch, losses)
+        # a base of git main, such as GradVac, counts its steps under this name
+        weights = self.step(batch, losses) if callable(self.step) else type(self).step(self, batch, losses)
+        if self.rep_grad and all(p.grad is None for p in shared_parameters(self)):
+            carry_representation_gradients(self)
+        return weights
 
     def base_backward(self, losses: Tensor) -> Any:
         """Let the base weighting leave its gradient; frees the graph."""
@@ -101,6 +262,41 @@ class FairWeighting(AbsWeighting):  # type: ignore[misc]
     def fair_name(cls) -> str:
         """Return the name under which LibMTL knows this weighting."""
         for c in cls.__mro__:
-            if issubclass(c, FairWeighting) and c is not FairWeighting and "settings_class" in vars(c):
+            if issubclass(c, FairWeighting) and c not in (FairWeighting, Penalty) and "settings_class" in vars(c):
                 return c.__name__
         return cls.__name__
+
+
+class Penalty(FairWeighting):
+    """A method that adds a term to the tasks' losses: it writes :meth:`penalty` and nothing else.
+
+    Base weighting, ``rep_grad`` and the order of the backward passes are dealt with here. The objective is
+    ``loss_share * (what the base makes of the losses) + penalty``.
+    """
+
+    loss_share: float = 1.0
+
+    def penalty(self, batch: FairBatch) -> Tensor:
+        """Return the term (scalar, attached to the graph); called once a step, so it may move controllers and traces."""
+        raise NotImplementedError
+
+    def step(self, batch: FairBatch, losses: Tensor) -> Tensor | None:
+        """Leave the gradient of the losses and the term."""
+        return self.add(self.penalty(batch), losses)
+
+    def add(self, term: Tensor, losses: Tensor) -> Tensor | None:
+        """Leave the gradient of the term beside what the base leaves of the losses; return the base's weights."""
+        assert self.settings is not None
+        share = self.loss_share
+        if self.settings.base == "EW" and not self.rep_grad:
+            total = losses.sum()
+            torch.autograd.backward((total if share == 1 else share * total) + term)
+            return None
+        extra = extra_gradients(self, term)
+        weights = self.base_backward(losses)
+        if share != 1:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(share)
+        add_gradients(extra)
+        return None if weights is None else torch.as_tensor(weights)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,56 +12,42 @@ from libmtl_fair import functional as F
 from libmtl_fair.batch import FairBatch
 from libmtl_fair.errors import DataError, RecipeError, unknown
 from libmtl_fair.libmtl.gradients import add_gradients, extra_gradients
-from libmtl_fair.methods.base import FairWeighting, Settings
+from libmtl_fair.methods.base import FairWeighting, Settings, setting
 from libmtl_fair.methods.heads.group_losses import GroupLoss
 
 
-@dataclass(frozen=True)
 class GroupRegulariserSettings(Settings):
-    """Hyperparameters of :class:`GroupRegulariser` (methods.md, 4).
+    """Hyperparameters of :class:`GroupRegulariser` (methods.md, 4); the disparity is a :class:`GroupLoss`."""
 
-    Parameters
-    ----------
-    loss : ``"bgl"``, ``"dpl"``, ``"fprl"``, ``"tprl"``, ``"glf"``, ``"gld"`` or ``"gap"``; see :class:`GroupLoss`.
-    lam : lambda (``lambda`` is understood too), the share of the tasks' losses, in (0, 1]: lambda L + (1 - lambda) R.
-        With a base other than EW it is the base's gradient that is multiplied by lambda.
-    sensitive : attributes; None is all that the loader gives.
-    tasks : regularised tasks; None is all.
-    conditional, bins, sharpness : as in :class:`GroupLoss`; the defaults are as published, not within classes.
-    intersectional : cross the attributes instead of summing over them.
-    base, base_args : the LibMTL weighting that balances the tasks.
-    """
+    aliases: ClassVar[Mapping[str, str]] = {"lambda": "lam"}
 
-    loss: str = "bgl"
-    lam: float = 0.5
-    sensitive: Sequence[str] | None = None
-    tasks: Sequence[str] | None = None
-    conditional: bool | None = None
-    bins: int = 4
-    sharpness: float | None = None
-    intersectional: bool = False
+    loss: str = setting("bgl", "bgl, dpl, fprl, tprl, glf, gld or gap")
+    lam: float = setting(
+        0.5,
+        "lambda, the share of the tasks' losses: lambda L + (1 - lambda) R; with a base other than EW it is the base's "
+        "gradient that is multiplied by lambda",
+        expected="lambda, a number in (0, 1]",
+        gt=0,
+        le=1,
+        search=(0.3, 1.0),
+    )
+    sensitive: tuple[str, ...] | None = setting(
+        None,
+        "attributes; None is all that the loader gives",
+        expected="a list of names, or null",
+        strict=False,
+        min_length=1,
+    )
+    tasks: tuple[str, ...] | None = setting(
+        None, "regularised tasks; None is all", expected="a list of names, or null", strict=False, min_length=1
+    )
+    conditional: bool | None = setting(None, "within classes; the default is as published, not within classes")
+    bins: int = setting(4, "quantile bins of a regression target")
+    sharpness: float | None = setting(None, "scores are those of the logits times this", ours=True)
+    intersectional: bool = setting(False, "cross the attributes instead of summing over them")
 
-    @classmethod
-    def from_args(cls, method: str, args: Mapping[str, Any]) -> GroupRegulariserSettings:
-        """Build settings; ``lambda`` is another name of ``lam``."""
-        args = dict(args)
-        if "lambda" in args:
-            if "lam" in args:
-                raise RecipeError(f"{method}: 'lambda' and 'lam' are the same setting; give one")
-            args["lam"] = args.pop("lambda")
-        made = super().from_args(method, args)
-        assert isinstance(made, GroupRegulariserSettings)
-        return made
-
-    def __post_init__(self) -> None:
-        """Check every range."""
-        number = isinstance(self.lam, (int, float)) and not isinstance(self.lam, bool)
-        self.need("lam", number and 0 < self.lam <= 1, "lambda, a number in (0, 1]")
-        for name in ("sensitive", "tasks"):
-            value = getattr(self, name)
-            self.need(
-                name, value is None or (not isinstance(value, str) and len(value) > 0), "a list of names, or null"
-            )
+    def check(self) -> None:
+        """Check the disparity."""
         self.disparity()
 
     def disparity(self) -> GroupLoss:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from libmtl_fair.batch import FairBatch
-from libmtl_fair.errors import RecipeError, unknown
+from libmtl_fair.functional._prototypes import PROTOTYPES
 from libmtl_fair.libmtl.gradients import add_gradients, extra_gradients
-from libmtl_fair.methods.base import FairWeighting, Settings
+from libmtl_fair.methods.base import FairWeighting, Settings, setting
 from libmtl_fair.methods.controllers import ViolationController
 from libmtl_fair.methods.lipschitz_term import HostLipschitz, Lipschitz, LipschitzTerm
 
@@ -30,79 +29,59 @@ PAPER: Mapping[str, Any] = {
 """The published settings (NYUv2; for eICU the target is 0.16). ``preset="paper"`` puts them under those given."""
 
 
-@dataclass(frozen=True)
 class ReLiFSettings(Settings):
-    """Hyperparameters of :class:`ReLiF` (methods.md, 1.2).
+    """Hyperparameters of :class:`ReLiF` (methods.md, 1.2)."""
 
-    Parameters
-    ----------
-    preset : ``"paper"`` takes the published settings for what is not given; None takes ours.
-    prototypes : ``"random"`` (ours) or ``"confident"`` (published): which examples of a task are compared.
-    k : prototypes a task and step; default 64 (random) or 8 (confident).
-    target : violation rate r* in [0, 1] that the controller aims at.
-    eta : step of the controller.
-    lambda_min, lambda_max, lambda_0 : range and start of the regulariser's weight.
-    warmup : steps before the controller acts.
-    rate_ema, scale_ema : shares of the new value in the running rate and scales.
-    beta, mu : of the Huber gap and the huberised hinge.
-    quantile : of gaps and distances that sets the scales.
-    scaling : False is the ablation tau = kappa = 1.
-    control : False is the ablation with static lambda = ``lambda_0``.
-    lipschitz : False is the ablation without the term; the rates are still recorded.
-    detach_distance : no gradient through distances; can collapse the model.
-    task_pairs : task pairs compared a step, drawn anew each time, so that a step's cost does not grow with T (T - 1) / 2
-        (ours); three tasks have three. None compares all, as published.
-    base, base_args : the LibMTL weighting that balances the tasks.
-    """
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": PAPER}
 
-    preset: str | None = None
-    prototypes: str = "random"
-    k: int | None = None
-    target: float = 0.10
-    eta: float = 0.02
-    lambda_min: float = 0.01
-    lambda_max: float = 10.0
-    lambda_0: float = 0.1
-    warmup: int = 100
-    rate_ema: float = 0.1
-    scale_ema: float = 0.1
-    beta: float = 0.1
-    mu: float = 0.05
-    quantile: float = 0.95
-    scaling: bool = True
-    control: bool = True
-    lipschitz: bool = True
-    detach_distance: bool = False
-    task_pairs: int | None = 3
+    preset: str | None = setting(
+        None, '``"paper"`` takes the published settings for what is not given; None takes ours'
+    )
+    prototypes: str = setting(
+        "random", "which examples of a task are compared; published: confident", ours=True, choices=PROTOTYPES
+    )
+    k: int | None = setting(
+        None,
+        "prototypes a task and step; default 64 (random) or 8 (confident)",
+        ours=True,
+        expected="a whole number of at least 1",
+        ge=1,
+        search=(16, 128, "log"),
+    )
+    target: float = setting(
+        0.10, "violation rate r* that the controller aims at", ours=True, ge=0, le=1, search=(0.01, 0.2, "log")
+    )
+    eta: float = setting(0.02, "step of the controller", ours=True, ge=0, search=(0.01, 0.3, "log"))
+    lambda_min: float = setting(0.01, "least weight of the regulariser")
+    lambda_max: float = setting(10.0, "largest weight of the regulariser", ours=True, search=(1.0, 20.0, "log"))
+    lambda_0: float = setting(0.1, "weight of the regulariser at the start")
+    warmup: int = setting(100, "steps before the controller acts", expected=">= 0 steps", ge=0)
+    rate_ema: float = setting(0.1, "share of the new value in the running rate", gt=0, le=1)
+    scale_ema: float = setting(0.1, "share of the new value in the running scales", gt=0, le=1)
+    beta: float = setting(0.1, "of the Huber gap", expected="above 0", gt=0, search=(0.05, 0.5, "log"))
+    mu: float = setting(0.05, "of the huberised hinge", expected="above 0", gt=0)
+    quantile: float = setting(0.95, "of gaps and distances, which sets the scales", gt=0, le=1)
+    scaling: bool = setting(True, "False is the ablation tau = kappa = 1")
+    control: bool = setting(True, "False is the ablation with static lambda = ``lambda_0``")
+    lipschitz: bool = setting(True, "False is the ablation without the term; the rates are still recorded")
+    detach_distance: bool = setting(False, "no gradient through distances; can collapse the model")
+    task_pairs: int | None = setting(
+        3,
+        "task pairs compared a step, drawn anew each time, so that a step's cost does not grow with T (T - 1) / 2; "
+        "three tasks have three. None compares all, as published",
+        ours=True,
+        ge=1,
+    )
 
-    @classmethod
-    def from_args(cls, method: str, args: Mapping[str, Any]) -> ReLiFSettings:
-        """Build settings; a preset stands under what is given."""
-        preset = args.get("preset")
-        if preset not in (None, "paper"):
-            raise RecipeError(f"{method}: {unknown('preset', preset, ['paper'])}")
-        made = super().from_args(method, {**(PAPER if preset else {}), **args})
-        assert isinstance(made, ReLiFSettings)
-        return made
-
-    def __post_init__(self) -> None:
-        """Check every range."""
-        if self.prototypes not in ("random", "confident"):
-            raise RecipeError(f"ReLiF: {unknown('prototypes', self.prototypes, ['random', 'confident'])}")
-        self.need("k", self.k is None or (isinstance(self.k, int) and self.k >= 1), "a whole number of at least 1")
-        self.need(
-            "task_pairs", self.task_pairs is None or self.task_pairs >= 1, "a whole number of at least 1, or null"
-        )
-        ordered = not self.control or 0 <= self.lambda_min <= self.lambda_0 <= self.lambda_max
-        self.need("lambda_0", ordered, f"between lambda_min={self.lambda_min} and lambda_max={self.lambda_max}")
-        self.need("beta", self.beta > 0, "above 0")
-        self.need("mu", self.mu > 0, "above 0")
-        self.need("scale_ema", 0 < self.scale_ema <= 1, "in (0, 1]")
-        self.need("quantile", 0 < self.quantile <= 1, "in (0, 1]")
+    def check(self) -> None:
+        """Check what concerns several settings."""
+        if self.control and not 0 <= self.lambda_min <= self.lambda_0 <= self.lambda_max:
+            ends = f"lambda_min={self.lambda_min} and lambda_max={self.lambda_max}"
+            raise self.refused("lambda_0", f"lambda_0 must be between {ends}, found {self.lambda_0!r}")
         self.controller()
         if self.detach_distance:
             warnings.warn(
-                "ReLiF: detach_distance=True can collapse the model: the gap scale shrinks with the gaps", stacklevel=2
+                "ReLiF: detach_distance=True can collapse the model: the gap scale shrinks with the gaps", stacklevel=3
             )
 
     @property

@@ -29,7 +29,7 @@ def check(recipe: Recipe) -> None:
     ------
     RecipeError : an unknown name or a value out of range, with file and line.
     """
-    settings = {name: {f.name for f in dataclasses.fields(cls.settings_class)} for name, cls in OUR_WEIGHTINGS.items()}
+    settings = {name: set(cls.settings_class.model_fields) for name, cls in OUR_WEIGHTINGS.items()}
     check_names(recipe, set(weighting_names()), set(architecture_names()), set(dataset_names()), settings)
     for name, method in recipe.methods.items():
         cls = OUR_WEIGHTINGS.get(method.weighting)

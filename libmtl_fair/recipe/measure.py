@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -126,7 +126,7 @@ def _settings(recipe: Recipe, method: str) -> dict[str, Any]:
     """Return what the recipe says of a method, under it every default of a weighting of ours."""
     spec = recipe.methods[method]
     cls = OUR_WEIGHTINGS.get(spec.weighting)
-    resolved = asdict(cls.settings_class.from_args(spec.weighting, spec.args)) if cls else {}
+    resolved = cls.settings_class.from_args(spec.weighting, spec.args).model_dump() if cls else {}
     return {**resolved, **{k: v for k, v in spec.model_dump().items() if k != "weighting"}}
 
 

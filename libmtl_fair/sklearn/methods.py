@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +36,7 @@ class Method:
     def arguments(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """Return (weight_args, arch_args, head options) of what the user gives in ``method_args``."""
         settings = getattr(OUR_ARCHITECTURES.get(self.architecture), "settings_class", None)
-        of_architecture = {f.name for f in dataclasses.fields(settings)} if settings else set()
+        of_architecture = set(settings.model_fields) if settings else set()
         weight, arch, heads = {}, {}, {}
         for name, value in {**self.defaults, **given}.items():
             if self.heads is not None and name in _HEAD_OPTIONS:

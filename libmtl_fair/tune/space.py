@@ -251,8 +251,6 @@ def changed(recipe: Recipe, method: str, values: Mapping[tuple[str, ...], Any], 
 
 def current(recipe: Recipe, method: str, parameter: Parameter, args: Mapping[str, Any] | None = None) -> Any:
     """Return the value of a parameter as the recipe has it, None if nothing says; ``args`` replaces the method's own."""
-    import dataclasses
-
     from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS
 
     head, last = parameter.path[0], parameter.path[-1]
@@ -268,5 +266,4 @@ def current(recipe: Recipe, method: str, parameter: Parameter, args: Mapping[str
     if cls is None or last in own:
         return own.get(last)
     made = cls.settings_class.from_args(recipe.methods[method].weighting, own)
-    names = {field.name for field in dataclasses.fields(made)}
-    return getattr(made, "prototypes_per_task" if last == "k" else last, None) if last in names else None
+    return getattr(made, "prototypes_per_task" if last == "k" else last, None)

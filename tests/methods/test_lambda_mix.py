@@ -94,7 +94,7 @@ def test_the_gradient_is_that_of_the_mix(lam: float, target: str) -> None:
     assert_close(
         grads, expected_gradient(trainer, loader, lambda found: lam * found[:3].sum() + (1 - lam) * found[3:].sum())
     )
-    torch.testing.assert_close(weights, torch.tensor([lam] * 3 + [1 - lam] * 3))
+    torch.testing.assert_close(weights, torch.tensor([lam] * 3 + [1 - lam] * 3, dtype=torch.float32))
     torch.testing.assert_close(trainer.model.trace["main"], losses[:3].sum())
     torch.testing.assert_close(trainer.model.trace["fair"], losses[3:].sum())
 

@@ -4,76 +4,40 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from libmtl_fair import functional as F
-from libmtl_fair.errors import HostError, RecipeError, unknown
+from libmtl_fair.errors import HostError
 from libmtl_fair.libmtl.loading import AbsArchitecture
 from libmtl_fair.libmtl.model import is_plain_linear
+from libmtl_fair.methods.base import Declared, setting
 from libmtl_fair.methods.fairbranch.adopt import adopt
 from libmtl_fair.methods.fairbranch.blocks import BranchedEncoder
 from libmtl_fair.methods.fairbranch.head_similarity import head_layers, identical, similarity
 from libmtl_fair.methods.fairbranch.tree import BranchTree, Group
 
 
-@dataclass(frozen=True)
-class FairBranchSettings:
-    """Hyperparameters of :class:`FairBranch`: LibMTL's ``arch_args``.
+class FairBranchSettings(Declared):
+    """Hyperparameters of :class:`FairBranch`: LibMTL's ``arch_args``."""
 
-    Parameters
-    ----------
-    threshold : tau in (0, 1]: groups whose weights are at least so similar stay together.
-    branch_every : epochs (or steps) from one branch event to the next.
-    unit : ``"epochs"`` or ``"steps"``.
-    keep_first : the first block always stays shared, as in the source; False may branch it too **(ours)**.
-    max_events : no further branch events after so many; None for no limit.
-    """
-
-    threshold: float = 0.5
-    branch_every: int = 1
-    unit: str = "epochs"
-    keep_first: bool = True
-    max_events: int | None = None
-
-    @classmethod
-    def from_args(cls, method: str, args: Mapping[str, Any]) -> FairBranchSettings:
-        """Build settings from a LibMTL ``arch_args`` dict.
-
-        Raises
-        ------
-        RecipeError : an unknown name, or a value out of range.
-        """
-        names = [f.name for f in fields(cls)]
-        for name in args:
-            if name not in names:
-                raise RecipeError(f"{method}: {unknown('setting', name, names)}")
-        return cls(**args)
-
-    def __post_init__(self) -> None:
-        """Check every range."""
-        self._need("threshold", _is_number(self.threshold) and 0 < self.threshold <= 1, "a number in (0, 1]")
-        self._need("branch_every", _is_count(self.branch_every, 1), "a whole number of at least 1")
-        if self.unit not in ("epochs", "steps"):
-            raise RecipeError(f"FairBranch: {unknown('unit', self.unit, ['epochs', 'steps'])}")
-        self._need("keep_first", isinstance(self.keep_first, bool), "true or false")
-        limit = self.max_events is None or _is_count(self.max_events, 0)
-        self._need("max_events", limit, "a whole number of at least 0, or null")
-
-    def _need(self, name: str, condition: bool, expected: str) -> None:
-        if not condition:
-            raise RecipeError(f"FairBranch: {name} must be {expected}, found {getattr(self, name)!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    threshold: float = setting(
+        0.5,
+        "tau: groups whose weights are at least so similar stay together",
+        expected="a number in (0, 1]",
+        gt=0,
+        le=1,
+        search=(0.2, 0.9),
+    )
+    branch_every: int = setting(1, "epochs (or steps) from one branch event to the next", ge=1, search=(1, 5))
+    unit: str = setting("epochs", "of branch_every", choices=("epochs", "steps"))
+    keep_first: bool = setting(
+        True, "the first block always stays shared, as in the source; False may branch it too (ours)"
+    )
+    max_events: int | None = setting(None, "no further branch events after so many; None for no limit", ge=0)
 
 
 @dataclass(frozen=True)

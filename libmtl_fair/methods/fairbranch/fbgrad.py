@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from libmtl_fair.batch import FairBatch
-from libmtl_fair.errors import HostError, RecipeError, unknown
+from libmtl_fair.errors import HostError
 from libmtl_fair.libmtl.compat_weightings import recorded
 from libmtl_fair.libmtl.gradients import add_gradients, flatten
-from libmtl_fair.methods.base import FairWeighting, Settings
+from libmtl_fair.methods.base import FairWeighting, Names, Settings, setting
 from libmtl_fair.methods.fairbranch.blocks import find_blocks
 from libmtl_fair.methods.fairbranch.fbgrad_plan import Found, Plan, Shared, coefficients, gradients, shares
 from libmtl_fair.methods.fairbranch.robust import robust_losses
@@ -23,51 +22,31 @@ from libmtl_fair.metrics.conflicts import ConflictRecord, layer_cosines
 WHERE = ("branches", "everywhere", "none")
 
 
-@dataclass(frozen=True)
 class FBGradSettings(Settings):
-    """Hyperparameters of :class:`FBGrad` (methods.md, 3).
+    """Hyperparameters of :class:`FBGrad` (methods.md, 3)."""
 
-    Parameters
-    ----------
-    strength : lambda, the weight of a task's fairness loss; ``lambda`` is understood too.
-    where : ``"branches"`` as published: fairness gradients reach heads and branches, corrected in branches;
-        ``"everywhere"``: the shared trunk as well (ablation; on hard sharing the whole encoder); ``"none"``: heads and
-        branches, uncorrected (ablation).
-    intra_task : lambda_t = 0 where fairness and accuracy conflict on the task's own head; False keeps ``strength``.
-    sensitive : sensitive attributes that count; None for all that the loader gives.
-    record_conflicts : on the first batch of each epoch, note the angles between the tasks' gradients in each layer.
-    base, base_args : the LibMTL weighting that balances the tasks' losses.
-    """
+    aliases: ClassVar[Mapping[str, str]] = {"lambda": "strength"}
 
-    strength: float = 1.0
-    where: str = "branches"
-    intra_task: bool = True
-    sensitive: tuple[str, ...] | None = None
-    record_conflicts: bool = False
-
-    @classmethod
-    def from_args(cls, method: str, args: Mapping[str, Any]) -> FBGradSettings:
-        """Build settings; ``lambda`` is another name of ``strength``."""
-        args = dict(args)
-        if "lambda" in args:
-            if "strength" in args:
-                raise RecipeError(f"{method}: 'lambda' and 'strength' are the same setting; give one")
-            args["strength"] = args.pop("lambda")
-        made = super().from_args(method, args)
-        assert isinstance(made, FBGradSettings)
-        return made
-
-    def __post_init__(self) -> None:
-        """Check every value."""
-        good = isinstance(self.strength, (int, float)) and not isinstance(self.strength, bool) and self.strength >= 0
-        self.need("strength", good and self.strength < float("inf"), "a number of at least 0")
-        if self.where not in WHERE:
-            raise RecipeError(f"FBGrad: {unknown('where', self.where, WHERE)}")
-        self.need("intra_task", isinstance(self.intra_task, bool), "true or false")
-        self.need("record_conflicts", isinstance(self.record_conflicts, bool), "true or false")
-        if self.sensitive is not None:
-            names = (self.sensitive,) if isinstance(self.sensitive, str) else tuple(self.sensitive)
-            object.__setattr__(self, "sensitive", names)
+    strength: float = setting(
+        1.0,
+        "lambda, the weight of a task's fairness loss",
+        expected="a number of at least 0",
+        ge=0,
+        allow_inf_nan=False,
+    )
+    where: str = setting(
+        "branches",
+        "``branches``: fairness gradients reach heads and branches, corrected in branches; ``everywhere``: the shared trunk "
+        "as well (ablation; on hard sharing the whole encoder); ``none``: heads and branches, uncorrected (ablation)",
+        choices=WHERE,
+    )
+    intra_task: bool = setting(
+        True, "lambda_t = 0 where fairness and accuracy conflict on the task's own head; False keeps ``strength``"
+    )
+    sensitive: Names | None = setting(None, "sensitive attributes that count; None for all that the loader gives")
+    record_conflicts: bool = setting(
+        False, "on the first batch of each epoch, note the angles between the tasks' gradients in each layer"
+    )
 
 
 Pairs = list[tuple[Tensor, Tensor]]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,40 +11,25 @@ from torch import Tensor
 from libmtl_fair.batch import FairBatch
 from libmtl_fair.errors import HostError, RecipeError
 from libmtl_fair.libmtl.parts import linearised, part_of
-from libmtl_fair.methods.base import FairWeighting, Settings
+from libmtl_fair.methods.base import FairWeighting, Settings, setting
 from libmtl_fair.tasks import AUXILIARY_PREFIX
 
 
-@dataclass(frozen=True)
 class LambdaMixSettings(Settings):
-    """Hyperparameters of :class:`LambdaMix` (methods.md, 4).
+    """Hyperparameters of :class:`LambdaMix` (methods.md, 4); the base is the weighting inside each of the two sums."""
 
-    Parameters
-    ----------
-    lam : lambda (``lambda`` is understood too), the share of the main tasks, in [0, 1]; 1 trains without fairness.
-        The published value is 0.5. With ``target="main"`` and ``conditional=True`` start at 0.85 for ``gap``, at 0.95 for
-        ``glf`` and at 0.5 for ``gld``, try values on both sides, and choose on validation data: ``libmtl-fair compare --choose``.
-    base, base_args : the LibMTL weighting inside each of the two sums.
-    """
+    aliases: ClassVar[Mapping[str, str]] = {"lambda": "lam"}
 
-    lam: float = 0.5
-
-    @classmethod
-    def from_args(cls, method: str, args: Mapping[str, Any]) -> LambdaMixSettings:
-        """Build settings; ``lambda`` is another name of ``lam``."""
-        args = dict(args)
-        if "lambda" in args:
-            if "lam" in args:
-                raise RecipeError(f"{method}: 'lambda' and 'lam' are the same setting; give one")
-            args["lam"] = args.pop("lambda")
-        made = super().from_args(method, args)
-        assert isinstance(made, LambdaMixSettings)
-        return made
-
-    def __post_init__(self) -> None:
-        """Check the range."""
-        number = isinstance(self.lam, (int, float)) and not isinstance(self.lam, bool)
-        self.need("lam", number and 0 <= self.lam <= 1, "lambda, a number in [0, 1]")
+    lam: float = setting(
+        0.5,
+        "lambda, the share of the main tasks; 1 trains without fairness. With target main and conditional start at 0.85 for "
+        "gap, at 0.95 for glf and at 0.5 for gld, try values on both sides, and choose on validation data: "
+        "``libmtl-fair compare --choose``",
+        expected="lambda, a number in [0, 1]",
+        ge=0,
+        le=1,
+        search=(0.5, 1.0),
+    )
 
 
 class LambdaMix(FairWeighting):
