@@ -1,17 +1,25 @@
 """Fair multi-task learning for LibMTL. Importing this package loads LibMTL and registers the methods with it."""
 
-from libmtl_fair import errors, functional, metrics
-from libmtl_fair.data import Dataset, ResidentLoader, load_dataset
-from libmtl_fair.libmtl import DivergenceError, FairTrainer, FairWeighting, heal, register
-from libmtl_fair.methods import FairMT, FBGrad, GroupRegulariser, LambdaMix, ReLiF
-from libmtl_fair.methods.fairbranch.fairbranch import FairBranch
-from libmtl_fair.methods.heads.add_heads import add_fairness_heads, drop_fairness_heads
-from libmtl_fair.predictions import Predictions
-from libmtl_fair.tasks import Binary, Multiclass, Multilabel, Regression, Task, task_dict
+from __future__ import annotations
+
+import sys
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+from libmtl_fair import errors
+from libmtl_fair._imports import OldNames, lazy
+
+if TYPE_CHECKING:
+    from libmtl_fair import data, functional, metrics, report, sklearn, tune
+    from libmtl_fair.data import Dataset, ResidentLoader, load_dataset
+    from libmtl_fair.libmtl import DivergenceError, FairTrainer, FairWeighting, heal, register
+    from libmtl_fair.methods import FairMT, FBGrad, GroupRegulariser, LambdaMix, ReLiF
+    from libmtl_fair.methods.fairbranch.fairbranch import FairBranch
+    from libmtl_fair.methods.heads.add_heads import add_fairness_heads, drop_fairness_heads
+    from libmtl_fair.predictions import Predictions
+    from libmtl_fair.tasks import Binary, Multiclass, Multilabel, Regression, Task, task_dict
 
 __version__ = "0.1.0"
-
-register(FairBranch, FBGrad, FairMT, GroupRegulariser, LambdaMix, ReLiF)
 
 __all__ = [
     "Binary",
@@ -32,6 +40,7 @@ __all__ = [
     "ResidentLoader",
     "Task",
     "add_fairness_heads",
+    "data",
     "drop_fairness_heads",
     "errors",
     "functional",
@@ -39,5 +48,37 @@ __all__ = [
     "load_dataset",
     "metrics",
     "register",
+    "report",
+    "sklearn",
     "task_dict",
+    "tune",
 ]
+
+_HOMES = {
+    **dict.fromkeys(("data", "functional", "metrics", "report", "sklearn", "tune"), ""),
+    "data.catalogue": "load_dataset",
+    "data.dataset": "Dataset",
+    "data.loader": "ResidentLoader",
+    "libmtl": "DivergenceError FairTrainer FairWeighting heal register",
+    "methods": "FBGrad FairMT GroupRegulariser LambdaMix ReLiF",
+    "methods.fairbranch.fairbranch": "FairBranch",
+    "methods.heads.add_heads": "add_fairness_heads drop_fairness_heads",
+    "predictions": "Predictions",
+    "tasks": "Binary Multiclass Multilabel Regression Task task_dict",
+}
+__getattr__, __dir__ = lazy(__name__, _HOMES)
+
+
+def _register() -> None:
+    """Load LibMTL and make our methods known to it, by every name that recipes and scripts can use."""
+    from libmtl_fair.libmtl.registry import register
+    from libmtl_fair.methods import FairMT, FBGrad, GroupRegulariser, LambdaMix, ReLiF
+    from libmtl_fair.methods.fairbranch.fairbranch import FairBranch
+
+    register(FairBranch, FBGrad, FairMT, GroupRegulariser, LambdaMix, ReLiF)
+
+
+if not any(isinstance(finder, OldNames) for finder in sys.meta_path):
+    sys.meta_path.append(OldNames())
+if PurePath(sys.argv[0] if getattr(sys, "argv", None) else "").stem != "libmtl-fair":  # its commands do so, not --help
+    _register()

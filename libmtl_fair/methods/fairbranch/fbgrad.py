@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,9 @@ from libmtl_fair.methods.base import FairWeighting, Names, Settings, setting
 from libmtl_fair.methods.fairbranch.blocks import find_blocks
 from libmtl_fair.methods.fairbranch.fbgrad_plan import Found, Plan, Shared, coefficients, gradients, shares
 from libmtl_fair.methods.fairbranch.robust import robust_losses
-from libmtl_fair.metrics.conflicts import ConflictRecord, layer_cosines
+
+if TYPE_CHECKING:
+    from libmtl_fair.metrics.conflicts import ConflictRecord
 
 WHERE = ("branches", "everywhere", "none")
 
@@ -202,6 +204,8 @@ class FBGrad(FairWeighting):
         ------
         HostError : nothing was recorded.
         """
+        from libmtl_fair.metrics.conflicts import ConflictRecord
+
         cosines = self.conflict_cosines
         if cosines is None:
             raise HostError("FBGrad: no conflicts were recorded; set record_conflicts=True and train an epoch")
@@ -211,6 +215,8 @@ class FBGrad(FairWeighting):
 
     def _record(self, batch: FairBatch, losses: Tensor, robust: Tensor) -> None:
         """Add this batch to the record; 2 T backward passes, once an epoch."""
+        from libmtl_fair.metrics.conflicts import layer_cosines
+
         layers = self._layers(batch.main)
         found = torch.stack([layer_cosines(kind, layers, batch.main) for kind in (losses, robust)]).unsqueeze(0)
         epoch = torch.tensor([batch.epoch], device=found.device)
