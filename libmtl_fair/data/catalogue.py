@@ -17,9 +17,10 @@ from libmtl_fair.data.fetched import FETCHED, fetch_frame
 from libmtl_fair.data.frames import read_frame
 from libmtl_fair.data.german import GERMAN
 from libmtl_fair.data.selection import Choice, choose_inputs, choose_tasks
-from libmtl_fair.data.spec import MissingRule, TableSpec
+from libmtl_fair.data.spec import TableSpec
 from libmtl_fair.data.support2 import SUPPORT2
 from libmtl_fair.errors import DataError, unknown
+from libmtl_fair.validation import MissingRule
 
 SHIPPED: Mapping[str, TableSpec] = {spec.name: spec for spec in (ADULT, COMPAS, GERMAN, SUPPORT2)}
 """Datasets whose files are inside the package."""

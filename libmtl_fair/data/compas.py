@@ -28,21 +28,23 @@ COMPAS = TableSpec(
     licence="published by ProPublica for public use with the article; no formal licence",
     tasks={
         "two_year_recid": TaskSpec(
-            "binary", column="two_year_recid", definition="charged again within two years (a charge, not an offence)"
+            kind="binary",
+            column="two_year_recid",
+            definition="charged again within two years (a charge, not an offence)",
         ),
         "is_violent_recid": TaskSpec(
-            "binary",
+            kind="binary",
             column="is_violent_recid",
             definition="charged with a violent crime in the whole follow-up (not cut at two years)",
         ),
         "decile_score": TaskSpec(
-            "regression",
+            kind="regression",
             column="decile_score",
             forbids=("score_text", "v_decile_score", "v_score_text"),
             definition="COMPAS score 1-10: imitate the tool",
         ),
         "v_score_text": TaskSpec(
-            "multiclass",
+            kind="multiclass",
             column="v_score_text",
             classes=("Low", "Medium", "High"),
             forbids=("v_decile_score", "decile_score", "score_text"),
@@ -50,9 +52,9 @@ COMPAS = TableSpec(
         ),
     },
     sensitive={
-        "race": SensitiveSpec("race"),
-        "sex": SensitiveSpec("sex"),
-        "age": SensitiveSpec("age_cat", labels=("Less than 25", "25 - 45", "Greater than 45"), also_in=("age",)),
+        "race": SensitiveSpec(column="race"),
+        "sex": SensitiveSpec(column="sex"),
+        "age": SensitiveSpec(column="age_cat", labels=("Less than 25", "25 - 45", "Greater than 45"), also_in=("age",)),
     },
     candidates=(
         "sex",

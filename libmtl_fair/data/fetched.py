@@ -48,14 +48,18 @@ BANK = TableSpec(
     "doi:10.24432/C5K306; OpenML 1461, fetched by fairlearn",
     licence="CC BY 4.0 (UCI record)",
     tasks={
-        "deposit": TaskSpec("binary", column="Class", positive="2", definition="subscribed a term deposit (Class 2)"),
-        "housing": TaskSpec("binary", column="housing", positive="yes", definition="has a housing loan"),
-        "loan": TaskSpec("binary", column="loan", positive="yes", definition="has a personal loan"),
-        "default": TaskSpec("binary", column="default", positive="yes", definition="has credit in default (1.8 %)"),
+        "deposit": TaskSpec(
+            kind="binary", column="Class", positive="2", definition="subscribed a term deposit (Class 2)"
+        ),
+        "housing": TaskSpec(kind="binary", column="housing", positive="yes", definition="has a housing loan"),
+        "loan": TaskSpec(kind="binary", column="loan", positive="yes", definition="has a personal loan"),
+        "default": TaskSpec(
+            kind="binary", column="default", positive="yes", definition="has credit in default (1.8 %)"
+        ),
     },
     sensitive={
-        "age": SensitiveSpec("age", bins=(25, 60), labels=("under 25", "25–59", "60 and over")),
-        "marital": SensitiveSpec("marital"),
+        "age": SensitiveSpec(column="age", bins=(25, 60), labels=("under 25", "25–59", "60 and over")),
+        "marital": SensitiveSpec(column="marital"),
     },
     candidates=tuple(name for name in _BANK_COLUMNS if name not in ("duration", "Class")),
     default_tasks=("deposit", "housing", "loan"),
@@ -72,18 +76,20 @@ ACS = TableSpec(
     source="Ding, Hardt, Miller, Schmidt (2021), Retiring Adult; US Census ACS PUMS 2018; OpenML 43141, fetched by fairlearn",
     licence="US Census public use microdata terms",
     tasks={
-        "income": TaskSpec("binary", expression="PINCP > 50000", definition="personal income above 50,000 US$"),
-        "college": TaskSpec("binary", column="SCHL", threshold=21, definition="SCHL of 21 or more (bachelor's degree)"),
-        "hours": TaskSpec("regression", column="WKHP", definition="usual hours worked a week"),
-        "long_hours": TaskSpec("binary", expression="WKHP > 40", definition="more than 40 hours a week"),
+        "income": TaskSpec(kind="binary", expression="PINCP > 50000", definition="personal income above 50,000 US$"),
+        "college": TaskSpec(
+            kind="binary", column="SCHL", threshold=21, definition="SCHL of 21 or more (bachelor's degree)"
+        ),
+        "hours": TaskSpec(kind="regression", column="WKHP", definition="usual hours worked a week"),
+        "long_hours": TaskSpec(kind="binary", expression="WKHP > 40", definition="more than 40 hours a week"),
         "log_income": TaskSpec(
-            "regression", column="PINCP", transform="log", definition="natural log of personal income"
+            kind="regression", column="PINCP", transform="log", definition="natural log of personal income"
         ),
     },
     sensitive={
-        "sex": SensitiveSpec("SEX", merge={"1": "Male", "2": "Female"}),
-        "race": SensitiveSpec("RAC1P"),
-        "age": SensitiveSpec("AGEP", bins=(25, 60), labels=("under 25", "25–59", "60 and over")),
+        "sex": SensitiveSpec(column="SEX", merge={"1": "Male", "2": "Female"}),
+        "race": SensitiveSpec(column="RAC1P"),
+        "age": SensitiveSpec(column="AGEP", bins=(25, 60), labels=("under 25", "25–59", "60 and over")),
     },
     candidates=("AGEP", "COW", "SCHL", "MAR", "POBP", "RELP", "WKHP", "SEX", "RAC1P"),
     default_tasks=("income", "college", "hours"),
@@ -112,17 +118,21 @@ CREDIT = TableSpec(
     "doi:10.24432/C55S3H; OpenML 42477, fetched by fairlearn",
     licence="CC BY 4.0 (UCI record)",
     tasks={
-        "default": TaskSpec("binary", column="y", positive="1", definition="defaults on the next payment"),
+        "default": TaskSpec(kind="binary", column="y", positive="1", definition="defaults on the next payment"),
         "late_now": TaskSpec(
-            "binary", column="PAY_0", threshold=1, definition="a payment is late in the last month (PAY_0 >= 1)"
+            kind="binary", column="PAY_0", threshold=1, definition="a payment is late in the last month (PAY_0 >= 1)"
         ),
-        "log_limit": TaskSpec("regression", column="LIMIT_BAL", transform="log", definition="natural log of the limit"),
-        "graduate": TaskSpec("binary", column="EDUCATION", positive="1", definition="graduate school (EDUCATION 1)"),
+        "log_limit": TaskSpec(
+            kind="regression", column="LIMIT_BAL", transform="log", definition="natural log of the limit"
+        ),
+        "graduate": TaskSpec(
+            kind="binary", column="EDUCATION", positive="1", definition="graduate school (EDUCATION 1)"
+        ),
     },
     sensitive={
-        "sex": SensitiveSpec("SEX", merge={"1": "Male", "2": "Female"}),
-        "marriage": SensitiveSpec("MARRIAGE"),
-        "age": SensitiveSpec("AGE", bins=(30, 45), labels=("under 30", "30–44", "45 and over")),
+        "sex": SensitiveSpec(column="SEX", merge={"1": "Male", "2": "Female"}),
+        "marriage": SensitiveSpec(column="MARRIAGE"),
+        "age": SensitiveSpec(column="AGE", bins=(30, 45), labels=("under 30", "30–44", "45 and over")),
     },
     candidates=tuple(name for name in _CREDIT_COLUMNS if name != "y"),
     default_tasks=("default", "late_now", "log_limit"),
@@ -155,26 +165,26 @@ DIABETES = TableSpec(
     licence="CC BY 4.0 (UCI record)",
     tasks={
         "readmit_30_days": TaskSpec(
-            "binary", column="readmit_30_days", positive="1", definition="readmitted within 30 days of release"
+            kind="binary", column="readmit_30_days", positive="1", definition="readmitted within 30 days of release"
         ),
         "readmit_any": TaskSpec(
-            "binary", column="readmit_binary", positive="1", definition="readmitted at any time in the data"
+            kind="binary", column="readmit_binary", positive="1", definition="readmitted at any time in the data"
         ),
         "long_stay": TaskSpec(
-            "binary", expression="time_in_hospital >= 7", definition="stayed for 7 days or more (1 to 14)"
+            kind="binary", expression="time_in_hospital >= 7", definition="stayed for 7 days or more (1 to 14)"
         ),
-        "medications": TaskSpec("regression", column="num_medications", definition="distinct medications given"),
+        "medications": TaskSpec(kind="regression", column="num_medications", definition="distinct medications given"),
         "insulin": TaskSpec(
-            "multiclass",
+            kind="multiclass",
             column="insulin",
             forbids=("diabetesMed", "change"),
             definition="insulin: no, steady, up, down",
         ),
     },
     sensitive={
-        "race": SensitiveSpec("race"),
-        "gender": SensitiveSpec("gender"),
-        "age": SensitiveSpec("age"),
+        "race": SensitiveSpec(column="race"),
+        "gender": SensitiveSpec(column="gender"),
+        "age": SensitiveSpec(column="age"),
     },
     candidates=tuple(name for name in _DIABETES_COLUMNS if name not in _AFTER_DISCHARGE),
     default_tasks=("readmit_30_days", "readmit_any", "long_stay"),

@@ -10,15 +10,22 @@ GERMAN = TableSpec(
     source="Hofmann, H. (1994), Statlog (German Credit Data), UCI Machine Learning Repository, doi:10.24432/C5NC77",
     licence="CC BY 4.0",
     tasks={
-        "bad_credit": TaskSpec("binary", column="credit", positive=2, definition="credit is bad (code 2)"),
+        "bad_credit": TaskSpec(kind="binary", column="credit", positive=2, definition="credit is bad (code 2)"),
         "owns_home": TaskSpec(
-            "binary", column="housing", positive="A152", forbids=("property",), definition="owns a home (housing A152)"
+            kind="binary",
+            column="housing",
+            positive="A152",
+            forbids=("property",),
+            definition="owns a home (housing A152)",
         ),
         "log_amount": TaskSpec(
-            "regression", column="credit_amount", transform="log", definition="natural log of the credit amount in DM"
+            kind="regression",
+            column="credit_amount",
+            transform="log",
+            definition="natural log of the credit amount in DM",
         ),
         "job": TaskSpec(
-            "multiclass",
+            kind="multiclass",
             column="job",
             classes={
                 "A171": "unskilled non-resident",
@@ -30,8 +37,8 @@ GERMAN = TableSpec(
         ),
     },
     sensitive={
-        "age": SensitiveSpec("age", bins=(26,), labels=("25 and under", "over 25")),
-        "foreign_worker": SensitiveSpec("foreign_worker"),
+        "age": SensitiveSpec(column="age", bins=(26,), labels=("25 and under", "over 25")),
+        "foreign_worker": SensitiveSpec(column="foreign_worker"),
     },
     candidates=(
         *("checking_status", "duration", "credit_history", "purpose", "credit_amount", "savings_status", "employment"),

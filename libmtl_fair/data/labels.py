@@ -138,11 +138,10 @@ def _class_of_value(spec: TaskSpec, series: pd.Series[Any], present: list[str], 
         order = sorted(present, key=float) if is_numeric(series) and series.dtype != bool else sorted(present)
         return {value: value for value in order}
     named = spec.classes if isinstance(spec.classes, Mapping) else {value: value for value in spec.classes}
-    mapping = {str(as_text(pd.Series([value]))[0]): str(name) for value, name in named.items()}
-    for value in mapping:
+    for value in named:
         if value not in present:
             raise DataError(f"{where}: column {series.name!r}: {unknown('class', value, _some(set(present)))}")
-    return mapping
+    return dict(named)
 
 
 def _number(spec: TaskSpec, series: pd.Series[Any], where: str) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from libmtl_fair.data.labels import task_columns
-from libmtl_fair.data.spec import MissingRule, TableSpec, TaskSpec
-from libmtl_fair.data.validation import given_mapping, given_names
+from libmtl_fair.data.spec import TableSpec, TaskSpec
 from libmtl_fair.errors import DataError, unknown
+from libmtl_fair.validation import Listed, MissingRule, checked
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Choice:
         """Check what scikit-learn and pandas will be given."""
         for name in ("tasks", "sensitive"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, given_names(getattr(self, name), name))
-        object.__setattr__(self, "keep_groups", given_mapping(self.keep_groups, "keep_groups"))
+                object.__setattr__(self, name, checked(Listed, getattr(self, name), name))
+        object.__setattr__(self, "keep_groups", checked(dict, self.keep_groups or {}, "keep_groups"))
         if not isinstance(self.split, str | Sequence):
             raise DataError(f"split must be three shares or a column's name, found {self.split!r}")
         if not isinstance(self.sensitive_inputs, bool):
@@ -51,7 +51,7 @@ def choose_tasks(spec: TableSpec, tasks: Sequence[str] | str | None) -> dict[str
     ------
     DataError : an unknown task, one that is named twice, or none.
     """
-    names = spec.default_tasks if tasks is None else given_names(tasks, "tasks")
+    names = spec.default_tasks if tasks is None else checked(Listed, tasks, "tasks")
     if not names:
         raise DataError(f"dataset {spec.name!r}: no task chosen; choose some of {', '.join(spec.tasks)}")
     for name in names:

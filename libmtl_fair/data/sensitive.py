@@ -12,9 +12,9 @@ import pandas as pd
 
 from libmtl_fair.data.checks import UNKNOWN_GROUP
 from libmtl_fair.data.frames import as_numbers, as_text, column_of
-from libmtl_fair.data.spec import MissingRule, SensitiveSpec
-from libmtl_fair.data.validation import given_keep, given_names
+from libmtl_fair.data.spec import SensitiveSpec
 from libmtl_fair.errors import DataError, unknown
+from libmtl_fair.validation import Keep, Listed, MissingRule, checked
 
 MISSING_GROUP = "(missing)"
 """Name of the group of rows without a value, under ``missing="group"``."""
@@ -63,15 +63,15 @@ def choose_sensitive(
     ------
     DataError : an unknown attribute, or one to keep groups of that is not chosen.
 
-    >>> choose_sensitive("race:top2", {"race": SensitiveSpec("race")})[0]["race"].keep
+    >>> choose_sensitive("race:top2", {"race": SensitiveSpec(column="race")})[0]["race"].keep
     2
     """
-    keep = {name: given_keep(value, f"keep_groups of {name!r}") for name, value in (keep_groups or {}).items()}
-    known = {name: replace(spec, keep=keep.get(name, spec.keep)) for name, spec in known.items()}
+    keep = {name: checked(Keep, value, f"keep_groups of {name!r}") for name, value in (keep_groups or {}).items()}
+    known = {name: spec.model_copy(update={"keep": keep.get(name, spec.keep)}) for name, spec in known.items()}
     specs: dict[str, SensitiveSpec] = {}
-    for item in given_names(chosen, "sensitive"):
+    for item in checked(Listed, chosen, "sensitive"):
         name, spec = _one_choice(item, known)
-        specs[name] = replace(spec, keep=keep.get(name, spec.keep))
+        specs[name] = spec.model_copy(update={"keep": keep.get(name, spec.keep)})
     used = {*specs, *(part for spec in specs.values() for part in spec.of)}
     for name in keep:
         if name not in used:
@@ -90,7 +90,7 @@ def _one_choice(item: str, known: Mapping[str, SensitiveSpec]) -> tuple[str, Sen
         return item, SensitiveSpec(of=parts)
     name, colon, rule = item.partition(":")
     if colon and name in known and rule.startswith("top") and rule[3:].isdigit():
-        return name, replace(known[name], keep=int(rule[3:]))
+        return name, known[name].model_copy(update={"keep": int(rule[3:])})
     raise DataError(unknown("sensitive attribute", name if colon and name not in known else item, known))
 
 

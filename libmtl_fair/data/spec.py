@@ -1,31 +1,128 @@
-"""What a user declares about a table: its tasks, sensitive attributes, inputs and leaks. Checked when made."""
+"""What a user declares about a table: its tasks, sensitive attributes, inputs and leaks. Checked when made.
+
+Recipes validate the same models, and say file and line where Python says a DataError.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeVar, get_args
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
-import pandas as pd
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    Tag,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import PydanticUseDefault
 
-from libmtl_fair.data.validation import given_keep, given_mapping, given_names, given_number, given_text
 from libmtl_fair.errors import DataError, unknown
+from libmtl_fair.validation import STRICT, Keep, Names, Text, distinct, explain, listed
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 TaskKind = Literal["binary", "multiclass", "multilabel", "regression"]
-MissingRule = Literal["drop", "group", "error"]
 Transform = Literal["log", "log1p"]
 
-_Spec = TypeVar("_Spec", "TaskSpec", "SensitiveSpec")
+_ALLOWED = {
+    "binary": ("column", "expression", "positive", "threshold"),
+    "multiclass": ("classes", "column"),
+    "multilabel": ("columns",),
+    "regression": ("column", "transform"),
+}
+_SOURCES = ("column", "columns", "expression")
 
 
-@dataclass(frozen=True)
-class TaskSpec:
+def form(value: object) -> str:
+    """Return pydantic's tag of a field that takes a list of names or a mapping that declares each."""
+    return "declared" if isinstance(value, Mapping) else "names"
+
+
+def _spelt(value: object) -> object:
+    """Values of a column may be spelt like numbers (a class 0, a group 1): take them as the column's text has them."""
+    if isinstance(value, Mapping):
+        return {_spelt(key): _spelt(item) for key, item in value.items()}
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value) if isinstance(value, int | float) else value
+
+
+def _spelt_each(value: object) -> object:
+    items = listed(value) if not isinstance(value, str | int | float) else value
+    return [_spelt(item) for item in items] if isinstance(items, list) else items
+
+
+def _as_given(value: float, check: ValidatorFunctionWrapHandler) -> float:
+    check(value)
+    return value
+
+
+def _or_default(value: object) -> object:
+    if value is None or (isinstance(value, list | tuple | dict) and not value):
+        raise PydanticUseDefault
+    return value
+
+
+_OPTIONAL = (BeforeValidator(_or_default), PlainSerializer(lambda value: value or None))
+_OptionalNames = Annotated[Names, *_OPTIONAL]
+_Edges = Annotated[
+    tuple[Annotated[float, WrapValidator(_as_given)], ...], Field(strict=False), BeforeValidator(listed), *_OPTIONAL
+]
+_Table = Annotated[dict[Text, Text], BeforeValidator(_spelt)]
+_Values = Annotated[
+    tuple[Text, ...], Field(strict=False, min_length=2), AfterValidator(distinct), BeforeValidator(_spelt_each)
+]
+_Classes = Annotated[Annotated[_Values, Tag("names")] | Annotated[_Table, Tag("declared")], Discriminator(form)]
+
+
+class _Spec(BaseModel):
+    model_config = STRICT
+
+    def __init__(self, *values: object, **fields: object) -> None:
+        try:
+            super().__init__(**dict(zip(type(self).model_fields, values)), **fields)
+        except ValidationError as error:
+            raise DataError(self._problem(error)) from error
+        if not any(getattr(self, name, None) for name in (*_SOURCES, "of")):
+            raise DataError(self._no_source())
+
+    # A recipe validates specs without this constructor, so that pydantic tells it where each of the errors is.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def _problem(cls, error: ValidationError) -> str:
+        item = min(error.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
+        name = str(item["loc"][0]) if item["loc"] else ""
+        if item["type"] == "extra_forbidden":
+            return unknown("field", name, cls.model_fields)
+        if item["type"] == "missing":
+            return f"needs a {name!r}, one of {', '.join(get_args(TaskKind))}"
+        if item["type"] == "literal_error":
+            options = get_args(TaskKind if name == "kind" else Transform)
+            return unknown("task kind" if name == "kind" else name, item["input"], options)
+        return f"{name}: {explain(item)}" if name else explain(item)
+
+    def _no_source(self) -> str:
+        raise NotImplementedError
+
+
+class TaskSpec(_Spec):
     """Where the labels of one task come from, and which columns would give them away.
 
     Parameters
     ----------
     kind : "binary", "multiclass", "multilabel" or "regression".
-    column : the labels' column (``columns`` for multilabel: one 0/1 column a label).
+    column : the labels' column (``columns`` for multilabel: one 0/1 column a label); in a mapping of tasks it may be left
+        out where it has the task's name.
     positive : binary: the value that counts as 1, every other one as 0.
     threshold : binary, numeric column: 1 where the value is at least this.
     expression : binary, instead of ``column``: comparisons of columns, as ``"death == 1 and d.time <= 180"``.
@@ -35,71 +132,45 @@ class TaskSpec:
     standardise : regression: labels in units of the training part's mean and standard deviation.
     forbids : input columns that leak this task, besides its own columns.
     definition : one line for the data card.
+
+    Raises
+    ------
+    DataError : an unknown field, a wrong type, or fields that do not fit the kind.
     """
 
     kind: TaskKind
-    column: str | None = None
-    columns: tuple[str, ...] = ()
-    positive: Any = None
+    column: Text | None = None
+    columns: _OptionalNames = ()
+    positive: str | int | float | bool | None = None
     threshold: float | None = None
-    expression: str | None = None
-    classes: tuple[Any, ...] | Mapping[Any, str] | None = None
+    expression: Text | None = None
+    classes: _Classes | None = None
     transform: Transform | None = None
     standardise: bool = True
-    forbids: tuple[str, ...] = ()
+    forbids: _OptionalNames = ()
     definition: str = ""
 
-    def __post_init__(self) -> None:
-        """Check each field, then that they fit the kind."""
-        if not isinstance(self.kind, str) or self.kind not in get_args(TaskKind):
-            raise DataError(unknown("task kind", self.kind, get_args(TaskKind)))
-        for name in ("columns", "forbids"):
-            object.__setattr__(self, name, given_names(getattr(self, name), name))
-        for name in ("column", "expression", "transform"):
-            if getattr(self, name) is not None:
-                given_text(getattr(self, name), name)
-        if self.threshold is not None:
-            given_number(self.threshold, "threshold")
-        if self.positive is not None and not isinstance(self.positive, str | int | float):
-            raise DataError(f"positive must be a value of the column, a text or a number, found {self.positive!r}")
-        self._check_classes()
-        self._check_combination()
-
-    def _check_classes(self) -> None:
-        if self.classes is None:
-            return
-        if isinstance(self.classes, str) or not isinstance(self.classes, Iterable):
-            raise DataError(f"classes must be a list of values or a mapping value: name, found {self.classes!r}")
-        if not isinstance(self.classes, Mapping):
-            object.__setattr__(self, "classes", tuple(self.classes))
-        for value in self.classes:
-            if not isinstance(value, str | int | float):
-                raise DataError(f"classes: each must be a text or a number, found {value!r}")
-
-    def _check_combination(self) -> None:
-        allowed = {
-            "binary": {"column", "positive", "threshold", "expression"},
-            "multiclass": {"column", "classes"},
-            "multilabel": {"columns"},
-            "regression": {"column", "transform"},
-        }[self.kind]
-        every = ("column", "columns", "positive", "threshold", "expression", "classes", "transform")
+    @model_validator(mode="after")
+    def _fits(self) -> TaskSpec:
+        allowed = _ALLOWED[self.kind]
+        every = (*_SOURCES, "positive", "threshold", "classes", "transform")
         given = [name for name in every if getattr(self, name) not in (None, ())]
-        wrong = [name for name in given if name not in allowed]
-        if wrong:
-            raise DataError(f"a {self.kind} task takes no {wrong[0]!r}; it takes {', '.join(sorted(allowed))}")
-        source = [name for name in given if name in ("column", "columns", "expression")]
-        if len(source) != 1:
-            wanted = " or ".join(sorted(allowed & {"column", "columns", "expression"}))
-            raise DataError(f"a {self.kind} task needs {wanted}, found {source or 'neither'}; give exactly one")
+        for name in given:
+            if name not in allowed:
+                raise ValueError(f"a {self.kind} task takes no {name!r}; it takes {', '.join(allowed)}")
+        if len(set(given) & set(_SOURCES)) > 1 or (self.kind == "multilabel" and not given):
+            raise ValueError(self._no_source())
         if len(set(given) & {"positive", "threshold", "expression"}) > 1:
-            raise DataError("a binary task takes one of 'positive', 'threshold' and 'expression', found more")
-        if self.transform is not None and self.transform not in get_args(Transform):
-            raise DataError(unknown("transform", self.transform, get_args(Transform)))
+            raise ValueError("a binary task takes one of 'positive', 'threshold' and 'expression', found more")
+        return self
+
+    def _no_source(self) -> str:
+        wanted = " or ".join(name for name in _ALLOWED[self.kind] if name in _SOURCES)
+        found = [name for name in _SOURCES if getattr(self, name)]
+        return f"a {self.kind} task needs {wanted}, found {found or 'neither'}; give exactly one"
 
 
-@dataclass(frozen=True)
-class SensitiveSpec:
+class SensitiveSpec(_Spec):
     """Where the groups of one sensitive attribute come from.
 
     Parameters
@@ -111,37 +182,38 @@ class SensitiveSpec:
     keep : groups to keep, or how many of the largest; rows of the others get id -1 (unknown), counted in the card.
     of : names of two or more attributes to intersect.
     also_in : input columns, besides ``column``, from which the attribute can be read off.
+
+    Raises
+    ------
+    DataError : an unknown field, a wrong type, edges that do not ascend, or neither column nor intersection.
     """
 
-    column: str | None = None
-    bins: tuple[float, ...] = ()
-    labels: tuple[str, ...] = ()
-    merge: Mapping[str, str] = field(default_factory=dict)
-    keep: tuple[str, ...] | int | None = None
-    of: tuple[str, ...] = ()
-    also_in: tuple[str, ...] = ()
+    column: Text | None = None
+    bins: _Edges = ()
+    labels: _OptionalNames = ()
+    merge: Annotated[_Table, *_OPTIONAL] = Field(default_factory=dict)
+    keep: Keep | None = None
+    of: _OptionalNames = ()
+    also_in: _OptionalNames = ()
 
-    def __post_init__(self) -> None:
-        """Check edges and names."""
-        for name in ("labels", "of", "also_in"):
-            object.__setattr__(self, name, given_names(getattr(self, name), name))
-        if isinstance(self.bins, str) or not isinstance(self.bins, Iterable):
-            raise DataError(f"bins must be a list of numbers, found {self.bins!r}")
-        object.__setattr__(self, "bins", tuple(given_number(edge, "bins: each edge") for edge in self.bins))
-        object.__setattr__(self, "merge", given_mapping(self.merge, "merge"))
-        if self.column is not None:
-            given_text(self.column, "column")
-        if self.keep is not None:
-            object.__setattr__(self, "keep", given_keep(self.keep, f"sensitive column {self.column!r}"))
-        if (self.column is None) == (len(self.of) == 0):
-            raise DataError("a sensitive attribute needs either a column or, as an intersection, 'of' other attributes")
+    @model_validator(mode="after")
+    def _fits(self) -> SensitiveSpec:
+        if self.column is not None and self.of:
+            raise ValueError(self._no_source())
+        column = f"sensitive column {self.column!r}" if self.column else "this attribute"
         if list(self.bins) != sorted(set(self.bins)):
-            raise DataError(f"bins of sensitive column {self.column!r} must ascend, found {list(self.bins)}")
+            raise ValueError(f"bins of {column} must ascend, found {list(self.bins)}")
         if self.bins and self.labels and len(self.labels) != len(self.bins) + 1:
-            raise DataError(
-                f"sensitive column {self.column!r}: {len(self.bins)} edges make {len(self.bins) + 1} groups, "
-                f"found {len(self.labels)} labels"
+            raise ValueError(
+                f"{column}: {len(self.bins)} edges make {len(self.bins) + 1} groups, found {len(self.labels)} labels"
             )
+        return self
+
+    def _no_source(self) -> str:
+        return "a sensitive attribute needs either a column or, as an intersection, 'of' other attributes"
+
+
+_AnySpec = TypeVar("_AnySpec", TaskSpec, SensitiveSpec)
 
 
 @dataclass(frozen=True)
@@ -177,29 +249,30 @@ class TableSpec:
     notes: tuple[str, ...] = ()
 
 
-def make_spec(cls: type[_Spec], value: object, what: str) -> _Spec:
+def make_spec(cls: type[_AnySpec], value: object, what: str, name: str) -> _AnySpec:
     """Return ``value`` as a spec: it may be one already, a mapping of its fields (as in a recipe), or a column's name.
+
+    Without a column it reads the one of its own ``name``.
 
     Raises
     ------
     DataError : an unknown field, or none of these.
 
-    >>> make_spec(SensitiveSpec, "sex", "sensitive attribute 'sex'").column
+    >>> make_spec(SensitiveSpec, {"keep": 2}, "sensitive attribute", "sex").column
     'sex'
     """
+    where = f"{what} {name!r}"
     if isinstance(value, cls):
-        return value
-    if isinstance(value, str) and cls is SensitiveSpec:
-        value = {"column": value}
-    if not isinstance(value, Mapping):
-        raise DataError(f"{what}: expected a {cls.__name__} or a mapping of its fields, found {type(value).__name__}")
-    known = [item.name for item in fields(cls)]
-    for key in value:
-        if key not in known:
-            raise DataError(f"{what}: {unknown('field', key, known)}")
-    if cls is TaskSpec and "kind" not in value:
-        raise DataError(f"{what}: needs a 'kind', one of {', '.join(get_args(TaskKind))}")
+        fields: dict[str, Any] = {key: item for key, item in value if item not in (None, (), {})}
+    elif isinstance(value, str) and cls is SensitiveSpec:
+        fields = {"column": value}
+    elif isinstance(value, Mapping):
+        fields = {str(key): item for key, item in value.items()}
+    else:
+        raise DataError(f"{where}: expected a {cls.__name__} or a mapping of its fields, found {type(value).__name__}")
+    if fields.get("kind") != "multilabel" and not {*_SOURCES, "of"} & set(fields):
+        fields["column"] = name
     try:
-        return cls(**value)
+        return cls(**fields)
     except DataError as error:
-        raise DataError(f"{what}: {error}") from error
+        raise DataError(f"{where}: {error}") from error

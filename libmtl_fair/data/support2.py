@@ -13,12 +13,12 @@ SUPPORT2 = TableSpec(
     "Learning Repository dataset 880, doi:10.3886/ICPSR02957.v2; study: Knaus et al. (1995), Ann Intern Med 122:191-203",
     licence="CC BY 4.0 by the UCI record, disputed; Vanderbilt permits use and asks for citation and acknowledgement",
     tasks={
-        "hospdead": TaskSpec("binary", column="hospdead", definition="died in hospital"),
+        "hospdead": TaskSpec(kind="binary", column="hospdead", definition="died in hospital"),
         "death180": TaskSpec(
-            "binary", expression="death == 1 and d.time <= 180", definition="died within 180 days of study entry"
+            kind="binary", expression="death == 1 and d.time <= 180", definition="died within 180 days of study entry"
         ),
         "func2m": TaskSpec(
-            "multiclass",
+            kind="multiclass",
             column="sfdm2",
             classes={
                 "no(M2 and SIP pres)": "no disability",
@@ -30,16 +30,19 @@ SUPPORT2 = TableSpec(
             definition="functional state after 2 months, from sfdm2",
         ),
         "log_slos": TaskSpec(
-            "regression", column="slos", transform="log", definition="natural log of days from study entry to discharge"
+            kind="regression",
+            column="slos",
+            transform="log",
+            definition="natural log of days from study entry to discharge",
         ),
         "log_charges": TaskSpec(
-            "regression", column="charges", transform="log", definition="natural log of hospital charges in US$"
+            kind="regression", column="charges", transform="log", definition="natural log of hospital charges in US$"
         ),
     },
     sensitive={
-        "sex": SensitiveSpec("sex"),
-        "race": SensitiveSpec("race"),
-        "age": SensitiveSpec("age", bins=(65,), labels=("under 65", "65 and over")),
+        "sex": SensitiveSpec(column="sex"),
+        "race": SensitiveSpec(column="race"),
+        "age": SensitiveSpec(column="age", bins=(65,), labels=("under 65", "65 and over")),
     },
     candidates=(
         *("age", "sex", "race", "dzgroup", "num.co", "scoma", "hday", "diabetes", "dementia", "ca", "meanbp", "wblc"),

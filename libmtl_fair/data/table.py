@@ -13,9 +13,9 @@ from libmtl_fair.data.checks import SENSITIVE
 from libmtl_fair.data.dataset import Dataset
 from libmtl_fair.data.frames import column_of, read_frame
 from libmtl_fair.data.selection import Choice, leaks
-from libmtl_fair.data.spec import MissingRule, SensitiveSpec, TableSpec, TaskSpec, make_spec
-from libmtl_fair.data.validation import given_mapping, given_names, given_text
+from libmtl_fair.data.spec import SensitiveSpec, TableSpec, TaskSpec, make_spec
 from libmtl_fair.errors import DataError, unknown
+from libmtl_fair.validation import Listed, MissingRule, checked
 
 
 def load_table(
@@ -72,9 +72,11 @@ def load_table(
     (('age', 'sex'), {'sex': ['f', 'm']}, 24)
     """
     frame = read_frame(source)
-    task_specs = {key: _task_spec(key, value) for key, value in given_mapping(tasks, "tasks").items()}
-    named = dict(sensitive) if isinstance(sensitive, Mapping) else dict.fromkeys(given_names(sensitive, "sensitive"))
-    categorical = given_names(categorical, "categorical")
+    task_specs = {key: _task_spec(key, value) for key, value in checked(dict, tasks, "tasks").items()}
+    named = (
+        dict(sensitive) if isinstance(sensitive, Mapping) else dict.fromkeys(checked(Listed, sensitive, "sensitive"))
+    )
+    categorical = checked(Listed, categorical, "categorical")
     groups = _sensitive_specs(named, set(frame.columns))
     candidates = _candidates(frame, task_specs, features, split)
     for column in categorical:
@@ -94,7 +96,7 @@ def load_table(
         default_sensitive=tuple(named),
         kinds={**kinds, **dict.fromkeys(categorical, "categorical")},
         stratify=_stratify(stratify, task_specs),
-        notes=given_names(notes, "notes"),
+        notes=checked(Listed, notes, "notes"),
     )
     choice = Choice(None, tuple(named), seed, split, missing, keep_groups, subset, min_frequency, sensitive_inputs)
     return build_dataset(spec, frame, choice)
@@ -102,11 +104,9 @@ def load_table(
 
 def _task_spec(name: str, value: TaskSpec | Mapping[str, Any]) -> TaskSpec:
     """Return a task's spec; a mapping that names no column means the column of the task's own name."""
-    if given_text(name, "a task's name") == SENSITIVE:
+    if checked(str, name, "a task's name") == SENSITIVE:
         raise DataError(f"a task may not be named {SENSITIVE!r}: batches hold the group ids under this key; rename it")
-    if isinstance(value, Mapping) and not {"column", "columns", "expression"} & set(value):
-        value = {"column": name, **value}
-    return make_spec(TaskSpec, value, f"task {name!r}")
+    return make_spec(TaskSpec, value, "task", name)
 
 
 def _sensitive_specs(named: Mapping[str, Any], columns: Collection[str]) -> dict[str, SensitiveSpec]:
@@ -114,17 +114,15 @@ def _sensitive_specs(named: Mapping[str, Any], columns: Collection[str]) -> dict
     specs: dict[str, SensitiveSpec] = {}
     for name, value in named.items():
         if value is not None:
-            if isinstance(value, Mapping) and not {"column", "of"} & set(value):
-                value = {"column": name, **value}
-            specs[name] = make_spec(SensitiveSpec, value, f"sensitive attribute {name!r}")
+            specs[name] = make_spec(SensitiveSpec, value, "sensitive attribute", name)
         elif name in columns:
-            specs.setdefault(name, SensitiveSpec(name))
+            specs.setdefault(name, SensitiveSpec(column=name))
         else:
             for part in name.partition(":top")[0].split("*"):
-                specs.setdefault(part.strip(), SensitiveSpec(part.strip()))
+                specs.setdefault(part.strip(), SensitiveSpec(column=part.strip()))
     for spec in list(specs.values()):
         for part in spec.of:
-            specs.setdefault(part, SensitiveSpec(part))
+            specs.setdefault(part, SensitiveSpec(column=part))
     return specs
 
 
@@ -137,7 +135,9 @@ def _candidates(
     forbidden = leaks(tasks)
     if features is None:
         return tuple(str(column) for column in frame.columns if column not in forbidden and column != split)
-    columns = given_names(features, "features")
+    columns: tuple[str, ...] = checked(
+        Listed, list(features) if isinstance(features, Mapping) else features, "features"
+    )
     for column in columns:
         column_of(frame, column, "features")
         if column in forbidden:

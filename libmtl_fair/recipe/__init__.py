@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from libmtl_fair.data.spec import SensitiveSpec, TaskSpec
 from libmtl_fair.recipe.schema import Recipe, check_names, load_recipe
 from libmtl_fair.recipe.sections import (
     Audit,
@@ -13,8 +14,6 @@ from libmtl_fair.recipe.sections import (
     Optimizer,
     Output,
     Scheduler,
-    SensitiveSpec,
-    TaskSpec,
     Train,
     Tune,
 )

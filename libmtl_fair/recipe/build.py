@@ -64,15 +64,11 @@ def make_dataset(recipe: Recipe, seed: int) -> Dataset:
         path = recipe.table_path()
         assert path is not None
         assert isinstance(data.tasks, dict)
-        sensitive = data.sensitive
-        declared = (
-            {k: v.fields() for k, v in sensitive.items()} if isinstance(sensitive, dict) else list(sensitive or ())
-        )
         features = _features(data.features, data.categorical)
         made = load_table(
             path,
-            tasks={name: spec.fields() for name, spec in data.tasks.items()},
-            sensitive=declared,
+            tasks=data.tasks,
+            sensitive=data.sensitive or (),
             features=features,
             name=recipe.name,
             **options,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainSerializer, PlainValidator
 
-MissingRule = Literal["drop", "group", "error"]
+from libmtl_fair.validation import STRICT, distinct, listed
+
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Share = Annotated[float, Field(gt=0, le=1)]
-Text = Annotated[str, Field(min_length=1, max_length=10_000)]
 
 _QUANTILE = re.compile(r"p(\d{1,2}(?:\.\d{1,4})?)")
 _CONFORMAL = re.compile(r"conformal:(\d*\.?\d+)")
@@ -22,18 +22,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _+.@=-]*")
 class Section(BaseModel):
     """A part of a recipe: unknown fields, wrong types and numbers that are not finite are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str | int | float) and not isinstance(value, bool) else value
-
-
-def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    repeated = sorted({str(value) for value in values if values.count(value) > 1})
-    if repeated:
-        raise ValueError(f"expected distinct values, found {', '.join(repeated)} more than once")
-    return values
+    model_config = STRICT
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
@@ -110,28 +99,12 @@ def _split(value: Any) -> tuple[float, ...] | str:
     raise ValueError(f"expected three shares such as [0.6, 0.2, 0.2], or the name of a column, found {value!r}")
 
 
-def _keep(value: Any) -> tuple[str, ...] | int:
-    """Names of the groups to keep, or how many of the largest."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 2:
-        return value
-    if isinstance(value, list | tuple) and value and all(isinstance(name, str) and name for name in value):
-        return _distinct(tuple(value))
-    raise ValueError(f"expected names of groups, or how many of the largest to keep (at least 2), found {value!r}")
-
-
 def _subset(value: Any) -> int | float:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 10:
         return value
     if isinstance(value, float) and 0 < value < 1:
         return value
     raise ValueError(f"expected at least 10 rows, or a share between 0 and 1, found {value!r}")
-
-
-def _words(value: Any) -> Any:
-    """Names may be spelt like numbers (a class 0, a group 1): take them as they are written."""
-    if isinstance(value, list):
-        return [str(item) if isinstance(item, int | float) and not isinstance(item, bool) else item for item in value]
-    return value
 
 
 _AS_IS = PlainSerializer(lambda value: value)
@@ -141,22 +114,15 @@ FolderName = Annotated[str, AfterValidator(_folder_name)]
 Delta = Annotated[float | str, PlainValidator(_delta)]
 Threshold = Annotated[float | str, PlainValidator(_threshold)]
 Split = Annotated[tuple[float, ...] | str, PlainValidator(_split), _AS_IS]
-Keep = Annotated[tuple[str, ...] | int, PlainValidator(_keep), _AS_IS]
 Subset = Annotated[int | float, PlainValidator(_subset), _AS_IS]
-Names = Annotated[
-    tuple[Text, ...], Field(strict=False, min_length=1), AfterValidator(_distinct), BeforeValidator(_listed)
-]
-Listing = Annotated[
-    tuple[Text, ...], Field(strict=False, min_length=2), AfterValidator(_distinct), BeforeValidator(_words)
-]
 Widths = Annotated[
     tuple[Annotated[int, Field(ge=1, le=1_000_000)], ...],
     Field(strict=False, min_length=1, max_length=200),
-    BeforeValidator(_listed),
+    BeforeValidator(listed),
 ]
 Seeds = Annotated[
-    tuple[Seed, ...], Field(strict=False, min_length=1), AfterValidator(_distinct), BeforeValidator(_listed)
+    tuple[Seed, ...], Field(strict=False, min_length=1), AfterValidator(distinct), BeforeValidator(listed)
 ]
 Deltas = Annotated[
-    tuple[Delta, ...], Field(strict=False, min_length=1), AfterValidator(_distinct), BeforeValidator(_listed)
+    tuple[Delta, ...], Field(strict=False, min_length=1), AfterValidator(distinct), BeforeValidator(listed)
 ]

@@ -10,28 +10,8 @@ from pydantic_core import ErrorDetails
 
 from libmtl_fair.errors import RecipeError, near
 from libmtl_fair.recipe.yaml_source import Location, Source
+from libmtl_fair.validation import explain
 
-_EXPECTED = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "string_type": "text",
-    "bool_type": "true or false",
-    "tuple_type": "a list",
-    "list_type": "a list",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-    "model_attributes_type": "a mapping",
-    "greater_than": "a number above {gt}",
-    "greater_than_equal": "at least {ge}",
-    "less_than": "a number below {lt}",
-    "less_than_equal": "at most {le}",
-    "string_too_short": "text that is not empty",
-    "string_too_long": "text of at most {max_length} characters",
-    "too_short": "at least {min_length} value(s)",
-    "too_long": "at most {max_length} value(s)",
-}
 _TAGS = {"names", "declared", "str", "int", "float", "function-plain", "[key]"}
 
 
@@ -75,7 +55,7 @@ def _clean(loc: tuple[int | str, ...], data: Any) -> Location:
 
 
 def _message(item: ErrorDetails, location: Location, root: type[BaseModel]) -> str:
-    kind, ctx = item["type"], item.get("ctx", {})
+    kind = item["type"]
     if kind == "extra_forbidden":
         known = known_fields(root, location[:-1])
         guess = near(str(location[-1]), known)
@@ -83,35 +63,13 @@ def _message(item: ErrorDetails, location: Location, root: type[BaseModel]) -> s
     if kind == "missing":
         guess = _near_setting(str(location[-1]), item["input"])
         return "required, but missing" + (f"; did you mean it by {guess!r}?" if guess else "")
-    if kind == "value_error":
-        return str(ctx.get("error", item["msg"]))
-    found = _found(item["input"])
-    if kind == "literal_error":
-        options = [word.strip().strip("'") for word in str(ctx["expected"]).replace(" or ", ",").split(",")]
-        guess = near(str(item["input"]), options)
-        hint = f"; did you mean {guess!r}?" if guess else ""
-        return f"expected {ctx['expected']}, found {found}{hint}"
-    expected = _EXPECTED.get(kind)
-    if expected is None:
-        return f"{item['msg']}, found {found}"
-    return f"expected {expected.format(**ctx)}, found {found}"
+    return explain(item)
 
 
 def _near_setting(name: str, given: Any) -> str | None:
     """A key that was taken for a setting of the weighting, but is spelt like the missing field."""
     keys = given.get("args", given) if isinstance(given, Mapping) else {}
     return near(name, keys) if isinstance(keys, Mapping) else None
-
-
-def _found(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, Mapping):
-        return "a mapping" if value else "an empty mapping"
-    if isinstance(value, bool):
-        return str(value).lower()
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def known_fields(root: type[BaseModel], location: Location) -> list[str]:

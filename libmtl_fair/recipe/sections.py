@@ -6,14 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_serializer, model_validator
 
+from libmtl_fair.data.spec import SensitiveSpec, TaskSpec, form
 from libmtl_fair.recipe.fields import (
     Count,
     Delta,
     Deltas,
-    Keep,
-    Listing,
-    MissingRule,
-    Names,
     OptionalText,
     Section,
     Seed,
@@ -21,62 +18,18 @@ from libmtl_fair.recipe.fields import (
     Share,
     Split,
     Subset,
-    Text,
     Threshold,
     Widths,
 )
-
-
-class TaskSpec(Section):
-    """A task of a user's table; fields as in :class:`libmtl_fair.data.spec.TaskSpec`, which checks what fits which kind.
-
-    ``column`` (``columns`` for multilabel) defaults to the task's name.
-    """
-
-    kind: Literal["binary", "multiclass", "multilabel", "regression"]
-    column: Text | None = None
-    columns: Names | None = None
-    positive: str | int | float | None = None
-    threshold: float | None = None
-    expression: Text | None = None
-    classes: Listing | None = None
-    transform: Literal["log", "log1p"] | None = None
-    standardise: bool = True
-    forbids: Names | None = None
-    definition: str = ""
-
-    def fields(self) -> dict[str, Any]:
-        """Return the fields that are set, for the data room's spec."""
-        return {name: getattr(self, name) for name in type(self).model_fields if getattr(self, name) is not None}
-
-
-class SensitiveSpec(Section):
-    """A sensitive attribute of a user's table; fields as in :class:`libmtl_fair.data.spec.SensitiveSpec`."""
-
-    column: Text | None = None
-    bins: Annotated[tuple[float, ...], Field(strict=False, min_length=1)] | None = None
-    labels: Names | None = None
-    merge: dict[Text, Text] | None = None
-    keep: Keep | None = None
-    of: Names | None = None
-    also_in: Names | None = None
-
-    def fields(self) -> dict[str, Any]:
-        """Return the fields that are set, for the data room's spec."""
-        return {name: getattr(self, name) for name in type(self).model_fields if getattr(self, name) is not None}
-
-
-def _form(value: Any) -> str:
-    return "declared" if isinstance(value, dict) else "names"
-
+from libmtl_fair.validation import Keep, MissingRule, Names, Text
 
 Tasks = Annotated[
     Annotated[Names, Tag("names")] | Annotated[dict[Text, TaskSpec], Field(min_length=1), Tag("declared")],
-    Discriminator(_form),
+    Discriminator(form),
 ]
 Sensitive = Annotated[
     Annotated[Names, Tag("names")] | Annotated[dict[Text, SensitiveSpec], Field(min_length=1), Tag("declared")],
-    Discriminator(_form),
+    Discriminator(form),
 ]
 
 

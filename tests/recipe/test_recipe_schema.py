@@ -79,8 +79,9 @@ def test_a_table_declares_its_columns(write, recipe_text, tmp_path):
     recipe = load_recipe(path)
     assert recipe.data.task_names == ("rich", "tags", "job")
     assert recipe.data.sensitive_names == ("sex", "age")
-    assert recipe.data.sensitive["age"].fields() == {"bins": (25, 60.5), "keep": 2}
-    assert recipe.data.tasks["job"].fields()["classes"] == ("0", "1")
+    age = recipe.data.sensitive["age"]
+    assert (age.bins, age.keep, age.column) == ((25, 60.5), 2, None)
+    assert recipe.data.tasks["job"].classes == ("0", "1")
     assert recipe.table_path() == Path("people.csv")
     (tmp_path / "people.csv").touch()
     assert recipe.table_path() == tmp_path / "people.csv"

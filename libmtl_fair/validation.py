@@ -1,0 +1,129 @@
+"""What declarations of data and recipes share: field types that pydantic checks, and its errors in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic_core import ErrorDetails
+
+from libmtl_fair.errors import DataError, near
+
+STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+"""Unknown fields, wrong types and numbers that are not finite are refused."""
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "greater_than": "a number above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "a number below {lt}",
+    "less_than_equal": "at most {le}",
+    "string_too_short": "text that is not empty",
+    "string_too_long": "text of at most {max_length} characters",
+    "too_short": "at least {min_length} value(s)",
+    "too_long": "at most {max_length} value(s)",
+}
+
+
+def listed(value: object) -> object:
+    """Return a single text or number as a list of one, and what can be walked through as a list."""
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        return [value]
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping) else value
+
+
+def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Refuse a value that is there twice."""
+    repeated = sorted({str(value) for value in values if values.count(value) > 1})
+    if repeated:
+        raise ValueError(f"expected distinct values, found {', '.join(repeated)} more than once")
+    return values
+
+
+def _keep(value: object) -> tuple[str, ...] | int:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 2:
+        return value
+    if isinstance(value, list | tuple) and value and all(isinstance(name, str) and name for name in value):
+        return distinct(tuple(value))
+    raise ValueError(
+        f"expected names of groups, or how many of the largest: keep must be at least 2 groups, found {value!r}"
+    )
+
+
+MissingRule = Literal["drop", "group", "error"]
+Text = Annotated[str, Field(min_length=1, max_length=10_000)]
+Listed = Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(listed)]
+"""Names, or one name."""
+Names = Annotated[
+    tuple[Text, ...], Field(strict=False, min_length=1), AfterValidator(distinct), BeforeValidator(listed)
+]
+"""At least one name, each of them once."""
+Keep = Annotated[tuple[str, ...] | int, PlainValidator(_keep), PlainSerializer(lambda value: value)]
+"""Names of the groups to keep, or how many of the largest."""
+
+_adapter = cache(TypeAdapter)
+
+
+def checked(kind: Any, value: object, what: str) -> Any:
+    """Return ``value`` as pydantic takes it for a type.
+
+    Raises
+    ------
+    DataError : it is no such thing; ``what`` says where.
+
+    >>> checked(Listed, "age", "features")
+    ('age',)
+    """
+    try:
+        return _adapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise DataError(f"{what}: {explain(error.errors(include_url=False)[0])}") from error
+
+
+def explain(item: ErrorDetails) -> str:
+    """Say what one of pydantic's errors expected, what it found, and the near name where there is one."""
+    kind, ctx = item["type"], item.get("ctx", {})
+    if kind == "value_error":
+        return str(ctx.get("error", item["msg"]))
+    found = _found(item["input"])
+    if kind == "literal_error":
+        options = [word.strip().strip("'") for word in str(ctx["expected"]).replace(" or ", ",").split(",")]
+        guess = near(str(item["input"]), options)
+        hint = f"; did you mean {guess!r}?" if guess else ""
+        return f"expected {ctx['expected']}, found {found}{hint}"
+    expected = _EXPECTED.get(kind)
+    if expected is None:
+        return f"{item['msg']}, found {found}"
+    return f"expected {expected.format(**ctx)}, found {found}"
+
+
+def _found(value: object) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, Mapping):
+        return "a mapping" if value else "an empty mapping"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
