@@ -7,8 +7,7 @@ A method that a user's subclass overrides is never touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import wraps
 from types import ModuleType
 from typing import Any
@@ -16,129 +15,66 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from libmtl_fair.libmtl import compat_weightings as healed_weightings
-from libmtl_fair.libmtl import gradients
-from libmtl_fair.libmtl.loading import (
-    LINEAGE,
-    Trainer,
-    architecture_namespace,
-    trainer_module,
-    weighting_namespace,
-)
-
-Method = Callable[..., Any]
+from libmtl_fair.libmtl.compat_weightings import UNCARRIED, gradvac_backward
+from libmtl_fair.libmtl.gradients import PATCHES, Method, carry_representation_gradients, mends
+from libmtl_fair.libmtl.loading import LINEAGE, Trainer, architecture_namespace, trainer_module, weighting_namespace
 
 
-@dataclass(frozen=True)
-class Patch:
-    """One mended method: which class, which method, what takes its place, and why."""
-
-    owner: str
-    method: str
-    replacement: Method
-    why: str
-
-
-def _forward(self: Any, inputs: Tensor, task_name: str | None = None) -> dict[str, Tensor]:
+@mends("AbsArchitecture.forward", "took one representation for several, and the other way round")
+def forward(self: Any, inputs: Tensor, task_name: str | None = None) -> dict[str, Tensor]:
     """Run the encoder and the heads; one shared representation is kept once, several are kept per task."""
     out = {}
     s_rep = self.encoder(inputs)
     several = isinstance(s_rep, (list, tuple))
     for t, task in enumerate(self.task_name):
-        if task_name is not None and task != task_name:
-            continue
-        rep = self._prepare_rep(s_rep[t] if several else s_rep, task, not several and not self.multi_input)
-        out[task] = self.decoders[task](rep)
+        if task_name is None or task == task_name:
+            rep = self._prepare_rep(s_rep[t] if several else s_rep, task, not several and not self.multi_input)
+            out[task] = self.decoders[task](rep)
     return out
 
 
-def _zero_grad_share_params(self: Any) -> None:
+@mends("MTAN.zero_grad_share_params", "erased the attention modules' gradients too")
+@mends("AbsArchitecture.zero_grad_share_params", "parameters without a gradient")
+def zero_grad_share_params(self: Any) -> None:
+    """Forget the gradients of the shared parameters."""
     for parameter in self.get_share_params():
         parameter.grad = None
 
 
-_SUM = "rep_grad=True left the encoder without a gradient"
-_SYNC = "one device transfer a pair, and parameters without a gradient failed"
-_COMMON = [
-    Patch(
-        "AbsWeighting", "_compute_grad_dim", gradients.compute_grad_dim, "counted sizes once, or for frozen weights too"
-    ),
-    Patch(
-        "AbsWeighting",
-        "_compute_grad",
-        gradients.compute_grad,
-        "went through the CPU; erased gradients of other modules",
-    ),
-    Patch("AbsWeighting", "_grad2vec", gradients.grad2vec, "went through the CPU"),
-    Patch("AbsWeighting", "_reset_grad", gradients.reset_grad, "zero_grad() leaves None since PyTorch 2.0"),
-    Patch("AbsWeighting", "_get_grads", gradients.get_grads, "failed where tasks have batches of their own"),
-    Patch(
-        "AbsWeighting", "_backward_new_grads", gradients.backward_new_grads, "one encoder pass a task instead of one"
-    ),
-    Patch("AbsArchitecture", "forward", _forward, "took one representation for several, and the other way round"),
-    Patch("AbsArchitecture", "zero_grad_share_params", _zero_grad_share_params, "parameters without a gradient"),
-    Patch("MTAN", "zero_grad_share_params", _zero_grad_share_params, "erased the attention modules' gradients too"),
-    Patch("EW", "backward", healed_weightings.ew_backward, _SUM),
-    Patch("UW", "backward", healed_weightings.uw_backward, _SUM),
-    Patch("GLS", "backward", healed_weightings.gls_backward, _SUM + "; the product of many losses underflowed"),
-    Patch("DWA", "backward", healed_weightings.dwa_backward, _SUM),
-    Patch(
-        "GradNorm",
-        "backward",
-        healed_weightings.gradnorm_backward,
-        "rep_grad=True froze the encoder in the first epoch",
-    ),
-    Patch(
-        "MGDA",
-        "_find_min_norm_element",
-        healed_weightings.mgda_solution,
-        "its loop never counted, and could run for ever",
-    ),
-    Patch("GradDrop", "backward", healed_weightings.graddrop_backward, "failed where tasks have batches of their own"),
-    Patch("MGDA", "backward", healed_weightings.mgda_backward, "one device transfer a task"),
-    Patch("PCGrad", "backward", healed_weightings.pcgrad_backward, _SYNC),
-    Patch("CAGrad", "backward", healed_weightings.cagrad_backward, "was written for exactly three tasks"),
-    Patch("IMTL", "backward", healed_weightings.imtl_backward, "linearly dependent gradients raised"),
-    Patch("Aligned_MTL", "backward", healed_weightings.aligned_backward, "torch.symeig is gone"),
-    Patch("SDMGrad", "euclidean_proj_simplex", healed_weightings.project_numpy, "numpy.alltrue is gone"),
-]
-_PACKAGE = [Patch("GradVac", "backward", healed_weightings.gradvac_backward, _SYNC)]
-PATCHES: list[Patch] = _COMMON + (_PACKAGE if LINEAGE == "package" else [])
+if LINEAGE == "package":
+    mends("GradVac.backward", "one device transfer a pair, and parameters without a gradient failed")(gradvac_backward)
 
 
-def _rlw_patch(original: Method) -> Method:
+def _carrying(original: Method) -> Method:
     @wraps(original)
     def backward(self: Any, losses: Tensor, **kwargs: Any) -> Any:
         weights = original(self, losses, **kwargs)
-        gradients.carry_representation_gradients(self)
+        carry_representation_gradients(self)
         return weights
 
     backward.__dict__["heals"] = original
     return backward
 
 
-def _owner(name: str) -> type[Any] | None:
-    found = getattr(weighting_namespace, name, None) or getattr(architecture_namespace, name, None)
-    return found if isinstance(found, type) else None
-
-
-def _patches() -> list[tuple[type[Any], str, Method, str]]:
-    """Return (class, method name, replacement, why) for what the installed LibMTL has."""
-    found = [(_owner(p.owner), p.method, p.replacement, p.why) for p in PATCHES]
+def _patches() -> Iterator[tuple[type[Any], str, Method, str]]:
+    """Yield (class, method name, replacement, why) for what the installed LibMTL has."""
+    for name, method, replacement, why in PATCHES:
+        owner = getattr(weighting_namespace, name, getattr(architecture_namespace, name, object))
+        if method in vars(owner):
+            yield owner, method, replacement, why
     for name in ("RLW", "FAMO", "STCH"):
-        owner = _owner(name)
-        if owner is not None and "backward" in vars(owner) and not hasattr(owner.backward, "heals"):
-            found.append((owner, "backward", _rlw_patch(vars(owner)["backward"]), _SUM))
-    return [(o, m, r, w) for o, m, r, w in found if o is not None and m in vars(o)]
+        own = vars(getattr(weighting_namespace, name, object)).get("backward")
+        if own is not None and not hasattr(own, "heals"):
+            yield getattr(weighting_namespace, name), "backward", _carrying(own), UNCARRIED
 
 
 def healed(cls: type[Any]) -> type[Any]:
     """Return ``cls``, or a subclass of the same name in which LibMTL's faults are mended."""
-    overrides: dict[str, Any] = {}
-    for owner, method, replacement, _ in _patches():
-        definer = next((c for c in cls.__mro__ if method in vars(c)), None)
-        if definer is owner:
-            overrides[method] = replacement
+    overrides: dict[str, Any] = {
+        method: replacement
+        for owner, method, replacement, _ in _patches()
+        if next((c for c in cls.__mro__ if method in vars(c)), None) is owner
+    }
     if not overrides:
         return cls
     return type(cls.__name__, (cls,), {**overrides, "__module__": cls.__module__, "__doc__": cls.__doc__})
@@ -159,10 +95,8 @@ class _TorchForTrainer(ModuleType):
     @staticmethod
     def load(*args: Any, **kwargs: Any) -> Any:
         """Load tensors only, onto a device that exists."""
-        kwargs.setdefault("weights_only", True)
-        if not torch.cuda.is_available():
-            kwargs.setdefault("map_location", "cpu")
-        return torch.load(*args, **kwargs)
+        place = {} if torch.cuda.is_available() else {"map_location": "cpu"}
+        return torch.load(*args, **{"weights_only": True, **place, **kwargs})
 
 
 def _process_data(self: Any, loader: list[Any]) -> tuple[Tensor, Any]:
@@ -197,7 +131,7 @@ def heal() -> list[str]:
     list of str : what was changed and why, one line each; empty if it had been done before.
     """
     changed = []
-    for owner, method, replacement, why in _patches():
+    for owner, method, replacement, why in list(_patches()):
         if vars(owner)[method] is not replacement:
             setattr(owner, method, replacement)
             changed.append(f"{owner.__name__}.{method}: {why}")

@@ -1,13 +1,14 @@
 """LibMTL's own weightings where they fail on today's stack or can hang: the same mathematics, mended.
 
-Each function stands in for a method of the class that its name says (see :mod:`libmtl_fair.libmtl.compat`). The
-gradient surgery of PCGrad and GradVac works on the T x T Gram matrix, so that one transfer a step replaces one per pair.
+The gradient surgery of PCGrad and GradVac works on the T x T Gram matrix, so that one transfer a step replaces one a pair.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,14 @@ import torch.nn.functional as nnf
 from scipy.optimize import minimize
 from torch import Tensor
 
+from libmtl_fair import functional as F
 from libmtl_fair.errors import HostError
-from libmtl_fair.libmtl.gradients import carry_representation_gradients
+from libmtl_fair.libmtl.gradients import carry_representation_gradients, mends
 
 Array = npt.NDArray[np.float64]
 _TINY = 1e-12
+UNCARRIED = "rep_grad=True left the encoder without a gradient"
+_SYNC = "one device transfer a pair, and parameters without a gradient failed"
 
 
 def recorded(self: Any, weights: Tensor) -> Any:
@@ -30,9 +34,26 @@ def recorded(self: Any, weights: Tensor) -> Any:
     return weights if getattr(self, "keeps_weights_on_device", False) else weights.cpu().numpy()
 
 
-def _need_parameter_gradients(self: Any, name: str) -> None:
+def _descend(self: Any, loss: Tensor, weights: Tensor) -> Any:
+    torch.autograd.backward(loss)
+    carry_representation_gradients(self)
+    return recorded(self, weights)
+
+
+def _weigh(self: Any, losses: Tensor, solve: Callable[[Tensor], Tensor]) -> Any:
+    """Weigh the tasks by what ``solve`` says of their gradients [T, P], or [T, d] of the representation."""
+    found = self._get_grads(losses, mode="backward")
+    per_grads, grads = found if self.rep_grad else (None, found)
+    weights = solve(grads).to(grads.dtype)
+    self._backward_new_grads(weights, per_grads=per_grads, grads=grads)
+    return recorded(self, weights)
+
+
+def _parameter_gradients(self: Any, losses: Tensor, name: str) -> Tensor:
     if self.rep_grad:
         raise HostError(f"{name} works on parameter gradients: use rep_grad=False")
+    grads: Tensor = self._get_grads(losses, mode="backward")
+    return grads
 
 
 def _gram(grads: Tensor) -> Array:
@@ -40,34 +61,31 @@ def _gram(grads: Tensor) -> Array:
     return (wide @ wide.T).cpu().numpy()
 
 
-def _apply(self: Any, coefficients: Array, grads: Tensor) -> None:
-    """Set the shared gradients to the sum over tasks of their changed gradients, ``sum_i C_i @ grads``."""
-    self._reset_grad(torch.as_tensor(coefficients.sum(0), dtype=grads.dtype, device=grads.device) @ grads)
+def _on_device(weights: Array, grads: Tensor) -> Tensor:
+    return torch.as_tensor(weights, dtype=grads.dtype, device=grads.device)
 
 
+@mends("EW.backward", UNCARRIED)
 def ew_backward(self: Any, losses: Tensor, **_: Any) -> Any:
     """Equal weights."""
-    torch.autograd.backward(losses.sum())
-    carry_representation_gradients(self)
-    return recorded(self, torch.ones_like(losses))
+    return _descend(self, losses.sum(), torch.ones_like(losses))
 
 
+@mends("UW.backward", UNCARRIED)
 def uw_backward(self: Any, losses: Tensor, **_: Any) -> Any:
     """Uncertainty weights (Kendall et al. 2018)."""
     weights = 0.5 * torch.exp(-self.loss_scale)
-    torch.autograd.backward((losses * weights + self.loss_scale / 2).sum())
-    carry_representation_gradients(self)
-    return recorded(self, weights)
+    return _descend(self, (losses * weights + self.loss_scale / 2).sum(), weights)
 
 
+@mends("GLS.backward", f"{UNCARRIED}; the product of many losses underflowed")
 def gls_backward(self: Any, losses: Tensor, **_: Any) -> Any:
     """Geometric loss strategy, through logarithms: the product of many small losses underflows."""
     loss = losses.clamp(min=_TINY).log().mean().exp()
-    torch.autograd.backward(loss)
-    carry_representation_gradients(self)
-    return recorded(self, loss / (self.task_num * losses.clamp(min=_TINY)))
+    return _descend(self, loss, loss / (self.task_num * losses.clamp(min=_TINY)))
 
 
+@mends("DWA.backward", UNCARRIED)
 def dwa_backward(self: Any, losses: Tensor, **kwargs: Any) -> Any:
     """Dynamic weight average (Liu et al. 2019)."""
     weights = torch.ones_like(losses)
@@ -75,29 +93,28 @@ def dwa_backward(self: Any, losses: Tensor, **kwargs: Any) -> Any:
         buffer = np.asarray(self.train_loss_buffer)
         ratio = buffer[:, self.epoch - 1] / np.maximum(buffer[:, self.epoch - 2], _TINY)
         weights = self.task_num * torch.softmax(torch.as_tensor(ratio).to(losses) / kwargs["T"], dim=-1)
-    torch.autograd.backward((losses * weights).sum())
-    carry_representation_gradients(self)
-    return recorded(self, weights)
+    return _descend(self, (losses * weights).sum(), weights)
 
 
+@mends("GradNorm.backward", "rep_grad=True froze the encoder in the first epoch")
 def gradnorm_backward(self: Any, losses: Tensor, **kwargs: Any) -> Any:
     """GradNorm (Chen et al. 2018); the first epoch sums the losses and sets the reference."""
-    if self.epoch < 1:
-        return ew_backward(self, losses)
-    scale = self.task_num * torch.softmax(self.loss_scale, dim=-1)
-    grads = self._get_grads(losses, mode="backward")
-    per_grads, grads = grads if self.rep_grad else (None, grads)
-    norms = torch.linalg.vector_norm(scale.unsqueeze(1) * grads, dim=-1)
-    first = torch.as_tensor(np.maximum(np.asarray(self.train_loss_buffer)[:, 0], _TINY))
-    rate = losses.detach() / first.to(losses)
-    rate = rate / rate.mean().clamp(min=_TINY)
-    target = (norms.mean() * rate ** kwargs["alpha"]).detach()
-    torch.autograd.backward((norms - target).abs().sum())
-    weights = scale.detach().clone()
-    self._backward_new_grads(weights, per_grads=per_grads, grads=grads)
-    return recorded(self, weights)
+
+    def solve(grads: Tensor) -> Tensor:
+        scale = self.task_num * torch.softmax(self.loss_scale, dim=-1)
+        norms = torch.linalg.vector_norm(scale.unsqueeze(1) * grads, dim=-1)
+        first = torch.as_tensor(np.maximum(np.asarray(self.train_loss_buffer)[:, 0], _TINY))
+        rate = losses.detach() / first.to(losses)
+        rate = rate / rate.mean().clamp(min=_TINY)
+        target = (norms.mean() * rate ** kwargs["alpha"]).detach()
+        torch.autograd.backward((norms - target).abs().sum())
+        weights: Tensor = scale.detach()
+        return weights
+
+    return ew_backward(self, losses) if self.epoch < 1 else _weigh(self, losses, solve)
 
 
+@mends("GradDrop.backward", "failed where tasks have batches of their own")
 def graddrop_backward(self: Any, losses: Tensor, **kwargs: Any) -> None:
     """GradDrop (Chen et al. 2020); the tasks' batches may differ in size, since the sign is that of the batch's sum."""
     if not self.rep_grad:
@@ -110,13 +127,10 @@ def graddrop_backward(self: Any, losses: Tensor, **kwargs: Any) -> None:
     positive = 0.5 * (1 + grads.sum(0) / (grads.abs().sum(0) + 1e-7))
     drawn = torch.rand_like(positive)
     mask = (positive > drawn) * (grads > 0) + (positive < drawn) * (grads < 0)
-    kept = [grad * (leak + (1 - leak) * m) for grad, m in zip(per_grads, mask)]
-    if isinstance(self.rep, dict):
-        torch.autograd.backward([self.rep[task] for task in self.task_name], kept)
-    else:
-        self.rep.backward(torch.stack(kept).sum(0))
+    self._backward_new_grads(leak + (1 - leak) * mask, per_grads=per_grads)
 
 
+@mends("MGDA._find_min_norm_element", "its loop never counted, and could run for ever")
 def mgda_solution(self: Any, grads: Tensor) -> Tensor:
     """Return the weights [T] of the smallest vector in the convex hull of ``grads`` [T, P].
 
@@ -125,92 +139,87 @@ def mgda_solution(self: Any, grads: Tensor) -> Tensor:
     """
     gram = grads @ grads.T
     if self.task_num == 1:
-        return torch.ones_like(gram[0])
-    if self.task_num == 2:
-        return _two_tasks(gram)
-    from libmtl_fair.functional import min_norm_weights
-
-    return min_norm_weights(gram)
-
-
-def _two_tasks(gram: Tensor) -> Tensor:
+        return torch.ones_like(grads[:, 0])
+    if self.task_num > 2:
+        weights: Tensor = F.min_norm_weights(gram)
+        return weights
     v11, v12, v22 = gram[0, 0], gram[0, 1], gram[1, 1]
     inner = (v22 - v12) / (v11 + v22 - 2 * v12).clamp(min=_TINY)
     first = torch.where(v12 >= v11, 0.999, torch.where(v12 >= v22, 0.001, inner))
     return torch.stack([first, 1 - first])
 
 
+@mends("MGDA.backward", "one device transfer a task")
 def mgda_backward(self: Any, losses: Tensor, **kwargs: Any) -> Any:
     """MGDA (Sener and Koltun 2018)."""
-    grads = self._get_grads(losses, mode="backward")
-    per_grads, grads = grads if self.rep_grad else (None, grads)
-    scaled = self._gradient_normalizers(grads, losses.detach(), ntype=kwargs["mgda_gn"])
-    weights = self._find_min_norm_element(scaled).to(grads.dtype)
-    self._backward_new_grads(weights, per_grads=per_grads, grads=grads)
-    return recorded(self, weights)
+
+    def solve(grads: Tensor) -> Tensor:
+        scaled = self._gradient_normalizers(grads, losses.detach(), ntype=kwargs["mgda_gn"])
+        found: Tensor = self._find_min_norm_element(scaled)
+        return found
+
+    return _weigh(self, losses, solve)
 
 
+@mends("PCGrad.backward", _SYNC)
 def pcgrad_backward(self: Any, losses: Tensor, **_: Any) -> Any:
     """PCGrad (Yu et al. 2020), in the order that Python's ``random`` gives, as LibMTL does."""
-    _need_parameter_gradients(self, "PCGrad")
-    self._compute_grad_dim()
-    grads = self._compute_grad(losses, mode="backward")
-    gram = _gram(grads)
-    coefficients = np.eye(self.task_num)
-    weight = np.ones(self.task_num)
-    for i in range(self.task_num):
-        order = list(range(self.task_num))
-        random.shuffle(order)
-        for j in order:
-            inner = coefficients[i] @ gram[:, j]
-            if inner < 0 and gram[j, j] > 0:
-                coefficients[i, j] -= inner / gram[j, j]
-                weight[j] -= inner / gram[j, j]
-    _apply(self, coefficients, grads)
-    return weight
+
+    def share(pair: tuple[int, int], inner: float, own: float, other: float) -> float:
+        return -inner / other if inner < 0 < other else 0.0
+
+    return _surgery(self, _parameter_gradients(self, losses, "PCGrad"), share, itself=True)
 
 
 def gradvac_backward(self: Any, losses: Tensor, **kwargs: Any) -> Any:
     """GradVac (Wang et al. 2021), as in LibMTL's package."""
-    _need_parameter_gradients(self, "GradVac")
     if not isinstance(getattr(self, "rho_T", None), np.ndarray):
         self.rho_T = np.zeros((self.task_num, self.task_num))
-    self._compute_grad_dim()
-    grads = self._compute_grad(losses, mode="backward")
-    gram = _gram(grads)
-    coefficients = np.eye(self.task_num)
-    weight = np.ones(self.task_num)
+    goals, beta = self.rho_T, kwargs["beta"]
+
+    def share(pair: tuple[int, int], inner: float, own: float, other: float) -> float:
+        if own * other <= 0:
+            return 0.0
+        rho, goal = min(max(inner / math.sqrt(own * other), -1.0), 1.0), float(goals[pair])
+        if rho >= goal:
+            return 0.0
+        goals[pair] = (1 - beta) * goal + beta * rho
+        slope = math.sqrt(max(1 - goal**2, _TINY))
+        return math.sqrt(own / other) * (goal * math.sqrt(1 - rho**2) - rho * slope) / slope
+
+    return _surgery(self, _parameter_gradients(self, losses, "GradVac"), share, itself=False)
+
+
+def _surgery(
+    self: Any, grads: Tensor, share: Callable[[tuple[int, int], float, float, float], float], itself: bool
+) -> Array:
+    """Add to each task's gradient a share of each other's, in random order; set and return the weights of their sum.
+
+    ``share`` is asked with the pair (i, j), the inner product of i's changed and j's own gradient, and their squared lengths.
+    """
+    gram, weights = _gram(grads), np.ones(self.task_num)
+    squares = gram.diagonal().tolist()
     for i in range(self.task_num):
-        order = [j for j in range(self.task_num) if j != i]
+        order = [j for j in range(self.task_num) if itself or j != i]
         random.shuffle(order)
+        inner, own = gram[i].copy(), squares[i]
         for j in order:
-            _vaccinate(coefficients[i], gram, self.rho_T, weight, (i, j), kwargs["beta"])
-    _apply(self, coefficients, grads)
-    return weight
+            added = share((i, j), float(inner[j]), own, squares[j])
+            if added:
+                own = max(own + added * (2 * float(inner[j]) + added * squares[j]), 0.0)
+                inner += added * gram[j]
+                weights[j] += added
+    self._reset_grad(_on_device(weights, grads) @ grads)
+    return weights
 
 
-def _vaccinate(row: Array, gram: Array, rho_T: Array, weight: Array, pair: tuple[int, int], beta: float) -> None:
-    i, j = pair
-    own, other = np.sqrt(max(float(row @ gram @ row), 0.0)), np.sqrt(gram[j, j])
-    if own * other <= 0:
-        return
-    rho, goal = float(np.clip(row @ gram[:, j] / (own * other), -1, 1)), rho_T[i, j]
-    if rho < goal:
-        slope = np.sqrt(max(1 - goal**2, _TINY))
-        w = own * (goal * np.sqrt(1 - rho**2) - rho * slope) / (other * slope)
-        row[j] += w
-        weight[j] += w
-        rho_T[i, j] = (1 - beta) * goal + beta * rho
-
-
+@mends("CAGrad.backward", "was written for exactly three tasks")
 def cagrad_backward(self: Any, losses: Tensor, **kwargs: Any) -> Any:
     """CAGrad (Liu et al. 2021) for any number of tasks; LibMTL's package reshapes to three."""
-    _need_parameter_gradients(self, "CAGrad")
     calpha, rescale = kwargs["calpha"], int(kwargs["rescale"])
     if rescale not in (0, 1, 2):
         raise HostError(f"CAGrad: rescale must be 0, 1 or 2, found {rescale}")
-    self._compute_grad_dim()
-    grads = self._compute_grad(losses, mode="backward")
+    grads = _parameter_gradients(self, losses, "CAGrad")
     gram = _gram(grads)
     start = np.full(self.task_num, 1 / self.task_num)
     bound = calpha * np.sqrt(gram.mean() + 1e-8) + 1e-8
@@ -221,48 +230,45 @@ def cagrad_backward(self: Any, losses: Tensor, **kwargs: Any) -> Any:
     simplex = {"type": "eq", "fun": lambda x: 1 - x.sum()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # values a rounding error outside of the bounds
-        weight = minimize(objective, start, bounds=[(0, 1)] * self.task_num, constraints=simplex).x
-    mixed = torch.as_tensor(weight, dtype=grads.dtype, device=grads.device) @ grads
+        weights = minimize(objective, start, bounds=[(0, 1)] * self.task_num, constraints=simplex).x
+    mixed = _on_device(weights, grads) @ grads
     new = grads.mean(0) + bound / (torch.linalg.vector_norm(mixed) + 1e-8) * mixed
     self._reset_grad(new / (1.0, 1 + calpha**2, 1 + calpha)[rescale])
-    return weight
+    return weights
 
 
+@mends("IMTL.backward", "linearly dependent gradients raised")
 def imtl_backward(self: Any, losses: Tensor, **_: Any) -> Any:
     """IMTL (Liu et al. 2021); linearly dependent gradients get the least-squares solution instead of an error."""
-    losses = self.loss_scale.exp() * losses - self.loss_scale
-    grads = self._get_grads(losses, mode="backward")
-    per_grads, grads = grads if self.rep_grad else (None, grads)
-    unit = nnf.normalize(grads, dim=-1, eps=_TINY)
-    differences, units = grads[:1] - grads[1:], unit[:1] - unit[1:]
-    product = differences @ units.T
-    inverse = torch.linalg.pinv(product.nan_to_num(0.0, 0.0, 0.0))  # which fails on what is not finite
-    rest = (grads[0] @ units.T) @ inverse.where(product.isfinite().all(), torch.nan)
-    weights = torch.cat([1 - rest.sum().unsqueeze(0), rest])
-    self._backward_new_grads(weights, per_grads=per_grads, grads=grads)
-    return recorded(self, weights)
+
+    def solve(grads: Tensor) -> Tensor:
+        unit = nnf.normalize(grads, dim=-1, eps=_TINY)
+        differences, units = grads[:1] - grads[1:], unit[:1] - unit[1:]
+        product = differences @ units.T
+        inverse = torch.linalg.pinv(product.nan_to_num(0.0, 0.0, 0.0))  # which fails on what is not finite
+        rest = (grads[0] @ units.T) @ inverse.where(product.isfinite().all(), torch.nan)
+        return torch.cat([1 - rest.sum().unsqueeze(0), rest])
+
+    return _weigh(self, self.loss_scale.exp() * losses - self.loss_scale, solve)
 
 
+@mends("Aligned_MTL.backward", "torch.symeig is gone")
 def aligned_backward(self: Any, losses: Tensor, **_: Any) -> Any:
     """Aligned-MTL (Senushkin et al. 2023), which calls an eigensolver that is gone; without a gradient, equal weights."""
-    grads = self._get_grads(losses, mode="backward")
-    per_grads, grads = grads if self.rep_grad else (None, grads)
-    values, vectors = np.linalg.eigh(_gram(grads))
-    kept = values > values.max() * len(values) * np.finfo(np.float32).eps
-    alpha = np.ones(len(values))
-    if kept.any():
+
+    def solve(grads: Tensor) -> Tensor:
+        values, vectors = np.linalg.eigh(_gram(grads))
+        kept = values > values.max() * len(values) * np.finfo(np.float32).eps
+        if not kept.any():
+            return torch.ones_like(grads[:, 0])
         values, vectors = values[kept], vectors[:, kept]
-        alpha = np.sqrt(values.min()) * ((vectors / np.sqrt(values)) @ vectors.T).sum(0)
-    weights = torch.as_tensor(alpha, dtype=grads.dtype, device=grads.device)
-    self._backward_new_grads(weights, per_grads=per_grads, grads=grads)
-    return recorded(self, weights)
+        return _on_device(np.sqrt(values.min()) * ((vectors / np.sqrt(values)) @ vectors.T).sum(0), grads)
+
+    return _weigh(self, losses, solve)
 
 
+@mends("SDMGrad.euclidean_proj_simplex", "numpy.alltrue is gone")
 def project_numpy(self: Any, v: Array, s: float = 1) -> Array:
     """Euclidean projection on the simplex of radius ``s`` (SDMGrad calls a numpy function that is gone)."""
-    v = np.asarray(v, dtype=np.float64)
-    u = np.sort(v)[::-1]
-    excess = np.cumsum(u) - s
-    last = np.nonzero(u * np.arange(1, len(v) + 1) > excess)[0][-1]
-    result: Array = (v - excess[last] / (last + 1)).clip(min=0)
-    return result
+    scaled = torch.as_tensor(np.asarray(v, dtype=np.float64) / s)
+    return s * F.project_to_simplex(scaled).numpy()

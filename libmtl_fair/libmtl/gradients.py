@@ -1,17 +1,47 @@
 """Gradients per task, as LibMTL's weightings ask for them, mended for today's PyTorch.
 
-These functions stand in for methods of ``AbsWeighting`` and ``AbsArchitecture`` (see :mod:`libmtl_fair.libmtl.compat`);
-``self`` is the LibMTL model. Shapes: T tasks, P shared parameters in all.
+``self`` is the LibMTL model, T its tasks, P the numbers in its shared parameters. A function marked :func:`mends` stands
+in for the method of LibMTL that it names (see :mod:`libmtl_fair.libmtl.compat`).
 """
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from libmtl_fair.errors import HostError
+
+Method = Callable[..., Any]
+AnyMethod = TypeVar("AnyMethod", bound=Method)
+
+
+class Patch(NamedTuple):
+    """One mended method: which class, which method, what takes its place, and why."""
+
+    owner: str
+    method: str
+    replacement: Method
+    why: str
+
+
+PATCHES: list[Patch] = []
+
+
+def mends(where: str, why: str) -> Callable[[AnyMethod], AnyMethod]:
+    """Let a function take the place of the method ``"Class.method"`` of LibMTL."""
+    owner, method = where.split(".")
+
+    def note(function: AnyMethod) -> AnyMethod:
+        PATCHES.append(Patch(owner, method, function, why))
+        return function
+
+    return note
 
 
 def shared_parameters(model: Any) -> list[Tensor]:
@@ -19,59 +49,93 @@ def shared_parameters(model: Any) -> list[Tensor]:
     return [p for p in model.get_share_params() if p.requires_grad]
 
 
-def own_parameters(model: Any) -> list[Tensor]:
-    """Return the parameters that are not shared: heads, gates, and those of the weighting."""
-    shared = {id(p) for p in model.get_share_params()}
-    return [p for p in model.parameters() if p.requires_grad and id(p) not in shared]
-
-
-def compute_grad_dim(self: Any) -> None:
-    """Set the sizes of the shared parameters; anew each time, since a branching model changes them."""
-    self.grad_index = [p.numel() for p in shared_parameters(self)]
-    self.grad_dim = sum(self.grad_index)
-
-
-def grad2vec(self: Any) -> Tensor:
-    """Return the gradients of the shared parameters as one vector [P], zeros where there is none."""
-    return flatten([p.grad for p in shared_parameters(self)], shared_parameters(self))
-
-
-def flatten(grads: list[Tensor | None], parameters: list[Tensor]) -> Tensor:
+def flatten(grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
     """Join gradients to one vector; a missing one counts as zeros. No parameter at all: an empty vector."""
     if not parameters:
         return torch.zeros(0)
     return torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1) for g, p in zip(grads, parameters)])
 
 
+@mends("AbsWeighting._compute_grad_dim", "counted sizes once, or for frozen weights too")
+def compute_grad_dim(self: Any) -> None:
+    """Set the sizes of the shared parameters; anew each time, since a branching model changes them."""
+    self.grad_index = [p.numel() for p in shared_parameters(self)]
+    self.grad_dim = sum(self.grad_index)
+
+
+@mends("AbsWeighting._grad2vec", "went through the CPU")
+def grad2vec(self: Any) -> Tensor:
+    """Return the gradients of the shared parameters as one vector [P], zeros where there is none."""
+    return flatten([p.grad for p in shared_parameters(self)], shared_parameters(self))
+
+
+@mends("AbsWeighting._reset_grad", "zero_grad() leaves None since PyTorch 2.0")
 def reset_grad(self: Any, new_grads: Tensor) -> None:
     """Put the vector ``new_grads`` [P] into the gradients of the shared parameters."""
     parameters = shared_parameters(self)
-    for parameter, part in zip(parameters, torch.split(new_grads, [p.numel() for p in parameters])):
-        parameter.grad = part.reshape(parameter.shape).clone()
+    for parameter, part in zip(parameters, torch.split(new_grads.clone(), [p.numel() for p in parameters])):
+        parameter.grad = part.view_as(parameter)
 
 
+@mends("AbsWeighting._compute_grad", "went through the CPU; erased gradients of other modules")
 def compute_grad(self: Any, losses: Tensor, mode: str, rep_grad: bool = False) -> Tensor | list[Tensor]:
     """Return each task's gradient of the shared parameters [T, P], or of the representation if ``rep_grad``.
 
-    With ``mode="backward"`` every other parameter (heads, gates) accumulates its own gradient, as LibMTL does.
+    With ``mode="backward"`` every other parameter (heads, gates) accumulates its own gradient, as LibMTL does: that of
+    the sum of the losses, in one pass; the T passes for the tasks serve the shared parameters alone.
     """
     if mode not in ("backward", "autograd"):
         raise HostError(f"gradient mode must be 'backward' or 'autograd', found {mode!r}")
-    return _representation_grads(self, losses) if rep_grad else _parameter_grads(self, losses, mode)
-
-
-def _parameter_grads(self: Any, losses: Tensor, mode: str) -> Tensor:
+    if rep_grad:
+        torch.autograd.backward(losses.sum())  # each task has a leaf of its own
+        leaves = [self.rep_tasks[task] for task in self.task_name]
+        grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.detach().clone() for leaf in leaves]
+        return grads if isinstance(self.rep, dict) else torch.stack(grads)
     shared = shared_parameters(self)
-    own = own_parameters(self) if mode == "backward" else []
+    if mode == "backward":
+        taken = {id(p) for p in shared}
+        own = [p for p in self.parameters() if p.requires_grad and id(p) not in taken]
+        add_gradients(zip(own, gradients(losses, own, torch.ones_like(losses))))
+    if not shared:
+        return losses.new_zeros(len(losses), 0)
+    return _task_rows(self, losses, shared, keep=mode == "autograd" or _draws_several_batches(self))
+
+
+_CHUNK = 8
+"""Tasks that one batched pass serves: beyond, memory costs more than calls."""
+
+_batched: WeakKeyDictionary[torch.nn.Module, tuple[int, bool]] = WeakKeyDictionary()
+"""Model -> number of shared parameters when it was tried, and whether its passes can be batched."""
+
+
+def _task_rows(self: Any, losses: Tensor, shared: list[Tensor], keep: bool) -> Tensor:
+    """Return the gradient of each loss by the shared parameters, [T, P]: some tasks a pass, or one where torch has no rule."""
+    each = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
+    tried, works = _batched.get(self, (-1, True))
+    if len(losses) > 1 and works and tried == len(shared):
+        return _rows_in_chunks(losses, shared, each, keep)
+    if len(losses) > 1 and tried != len(shared):
+        with warnings.catch_warnings(), contextlib.suppress(RuntimeError, UserWarning):
+            warnings.simplefilter("error")
+            _batched[self] = len(shared), False
+            rows = _rows_in_chunks(losses, shared, each, keep=True)
+            _batched[self] = len(shared), True
+            return rows
+    return torch.stack(
+        [flatten(gradients(losses, shared, one, keep or t + 1 < len(losses)), shared) for t, one in enumerate(each)]
+    )
+
+
+def _rows_in_chunks(losses: Tensor, shared: list[Tensor], each: Tensor, keep: bool) -> Tensor:
+    chunks = torch.split(each, _CHUNK)
     rows = []
-    for t in range(self.task_num):
-        keep = mode == "autograd" or t + 1 < self.task_num or _draws_several_batches(self)
-        grads = torch.autograd.grad(losses[t], shared + own, retain_graph=keep, allow_unused=True)
-        rows.append(flatten(list(grads[: len(shared)]), shared))
-        for parameter, grad in zip(own, grads[len(shared) :]):
-            if grad is not None:
-                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
-    return torch.stack(rows)
+    for i, some in enumerate(chunks):
+        found = torch.autograd.grad(
+            losses, shared, some, keep or i + 1 < len(chunks), allow_unused=True, is_grads_batched=True
+        )
+        parts = [p.new_zeros(len(some), p.numel()) if g is None else g.flatten(1) for g, p in zip(found, shared)]
+        rows.append(torch.cat(parts, dim=1))
+    return torch.cat(rows)
 
 
 def _draws_several_batches(model: Any) -> bool:
@@ -79,15 +143,19 @@ def _draws_several_batches(model: Any) -> bool:
     return any(base.__name__ in ("MoDo", "SDMGrad") for base in type(model).__mro__)
 
 
-def _representation_grads(self: Any, losses: Tensor) -> Tensor | list[Tensor]:
-    grads = []
-    for t, task in enumerate(self.task_name):
-        torch.autograd.backward(losses[t], retain_graph=t + 1 < self.task_num)
-        leaf = self.rep_tasks[task]
-        grads.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.detach().clone())
-    return grads if isinstance(self.rep, dict) else torch.stack(grads)
+def gradients(
+    outputs: Tensor | Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    weights: Tensor | Sequence[Tensor] | None = None,
+    keep: bool = True,
+) -> list[Tensor | None]:
+    """Return the gradient of the (weighted) outputs by each input, None where it is not used; keeps the graph or frees it."""
+    if not inputs:
+        return []
+    return list(torch.autograd.grad(outputs, inputs, weights, retain_graph=keep, allow_unused=True))
 
 
+@mends("AbsWeighting._get_grads", "failed where tasks have batches of their own")
 def get_grads(self: Any, losses: Tensor, mode: str = "backward") -> Any:
     """Return [per-example gradients, gradients [T, d]] of the representation, or gradients [T, P] of the parameters."""
     if not self.rep_grad:
@@ -103,29 +171,29 @@ def get_grads(self: Any, losses: Tensor, mode: str = "backward") -> Any:
     return [per_grads, torch.stack(rows)]
 
 
+@mends("AbsWeighting._backward_new_grads", "one encoder pass a task instead of one")
 def backward_new_grads(self: Any, batch_weight: Tensor, per_grads: Any = None, grads: Tensor | None = None) -> None:
     """Give the shared parameters the sum of the tasks' gradients, weighted by ``batch_weight`` [T]."""
     if not self.rep_grad:
         assert grads is not None
         self._reset_grad(batch_weight.to(grads.dtype) @ grads)
-    elif isinstance(self.rep, dict):
-        parts = [w * g for w, g in zip(batch_weight, per_grads)]
-        torch.autograd.backward([self.rep[task] for task in self.task_name], parts)
     else:
-        self.rep.backward(torch.einsum("t,t...->...", batch_weight.to(per_grads.dtype), per_grads))
+        _carry(self, {task: w * g for task, w, g in zip(self.task_name, batch_weight, per_grads)})
 
 
 def carry_representation_gradients(self: Any) -> None:
     """After a plain ``loss.backward()`` under ``rep_grad=True``: carry what reached the representation to the encoder."""
-    if not self.rep_grad:
-        return
-    leaves = {task: self.rep_tasks[task].grad for task in self.task_name if self.rep_tasks[task].grad is not None}
-    if not leaves:
-        return
+    if self.rep_grad:
+        leaves = {task: self.rep_tasks[task].grad for task in self.task_name}
+        _carry(self, {task: grad for task, grad in leaves.items() if grad is not None})
+
+
+def _carry(self: Any, grads: dict[str, Tensor]) -> None:
+    """Send gradients by the tasks' representations on to the encoder."""
     if isinstance(self.rep, dict):
-        torch.autograd.backward([self.rep[task] for task in leaves], list(leaves.values()))
-    else:
-        self.rep.backward(torch.stack(list(leaves.values())).sum(0))
+        torch.autograd.backward([self.rep[task] for task in grads], list(grads.values()))
+    elif grads:
+        self.rep.backward(torch.stack(list(grads.values())).sum(0))
 
 
 def extra_gradients(model: Any, term: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -134,20 +202,19 @@ def extra_gradients(model: Any, term: Tensor) -> list[tuple[Tensor, Tensor]]:
     Under ``rep_grad=True`` what reaches the detached representations is carried on to the encoder.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    leaves = list(model.rep_tasks.values()) if model.rep_grad else []
-    found = torch.autograd.grad(term, parameters + leaves, retain_graph=True, allow_unused=True)
-    grads = list(found[: len(parameters)])
-    reached = (
-        [(task, g) for task, g in zip(model.rep_tasks, found[len(parameters) :]) if g is not None] if leaves else []
-    )
+    leaves = model.rep_tasks if model.rep_grad else {}
+    found = gradients(term, [*parameters, *leaves.values()])
+    grads = found[: len(parameters)]
+    reached = [(task, g) for task, g in zip(leaves, found[len(parameters) :]) if g is not None]
     if reached:
         reps = [model.rep[task] if isinstance(model.rep, dict) else model.rep for task, _ in reached]
-        carried = torch.autograd.grad(reps, parameters, [g for _, g in reached], retain_graph=True, allow_unused=True)
+        carried = gradients(reps, parameters, [g for _, g in reached])
         grads = [b if a is None else a if b is None else a + b for a, b in zip(grads, carried)]
     return [(p, g) for p, g in zip(parameters, grads) if g is not None]
 
 
-def add_gradients(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Add gradients to what the parameters hold."""
+def add_gradients(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+    """Add gradients to what the parameters hold; none where it is None."""
     for parameter, grad in pairs:
-        parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+        if grad is not None:
+            parameter.grad = grad if parameter.grad is None else parameter.grad + grad

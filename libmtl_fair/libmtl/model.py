@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from libmtl_fair.errors import HostError
-from libmtl_fair.libmtl.compat import _forward, healed
+from libmtl_fair.libmtl.compat import forward, healed
 from libmtl_fair.libmtl.joint_heads import JointHeads
 from libmtl_fair.libmtl.loading import AbsArchitecture, architecture_namespace
 from libmtl_fair.libmtl.registry import resolve_weighting, weight_args
@@ -168,7 +168,7 @@ def _weighting_bases(
 def _can_fuse(arch: type[Any], rep_grad: bool, multi_input: bool) -> bool:
     """Whether the architecture is plain hard sharing, whose forward we know."""
     hard_sharing = issubclass(arch, architecture_namespace.HPS)
-    return hard_sharing and arch.forward in (_forward, AbsArchitecture.forward) and not rep_grad and not multi_input
+    return hard_sharing and arch.forward in (forward, AbsArchitecture.forward) and not rep_grad and not multi_input
 
 
 def _keeps_own(model: Any) -> bool:
