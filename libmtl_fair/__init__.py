@@ -69,7 +69,7 @@ _HOMES = {
 __getattr__, __dir__ = lazy(__name__, _HOMES)
 
 
-def _register() -> None:
+def register_methods() -> None:
     """Load LibMTL and make our methods known to it, by every name that recipes and scripts can use."""
     from libmtl_fair.libmtl.registry import register
     from libmtl_fair.methods import FairMT, FBGrad, GroupRegulariser, LambdaMix, ReLiF
@@ -81,4 +81,4 @@ def _register() -> None:
 if not any(isinstance(finder, OldNames) for finder in sys.meta_path):
     sys.meta_path.append(OldNames())
 if PurePath(sys.argv[0] if getattr(sys, "argv", None) else "").stem != "libmtl-fair":  # its commands do so, not --help
-    _register()
+    register_methods()

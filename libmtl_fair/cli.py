@@ -5,70 +5,77 @@ Exit codes: 0 done, 1 failed, 2 bad input, 75 interrupted and resumable.
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Never
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer import Argument, Option
 
-from libmtl_fair.errors import CheckpointError, DataError, FairMTLError, HostError, RecipeError
-from libmtl_fair.tune.cli import StudyName, agreement_table, dashboard, recipe_from_study, tune
+import libmtl_fair
+from libmtl_fair.errors import CheckpointError, DataError, FairMTLError, HostError, RecipeError, unknown
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 75
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 out = Console()
 err = Console(stderr=True)
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML recipe")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="change one entry; may be repeated")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda:0, ...")]
-Folder = Annotated[Path | None, typer.Option("--out", help="folder of the run")]
-RunDirs = Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="folders of finished runs")]
+RecipePath = Argument(metavar="RECIPE", help="a YAML recipe")
+Overrides = Annotated[list[str] | None, Option("--set", metavar="A.B=VALUE", help="change one entry; may be repeated")]
+StudyName = Annotated[str | None, Option("--study", metavar="NAME", help="name of the study (default: the recipe's)")]
+RunDirs = Annotated[list[Path], Argument(metavar="RUN_DIR...", help="folders of finished runs")]
 Deltas = Annotated[
     list[str] | None,
-    typer.Option(
-        "--delta", metavar="0.275|p75|conformal:0.1", help="tolerance; may be repeated; default: the first run's"
-    ),
+    Option("--delta", metavar="0.275|p75|conformal:0.1", help="tolerance; may be repeated; default: the first run's"),
 ]
-
-
-class _Stopped(KeyboardInterrupt):
-    """SIGTERM came in."""
 
 
 @contextmanager
-def _clean_exit(resume_hint: str = "") -> Iterator[None]:
+def _clean_exit(resume_hint: str) -> Iterator[None]:
     """Turn errors of ours into one message and an exit code, and an interruption into a way to go on."""
 
-    def stop(*_: Any) -> None:
-        raise _Stopped
+    def stop(*_: object) -> Never:
+        raise KeyboardInterrupt
 
     previous = signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except (RecipeError, DataError, HostError) as error:
-        err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        raise typer.Exit(BAD_INPUT) from error
-    except CheckpointError as error:
-        err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        raise typer.Exit(FAILED if str(error).startswith("cannot write") else BAD_INPUT) from error
     except FairMTLError as error:
-        err.print(f"[bold red]failed:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        raise typer.Exit(FAILED) from error
+        bad = isinstance(error, RecipeError | DataError | HostError | CheckpointError)
+        _say(f"[bold red]{'error' if bad else 'failed'}:[/] {escape(str(error))}", err)
+        raise typer.Exit(BAD_INPUT if bad and not str(error).startswith("cannot write") else FAILED) from error
     except KeyboardInterrupt as error:
-        err.print(f"interrupted; nothing finished is lost.{resume_hint}", soft_wrap=True, highlight=False)
+        _say(f"interrupted; nothing finished is lost.{resume_hint}", err)
         raise typer.Exit(INTERRUPTED) from error
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _command(resume_hint: str = "", **settings: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function a command that ends cleanly; what needs torch is imported inside it, not for ``--help``."""
+
+    def wrap(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def command(*args: object, **options: object) -> None:
+            with _clean_exit(resume_hint):
+                libmtl_fair.register_methods()
+                function(*args, **options)
+
+        return app.command(context_settings=settings or None)(command)
+
+    return wrap
+
+
+def _say(text: str, to: Console = out) -> None:
+    to.print(text, soft_wrap=True, highlight=False)
 
 
 def _one_thread() -> None:
@@ -79,178 +86,255 @@ def _one_thread() -> None:
         torch.set_num_threads(1)
 
 
-@app.command()
+def _version(asked: bool) -> None:
+    if asked:
+        _say(f"libmtl-fair {libmtl_fair.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="show the version")] = False,
+) -> None:
+    """Fair multi-task learning for LibMTL."""
+
+
+@_command(" Go on with the same command and --resume.")
 def run(
-    recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="a YAML recipe")] = None,
+    recipe: Annotated[Path | None, RecipePath] = None,
     overrides: Overrides = None,
-    device: Device = "auto",
-    folder: Folder = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in the folder")] = False,
+    device: Annotated[str, Option(help="auto, cpu, cuda:0, ...")] = "auto",
+    folder: Annotated[Path | None, Option("--out", help="folder of the run")] = None,
+    resume: Annotated[bool, Option("--resume", help="go on with the run in the folder")] = False,
     from_study: Annotated[
-        str | None, typer.Option("--from-study", metavar="FILE|URL", help="run a trial of a study instead of a recipe")
+        str | None, Option("--from-study", metavar="FILE|URL", help="run a trial of a study instead of a recipe")
     ] = None,
     study: StudyName = None,
-    trial: Annotated[int | None, typer.Option(metavar="N", help="which trial of the study")] = None,
+    trial: Annotated[int | None, Option(metavar="N", help="which trial of the study")] = None,
 ) -> None:
     """Train, audit, measure and report every method and seed of a recipe."""
-    with _clean_exit(" Go on with the same command and --resume."):
-        from libmtl_fair.progress import bar
-        from libmtl_fair.recipe import load_recipe
-        from libmtl_fair.recipe.run import Run
-        from libmtl_fair.report import summary_table
-        from libmtl_fair.report.run_folder import read_run
+    from libmtl_fair.progress import bar
+    from libmtl_fair.recipe import load_recipe
+    from libmtl_fair.recipe.run import Run
+    from libmtl_fair.report import summary_table
+    from libmtl_fair.report.run_folder import read_run
+    from libmtl_fair.tune.agreement import agreement_table
+    from libmtl_fair.tune.results import best_recipe
+    from libmtl_fair.tune.select import trial_by_number
+    from libmtl_fair.tune.storage import load_study
+    from libmtl_fair.tune.study import quiet
 
-        _one_thread()
-        if (recipe is None) == (from_study is None) or (from_study is None) != (trial is None):
-            raise RecipeError("run expects either a RECIPE, or --from-study STORAGE --trial N")
-        if from_study is not None and trial is not None:
-            loaded = recipe_from_study(from_study, study, trial, overrides or [])
-        else:
-            assert recipe is not None
-            loaded = load_recipe(recipe, overrides or [])
-        planned = Run(loaded, folder, device=device, resume=resume)
-        with bar(loaded.name, len(planned.jobs) + 1) as advance:
-            planned.note = advance
-            made = planned()
-        out.print(summary_table(read_run(made), width=out.width))
-        if from_study is not None:
-            out.print(agreement_table(made))
-        out.print(f"report: {made / 'report.html'}", soft_wrap=True, highlight=False)
+    _one_thread()
+    if recipe is not None and from_study is None and trial is None:
+        loaded = load_recipe(recipe, overrides or [])
+    elif recipe is None and from_study is not None and trial is not None:
+        with quiet():
+            opened = load_study(from_study, study)
+            loaded = best_recipe(opened, trial_by_number(opened, trial)).changed(overrides or [])
+    else:
+        raise RecipeError("run expects either a RECIPE, or --from-study STORAGE --trial N")
+    planned = Run(loaded, folder, device=device, resume=resume)
+    with bar(loaded.name, len(planned.jobs) + 1) as advance:
+        planned.note = advance
+        made = planned()
+    out.print(summary_table(read_run(made), width=out.width))
+    if from_study is not None:
+        out.print(agreement_table(made))
+    _say(f"report: {made / 'report.html'}")
 
 
-@app.command()
+@_command(" Go on with the same command.")
+def tune(
+    recipe: Annotated[Path, RecipePath],
+    trials: Annotated[int | None, Option("--trials", metavar="TOTAL", help="trials of the study in all")] = None,
+    timeout: Annotated[float | None, Option(metavar="S", help="seconds after which no trial is begun")] = None,
+    storage: Annotated[
+        str | None, Option(metavar="FILE|URL", help="journal file, postgresql://..., grpc://host:port")
+    ] = None,
+    study: StudyName = None,
+    workers: Annotated[int, Option(help="processes that share the storage")] = 1,
+    stacked: Annotated[
+        int, Option(metavar="M", help="trials trained at once as one model (default: 16 on a GPU, else 1)")
+    ] = 0,
+    overrides: Overrides = None,
+    folder: Annotated[Path | None, Option("--out", help="folder of the results (default: runs/<name>-tune)")] = None,
+    select: Annotated[
+        str | None, Option(metavar="HOW", help="max_disparity=0.05, knee, best, or the number of a trial")
+    ] = None,
+    new_study: Annotated[
+        bool, Option("--new-study", help="begin another study where this one is about something else")
+    ] = False,
+    device: Annotated[str, Option(help="auto, cpu, cuda:0, or a list that workers take in turn")] = "auto",
+) -> None:
+    """Search for the best utility at the least disparity; the same command again goes on to TOTAL."""
+    from libmtl_fair.files import need_writable
+    from libmtl_fair.progress import bar
+    from libmtl_fair.recipe import load_recipe
+    from libmtl_fair.tune.results import hand_back
+    from libmtl_fair.tune.select import chosen, selection
+    from libmtl_fair.tune.stacking import aloud
+    from libmtl_fair.tune.study import tune as run_study
+
+    _one_thread()
+    loaded = load_recipe(recipe, overrides or [])
+    target = folder or Path("runs") / f"{loaded.name}-tune"
+    how = select or (loaded.tune.select if loaded.tune else None) or "best"
+    selection(how)  # refuses before a study is run for it
+    need_writable(target)
+    with bar(loaded.name, trials or (loaded.tune.trials if loaded.tune else None) or 60) as advance:
+        note = aloud(lambda text: _say(escape(text), err), advance)
+        found = run_study(
+            loaded, trials, None, storage or str(target / "study.journal"), workers, stacked, True,
+            study_name=study, timeout=timeout, device=device, new_study=new_study, note=note,
+        )  # fmt: skip
+    try:
+        trial = chosen(found, how)
+    except RecipeError as error:
+        raise RecipeError(f"--select {how}: {error}") from error
+    for shown in hand_back(found, trial, loaded, target, device):
+        out.print(shown, soft_wrap=isinstance(shown, str), highlight=False)
+    for each in found.get_trials(deepcopy=False):
+        if each.user_attrs.get("error"):
+            _say(escape(f"trial {each.number} failed: {each.user_attrs['error']}"), err)
+
+
+@_command()
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR")],
-    card: Annotated[bool, typer.Option("--card", help="write the fairness card (Markdown and JSON) too")] = False,
+    folder: Annotated[Path, Argument(metavar="RUN_DIR")],
+    card: Annotated[bool, Option("--card", help="write the fairness card (Markdown and JSON) too")] = False,
 ) -> None:
     """Write the HTML report of a run anew, and its fairness card."""
-    with _clean_exit():
-        from libmtl_fair.report import write_card, write_report
+    from libmtl_fair.report import write_card, write_report
 
-        out.print(f"report: {write_report(folder)}", soft_wrap=True, highlight=False)
-        if card:
-            for path in write_card(folder):
-                out.print(f"card: {path}", soft_wrap=True, highlight=False)
+    _say(f"report: {write_report(folder)}")
+    for path in write_card(folder) if card else ():
+        _say(f"card: {path}")
 
 
-@app.command()
+@_command()
 def audit(
     folders: RunDirs,
     delta: Deltas = None,
-    split: Annotated[str | None, typer.Option(help="test or val")] = None,
-    target: Annotated[
-        Path | None, typer.Option("--out", help="JSON file; default: reaudit.json in the first run")
-    ] = None,
+    split: Annotated[str | None, Option(help="test or val")] = None,
+    target: Annotated[Path | None, Option("--out", help="JSON file; default: reaudit.json in the first run")] = None,
 ) -> None:
     """Audit finished runs again from their saved predictions, under tolerances of the first run's reference model."""
-    with _clean_exit():
-        from libmtl_fair.report.reaudit import reaudit, reaudit_table, write_reaudit
+    from libmtl_fair.report.reaudit import reaudit, reaudit_table, write_reaudit
 
-        found = reaudit(folders, delta or (), split=split)
-        out.print(reaudit_table(found))
-        for item in found.tolerances:
-            out.print(f"{item.name} = {item.value:.6g}: {escape(item.source)}", soft_wrap=True, highlight=False)
-        path = write_reaudit(found, target or folders[0] / "reaudit.json")
-        out.print(f"audit: {path}", soft_wrap=True, highlight=False)
+    found = reaudit(folders, delta or (), split=split)
+    out.print(reaudit_table(found))
+    for item in found.tolerances:
+        _say(f"{item.name} = {item.value:.6g}: {escape(item.source)}")
+    _say(f"audit: {write_reaudit(found, target or folders[0] / 'reaudit.json')}")
 
 
-@app.command()
+@_command()
 def compare(
     folders: RunDirs,
     delta: Deltas = None,
     folder: Annotated[
-        Path | None, typer.Option("--out", help="folder of the page; default: the run, or ./comparison for several")
+        Path | None, Option("--out", help="folder of the page; default: the run, or ./comparison for several")
     ] = None,
     choose: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             metavar="MEASURE",
             help="take in each seed the method with the lowest of this (such as 'EO diff sex'; mean of several) on "
             "validation data, and show it as one method more",
         ),
     ] = None,
     within: Annotated[
-        float, typer.Option(metavar="POINTS", help="what that choice may lose in utility on validation data")
+        float, Option(metavar="POINTS", help="what that choice may lose in utility on validation data")
     ] = 0.5,
     among: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="methods to choose from, such as 'main_*'")
+        list[str] | None, Option(metavar="PATTERN", help="methods to choose from, such as 'main_*'")
     ] = None,
     pooled: Annotated[
-        bool, typer.Option("--pooled", help="one choice for all seeds, by means over their validation data")
+        bool, Option("--pooled", help="one choice for all seeds, by means over their validation data")
     ] = False,
 ) -> None:
     """Compare methods, runs and seeds: one table and one HTML page."""
-    with _clean_exit():
-        from libmtl_fair.report.choice import Rule
-        from libmtl_fair.report.compare import compare as compare_runs
-        from libmtl_fair.report.compare_page import comparison_table, write_comparison
+    from libmtl_fair.report.choice import Rule
+    from libmtl_fair.report.compare import compare as compare_runs
+    from libmtl_fair.report.compare_page import comparison_table, write_comparison
 
-        if (among or pooled) and not choose:
-            raise RecipeError("--among and --pooled say how --choose chooses; give --choose too")
-        rule = Rule(choose, within, among or ("*",), pooled=pooled) if choose else None
-        found = compare_runs(folders, delta or (), rule)
-        out.print(comparison_table(found))
-        if choose:
-            out.print(escape(found.notes[0]))
-        page, _ = write_comparison(found, folder or (folders[0] if len(folders) == 1 else Path("comparison")))
-        out.print(f"comparison: {page}", soft_wrap=True, highlight=False)
+    if (among or pooled) and not choose:
+        raise RecipeError("--among and --pooled say how --choose chooses; give --choose too")
+    rule = Rule(choose, within, among or ("*",), pooled=pooled) if choose else None
+    found = compare_runs(folders, delta or (), rule)
+    out.print(comparison_table(found))
+    if choose:
+        out.print(escape(found.notes[0]))
+    page, _ = write_comparison(found, folder or (folders[0] if len(folders) == 1 else Path("comparison")))
+    _say(f"comparison: {page}")
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@_command(allow_extra_args=True, ignore_unknown_options=True)
 def exec(
     context: typer.Context,
-    script: Annotated[Path, typer.Argument(metavar="SCRIPT.py", help="a script that uses LibMTL")],
+    script: Annotated[Path, Argument(metavar="SCRIPT.py", help="a script that uses LibMTL")],
 ) -> None:
     """Run a LibMTL script with the plugins registered and LibMTL healed: exec SCRIPT.py -- ARGS."""
-    with _clean_exit():
-        from libmtl_fair.libmtl.script import run_script
+    from libmtl_fair.libmtl.script import run_script
 
-        run_script(script, list(context.args))
-
-
-@app.command()
-def methods() -> None:
-    """List the weightings and architectures that recipes and LibMTL can name."""
-    with _clean_exit():
-        from libmtl_fair.libmtl import architecture_names, weighting_names
-        from libmtl_fair.libmtl.registry import OUR_ARCHITECTURES, OUR_WEIGHTINGS
-
-        for title, names, ours in (
-            ("weightings", weighting_names(), OUR_WEIGHTINGS),
-            ("architectures", architecture_names(), OUR_ARCHITECTURES),
-        ):
-            table = Table("name", "from", "what it does", title=title, title_justify="left")
-            for name in sorted(names, key=lambda n: (n not in ours, n)):
-                cls = ours.get(name)
-                what = (cls.__doc__ or "").strip().splitlines()[0] if cls else ""
-                origin = getattr(cls, "source", "") or "libmtl_fair" if cls else "LibMTL"
-                table.add_row(name, escape(origin), escape(what))
-            out.print(table)
+    run_script(script, list(context.args))
 
 
-@app.command()
-def datasets(name: Annotated[str | None, typer.Argument(help="show one data set in full")] = None) -> None:
+@_command()
+def methods(name: Annotated[str | None, Argument(help="show one with its settings")] = None) -> None:
+    """List the weightings and architectures that recipes and LibMTL can name, or describe one."""
+    from libmtl_fair.libmtl.registry import OUR_ARCHITECTURES, OUR_WEIGHTINGS, architecture_names, weighting_names
+
+    ours = {**OUR_WEIGHTINGS, **OUR_ARCHITECTURES}
+    known = {"weightings": weighting_names(), "architectures": architecture_names()}
+    if name is not None and not any(name in names for names in known.values()):
+        raise RecipeError(unknown("method", name, [each for names in known.values() for each in names]))
+    for title, names in known.items():
+        rows = []
+        for each in sorted(names, key=lambda n: (n not in ours, n)):
+            cls = ours.get(each)
+            what = (cls.__doc__ or "").strip().splitlines()[0] if cls else ""
+            rows.append((each, getattr(cls, "source", "") or "libmtl_fair" if cls else "LibMTL", what))
+        if name is None or name in names:
+            _table(title, ("name", "from", "what it does"), [row for row in rows if name in (None, row[0])])
+    if name in ours and hasattr(ours[name], "settings_class"):
+        described = ours[name].settings_class.described()
+        _table("settings", list(described[0]), [row.values() for row in described])
+        _say(f"cost: {escape(getattr(ours[name], 'cost', '') or 'not stated')}")
+
+
+@_command()
+def datasets(name: Annotated[str | None, Argument(help="show one data set in full")] = None) -> None:
     """List the data sets that recipes can name, or describe one."""
-    with _clean_exit():
-        from libmtl_fair.data import dataset_names, describe_dataset
+    from libmtl_fair.data import dataset_names, describe_dataset
 
-        table = Table("name", "tasks", "sensitive", "licence", title="data sets", title_justify="left")
-        for each in [name] if name else dataset_names():
-            about = describe_dataset(each)
-            cells = (each, _listed(about.get("tasks")), _listed(about.get("sensitive")), str(about.get("licence", "")))
-            table.add_row(*(escape(cell) for cell in cells))
-        out.print(table)
-        if name:
-            for note in describe_dataset(name).get("notes", []):
-                out.print(f"- {escape(str(note))}", highlight=False)
+    found = {each: describe_dataset(each) for each in ([name] if name else dataset_names())}
+    rows = [
+        (each, ", ".join(about.get("tasks") or ()), ", ".join(about.get("sensitive") or ()), about.get("licence", ""))
+        for each, about in found.items()
+    ]
+    _table("data sets", ("name", "tasks", "sensitive", "licence"), rows)
+    for note in found[name].get("notes", []) if name else ():
+        out.print(f"- {escape(str(note))}", highlight=False)
 
 
-def _listed(value: Any) -> str:
-    return ", ".join(str(v) for v in (value or ()))
+def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(escape(str(cell)) for cell in row))
+    out.print(table)
 
 
-app.command()(tune)
-app.command()(dashboard)
+@_command()
+def dashboard(
+    study: Annotated[str, Argument(metavar="STUDY", help="journal file, folder of tune, or storage URL")],
+    host: Annotated[str, Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, Option(help="port to listen on; 0 takes a free one")] = 8080,
+) -> None:
+    """Show a study in optuna-dashboard, in the browser, until Ctrl-C."""
+    from libmtl_fair.tune.dashboard import serve
+
+    serve(study, host, port, lambda url: _say(f"dashboard: {url} (Ctrl-C ends it)"))
 
 
 def main() -> None:

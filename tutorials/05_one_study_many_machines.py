@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 
 from libmtl_fair import tune
-from libmtl_fair.tune.cli import load
+from libmtl_fair.tune.storage import load_study
 
 SMOKE = os.environ.get("LIBMTL_FAIR_SMOKE") == "1"
 TRIALS, EPOCHS, ROWS = (6, 1, 1200) if SMOKE else (24, 5, 10000)
@@ -76,7 +76,7 @@ first, second = machine("first"), machine("second")
 
 # %%
 while not (folder / "study.journal").exists() or not any(
-    "worker" in t.user_attrs for t in load(str(folder / "study.journal"), None).get_trials()
+    "worker" in t.user_attrs for t in load_study(str(folder / "study.journal"), None).get_trials()
 ):
     time.sleep(0.5)
 first.kill()
@@ -87,7 +87,7 @@ print("second ends with", second.wait())
 # ## Nothing is lost, nothing is done twice
 
 # %%
-study = load(str(folder / "study.journal"), "many")
+study = load_study(str(folder / "study.journal"), "many")
 complete = [t for t in study.get_trials() if t.state.name == "COMPLETE"]
 print(len(complete), "complete of", TRIALS)
 print("given up:", [(t.number, t.user_attrs.get("lost")) for t in study.get_trials() if t.state.name == "FAIL"])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from libmtl_fair.data import Dataset, Split, dataset_names, load_dataset, load_table
-from libmtl_fair.errors import FairMTLError, RecipeError
+from libmtl_fair.errors import RecipeError
 from libmtl_fair.libmtl import FairTrainer, FairWeighting, architecture_names, weighting_names
 from libmtl_fair.libmtl.evaluate import Results
 from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS
@@ -37,8 +37,8 @@ def check(recipe: Recipe) -> None:
             assert issubclass(cls, FairWeighting)
             try:
                 cls.settings_class.from_args(method.weighting, method.args)
-            except (FairMTLError, TypeError) as error:
-                raise recipe.error(("methods", name), str(error)) from error
+            except RecipeError as error:
+                raise recipe.error(("methods", name, *error.where), str(error)) from error
 
 
 def make_dataset(recipe: Recipe, seed: int) -> Dataset:

@@ -112,6 +112,11 @@ class Recipe(Section):
         text = json.dumps(_canonical(content), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def changed(self, overrides: Sequence[str]) -> Recipe:
+        """Return this recipe with changes such as ``train.epochs=3``, validated anew."""
+        source = apply_overrides(Source(file=self._source.file, data=self.to_dict()), overrides, Recipe)
+        return Recipe.from_dict(source.data, source)
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: Source | None = None) -> Recipe:
         """Validate plain data.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
+from rich.markup import escape
 from rich.table import Table
 
 from libmtl_fair.files import write_json, write_text
@@ -16,6 +18,7 @@ from libmtl_fair.tune.fingerprint import study_protocol, study_recipe
 from libmtl_fair.tune.objective import ROLE, Outcome, Plan, run_trial
 from libmtl_fair.tune.plots import image, page, trials_table
 from libmtl_fair.tune.select import complete, front, has_disparity, to_recipe
+from libmtl_fair.tune.study import quiet
 
 
 def front_table(study: optuna.Study, chosen: FrozenTrial | None = None) -> Table:
@@ -106,6 +109,21 @@ def write_results(
         write_text(folder / "trials.csv", trials_table(study).to_csv(index=False)),
         write_json(folder / "result.json", content),
     ]
+
+
+def hand_back(
+    study: optuna.Study, trial: FrozenTrial, recipe: Recipe, folder: Path, device: str
+) -> Iterator[Table | str]:
+    """Measure the chosen trial and the baseline on test data, write the results, and yield what to show of them."""
+    yield front_table(study, trial)
+    yield f"chosen: {escape(described(trial))}\n"
+    plan = Plan.make(recipe, list(study.metric_names or []) or None)
+    baseline = [t for t in complete(study) if t.user_attrs.get(ROLE) == "baseline"]
+    measured = {t.number: outcome_on_test(study, plan, t, device.split(",")[0]) for t in [trial, *baseline]}
+    yield table_on_test(study, measured)
+    with quiet():
+        paths = write_results(study, trial, measured, folder)
+    yield from (f"{path.stem}: {path}" for path in paths)
 
 
 def _by_number(study: optuna.Study, number: int) -> FrozenTrial:

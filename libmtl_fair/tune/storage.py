@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import optuna
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
 
-from libmtl_fair.errors import CheckpointError, RecipeError
+from libmtl_fair.errors import CheckpointError, RecipeError, unknown
 from libmtl_fair.tune.journal import JournalFile
 
 _HINT = "; trials that were finished are kept. Repeat the same command to go on"
@@ -121,3 +121,24 @@ def storage_errors(where: str | Path | None) -> Iterator[None]:
         reason = error.strerror if isinstance(error, OSError) else None
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(f"cannot use the study in {place}: {reason or first}{_HINT}") from error
+
+
+def load_study(where: str, name: str | None = None) -> optuna.Study:
+    """Open a study in a storage; the name may be left out where there is one only.
+
+    Raises
+    ------
+    RecipeError : no such study.
+    """
+    if "://" not in where and not Path(where).exists():
+        raise RecipeError(
+            f"there is no study file {where}; --from-study takes what --storage was, such as OUT/study.journal"
+        )
+    with storage_errors(where):
+        storage = open_storage(where)
+        names = optuna.get_all_study_names(storage)
+        if name is None and len(names) != 1:
+            raise RecipeError(f"{where} holds {len(names)} studies; name one with --study: {', '.join(sorted(names))}")
+        if name is not None and name not in names:
+            raise RecipeError(unknown("study", name, names))
+        return optuna.load_study(study_name=name or names[0], storage=storage)

@@ -195,3 +195,40 @@ def test_methods_and_datasets_are_listed():
     assert shown.returncode == 0
     for name in ("adult", "compas", "german", "support2"):
         assert name in shown.stdout
+
+
+def test_one_method_is_described_with_its_settings():
+    shown = cli("methods", "ReLiF")
+    assert shown.returncode == 0
+    for word in ("target", "0.1", "in [0, 1]", "ours", "arXiv:2606.10632", "cost:"):
+        assert word in shown.stdout, word
+    shown = cli("methods", "FairBranch")
+    assert shown.returncode == 0
+    assert "threshold" in shown.stdout
+    assert cli("methods", "GradNorm").returncode == 0
+    missed = cli("methods", "ReLif")
+    assert missed.returncode == 2
+    assert "did you mean 'ReLiF'" in missed.stderr
+
+
+def test_a_wrong_type_names_setting_file_and_line(tmp_path):
+    done = cli("run", RECIPES / "quickstart.yaml", "--out", tmp_path / "r", "--set", "methods.relif.beta=high")
+    assert done.returncode == 2
+    assert "--set methods.relif.beta=high: methods.relif.beta: ReLiF: beta must be above 0, found 'high'" in done.stderr
+    recipe = tmp_path / "wrong.yaml"
+    recipe.write_text((RECIPES / "quickstart.yaml").read_text().replace("beta: 0.3", "beta: high"))
+    done = cli("run", recipe, "--out", tmp_path / "r")
+    assert done.returncode == 2
+    line = next(i for i, text in enumerate(recipe.read_text().splitlines(), 1) if "beta: high" in text)
+    assert f"wrong.yaml:{line}: methods.relif.beta: ReLiF: beta must be above 0" in done.stderr
+
+
+@pytest.mark.parametrize("asked", ["--help", "--version"])
+def test_help_and_version_need_no_torch(asked):
+    code = (
+        f"import sys; sys.argv = ['libmtl-fair', {asked!r}]\n"
+        "from libmtl_fair.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert ("libmtl-fair 0.1.0" if asked == "--version" else "tune") in done.stdout

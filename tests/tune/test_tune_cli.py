@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 
 from libmtl_fair.errors import RecipeError
 from libmtl_fair.recipe import load_recipe
-from libmtl_fair.tune.cli import load
+from libmtl_fair.tune.storage import load_study
 
 
 def test_tune_from_a_question_to_a_recipe_and_back(cli, recipe_file, tmp_path):
@@ -37,12 +37,12 @@ def test_tune_from_a_question_to_a_recipe_and_back(cli, recipe_file, tmp_path):
 def _resumes(cli, recipe_file, out):
     done = cli("tune", recipe_file, "--trials", 7, "--out", out, "--select", "knee")
     assert done.returncode == 0, done.stderr
-    study = load(str(out / "study.journal"), None)
+    study = load_study(str(out / "study.journal"), None)
     assert [t.state.name for t in study.get_trials()] == ["COMPLETE"] * 7
     done = cli("tune", recipe_file, "--trials", 7, "--out", out, "--select", "3")
     assert done.returncode == 0, done.stderr
     assert json.loads((out / "result.json").read_text())["chosen"] == 3
-    assert len(load(str(out / "study.journal"), None).get_trials()) == 7
+    assert len(load_study(str(out / "study.journal"), None).get_trials()) == 7
 
 
 def _refuses(cli, recipe_file, out):
@@ -56,12 +56,12 @@ def _refuses(cli, recipe_file, out):
 def _retrains(cli, out, tmp_path):
     journal = out / "study.journal"
     with pytest.raises(RecipeError, match="name one with --study: small, small-2"):
-        load(str(journal), None)
+        load_study(str(journal), None)
     done = cli("run", "--from-study", journal, "--study", "small", "--trial", 4, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "validation and test agree?" in done.stdout
     held = YAML(typ="safe").load((tmp_path / "run" / "recipe.yaml").read_text())
-    trial = load(str(journal), "small").get_trials()[4]
+    trial = load_study(str(journal), "small").get_trials()[4]
     assert held["methods"]["tuned"]["target"] == pytest.approx(trial.params["target"])
     assert held["seeds"] == [0, 1]
     assert (tmp_path / "run" / "tuned" / "seed1" / "metrics.json").exists()
@@ -72,7 +72,7 @@ def test_run_says_what_it_expects(cli, recipe_file):
     assert done.returncode == 2
     assert "run expects either a RECIPE, or --from-study STORAGE --trial N" in done.stderr
     with pytest.raises(RecipeError, match="there is no study file"):
-        load("no.journal", None)
+        load_study("no.journal", None)
 
 
 def test_a_storage_that_cannot_be_written_is_a_clear_error(cli, recipe_file, tmp_path):
