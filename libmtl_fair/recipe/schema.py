@@ -11,12 +11,11 @@ from typing import Annotated, Any
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
 from libmtl_fair.errors import RecipeError, unknown
-from libmtl_fair.recipe.emit import emit_yaml
 from libmtl_fair.recipe.fields import FolderName, OptionalText, Section, Seeds
 from libmtl_fair.recipe.overrides import apply_overrides
 from libmtl_fair.recipe.problems import problem, to_recipe_error
 from libmtl_fair.recipe.sections import Audit, Data, Method, Metrics, Model, Output, Published, Train, Tune
-from libmtl_fair.recipe.yaml_source import Location, Source, read_yaml
+from libmtl_fair.recipe.yaml_source import Location, Source, emit_yaml, read_yaml
 
 _RESERVED = {"plots"}
 _WITHOUT_EFFECT = {"output", "description", "published"}

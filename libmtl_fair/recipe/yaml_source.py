@@ -1,6 +1,6 @@
-"""YAML files as plain data that knows its lines: safe (no tags, no code, no bombs), strict (no duplicates, no NaN).
+"""YAML as plain data that knows its lines: safe (no tags, no code, no bombs), strict (no duplicates, no NaN), and written.
 
-The file is read as parser events, not constructed objects: a recipe is data, and nothing in it can name a Python type.
+ruamel composes the nodes; a recipe is data, and nothing in it can name a Python type.
 """
 
 from __future__ import annotations
@@ -13,17 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-from ruamel.yaml.events import (
-    AliasEvent,
-    DocumentStartEvent,
-    Event,
-    MappingEndEvent,
-    MappingStartEvent,
-    ScalarEvent,
-    SequenceEndEvent,
-    SequenceStartEvent,
-)
+from ruamel.yaml.composer import Composer
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
+from ruamel.yaml.resolver import VersionedResolver
+from ruamel.yaml.tag import Tag
 
 from libmtl_fair.errors import RecipeError
 
@@ -35,21 +30,17 @@ MAX_DIGITS = 30
 Location = tuple[str | int, ...]
 """Where a value sits: keys and list positions from the top, such as ``("methods", "relif", "eta")``."""
 
+_PLAIN = Tag(suffix="plain")
 _INT = re.compile(r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-_WORDS: dict[str, bool | None] = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
-_WORDS |= {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
-_PARSER_ERRORS = (
-    YAMLError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    AssertionError,
-    RecursionError,
-)
+_WORDS = {"": None, "~": None} | {
+    spelt: value
+    for word, value in (("null", None), ("true", True), ("false", False))
+    for spelt in (word, word.title(), word.upper())
+}
+_BROKEN = (YAMLError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError, RecursionError)
+"""What ruamel raises on text that is no YAML."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +74,6 @@ class Source:
         return next(known, 0)
 
 
-@dataclass(frozen=True)
-class _Node:
-    value: Any
-    lines: dict[Location, int]
-    size: int
-
-
 def read_yaml(path: str | Path) -> Source:
     """Read a YAML file into a :class:`Source`.
 
@@ -99,9 +83,8 @@ def read_yaml(path: str | Path) -> Source:
         File missing, unreadable, empty, too large, not UTF-8; a syntax error, duplicate key, tag, alias bomb, second
         document or number that is not finite: always with file and line.
     """
-    path = Path(path)
     try:
-        with path.open("rb") as stream:
+        with Path(path).open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
     except FileNotFoundError as error:
         raise RecipeError(f"{path}: no such file; expected a recipe in YAML") from error
@@ -124,172 +107,188 @@ def parse_yaml(text: str, file: str = "recipe") -> Source:
     >>> source.data, source.lines[("train", "lr")]
     ({'train': {'lr': 0.001}}, 2)
     """
-    node = _Builder(file, text).document()
-    return Source(file, node.value, {(): 1, **node.lines})
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Composer, yaml.Resolver = _Composer, _Resolver
+    reader = _Reader()
+    try:
+        node = yaml.compose(text)
+        data = None if node is None else reader.value(node, ())
+    except _BROKEN as error:
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        line = mark.line + 1 if mark is not None else getattr(error, "line", 0) + 1
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error).split("\n")[0]
+        if problem == "but found another document":
+            problem = "expected one YAML document, found a second ('---')"
+        elif not isinstance(error, _RefusedError):
+            problem = f"not valid YAML: {problem}"
+        raise RecipeError(f"{file}:{line}: {problem}") from error
+    if data is None:
+        raise RecipeError(f"{file}:1: the file is empty; expected a recipe in YAML")
+    return Source(file, data, reader.lines)
 
 
-class _Builder:
-    """Turns parser events into a :class:`_Node`, counting values so that aliases cannot explode."""
+class _RefusedError(MarkedYAMLError):
+    def __init__(self, at: Any, message: str) -> None:
+        super().__init__(problem=message, problem_mark=at.start_mark)
 
-    def __init__(self, file: str, text: str) -> None:
-        self.file = file
-        self.anchors: dict[str, _Node | None] = {}
-        self.events = self._parse(text)
 
-    def _parse(self, text: str) -> Iterator[Event]:
-        try:
-            yield from YAML(typ="safe", pure=True).parse(text)
-        except _PARSER_ERRORS as error:
-            mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-            line = mark.line + 1 if mark is not None else getattr(error, "line", 0) + 1
-            problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error).split("\n")[0]
-            raise RecipeError(f"{self.file}:{line}: not valid YAML: {problem}") from error
+class _Resolver(VersionedResolver):
+    """Leaves what plain text means to :class:`_Reader`."""
 
-    def _fail(self, event: Event, message: str) -> RecipeError:
-        return RecipeError(f"{self.file}:{event.start_mark.line + 1}: {message}")
+    def resolve(self, kind: type[Node], value: str | None, implicit: tuple[bool, bool]) -> Tag:
+        plain = kind is ScalarNode and implicit[0]
+        return _PLAIN if plain else super().resolve(kind, value, implicit)
 
-    def document(self) -> _Node:
-        started = False
-        node: _Node | None = None
-        for event in self.events:
-            if isinstance(event, DocumentStartEvent):
-                if started:
-                    raise self._fail(event, "expected one YAML document, found a second ('---')")
-                started = True
-            elif isinstance(event, ScalarEvent | SequenceStartEvent | MappingStartEvent | AliasEvent):
-                node = self._node(event, 0)
-        if node is None or node.value is None:
-            raise RecipeError(f"{self.file}:1: the file is empty; expected a recipe in YAML")
-        return node
 
-    def _node(self, event: Event, depth: int) -> _Node:
+class _Composer(Composer):
+    """Refuses depth, keys that are no plain names, and aliases that are unknown or inside their own anchor."""
+
+    def __init__(self, loader: Any = None) -> None:
+        super().__init__(loader)
+        self.warn_double_anchors, self.level = False, 0
+
+    def compose_node(self, parent: Node | None, index: Node | int | None) -> Node:
+        event = self.parser.peek_event()
         if isinstance(event, AliasEvent):
-            return self._alias(event)
-        if depth > MAX_DEPTH:
-            raise self._fail(event, f"nested deeper than {MAX_DEPTH} levels")
-        anchor = getattr(event, "anchor", None)
-        if anchor is not None:
-            self.anchors[anchor] = None
-        if isinstance(event, ScalarEvent):
-            node = _Node(self._scalar(event), {}, 1)
-        elif isinstance(event, SequenceStartEvent):
-            self._no_tag(event, "seq")
-            node = self._sequence(event, depth)
+            held = self.anchors.get(event.anchor)
+            if held is None:
+                raise _RefusedError(event, f"unknown alias '*{event.anchor}'")
+            if held.end_mark is None:
+                raise _RefusedError(event, f"alias '*{event.anchor}' stands inside its own anchor")
+        if isinstance(parent, MappingNode) and index is None and event.anchor is not None:
+            raise _RefusedError(event, "expected a plain name as key, found an anchor or alias")
+        if self.level > MAX_DEPTH:
+            raise _RefusedError(event, f"nested deeper than {MAX_DEPTH} levels")
+        self.level += 1
+        node: Node = super().compose_node(parent, index)
+        self.level -= 1
+        return node
+
+
+class _Reader:
+    """Nodes into plain values and their lines, counted so that aliases cannot explode."""
+
+    def __init__(self) -> None:
+        self.lines: dict[Location, int] = {(): 1}
+        self.count = 0
+
+    def value(self, node: Node, at: Location) -> Any:
+        self.count += 1
+        if self.count > MAX_VALUES:
+            raise _RefusedError(node, f"expected at most {MAX_VALUES:,} values, found more (aliases count each time)")
+        if isinstance(node, ScalarNode):
+            return _scalar(node)
+        if isinstance(node, MappingNode):
+            items = [(key, line, inner) for key, (line, inner) in _items(node).items()]
+            return {key: self._child(inner, (*at, key), line) for key, line, inner in items}
+        _need_tag(node, "seq")
+        return [self._child(inner, (*at, i), inner.start_mark.line + 1) for i, inner in enumerate(node.value)]
+
+    def _child(self, node: Node, at: Location, line: int) -> Any:
+        self.lines[at] = line
+        return self.value(node, at)
+
+
+def _need_tag(node: Node, allowed: str) -> None:
+    if node.ctag not in (_PLAIN, Tag(suffix=f"tag:yaml.org,2002:{allowed}")):
+        raise _RefusedError(node, f"expected plain data, found the tag {node.tag!r}: a recipe cannot name types")
+
+
+def _items(node: MappingNode) -> dict[str, tuple[int, Node]]:
+    """Return key -> (its line, value), with what ``<<`` brings in under what is given."""
+    _need_tag(node, "map")
+    own: dict[str, tuple[int, Node]] = {}
+    merged: dict[str, tuple[int, Node]] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, ScalarNode):
+            raise _RefusedError(key, "expected a name as key, found a list or mapping")
+        _need_tag(key, "str")
+        name = _text(key)
+        if name == "<<" and key.ctag == _PLAIN:
+            if not isinstance(value, MappingNode):
+                raise _RefusedError(key, "expected a mapping after '<<' (such as *defaults)")
+            merged = {inner: (line, item) for inner, (_, item) in _items(value).items()} | merged
+        elif name in own:
+            raise _RefusedError(key, f"duplicate key {name!r}; first given on line {own[name][0]}")
         else:
-            self._no_tag(event, "map")
-            node = self._mapping(event, depth)
-        if node.size > MAX_VALUES:
-            raise self._fail(event, f"expected at most {MAX_VALUES:,} values, found more (aliases count each time)")
-        if anchor is not None:
-            self.anchors[anchor] = node
-        return node
+            own[name] = (line, value)
+    return own | {name: item for name, item in merged.items() if name not in own}
 
-    def _alias(self, event: Event) -> _Node:
-        name = str(getattr(event, "anchor", ""))
-        if name not in self.anchors:
-            raise self._fail(event, f"unknown alias '*{name}'")
-        node = self.anchors[name]
-        if node is None:
-            raise self._fail(event, f"alias '*{name}' stands inside its own anchor")
-        return node
 
-    def _no_tag(self, event: Event, allowed: str) -> None:
-        tag = getattr(event, "tag", None)
-        if tag not in (None, "!", f"tag:yaml.org,2002:{allowed}"):
-            raise self._fail(event, f"expected plain data, found the tag {str(tag)!r}: a recipe cannot name types")
+def _text(node: ScalarNode) -> str:
+    """Text with the surrogate pairs of JSON's escapes joined; half a pair is no text."""
+    try:
+        return str(node.value).encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError as error:
+        raise _RefusedError(node, "expected Unicode text, found half of a surrogate pair") from error
 
-    def _sequence(self, start: Event, depth: int) -> _Node:
-        items: list[Any] = []
-        lines: dict[Location, int] = {}
-        size = 1
-        for event in self.events:
-            if isinstance(event, SequenceEndEvent):
-                break
-            child = self._node(event, depth + 1)
-            lines |= {(len(items), *where): line for where, line in child.lines.items()}
-            lines[(len(items),)] = event.start_mark.line + 1
-            items.append(child.value)
-            size = self._grow(start, size, child)
-        return _Node(items, lines, size)
 
-    def _mapping(self, start: Event, depth: int) -> _Node:
-        own: dict[str, _Node] = {}
-        lines: dict[str, int] = {}
-        merged: dict[str, _Node] = {}
-        size = 1
-        for event in self.events:
-            if isinstance(event, MappingEndEvent):
-                break
-            key = self._key(event)
-            child = self._node(next(self.events), depth + 1)
-            size = self._grow(start, size, child)
-            if key is None:
-                merged = self._merge(event, child) | merged
-                lines |= {name: event.start_mark.line + 1 for name in merged if name not in lines}
-            elif key in own:
-                raise self._fail(event, f"duplicate key {key!r}; first given on line {lines[key]}")
-            else:
-                own[key] = child
-                lines[key] = event.start_mark.line + 1
-        children = own | {key: node for key, node in merged.items() if key not in own}
-        where: dict[Location, int] = {}
-        for key, child in children.items():
-            where |= {(key, *inner): line for inner, line in child.lines.items()}
-            where[(key,)] = lines[key]
-        return _Node({key: child.value for key, child in children.items()}, where, size)
-
-    def _grow(self, event: Event, size: int, child: _Node) -> int:
-        if size + child.size > MAX_VALUES:
-            raise self._fail(event, f"expected at most {MAX_VALUES:,} values, found more (aliases count each time)")
-        return size + child.size
-
-    def _key(self, event: Event) -> str | None:
-        """Return the key, or None for the merge key ``<<``."""
-        if not isinstance(event, ScalarEvent):
-            raise self._fail(event, "expected a name as key, found a list, mapping or alias")
-        if getattr(event, "anchor", None) is not None:
-            raise self._fail(event, "expected a plain name as key, found an anchor")
-        self._no_tag(event, "str")
-        value = self._unicode(event)
-        return None if value == "<<" and event.implicit[0] else value
-
-    def _unicode(self, event: ScalarEvent) -> str:
-        """Text with the surrogate pairs of JSON's escapes joined; half a pair is no text."""
-        text = str(event.value)
-        if not any("\ud800" <= char <= "\udfff" for char in text):
-            return text
-        try:
-            return text.encode("utf-16", "surrogatepass").decode("utf-16")
-        except UnicodeDecodeError as error:
-            raise self._fail(event, "expected Unicode text, found half of a surrogate pair") from error
-
-    def _merge(self, event: Event, child: _Node) -> dict[str, _Node]:
-        if not isinstance(child.value, dict):
-            raise self._fail(event, "expected a mapping after '<<' (such as *defaults)")
-        return {
-            key: _Node(value, {where[1:]: line for where, line in child.lines.items() if where[0] == key}, 1)
-            for key, value in child.value.items()
-        }
-
-    def _scalar(self, event: ScalarEvent) -> Any:
-        self._no_tag(event, "str")
-        text = self._unicode(event)
-        if not event.implicit[0]:
-            return text
-        if text in _WORDS:
-            return _WORDS[text]
-        if len(text) <= MAX_DIGITS and _INT.fullmatch(text):
-            return _integer(text)
-        if _FLOAT.fullmatch(text) or _NOT_FINITE.fullmatch(text):
-            number = float(text.replace("_", "")) if _FLOAT.fullmatch(text) else math.inf
-            if len(text) > MAX_DIGITS or not math.isfinite(number):
-                raise self._fail(event, f"expected a finite number of at most {MAX_DIGITS} digits, found {text[:40]}")
-            return number
+def _scalar(node: ScalarNode) -> str | int | float | bool | None:
+    _need_tag(node, "str")
+    text = _text(node)
+    if node.ctag != _PLAIN:
         return text
+    if text in _WORDS:
+        return _WORDS[text]
+    if len(text) <= MAX_DIGITS and _INT.fullmatch(text):
+        return int(text.replace("_", ""), 0 if text[:2] in ("0o", "0x") else 10)
+    if _FLOAT.fullmatch(text) or _NOT_FINITE.fullmatch(text):
+        number = float(text.replace("_", "")) if _FLOAT.fullmatch(text) else math.inf
+        if len(text) > MAX_DIGITS or not math.isfinite(number):
+            raise _RefusedError(node, f"expected a finite number of at most {MAX_DIGITS} digits, found {text[:40]}")
+        return number
+    return text
 
 
-def _integer(text: str) -> int:
-    digits = text.replace("_", "")
-    if digits.startswith(("0o", "0x")):
-        return int(digits, 0)
-    return int(digits)
+_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_.]*([/+=-][A-Za-z0-9_.]+)*")
+_NOT_TEXT = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}
+_SHORT = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+
+
+def emit_yaml(data: dict[str, Any]) -> str:
+    r"""Write a mapping as YAML that every reader takes alike: text is quoted unless it is an ordinary word.
+
+    Sections are blocks; lists and short mappings of single values stand on one line.
+
+    >>> print(emit_yaml({"train": {"epochs": 3, "lr": 1e-05}, "seeds": [0, 1]}), end="")
+    train: {epochs: 3, lr: 1.0e-05}
+    seeds: [0, 1]
+    """
+    return "".join(_block(data, 0))
+
+
+def _block(data: dict[str, Any], indent: int) -> Iterator[str]:
+    for key, value in data.items():
+        head = f"{' ' * indent}{_quoted(key)}:"
+        line = f"{head} {_flow(value)}\n"
+        deep = isinstance(value, dict) and any(isinstance(item, dict) and item for item in value.values())
+        if isinstance(value, dict) and value and (indent == 0 or len(line) > 120) and (len(line) > 80 or deep):
+            yield f"{head}\n"
+            yield from _block(value, indent + 2)
+        else:
+            yield line
+
+
+def _flow(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_quoted(key)}: {_flow(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_flow(item) for item in value) + "]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float):  # with a dot, so that readers of YAML 1.1 see a number too
+        text = repr(value)
+        return text.replace("e", ".0e") if "e" in text and "." not in text else text
+    return str(value) if isinstance(value, int) else _quoted(str(value))
+
+
+def _quoted(text: str) -> str:
+    if _WORD.fullmatch(text) and text.lower() not in _NOT_TEXT:
+        return text
+    return '"' + "".join(_SHORT.get(char, char if char.isprintable() else _escape(char)) for char in text) + '"'
+
+
+def _escape(char: str) -> str:
+    code = ord(char)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
