@@ -71,11 +71,11 @@ __getattr__, __dir__ = lazy(__name__, _HOMES)
 
 def register_methods() -> None:
     """Load LibMTL and make our methods known to it, by every name that recipes and scripts can use."""
-    from libmtl_fair.libmtl.registry import register
-    from libmtl_fair.methods import FairMT, FBGrad, GroupRegulariser, LambdaMix, ReLiF
-    from libmtl_fair.methods.fairbranch.fairbranch import FairBranch
+    from libmtl_fair.libmtl.registry import discover, register
+    from libmtl_fair.methods import METHODS
 
-    register(FairBranch, FBGrad, FairMT, GroupRegulariser, LambdaMix, ReLiF)
+    register(*METHODS)
+    discover()
 
 
 if not any(isinstance(finder, OldNames) for finder in sys.meta_path):

@@ -71,6 +71,12 @@ class JointHeads:
                 p.data = held
 
 
+def is_plain_linear(head: nn.Module) -> bool:
+    """Whether a head is ``nn.Linear`` with a bias and nobody listens to it, so that it may be run as part of a larger product."""
+    hooked = head._forward_pre_hooks or head._forward_hooks or head._backward_hooks or head._backward_pre_hooks
+    return type(head) is nn.Linear and head.bias is not None and not hooked
+
+
 def joint_weights(model: Any, tasks: tuple[str, ...]) -> Tensor | None:
     """Return the weights [C, d] of the heads of these tasks, in order, while they are joined; else None."""
     joint: JointHeads | None = getattr(model, "fair_joint", None)

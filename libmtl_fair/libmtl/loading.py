@@ -13,15 +13,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 
 from libmtl_fair.errors import HostError
 
 Lineage = Literal["package", "git main"]
-_VISION = ("torchvision", "torchvision.models", "torchvision.models.utils")
-_OPTIONAL = ("cvxpy", "qpsolvers", "torch_geometric")
 
 
 class _Absent(ModuleType):
@@ -32,39 +30,37 @@ class _Absent(ModuleType):
             raise AttributeError(name)
         package = self.__name__
 
-        def missing(*_: Any, **__: Any) -> Any:
+        def missing(*_: object, **__: object) -> NoReturn:
             raise HostError(f"this LibMTL method needs {package}, which is not installed: pip install {package}")
 
         return missing
 
 
 def _stand_ins() -> dict[str, ModuleType]:
-    modules = {name: ModuleType(name) for name in _VISION}
-    modules["torchvision"].models = modules["torchvision.models"]  # type: ignore[attr-defined]
-    modules["torchvision.models"].utils = modules["torchvision.models.utils"]  # type: ignore[attr-defined]
-    modules["torchvision.models.utils"].load_state_dict_from_url = torch.hub.load_state_dict_from_url  # type: ignore[attr-defined]
-    for name in _OPTIONAL:
-        if name not in sys.modules and importlib.util.find_spec(name) is None:
-            modules[name] = _Absent(name)
-    return modules
+    models, utils = ModuleType("torchvision.models"), ModuleType("torchvision.models.utils")
+    vars(utils)["load_state_dict_from_url"] = torch.hub.load_state_dict_from_url
+    vars(models)["utils"] = utils
+    vision = ModuleType("torchvision")
+    vars(vision)["models"] = models
+    optional = [name for name in ("cvxpy", "qpsolvers", "torch_geometric") if name not in sys.modules]
+    absent = [_Absent(name) for name in optional if importlib.util.find_spec(name) is None]
+    return {module.__name__: module for module in (vision, models, utils, *absent)}
 
 
 @contextmanager
 def _replaced(stand_ins: dict[str, ModuleType]) -> Iterator[None]:
     """Put the stand-ins into ``sys.modules``; on leaving, put back whatever was there."""
 
-    def hidden(name: str) -> bool:
-        return name in stand_ins or name.startswith("torchvision.")
+    def taken_out() -> dict[str, ModuleType]:
+        hidden = [name for name in sys.modules if name in stand_ins or name.startswith("torchvision.")]
+        return {name: sys.modules.pop(name) for name in hidden}
 
-    before = {name: module for name, module in sys.modules.items() if hidden(name)}
-    for name in before:
-        del sys.modules[name]
+    before = taken_out()
     sys.modules.update(stand_ins)
     try:
         yield
     finally:
-        for name in [name for name in sys.modules if hidden(name)]:
-            del sys.modules[name]
+        taken_out()
         sys.modules.update(before)
 
 
@@ -78,45 +74,33 @@ def load_libmtl() -> ModuleType:
     loaded = sys.modules.get("LibMTL")
     if loaded is not None and hasattr(loaded, "Trainer"):
         return loaded
-    _forget("LibMTL")
+    _forget_libmtl()
     try:
         with _replaced(_stand_ins()):
             return importlib.import_module("LibMTL")
-    except ModuleNotFoundError as error:
-        _forget("LibMTL")
-        if error.name == "LibMTL":
-            raise HostError(
-                "LibMTL is not installed: pip install libmtl (or put a clone of its git main on sys.path)"
-            ) from error
-        raise HostError(
-            f"LibMTL needs the module {error.name!r}, which is not installed: pip install {error.name}"
-        ) from error
     except (ImportError, AttributeError, RuntimeError, SyntaxError) as error:
-        _forget("LibMTL")
-        raise HostError(
+        _forget_libmtl()
+        said = (
             f"LibMTL was found but does not import ({type(error).__name__}: {error}); reinstall it: pip install libmtl"
-        ) from error
+        )
+        if isinstance(error, ModuleNotFoundError):
+            said = f"LibMTL needs the module {error.name!r}, which is not installed: pip install {error.name}"
+            if error.name == "LibMTL":
+                said = "LibMTL is not installed: pip install libmtl (or put a clone of its git main on sys.path)"
+        raise HostError(said) from error
 
 
-def _forget(package: str) -> None:
-    for name in [n for n in sys.modules if n == package or n.startswith(package + ".")]:
+def _forget_libmtl() -> None:
+    for name in [n for n in sys.modules if n.partition(".")[0] == "LibMTL"]:
         del sys.modules[name]
 
 
-def lineage(libmtl: ModuleType) -> Lineage:
-    """Return which LibMTL this is: the package of 2021 takes classes, git main takes names."""
-    trainer = importlib.import_module("LibMTL.trainer")
-    return "git main" if hasattr(trainer, "weighting_method") else "package"
-
-
 libmtl = load_libmtl()
-LINEAGE: Lineage = lineage(libmtl)
-"""Which LibMTL is installed."""
-
-weighting_namespace: ModuleType = importlib.import_module("LibMTL.weighting")
-architecture_namespace: ModuleType = importlib.import_module("LibMTL.architecture")
-config_module: ModuleType = importlib.import_module("LibMTL.config")
-trainer_module: ModuleType = importlib.import_module("LibMTL.trainer")
+weighting_namespace, architecture_namespace, config_module, trainer_module = (
+    importlib.import_module(f"LibMTL.{name}") for name in ("weighting", "architecture", "config", "trainer")
+)
+LINEAGE: Lineage = "git main" if hasattr(trainer_module, "weighting_method") else "package"
+"""Which LibMTL is installed: the package of 2021 takes classes, git main takes names."""
 AbsWeighting: type[Any] = weighting_namespace.AbsWeighting
 AbsArchitecture: type[Any] = architecture_namespace.AbsArchitecture
 Trainer: type[Any] = libmtl.Trainer

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from libmtl_fair.errors import HostError
 from libmtl_fair.libmtl.compat import forward, healed
-from libmtl_fair.libmtl.joint_heads import JointHeads
+from libmtl_fair.libmtl.joint_heads import JointHeads, is_plain_linear
 from libmtl_fair.libmtl.loading import AbsArchitecture, architecture_namespace
 from libmtl_fair.libmtl.registry import resolve_weighting, weight_args
 from libmtl_fair.methods.base import FairWeighting, Settings
@@ -68,12 +68,6 @@ class _FusedHeads:
 
     def _wanted(self: Any, task: str) -> bool:
         return self.training or not task.startswith(AUXILIARY_PREFIX)
-
-
-def is_plain_linear(head: nn.Module) -> bool:
-    """Whether a head is ``nn.Linear`` with a bias and nobody listens to it, so that it may be run as part of a larger product."""
-    hooked = head._forward_pre_hooks or head._forward_hooks or head._backward_hooks or head._backward_pre_hooks
-    return type(head) is nn.Linear and head.bias is not None and not hooked
 
 
 def compose(

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 
 from libmtl_fair.errors import RecipeError, unknown
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+Made = TypeVar("Made")
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "adagrad": torch.optim.Adagrad,
     "rmsprop": torch.optim.RMSprop,
 }
-SCHEDULERS: dict[str, Any] = {
+SCHEDULERS: dict[str, Callable[..., torch.optim.lr_scheduler.LRScheduler]] = {
     "exp": torch.optim.lr_scheduler.ExponentialLR,
     "step": torch.optim.lr_scheduler.StepLR,
     "cos": torch.optim.lr_scheduler.CosineAnnealingLR,
@@ -33,21 +34,17 @@ def make_optimizer(model: torch.nn.Module, param: Mapping[str, Any]) -> torch.op
     ------
     RecipeError : unknown optimiser or setting.
     """
-    cls = _pick("optimizer", param, "optim", OPTIMIZERS)
-    args = {k: v for k, v in param.items() if k != "optim"}
-    _check_args(f"optimizer {param['optim']}", cls, args)
+    cls, args = _chosen("optimizer", param, "optim", OPTIMIZERS)
     parameters = [p for p in model.parameters() if p.requires_grad]
     takes_fused = "fused" in inspect.signature(cls).parameters and "fused" not in args and "foreach" not in args
     if takes_fused and all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters):
         args["fused"] = True
-    try:
-        optimizer: torch.optim.Optimizer = cls(parameters, **args)
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"optimizer {param['optim']}: {error}") from error
-    return optimizer
+    return _made(f"optimizer {param['optim']}", cls, parameters, args)
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, param: Mapping[str, Any] | None) -> Any:
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, param: Mapping[str, Any] | None
+) -> torch.optim.lr_scheduler.LRScheduler | None:
     """Return the scheduler for LibMTL's ``scheduler_param``, or None.
 
     Raises
@@ -56,13 +53,8 @@ def make_scheduler(optimizer: torch.optim.Optimizer, param: Mapping[str, Any] | 
     """
     if param is None:
         return None
-    cls = _pick("scheduler", param, "scheduler", SCHEDULERS)
-    args = {k: v for k, v in param.items() if k != "scheduler"}
-    _check_args(f"scheduler {param['scheduler']}", cls, args)
-    try:
-        return cls(optimizer, **args)
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"scheduler {param['scheduler']}: {error}") from error
+    cls, args = _chosen("scheduler", param, "scheduler", SCHEDULERS)
+    return _made(f"scheduler {param['scheduler']}", cls, optimizer, args)
 
 
 def prepare_forgotten(params: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -92,18 +84,27 @@ def prepare_forgotten(params: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _pick(what: str, param: Mapping[str, Any], key: str, options: Mapping[str, Any]) -> Any:
+def _chosen(
+    what: str, param: Mapping[str, Any], key: str, options: Mapping[str, Callable[..., Made]]
+) -> tuple[Callable[..., Made], dict[str, Any]]:
+    """Return the class that ``param`` names under ``key``, and its arguments, whose names are known to be its own."""
     if key not in param:
         raise RecipeError(
             f"{what}: say which one, for example {{{key!r}: {next(iter(options))!r}, ...}}; found {dict(param)}"
         )
     if param[key] not in options:
         raise RecipeError(unknown(what, param[key], options))
-    return options[param[key]]
-
-
-def _check_args(what: str, cls: Any, args: Mapping[str, Any]) -> None:
+    cls = options[param[key]]
     known = [n for n in inspect.signature(cls).parameters if n not in ("params", "optimizer")]
+    args = {name: value for name, value in param.items() if name != key}
     for name in args:
         if name not in known:
-            raise RecipeError(f"{what}: {unknown('setting', name, known)}")
+            raise RecipeError(f"{what} {param[key]}: {unknown('setting', name, known)}")
+    return cls, args
+
+
+def _made(what: str, cls: Callable[..., Made], first: object, args: Mapping[str, Any]) -> Made:
+    try:
+        return cls(first, **args)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"{what}: {error}") from error

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from libmtl_fair.libmtl.checkpoint import attributes, set_attributes
 from libmtl_fair.libmtl.compat import healed
+from libmtl_fair.libmtl.gradients import gradients
 from libmtl_fair.libmtl.registry import resolve_weighting, weight_args
 
 
@@ -75,29 +76,14 @@ def part_of(model: Any, weighting: str, tasks: Sequence[str], args: Mapping[str,
     return part
 
 
-class _Linearised(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, losses: Tensor, count: int, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors[count:])
-        ctx.count = count
-        return losses.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> Any:
-        grads = [torch.tensordot(outer[0].to(rows.dtype), rows, dims=1) for rows in ctx.saved_tensors]
-        return (None, None, *grads, *[None] * ctx.count)
-
-
 def linearised(losses: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     """Return losses [T] of the same values and gradients on a graph of their own; the graph they came from is kept.
 
     One backward pass a task. A weighting may take gradients of the result in any order, once, and free it.
     """
-    rows: list[list[Tensor]] = [[] for _ in parameters]
-    for loss in losses:
-        grads = torch.autograd.grad(loss, list(parameters), retain_graph=True, allow_unused=True)
-        for kept, parameter, grad in zip(rows, parameters, grads):
-            kept.append(torch.zeros_like(parameter) if grad is None else grad)
-    stacked = [torch.stack(kept) for kept in rows]
-    out: Tensor = _Linearised.apply(losses.detach(), len(stacked), *parameters, *stacked)  # type: ignore[no-untyped-call]
+    rows = [gradients(loss, parameters) for loss in losses]
+    out = losses.detach().clone()
+    for parameter, grads in zip(parameters, zip(*rows)):
+        stacked = torch.stack([torch.zeros_like(parameter) if g is None else g for g in grads])
+        out = out + torch.tensordot(stacked, parameter - parameter.detach(), dims=parameter.dim())
     return out

@@ -7,11 +7,15 @@ import contextlib
 import copy
 import io
 import json
-from collections.abc import Callable, Mapping
-from functools import cache
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, wraps
+from importlib import import_module
+from importlib.metadata import entry_points
+from types import ModuleType
+from typing import Any, NamedTuple
 
-from libmtl_fair.errors import HostError, RecipeError, unknown
+from libmtl_fair.errors import HostError, RecipeError, near, unknown
 from libmtl_fair.libmtl.loading import (
     LINEAGE,
     AbsArchitecture,
@@ -24,81 +28,133 @@ from libmtl_fair.libmtl.optimizers import prepare_forgotten
 
 OUR_WEIGHTINGS: dict[str, type[Any]] = {}
 OUR_ARCHITECTURES: dict[str, type[Any]] = {}
+"""Name, or ``module:Class`` once it was resolved -> class with ``settings_class``."""
 BILEVEL = ("MOML", "FORUM", "AutoLambda")
+ENTRY_POINTS = "libmtl_fair.methods"
+"""Entry point group in which other packages offer methods."""
+_OTHER_LINEAGE = {
+    "RLW.dist": "it takes no 'dist': git main always draws the weights from a normal distribution; leave it out",
+    "GradVac.group_type": "it takes no 'group_type': only git main compares gradients layer by layer; leave it out",
+}
+"""Settings that one lineage has and the other lacks; only reached where it is lacking."""
+
+
+class _Kind(NamedTuple):
+    what: str
+    base: type[Any]
+    namespace: ModuleType
+    ours: dict[str, type[Any]]
+
+    def names(self) -> list[str]:
+        """Return the names of the usable classes in LibMTL's namespace."""
+        found = ((n, v) for n, v in vars(self.namespace).items() if isinstance(v, type))
+        return sorted(n for n, v in found if issubclass(v, self.base) and v is not self.base)
+
+    def resolve(self, wanted: str | type[Any]) -> type[Any]:
+        """Return the class for a name, a ``module:Class`` or a class."""
+        if isinstance(wanted, type) or ":" in wanted:
+            cls = wanted if isinstance(wanted, type) else _imported(self.what, wanted)
+            if not issubclass(cls, self.base):
+                raise HostError(
+                    f"{self.what} {cls.__name__} is no LibMTL {self.what}: subclass LibMTL.{self.what}.{self.base.__name__}"
+                )
+            if isinstance(wanted, str) and hasattr(cls, "settings_class"):
+                self.ours[wanted] = cls
+            return cls
+        if wanted not in self.names():
+            raise HostError(unknown(self.what, wanted, self.names()))
+        found: type[Any] = getattr(self.namespace, wanted)
+        return found
+
+
+_WEIGHTING = _Kind("weighting", AbsWeighting, weighting_namespace, OUR_WEIGHTINGS)
+_ARCHITECTURE = _Kind("architecture", AbsArchitecture, architecture_namespace, OUR_ARCHITECTURES)
 
 
 def register(*classes: type[Any]) -> None:
     """Give classes to LibMTL under their own names: namespaces and command-line options. Twice is as good as once."""
     for cls in classes:
-        is_weighting = issubclass(cls, AbsWeighting)
-        ours, namespace = (
-            (OUR_WEIGHTINGS, weighting_namespace) if is_weighting else (OUR_ARCHITECTURES, architecture_namespace)
-        )
-        ours[cls.__name__] = cls
-        setattr(namespace, cls.__name__, cls)
-        if cls.__name__ not in namespace.__all__:
-            namespace.__all__.append(cls.__name__)
+        kind = _WEIGHTING if issubclass(cls, AbsWeighting) else _ARCHITECTURE
+        kind.ours[cls.__name__] = cls
+        setattr(kind.namespace, cls.__name__, cls)
+        if cls.__name__ not in kind.namespace.__all__:
+            kind.namespace.__all__.append(cls.__name__)
         _add_options(cls)
     if not hasattr(config_module.prepare_args, "wraps"):
         config_module.prepare_args = _wrap_prepare_args(config_module.prepare_args)  # type: ignore[attr-defined]
 
 
-def names(namespace: Any, base: type[Any]) -> list[str]:
-    """Return the names of the usable classes in a LibMTL namespace."""
-    found = ((n, v) for n, v in vars(namespace).items() if isinstance(v, type))
-    return sorted(n for n, v in found if issubclass(v, base) and v is not base)
+def discover() -> None:
+    """Register the methods that installed packages offer as entry points; warn of those that cannot be had."""
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            cls = point.load()
+            if not (isinstance(cls, type) and issubclass(cls, (AbsWeighting, AbsArchitecture))):
+                raise TypeError("it is neither a LibMTL weighting nor an architecture")
+            if cls.__name__ in {*weighting_names(), *architecture_names()}:
+                raise ValueError(f"the name {cls.__name__} is taken")
+            register(cls)
+        except (ImportError, AttributeError, SyntaxError, TypeError, ValueError, RuntimeError) as error:
+            warnings.warn(f"method {point.name!r} ({point.value}) is left out: {error}", stacklevel=2)
 
 
 def weighting_names() -> list[str]:
     """Return every weighting that can be named: LibMTL's and ours."""
-    return names(weighting_namespace, AbsWeighting)
+    return _WEIGHTING.names()
 
 
 def architecture_names() -> list[str]:
     """Return every architecture that can be named: LibMTL's and ours."""
-    return names(architecture_namespace, AbsArchitecture)
+    return _ARCHITECTURE.names()
 
 
 def resolve_weighting(weighting: str | type[Any]) -> type[Any]:
-    """Return the weighting class for a name or a class.
+    """Return the weighting class for a name, a ``my_package.module:Class`` or a class.
 
     Raises
     ------
-    HostError : unknown, or no LibMTL weighting.
+    HostError : unknown, cannot be imported, or no LibMTL weighting.
     """
-    if isinstance(weighting, str) and weighting in BILEVEL:
+    if weighting in BILEVEL:
         raise HostError(
             f"{weighting} trains on two levels inside the Trainer of LibMTL's git main: call lf.heal() there and use LibMTL.Trainer"
         )
-    return _resolve(weighting, "weighting", AbsWeighting, weighting_namespace)
+    return _WEIGHTING.resolve(weighting)
 
 
 def resolve_architecture(architecture: str | type[Any]) -> type[Any]:
-    """Return the architecture class for a name or a class.
+    """Return the architecture class for a name, a ``my_package.module:Class`` or a class.
 
     Raises
     ------
-    HostError : unknown, or no LibMTL architecture.
+    HostError : unknown, cannot be imported, or no LibMTL architecture.
     """
-    return _resolve(architecture, "architecture", AbsArchitecture, architecture_namespace)
+    return _ARCHITECTURE.resolve(architecture)
 
 
-def _resolve(wanted: str | type[Any], what: str, base: type[Any], namespace: Any) -> type[Any]:
-    if isinstance(wanted, type):
-        if not issubclass(wanted, base):
-            raise HostError(f"{what} {wanted.__name__} is no LibMTL {what}: subclass LibMTL.{what}.{base.__name__}")
-        return wanted
-    options = names(namespace, base)
-    if wanted not in options:
-        raise HostError(unknown(what, wanted, options))
-    found: type[Any] = getattr(namespace, wanted)
-    return found
+def _imported(what: str, text: str) -> type[Any]:
+    module, _, name = text.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), name)):
+        raise HostError(f"{what} {text!r}: expected a name, or 'my_package.module:Class'")
+    try:
+        found = import_module(module)
+    except (ImportError, SyntaxError) as error:
+        raise HostError(
+            f"{what} {text!r}: module {module!r} cannot be imported ({error}); install it, or put its folder on PYTHONPATH"
+        ) from error
+    cls = getattr(found, name, None)
+    if not isinstance(cls, type):
+        guess = near(name, [n for n, value in vars(found).items() if isinstance(value, type)])
+        raise HostError(
+            f"{what} {text!r}: {module} has no class {name!r}" + (f"; did you mean {guess!r}?" if guess else "")
+        )
+    return cls
 
 
 @cache
-def _default_args(name: str, arch: str = "HPS") -> Mapping[str, Any]:
+def _default_args(name: str) -> Mapping[str, Any]:
     params = config_module.LibMTL_args.parse_args([])
-    params.weighting, params.arch = name, arch
+    params.weighting, params.arch = name, "HPS"
     with contextlib.redirect_stdout(io.StringIO()):
         kwargs, _, _ = config_module.prepare_args(params)
     return dict(kwargs["weight_args"])
@@ -113,7 +169,8 @@ def weight_args(cls: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
     ------
     RecipeError : a name that this weighting does not take.
     """
-    parent = next((c for c in cls.__mro__ if _is_libmtls(c)), None)
+    libmtls = [getattr(weighting_namespace, name) for name in weighting_names() if name not in OUR_WEIGHTINGS]
+    parent = next((c for c in cls.__mro__ if c in libmtls), None)
     if parent is None:
         return dict(given)
     name = parent.__name__
@@ -121,44 +178,24 @@ def weight_args(cls: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in given.items():
         match = next((d for d in args if key in (d, f"{name}_{d}") or d == f"{name}_{key}"), None)
         if match is None and parent is cls:
-            other = _OTHER_LINEAGE.get((name, key.removeprefix(f"{name}_")))
-            reason = f": {other}" if other else f": {unknown('setting', key, args)}"
-            raise RecipeError(f"{name} (LibMTL, {LINEAGE}){reason}")
+            reason = _OTHER_LINEAGE.get(f"{name}.{key.removeprefix(f'{name}_')}", unknown("setting", key, args))
+            raise RecipeError(f"{name} (LibMTL, {LINEAGE}): {reason}")
         args[match or key] = value
     return args
 
 
-_OTHER_LINEAGE = {
-    ("RLW", "dist"): "it takes no 'dist': git main always draws the weights from a normal distribution; leave it out",
-    (
-        "GradVac",
-        "group_type",
-    ): "it takes no 'group_type': only git main compares gradients layer by layer; leave it out",
-}
-"""Settings that one lineage has and the other lacks; only reached where it is lacking."""
-
-
-def _is_libmtls(cls: type[Any]) -> bool:
-    known = getattr(weighting_namespace, cls.__name__, None) is cls
-    return known and cls is not AbsWeighting and cls.__name__ not in OUR_WEIGHTINGS
-
-
-def _options(cls: type[Any]) -> Mapping[str, Any]:
+def _options(cls: type[Any]) -> dict[str, str]:
+    """Return setting -> name of its command-line option, of a class that declares settings."""
     settings = getattr(cls, "settings_class", None)
-    return settings.model_fields if settings else {}
-
-
-def _option_name(cls: type[Any], field_name: str) -> str:
-    return f"{cls.__name__.lower()}_{field_name}"
+    return {name: f"{cls.__name__.lower()}_{name}" for name in (settings.model_fields if settings else ())}
 
 
 def _add_options(cls: type[Any]) -> None:
     parser: argparse.ArgumentParser = config_module.LibMTL_args
-    for name, field in _options(cls).items():
-        option = "--" + _option_name(cls, name)
-        if option not in parser._option_string_actions:
-            help = f"{name} of {cls.__name__} (default: {field.default})"
-            parser.add_argument(option, type=_value, default=None, help=help)
+    for name, option in _options(cls).items():
+        if f"--{option}" not in parser._option_string_actions:
+            help = f"{name} of {cls.__name__} (default: {cls.settings_class.model_fields[name].default})"
+            parser.add_argument(f"--{option}", type=_value, default=None, help=help)
 
 
 def _value(text: str) -> Any:
@@ -169,8 +206,8 @@ def _value(text: str) -> Any:
         return text
 
 
-def _given(cls: type[Any], params: argparse.Namespace) -> dict[str, Any]:
-    found = {name: getattr(params, _option_name(cls, name), None) for name in _options(cls)}
+def _given(cls: type[Any] | None, params: argparse.Namespace) -> dict[str, Any]:
+    found = {name: getattr(params, option, None) for name, option in (_options(cls) if cls else {}).items()}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -181,6 +218,7 @@ def _wrap_prepare_args(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
     LibMTL's options: ``--relif_base GradNorm --alpha 1``.
     """
 
+    @wraps(original)
     def prepare_args(params: argparse.Namespace) -> Any:
         _check_name("weighting", params.weighting, [*weighting_names(), *BILEVEL, "DIY"])
         _check_name("architecture", params.arch, [*architecture_names(), "DIY"])
@@ -188,7 +226,7 @@ def _wrap_prepare_args(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
         forgotten = prepare_forgotten(params)
         if weighting is None and architecture is None and not forgotten:
             return original(params)
-        plain, given = copy.copy(params), _given(weighting, params) if weighting else {}
+        plain, given = copy.copy(params), _given(weighting, params)
         if weighting:
             plain.weighting = str(given.get("base", weighting.settings_class.model_fields["base"].default))
             _check_name("base weighting", plain.weighting, [n for n in weighting_names() if n not in OUR_WEIGHTINGS])
@@ -203,16 +241,14 @@ def _wrap_prepare_args(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
             base_args = {**kwargs["weight_args"], **given.pop("base_args", {})}
             kwargs["weight_args"] = {**given, "base_args": base_args} if base_args else given
             weighting.settings_class.from_args(weighting.__name__, kwargs["weight_args"])
-        if architecture:
-            kwargs["arch_args"].update(_given(architecture, params))
+        kwargs["arch_args"].update(_given(architecture, params))
         config_module._display(params, kwargs, optim_param, scheduler_param)
         return kwargs, optim_param, scheduler_param
 
-    prepare_args.__doc__ = original.__doc__
     prepare_args.__dict__["wraps"] = original
     return prepare_args
 
 
-def _check_name(what: str, name: str, options: list[str]) -> None:
+def _check_name(what: str, name: str, options: Iterable[str]) -> None:
     if name not in options:
         raise RecipeError(unknown(what, name, options))

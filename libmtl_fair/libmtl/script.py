@@ -17,8 +17,6 @@ from libmtl_fair.libmtl.loading import libmtl, trainer_module
 from libmtl_fair.libmtl.registry import OUR_ARCHITECTURES, OUR_WEIGHTINGS
 from libmtl_fair.libmtl.trainer import FairTrainer
 
-_OPTIONS = ("--weighting", "--arch")
-
 
 class ScriptTrainer(FairTrainer):
     """FairTrainer in the place of ``LibMTL.Trainer``: results go to the console, as a LibMTL script expects."""
@@ -34,18 +32,19 @@ class ScriptTrainer(FairTrainer):
         """Train, then show the results on the test loader."""
         weights = super().train(*args, **kwargs)
         if self.test_results is not None:
-            _say(f"TEST: {_line(self.test_results)}")
+            _say_test(self.test_results)
         return weights
 
     def test(self, *args: Any, **kwargs: Any) -> Results:
         """Return the results over a loader, and show them."""
         results = super().test(*args, **kwargs)
-        _say(f"TEST: {_line(results)}")
+        _say_test(results)
         return results
 
 
-def _line(results: Results) -> str:
-    return " ".join(f"{task}/{name} {value:.4f}" for task, found in results.items() for name, value in found.items())
+def _say_test(results: Results) -> None:
+    parts = [f"{task}/{name} {value:.4f}" for task, found in results.items() for name, value in found.items()]
+    _say(f"TEST: {' '.join(parts)}")
 
 
 def _say(text: str) -> None:
@@ -73,39 +72,23 @@ def run_script(path: str | Path, args: Sequence[str] = ()) -> dict[str, Any]:
             f"no script at {path}; expected a Python file, as in: libmtl-fair exec train.py -- --weighting ReLiF"
         )
     heal()
-    with _as_main(script, args), _trainer(ScriptTrainer if _asks_for_ours(args) else None):
+    with _running(script, args):
         return runpy.run_path(str(script), run_name="__main__")
 
 
-def _asks_for_ours(args: Sequence[str]) -> bool:
-    ours = {*OUR_WEIGHTINGS, *OUR_ARCHITECTURES}
-    joined = {f"{option}={name}" for option in _OPTIONS for name in ours}
-    pairs = itertools.pairwise(args)
-    return any(a in joined for a in args) or any(a in _OPTIONS and b in ours for a, b in pairs)
-
-
 @contextmanager
-def _as_main(script: Path, args: Sequence[str]) -> Iterator[None]:
-    argv, first = sys.argv, str(script.resolve().parent)
+def _running(script: Path, args: Sequence[str]) -> Iterator[None]:
+    """Let the script find its arguments, its folder and, where it asks for a method of ours, our trainer."""
+    argv, folder, held = sys.argv, str(script.resolve().parent), (libmtl.Trainer, trainer_module.Trainer)
+    words, ours = [word for arg in args for word in arg.split("=", 1)], {*OUR_WEIGHTINGS, *OUR_ARCHITECTURES}
     sys.argv = [str(script), *args]
-    sys.path.insert(0, first)
+    sys.path.insert(0, folder)
+    if any(option in ("--weighting", "--arch") and name in ours for option, name in itertools.pairwise(words)):
+        vars(libmtl)["Trainer"] = vars(trainer_module)["Trainer"] = ScriptTrainer
     try:
         yield
     finally:
         sys.argv = argv
-        if first in sys.path:
-            sys.path.remove(first)
-
-
-@contextmanager
-def _trainer(replacement: type[Any] | None) -> Iterator[None]:
-    """Let ``from LibMTL import Trainer`` give the replacement."""
-    if replacement is None:
-        yield
-        return
-    held = libmtl.Trainer, trainer_module.Trainer
-    libmtl.Trainer = trainer_module.Trainer = replacement  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        libmtl.Trainer, trainer_module.Trainer = held  # type: ignore[attr-defined]
+        vars(libmtl)["Trainer"], vars(trainer_module)["Trainer"] = held
+        if folder in sys.path:
+            sys.path.remove(folder)

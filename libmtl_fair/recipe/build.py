@@ -13,7 +13,7 @@ from libmtl_fair.data import Dataset, Split, dataset_names, load_dataset, load_t
 from libmtl_fair.errors import RecipeError
 from libmtl_fair.libmtl import FairTrainer, FairWeighting, architecture_names, weighting_names
 from libmtl_fair.libmtl.evaluate import Results
-from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS
+from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS, resolve_weighting
 from libmtl_fair.models import MLP, linear_heads
 from libmtl_fair.recipe.schema import Recipe, check_names
 from libmtl_fair.tasks import Task, task_dict
@@ -29,8 +29,16 @@ def check(recipe: Recipe) -> None:
     ------
     RecipeError : an unknown name or a value out of range, with file and line.
     """
+    imported = {name: method.weighting for name, method in recipe.methods.items() if ":" in method.weighting}
+    for name, weighting in imported.items():
+        try:
+            resolve_weighting(weighting)
+        except FairMTLError as error:
+            raise recipe.error(("methods", name, "weighting"), str(error)) from error
     settings = {name: set(cls.settings_class.model_fields) for name, cls in OUR_WEIGHTINGS.items()}
-    check_names(recipe, set(weighting_names()), set(architecture_names()), set(dataset_names()), settings)
+    check_names(
+        recipe, {*weighting_names(), *imported.values()}, set(architecture_names()), set(dataset_names()), settings
+    )
     for name, method in recipe.methods.items():
         cls = OUR_WEIGHTINGS.get(method.weighting)
         if cls is not None:

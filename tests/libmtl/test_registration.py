@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import sys
+from collections.abc import Iterator
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -229,3 +232,97 @@ def test_the_first_line_of_a_methods_description_is_plain_text() -> None:
         first = (cls.__doc__ or "").strip().splitlines()[0]
         assert first.endswith(".")
         assert not set(first) & set("`\\$")
+
+
+class TestOtherPackages:
+    """Methods of somebody else: ``module:Class`` in place of a name, and entry points."""
+
+    MODULE = """
+import libmtl_fair as lf
+from libmtl_fair.methods.base import FairWeighting
+from LibMTL.architecture import HPS
+from LibMTL.weighting import EW
+
+class Theirs(FairWeighting):
+    \"\"\"A method of another package.\"\"\"
+    def step(self, batch, losses):
+        return self.base_backward(losses)
+
+class Plain(EW):
+    pass
+
+class OwnSharing(HPS):
+    pass
+"""
+
+    @pytest.fixture
+    def package(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+        (tmp_path / "their_methods").mkdir()
+        (tmp_path / "their_methods" / "__init__.py").write_text("")
+        (tmp_path / "their_methods" / "one.py").write_text(self.MODULE)
+        (tmp_path / "their_methods" / "broken.py").write_text("import a_module_of_nobody")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        held = dict(registry.OUR_WEIGHTINGS), set(weighting_namespace.__all__)
+        yield tmp_path
+        for name in set(registry.OUR_WEIGHTINGS) - set(held[0]):
+            del registry.OUR_WEIGHTINGS[name]
+            vars(weighting_namespace).pop(name, None)
+        weighting_namespace.__all__[:] = [n for n in weighting_namespace.__all__ if n in held[1]]
+        for name in [n for n in sys.modules if n.partition(".")[0] == "their_methods"]:
+            del sys.modules[name]
+
+    @pytest.mark.parametrize("name", ["Theirs", "Plain"])
+    def test_a_weighting_named_by_its_module_trains(self, kit: Any, package: Path, name: str) -> None:
+        trainer = kit.trainer(f"their_methods.one:{name}")
+        trainer.train(kit.loader(), epochs=2)
+        assert trainer.weighting == name
+        assert trainer.epochs["loss/a"].iloc[-1] < trainer.epochs["loss/a"].iloc[0]
+
+    def test_an_architecture_named_by_its_module(self, kit: Any, package: Path) -> None:
+        kit.trainer(architecture="their_methods.one:OwnSharing").train(kit.loader(), epochs=1)
+
+    @pytest.mark.parametrize(
+        ("wanted", "match"),
+        [
+            ("their_methods.two:X", r"weighting 'their_methods.two:X': module 'their_methods.two' cannot be imported"),
+            ("their_methods.broken:X", r"cannot be imported \(No module named 'a_module_of_nobody'\); install it"),
+            ("their_methods.one:Thiers", r"their_methods.one has no class 'Thiers'; did you mean 'Theirs'\?"),
+            ("their_methods.one:lf", r"their_methods.one has no class 'lf'"),
+            (
+                "their_methods.one:OwnSharing",
+                r"weighting OwnSharing is no LibMTL weighting: subclass LibMTL\.weighting",
+            ),
+            ("their methods:X", r"expected a name, or 'my_package.module:Class'"),
+            (":X", r"expected a name, or 'my_package.module:Class'"),
+        ],
+    )
+    def test_what_cannot_be_had(self, package: Path, wanted: str, match: str) -> None:
+        with pytest.raises(HostError, match=match):
+            registry.resolve_weighting(wanted)
+
+    def offer(self, package: Path, *lines: str) -> None:
+        info = package / "their_methods-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-methods\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text("\n".join(["[libmtl_fair.methods]", *lines]))
+
+    def test_entry_points_are_registered(self, package: Path) -> None:
+        self.offer(package, "theirs = their_methods.one:Theirs")
+        registry.discover()
+        assert "Theirs" in weighting_names()
+        assert registry.resolve_weighting("Theirs") is registry.OUR_WEIGHTINGS["Theirs"]
+        assert "--theirs_base" in config_module.LibMTL_args._option_string_actions
+
+    @pytest.mark.parametrize(
+        ("value", "match"),
+        [
+            ("their_methods.broken:X", "method 'theirs' .* is left out: No module named 'a_module_of_nobody'"),
+            ("their_methods.one:lf", "is left out: it is neither a LibMTL weighting nor an architecture"),
+            ("libmtl_fair:ReLiF", "is left out: the name ReLiF is taken"),
+        ],
+    )
+    def test_entry_points_that_fail_leave_everything_else_as_it_is(self, package: Path, value: str, match: str) -> None:
+        self.offer(package, f"theirs = {value}")
+        with pytest.warns(UserWarning, match=match):
+            registry.discover()
+        assert registry.resolve_weighting("ReLiF") is lf.ReLiF

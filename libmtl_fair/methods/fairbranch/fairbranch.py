@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from libmtl_fair import functional as F
 from libmtl_fair.errors import HostError
+from libmtl_fair.libmtl.joint_heads import is_plain_linear
 from libmtl_fair.libmtl.loading import AbsArchitecture
-from libmtl_fair.libmtl.model import is_plain_linear
 from libmtl_fair.methods.base import Declared, setting
 from libmtl_fair.methods.fairbranch.adopt import adopt
 from libmtl_fair.methods.fairbranch.blocks import BranchedEncoder
