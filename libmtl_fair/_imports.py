@@ -14,7 +14,7 @@ OLD_NAMES: Mapping[str, str] = {
     "architecture": "methods.fairbranch",
     "architecture.auxiliary_heads": "methods.heads.add_heads",
     "architecture.auxiliary_tasks": "methods.heads.fairness_tasks",
-    "architecture.group_heads": "methods.heads.group_heads",
+    "architecture.group_heads": "methods.heads.modules",
     "controllers": "methods.controllers",
     "group_losses": "methods.heads.group_losses",
     "host": "libmtl",

@@ -1,16 +1,21 @@
-"""Statistics per sensitive group, and disparities of group losses (GLF, GLD, robust log loss; soft rates).
+"""Statistics per sensitive group and cell, and disparities between groups (GLF, GLD, bounded group loss, gaps, robust log loss).
 
-Group ids are 0..G-1, -1 is unknown; a statistic over an empty set is absent, never 0 and never NaN.
+Group ids are 0..G-1, -1 is unknown; a statistic over an empty set is absent, never 0 and never NaN. Disparities take
+[..., G] and carry their derivative written out, checked against autograd: on the few numbers that a step compares, recording
+each operation would cost more than the operations. They are differentiable once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from libmtl_fair.errors import DataError, RecipeError
+from libmtl_fair.functional._device import has_values
 from libmtl_fair.functional.margins import sorted_quantiles
 
 _DENSE_GROUPS = 64
@@ -18,7 +23,7 @@ _DENSE_GROUPS = 64
 
 
 def group_indicator(groups: Tensor, n_groups: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """One-hot membership [B, G] of group ids [B]; the row of an unknown group is zero.
+    """One-hot membership [..., B, G] of group ids [..., B]; the row of an unknown group is zero.
 
     >>> group_indicator(torch.tensor([1, -1]), 2)
     tensor([[0., 1.],
@@ -28,36 +33,55 @@ def group_indicator(groups: Tensor, n_groups: int, dtype: torch.dtype = torch.fl
 
 
 def group_sums(values: Tensor, groups: Tensor, n_groups: int) -> Tensor:
-    """Sum ``values`` [B] or [B, K] by group: [G] or [G, K]. NaN counts as 0; rows of unknown groups drop out.
+    """Sum ``values`` [..., B] or [..., B, K] by group: [..., G] or [..., G, K]. NaN counts as 0; unknown groups drop out.
 
     >>> group_sums(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1, 1, -1]), 2)
     tensor([0., 3.])
     """
+    if values.dim() == groups.dim():
+        return group_sums(values.unsqueeze(-1), groups, n_groups).squeeze(-1)
     if not values.is_floating_point():
         values = values.to(torch.get_default_dtype())
     values = values.where(~values.isnan(), 0.0)
     if n_groups <= _DENSE_GROUPS:
-        return group_indicator(groups, n_groups, values.dtype).T @ values
+        return group_indicator(groups, n_groups, values.dtype).mT @ values
     known = groups.where((groups >= 0) & (groups < n_groups), n_groups).long()
-    sums = values.new_zeros((n_groups + 1, *values.shape[1:]))
-    return sums.index_add(0, known, values)[:n_groups]
+    sums = values.new_zeros((*values.shape[:-2], n_groups + 1, values.shape[-1]))
+    return sums.scatter_add(-2, known.unsqueeze(-1).expand_as(values), values)[..., :n_groups, :]
 
 
 def group_mean(values: Tensor, groups: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
-    """Mean [G] and count [G] of ``values`` [B] by group; the mean is 0 where the count is 0. NaN values are unobserved.
+    """Mean and count of ``values`` by group, shaped as :func:`group_sums`; the mean is 0 where the count is 0. NaN is unobserved.
 
     >>> group_mean(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1, 1, -1]), 2)
     (tensor([0.0000, 1.5000]), tensor([0., 2.]))
     """
     if not values.is_floating_point():
         values = values.to(torch.get_default_dtype())
-    observed = (~values.isnan()).to(values.dtype)
-    total, count = group_sums(torch.stack([values, observed], dim=1), groups, n_groups).unbind(1)
-    return total / count.clamp(min=1), count
+    count = group_sums((~values.isnan()).to(values.dtype), groups, n_groups)
+    return group_sums(values, groups, n_groups) / count.clamp(min=1), count
+
+
+def cell_means(values: Tensor, condition: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and count [..., K, G] of ``values`` in each cell, the rows that meet a condition and are of a group; 0 in an empty one.
+
+    Parameters
+    ----------
+    values, condition : [..., B, K], or [..., B, 1] for all K
+        The condition is 0 or 1; a value that does not count must be finite.
+    member : [..., B, G]
+        0 or 1: see :func:`group_indicator`.
+
+    >>> one = torch.tensor([[1.0], [1.0], [0.0]])
+    >>> cell_means(torch.tensor([[1.0], [2.0], [4.0]]), one, group_indicator(torch.tensor([1, 1, 0]), 2))
+    (tensor([[0.0000, 1.5000]]), tensor([[0., 2.]]))
+    """
+    count = condition.mT @ member
+    return (condition * values).mT @ member / count.clamp(min=1), count
 
 
 def cross_groups(groups: Sequence[Tensor], n_groups: Sequence[int]) -> tuple[Tensor, int]:
-    """Cross several attributes into one of intersections: ids [B] (-1 if any is unknown) and their number.
+    """Cross several attributes into one of intersections: ids [..., B] (-1 if any is unknown) and their number.
 
     The id is row-major: the last attribute changes fastest.
 
@@ -83,26 +107,47 @@ def cross_groups(groups: Sequence[Tensor], n_groups: Sequence[int]) -> tuple[Ten
     return crossed.where(known, -1), total
 
 
+# -- disparities ------------------------------------------------------------------------------------------------------
+
+_Formula = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Value [..., 1] and slope [..., G] from numbers [..., G], whether they are there, and how many are [..., 1]."""
+
+
+class _WrittenOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, present: Tensor, formula: _Formula) -> Tensor:
+        value, slope = _of_two(formula, values, present)
+        ctx.save_for_backward(slope)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
+        return outer.unsqueeze(-1) * ctx.saved_tensors[0], None, None
+
+
+def _of_two(formula: _Formula, values: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """Value [...] and slope [..., G] of a formula; 0 with fewer than two groups."""
+    count = present.to(values.dtype).sum(-1, keepdim=True)
+    value, slope = formula(values, present, count)
+    enough = count >= 2
+    return value.where(enough, 0.0).squeeze(-1), slope.where(enough, 0.0)
+
+
+def _disparity(formula: _Formula, values: Tensor, present: Tensor) -> Tensor:
+    if not has_values(values):  # a transform of torch.func needs the graph
+        return _of_two(formula, values, present)[0]
+    value: Tensor = _WrittenOut.apply(values, present, formula)  # type: ignore[no-untyped-call]
+    return value
+
+
 def spread(values: Tensor, present: Tensor) -> Tensor:
     """Largest minus smallest of ``values`` [..., G] where ``present``; 0 with fewer than two, gradient to both sides.
 
     >>> spread(torch.tensor([0.2, 0.7, 9.0]), torch.tensor([True, True, False]))
     tensor(0.5000)
     """
-    high = values.masked_fill(~present, -torch.inf).amax(-1)
-    low = values.masked_fill(~present, torch.inf).amin(-1)
-    return (high - low).where(present.sum(-1) >= 2, 0.0)
-
-
-def jain_index(values: Tensor, present: Tensor) -> Tensor:
-    """Jain's fairness index ``(sum v)^2 / (n sum v^2)`` of ``values`` [..., G] where ``present``, in [1/n, 1].
-
-    1 where all present values are 0 or none is present.
-
-    >>> jain_index(torch.tensor([1.0, 0.0]), torch.tensor([True, True]))
-    tensor(0.5000)
-    """
-    return 1 - _unfairness(values, present)
+    return _disparity(_spread, values, present)
 
 
 def glf(group_losses: Tensor, present: Tensor) -> Tensor:
@@ -115,9 +160,7 @@ def glf(group_losses: Tensor, present: Tensor) -> Tensor:
     >>> glf(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([True, True, True]))
     tensor(0.6667)
     """
-    count = present.sum(-1)
-    many = _unfairness(group_losses, present).where(count > 2, 0.0)
-    return spread(group_losses, present).where(count == 2, many)
+    return _disparity(_spread if group_losses.shape[-1] == 2 else _glf, group_losses, present)
 
 
 def gld(group_losses: Tensor, present: Tensor) -> Tensor:
@@ -128,14 +171,7 @@ def gld(group_losses: Tensor, present: Tensor) -> Tensor:
     >>> gld(torch.tensor([0.3, 0.3]), torch.tensor([True, True]))
     tensor(0.)
     """
-    count = present.sum(-1)
-    enough = count >= 2
-    used = present | ~enough.unsqueeze(-1)  # an empty softmax is NaN, and so is its gradient
-    losses = group_losses.where(present, 0.0)
-    log_p = (-losses).masked_fill(~used, -torch.inf).log_softmax(-1).where(used, 0.0)
-    divergence = (log_p.exp() * log_p).where(used, 0.0).sum(-1) + count.clamp(min=1).to(losses.dtype).log()
-    divergence = divergence - divergence.detach().clamp(max=0)  # rounding below 0
-    return divergence.expm1().where(enough, 0.0)
+    return _disparity(_gld, group_losses, present)
 
 
 def bounded_group_loss(group_losses: Tensor, present: Tensor) -> Tensor:
@@ -144,31 +180,84 @@ def bounded_group_loss(group_losses: Tensor, present: Tensor) -> Tensor:
     >>> bounded_group_loss(torch.tensor([0.5, 0.2]), torch.tensor([True, True]))
     tensor(0.5000)
     """
-    worst = group_losses.masked_fill(~present, -torch.inf).amax(-1)
-    return worst.where(present.sum(-1) >= 2, 0.0)
+    return _disparity(_worst, group_losses, present)
+
+
+def jain_index(values: Tensor, present: Tensor) -> Tensor:
+    """Jain's fairness index ``(sum v)^2 / (n sum v^2)`` of ``values`` [..., G] where ``present``, in [1/n, 1].
+
+    1 where all present values are 0 or none is present.
+
+    >>> jain_index(torch.tensor([1.0, 0.0]), torch.tensor([True, True]))
+    tensor(0.5000)
+    """
+    return 1 - _disparity(_unfairness, values, present)
+
+
+def _worst(v: Tensor, present: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    there = v.masked_fill(~present, -torch.inf)
+    top = there.amax(-1, keepdim=True)
+    share = (there == top).to(v.dtype)  # those that attain an extreme share its gradient, as in torch
+    return top, share / share.sum(-1, keepdim=True)
+
+
+def _spread(v: Tensor, present: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    (high, up), (low, down) = _worst(v, present, count), _worst(-v, present, count)
+    return high + low, up - down
+
+
+def _unfairness(v: Tensor, present: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """``1 - Jain``, as the share of the squares that lies off the mean: never negative, free of scale and overflow."""
+    v = v.where(present, 0.0)
+    scale = v.detach().abs().amax(-1, keepdim=True)
+    scale = scale.where(scale != 0, 1.0)
+    unit = v / scale
+    off = (unit - unit.sum(-1, keepdim=True) / count).where(present, 0.0)
+    square = unit.square().sum(-1, keepdim=True)
+    square = square.where(square != 0, 1.0)
+    unfair = off.square().sum(-1, keepdim=True) / square
+    return unfair, 2 * (off - unit * unfair) / (square * scale)
+
+
+def _glf(v: Tensor, present: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    pairs = zip(_spread(v, present, count), _unfairness(v, present, count))
+    value, slope = (of_two.where(count == 2, of_many) for of_two, of_many in pairs)
+    return value, slope
+
+
+def _gld(v: Tensor, present: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    log_p = (-v).masked_fill(~present, -torch.inf).log_softmax(-1)
+    p, log_p = log_p.exp(), log_p.masked_fill(~present, 0.0)
+    inner = (p * log_p).sum(-1, keepdim=True)
+    divergence = inner + count.log()
+    value = (divergence - divergence.detach().clamp(max=0)).expm1()  # rounding goes below 0
+    return value, (1 + value) * p * (inner - log_p)
+
+
+# -- losses and rates within classes ----------------------------------------------------------------------------------
 
 
 def conditional_group_losses(
     losses: Tensor, labels: Tensor, groups: Tensor, n_groups: int, n_classes: int = 2
 ) -> tuple[Tensor, Tensor]:
-    """Mean loss of each class and group: (group_losses [K, G], present [K, G]); 0 where absent.
+    """Mean loss of each class and group: (group_losses [..., K, G], present [..., K, G]); 0 where absent.
 
-    ``losses``, ``labels``, ``groups`` are [B]; a label outside 0..K-1 (NaN, -100) is missing. For regression pass
-    :func:`quantile_bins` of the target as labels **(ours)**.
+    ``losses``, ``labels``, ``groups`` are [..., B]; a label outside 0..K-1 (NaN, -100) and a loss that is NaN are missing. For
+    regression pass :func:`quantile_bins` of the target as labels **(ours)**.
 
     >>> conditional_group_losses(torch.tensor([1.0, 2.0]), torch.tensor([0, 1]), torch.tensor([0, 0]), 2)[1]
     tensor([[ True, False],
             [ True, False]])
     """
-    classes = labels.nan_to_num(-1.0).long() if labels.is_floating_point() else labels
-    usable = (classes >= 0) & (classes < n_classes) & (groups >= 0) & (groups < n_groups)
-    cell = (classes * n_groups + groups).where(usable, -1)
-    mean, count = group_mean(losses, cell, n_classes * n_groups)
-    return mean.view(n_classes, n_groups), count.view(n_classes, n_groups) > 0
+    seen = ~losses.isnan()
+    condition = group_indicator(labels, n_classes, losses.dtype) * seen.unsqueeze(-1)
+    member = group_indicator(groups, n_groups, losses.dtype)
+    mean, count = cell_means(losses.where(seen, 0.0).unsqueeze(-1), condition, member)
+    return mean, count > 0
 
 
 def robust_log_loss(losses: Tensor, labels: Tensor, groups: Tensor, n_groups: int, n_classes: int = 2) -> Tensor:
-    """Robust log loss ``sum over y of max_g L | y, g`` over present cells, from per-example losses [B]; 0 without any.
+    """Robust log loss ``sum over y of max_g L | y, g`` over present cells, from per-example losses [..., B]; 0 without any.
 
     Source: Rezaei et al., AAAI 2020, as FairBranch uses it.
 
@@ -177,11 +266,11 @@ def robust_log_loss(losses: Tensor, labels: Tensor, groups: Tensor, n_groups: in
     """
     mean, present = conditional_group_losses(losses, labels, groups, n_groups, n_classes)
     worst = mean.masked_fill(~present, -torch.inf).amax(-1)
-    return worst.where(present.any(-1), 0.0).sum()
+    return worst.where(present.any(-1), 0.0).sum(-1)
 
 
 def quantile_bins(target: Tensor, n_bins: int = 4) -> Tensor:
-    """Bin a regression target [B] at its own quantiles: ids 0..n_bins-1, -1 where the target is not finite.
+    """Bin a regression target [..., B] at its own quantiles: ids 0..n_bins-1, -1 where the target is not finite.
 
     Equal targets share a bin, so bins may be empty. No gradient. Ours.
 
@@ -198,100 +287,53 @@ def quantile_bins(target: Tensor, n_bins: int = 4) -> Tensor:
     target = target.detach()
     target = target if target.is_floating_point() else target.to(torch.get_default_dtype())
     observed = target.isfinite()
-    ordered = target.masked_fill(~observed, torch.inf).sort().values
+    ordered = target.masked_fill(~observed, torch.inf).sort(-1).values
     fractions = torch.arange(1, n_bins, device=target.device) / n_bins
-    edges = sorted_quantiles(ordered, observed.sum(0, keepdim=True), fractions)
-    return torch.bucketize(target.contiguous(), edges, right=True).where(observed, -1)
+    edges = sorted_quantiles(ordered, observed.sum(-1, keepdim=True), fractions)
+    return torch.searchsorted(edges.contiguous(), target.contiguous(), right=True).where(observed, -1)
 
 
 def base_rate_threshold(logits: Tensor, labels: Tensor) -> Tensor:
-    """Threshold [K] above which as many rows of ``logits`` [B, K] lie as are positive in ``labels`` [B, K] (or [B]). No gradient.
+    """Threshold [..., K] above which as many rows of ``logits`` [..., B, K] lie as are positive in ``labels``. No gradient.
 
-    Labels other than 0 and 1 are missing; 0 where all of a column are. Ours.
+    Labels are [..., B, K] (or [..., B] for one column); those other than 0 and 1 are missing; 0 where all of a column are. Ours.
 
     >>> base_rate_threshold(torch.tensor([[1.0], [2.0], [3.0], [4.0], [9.0]]), torch.tensor([0.0, 1, 0, 0, torch.nan]))
     tensor([3.2500])
     """
-    truth = labels.reshape(len(logits), -1)
-    seen = (truth == 0) | (truth == 1)
-    count = seen.sum(0).unsqueeze(-1)
-    rate = (truth == 1).sum(0).unsqueeze(-1) / count.clamp(min=1)
-    ordered = logits.detach().masked_fill(~seen, torch.inf).T.sort(-1).values
+    truth = labels.reshape(logits.shape)
+    positive = truth == 1
+    seen = (truth == 0) | positive
+    count = seen.sum(-2).unsqueeze(-1)
+    rate = positive.sum(-2).unsqueeze(-1) / count.clamp(min=1)
+    ordered = logits.detach().masked_fill(~seen, torch.inf).mT.sort(-1).values
     return sorted_quantiles(ordered, count, 1 - rate).squeeze(-1)
 
 
-def rate_sums(scores: Tensor, labels: Tensor, groups: Tensor, n_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sufficient statistics of :func:`soft_rates`: sums of scores over positives and negatives, and their counts.
-
-    ``scores`` and ``labels`` are [B] or [B, C] (a column a label, or a binary task each); all four results are [G] or [G, C].
-    Labels other than 0 and 1 and scores that are NaN are missing. They add up over batches.
-
-    >>> rate_sums(torch.tensor([0.5, 1.0]), torch.tensor([1.0, 0.0]), torch.tensor([0, 0]), 1)
-    (tensor([0.5000]), tensor([1.]), tensor([1.]), tensor([1.]))
-    """
-    seen = ~scores.isnan()
-    clean = scores.where(seen, 0.0)
-    positive = ((labels == 1) & seen).to(scores.dtype)
-    negative = ((labels == 0) & seen).to(scores.dtype)
-    columns = torch.stack([clean * positive, clean * negative, positive, negative], dim=1)
-    sums = group_sums(columns.flatten(1), groups, n_groups).view(n_groups, 4, *scores.shape[1:])
-    s_pos, s_neg, n_pos, n_neg = sums.unbind(1)
-    return s_pos, s_neg, n_pos, n_neg
-
-
 def soft_rates(scores: Tensor, labels: Tensor, groups: Tensor, n_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Soft rates of each group: (tpr, fpr, n_pos, n_neg), each [G], or [G, C] for scores and labels [B, C].
+    """Soft rates of each group: (tpr, fpr, n_pos, n_neg), each [..., G], or [..., G, C] for scores and labels [..., B, C].
 
-    ``TPR_g = sum s 1[y=1, g] / sum 1[y=1, g]``, FPR_g likewise on y = 0; a rate is 0 where its count is 0.
-    See :func:`rate_sums` for missing values. Source: FairMT.
+    ``TPR_g = sum s 1[y=1, g] / sum 1[y=1, g]``, FPR_g likewise on y = 0; a rate is 0 where its count is 0. Labels other than 0
+    and 1 and scores that are NaN are missing. Source: FairMT.
 
     >>> soft_rates(torch.tensor([0.8, 0.4, 0.1]), torch.tensor([1, 1, 0]), torch.tensor([0, 0, 0]), 1)
     (tensor([0.6000]), tensor([0.1000]), tensor([2.]), tensor([1.]))
     """
-    s_pos, s_neg, n_pos, n_neg = rate_sums(scores, labels, groups, n_groups)
-    return s_pos / n_pos.clamp(min=1), s_neg / n_neg.clamp(min=1), n_pos, n_neg
+    tpr, n_pos = group_mean(scores.where(labels == 1, torch.nan), groups, n_groups)
+    fpr, n_neg = group_mean(scores.where(labels == 0, torch.nan), groups, n_groups)
+    return tpr, fpr, n_pos, n_neg
 
 
-def demographic_parity_gap(scores: Tensor, groups: Tensor, n_groups: int) -> Tensor:
-    """Largest difference between groups' mean scores [B]; 0 with zero gradient for fewer than two groups.
+def score_gap(scores: Tensor, groups: Tensor, n_groups: int, among: Tensor | None = None) -> Tensor:
+    """Largest difference between groups' mean scores; 0 with zero gradient for fewer than two groups.
 
-    >>> demographic_parity_gap(torch.tensor([0.9, 0.1, 0.3]), torch.tensor([0, 1, 1]), 2)
-    tensor(0.7000)
+    ``scores`` are [..., B], or [..., B, C] for one gap a column. Over all rows it is demographic parity; ``among`` (bool, shaped as
+    the scores) restricts it: ``labels == 1`` gives the gap of true positive rates, ``labels == 0`` that of false positive rates.
+
+    >>> scores, groups = torch.tensor([0.9, 0.1, 0.3]), torch.tensor([0, 1, 1])
+    >>> score_gap(scores, groups, 2), score_gap(scores, groups, 2, among=torch.tensor([True, True, False]))
+    (tensor(0.7000), tensor(0.8000))
     """
-    mean, count = group_mean(scores, groups, n_groups)
-    return spread(mean, count > 0)
-
-
-def tpr_gap(scores: Tensor, labels: Tensor, groups: Tensor, n_groups: int) -> Tensor:
-    """Largest difference between groups' soft true positive rates; 0 with zero gradient for fewer than two groups.
-
-    Scores and labels are [B], or [B, C] for one gap a column.
-
-    >>> tpr_gap(torch.tensor([0.9, 0.1, 0.3]), torch.tensor([1, 1, 0]), torch.tensor([0, 1, 1]), 2)
-    tensor(0.8000)
-    """
-    tpr, _, n_pos, _ = soft_rates(scores, labels, groups, n_groups)
-    return spread(tpr.movedim(0, -1), n_pos.movedim(0, -1) > 0)
-
-
-def fpr_gap(scores: Tensor, labels: Tensor, groups: Tensor, n_groups: int) -> Tensor:
-    """Largest difference between groups' soft false positive rates; 0 with zero gradient for fewer than two groups.
-
-    Scores and labels are [B], or [B, C] for one gap a column.
-
-    >>> fpr_gap(torch.tensor([0.9, 0.1, 0.3]), torch.tensor([0, 1, 0]), torch.tensor([0, 1, 1]), 2)
-    tensor(0.6000)
-    """
-    _, fpr, _, n_neg = soft_rates(scores, labels, groups, n_groups)
-    return spread(fpr.movedim(0, -1), n_neg.movedim(0, -1) > 0)
-
-
-def _unfairness(values: Tensor, present: Tensor) -> Tensor:
-    """``1 - Jain``, as the share of the squares that lies off the mean: never negative, free of scale and overflow."""
-    values = values.where(present, 0.0)
-    scale = values.detach().abs().amax(-1, keepdim=True)
-    values = values / scale.where(scale > 0, 1.0)
-    mean = values.sum(-1, keepdim=True) / present.sum(-1, keepdim=True).clamp(min=1)
-    off = (values - mean).where(present, 0.0).square().sum(-1)
-    square = values.square().sum(-1)
-    return (off / square.where(square > 0, 1.0)).where(square > 0, 0.0)
+    mean, count = group_mean(scores if among is None else scores.where(among, torch.nan), groups, n_groups)
+    columns = scores.dim() > groups.dim()
+    return spread(mean.mT if columns else mean, (count.mT if columns else count) > 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,8 +11,7 @@ from torch import Tensor
 from libmtl_fair import functional as F
 from libmtl_fair.batch import FairBatch
 from libmtl_fair.errors import DataError, RecipeError, unknown
-from libmtl_fair.libmtl.gradients import add_gradients, extra_gradients
-from libmtl_fair.methods.base import FairWeighting, Settings, setting
+from libmtl_fair.methods.base import Penalty, Settings, setting
 from libmtl_fair.methods.heads.group_losses import GroupLoss
 
 
@@ -58,7 +57,7 @@ class GroupRegulariserSettings(Settings):
         )
 
 
-class GroupRegulariser(FairWeighting):
+class GroupRegulariser(Penalty):
     r"""BGL, DPL, FPRL or TPRL of the main heads' outputs as regularisers, in a fixed proportion to the losses.
 
     The objective is :math:`\lambda \sum_k L_k + (1 - \lambda) \sum_{k, a} R_{k, a}`.
@@ -74,37 +73,25 @@ class GroupRegulariser(FairWeighting):
     def configure(self, settings: Settings) -> None:
         """Take the settings."""
         super().configure(settings)
-        self.disparity = self.settings.disparity()
-
-    def step(self, batch: FairBatch, losses: Tensor) -> Any:
-        """Add the regulariser to the tasks' losses, or to the gradient of the base weighting."""
-        lam = self.settings.lam
-        term = self.penalty(batch)
-        self.trace = {"regulariser": term.detach()}
-        if self.settings.base == "EW" and not self.rep_grad:
-            torch.autograd.backward(lam * losses.sum() + (1 - lam) * term)
-            return None
-        extra = extra_gradients(self, (1 - lam) * term)
-        weights = self.base_backward(losses)
-        for parameter in self.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(lam)
-        add_gradients(extra)
-        return weights
+        self.disparity, self.loss_share = self.settings.disparity(), self.settings.lam
 
     def penalty(self, batch: FairBatch) -> Tensor:
-        """Return the sum of the disparities (scalar)."""
+        """Return the sum of the disparities, times 1 - lambda (scalar)."""
         names = self.settings.tasks or batch.main
-        total = torch.zeros((), device=batch.losses.device, dtype=batch.losses.dtype)
-        for name in names:
-            if name not in batch.main:
-                raise RecipeError(f"GroupRegulariser: {unknown('task', name, batch.main)}")
-            task = batch.task(name)
-            self.disparity.check(task)
-            for ids, count in self._groups(batch, name):
-                cells = self.disparity.cells(task, batch.labels[name], ids, count)
-                total = total + self.disparity.value(task, batch.outputs[name], batch.labels[name], cells)
-        return total
+        for name in set(names).difference(batch.main):
+            raise RecipeError(f"GroupRegulariser: {unknown('task', name, batch.main)}")
+        terms = []
+        for together in [[name] for name in names] if batch.multi_input else [names]:
+            tasks = [batch.task(name) for name in together]
+            for task in tasks:
+                self.disparity.check(task)
+            compared = self.disparity.columns(
+                tasks, [batch.outputs[name] for name in together], [batch.labels[name] for name in together]
+            )
+            terms += [self.disparity.compare(compared, *groups).sum() for groups in self._groups(batch, together[0])]
+        total = torch.stack(terms).sum()
+        self.trace = {"regulariser": total.detach()}
+        return (1 - self.settings.lam) * total
 
     def _groups(self, batch: FairBatch, task: str) -> list[tuple[Tensor, int]]:
         groups = batch.task_groups(task)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from libmtl_fair.data import Dataset, Split, dataset_names, load_dataset, load_table
-from libmtl_fair.errors import HostError, RecipeError
+from libmtl_fair.errors import RecipeError
 from libmtl_fair.libmtl import FairTrainer, FairWeighting, architecture_names, weighting_names
 from libmtl_fair.libmtl.evaluate import Results
 from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS, resolve_weighting
@@ -33,7 +33,7 @@ def check(recipe: Recipe) -> None:
     for name, weighting in imported.items():
         try:
             resolve_weighting(weighting)
-        except HostError as error:
+        except FairMTLError as error:
             raise recipe.error(("methods", name, "weighting"), str(error)) from error
     settings = {name: set(cls.settings_class.model_fields) for name, cls in OUR_WEIGHTINGS.items()}
     check_names(

@@ -167,6 +167,32 @@ def test_disparities_work_on_rows() -> None:
         torch.testing.assert_close(function(losses, present), rows)
 
 
+@pytest.mark.parametrize("n_groups", [3, 100])
+def test_every_function_takes_leading_dimensions(n_groups: int) -> None:
+    trials = [batch(seed, 70, n_groups) for seed in range(4)]
+    values, labels, groups = (torch.stack(parts).unflatten(0, (2, 2)) for parts in zip(*trials, strict=True))
+    logits, truth = values.unsqueeze(-1).expand(2, 2, 70, 3), labels.unsqueeze(-1).expand(2, 2, 70, 3)
+    functions: list[Callable[[Tensor, Tensor, Tensor], Tensor | tuple[Tensor, ...]]] = [
+        lambda v, y, g: F.group_sums(v[..., 0], g, n_groups),
+        lambda v, y, g: F.group_mean(v, g, n_groups),
+        lambda v, y, g: F.cross_groups([g, g % 2], [n_groups, 2])[0],
+        lambda v, y, g: F.conditional_group_losses(v[..., 0], y[..., 0], g, n_groups),
+        lambda v, y, g: F.robust_log_loss(v[..., 0], y[..., 0], g, n_groups),
+        lambda v, y, g: F.quantile_bins(v[..., 0], 3),
+        lambda v, y, g: F.base_rate_threshold(v, y),
+        lambda v, y, g: F.soft_rates(v, y, g, n_groups),
+        lambda v, y, g: F.score_gap(v, g, n_groups, y == 1),
+        lambda v, y, g: F.cell_means(v, (y == 1).to(D), F.group_indicator(g, n_groups, D)),
+    ]
+    for function in functions:
+        together = function(logits, truth, groups)
+        for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            alone = function(logits[i, j], truth[i, j], groups[i, j])
+            pairs = [(together, alone)] if isinstance(alone, Tensor) else zip(together, alone, strict=True)
+            for whole, one in pairs:
+                torch.testing.assert_close(whole[i, j], one)
+
+
 @pytest.mark.parametrize("n_classes", [2, 4])
 def test_robust_log_loss_against_a_loop(n_classes: int, device: torch.device) -> None:
     losses, labels, groups = batch(2, 80, 3, n_classes)
@@ -237,10 +263,10 @@ def test_hard_rates_are_fairlearns() -> None:
     )
     assert tpr.tolist() == pytest.approx(frame.by_group["tpr"].tolist(), abs=1e-12)
     assert fpr.tolist() == pytest.approx(frame.by_group["fpr"].tolist(), abs=1e-12)
-    assert F.tpr_gap(hard, y, g, 3).item() == pytest.approx(frame.difference()["tpr"], abs=1e-12)
-    assert F.fpr_gap(hard, y, g, 3).item() == pytest.approx(frame.difference()["fpr"], abs=1e-12)
+    assert F.score_gap(hard, g, 3, y == 1).item() == pytest.approx(frame.difference()["tpr"], abs=1e-12)
+    assert F.score_gap(hard, g, 3, y == 0).item() == pytest.approx(frame.difference()["fpr"], abs=1e-12)
     parity = fm.demographic_parity_difference(y.int().numpy(), hard.int().numpy(), sensitive_features=g.numpy())
-    assert F.demographic_parity_gap(hard, g, 3).item() == pytest.approx(parity, abs=1e-12)
+    assert F.score_gap(hard, g, 3).item() == pytest.approx(parity, abs=1e-12)
 
 
 def test_columns_are_independent() -> None:
@@ -251,8 +277,8 @@ def test_columns_are_independent() -> None:
     for c in range(3):
         for all_columns, one in zip(together, F.soft_rates(scores[:, c], labels[:, c], groups, 4), strict=True):
             torch.testing.assert_close(all_columns[:, c], one)
-    gaps = F.tpr_gap(scores, labels, groups, 4)
-    torch.testing.assert_close(gaps[1], F.tpr_gap(scores[:, 1], labels[:, 1], groups, 4))
+    gaps = F.score_gap(scores, groups, 4, labels == 1)
+    torch.testing.assert_close(gaps[1], F.score_gap(scores[:, 1], groups, 4, labels[:, 1] == 1))
 
 
 def test_rates_of_missing_cells_are_zero_without_gradient_and_sums_add_up() -> None:
@@ -265,18 +291,19 @@ def test_rates_of_missing_cells_are_zero_without_gradient_and_sums_add_up() -> N
     (grad,) = torch.autograd.grad((tpr + fpr).sum(), scores)
     assert grad.tolist() == [1.0, 0.0, 0.0]
     scores, labels, groups = batch(9)
-    halves = [F.rate_sums(scores[i::2], labels[i::2], groups[i::2], 3) for i in (0, 1)]
-    for whole, first, second in zip(F.rate_sums(scores, labels, groups, 3), *halves, strict=True):
-        torch.testing.assert_close(whole, first + second)
+    halves = [F.soft_rates(scores[i::2], labels[i::2], groups[i::2], 3) for i in (0, 1)]
+    whole = F.soft_rates(scores, labels, groups, 3)
+    for rate, count in ((0, 2), (1, 3)):
+        torch.testing.assert_close(whole[count], sum(half[count] for half in halves))
+        torch.testing.assert_close(whole[rate] * whole[count], sum(half[rate] * half[count] for half in halves))
 
 
 def test_gaps_are_differentiable_and_zero_for_one_group() -> None:
     scores = torch.rand(12, dtype=D, requires_grad=True)
     labels, groups = torch.tensor([0.0, 1] * 6), torch.arange(12) % 3
-    assert torch.autograd.gradcheck(lambda s: F.demographic_parity_gap(s, groups, 3), (scores,))
-    assert torch.autograd.gradcheck(lambda s: F.tpr_gap(s, labels, groups, 3), (scores,))
-    assert torch.autograd.gradcheck(lambda s: F.fpr_gap(s, labels, groups, 3), (scores,))
-    alone = F.demographic_parity_gap(scores, groups * 0, 3)
+    for among in (None, labels == 1, labels == 0):
+        assert torch.autograd.gradcheck(lambda s, among=among: F.score_gap(s, groups, 3, among), (scores,))
+    alone = F.score_gap(scores, groups * 0, 3)
     assert alone.item() == 0.0
     assert not torch.autograd.grad(alone, scores)[0].any()
 

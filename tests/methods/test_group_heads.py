@@ -8,7 +8,7 @@ from torch import nn
 
 import libmtl_fair as lf
 from libmtl_fair.errors import DataError, HostError, RecipeError
-from libmtl_fair.methods.heads.group_heads import GroupHeads
+from libmtl_fair.methods.heads.modules import GroupHeads
 from libmtl_fair.models import MLP, linear_heads
 
 

@@ -12,7 +12,7 @@ from libmtl_fair.errors import CheckpointError, RecipeError
 from libmtl_fair.metrics import FixedDeltaAudit
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe import Recipe
-from libmtl_fair.recipe.build import check, keep_labels, make_dataset, utility_of
+from libmtl_fair.recipe.build import keep_labels, make_dataset, utility_of
 from libmtl_fair.recipe.measure import Protocol
 from libmtl_fair.recipe.run import run_recipe
 
@@ -128,24 +128,3 @@ def test_the_same_recipe_gives_the_same_numbers(tmp_path):
         one, two = numbers(first, method), numbers(second, method)
         one.pop("timing"), two.pop("timing")
         assert one == two
-
-
-def test_a_weighting_of_another_package_is_named_by_its_module(tmp_path, monkeypatch):
-    (tmp_path / "somebodys.py").write_text(
-        "from libmtl_fair.methods.base import FairWeighting, Settings, setting\n"
-        "class SpreadSettings(Settings):\n    share: float = setting(0.5, 'of the deviation', ge=0)\n"
-        "class Spread(FairWeighting):\n    settings_class = SpreadSettings\n"
-        "    def step(self, batch, losses):\n"
-        "        (losses.sum() + self.settings.share * losses.std()).backward()\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    methods = {"spread": {"weighting": "somebodys:Spread", "share": 0.1}}
-    out = run_recipe(recipe(methods=methods), tmp_path / "run", device="cpu")
-    assert numbers(out, "spread")["utility"]["test"]
-    for wrong, message in (
-        ({"share": -1}, r"methods\.spread\.share.*Spread: share must be"),
-        ({"shrae": 1}, r"unknown setting.* 'shrae'; did you mean 'share'"),
-        ({"weighting": "somebodys:Spred"}, r"somebodys has no class 'Spred'; did you mean 'Spread'"),
-    ):
-        with pytest.raises(RecipeError, match=message):
-            check(recipe(methods={"spread": {**methods["spread"], **wrong}}))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,40 +13,13 @@ from torch import nn
 from libmtl_fair.errors import RecipeError, unknown
 from libmtl_fair.libmtl.losses import entry, tasks_of
 from libmtl_fair.methods.heads.fairness_tasks import AdversaryTask, AuxiliaryTask, DisparityTask
-from libmtl_fair.methods.heads.group_heads import GroupHeads
 from libmtl_fair.methods.heads.group_losses import GROUP_LOSSES, GroupLoss
-from libmtl_fair.methods.heads.modules import Adversary, DetachedHead, JoinedHeads, fresh_copy
+from libmtl_fair.methods.heads.modules import Adversary, DetachedHead, GroupHeads, fresh_copy
 from libmtl_fair.tasks import AUXILIARY_PREFIX, Task
 
 TARGETS = ("main", "label", "label+accuracy", "group")
 LOSSES = (*GROUP_LOSSES, "adversarial", "group_specific")
 TaskDict = dict[str, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Checked arguments of :func:`add_fairness_heads`."""
-
-    loss: str
-    target: str
-    conditional: bool | None
-    bins: int
-    sharpness: float | None
-    mains: tuple[Task, ...]
-    shared: bool
-    attributes: tuple[tuple[str, ...], ...]
-    n_groups: Mapping[str, int]
-
-    def groups_of(self, attributes: tuple[str, ...]) -> int:
-        total = 1
-        for name in attributes:
-            if name not in self.n_groups:
-                raise RecipeError(
-                    f"loss {self.loss!r} needs the number of groups of {name!r} before training: give "
-                    f"sensitive={{{name!r}: 2}}, or n_groups={{{name!r}: 2}}"
-                )
-            total *= self.n_groups[name]
-        return total
 
 
 def add_fairness_heads(
@@ -100,85 +73,55 @@ def add_fairness_heads(
     >>> list(tasks)
     ['income', 'fair:income/sex']
     """
-    plan = _plan(
-        task_dict,
-        decoders,
-        loss,
-        sensitive,
-        target,
-        conditional,
-        heads,
-        intersectional,
-        tasks,
-        bins,
-        sharpness,
-        n_groups,
-    )
-    entries = {name: dict(values) for name, values in task_dict.items()}
-    modules = dict(decoders.items())
-    if loss == "group_specific":
-        (attributes,) = plan.attributes
-        for task in plan.mains:
-            modules[task.name] = GroupHeads(modules[task.name], attributes, [plan.n_groups[a] for a in attributes])
-        return entries, nn.ModuleDict(modules)
-    for attributes in plan.attributes:
-        for mains in [plan.mains] if plan.shared else [(task,) for task in plan.mains]:
-            task = _task(plan, mains, attributes)
-            if task.name in entries:
-                raise RecipeError(f"there is already a task {task.name!r}; add each attribute once")
-            entries[task.name] = entry(task)
-            modules[task.name] = _head(plan, task, decoders, in_features)
-    return entries, nn.ModuleDict(modules)
-
-
-def _plan(
-    task_dict: Mapping[str, Mapping[str, Any]],
-    decoders: Mapping[str, nn.Module],
-    loss: str,
-    sensitive: Sequence[str] | Mapping[str, int | Sequence[str]],
-    target: str | None,
-    conditional: bool | None,
-    heads: str,
-    intersectional: bool,
-    tasks: Sequence[str] | None,
-    bins: int,
-    sharpness: float | None,
-    n_groups: Mapping[str, int] | None,
-) -> _Plan:
+    adversarial, specific = loss == "adversarial", loss == "group_specific"
+    target = target or ("group" if adversarial else "main")
     _one_of("fairness loss", loss, LOSSES)
     _one_of("heads", heads, ("per_task", "shared"))
-    adversarial = loss == "adversarial"
-    target = target or ("group" if adversarial else "main")
     _one_of("target", target, TARGETS)
-    if adversarial != (target == "group") and loss != "group_specific":
+    if adversarial != (target == "group") and not specific:
         raise RecipeError(f"target 'group' and loss 'adversarial' go together: found target={target!r}, loss={loss!r}")
-    names = _attributes(sensitive)
-    mains = _mains(task_dict, decoders, tasks)
-    if loss in GROUP_LOSSES:
-        for task in mains:
-            GroupLoss(loss, conditional, bins, sharpness).check(task)
-    if loss == "group_specific" and len(names) > 1 and not intersectional:
+    names, mains = _attributes(sensitive), _mains(task_dict, decoders, tasks)
+    disparity = GroupLoss(loss, conditional, bins, sharpness) if loss in GROUP_LOSSES else GroupLoss()
+    for main in mains:
+        disparity.check(main)
+    if specific and len(names) > 1 and not intersectional:
         raise RecipeError(
             f"group_specific has one head per group of one attribute, found {', '.join(names)}: choose one, or intersectional=True"
         )
-    counts = (
-        {a: n if isinstance(n, int) else len(n) for a, n in sensitive.items()} if isinstance(sensitive, Mapping) else {}
-    )
-    plan = _Plan(
-        loss=loss,
-        target=target,
-        conditional=conditional,
-        bins=bins,
-        sharpness=sharpness,
-        mains=mains,
-        shared=heads == "shared",
-        attributes=(names,) if intersectional else tuple((name,) for name in names),
-        n_groups={**(n_groups or {}), **counts},
-    )
-    if loss in ("adversarial", "group_specific"):
-        for attributes in plan.attributes:
-            plan.groups_of(attributes)
-    return plan
+    sizes = dict(n_groups or {})
+    if isinstance(sensitive, Mapping):
+        sizes |= {name: given if isinstance(given, int) else len(given) for name, given in sensitive.items()}
+    unsized = [name for name in names if name not in sizes]
+    if unsized and (adversarial or specific):
+        raise RecipeError(
+            f"loss {loss!r} needs the number of groups of {unsized[0]!r} before training: give "
+            f"sensitive={{{unsized[0]!r}: 2}}, or n_groups={{{unsized[0]!r}: 2}}"
+        )
+    entries = {name: dict(values) for name, values in task_dict.items()}
+    modules = dict(decoders.items())
+    if specific:
+        counts = [sizes[name] for name in names]
+        modules |= {main.name: GroupHeads(modules[main.name], names, counts) for main in mains}
+        return entries, nn.ModuleDict(modules)
+    for attributes in (names,) if intersectional else tuple((name,) for name in names):
+        for chosen in [mains] if heads == "shared" else [(main,) for main in mains]:
+            name = (
+                f"{AUXILIARY_PREFIX}{'+'.join(main.name for main in chosen)}/{'*'.join(attributes).replace('.', '_')}"
+            )
+            if name in entries:
+                raise RecipeError(f"there is already a task {name!r}; add each attribute once")
+            own = [decoders[main.name] for main in chosen]
+            task: AuxiliaryTask
+            if adversarial:
+                count = math.prod(sizes[attribute] for attribute in attributes)
+                task = AdversaryTask(name, chosen, attributes, conditional is not False, bins, count)
+                modules[name] = Adversary(in_features or _width(name, own[0]), task.out_features)
+            else:
+                task = DisparityTask(name, chosen, attributes, disparity, target == "label+accuracy")
+                followed = [main.name for main in chosen]
+                modules[name] = DetachedHead(followed, own) if target == "main" else fresh_copy(*own)
+            entries[name] = entry(task)
+    return entries, nn.ModuleDict(modules)
 
 
 def _one_of(what: str, value: str, options: Collection[str]) -> None:
@@ -186,7 +129,7 @@ def _one_of(what: str, value: str, options: Collection[str]) -> None:
         raise RecipeError(unknown(what, value, options))
 
 
-def _attributes(sensitive: Sequence[str] | Mapping[str, Any]) -> tuple[str, ...]:
+def _attributes(sensitive: Sequence[str] | Mapping[str, object]) -> tuple[str, ...]:
     if isinstance(sensitive, str):
         raise RecipeError(f"sensitive must be a sequence of attributes, such as ({sensitive!r},), found {sensitive!r}")
     names = tuple(sensitive)
@@ -200,9 +143,8 @@ def _attributes(sensitive: Sequence[str] | Mapping[str, Any]) -> tuple[str, ...]
 def _mains(
     task_dict: Mapping[str, Mapping[str, Any]], decoders: Mapping[str, nn.Module], chosen: Sequence[str] | None
 ) -> tuple[Task, ...]:
-    found = tasks_of(task_dict)
     known: dict[str, Task] = {}
-    for name, task in found.items():
+    for name, task in tasks_of(task_dict).items():
         if isinstance(task, AuxiliaryTask):
             continue
         if name.startswith(AUXILIARY_PREFIX):
@@ -222,60 +164,33 @@ def _mains(
     return tuple(task for name, task in known.items() if chosen is None or name in chosen)
 
 
-def _task(plan: _Plan, mains: tuple[Task, ...], attributes: tuple[str, ...]) -> AuxiliaryTask:
-    head = mains[0].name if not plan.shared else "+".join(task.name for task in mains)
-    name = f"{AUXILIARY_PREFIX}{head}/{'*'.join(attributes).replace('.', '_')}"
-    if plan.target == "group":
-        conditional = plan.conditional is not False
-        return AdversaryTask(name, mains, attributes, conditional, plan.bins, plan.groups_of(attributes))
-    disparity = GroupLoss(plan.loss, plan.conditional, plan.bins, plan.sharpness)
-    return DisparityTask(name, mains, attributes, disparity, plan.target == "label+accuracy")
-
-
-def _head(plan: _Plan, task: AuxiliaryTask, decoders: Mapping[str, nn.Module], in_features: int | None) -> nn.Module:
-    mains = [decoders[main.name] for main in task.mains]
-    if plan.target == "main":
-        return DetachedHead([main.name for main in task.mains], mains)
-    if plan.target == "group":
-        return Adversary(in_features or _width(task, mains[0]), task.out_features)
-    copies = [fresh_copy(main) for main in mains]
-    return copies[0] if len(copies) == 1 else JoinedHeads(copies)
-
-
-def _width(task: AuxiliaryTask, head: nn.Module) -> int:
+def _width(name: str, head: nn.Module) -> int:
     for module in head.modules():
         if isinstance(module, nn.Linear):
             return module.in_features
     raise RecipeError(
-        f"{task.name}: the main head has no linear layer that tells the representation's width; give in_features"
+        f"{name}: the main head has no linear layer that tells the representation's width; give in_features"
     )
 
 
-def drop_fairness_heads(model_or_trainer: Any) -> nn.Module:
+def drop_fairness_heads(model_or_trainer: object) -> nn.Module:
     """Return a copy of a trained model without its auxiliary tasks: what to export. The original stays as it is.
 
     The copy's outputs are those of the original for every main task. It is for inference: a weighting's own state
     still counts all tasks.
     """
-    model = getattr(model_or_trainer, "model", model_or_trainer)
+    model: Any = getattr(model_or_trainer, "model", model_or_trainer)
     held = [v for module in model.modules() for v in vars(module).values() if isinstance(v, torch.Tensor)]
-    skip: dict[int, Any] = {id(v): None for v in held if not v.is_leaf}  # what the last step left behind
-    clone: Any = copy.deepcopy(model, skip)
+    clone: Any = copy.deepcopy(model, {id(v): None for v in held if not v.is_leaf})  # what the last step left behind
     names = [name for name in clone.task_name if name.startswith(AUXILIARY_PREFIX)]
     for module in clone.modules():
         if isinstance(module, nn.ModuleDict):
             for name in names:
                 module.pop(name) if name in module else None
-        if isinstance(module, nn.Module):
-            _forget_followers(module)
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if getattr(hook, "fairness_head", False):
+                del module._forward_pre_hooks[key]
     clone.task_name = [name for name in clone.task_name if name not in names]
     clone.task_num = len(clone.task_name)
-    clone.eval()
-    result: nn.Module = clone
-    return result
-
-
-def _forget_followers(module: nn.Module) -> None:
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if getattr(hook, "fairness_head", False):
-            del module._forward_pre_hooks[key]
+    made: nn.Module = clone.eval()
+    return made

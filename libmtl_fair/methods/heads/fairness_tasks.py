@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as nnf
@@ -12,26 +13,21 @@ from torch import Tensor
 
 from libmtl_fair import functional as F
 from libmtl_fair.errors import DataError, HostError, unknown
-from libmtl_fair.methods.heads.group_losses import Cells, GroupLoss, class_count, class_indicator
+from libmtl_fair.methods.heads.group_losses import Compared, GroupLoss, class_count, class_indicator, mean_losses
 from libmtl_fair.tasks import Task
 
 
-@dataclass(frozen=True)
-class AuxiliaryLabels:
-    """What an auxiliary task is trained on in one step.
-
-    Attributes
-    ----------
-    labels : those of its main tasks.
-    groups : int64 [B], -1 unknown.
-    cells : of its main tasks; empty for an adversary.
-    weight : [B, K] for an adversary, what each example counts in each class's mean; None else.
-    """
+class AuxiliaryLabels(NamedTuple):
+    """What an auxiliary task is trained on in one step: its main tasks' labels; ids [B] and number of groups by attribute."""
 
     labels: tuple[Tensor, ...]
-    groups: Tensor
-    cells: tuple[Cells, ...] = ()
-    weight: Tensor | None = None
+    groups: tuple[Tensor, ...]
+    n_groups: tuple[int, ...]
+
+    def crossed(self) -> tuple[Tensor, int]:
+        """Return ids [B], -1 unknown, and number of groups of all attributes as one."""
+        one = len(self.groups) == 1
+        return (self.groups[0], self.n_groups[0]) if one else F.cross_groups(self.groups, self.n_groups)
 
 
 @dataclass(frozen=True)
@@ -75,12 +71,8 @@ class AuxiliaryTask(Task):
         for name in self.attributes:
             if name not in groups:
                 raise DataError(f"auxiliary task {self.name!r}: {unknown('sensitive attribute', name, groups)}")
-        ids, count = [groups[a] for a in self.attributes], [n_groups[a] for a in self.attributes]
-        crossed, total = F.cross_groups(ids, count) if len(ids) > 1 else (ids[0], count[0])
-        return self._pack(tuple(labels[task.name] for task in self.mains), crossed, total)
-
-    def _pack(self, labels: tuple[Tensor, ...], groups: Tensor, n_groups: int) -> AuxiliaryLabels:
-        raise NotImplementedError
+        ids, counts = tuple(groups[a] for a in self.attributes), tuple(n_groups[a] for a in self.attributes)
+        return AuxiliaryLabels(tuple(labels[task.name] for task in self.mains), ids, counts)
 
 
 @dataclass(frozen=True)
@@ -99,23 +91,39 @@ class DisparityTask(AuxiliaryTask):
         """Number of outputs of all its main tasks."""
         return sum(task.out_features for task in self.mains)
 
-    def _pack(self, labels: tuple[Tensor, ...], groups: Tensor, n_groups: int) -> AuxiliaryLabels:
-        cells = tuple(self.disparity.cells(task, y, groups, n_groups) for task, y in zip(self.mains, labels))
-        return AuxiliaryLabels(labels, groups, cells)
-
     def loss(self, output: Tensor, labels: AuxiliaryLabels) -> Tensor:  # type: ignore[override]
         """Return the disparity (scalar); 0 with zero gradient with fewer than two groups in the step."""
-        parts = [output] if len(self.mains) == 1 else self._split(output)
-        terms = [
-            self.disparity.value(task, part, y, cells)
-            for task, part, y, cells in zip(self.mains, parts, labels.labels, labels.cells)
-        ]
-        if self.accuracy:
-            terms += [task.loss(part, y) for task, part, y in zip(self.mains, parts, labels.labels)]
-        return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
+        return self.losses([self], [output], [labels])[0]
 
-    def _split(self, output: Tensor) -> list[Tensor]:
-        return list(torch.split(output.flatten(1), [task.out_features for task in self.mains], dim=1))
+    @staticmethod
+    def losses(tasks: Sequence[DisparityTask], outputs: Sequence[Tensor], labels: Sequence[AuxiliaryLabels]) -> Tensor:
+        """Return the losses of several such tasks, [S]; those of one disparity and the same groups are computed at once."""
+        alike: dict[object, list[int]] = {}
+        for i, task in enumerate(tasks):
+            alike.setdefault((task.disparity, task.accuracy, *map(id, labels[i].groups)), []).append(i)
+        found: dict[int, Tensor] = {}
+        made: dict[object, Compared] = {}  # heads that repeat the main heads say the same for every attribute
+        for places in alike.values():
+            mains = [main for i in places for main in tasks[i].mains]
+            parts = [part for i in places for part in tasks[i]._split(outputs[i])]
+            truth = [y for i in places for y in labels[i].labels]
+            disparity = tasks[places[0]].disparity
+            key = (disparity, *map(id, parts), *map(id, truth))
+            if key not in made:
+                made[key] = disparity.columns(mains, parts, truth)
+            values = disparity.compare(made[key], *labels[places[0]].crossed())
+            if tasks[places[0]].accuracy:
+                values = values + mean_losses(mains, parts, truth)
+            if len(alike) == 1 and len(places) == len(mains):
+                return values
+            sums = [part.sum() for part in torch.split(values, [len(tasks[i].mains) for i in places])]
+            found |= zip(places, sums)
+        return torch.stack([found[i] for i in range(len(tasks))])
+
+    def _split(self, output: Tensor) -> Sequence[Tensor]:
+        if len(self.mains) == 1:
+            return [output]
+        return torch.split(output.flatten(1), [task.out_features for task in self.mains], dim=1)
 
 
 @dataclass(frozen=True)
@@ -136,26 +144,33 @@ class AdversaryTask(AuxiliaryTask):
         classes = sum(class_count(task, self.bins) for task in self.mains) if self.conditional else 1
         return classes * self.n_groups
 
-    def _pack(self, labels: tuple[Tensor, ...], groups: Tensor, n_groups: int) -> AuxiliaryLabels:
-        if n_groups > self.n_groups:
-            raise DataError(
-                f"auxiliary task {self.name!r}: its head tells {self.n_groups} groups apart, and the loader has {n_groups}; "
-                "give their number to add_fairness_heads"
-            )
-        member = F.group_indicator(groups, self.n_groups)
-        weight = member.sum(1, keepdim=True) * self._classes(labels, member)
-        compared = (member.sum(0) > 0).sum() >= 2
-        return AuxiliaryLabels(labels, groups, weight=weight / weight.sum().clamp(min=1) * compared)
+    def labels_from(
+        self, labels: Mapping[str, Tensor], groups: Mapping[str, Tensor], n_groups: Mapping[str, int]
+    ) -> AuxiliaryLabels:
+        """Return the labels of a step, as every auxiliary task.
 
-    def _classes(self, labels: tuple[Tensor, ...], like: Tensor) -> Tensor:
-        if not self.conditional:
-            return torch.ones_like(like[:, :1])
-        return torch.cat([class_indicator(t, y, self.bins) for t, y in zip(self.mains, labels)], dim=1).to(like.dtype)
+        Raises
+        ------
+        DataError : an attribute that the loader does not give, or more groups than the head tells apart.
+        """
+        made = super().labels_from(labels, groups, n_groups)
+        if math.prod(made.n_groups) > self.n_groups:
+            raise DataError(
+                f"auxiliary task {self.name!r}: its head tells {self.n_groups} groups apart, and the loader has "
+                f"{math.prod(made.n_groups)}; give their number to add_fairness_heads"
+            )
+        return made
 
     def loss(self, output: Tensor, labels: AuxiliaryLabels) -> Tensor:  # type: ignore[override]
         """Return the mean cross-entropy over known groups (scalar); 0 with zero gradient with fewer than two groups."""
-        assert labels.weight is not None
+        groups, _ = labels.crossed()
+        member = F.group_indicator(groups, self.n_groups, output.dtype)
+        weight = member.sum(1, keepdim=True)
+        if self.conditional:
+            weight = weight * torch.cat(
+                [class_indicator(t, y, self.bins) for t, y in zip(self.mains, labels.labels)], 1
+            )
+        weight = weight / weight.sum().clamp(min=1) * ((member.sum(0) > 0).sum() >= 2)
         logits = output.reshape(len(output), -1, self.n_groups).transpose(1, 2)
-        target = labels.groups.clamp(min=0)[:, None].expand(-1, logits.shape[2])
-        losses = nnf.cross_entropy(logits, target, reduction="none")
-        return (losses * labels.weight.to(losses.dtype)).sum()
+        target = groups.clamp(min=0)[:, None].expand(-1, logits.shape[2])
+        return (nnf.cross_entropy(logits, target, reduction="none") * weight).sum()

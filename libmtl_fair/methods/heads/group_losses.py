@@ -1,18 +1,16 @@
-"""Disparity of one task between groups, as a differentiable scalar: what fairness heads and regularisers minimise."""
+"""Disparities of tasks between groups, differentiable: what fairness heads and regularisers minimise."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor
 
 from libmtl_fair import functional as F
 from libmtl_fair.errors import RecipeError, unknown
-from libmtl_fair.functional._group_slopes import can_write_out, cell_disparity
 from libmtl_fair.tasks import Binary, Multiclass, Multilabel, Task
 
 _OF_LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -27,32 +25,17 @@ GAP_SHARPNESS = 6.0
 """Sharpness of ``"gap"`` unless told **(ours)**: chosen on adult among 1, 3, 6 and 12."""
 
 
-@dataclass(frozen=True)
-class Cells:
-    """Which examples of a batch count for which condition and group. Carries no gradient.
+class Compared(NamedTuple):
+    """What is compared between groups: ``values`` where ``condition`` is 1, [B, K] each, or [B, 1] for all K.
 
-    Attributes
-    ----------
-    condition : [B, K], 1 where the example counts for condition k (a class; a label's positives; all).
-    member : [B, G], 1 where the example is of group g; the row of an unknown group is 0.
-    count : [K, G], examples in each cell.
+    First those of the ``binary`` tasks (places), as many of each, the k-th of all beside each other; then those of the other
+    tasks, ``sizes`` of each.
     """
 
+    values: Tensor
     condition: Tensor
-    member: Tensor
-    count: Tensor
-
-    @classmethod
-    def of(cls, condition: Tensor, groups: Tensor, n_groups: int) -> Cells:
-        """Count the cells of ``condition`` [B, K] (bool) and group ids [B]."""
-        member = F.group_indicator(groups, n_groups)
-        chosen = condition.to(member.dtype)
-        return cls(chosen, member, chosen.T @ member)
-
-    def means(self, values: Tensor) -> Tensor:
-        """Return the mean of ``values`` [B, 1] or [B, K] in each cell, [K, G]; 0 in an empty one."""
-        sums = (self.condition.to(values.dtype) * values).T @ self.member.to(values.dtype)
-        return sums / self.count.clamp(min=1)
+    binary: Sequence[int]
+    sizes: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -118,63 +101,84 @@ class GroupLoss:
                 f"loss {self.loss!r} needs classes, and task {task.name!r} is a regression; use 'glf', 'gld', 'bgl' or 'dpl'"
             )
 
-    def cells(self, task: Task, labels: Tensor, groups: Tensor, n_groups: int) -> Cells:
-        """Return the cells of a batch from labels [B] or [B, C] and group ids [B]."""
-        return Cells.of(self._condition(task, labels), groups, n_groups)
-
-    def value(self, task: Task, output: Tensor, labels: Tensor, cells: Cells) -> Tensor:
-        """Return the disparity (scalar) of a task's outputs; 0 with zero gradient with fewer than two groups."""
-        if self.loss in _OF_LOSSES:
-            return self._compare(self._losses(task, output, labels), cells, self.loss).sum()
-        scores = self._scores(task, output, labels)
-        if self.loss in ("dpl", "gap") and self.within_classes:
-            both = isinstance(task, Multilabel)  # every label's no, then every label's yes
-            return self._compare(torch.cat([scores, scores], dim=1) if both else scores, cells, "spread").sum()
-        gaps = self._compare(scores, cells, "spread")
-        defined = ((cells.count > 0).sum(-1) >= 2).expand_as(gaps)
-        return gaps.sum() / defined.sum().clamp(min=1)
-
-    def _scores(self, task: Task, output: Tensor, labels: Tensor) -> Tensor:
-        """Return the scores that gaps are of, [B, 1] or [B, C]."""
-        if self.loss == "gap" and isinstance(task, (Binary, Multilabel)):
-            logits = output if isinstance(task, Multilabel) else task.logit(output)[:, None]
-            return torch.sigmoid(self.scale * (logits - F.base_rate_threshold(logits, labels)))
-        sharp = self.scale != 1 and task.kind != "regression"
-        scores = task.probabilities(output * self.scale if sharp else output)
-        return scores if scores.dim() == 2 else scores[:, None]
-
-    def _compare(self, values: Tensor, cells: Cells, kind: str) -> Tensor:
-        """Return the disparity of every condition, [K]."""
-        if cells.condition.shape[1] < values.shape[1]:  # one condition for all columns
-            cells = replace(
-                cells, condition=cells.condition.expand_as(values), count=cells.count.expand(values.shape[1], -1)
+    def columns(self, tasks: Sequence[Task], outputs: Sequence[Tensor], labels: Sequence[Tensor]) -> Compared:
+        """Return what is compared of tasks that share the rows of a batch: outputs [B] or [B, C_t], labels [B] or [B, C_t]."""
+        binary = [t for t, task in enumerate(tasks) if isinstance(task, Binary)]
+        others = [t for t in range(len(tasks)) if t not in binary]
+        parts = [self._of_task(tasks[t], outputs[t], labels[t]) for t in others]
+        if binary:
+            logits, truth = yes_no(
+                [tasks[t] for t in binary], [outputs[t] for t in binary], [labels[t] for t in binary]
             )
-        if can_write_out(values, cells.count):
-            parts = (cells.condition.to(values.dtype), cells.member.to(values.dtype), cells.count)
-            return cell_disparity(values, *parts, kind)
-        of = F.spread if kind == "spread" else _OF_LOSSES[kind]
-        return of(cells.means(values), cells.count > 0)
+            parts.insert(0, self._yes_no(logits, truth))
+            if not others:
+                return Compared(*parts[0], binary, ())
+        widths = [max(values.shape[1], condition.shape[1]) for values, condition in parts]
+        wide = [[part.expand(-1, width) for part in pair] for pair, width in zip(parts, widths)]
+        values, condition = (torch.cat(part, 1) for part in zip(*wide))
+        return Compared(values, condition, binary, widths[-len(others) :])
 
-    def _condition(self, task: Task, labels: Tensor) -> Tensor:
+    def compare(self, compared: Compared, groups: Tensor, n_groups: int) -> Tensor:
+        """Return the disparity of every task, [T], between groups of ids [B]; 0 with zero gradient with fewer than two of them."""
+        values, condition, binary, sizes = compared
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        member = F.group_indicator(groups, n_groups, values.dtype)
+        mean, count = F.cell_means(values, condition.to(values.dtype), member)
+        gaps = _OF_LOSSES.get(self.loss, F.spread)(mean, count > 0)
+        joint, *single = torch.split(gaps, [len(gaps) - sum(sizes), *sizes])
+        together = joint.view(-1, max(len(binary), 1)).sum(0)
+        if not sizes:
+            return together
+        if self.loss in ("dpl", "fprl", "tprl") and not (self.loss == "dpl" and self.within_classes):
+            # the mean over the classes or labels where it is defined
+            defined = ((count > 0).sum(-1) >= 2).expand_as(gaps)[len(joint) :]
+            sums = [
+                part.sum() / some.sum().clamp(min=1) for part, some in zip(single, torch.split(defined, list(sizes)))
+            ]
+        else:
+            sums = [part.sum() for part in single]
+        others = [t for t in range(len(binary) + len(sizes)) if t not in binary]
+        found = dict(zip([*binary, *others], [*together.unbind(), *sums])) if binary else dict(enumerate(sums))
+        return torch.stack([found[t] for t in range(len(found))])
+
+    def _yes_no(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return values and condition of columns of logits and labels [B, M] (0, 1, else missing): every no, then every yes."""
+        if self.loss in _OF_LOSSES:
+            values, seen = F.example_cross_entropy(logits, labels)
+            if not self.within_classes:
+                return values, seen
+        else:
+            middle = F.base_rate_threshold(logits, labels) if self.loss == "gap" else 0
+            values = torch.sigmoid(self.scale * (logits - middle))
+            if not self.within_classes:
+                return values, torch.ones_like(values[:, :1])
+        if self.loss in ("tprl", "fprl"):
+            return values, labels == (self.loss == "tprl")
+        return torch.cat([values, values], 1), torch.cat([labels == 0, labels == 1], 1)
+
+    def _of_task(self, task: Task, output: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return values and condition of a task that is not binary."""
+        if isinstance(task, Multilabel) and (self.within_classes or self.loss not in _OF_LOSSES):
+            return self._yes_no(output, labels)
+        if self.loss in _OF_LOSSES:
+            values = task.example_losses(output, labels)[:, None]
+        else:
+            values = task.probabilities(output if task.kind == "regression" else output * self.scale)
+            values = values if values.dim() == 2 else values[:, None]
+        seen = task.observed(labels)[:, None]
         if self.loss == "dpl" and not self.within_classes:
-            return torch.ones_like(labels.reshape(len(labels), -1)[:, :1], dtype=torch.bool)
+            return values, torch.ones_like(seen)
         if not self.within_classes:
-            return task.observed(labels)[:, None]
+            return values, seen
         classes = class_indicator(task, labels, self.bins)
-        if self.loss not in ("fprl", "tprl"):
-            return classes
-        if isinstance(task, Multiclass):
-            return classes if self.loss == "tprl" else task.observed(labels)[:, None] & ~classes
-        negative, positive = classes.chunk(2, dim=1)
-        return positive if self.loss == "tprl" else negative
+        return values, seen & ~classes if self.loss == "fprl" else classes
 
-    def _losses(self, task: Task, output: Tensor, labels: Tensor) -> Tensor:
-        single = task.kind == "binary" and output.shape[1:] == (1,)
-        if not single and not (isinstance(task, Multilabel) and self.within_classes):
-            return task.example_losses(output, labels)[:, None]
-        target = labels.nan_to_num(0.0).clamp(min=0).to(output.dtype).reshape(output.shape)  # missing: in no cell
-        losses = nnf.binary_cross_entropy_with_logits(output, target, reduction="none")
-        return losses if single else torch.cat([losses, losses], dim=1)
+
+def yes_no(tasks: Sequence[Task], outputs: Sequence[Tensor], labels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return logits and labels of binary tasks as matrices [B, M], NaN where a label is missing; no copy of what is one."""
+    logits = torch.cat([task.logit(z)[:, None] for task, z in zip(tasks, outputs) if isinstance(task, Binary)], 1)
+    truth = torch.stack([y.reshape(len(y)) for y in labels], 1)
+    return logits, truth if truth.is_floating_point() else torch.where(truth < 0, torch.nan, truth)
 
 
 def class_indicator(task: Task, labels: Tensor, bins: int = 4) -> Tensor:
@@ -184,19 +188,22 @@ def class_indicator(task: Task, labels: Tensor, bins: int = 4) -> Tensor:
     yes). Regression: K = ``bins`` quantile bins of the batch's targets.
     """
     labels = task.flat(labels)
-    if isinstance(task, Multilabel):
-        return torch.cat([labels == 0, labels == 1], dim=1)
-    if task.kind == "binary":
-        return torch.stack([labels == 0, labels == 1], dim=1)
+    if task.kind in ("binary", "multilabel"):
+        columns = labels.reshape(len(labels), -1)
+        return torch.cat([columns == 0, columns == 1], dim=1)
     if isinstance(task, Multiclass):
-        ids, count = labels, task.n_classes
-    else:
-        known = task.observed(labels)  # whole numbers say "missing" by a number of their own
-        ids, count = F.quantile_bins(torch.where(known, labels, torch.nan), bins), bins
-    return ids[:, None] == torch.arange(count, device=ids.device)
+        return F.group_indicator(labels, task.n_classes, torch.bool)
+    known = task.observed(labels)  # whole numbers say "missing" by a number of their own
+    return F.group_indicator(F.quantile_bins(torch.where(known, labels, torch.nan), bins), bins, torch.bool)
 
 
 def class_count(task: Task, bins: int = 4) -> int:
     """Return the number of columns of :func:`class_indicator`."""
-    counts: Mapping[str, Any] = {"binary": 2, "regression": bins, "multilabel": 2 * task.out_features}
-    return int(counts.get(task.kind, task.out_features))
+    return {"binary": 2, "regression": bins, "multilabel": 2 * task.out_features}.get(task.kind, task.out_features)
+
+
+def mean_losses(tasks: Sequence[Task], outputs: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
+    """Return each task's own mean loss, [T]; all at once where all are binary."""
+    if all(isinstance(task, Binary) for task in tasks):
+        return F.mean_cross_entropy(*yes_no(tasks, outputs, labels))[0]
+    return torch.stack([task.loss(z, y) for task, z, y in zip(tasks, outputs, labels)])

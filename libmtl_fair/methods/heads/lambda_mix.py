@@ -48,6 +48,8 @@ class LambdaMix(FairWeighting):
     source = "GLF, under review"
     settings: LambdaMixSettings
     scale: Tensor
+    main: Tensor
+    fair: Tensor
 
     def init_param(self) -> None:
         """Leave the base's parameters to the parts."""
@@ -62,57 +64,54 @@ class LambdaMix(FairWeighting):
         HostError : a base together with ``rep_grad=True``.
         """
         super().configure(settings)
-        fair = [name for name in self.task_name if name.startswith(AUXILIARY_PREFIX)]
-        main = [name for name in self.task_name if name not in fair]
-        if not fair:
+        fair = torch.tensor([name.startswith(AUXILIARY_PREFIX) for name in self.task_name])
+        if not fair.any():
             raise RecipeError(
                 "LambdaMix mixes main tasks with auxiliary fairness tasks, and there is none: add them with "
                 "lf.add_fairness_heads, or in a recipe with heads: {loss: glf}"
             )
-        self._rows = [[self.task_name.index(name) for name in side] for side in (main, fair)]
-        scale = [self.settings.lam if name in main else 1 - self.settings.lam for name in self.task_name]
-        self.register_buffer("scale", torch.tensor(scale, device=self.device), persistent=False)
-        self.plain = self.settings.base == "EW"
-        if self.plain:
+        lam, base = self.settings.lam, self.settings.base
+        places = {"main": (~fair).nonzero().squeeze(1), "fair": fair.nonzero().squeeze(1)}
+        scale = torch.where(fair, 1 - lam, lam).to(torch.get_default_dtype())
+        for name, value in {**places, "scale": scale}.items():
+            self.register_buffer(name, value.to(self.device), persistent=False)
+        if base == "EW":
             return
         if self.rep_grad:
             raise HostError("LambdaMix: a base other than 'EW' works on parameter gradients: use rep_grad=False")
+        sides = [[self.task_name[i] for i in rows] for rows in places.values()]
         self.sides = torch.nn.ModuleList(
-            part_of(self, self.settings.base if len(side) > 1 else "EW", side, self._args(side))
-            for side in (main, fair)
+            part_of(self, base, side, self.settings.base_args) if len(side) > 1 else part_of(self, "EW", side, {})
+            for side in sides
         )
         if any(hasattr(side, "update_w") for side in self.sides):  # FAMO, which looks at the losses after the step
             self.__dict__["update_w"] = self._update_sides
 
     def _update_sides(self, losses: Tensor) -> None:
-        for side, rows in zip(self.sides, self._rows):
-            update: Any = getattr(side, "update_w", None)
-            if update is not None:
-                update(losses[rows])
+        side: Any
+        for side, rows in zip(self.sides, (self.main, self.fair)):
+            if hasattr(side, "update_w"):
+                side.update_w(losses[rows])
 
-    def _args(self, side: list[str]) -> Any:
-        return self.settings.base_args if len(side) > 1 else {}
-
-    def step(self, batch: FairBatch, losses: Tensor) -> Any:
+    def step(self, batch: FairBatch, losses: Tensor) -> Tensor:
         """Leave the gradient of the mix; return the tasks' weights, lambda times those of the base."""
-        main, fair = (losses.detach()[rows] for rows in self._rows)
-        self.trace = {"main": main.sum(), "fair": fair.sum()}
-        if self.plain:
-            self.base_backward(losses * self.scale.to(losses.dtype))
-            return self.scale
-        return self._mixed(losses)
+        main, fair = losses.index_select(0, self.main), losses.index_select(0, self.fair)
+        self.trace = {"main": main.detach().sum(), "fair": fair.detach().sum()}
+        if self.settings.base != "EW":
+            return self._mixed(main, fair)
+        self.base_backward(losses * self.scale.to(losses.dtype))
+        return self.scale
 
-    def _mixed(self, losses: Tensor) -> Tensor:
+    def _mixed(self, main: Tensor, fair: Tensor) -> Tensor:
         """Let each side's base leave its gradient, the fairness side first and on a graph of its own; mix the two."""
         parameters = [p for p in self.parameters() if p.requires_grad]
-        main, fair = self._rows
         weights = torch.full_like(self.scale, torch.nan)
         total: list[Tensor | None] = [None] * len(parameters)
-        apart = linearised(losses[fair], parameters)
-        for side, rows, part_losses in ((1, fair, apart), (0, main, losses[main])):
-            part: Any = self.sides[side]
-            share = 1 - self.settings.lam if side else self.settings.lam
-            found = part.backward(part_losses, **part.args)
+        lam, (main_side, fair_side) = self.settings.lam, self.sides
+        part: Any
+        sides = ((fair_side, self.fair, linearised(fair, parameters), 1 - lam), (main_side, self.main, main, lam))
+        for part, rows, losses, share in sides:
+            found = part.backward(losses, **part.args)
             if found is not None:
                 weights[rows] = share * torch.as_tensor(found).to(weights)
             for i, p in enumerate(parameters):

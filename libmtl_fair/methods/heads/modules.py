@@ -1,14 +1,17 @@
-"""Heads of auxiliary tasks: a main head with its parameters held fixed, an adversary, several heads as one."""
+"""Heads: a main head with its parameters held fixed, an adversary, several heads as one, a head a group."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
+
+from libmtl_fair import functional as F
+from libmtl_fair.errors import DataError, RecipeError, unknown
 
 
 class DetachedHead(nn.Module):
@@ -28,14 +31,13 @@ class DetachedHead(nn.Module):
 
     def follow(self) -> None:
         """From now on use what the main heads receive in place of what this head is given."""
-        if self._watching:
-            return
-        self._watching = True
-        for i, head in enumerate(self._heads):
-            head.register_forward_pre_hook(self._keeper(i))
+        if not self._watching:
+            self._watching = True
+            for i, head in enumerate(self._heads):
+                head.register_forward_pre_hook(self._keeper(i))
 
-    def _keeper(self, index: int) -> Any:
-        def keep(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _keeper(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if inputs[0].is_leaf and inputs[0].requires_grad:  # rep_grad=True: this task has a leaf of its own
                 self._seen.pop(index, None)
             else:
@@ -46,10 +48,9 @@ class DetachedHead(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Return the main heads' outputs, joined: [B, sum of widths], or the one head's as it is."""
-        outputs = [detached(head, self._seen.pop(i, h)) for i, head in enumerate(self._heads)]
-        return outputs[0] if len(outputs) == 1 else torch.cat([z.flatten(1) for z in outputs], dim=1)
+        return joined([detached(head, self._seen.pop(i, h)) for i, head in enumerate(self._heads)])
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Leave out what the last step held."""
         return {**self.__dict__, "_seen": {}}
 
@@ -64,14 +65,9 @@ def detached(head: nn.Module, h: Tensor) -> Tensor:
     return out
 
 
-class _Reverse(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, h: Tensor) -> Tensor:
-        return h.view_as(h)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return -grads[0]
+def joined(outputs: Sequence[Tensor]) -> Tensor:
+    """Return outputs side by side, [B, sum of widths]; one as it is."""
+    return outputs[0] if len(outputs) == 1 else torch.cat([z.flatten(1) for z in outputs], dim=1)
 
 
 def reverse_gradient(h: Tensor) -> Tensor:
@@ -82,8 +78,7 @@ def reverse_gradient(h: Tensor) -> Tensor:
     >>> x.grad
     tensor([-1.])
     """
-    out: Tensor = _Reverse.apply(h)  # type: ignore[no-untyped-call]
-    return out
+    return 2 * h.detach() - h
 
 
 class Adversary(nn.Module):
@@ -108,14 +103,71 @@ class JoinedHeads(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Return the joined outputs."""
-        return torch.cat([head(h).flatten(1) for head in self.heads], dim=1)
+        return joined([head(h) for head in self.heads])
 
 
-def fresh_copy(head: nn.Module) -> nn.Module:
-    """Return a head of the same shape with parameters drawn anew."""
-    copied = copy.deepcopy(head)
+def fresh_copy(*heads: nn.Module) -> nn.Module:
+    """Return a head of the same shape (several: joined to one) with parameters drawn anew."""
+    if len(heads) > 1:
+        return JoinedHeads(fresh_copy(head) for head in heads)
+    copied = copy.deepcopy(heads[0])
     for module in copied.modules():
         reset: Callable[[], None] | None = getattr(module, "reset_parameters", None)
         if reset is not None:
             reset()
     return copied
+
+
+class GroupHeads(nn.Module):
+    """Group-specific decomposition: one head per group, in training and in prediction (baseline of methods.md, section 4).
+
+    An example of unknown group gets the mean of the heads' outputs **(ours)**. Prediction needs the groups, which
+    :class:`FairTrainer` hands over by :meth:`take_groups`; without them every example counts as unknown.
+
+    Parameters
+    ----------
+    head : the main head; each group gets a head of its shape, with parameters of its own.
+    attributes : sensitive attributes; several are crossed.
+    n_groups : number of groups of each.
+
+    Raises
+    ------
+    RecipeError : no attribute, or fewer than two groups.
+    """
+
+    def __init__(self, head: nn.Module, attributes: Sequence[str], n_groups: Sequence[int]) -> None:
+        super().__init__()
+        total = math.prod(n_groups)
+        if not attributes or len(attributes) != len(n_groups) or total < 2:
+            raise RecipeError(
+                f"group_specific needs at least two groups, found {dict(zip(attributes, n_groups))}; choose another attribute"
+            )
+        self.attributes, self.n_groups = tuple(attributes), tuple(n_groups)
+        self.heads = nn.ModuleList(fresh_copy(head) for _ in range(total))
+        self._groups: Tensor | None = None
+
+    def take_groups(self, groups: Mapping[str, Tensor] | None) -> None:
+        """Take attribute -> group ids [B] of the next forward pass; None: unknown.
+
+        Raises
+        ------
+        DataError : an attribute that the loader does not give.
+        """
+        self._groups = None
+        if not groups:
+            return
+        for name in self.attributes:
+            if name not in groups:
+                raise DataError(f"group-specific heads: {unknown('sensitive attribute', name, groups)}")
+        self._groups, _ = F.cross_groups([groups[a] for a in self.attributes], self.n_groups)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return each example's output from its group's head."""
+        groups, self._groups = self._groups, None
+        outputs = torch.stack([head(h) for head in self.heads])
+        mean = outputs.mean(0)
+        if groups is None:
+            return mean
+        chosen = outputs[groups.clamp(min=0), torch.arange(len(h), device=h.device)]
+        known = (groups >= 0).reshape(-1, *[1] * (chosen.dim() - 1))
+        return torch.where(known, chosen, mean)
