@@ -118,9 +118,8 @@ def run(
     from libmtl_fair.recipe.run import Run
     from libmtl_fair.report import summary_table
     from libmtl_fair.report.run_folder import read_run
-    from libmtl_fair.tune.agreement import agreement_table
-    from libmtl_fair.tune.results import best_recipe
-    from libmtl_fair.tune.select import trial_by_number
+    from libmtl_fair.tune.results import agreement_table, best_recipe
+    from libmtl_fair.tune.selection import trial_by_number
     from libmtl_fair.tune.storage import load_study
     from libmtl_fair.tune.study import quiet
 
@@ -171,7 +170,7 @@ def tune(
     from libmtl_fair.progress import bar
     from libmtl_fair.recipe import load_recipe
     from libmtl_fair.tune.results import hand_back
-    from libmtl_fair.tune.select import chosen, selection
+    from libmtl_fair.tune.selection import chosen, selection
     from libmtl_fair.tune.stacking import aloud
     from libmtl_fair.tune.study import tune as run_study
 

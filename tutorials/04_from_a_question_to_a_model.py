@@ -85,7 +85,7 @@ print("chosen:", chosen.number, "knee:", tune.knee(study).number)
 
 # %%
 from libmtl_fair.recipe.run import run_recipe
-from libmtl_fair.tune.agreement import agreement_table
+from libmtl_fair.tune.results import agreement_table
 
 best = tune.to_recipe(chosen, recipe)
 (folder / "best.yaml").write_text(best.to_yaml())

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from libmtl_fair.tune.fingerprint import study_recipe
-from libmtl_fair.tune.select import chosen, front, knee, select, to_recipe, trial_by_number
-from libmtl_fair.tune.storage import open_storage
-from libmtl_fair.tune.study import tune
+from typing import TYPE_CHECKING
+
+from libmtl_fair._imports import lazy
+
+if TYPE_CHECKING:
+    from libmtl_fair.tune.fingerprint import study_recipe
+    from libmtl_fair.tune.selection import chosen, front, knee, select, to_recipe, trial_by_number
+    from libmtl_fair.tune.storage import open_storage
+    from libmtl_fair.tune.study import tune
 
 __all__ = [
     "chosen",
@@ -18,3 +23,11 @@ __all__ = [
     "trial_by_number",
     "tune",
 ]
+
+_HOMES = {
+    "tune.fingerprint": "study_recipe",
+    "tune.selection": "chosen front knee select to_recipe trial_by_number",
+    "tune.storage": "open_storage",
+    "tune.study": "tune",
+}
+__getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import optuna
 import torch
@@ -17,7 +16,8 @@ from libmtl_fair.files import write_text
 from libmtl_fair.libmtl import FairTrainer
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.tune.fingerprint import DESCRIBED
-from libmtl_fair.tune.objective import ROLE, Outcome
+from libmtl_fair.tune.plan import ROLE
+from libmtl_fair.tune.trial import Outcome
 
 ARTIFACTS = "artifacts"
 
@@ -29,6 +29,13 @@ class Keeper:
         folder.mkdir(parents=True, exist_ok=True)
         self._store = optuna.artifacts.FileSystemArtifactStore(str(folder))
 
+    @classmethod
+    def beside(cls, storage: object) -> Keeper | None:
+        """Return a keeper beside a journal file; other storages may be far away and have none."""
+        if not isinstance(storage, str | Path) or "://" in str(storage):
+            return None
+        return cls(Path(storage).parent / ARTIFACTS)
+
     def trained(self, trial: optuna.Trial) -> Callable[[int, FairTrainer], None]:
         """Return what to call with each seed's trained model."""
 
@@ -39,8 +46,7 @@ class Keeper:
                 if len(trainer.history):  # a stacked training keeps none
                     write_text(folder / f"history_seed{seed}.csv", trainer.epochs.to_csv(index=False))
                     _plot(trainer, folder / f"history_seed{seed}.png")
-                for path in sorted(folder.iterdir()):
-                    self._upload(path, trial)
+                self._upload(folder, trial)
 
         return keep
 
@@ -48,21 +54,16 @@ class Keeper:
         """Keep the metrics and the recipe of a trial, and say in its note what it is."""
         with tempfile.TemporaryDirectory() as name:
             text = json.dumps({"validation": outcome.found, **asdict(outcome)}, indent=1)
-            self._upload(write_text(Path(name) / "metrics.json", text), trial)
-            self._upload(write_text(Path(name) / "recipe.yaml", recipe.to_yaml()), trial)
+            write_text(Path(name) / "metrics.json", text)
+            write_text(Path(name) / "recipe.yaml", recipe.to_yaml())
+            self._upload(Path(name), trial)
         role = trial.user_attrs.get(ROLE)
         if role is not None:
             _note(trial, f"**{role}**: one of the known settings that every study tries.")
 
-    def _upload(self, path: Path, trial: optuna.Trial) -> None:
-        optuna.artifacts.upload_artifact(artifact_store=self._store, file_path=str(path), study_or_trial=trial)
-
-
-def keeper_of(storage: Any) -> Keeper | None:
-    """Return a keeper beside a journal file; other storages may be far away and have none."""
-    if not isinstance(storage, (str, Path)) or "://" in str(storage):
-        return None
-    return Keeper(Path(storage).parent / ARTIFACTS)
+    def _upload(self, folder: Path, trial: optuna.Trial) -> None:
+        for path in sorted(folder.iterdir()):
+            optuna.artifacts.upload_artifact(artifact_store=self._store, file_path=str(path), study_or_trial=trial)
 
 
 def _plot(trainer: FairTrainer, path: Path) -> None:
@@ -70,15 +71,10 @@ def _plot(trainer: FairTrainer, path: Path) -> None:
 
     from libmtl_fair.report.theme import themed
 
-    frame = trainer.epochs
+    losses = trainer.epochs.set_index("epoch").filter(regex="^loss/").rename(columns=lambda c: c.removeprefix("loss/"))
     with themed():
         figure = Figure(figsize=(5, 3), layout="constrained")
-        axis = figure.subplots()
-        for name in (c for c in frame.columns if c.startswith("loss/")):
-            axis.plot(frame["epoch"], frame[name], marker=".", label=name.removeprefix("loss/"))
-        axis.set_xlabel("epoch")
-        axis.set_ylabel("training loss")
-        axis.legend()
+        losses.plot(ax=figure.subplots(), marker=".", xlabel="epoch", ylabel="training loss")
         figure.savefig(path, format="png")
 
 
@@ -86,8 +82,7 @@ def describe(study: optuna.Study) -> None:
     """Write a note on the study that says what it asks; without optuna-dashboard there is no reader, and no note."""
     about = study.user_attrs[DESCRIBED]
     goals = ", ".join(f"{name} ({direction})" for name, direction in about["objectives"].items())
-    rules = "; ".join(about["constraints"]) or "none"
-    space = ", ".join(about["space"])
+    rules, space = "; ".join(about["constraints"]) or "none", ", ".join(about["space"])
     text = f"Objectives on validation data: {goals}\n\nConstraints: {rules}\n\nParameters: {space}\n\nSampler: {about['sampler']}"
     _note(study, text)
 

@@ -5,40 +5,36 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from libmtl_fair.errors import CheckpointError, RecipeError
+from libmtl_fair.tune.artifacts import ARTIFACTS
 from libmtl_fair.tune.storage import open_storage, storage_errors
 
 
 class _Quiet(WSGIRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         """Say nothing about requests."""
 
 
 def place(study: str) -> tuple[str, Path | None]:
-    """Return (storage, folder of artifacts) of what a user names: a journal, a folder of ``tune``, or a URL.
-
-    Raises
-    ------
-    RecipeError : there is none.
-    """
+    """Return (storage, folder of artifacts) of what a user names: a journal, a folder of ``tune``, or a URL."""
     if "://" in study:
         return study, None
     path = Path(study)
     path = path / "study.journal" if path.is_dir() else path
     if not path.is_file():
         raise RecipeError(f"there is no study at {study}: expected a journal file, or the folder that tune wrote")
-    return str(path), path.parent / "artifacts"
+    return str(path), path.parent / ARTIFACTS
 
 
-def make_app(study: str) -> Any:
-    """Return the dashboard as a WSGI application.
+def make_server_for(study: str, host: str, port: int) -> WSGIServer:
+    """Return a server of the dashboard that listens already.
 
     Raises
     ------
     RecipeError : no such study, or optuna-dashboard is not installed.
+    CheckpointError : the address is taken.
     """
     where, artifacts = place(study)
     try:
@@ -50,17 +46,7 @@ def make_app(study: str) -> Any:
     store = FileSystemArtifactStore(str(artifacts)) if artifacts is not None and artifacts.is_dir() else None
     with storage_errors(where), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return wsgi(open_storage(where), artifact_store=store)
-
-
-def make_server_for(study: str, host: str, port: int) -> WSGIServer:
-    """Return a server of the dashboard that listens already.
-
-    Raises
-    ------
-    CheckpointError : the address is taken.
-    """
-    app = make_app(study)
+        app = wsgi(open_storage(where), artifact_store=store)
     try:
         return make_server(host, port, app, handler_class=_Quiet)
     except OSError as error:

@@ -12,7 +12,8 @@ import optuna
 from libmtl_fair.errors import CheckpointError, RecipeError
 from libmtl_fair.recipe.measure import Protocol
 from libmtl_fair.recipe.schema import Recipe
-from libmtl_fair.tune.heartbeat import SLOT
+from libmtl_fair.recipe.yaml_source import Source
+from libmtl_fair.tune.plan import SLOT, Plan
 
 FINGERPRINT, DESCRIBED, RECIPE, PROTOCOL = "fingerprint", "about", "recipe", "protocol"
 
@@ -22,32 +23,22 @@ def fingerprint(described: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> Iterator[str]:
     """Yield a line for every entry that differs.
 
     >>> list(differences({"a": {"b": 1}}, {"a": {"b": 2}, "c": 3}))
     ['a.b: 1 -> 2', 'c: (none) -> 3']
     """
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in dict.fromkeys([*old, *new]):
-            name = f"{where}.{key}" if where else str(key)
-            yield from differences(old.get(key, _NONE), new.get(key, _NONE), name)
-    elif old != new:
-        yield f"{where}: {_text(old)} -> {_text(new)}"
+    for key in dict.fromkeys([*old, *new]):
+        was, now = old.get(key, ...), new.get(key, ...)
+        if isinstance(was, dict) and isinstance(now, dict):
+            yield from differences(was, now, f"{where}{key}.")
+        elif was != now:
+            texts = ("(none)" if value is ... else json.dumps(value) for value in (was, now))
+            yield f"{where}{key}: {' -> '.join(texts)}"
 
 
-class _None:
-    pass
-
-
-_NONE = _None()
-
-
-def _text(value: Any) -> str:
-    return "(none)" if isinstance(value, _None) else json.dumps(value)
-
-
-def stamp(study: optuna.Study, described: Mapping[str, Any], recipe: Recipe) -> None:
+def stamp(study: optuna.Study, plan: Plan) -> None:
     """Write into a new study what it is about; refuse to go on with a study about something else.
 
     Raises
@@ -55,18 +46,17 @@ def stamp(study: optuna.Study, described: Mapping[str, Any], recipe: Recipe) -> 
     RecipeError : it is about something else: says what differs.
     CheckpointError : it was not made by this package.
     """
-    held = study.user_attrs
+    held, described = study.user_attrs, plan.described()
     if FINGERPRINT not in held:
         # Trials with a slot are those of a worker that has begun on another machine just now.
         if any(SLOT not in trial.user_attrs for trial in study.get_trials(deepcopy=False)):
             raise CheckpointError(
                 f"study {study.study_name!r} has trials that libmtl-fair tune did not make; choose another name with --study"
             )
-        study.set_user_attr(DESCRIBED, dict(described))
-        study.set_user_attr(RECIPE, {"recipe": recipe.to_dict(), "file": recipe._source.file})
+        study.set_user_attr(DESCRIBED, described)
+        study.set_user_attr(RECIPE, {"recipe": plan.recipe.to_dict(), "file": plan.recipe._source.file})
         study.set_user_attr(FINGERPRINT, fingerprint(described))
-        return
-    if held[FINGERPRINT] != fingerprint(described):
+    elif held[FINGERPRINT] != fingerprint(described):
         lines = "\n".join(f"  {line}" for line in differences(held[DESCRIBED], json.loads(json.dumps(described))))
         raise RecipeError(
             f"study {study.study_name!r} was made with other settings (study -> now):\n{lines}\n"
@@ -81,8 +71,6 @@ def study_recipe(study: optuna.Study) -> Recipe:
     ------
     CheckpointError : the study was not made by this package.
     """
-    from libmtl_fair.recipe.yaml_source import Source
-
     held = study.user_attrs.get(RECIPE)
     if held is None:
         raise CheckpointError(f"study {study.study_name!r} holds no recipe: it was not made by libmtl-fair tune")

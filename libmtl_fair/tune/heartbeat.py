@@ -1,8 +1,9 @@
 """Trials whose worker has died: heartbeats of the living, and the reaper that gives up the dead, on any storage.
 
-A worker writes its address and a growing counter into its trial. A trial is stale when its worker was on this machine and is
-gone, or when its counter has not moved for ``grace`` seconds of the observer's own clock, so that clocks of different
-machines need not agree. A stale trial is marked ``lost`` and failed; its slot is queued again with the same parameters.
+Optuna 5 has both for databases and ``optimize`` only (not for journals, proxies, or trials that are asked and told). A worker
+writes its address and a growing counter into its trial. A trial is stale when its worker was on this machine and is gone, or
+when its counter has not moved for ``grace`` seconds of the observer's own clock, so that clocks of different machines need
+not agree. A stale trial is marked ``lost`` and failed; its slot is queued again with the same parameters.
 """
 
 from __future__ import annotations
@@ -12,36 +13,33 @@ import socket
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
+from libmtl_fair.tune.budget import give_up
+from libmtl_fair.tune.plan import SLOT
 from libmtl_fair.tune.storage import storage_failures
 
 GRACE = 60.0
 """Seconds without a sign of life after which a worker on another machine counts as dead."""
 
-WORKER, BEAT, LOST, SLOT = "worker", "heartbeat", "lost", "slot"
+WORKER, BEAT = "worker", "heartbeat"
+_PROC = Path("/proc")
 
 
 def machine() -> str:
     """Return a name of this machine and its process table, the same in all processes that can see each other's ids."""
-    parts = [socket.gethostname()]
-    for path in ("/proc/sys/kernel/random/boot_id",):
-        if Path(path).exists():
-            parts.append(Path(path).read_text(encoding="utf-8").strip())
-    if Path("/proc/self/ns/pid").exists():
-        parts.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(parts)
+    boot, table = _PROC / "sys/kernel/random/boot_id", _PROC / "self/ns/pid"
+    parts = [socket.gethostname(), boot.read_text(encoding="utf-8").strip() if boot.exists() else ""]
+    return " ".join([*filter(None, parts), *([os.readlink(table)] if table.exists() else [])])
 
 
 def started(pid: int) -> str | None:
     """Return when a process of this machine began, in the kernel's own count; None if it is gone or nothing says."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        stat = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
     fields = stat.rsplit(")", 1)[-1].split()
@@ -50,7 +48,7 @@ def started(pid: int) -> str | None:
 
 def alive(pid: int, since: str | None) -> bool:
     """Whether the process that began at ``since`` still runs on this machine."""
-    if Path("/proc/self/stat").exists():
+    if (_PROC / "self/stat").exists():
         now = started(pid)
         return now is not None and since in (None, now)
     try:
@@ -62,7 +60,7 @@ def alive(pid: int, since: str | None) -> bool:
     return True
 
 
-def address() -> dict[str, Any]:
+def address() -> dict[str, object]:
     """Return who works here: machine, process, and when it began."""
     return {"machine": machine(), "pid": os.getpid(), "started": started(os.getpid())}
 
@@ -71,14 +69,12 @@ class Heartbeat:
     """Signs of life of one running trial, written by a thread until left."""
 
     def __init__(self, study: optuna.Study, trial: optuna.Trial, grace: float = GRACE) -> None:
-        self._study, self._id = study, trial._trial_id
-        self._every = grace / 5
-        self._stop = threading.Event()
+        self._storage, self._id = study._storage, trial._trial_id
+        self._every, self._stop = grace / 5, threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
-        self.lost = False
 
     def __enter__(self) -> Heartbeat:
-        self._study._storage.set_trial_user_attr(self._id, WORKER, address())
+        self._storage.set_trial_user_attr(self._id, WORKER, address())
         self._thread.start()
         return self
 
@@ -87,16 +83,13 @@ class Heartbeat:
         while not self._stop.wait(self._every):
             count += 1
             try:
-                self._study._storage.set_trial_user_attr(self._id, BEAT, count)
+                self._storage.set_trial_user_attr(self._id, BEAT, count)
             except (UpdateFinishedTrialError, KeyError):
-                self.lost = True
                 return
             except storage_failures():
                 continue  # the training thread meets the storage's trouble itself and reports it
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join(timeout=30)
 
@@ -105,9 +98,8 @@ class Reaper:
     """Finds stale trials of a study and gives them up."""
 
     def __init__(self, grace: float = GRACE) -> None:
-        self.grace = grace
-        self._here = machine()
-        self._seen: dict[int, tuple[Any, float]] = {}
+        self.grace, self._here = grace, machine()
+        self._seen: dict[int, tuple[int | None, float]] = {}
 
     def __call__(self, study: optuna.Study) -> list[int]:
         """Give up every stale trial; return their numbers."""
@@ -115,30 +107,12 @@ class Reaper:
         return [trial.number for trial in running if self._is_stale(trial) and give_up(study, trial, "its worker died")]
 
     def _is_stale(self, trial: FrozenTrial) -> bool:
-        worker = trial.user_attrs.get(WORKER)
+        worker, beat, now = trial.user_attrs.get(WORKER), trial.user_attrs.get(BEAT), time.monotonic()
         if SLOT not in trial.user_attrs:
             return False
         if worker is not None and worker["machine"] == self._here:
             return not alive(worker["pid"], worker["started"])
-        beat, now = trial.user_attrs.get(BEAT), time.monotonic()
         last, since = self._seen.setdefault(trial.number, (beat, now))
         if beat != last:
             self._seen[trial.number] = (beat, now)
-            return False
-        return now - since > self.grace
-
-
-def give_up(study: optuna.Study, trial: FrozenTrial | optuna.Trial, why: str) -> bool:
-    """Fail a running trial so that its slot is queued again; return False where it finished in the meantime."""
-    storage = study._storage
-    try:
-        storage.set_trial_user_attr(trial._trial_id, LOST, why)
-        storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-    except UpdateFinishedTrialError:
-        return False
-    return True
-
-
-def is_counted(trial: FrozenTrial) -> bool:
-    """Whether a trial holds its slot: all but the lost ones."""
-    return SLOT in trial.user_attrs and not (trial.state == TrialState.FAIL and LOST in trial.user_attrs)
+        return beat == last and now - since > self.grace

@@ -13,7 +13,6 @@ import torch
 from libmtl_fair import functional as F
 from libmtl_fair import metrics
 from libmtl_fair.errors import FairMTLError, RecipeError, unknown
-from libmtl_fair.metrics.rates import GroupRates, group_rates
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.schema import Recipe
 
@@ -27,8 +26,11 @@ _RATES: Mapping[str, tuple[str, ...]] = {
     "dp_difference": ("selection_rate",),
     "accuracy_difference": ("accuracy",),
 }
+_NEED = {"true_positive_rate": "positives", "false_positive_rate": "negatives"}
 _PHI_MU = 0.5
 _CONSTRAINT = re.compile(r"(.+?)\s*(<=|>=)\s*([-+0-9.eE]+)\s*")
+NAMES = (*(f"macro_{m}" for m in _MACRO), "bias", "violation_rate", *_RATES, "phi", "<task>/auc")
+"""Names of objectives; ``<task>/`` and ``<attribute>/`` may stand before those about groups, ``mean_`` before their own."""
 
 
 class UndefinedError(FairMTLError):
@@ -42,19 +44,22 @@ class Measure:
     Attributes
     ----------
     name : as recipes write it.
-    direction : ``"maximize"`` (utility) or ``"minimize"`` (errors and disparities).
-    task, attribute : what it is restricted to; None is all.
     metric : the last part of the name; ``level`` is the tolerance of ``bias@0.275``.
+    task, attribute : what it is restricted to; None is all.
     mean : the mean over tasks and attributes, instead of the largest.
     """
 
     name: str
-    direction: str
     metric: str
     task: str | None = None
     attribute: str | None = None
     level: str | None = None
     mean: bool = False
+
+    @property
+    def direction(self) -> str:
+        """``"maximize"`` (utility) or ``"minimize"`` (errors and disparities)."""
+        return "maximize" if self.metric in UP else "minimize"
 
     @property
     def fair(self) -> bool:
@@ -93,55 +98,33 @@ def parse_measure(name: str, tasks: Mapping[str, str], attributes: Sequence[str]
     RecipeError : no such measure, or nothing here that it could be measured on.
     """
     *scope, last = name.split("/")
-    if not scope and last.startswith("macro_"):
-        metric = last.removeprefix("macro_")
-        if metric not in _MACRO:
-            raise RecipeError(unknown("objective", name, names()))
-        return Measure(name, _direction(metric), metric)
     metric, _, level = last.removeprefix("mean_").partition("@")
-    if metric in ("bias", "violation_rate") and not scope:
-        return _audit(name, metric, level, tasks, deltas)
+    if not scope and last.removeprefix("macro_") in _MACRO and last.startswith("macro_"):
+        return Measure(name, last.removeprefix("macro_"))
+    if not scope and metric in ("bias", "violation_rate"):
+        if len(tasks) < 2:
+            raise RecipeError(f"objective {name} compares tasks with each other: it needs at least two tasks")
+        if (level or deltas[0]) not in deltas:
+            raise RecipeError(f"objective {name}: {unknown('audit.delta', level, deltas)}")
+        return Measure(name, metric, level=level or deltas[0])
     task = next((part for part in scope if part in tasks), None)
     attribute = next((part for part in scope if part in attributes), None)
     strange = [part for part in scope if part not in (task, attribute)]
     if strange:
         raise RecipeError(f"objective {name}: {unknown('task or attribute', strange[0], [*tasks, *attributes])}")
-    if metric in _RATES or metric == "phi":
+    if metric in (*_RATES, "phi"):
         if not attributes:
             raise RecipeError(f"objective {name} compares groups, and the data have no sensitive attribute")
         if "binary" not in (list(tasks.values()) if task is None else [tasks[task]]):
             raise RecipeError(f"objective {name} is for binary tasks, and there is none among {task or list(tasks)}")
-        return Measure(name, "minimize", metric, task, attribute, mean=last.startswith("mean_"))
+        return Measure(name, metric, task, attribute, mean=last.startswith("mean_"))
     if metric in (*UP, *DOWN) and task is not None and attribute is None:
-        return Measure(name, _direction(metric), metric, task)
-    raise RecipeError(unknown("objective", name, names()))
-
-
-def names() -> list[str]:
-    """Return the names of objectives; ``<task>/`` and ``<attribute>/`` may stand before those about groups."""
-    return [*(f"macro_{m}" for m in _MACRO), "bias", "violation_rate", *_RATES, "phi", "<task>/auc"]
-
-
-def _direction(metric: str) -> str:
-    return "maximize" if metric in UP else "minimize"
-
-
-def _audit(name: str, metric: str, level: str, tasks: Mapping[str, str], deltas: Sequence[str]) -> Measure:
-    if len(tasks) < 2:
-        raise RecipeError(f"objective {name} compares tasks with each other: it needs at least two tasks")
-    chosen = level or deltas[0]
-    if chosen not in deltas:
-        raise RecipeError(f"objective {name}: {unknown('audit.delta', chosen, deltas)}")
-    return Measure(name, "minimize", metric, level=chosen)
+        return Measure(name, metric, task)
+    raise RecipeError(unknown("objective", name, NAMES))
 
 
 def parse_constraint(text: str, parse: Callable[[str], Measure]) -> Constraint:
-    """Return the constraint of a text such as ``eo_difference <= 0.05``.
-
-    Raises
-    ------
-    RecipeError : not of that form.
-    """
+    """Return the constraint of a text such as ``eo_difference <= 0.05``; anything else is a RecipeError."""
     found = _CONSTRAINT.fullmatch(text.strip())
     try:
         bound = float(found[3]) if found else math.nan
@@ -153,94 +136,72 @@ def parse_constraint(text: str, parse: Callable[[str], Measure]) -> Constraint:
 
 
 def value_of(measure: Measure, predictions: Predictions, deltas: Mapping[str, float], recipe: Recipe) -> float:
-    """Return the number.
-
-    Raises
-    ------
-    UndefinedError : it is not defined: says which group lacks which rate.
-    """
-    if measure.level is not None:
-        audit = recipe.audit
-        report = metrics.FixedDeltaAudit(
-            deltas[measure.level], audit.pool_size, audit.n_pairs, audit.eval_seed, audit.pair_seed, exact=audit.exact
-        ).run(predictions.scores)
-        found = report.bias if measure.metric == "bias" else report.violation_rate
-        return _defined(measure, float(found), "no two tasks have finite scores")
+    """Return the number; an UndefinedError says why there is none, such as which group lacks which rate."""
     if measure.metric in _RATES:
-        return _disparity(measure, predictions, recipe)
+        return _difference(measure, predictions, recipe.metrics.threshold)
     if measure.metric == "phi":
-        return _phi(measure, predictions)
-    table = metrics.utility(predictions)
-    found = table[measure.task or "macro"].get(measure.metric, math.nan)
-    return _defined(measure, float(found), "its labels have one class only, or the task's kind does not define it")
-
-
-def _defined(measure: Measure, value: float, why: str) -> float:
-    if math.isnan(value):
+        found, why = _phi(measure, predictions), "no task has two groups"
+    elif measure.level is not None:
+        audit, why = recipe.audit, "no two tasks have finite scores"
+        protocol = (audit.pool_size, audit.n_pairs, audit.eval_seed, audit.pair_seed)
+        report = metrics.FixedDeltaAudit(deltas[measure.level], *protocol, exact=audit.exact).run(predictions.scores)
+        found = report.bias if measure.metric == "bias" else report.violation_rate
+    else:
+        why = "its labels have one class only, or the task's kind does not define it"
+        found = metrics.utility(predictions)[measure.task or "macro"].get(measure.metric, math.nan)
+    if math.isnan(found):
         raise UndefinedError(f"objective {measure.name} is undefined on the validation data: {why}")
-    return value
+    return float(found)
 
 
-def _rates(predictions: Predictions, task: str, attribute: str, threshold: float | str) -> GroupRates:
-    kind = next(t for t in predictions.tasks if t.name == task)
-    labels = predictions.labels[task]
-    seen = kind.observed(labels)
-    truth = labels[seen].double() > 0.5
-    probability = kind.probabilities(predictions.outputs[task])[seen]
-    bar = float(truth.double().mean()) if threshold == "base_rate" else float(threshold)
-    groups = predictions.groups[attribute][seen]
-    return group_rates(truth, probability > bar, groups, len(predictions.group_names[attribute]))
-
-
-def _disparity(measure: Measure, predictions: Predictions, recipe: Recipe) -> float:
+def _scope(measure: Measure, predictions: Predictions) -> tuple[list[str], list[str]]:
+    """Return the binary tasks and the attributes that a measure is about."""
     tasks = [t.name for t in predictions.tasks if t.kind == "binary" and measure.task in (None, t.name)]
-    attributes = [a for a in predictions.groups if measure.attribute in (None, a)]
+    return tasks, [a for a in predictions.groups if measure.attribute in (None, a)]
+
+
+def _difference(measure: Measure, predictions: Predictions, threshold: float | str) -> float:
+    tasks, attributes = _scope(measure, predictions)
     found = []
-    for task in tasks:
+    for name in tasks:
+        task, labels = predictions.task(name), predictions.labels[name]
+        seen = task.observed(labels)
+        truth = labels[seen].double() > 0.5
+        bar = float(truth.double().mean()) if threshold == "base_rate" else float(threshold)
+        decision = task.probabilities(predictions.outputs[name])[seen] > bar
         for attribute in attributes:
-            rates = _rates(predictions, task, attribute, recipe.metrics.threshold)
             names = predictions.group_names[attribute]
-            found.append(max(_gap(measure, rates, name, task, attribute, names) for name in _RATES[measure.metric]))
+            rates = metrics.group_rates(truth, decision, predictions.groups[attribute][seen], len(names))
+            gaps = []
+            for rate in _RATES[measure.metric]:
+                values = rates.rate(rate)
+                lacking = [repr(group) for group, value in zip(names, values) if math.isnan(value)]
+                if len(names) - len(lacking) < 2:
+                    raise UndefinedError(
+                        f"objective {measure.name} is undefined on the validation data: task {name!r}, attribute "
+                        f"{attribute!r}: {rate} needs two groups with {_NEED.get(rate, 'rows')}, and there are none in "
+                        f"{', '.join(lacking)}"
+                    )
+                gaps.append(rates.difference(rate))
+            found.append(max(gaps))
     return float(np.mean(found)) if measure.mean else max(found)
 
 
-def _gap(
-    measure: Measure, rates: GroupRates, rate: str, task: str, attribute: str, group_names: Sequence[str]
-) -> float:
-    """Return the difference of one rate; fewer than two groups that define it define no difference."""
-    values = rates.rate(rate)
-    known = values[~np.isnan(values)]
-    if len(known) >= 2:
-        return float(known.max() - known.min())
-    lacking = [name for name, value in zip(group_names, values) if math.isnan(value)]
-    need = {"true_positive_rate": "positives", "false_positive_rate": "negatives"}.get(rate, "rows")
-    raise UndefinedError(
-        f"objective {measure.name} is undefined on the validation data: task {task!r}, attribute {attribute!r}: "
-        f"{rate} needs two groups with {need}, and there are none in {', '.join(map(repr, lacking))}"
-    )
-
-
 def _phi(measure: Measure, predictions: Predictions) -> float:
+    """Return the worst case over tasks of their AEOD, each the mean over attributes; NaN where no task defines it."""
+    tasks, attributes = _scope(measure, predictions)
     psi, present = [], []
-    for task in predictions.tasks:
-        if task.kind != "binary" or measure.task not in (None, task.name):
-            continue
+    for name in tasks:
+        scores = predictions.task(name).probabilities(predictions.outputs[name]).double()
         found = [
             F.aeod(
-                task.probabilities(predictions.outputs[task.name]).double(),
-                predictions.labels[task.name],
-                groups,
-                len(predictions.group_names[attribute]),
-                normalise=True,
+                scores, predictions.labels[name], predictions.groups[a], len(predictions.group_names[a]), normalise=True
             )
-            for attribute, groups in predictions.groups.items()
-            if measure.attribute in (None, attribute)
+            for a in attributes
         ]
-        some = torch.stack([p for _, p in found])
-        values = torch.stack([v for v, _ in found])
+        values, some = (torch.stack(part) for part in zip(*found))
         psi.append((values * some).sum() / some.sum().clamp(min=1))
         present.append(some.any())
-    phi, _ = F.aggregate_disparities(torch.stack(psi), _PHI_MU, torch.stack(present))
-    if not bool(torch.stack(present).any()):
-        raise UndefinedError(f"objective {measure.name} is undefined on the validation data: no task has two groups")
-    return float(phi)
+    seen = torch.stack(present)
+    phi, _ = F.aggregate_disparities(torch.stack(psi), _PHI_MU, seen)
+    return float(phi) if bool(seen.any()) else math.nan

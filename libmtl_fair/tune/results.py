@@ -1,24 +1,37 @@
-"""What a study hands back: the table of its front, the chosen trial's recipe, and its test metrics, measured once."""
+"""What a study hands back: the table of its front, the chosen trial's recipe, and its test metrics, measured once.
+
+And whether a retrained run agrees: its main numbers on validation and on test, and what drawing other people would change.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
+import torch
 from optuna.trial import FrozenTrial, TrialState
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
-from libmtl_fair.files import write_json, write_text
-from libmtl_fair.recipe.schema import Recipe
+from libmtl_fair.errors import FairMTLError
+from libmtl_fair.files import read_json, write_json, write_text
+from libmtl_fair.predictions import Predictions
+from libmtl_fair.recipe.schema import Recipe, load_recipe
 from libmtl_fair.tune.fingerprint import study_protocol, study_recipe
-from libmtl_fair.tune.objective import ROLE, Outcome, Plan, run_trial
+from libmtl_fair.tune.objectives import parse_measure, value_of
+from libmtl_fair.tune.plan import ROLE, Candidate, Plan
 from libmtl_fair.tune.plots import image, page, trials_table
-from libmtl_fair.tune.select import complete, front, has_disparity, to_recipe
+from libmtl_fair.tune.selection import complete, disparity, front, to_recipe
 from libmtl_fair.tune.study import quiet
+from libmtl_fair.tune.trial import Outcome, choose_protocol, run_trial
+
+_FOLDS = 10
 
 
 def front_table(study: optuna.Study, chosen: FrozenTrial | None = None) -> Table:
@@ -27,18 +40,19 @@ def front_table(study: optuna.Study, chosen: FrozenTrial | None = None) -> Table
     title = "Pareto front" if len(study.directions) > 1 else "best trial"
     if not feasible:
         title = "no trial meets the constraints; those that violate them least"
-    others = [
-        t for t in complete(study) if t.user_attrs.get(ROLE) == "baseline" or (chosen and t.number == chosen.number)
-    ]
+    on_front, taken = {t.number for t in trials}, chosen.number if chosen else None
+    others = [t for t in complete(study) if t.user_attrs.get(ROLE) == "baseline" or t.number == taken]
     shown = {t.number: t for t in [*trials, *others]}
     names = list(dict.fromkeys(name for t in shown.values() for name in t.user_attrs["validation"]))
     table = Table("trial", "", *names, title=f"{title} (validation)", title_justify="left")
     for trial in sorted(shown.values(), key=lambda t: tuple(t.values)):
-        marks = [trial.user_attrs.get(ROLE) or ""]
-        marks += ["chosen"] if chosen is not None and trial.number == chosen.number else []
-        marks += [] if any(t.number == trial.number for t in trials) else ["not on the front"]
-        cells = [_cell(trial.user_attrs["validation"].get(name)) for name in names]
-        table.add_row(str(trial.number), ", ".join(m for m in marks if m), *cells)
+        marks = [
+            trial.user_attrs.get(ROLE),
+            "chosen" if trial.number == taken else None,
+            None if trial.number in on_front else "not on the front",
+        ]
+        cells = [_cell(trial.user_attrs["validation"].get(name, [])) for name in names]
+        table.add_row(str(trial.number), ", ".join(filter(None, marks)), *cells)
     return table
 
 
@@ -50,32 +64,31 @@ def described(trial: FrozenTrial) -> str:
     return f"trial {trial.number} ({method}): {text}"
 
 
-def _cell(values: list[float] | None) -> str:
+def _cell(values: Sequence[float]) -> str:
+    """Return the mean, and after several values their standard deviation."""
     if not values:
         return ""
-    mean = f"{np.mean(values):.4f}"
-    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.4f}"
+    return f"{np.mean(values):.4f}" + (f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else "")
 
 
 def outcome_on_test(study: optuna.Study, plan: Plan, trial: FrozenTrial, device: str = "auto") -> Outcome:
     """Train a trial again, with its own seeds, and measure it on test data."""
-    recipe, protocol = to_recipe(trial), study_protocol(study)
-    (method,) = recipe.methods
-    return run_trial(
-        plan, recipe, method, trial.user_attrs["seeds"], protocol or plan.plain_protocol(), device=device, part="test"
-    )
+    recipe = to_recipe(trial)
+    candidate = Candidate(recipe, recipe.reference, trial.user_attrs["seeds"])
+    protocol = study_protocol(study) or choose_protocol(plan, device)
+    return run_trial(plan, candidate, protocol, device=device, part="test")
 
 
-def table_on_test(study: optuna.Study, outcomes: dict[int, Outcome]) -> Table:
+def table_on_test(study: optuna.Study, outcomes: Mapping[int, Outcome]) -> Table:
     """Return validation and test values of some trials, side by side."""
     trials = {t.number: t for t in complete(study)}
     names = list(next(iter(outcomes.values())).found)
     table = Table("trial", "", *names, title="chosen trial on test data (measured once)", title_justify="left")
     for number, outcome in outcomes.items():
-        trial = trials[number]
-        role = trial.user_attrs.get(ROLE) or "chosen"
-        table.add_row(str(number), f"{role}: validation", *(_cell(trial.user_attrs["validation"][n]) for n in names))
-        table.add_row("", "test", *(_cell(outcome.found[n]) for n in names))
+        marks = trials[number].user_attrs
+        validation = [_cell(marks["validation"][name]) for name in names]
+        table.add_row(str(number), f"{marks.get(ROLE) or 'chosen'}: validation", *validation)
+        table.add_row("", "test", *(_cell(outcome.found[name]) for name in names))
     return table
 
 
@@ -87,25 +100,24 @@ def best_recipe(study: optuna.Study, trial: FrozenTrial) -> Recipe:
 
 
 def write_results(
-    study: optuna.Study, trial: FrozenTrial, outcomes: dict[int, Outcome], folder: str | Path
+    study: optuna.Study, trial: FrozenTrial, outcomes: Mapping[int, Outcome], folder: str | Path
 ) -> list[Path]:
     """Write ``best.yaml``, ``study.html``, ``front.png``, ``trials.csv`` and ``result.json``; return their paths."""
-    folder = Path(folder)
-    recipe = best_recipe(study, trial)
-    content: dict[str, Any] = {
+    folder, trials = Path(folder), study.get_trials(deepcopy=False)
+    content = {
         "study": study.study_name,
         "chosen": trial.number,
-        "states": {s.name.lower(): sum(t.state == s for t in study.get_trials(deepcopy=False)) for s in TrialState},
+        "states": {s.name.lower(): sum(t.state == s for t in trials) for s in TrialState},
         "front": [t.number for t in front(study)[0]],
-        "validation": {str(n): _by_number(study, n).user_attrs["validation"] for n in outcomes},
+        "validation": {str(n): trials[n].user_attrs["validation"] for n in outcomes},
         "test": {str(n): outcome.found for n, outcome in outcomes.items()},
         "seeds": {str(n): outcome.seeds for n, outcome in outcomes.items()},
     }
     comment = f"# Trial {trial.number} of study {study.study_name}, beside the reference.\n"
     return [
-        write_text(folder / "best.yaml", comment + recipe.to_yaml()),
+        write_text(folder / "best.yaml", comment + best_recipe(study, trial).to_yaml()),
         page(study, folder / "study.html"),
-        *([image(study, folder / "front.png")] if has_disparity(study) else []),
+        *([image(study, folder / "front.png")] if disparity(study) is not None else []),
         write_text(folder / "trials.csv", trials_table(study).to_csv(index=False)),
         write_json(folder / "result.json", content),
     ]
@@ -126,5 +138,86 @@ def hand_back(
     yield from (f"{path.stem}: {path}" for path in paths)
 
 
-def _by_number(study: optuna.Study, number: int) -> FrozenTrial:
-    return study.get_trials(deepcopy=False)[number]
+# -- do validation and test agree? ------------------------------------------------------------------------------------
+
+Held = Mapping[str, Any]
+Statistic = Callable[[Predictions], float]
+
+
+def agreement_table(folder: Path) -> Table:
+    """Return a table of a run's main numbers on validation and on test data, side by side.
+
+    After a mean stands the standard deviation over seeds; after the difference that of drawing other people
+    (:func:`sampling_deviation`, of the first seed), where the run has kept its predictions.
+    """
+    recipe = load_recipe(folder / "recipe.yaml")
+    title = "validation and test agree? (± over seeds; of the difference: over people)"
+    table = Table("", "validation", "test", "test - validation", title=title, title_justify="left")
+    for method in sorted({path.parent.parent.name for path in folder.glob("*/seed*/metrics.json")}):
+        seeds = sorted((folder / method).glob("seed*"))
+        held = [read_json(path / "metrics.json") for path in seeds]
+        table.add_section()
+        table.add_row(f"[bold]{method}")
+        deltas = {str(entry["delta_name"]): float(entry["delta"]) for entry in held[0]["audit"]["val"]}
+        names = [
+            *(f"macro {name}" for name in held[0]["utility"]["val"]["macro"]),
+            *(f"bias@{name}" for name in deltas),
+        ]
+        for name in [*names, "eo difference, worst"]:
+            measure = "eo_difference" if name.startswith("eo") else name.replace(" ", "_")
+            pairs = [(_read(h, "val", name), _read(h, "test", name)) for h in held]
+            known = [b - a for a, b in pairs if a is not None and b is not None]
+            spread = _deviation(seeds[0], partial(_statistic, measure, deltas, recipe))
+            gap = (
+                f"{math.fsum(known) / len(known):+.4f}" + ("" if spread is None else f" ± {spread:.4f}")
+                if known
+                else ""
+            )
+            table.add_row(name, *(_cell([v for v in part if v is not None]) for part in zip(*pairs)), gap)
+    return table
+
+
+def _read(held: Held, part: str, name: str) -> float | None:
+    """Return a number of ``metrics.json``, None where it is missing or undefined."""
+    if name.startswith("macro "):
+        found = [held["utility"][part]["macro"].get(name.removeprefix("macro "))]
+    elif name.startswith("bias@"):
+        found = [entry["bias"] for entry in held["audit"][part] if f"bias@{entry['delta_name']}" == name]
+    else:
+        rows = [row for row in held["groups"][part] if row["group"] == "difference"]
+        found = [row["value"] for row in rows if row["metric"].startswith("equalized_odds")]
+    return max((float(value) for value in found if value is not None and not math.isnan(value)), default=None)
+
+
+def _statistic(name: str, deltas: Mapping[str, float], recipe: Recipe, predictions: Predictions) -> float:
+    kinds = {task.name: task.kind for task in predictions.tasks}
+    measure = parse_measure(name, kinds, list(predictions.groups), list(deltas))
+    return value_of(measure, predictions, deltas, recipe)
+
+
+def _deviation(seed: Path, statistic: Statistic) -> float | None:
+    """Return the deviation of a difference between test and validation, two independent draws of people."""
+    paths = [seed / f"predictions_{part}.parquet" for part in ("val", "test")]
+    if not all(path.exists() for path in paths):
+        return None
+    try:
+        return math.hypot(*(sampling_deviation(Predictions.load(path), statistic) for path in paths))
+    except FairMTLError:  # a measure that these tasks do not have
+        return None
+
+
+def sampling_deviation(predictions: Predictions, statistic: Statistic, folds: int = _FOLDS) -> float:
+    """Return the standard deviation of a statistic over draws of people: the jackknife that leaves out a tenth at a time.
+
+    ``sqrt((g - 1) / g sum_i (s_i - mean s)^2)`` for g folds of the rows in their own order, every g-th row in one fold.
+    """
+    fold = torch.arange(len(predictions)) % folds
+    left = np.array([statistic(_part(predictions, fold != i)) for i in range(folds)])
+    return float(math.sqrt(folds - 1) * left.std())
+
+
+def _part(p: Predictions, rows: Tensor) -> Predictions:
+    def some(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value[rows] for name, value in values.items()}
+
+    return Predictions(p.tasks, some(p.scores), some(p.outputs), some(p.labels), some(p.groups), p.group_names)

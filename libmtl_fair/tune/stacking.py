@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 
@@ -15,13 +15,12 @@ from libmtl_fair.errors import FairMTLError
 from libmtl_fair.libmtl import FairTrainer
 from libmtl_fair.libmtl import checkpoint_selection as judging
 from libmtl_fair.recipe.build import make_trainer
-from libmtl_fair.tune import heartbeat as stale
-from libmtl_fair.tune.objective import Candidate, Outcome, measured
+from libmtl_fair.tune.budget import give_up
+from libmtl_fair.tune.heartbeat import Heartbeat
+from libmtl_fair.tune.plan import Candidate
 from libmtl_fair.tune.stacked import Rows, Stack, obstacle, shape
-
-if TYPE_CHECKING:
-    from libmtl_fair.tune.worker import Worker
-
+from libmtl_fair.tune.trial import Outcome, measured
+from libmtl_fair.tune.worker import Worker
 
 _ALONE = "is trained alone: "
 
@@ -92,7 +91,7 @@ class Places:
                 self.worker.check_hope(self.study)
         except KeyboardInterrupt:
             for run in self._runs:
-                stale.give_up(self.study, run.trial, "interrupted")
+                give_up(self.study, run.trial, "interrupted")
             raise
         finally:
             for run in self._runs:
@@ -109,7 +108,7 @@ class Places:
 
     def _begin(self, trial: optuna.Trial) -> None:
         with self.worker.telling(self.study, trial), ExitStack() as alive:
-            alive.enter_context(stale.Heartbeat(self.study, trial, self.worker.grace))
+            alive.enter_context(Heartbeat(self.study, trial, self.worker.grace))
             candidate = self.worker.begin(trial)
             why = obstacle(candidate.recipe, candidate.method, self._tasks)
             if why is None:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
+import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import optuna
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal._file import get_lock_file
 
 from libmtl_fair.errors import CheckpointError, RecipeError, unknown
-from libmtl_fair.tune.journal import JournalFile
 
 _HINT = "; trials that were finished are kept. Repeat the same command to go on"
+_BLOCK = 1 << 16
 
 
 def open_storage(where: str | Path | BaseStorage | None) -> BaseStorage:
@@ -38,16 +43,12 @@ def open_storage(where: str | Path | BaseStorage | None) -> BaseStorage:
         return InMemoryStorage()
     if isinstance(where, BaseStorage):
         return where
-    text = str(where)
-    if text.startswith("grpc://"):
-        return _proxy(text)
-    if "://" in text:
-        return _database(text)
-    return _journal(Path(text))
-
-
-def _journal(path: Path) -> BaseStorage:
-    with storage_errors(path):
+    if str(where).startswith("grpc://"):
+        return _proxy(str(where))
+    with storage_errors(where):
+        if "://" in str(where):
+            return _database(str(where))
+        path = Path(where)
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise RecipeError(f"storage {path} is a folder; give a file, such as {path / 'study.journal'}")
@@ -63,61 +64,54 @@ def _proxy(text: str) -> BaseStorage:
     if not host or not port:
         raise RecipeError(f"storage {text}: expected grpc://host:port, such as grpc://localhost:13000")
     try:
-        grpc: Any = importlib.import_module("grpc")
+        grpc = importlib.import_module("grpc")
     except ImportError as error:
         raise RecipeError(f"storage {text} needs grpcio; install libmtl_fair[grpc]") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        storage: Any = optuna.storages.GrpcStorageProxy(host=host, port=port)
+        storage = optuna.storages.GrpcStorageProxy(host=host, port=port)
         try:
             storage.wait_server_ready(timeout=10)
         except (grpc.RpcError, grpc.FutureTimeoutError) as error:
             raise CheckpointError(
                 f"nothing answers at {text}; is the proxy (optuna.storages.run_grpc_proxy_server) running there?"
             ) from error
-    return storage  # type: ignore[no-any-return]
+    return storage
 
 
 def _database(url: str) -> BaseStorage:
-    with storage_errors(url):
-        try:
-            return optuna.storages.RDBStorage(_with_driver(url), engine_kwargs={"pool_pre_ping": True})
-        except (ImportError, AttributeError) as error:
-            driver = "psycopg2; install libmtl_fair[postgresql]" if url.startswith("postgres") else "its driver"
-            raise RecipeError(f"storage {_shown(url)} needs {driver} ({error})") from error
-
-
-def _with_driver(url: str) -> str:
-    """Return a PostgreSQL address with psycopg2 as its driver where it names none; SQLAlchemy's choice differs by version."""
     scheme, rest = url.split("://", 1)
-    plain = scheme in ("postgresql", "postgres") and importlib.util.find_spec("psycopg2") is not None
-    return f"postgresql+psycopg2://{rest}" if plain else url
+    driver = "its driver"
+    if scheme in ("postgresql", "postgres"):
+        driver = "psycopg2; install libmtl_fair[postgresql]"
+        if importlib.util.find_spec("psycopg2") is not None:  # SQLAlchemy's own choice differs by version
+            url = f"postgresql+psycopg2://{rest}"
+    try:
+        return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"storage {_shown(url)} needs {driver} ({error})") from error
 
 
 def _shown(where: str | Path) -> str:
     """Return an address without its password."""
-    parts = urlsplit(str(where))
-    return str(where).replace(f":{parts.password}@", ":***@") if parts.password else str(where)
-
-
-def driver_errors() -> tuple[type[Exception], ...]:
-    """Return what the drivers of databases and of the proxy raise; those that are not loaded raise nothing."""
-    places = (("sqlalchemy.exc", "SQLAlchemyError"), ("psycopg2", "Error"), ("grpc", "RpcError"))
-    return tuple(getattr(sys.modules[module], name) for module, name in places if module in sys.modules)
+    password = urlsplit(str(where)).password
+    return str(where).replace(f":{password}@", ":***@") if password else str(where)
 
 
 def storage_failures() -> tuple[type[Exception], ...]:
-    """Return what reading or writing a study may raise where the storage is at fault."""
-    return (OSError, optuna.exceptions.StorageInternalError, *driver_errors())
+    """Return what reading or writing a study may raise where the storage is at fault; a driver not loaded raises nothing."""
+    places = (("sqlalchemy.exc", "SQLAlchemyError"), ("psycopg2", "Error"), ("grpc", "RpcError"))
+    drivers = (getattr(sys.modules[module], name) for module, name in places if module in sys.modules)
+    return (OSError, optuna.exceptions.StorageInternalError, *drivers)
 
 
 @contextmanager
-def storage_errors(where: str | Path | None) -> Iterator[None]:
+def storage_errors(where: object) -> Iterator[None]:
     """Turn what goes wrong in reading or writing a study into a CheckpointError that says so."""
-    place = _shown(where) if where is not None else "memory"
     try:
         yield
     except storage_failures() as error:
+        place = _shown(where) if isinstance(where, str | Path) else "memory"
         reason = error.strerror if isinstance(error, OSError) else None
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(f"cannot use the study in {place}: {reason or first}{_HINT}") from error
@@ -142,3 +136,40 @@ def load_study(where: str, name: str | None = None) -> optuna.Study:
         if name is not None and name not in names:
             raise RecipeError(unknown("study", name, names))
         return optuna.load_study(study_name=name or names[0], storage=storage)
+
+
+class JournalFile(JournalFileBackend):
+    """Optuna's journal file, appended to in whole lines only.
+
+    Optuna skips a last line that lacks its end, as a killed writer or a full disk leaves one; the next writer would append to
+    it, and the journal could not be read any more. Here that piece of a line is cut off first, and a write that fails is undone.
+    """
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Append the entries, or none of them; an OSError leaves the file as it was."""
+        text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
+        with get_lock_file(self._lock), FileIO(self._file_path, "r+") as file:
+            end = _end_of_lines(file)
+            try:
+                file.truncate(end)
+                file.seek(end)
+                written = 0
+                while written < len(text):
+                    written += file.write(text[written:])
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)
+                raise
+
+
+def _end_of_lines(file: FileIO) -> int:
+    """Return the position after the last whole line."""
+    stop = file.seek(0, os.SEEK_END)
+    while stop:
+        start = max(stop - _BLOCK, 0)
+        file.seek(start)
+        found = file.read(stop - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        stop = start
+    return 0

@@ -3,38 +3,57 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import optuna
 import torch
+from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial
 
 from libmtl_fair.data.loader import resolve_device
-from libmtl_fair.errors import CheckpointError, FairMTLError, RecipeError
-from libmtl_fair.recipe.measure import Protocol
+from libmtl_fair.errors import CheckpointError, FairMTLError, RecipeError, unknown
 from libmtl_fair.recipe.schema import Recipe, load_recipe
-from libmtl_fair.tune import heartbeat as stale
-from libmtl_fair.tune.artifacts import describe, keeper_of
-from libmtl_fair.tune.fingerprint import PROTOCOL, fingerprint, stamp, study_protocol
-from libmtl_fair.tune.objective import Plan, choose_protocol
-from libmtl_fair.tune.queue import fill, finished
-from libmtl_fair.tune.samplers import SAMPLERS, make_pruner, make_sampler
-from libmtl_fair.tune.stacking import aloud
+from libmtl_fair.recipe.sections import Tune
+from libmtl_fair.recipe.yaml_source import Source
+from libmtl_fair.tune.artifacts import Keeper, describe
+from libmtl_fair.tune.budget import fill, finished
+from libmtl_fair.tune.fingerprint import FINGERPRINT, PROTOCOL, fingerprint, stamp, study_protocol
+from libmtl_fair.tune.heartbeat import GRACE
+from libmtl_fair.tune.plan import FIXED, Plan
+from libmtl_fair.tune.stacking import Places, aloud
 from libmtl_fair.tune.storage import open_storage, storage_errors
+from libmtl_fair.tune.trial import choose_protocol
 from libmtl_fair.tune.worker import Worker
 
 Note = Callable[[str], None]
 SAMPLER = "sampler"
 ON_GPU = 16
 """Trials trained at once on a GPU, which one small model leaves idle."""
+
+SAMPLERS: Mapping[str, Mapping[str, Any]] = {
+    "nsga2": {"population_size": 20, "mutation_prob": None, "crossover_prob": 0.9, "swapping_prob": 0.5},
+    "random": {},
+    # group: the baseline and the published settings have no parameters, several methods have different ones.
+    "tpe": {"n_startup_trials": 10, "n_ei_candidates": 24, "multivariate": True, "group": True, "constant_liar": True},
+}
+"""Name -> its settings, pinned and recorded, so that another version of Optuna does not change a study."""
+PRUNERS: Mapping[str | None, Callable[[], optuna.pruners.BasePruner]] = {
+    None: optuna.pruners.NopPruner,
+    "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2),
+    "hyperband": lambda: optuna.pruners.HyperbandPruner(min_resource=2),
+}
 
 
 def tune(
@@ -50,7 +69,7 @@ def tune(
     timeout: float | None = None,
     device: str = "auto",
     new_study: bool = False,
-    grace: float = stale.GRACE,
+    grace: float = GRACE,
     note: Note | None = None,
 ) -> optuna.Study:
     """Search a method's settings for the best utility at the least disparity, on validation data.
@@ -78,57 +97,76 @@ def tune(
     FairMTLError : all trials fail.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    total = _total(recipe, n_trials)
-    timeout = timeout if timeout is not None else (recipe.tune.timeout if recipe.tune else None)
-    _check_workers(workers, storage)
-    plan = Plan.make(recipe, objectives)
-    stacked = _stacked(plan, stacked, _own_device(device))
-    with storage_errors(storage if isinstance(storage, (str, Path)) else None), quiet():
-        opened = open_storage(storage)
-        study = open_study(plan, opened, study_name or recipe.name, resume=resume, new=new_study)
-        protocol = _protocol(plan, study, device)
-        fill(study, plan, total)
-        deadline = None if timeout is None else time.monotonic() + timeout
-        if workers > 1:
-            job = replace(_Job.of(plan, study, storage, total, timeout, device, grace), stacked=stacked)
-            _run_workers(job, workers, study, total, note)
-        describe(study)
-        own, keeper = _own_device(device), keeper_of(storage)
-        Worker(plan, protocol, total, own, deadline, grace, keeper, stacked, note or _silent)(study)
-    return study
+    settings = recipe.tune or Tune()
+    total = _whole("the number of trials", n_trials if n_trials is not None else settings.trials or 60, 1)
+    if _whole("workers", workers, 1) > 1 and not isinstance(storage, str | Path):
+        raise RecipeError(
+            f"{workers} workers are processes that share a storage: give one as text, such as storage='study.journal'"
+        )
+    stacked = _whole("--stacked", stacked or settings.stacked, 0)
+    limit = settings.timeout if timeout is None else timeout
+    where = str(storage) if isinstance(storage, Path) else storage
+    job = Job(objectives, where, study_name or recipe.name, total, limit, device, grace, stacked)
+    return _work(recipe, job, note or _silent, workers, resume, new_study)
+
+
+def _whole(what: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise RecipeError(f"{what} must be a whole number of at least {least}, found {value!r}")
+    return value
 
 
 def _silent(text: str) -> None:
     pass
 
 
-def _total(recipe: Recipe, asked: int | None) -> int:
-    total = asked if asked is not None else (recipe.tune.trials if recipe.tune else None) or 60
-    if isinstance(total, bool) or not isinstance(total, int) or total < 1:
-        raise RecipeError(f"the number of trials must be a whole number of at least 1, found {total!r}")
-    return total
+def at_once(asked: int, device: str) -> int:
+    """Return how many trials are trained at once: those asked for, or what suits the device."""
+    return asked or (ON_GPU if resolve_device(device).type == "cuda" else 1)
 
 
-def _check_workers(workers: int, storage: Any) -> None:
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-        raise RecipeError(f"workers must be a whole number of at least 1, found {workers!r}")
-    if workers > 1 and not isinstance(storage, (str, Path)):
-        raise RecipeError(
-            f"{workers} workers are processes that share a storage: give one as text, such as storage='study.journal'"
-        )
+@dataclass(frozen=True)
+class Job:
+    """What a worker is to do; a process is told it as JSON on its standard input."""
+
+    objectives: Sequence[str] | None
+    storage: str | BaseStorage | None
+    study: str
+    total: int
+    timeout: float | None
+    device: str
+    grace: float
+    stacked: int
+    worker: int = 0
 
 
-def _stacked(plan: Plan, asked: int, device: str) -> int:
-    """Return how many trials are trained at once.
-
-    Raises
-    ------
-    RecipeError : not a whole number.
-    """
-    found = asked or (plan.recipe.tune.stacked if plan.recipe.tune else 0)
-    if isinstance(found, bool) or not isinstance(found, int) or found < 0:
-        raise RecipeError(f"--stacked must be a whole number of at least 0, found {found!r}")
-    return found or (ON_GPU if resolve_device(device).type == "cuda" else 1)
+def _work(
+    recipe: Recipe, job: Job, note: Note, workers: int = 1, resume: bool = True, new: bool = False
+) -> optuna.Study:
+    """Open the study and work, here and in processes of one's own, until every slot is finished or the time is over."""
+    deadline = float("inf") if job.timeout is None else time.monotonic() + job.timeout
+    plan, device = Plan.make(recipe, job.objectives), job.device.split(",")[0]
+    stacked = at_once(job.stacked, device)
+    with storage_errors(job.storage), quiet():
+        study = open_study(plan, open_storage(job.storage), job.study, resume=resume, new=new, worker=job.worker)
+        protocol = study_protocol(study)
+        if protocol is None:
+            protocol = choose_protocol(plan, device)
+            study.set_user_attr(PROTOCOL, protocol.to_dict())
+        fill(study, plan, job.total)
+        if workers > 1:
+            _run_workers(recipe, replace(job, study=study.study_name, stacked=stacked), workers, study, note)
+        if not job.worker:
+            describe(study)
+        keeper = Keeper.beside(job.storage)
+        worker = Worker(plan, protocol, job.total, device, deadline, job.grace, keeper, note)
+        run = Places(worker, study, stacked) if stacked > 1 else partial(worker, study)
+        while not worker.late:
+            run()
+            if finished(study, job.total) >= job.total:
+                break
+            time.sleep(min(0.5, job.grace / 5))
+    return study
 
 
 @contextmanager
@@ -154,161 +192,118 @@ def open_study(
     RecipeError : it is about something else: says what differs.
     CheckpointError : it has trials, and ``resume`` is False.
     """
-    described = plan.described()
-    if new:
-        name = _free_name(storage, name, fingerprint(described))
-    existing = name in optuna.get_all_study_names(storage)
-    if existing:
+    names, first, number = set(optuna.get_all_study_names(storage)), name, 1
+    while new and name in names:
+        held = optuna.load_study(study_name=name, storage=storage).user_attrs
+        if held.get(FINGERPRINT) == fingerprint(plan.described()):
+            break
+        number += 1
+        name = f"{first}-{number}"
+    if name in names:
         study = optuna.load_study(study_name=name, storage=storage)
     else:
-        directions = [optuna.study.StudyDirection[m.direction.upper()] for m in plan.objectives]
+        directions = [StudyDirection[m.direction.upper()] for m in plan.objectives]
         study = optuna.create_study(study_name=name, storage=storage, directions=directions, load_if_exists=True)
-    stamp(study, described, plan.recipe)
+    stamp(study, plan)
     done = len(study.get_trials(deepcopy=False))
-    if existing and done and not resume:
+    if name in names and done and not resume:
         raise CheckpointError(f"study {name!r} has trials already; call with resume=True to go on with it")
     if not study.metric_names:
         study.set_metric_names([m.name for m in plan.objectives])
-    study.sampler = make_sampler(plan.sampler, plan.space, plan.recipe.seeds[0] + 7919 * worker + done)
+    study.sampler = _sampler(plan, plan.recipe.seeds[0] + 7919 * worker + done)
     if SAMPLER not in study.user_attrs:
-        pinned = {"name": plan.sampler, **SAMPLERS[plan.sampler], "optuna": optuna.__version__}
-        study.set_user_attr(SAMPLER, pinned)
-    study.pruner = make_pruner(plan.pruner)
+        study.set_user_attr(SAMPLER, {"name": plan.sampler, **SAMPLERS[plan.sampler], "optuna": optuna.__version__})
+    if plan.pruner not in PRUNERS:
+        raise RecipeError(f"tune.pruner: {unknown('pruner', plan.pruner, filter(None, PRUNERS))}")
+    study.pruner = PRUNERS[plan.pruner]()
     return study
 
 
-def _free_name(storage: BaseStorage, name: str, wanted: str) -> str:
-    """Return the first of name, name-2, ... that is free or about the same."""
-    names, number, candidate = set(optuna.get_all_study_names(storage)), 1, name
-    while candidate in names:
-        held = optuna.load_study(study_name=candidate, storage=storage).user_attrs
-        if held.get("fingerprint") == wanted:
-            break
-        number += 1
-        candidate = f"{name}-{number}"
-    return candidate
+def _sampler(plan: Plan, seed: int) -> optuna.samplers.BaseSampler:
+    if plan.sampler not in SAMPLERS:
+        raise RecipeError(f"tune.sampler: {unknown('sampler', plan.sampler, SAMPLERS)}")
+    if plan.sampler == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    if plan.sampler == "tpe":
+        return optuna.samplers.TPESampler(**SAMPLERS["tpe"], seed=seed)
+    if len(plan.space) > 1:
+        methods = ", ".join(plan.space)
+        raise RecipeError(
+            f"tune.sampler: nsga2 crosses the settings of one method, and tune.methods has {methods}; take tpe"
+        )
+    return Evolution({p.name: p.distribution() for p in next(iter(plan.space.values()))}, seed)
 
 
-def _protocol(plan: Plan, study: optuna.Study, device: str) -> Protocol:
-    held = study_protocol(study)
-    if held is not None:
-        return held
-    made = choose_protocol(plan, _own_device(device))
-    study.set_user_attr(PROTOCOL, made.to_dict())
-    return made
+class Evolution(optuna.samplers.NSGAIISampler):
+    """NSGA-II over a space known beforehand; trials of fixed settings, which have no parameters, are no parents."""
 
+    def __init__(self, space: Mapping[str, BaseDistribution], seed: int) -> None:
+        super().__init__(**SAMPLERS["nsga2"], seed=seed)
+        self._space = space
 
-def _own_device(device: str) -> str:
-    return device.split(",")[0]
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Return the space; Optuna's own guess is what all trials so far have in common."""
+        return {} if trial.user_attrs.get(FIXED) else dict(self._space)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Return a child of the generation before."""
+        return super().sample_relative(study, trial, search_space) if search_space else {}
 
 
 # -- worker processes -------------------------------------------------------------------------------------------------
 
-_START = "import sys; from libmtl_fair.tune.study import _main; sys.exit(_main())"
+_START = "import sys; from libmtl_fair.tune.study import main; sys.exit(main())"
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What a worker process is told, as JSON on its standard input."""
-
-    recipe: dict[str, Any]
-    file: str
-    objectives: list[str]
-    storage: str
-    study: str
-    total: int
-    timeout: float | None
-    device: str
-    grace: float
-    worker: int = 0
-    stacked: int = 0
-
-    @classmethod
-    def of(
-        cls, plan: Plan, study: optuna.Study, storage: Any, total: int, timeout: float | None, device: str, grace: float
-    ) -> _Job:
-        names = [m.name for m in plan.objectives]
-        source = plan.recipe._source.file
-        return cls(plan.recipe.to_dict(), source, names, str(storage), study.study_name, total, timeout, device, grace)
-
-
-def _run_workers(job: _Job, workers: int, study: optuna.Study, total: int, note: Note | None) -> None:
+def _run_workers(recipe: Recipe, job: Job, workers: int, study: optuna.Study, note: Note) -> None:
     """Run worker processes until they end; what a dead one leaves is for the caller to finish."""
-    devices = _devices(job.device)
+    devices = job.device.split(",")
+    if job.device == "auto" and torch.cuda.device_count() > 1:
+        devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     processes = []
     try:
         for number in range(workers):
-            told = {**asdict(job), "worker": number + 1, "device": devices[number % len(devices)]}
-            process = subprocess.Popen([sys.executable, "-c", _START], stdin=subprocess.PIPE)
+            own = replace(job, worker=number + 1, device=devices[number % len(devices)])
+            process = subprocess.Popen([sys.executable, "-c", _START], stdin=subprocess.PIPE, text=True)
             processes.append(process)
             assert process.stdin is not None
-            process.stdin.write(json.dumps(told).encode())
-            process.stdin.close()
-        _wait(processes, study, total, note)
+            with process.stdin as told:
+                json.dump({"recipe": recipe.to_dict(), "file": recipe._source.file, "job": asdict(own)}, told)
+        shown = finished(study, job.total)
+        while any(process.poll() is None for process in processes):
+            time.sleep(0.2)
+            now = finished(study, job.total)
+            for number in range(shown + 1, now + 1):
+                note(f"{number} of {job.total} trials")
+            shown = max(shown, now)
     finally:
         for process in processes:
-            if process.poll() is None:
-                process.terminate()
+            process.terminate()
         for process in processes:
             process.wait()
+    if all(process.returncode in (1, 2) for process in processes):
+        raise FairMTLError(f"all {workers} workers stopped with an error; what they said is above")
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], study: optuna.Study, total: int, note: Note | None) -> None:
-    shown = finished(study, total)
-    while any(process.poll() is None for process in processes):
-        time.sleep(0.2)
-        now = finished(study, total)
-        for number in range(shown + 1, now + 1):
-            (note or _silent)(f"{number} of {total} trials")
-        shown = max(shown, now)
-    codes = [process.returncode for process in processes]
-    if all(code in (1, 2) for code in codes):
-        raise FairMTLError(f"all {len(codes)} workers stopped with an error; what they said is above")
+def main() -> int:
+    """Run as a worker process; return its exit code."""
 
-
-def _devices(device: str) -> list[str]:
-    """Return the devices that workers take in turn: those listed, or all CUDA devices for ``auto``."""
-    if device == "auto" and torch.cuda.device_count() > 1:
-        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    return device.split(",")
-
-
-def _work(told: dict[str, Any]) -> None:
-    """Do what a parent told: open the study and work."""
-    from libmtl_fair.recipe.yaml_source import Source
-
-    recipe = Recipe.from_dict(told["recipe"], Source(file=told["file"], data=told["recipe"]))
-    with storage_errors(told["storage"]), quiet():
-        plan = Plan.make(recipe, told["objectives"])
-        study = open_study(plan, open_storage(told["storage"]), told["study"], worker=told["worker"])
-        protocol = study_protocol(study)
-        assert protocol is not None
-        deadline = None if told["timeout"] is None else time.monotonic() + told["timeout"]
-        keeper = keeper_of(told["storage"])
-        stacked = told["stacked"]
-        note = aloud(_complain, _silent)
-        Worker(plan, protocol, told["total"], told["device"], deadline, told["grace"], keeper, stacked, note)(study)
-
-
-def _complain(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-
-
-def _main() -> int:
-    """Run as a worker process."""
-    import signal
-
-    import libmtl_fair.libmtl  # noqa: F401 - loads LibMTL before anything else does
-
-    def stop(*_: Any) -> None:
+    def stop(*_: object) -> None:
         raise KeyboardInterrupt
+
+    def complain(text: str) -> None:
+        sys.stderr.write(f"{text}\n")
 
     signal.signal(signal.SIGTERM, stop)
     torch.set_num_threads(1)
     try:
-        _work(json.load(sys.stdin))
+        told = json.load(sys.stdin)
+        recipe = Recipe.from_dict(told["recipe"], Source(file=told["file"], data=told["recipe"]))
+        _work(recipe, Job(**told["job"]), aloud(complain, _silent))
     except FairMTLError as error:
-        sys.stderr.write(f"worker: {error}\n")
+        complain(f"worker: {error}")
         return 1
     except KeyboardInterrupt:
         return 75

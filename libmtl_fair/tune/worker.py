@@ -1,4 +1,4 @@
-"""A worker: claims slots of a study, trains them, and watches for colleagues that died."""
+"""A worker: claims slots of a study, trains them one at a time, and watches for colleagues that died."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from optuna.trial import TrialState
 
 from libmtl_fair.errors import CheckpointError, FairMTLError
 from libmtl_fair.recipe.measure import Protocol
-from libmtl_fair.tune import heartbeat as stale
 from libmtl_fair.tune.artifacts import Keeper
-from libmtl_fair.tune.objective import Candidate, Outcome, Plan, run_trial
-from libmtl_fair.tune.queue import claim, fill, finished, slots
-from libmtl_fair.tune.stacking import Places
+from libmtl_fair.tune.budget import claim, fill, give_up, slots
+from libmtl_fair.tune.heartbeat import GRACE, Heartbeat, Reaper
+from libmtl_fair.tune.plan import Candidate, Plan
+from libmtl_fair.tune.trial import Outcome, run_trial
 
 _FAILURES = (
     ArithmeticError,
@@ -39,7 +39,7 @@ _HOPELESS = 5
 
 @dataclass
 class Worker:
-    """Runs trials of a study until its slots are done.
+    """Runs trials of a study until none waits.
 
     Attributes
     ----------
@@ -47,7 +47,7 @@ class Worker:
     total : slots of the study.
     device : of this worker's trainings.
     deadline : ``time.monotonic()`` after which no trial is begun.
-    stacked : trials that are trained at once, where they can be; below 2 one at a time.
+    grace : seconds without a sign of life after which a worker on another machine counts as dead.
     keeper : keeps each trial's files, None where the storage has no folder for them.
     note : called with one line after each trial.
     """
@@ -56,40 +56,26 @@ class Worker:
     protocol: Protocol
     total: int
     device: str = "auto"
-    deadline: float | None = None
-    grace: float = stale.GRACE
+    deadline: float = float("inf")
+    grace: float = GRACE
     keeper: Keeper | None = None
-    stacked: int = 0
     note: Callable[[str], None] = lambda text: None
-    reaper: stale.Reaper = field(init=False)
+    reaper: Reaper = field(init=False)
 
     def __post_init__(self) -> None:
         """Start watching."""
-        self.reaper = stale.Reaper(self.grace)
-
-    def __call__(self, study: optuna.Study) -> None:
-        """Work until every slot is finished or the time is over.
-
-        Raises
-        ------
-        FairMTLError : every trial so far has failed.
-        """
-        while not self.late:
-            trial = self.ask(study) if self.stacked < 2 else None
-            if trial is not None:
-                self.run(study, trial)
-                self.check_hope(study)
-                continue
-            if self.stacked > 1:
-                Places(self, study, self.stacked)()
-            if finished(study, self.total) >= self.total:
-                return
-            time.sleep(min(0.5, self.grace / 5))
+        self.reaper = Reaper(self.grace)
 
     @property
     def late(self) -> bool:
         """Whether the time is over."""
-        return self.deadline is not None and time.monotonic() > self.deadline
+        return time.monotonic() > self.deadline
+
+    def __call__(self, study: optuna.Study) -> None:
+        """Run one trial after another until none waits or the time is over; see :meth:`check_hope`."""
+        while not self.late and (trial := self.ask(study)) is not None:
+            self.run(study, trial)
+            self.check_hope(study)
 
     def ask(self, study: optuna.Study) -> optuna.Trial | None:
         """Return a trial that waits, after queueing again what dead colleagues left; None where nothing waits."""
@@ -99,19 +85,34 @@ class Worker:
 
     def begin(self, trial: optuna.Trial) -> Candidate:
         """Ask the sampler for a trial's parameters, and note in the trial what it trains."""
-        recipe, method = self.plan.candidate(trial)
-        found = Candidate(recipe, method, self.plan.seeds(trial.user_attrs[stale.SLOT]))
+        found = self.plan.candidate(trial)
         trial.set_user_attr("seeds", found.seeds)
-        trial.set_user_attr("method", method)
-        trial.set_user_attr("recipe", recipe.to_dict())
+        trial.set_user_attr("method", found.method)
+        trial.set_user_attr("recipe", found.recipe.to_dict())
         return found
 
     def run(self, study: optuna.Study, trial: optuna.Trial) -> None:
         """Train and measure one trial alone, and tell the study, whatever happens."""
+
+        def on_epoch(epoch: int, score: float) -> None:
+            trial.report(score, epoch)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
         with self.telling(study, trial):
-            with stale.Heartbeat(study, trial, self.grace):
+            with Heartbeat(study, trial, self.grace):
                 candidate = self.begin(trial)
-                outcome = self._train(trial, candidate)
+                try:
+                    outcome = run_trial(
+                        self.plan,
+                        candidate,
+                        self.protocol,
+                        device=self.device,
+                        on_epoch=on_epoch if self.plan.pruner is not None else None,
+                        on_trained=self.keeper.trained(trial) if self.keeper else None,
+                    )
+                except optuna.TrialPruned:
+                    outcome = None
             self.finish(study, trial, candidate, outcome)
 
     @contextmanager
@@ -124,69 +125,38 @@ class Worker:
         except CheckpointError:
             raise
         except KeyboardInterrupt:
-            stale.give_up(study, trial, "interrupted")
+            give_up(study, trial, "interrupted")
             raise
         except (FairMTLError, *_FAILURES) as error:
             if isinstance(error, OSError) and error.errno in _NO_ROOM:
                 with suppress(OSError):  # another worker, or the same command later, runs it again
-                    stale.give_up(study, trial, "no room for its results")
+                    give_up(study, trial, "no room for its results")
                 raise
-            self._failed(study, trial, error)
-
-    def _train(self, trial: optuna.Trial, candidate: Candidate) -> Outcome | None:
-        def on_epoch(epoch: int, score: float) -> None:
-            trial.report(score, epoch)
-            if trial.should_prune():
-                raise optuna.TrialPruned
-
-        try:
-            return run_trial(
-                self.plan,
-                candidate.recipe,
-                candidate.method,
-                candidate.seeds,
-                self.protocol,
-                device=self.device,
-                on_epoch=on_epoch if self.plan.pruner is not None else None,
-                on_trained=self.keeper.trained(trial) if self.keeper else None,
-            )
-        except optuna.TrialPruned:
-            return None
+            with suppress(UpdateFinishedTrialError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                trial.set_user_attr("error", f"{type(error).__name__}: {error}")
+                trial.set_user_attr("traceback", traceback.format_exc())
+                study.tell(trial, state=TrialState.FAIL)
+                self.note(f"trial {trial.number} failed: {error}")
 
     def finish(self, study: optuna.Study, trial: optuna.Trial, candidate: Candidate, outcome: Outcome | None) -> None:
         """Tell the study what a trial found; None is a pruned one."""
         if outcome is None:
             study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
-        else:
-            if self.keeper is not None:
-                self.keeper.measured(trial, outcome, candidate.recipe)
-            self._tell(study, trial, outcome)
-        self.note(f"trial {trial.number} " + ("pruned" if outcome is None else self._line(outcome)))
-
-    def _tell(self, study: optuna.Study, trial: optuna.Trial, outcome: Outcome) -> None:
+            self.note(f"trial {trial.number} pruned")
+            return
+        if self.keeper is not None:
+            self.keeper.measured(trial, outcome, candidate.recipe)
         trial.set_user_attr("validation", outcome.found)
         trial.set_user_attr("train_s", outcome.train_s)
         excess = {c.text: c.excess(outcome.mean(c.measure.name)) for c in self.plan.constraints}
-        if excess:
-            for text, value in excess.items():
-                trial.set_constraint(text, value)
-            # optuna-dashboard 0.21 reads this attribute only.
+        for text, value in excess.items():
+            trial.set_constraint(text, value)
+        if excess:  # optuna-dashboard 0.21 reads this attribute only
             study._storage.set_trial_system_attr(trial._trial_id, "constraints", list(excess.values()))
         study.tell(trial, [outcome.mean(m.name) for m in self.plan.objectives])
-
-    def _line(self, outcome: Outcome) -> str:
-        return ", ".join(f"{m.name} {outcome.mean(m.name):.4f}" for m in self.plan.measures)
-
-    def _failed(self, study: optuna.Study, trial: optuna.Trial, error: BaseException) -> None:
-        try:
-            trial.set_user_attr("error", f"{type(error).__name__}: {error}")
-            trial.set_user_attr("traceback", traceback.format_exc())
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                study.tell(trial, state=TrialState.FAIL)
-        except UpdateFinishedTrialError:
-            return
-        self.note(f"trial {trial.number} failed: {error}")
+        line = ", ".join(f"{m.name} {outcome.mean(m.name):.4f}" for m in self.plan.measures)
+        self.note(f"trial {trial.number} {line}")
 
     def check_hope(self, study: optuna.Study) -> None:
         """Stop where every trial fails.

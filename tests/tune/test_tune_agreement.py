@@ -8,7 +8,7 @@ from sklearn.metrics import roc_auc_score
 
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.tasks import Binary
-from libmtl_fair.tune.agreement import sampling_deviation
+from libmtl_fair.tune.results import sampling_deviation
 
 
 def drawn(seed: int, n: int = 4000) -> Predictions:

@@ -17,15 +17,17 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from libmtl_fair.tune import heartbeat as stale
-from libmtl_fair.tune.objective import Plan
-from libmtl_fair.tune.queue import claim, fill
+from libmtl_fair.tune import heartbeat
+from libmtl_fair.tune.budget import claim, fill
+from libmtl_fair.tune.fingerprint import PROTOCOL
+from libmtl_fair.tune.plan import Plan
 from libmtl_fair.tune.storage import open_storage
-from libmtl_fair.tune.study import _Job, _protocol, open_study, quiet
+from libmtl_fair.tune.study import Job, open_study, quiet
+from libmtl_fair.tune.trial import choose_protocol
 
 TOTAL = 5
 WORK = """
-import json, sys, time
+import sys, time
 from libmtl_fair.tune import study, worker
 real, slow = worker.run_trial, float(sys.argv[1])
 def run(*args, **options):
@@ -34,7 +36,7 @@ def run(*args, **options):
     time.sleep(slow)
     return real(*args, **options)
 worker.run_trial = run
-study._work(json.load(sys.stdin))
+sys.exit(study.main())
 """
 
 
@@ -56,15 +58,16 @@ def prepared(recipe, storage: str, grace: float) -> dict:
     with quiet():
         plan = Plan.make(recipe)
         study = open_study(plan, open_storage(storage), recipe.name)
-        _protocol(plan, study, "cpu")
+        study.set_user_attr(PROTOCOL, choose_protocol(plan, "cpu").to_dict())
         fill(study, plan, TOTAL)
-        job = _Job.of(plan, study, storage, TOTAL, None, "cpu", grace)
-    return {**job.__dict__, "worker": 1}
+    job = Job(None, storage, recipe.name, TOTAL, None, "cpu", grace, 1, worker=1)
+    return {"recipe": recipe.to_dict(), "file": recipe._source.file, "job": job.__dict__}
 
 
 def kill_one_of_two(recipe, storage: str, grace: float = 5.0) -> None:
     told = prepared(recipe, storage, grace)
-    with start(told, slow=600) as doomed, start({**told, "worker": 2}) as other:
+    second = {**told, "job": {**told["job"], "worker": 2}}
+    with start(told, slow=600) as doomed, start(second) as other:
         try:
             assert doomed.stdout.readline() == "training\n", doomed.stderr.read()
             doomed.send_signal(signal.SIGKILL)
@@ -174,14 +177,14 @@ def test_a_worker_on_another_machine_is_dead_when_its_counter_stands_still(small
     study = optuna.create_study(directions=["maximize", "minimize"])
     fill(study, plan, 1)
     trial = claim(study, 1)
-    trial.set_user_attr(stale.WORKER, {"machine": "elsewhere", "pid": 1, "started": "1"})
+    trial.set_user_attr(heartbeat.WORKER, {"machine": "elsewhere", "pid": 1, "started": "1"})
     now = [100.0]
-    monkeypatch.setattr(stale.time, "monotonic", lambda: now[0])
-    reaper = stale.Reaper(grace=10)
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now[0])
+    reaper = heartbeat.Reaper(grace=10)
     assert reaper(study) == []
     for beat in range(3):
         now[0] += 9
-        trial.set_user_attr(stale.BEAT, beat)
+        trial.set_user_attr(heartbeat.BEAT, beat)
         assert reaper(study) == []
     now[0] += 9
     assert reaper(study) == []
@@ -195,18 +198,18 @@ def test_heartbeats_are_written_and_stop_with_the_trial(small):
     study = optuna.create_study(directions=["maximize", "minimize"])
     fill(study, plan, 1)
     trial = claim(study, 1)
-    with stale.Heartbeat(study, trial, grace=0.1):
-        wait_until(lambda: study.get_trials()[0].user_attrs.get(stale.BEAT, 0) >= 2)
-    before = study.get_trials()[0].user_attrs[stale.BEAT]
+    with heartbeat.Heartbeat(study, trial, grace=0.1):
+        wait_until(lambda: study.get_trials()[0].user_attrs.get(heartbeat.BEAT, 0) >= 2)
+    before = study.get_trials()[0].user_attrs[heartbeat.BEAT]
     time.sleep(0.1)
-    assert study.get_trials()[0].user_attrs[stale.BEAT] == before
-    assert study.get_trials()[0].user_attrs[stale.WORKER] == stale.address()
+    assert study.get_trials()[0].user_attrs[heartbeat.BEAT] == before
+    assert study.get_trials()[0].user_attrs[heartbeat.WORKER] == heartbeat.address()
 
 
 def test_this_process_lives_and_a_reused_number_does_not():
-    assert stale.alive(os.getpid(), stale.started(os.getpid()))
-    if stale.started(os.getpid()) is not None:
-        assert not stale.alive(os.getpid(), "1")
+    assert heartbeat.alive(os.getpid(), heartbeat.started(os.getpid()))
+    if heartbeat.started(os.getpid()) is not None:
+        assert not heartbeat.alive(os.getpid(), "1")
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    assert not stale.alive(ended.pid, "1")
+    assert not heartbeat.alive(ended.pid, "1")

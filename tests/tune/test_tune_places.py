@@ -7,9 +7,10 @@ from optuna.trial import TrialState
 
 from libmtl_fair import tune
 from libmtl_fair.tune import study
-from libmtl_fair.tune.objective import Plan, run_trial
+from libmtl_fair.tune.plan import Candidate, Plan
 from libmtl_fair.tune.stacked import Stack
 from libmtl_fair.tune.storage import open_storage
+from libmtl_fair.tune.trial import choose_protocol, run_trial
 
 
 @pytest.fixture
@@ -31,7 +32,8 @@ def assert_as_alone(recipe, found):
     for trial in found:
         candidate = tune.to_recipe(trial)
         (method,) = candidate.methods
-        alone = run_trial(plan, candidate, method, trial.user_attrs["seeds"], plan.plain_protocol())
+        again = Candidate(candidate, method, trial.user_attrs["seeds"])
+        alone = run_trial(plan, again, choose_protocol(plan))
         assert [alone.mean(m.name) for m in plan.objectives] == pytest.approx(trial.values, abs=2e-3)
 
 
@@ -123,13 +125,16 @@ def test_an_interrupted_stack_resumes(small, tmp_path, monkeypatch):
     assert len(optuna.load_study(study_name="small", storage=open_storage(tmp_path / "j.log")).trials) == 5 + len(lost)
 
 
-def test_on_a_gpu_stacked_is_the_default(small, monkeypatch):
-    plan = Plan.make(small())
-    assert study._stacked(plan, 0, "cpu") == 1
+def test_on_a_gpu_stacked_is_the_default(monkeypatch):
+    assert study.at_once(0, "cpu") == 1
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert study._stacked(plan, 0, "auto") == study.ON_GPU > 1
-    assert study._stacked(plan, 1, "cuda") == 1
-    assert study._stacked(Plan.make(small("tune.stacked=4")), 0, "cpu") == 4
+    assert study.at_once(0, "auto") == study.ON_GPU > 1
+    assert study.at_once(1, "cuda") == 1
+
+
+def test_a_recipe_may_say_how_many(small, watched):
+    tune.tune(small("tune.stacked=4", "tune.space={lr: builtin}"), 4, device="cpu")
+    assert max(map(max, watched.values())) == 4
 
 
 def test_a_stack_that_cannot_train_leaves_its_trials_to_be_trained_alone(small, monkeypatch):

@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 
 from libmtl_fair import tune
 from libmtl_fair.errors import CheckpointError
-from libmtl_fair.tune.journal import JournalFile
+from libmtl_fair.tune.storage import JournalFile
 
 
 @pytest.fixture

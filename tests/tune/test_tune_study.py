@@ -6,8 +6,10 @@ from optuna.trial import TrialState
 
 from libmtl_fair import tune
 from libmtl_fair.errors import CheckpointError, FairMTLError, RecipeError
-from libmtl_fair.tune import objective, samplers, worker
-from libmtl_fair.tune.queue import claim, fill, slots
+from libmtl_fair.tune import study as studies
+from libmtl_fair.tune import worker
+from libmtl_fair.tune.budget import claim, fill, give_up, slots
+from libmtl_fair.tune.plan import Plan
 
 
 def test_a_study_tries_the_known_settings_first_and_stops_at_the_total(small):
@@ -79,11 +81,11 @@ def test_a_study_of_someone_else_is_refused(small, tmp_path):
 def test_a_failing_trial_keeps_its_traceback_and_the_study_goes_on(small, monkeypatch):
     real, calls = worker.run_trial, []
 
-    def fails(plan, recipe, method, seeds, *args, **options):
-        calls.append(seeds)
+    def fails(plan, candidate, *args, **options):
+        calls.append(candidate.seeds)
         if len(calls) == 2:
             raise RuntimeError("a bad day")
-        return real(plan, recipe, method, seeds, *args, **options)
+        return real(plan, candidate, *args, **options)
 
     monkeypatch.setattr(worker, "run_trial", fails)
     study = tune.tune(small(), 3)
@@ -107,11 +109,11 @@ def test_a_study_whose_trials_all_fail_stops(small, monkeypatch):
 def test_an_interruption_leaves_a_study_that_resumes_with_the_same_trial(small, tmp_path, monkeypatch):
     real, calls = worker.run_trial, []
 
-    def stops(plan, recipe, method, seeds, *args, **options):
-        calls.append((seeds, recipe.to_dict()))
+    def stops(plan, candidate, *args, **options):
+        calls.append((candidate.seeds, candidate.recipe.to_dict()))
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return real(plan, recipe, method, seeds, *args, **options)
+        return real(plan, candidate, *args, **options)
 
     monkeypatch.setattr(worker, "run_trial", stops)
     with pytest.raises(KeyboardInterrupt):
@@ -193,7 +195,7 @@ def test_what_makes_no_sense_is_refused_before_training(small, changes, options,
 
 
 def test_a_slot_is_claimed_once_and_queued_again_when_lost(small, tmp_path):
-    plan = objective.Plan.make(small())
+    plan = Plan.make(small())
     storage = tune.open_storage(tmp_path / "j.log")
     study = optuna.create_study(storage=storage, directions=["maximize", "minimize"])
     fill(study, plan, 3)
@@ -201,8 +203,8 @@ def test_a_slot_is_claimed_once_and_queued_again_when_lost(small, tmp_path):
     assert len(study.get_trials()) == 3
     taken = [claim(study, 3) for _ in range(4)]
     assert [t and t.number for t in taken] == [0, 1, 2, None]
-    assert worker.stale.give_up(study, taken[1], "test")
-    assert not worker.stale.give_up(study, taken[1], "test")
+    assert give_up(study, taken[1], "test")
+    assert not give_up(study, taken[1], "test")
     fill(study, plan, 3)
     assert {slot: t.number for slot, t in slots(study).items()} == {0: 0, 1: 3, 2: 2}
 
@@ -242,15 +244,15 @@ def test_own_settings_that_do_not_fit_are_refused(small, entry, message):
 
 
 def test_nsga2_crosses_settings_and_is_recorded(small, monkeypatch):
-    monkeypatch.setitem(samplers.SAMPLERS["nsga2"], "population_size", 3)
+    monkeypatch.setitem(studies.SAMPLERS["nsga2"], "population_size", 3)
     bred = []
-    real = samplers.Evolution.sample_relative
+    real = studies.Evolution.sample_relative
 
     def watched(self, study, trial, space):
         bred.append(real(self, study, trial, space))
         return bred[-1]
 
-    monkeypatch.setattr(samplers.Evolution, "sample_relative", watched)
+    monkeypatch.setattr(studies.Evolution, "sample_relative", watched)
     study = tune.tune(small("tune.sampler=nsga2"), 12)
     assert [t.state for t in study.get_trials()] == [TrialState.COMPLETE] * 12
     assert study.user_attrs["sampler"]["name"] == "nsga2"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import optuna
@@ -13,17 +12,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from libmtl_fair.errors import FairMTLError, RecipeError
 from libmtl_fair.recipe.schema import Recipe
+from libmtl_fair.tune.fingerprint import DESCRIBED
 
 TUNED = "tuned"
 
 
 def complete(study: optuna.Study) -> list[FrozenTrial]:
-    """Return the trials that ended with values.
-
-    Raises
-    ------
-    FairMTLError : there is none.
-    """
+    """Return the trials that ended with values; a FairMTLError says that there is none."""
     found = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if not found:
         raise FairMTLError(f"study {study.study_name!r} has no complete trial yet")
@@ -31,26 +26,17 @@ def complete(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def front(study: optuna.Study) -> tuple[list[FrozenTrial], bool]:
-    """Return (the Pareto front, True), or where no trial meets the constraints (those that violate them least, False)."""
-    trials = complete(study)
-    several = len(study.directions) > 1
-    best = study.best_trials if several else _best_single(study, [t for t in trials if _excess(t) <= 0])
+    """Return (the Pareto front, True), or where no trial meets the constraints (those that violate them least, False).
+
+    Raises
+    ------
+    FairMTLError : the study has no complete trial.
+    """
+    trials, best = complete(study), study.best_trials
     if best:
-        return sorted(best, key=lambda t: t.values), True
-    least = min(_excess(t) for t in trials)
-    return [t for t in trials if _excess(t) <= least + 1e-12], False
-
-
-def _best_single(study: optuna.Study, trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    if not trials:
-        return []
-    sign = 1 if study.directions[0] == StudyDirection.MAXIMIZE else -1
-    return [max(trials, key=lambda t: sign * t.values[0])]
-
-
-def _excess(trial: FrozenTrial) -> float:
-    """Return the sum of violations of the constraints."""
-    return sum(max(value, 0.0) for name, value in trial.constraints.items() if not name.isdigit())
+        return sorted(best, key=lambda t: t.values) if len(study.directions) > 1 else best[:1], True
+    excess = [sum(max(v, 0.0) for name, v in t.constraints.items() if not name.isdigit()) for t in trials]
+    return [t for t, value in zip(trials, excess) if value <= min(excess) + 1e-12], False
 
 
 def select(study: optuna.Study, max_disparity: float = 0.05) -> FrozenTrial:
@@ -63,46 +49,39 @@ def select(study: optuna.Study, max_disparity: float = 0.05) -> FrozenTrial:
     RecipeError : the study has no disparity.
     FairMTLError : it has no complete trial.
     """
-    if (
-        isinstance(max_disparity, bool)
-        or not isinstance(max_disparity, (int, float))
-        or not math.isfinite(max_disparity)
-    ):
+    number = isinstance(max_disparity, int | float) and not isinstance(max_disparity, bool)
+    if not number or not math.isfinite(max_disparity):
         raise RecipeError(f"max_disparity must be a number, found {max_disparity!r}")
-    trials = complete(study)
-    name = disparity_name(study)
-    feasible = [t for t in trials if disparity(t, name) <= max_disparity]
+    trials, name, sign = complete(study), need_disparity(study), _signs(study)[0]
+    feasible = [t for t in trials if validated(t, name) <= max_disparity]
     if not feasible:
-        return min(trials, key=lambda t: (disparity(t, name), t.number))
-    sign = 1 if study.directions[0] == StudyDirection.MAXIMIZE else -1
-    return max(feasible, key=lambda t: (sign * t.values[0], -t.number))
+        return min(trials, key=lambda t: (validated(t, name), t.number))
+    return min(feasible, key=lambda t: (sign * t.values[0], t.number))
 
 
-def disparity_name(study: optuna.Study) -> str:
-    """Return the name of the study's disparity: its first minimised objective, else what its first constraint is about.
-
-    Raises
-    ------
-    RecipeError : it has none.
-    """
-    about = study.user_attrs.get("about", {})
-    for name, direction in zip(about.get("objectives", {}), study.directions):
-        if direction == StudyDirection.MINIMIZE:
-            return str(name)
-    for text in about.get("constraints", []):
-        return str(text).split(" ")[0]
-    raise RecipeError(
-        f"study {study.study_name!r} has no disparity among objectives and constraints; choose a trial by number"
-    )
+def _signs(study: optuna.Study) -> list[float]:
+    """Return what to multiply each objective by, so that lower is better."""
+    return [1.0 if d == StudyDirection.MINIMIZE else -1.0 for d in study.directions]
 
 
-def has_disparity(study: optuna.Study) -> bool:
-    """Whether a study has a disparity: an objective that is minimised, or a constraint."""
-    about = study.user_attrs.get("about", {})
-    return StudyDirection.MINIMIZE in study.directions or bool(about.get("constraints"))
+def disparity(study: optuna.Study) -> str | None:
+    """Return the name of the study's disparity: its first minimised objective, else what its first constraint is about."""
+    about = study.user_attrs.get(DESCRIBED, {})
+    names = [name for name, sign in zip(about.get("objectives", {}), _signs(study)) if sign > 0]
+    return next(iter([*names, *(text.split(" ")[0] for text in about.get("constraints", []))]), None)
 
 
-def disparity(trial: FrozenTrial, name: str) -> float:
+def need_disparity(study: optuna.Study) -> str:
+    """Return the name of the study's disparity; a RecipeError says that it has none."""
+    name = disparity(study)
+    if name is None:
+        raise RecipeError(
+            f"study {study.study_name!r} has no disparity among objectives and constraints; choose a trial by number"
+        )
+    return name
+
+
+def validated(trial: FrozenTrial, name: str) -> float:
     """Return a trial's value of a measure on validation data, mean over seeds."""
     return float(np.mean(trial.user_attrs["validation"][name]))
 
@@ -111,16 +90,18 @@ def knee(study: optuna.Study) -> FrozenTrial:
     """Return the trial of the front that is farthest from the line between the front's ends, objectives scaled to [0, 1].
 
     With more than two objectives it is the one nearest to the ideal point (the best of each objective).
+
+    Raises
+    ------
+    FairMTLError : the study has no complete trial.
     """
     trials, _ = front(study)
-    signs = np.array([1.0 if d == StudyDirection.MINIMIZE else -1.0 for d in study.directions])
-    values = np.array([t.values for t in trials]) * signs
+    values = np.array([t.values for t in trials]) * _signs(study)
     low, high = values.min(0), values.max(0)
     scaled = (values - low) / np.where(high > low, high - low, 1.0)
-    if scaled.shape[1] == 2:
-        # The ends are (0, 1) and (1, 0): the distance to their line grows with 1 - (x + y).
-        return trials[int((1 - scaled.sum(1)).argmax())]
-    return trials[int(np.linalg.norm(scaled, axis=1).argmin())]
+    # The ends of two objectives are (0, 1) and (1, 0): the distance to their line falls with x + y.
+    far = scaled.sum(1) if scaled.shape[1] == 2 else np.linalg.norm(scaled, axis=1)
+    return trials[int(far.argmin())]
 
 
 def trial_by_number(study: optuna.Study, number: int) -> FrozenTrial:
@@ -135,10 +116,8 @@ def trial_by_number(study: optuna.Study, number: int) -> FrozenTrial:
         raise RecipeError(f"study {study.study_name!r} has trials 0 to {len(trials) - 1}, found trial {number}")
     trial = trials[number]
     if trial.state != TrialState.COMPLETE:
-        why = trial.user_attrs.get("error", "")
-        raise RecipeError(
-            f"trial {number} of study {study.study_name!r} is {trial.state.name.lower()}, not complete. {why}"
-        )
+        why, state = trial.user_attrs.get("error", ""), trial.state.name.lower()
+        raise RecipeError(f"trial {number} of study {study.study_name!r} is {state}, not complete. {why}")
     return trial
 
 
@@ -182,9 +161,7 @@ def chosen(study: optuna.Study, how: str = "best") -> FrozenTrial:
         return trial_by_number(study, wanted)
     if wanted is not None:
         return select(study, wanted)
-    if how.strip() == "best" and len(study.directions) == 1:
-        return front(study)[0][0]
-    return knee(study)
+    return front(study)[0][0] if how.strip() == "best" and len(study.directions) == 1 else knee(study)
 
 
 def to_recipe(trial: FrozenTrial, reference: Recipe | None = None, seeds: Sequence[int] | None = None) -> Recipe:
@@ -194,15 +171,11 @@ def to_recipe(trial: FrozenTrial, reference: Recipe | None = None, seeds: Sequen
     ------
     RecipeError : the trial was not made by :func:`tune`, or never began.
     """
-    held: dict[str, Any] | None = trial.user_attrs.get("recipe")
+    held = trial.user_attrs.get("recipe")
     if held is None:
         raise RecipeError(f"trial {trial.number} holds no recipe: it was not made by libmtl_fair.tune, or never began")
-    method = held["methods"][trial.user_attrs["method"]]
-    methods = {TUNED: method}
+    methods = {TUNED: held["methods"][trial.user_attrs["method"]]}
     if reference is not None:
-        plain = reference.to_dict()["methods"]
-        methods = {reference.reference: plain[reference.reference], TUNED: method}
-    return Recipe.from_dict(
-        {**held, "methods": methods, **({} if seeds is None else {"seeds": list(seeds)})},
-        reference._source if reference is not None else None,
-    )
+        methods = {reference.reference: reference.to_dict()["methods"][reference.reference], **methods}
+    changes = {"methods": methods} if seeds is None else {"methods": methods, "seeds": list(seeds)}
+    return Recipe.from_dict({**held, **changes}, reference._source if reference is not None else None)

@@ -10,20 +10,26 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from libmtl_fair.tune.heartbeat import SLOT, give_up, is_counted
-from libmtl_fair.tune.objective import Plan
+from libmtl_fair.tune.plan import SLOT, Plan
+
+LOST = "lost"
 
 
 def slots(study: optuna.Study) -> dict[int, FrozenTrial]:
-    """Return slot -> the trial that holds it: a finished one before others, then the lowest number."""
+    """Return slot -> the trial that holds it: not a lost one, a finished one before others, then the lowest number."""
     held: dict[int, FrozenTrial] = {}
     for trial in study.get_trials(deepcopy=False):
-        if not is_counted(trial):
+        slot = trial.user_attrs.get(SLOT)
+        if slot is None or (trial.state == TrialState.FAIL and LOST in trial.user_attrs):
             continue
-        slot = trial.user_attrs[SLOT]
         if slot not in held or (trial.state.is_finished() and not held[slot].state.is_finished()):
             held[slot] = trial
     return held
+
+
+def finished(study: optuna.Study, total: int) -> int:
+    """Return how many slots below ``total`` have a finished trial."""
+    return sum(slot < total and trial.state.is_finished() for slot, trial in slots(study).items())
 
 
 def fill(study: optuna.Study, plan: Plan, total: int) -> None:
@@ -32,9 +38,10 @@ def fill(study: optuna.Study, plan: Plan, total: int) -> None:
     missing = [slot for slot in range(total) if slot not in held]
     if not missing:
         return
+    known = plan.known()
     lost = {t.user_attrs[SLOT]: t for t in study.get_trials(deepcopy=False) if SLOT in t.user_attrs}
     for slot in missing:
-        params, marks = plan.queue(slot)
+        params, marks = known[slot] if slot < len(known) else ({}, {})
         if slot in lost:
             params = lost[slot].system_attrs.get("fixed_params", {}) | lost[slot].params
             marks = {**marks, "again": lost[slot].number}
@@ -43,23 +50,26 @@ def fill(study: optuna.Study, plan: Plan, total: int) -> None:
 
 def claim(study: optuna.Study, total: int) -> optuna.Trial | None:
     """Return a trial to run, taken from the queue, or None where nothing waits."""
-    storage = study._storage
     for waiting in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
         if waiting.user_attrs.get(SLOT, total) >= total:
             continue
         try:
-            if not storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING):
+            if not study._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING):
                 continue
         except UpdateFinishedTrialError:
             continue
-        if slots(study)[waiting.user_attrs[SLOT]].number != waiting.number:
-            give_up(study, waiting, "another trial holds its slot")
-            continue
-        study._thread_local.cached_all_trials = None
-        return optuna.Trial(study, waiting._trial_id)
+        if slots(study)[waiting.user_attrs[SLOT]].number == waiting.number:
+            study._thread_local.cached_all_trials = None
+            return optuna.Trial(study, waiting._trial_id)
+        give_up(study, waiting, "another trial holds its slot")
     return None
 
 
-def finished(study: optuna.Study, total: int) -> int:
-    """Return how many slots below ``total`` have a finished trial."""
-    return sum(slot < total and trial.state.is_finished() for slot, trial in slots(study).items())
+def give_up(study: optuna.Study, trial: FrozenTrial | optuna.Trial, why: str) -> bool:
+    """Fail a running trial so that its slot is queued again; return False where it finished in the meantime."""
+    try:
+        study._storage.set_trial_user_attr(trial._trial_id, LOST, why)
+        study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+    except UpdateFinishedTrialError:
+        return False
+    return True

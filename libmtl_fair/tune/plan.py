@@ -1,0 +1,212 @@
+"""What a study asks: recipe, objectives, constraints, search space, and the settings that are tried first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import optuna
+
+from libmtl_fair.data import Dataset
+from libmtl_fair.errors import RecipeError, unknown
+from libmtl_fair.recipe.build import check, make_dataset
+from libmtl_fair.recipe.schema import Recipe
+from libmtl_fair.recipe.sections import Train, Tune
+from libmtl_fair.tune.objectives import Constraint, Measure, parse_constraint, parse_measure
+from libmtl_fair.tune.space import Parameter, changed, current, label, make_space
+
+OBJECTIVES = ("macro_auc", "eo_difference")
+"""Objectives where neither the recipe nor the caller names some."""
+
+SLOT, ROLE, METHOD, ARGS, FIXED = "slot", "role", "method", "args", "fixed"
+Queued = tuple[dict[str, Any], dict[str, Any]]
+"""Parameters and attributes that a trial starts with."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a trial trains: one method of a recipe, once a seed."""
+
+    recipe: Recipe
+    method: str
+    seeds: list[int]
+
+    @property
+    def train(self) -> Train:
+        """How it trains."""
+        return self.recipe.train_for(self.method)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study's question, checked against the data."""
+
+    recipe: Recipe
+    objectives: tuple[Measure, ...]
+    constraints: tuple[Constraint, ...]
+    space: Mapping[str, tuple[Parameter, ...]]
+    data: dict[int, Dataset] = field(compare=False, repr=False)
+
+    @classmethod
+    def make(cls, recipe: Recipe, objectives: Sequence[str] | None = None) -> Plan:
+        """Read the plan of a recipe; ``objectives`` replace its own.
+
+        Raises
+        ------
+        RecipeError : names, ranges or settings that do not make sense.
+        DataError : the data do not fit the recipe.
+        """
+        check(recipe)
+        tune, seed = recipe.tune or Tune(), recipe.seeds[0]
+        data = make_dataset(recipe, seed)
+        kinds, deltas = {task.name: task.kind for task in data.tasks}, [str(d) for d in recipe.audit.deltas]
+
+        def parse(name: str) -> Measure:
+            return parse_measure(name, kinds, list(data.groups), deltas)
+
+        asked = tuple(parse(name) for name in objectives or tune.objectives or OBJECTIVES)
+        rules = tuple(parse_constraint(text, parse) for text in tune.constraints or ())
+        plan = cls(recipe, asked, rules, make_space(recipe), {seed if recipe.data.resplit else 0: data})
+        plan._check()
+        return plan
+
+    def _check(self) -> None:
+        self.known()
+        if self.pruner is not None and (len(self.objectives) > 1 or self.objectives[0].fair):
+            raise self.recipe.error(
+                ("tune", "pruner"),
+                "pruning compares one utility after each epoch: give one objective such as macro_auc, and the fairness "
+                "as a constraint, such as eo_difference <= 0.05",
+            )
+        for method in (self.recipe.reference, *self.space):
+            if self.recipe.methods[method].single_task:
+                raise self.recipe.error(("methods", method), "a single-task method is several models; tune one model")
+        for method, parameters in self.space.items():
+            for end in (0, 1):
+                try:
+                    check(changed(self.recipe, method, {p.path: p.ends()[end] for p in parameters}))
+                except RecipeError as error:
+                    raise RecipeError(
+                        f"the search space of {method} leads to settings that do not make sense: {error}"
+                    ) from error
+
+    @property
+    def tune(self) -> Tune:
+        """The recipe's ``tune`` section."""
+        return self.recipe.tune or Tune()
+
+    @property
+    def sampler(self) -> str:
+        """Name of the sampler."""
+        return self.tune.sampler or "tpe"
+
+    @property
+    def pruner(self) -> str | None:
+        """Name of the pruner."""
+        return self.tune.pruner
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """Objectives and what constraints are about, each once."""
+        return tuple(dict.fromkeys([*self.objectives, *(c.measure for c in self.constraints)]))
+
+    def described(self) -> dict[str, Any]:
+        """Return what decides the results of the study, as plain values: the content of its fingerprint."""
+        plain = self.recipe.to_dict()
+        kept = ("data", "model", "train", "seeds", "methods", "audit", "metrics")
+        return {
+            "recipe": {key: plain[key] for key in kept},
+            "objectives": {m.name: m.direction for m in self.objectives},
+            "constraints": [c.text for c in self.constraints],
+            "space": {p.name: p.described() for parameters in self.space.values() for p in parameters},
+            "sampler": self.sampler,
+            "pruner": self.pruner,
+            "seeds_per_trial": self.tune.seeds_per_trial,
+            **({"enqueue": list(self.tune.enqueue)} if self.tune.enqueue else {}),
+        }
+
+    def known(self) -> list[Queued]:
+        """Return the settings tried first: unregularised, as the recipe has them, default, published, and its ``enqueue``."""
+        found = [_fixed("baseline", self.recipe.reference)]
+        for method in self.space:
+            spec = self.recipe.methods[method]
+            if method != self.recipe.reference:
+                found.append(self._known("as written", method, None))
+            if spec.args:
+                found.append(self._known("defaults", method, {}))
+            if spec.weighting == "ReLiF":
+                found.append(_fixed("published", method, {"preset": "paper"}))
+        for i, entry in enumerate(self.tune.enqueue):
+            try:
+                found.append(self._enqueued(entry))
+            except RecipeError as error:
+                raise self.recipe.error(("tune", "enqueue", i), str(error)) from error
+        return found
+
+    def _known(self, role: str, method: str, args: dict[str, Any] | None) -> Queued:
+        """Return settings of a method: as parameters where they lie in the space, else fixed."""
+        values = {p.name: current(self.recipe, method, p, args) for p in self.space[method]}
+        if not all(p.contains(values[p.name]) for p in self.space[method]):
+            return _fixed(role, method, args)
+        marks = {ROLE: role, METHOD: method, FIXED: False, **({} if args is None else {ARGS: args})}
+        return self._params(method, values), marks
+
+    def _params(self, method: str, values: Mapping[str, object]) -> dict[str, Any]:
+        chosen = {"method": method} if len(self.space) > 1 else {}
+        return chosen | {name: label(value) for name, value in values.items()}
+
+    def _enqueued(self, entry: str | Mapping[str, object]) -> Queued:
+        """Return a method as it is written, by name, or some settings, the others as the recipe has them."""
+        if isinstance(entry, str):
+            if entry not in self.recipe.methods:
+                raise RecipeError(unknown("method", entry, self.recipe.methods))
+            if self.recipe.methods[entry].single_task:
+                raise RecipeError(f"{entry} is a single-task method, which is several models; tune one model")
+            return _fixed(entry, entry)
+        given = dict(entry)
+        method = str(given.pop("method", next(iter(self.space))))
+        if method not in self.space:
+            raise RecipeError(unknown("method", method, self.space))
+        parameters = {p.name.removeprefix(f"{method}."): p for p in self.space[method]}
+        for name, value in given.items():
+            if name not in parameters:
+                raise RecipeError(unknown("parameter", name, parameters))
+            if not parameters[name].contains(value):
+                raise RecipeError(f"{name} = {value!r} is outside of the search space; widen tune.space.{name}")
+        values = {name: given.get(name, current(self.recipe, method, p)) for name, p in parameters.items()}
+        inside = {p.name: values[name] for name, p in parameters.items() if p.contains(values[name])}
+        return self._params(method, inside), {ROLE: "enqueued", METHOD: method}
+
+    def candidate(self, trial: optuna.Trial) -> Candidate:
+        """Return what a trial trains, asking the sampler for its parameters."""
+        marks, recipe = trial.user_attrs, self.recipe
+        method, values = marks.get(METHOD, next(iter(self.space))), {}
+        if not marks.get(FIXED):
+            method = next(iter(self.space))
+            if len(self.space) > 1:
+                method = trial.suggest_categorical("method", list(self.space))
+            values = {p.path: p.suggest(trial) for p in self.space[method]}
+        if marks.get(ARGS) is not None:
+            spec = recipe.methods[method].model_copy(update={"args": dict(marks[ARGS])})
+            recipe = recipe.model_copy(update={"methods": {**recipe.methods, method: spec}})
+            recipe._source = self.recipe._source
+        return Candidate(changed(recipe, method, values), method, self.seeds(marks[SLOT]))
+
+    def seeds(self, slot: int) -> list[int]:
+        """Return the seeds of a slot's trial: fixed by its number, so that a trial that is run again is the same."""
+        first = self.recipe.seeds[0] + 1000 * (slot + 1)
+        return [(first + k) % 2**32 for k in range(self.tune.seeds_per_trial)]
+
+    def dataset(self, seed: int) -> Dataset:
+        """Return the data for a seed; kept, since making them takes longer than an epoch."""
+        key = seed if self.recipe.data.resplit else 0
+        if key not in self.data:
+            self.data.clear()
+            self.data[key] = make_dataset(self.recipe, seed)
+        return self.data[key]
+
+
+def _fixed(role: str, method: str, args: dict[str, Any] | None = None) -> Queued:
+    """Return a method's settings as they stand, without parameters."""
+    return {}, {ROLE: role, METHOD: method, FIXED: True, **({} if args is None else {ARGS: args})}
