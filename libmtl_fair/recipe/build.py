@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from libmtl_fair.data import Dataset, Split, dataset_names, load_dataset, load_table
-from libmtl_fair.errors import RecipeError
-from libmtl_fair.libmtl import FairTrainer, FairWeighting, architecture_names, weighting_names
+from libmtl_fair.data.loader import ResidentLoader
+from libmtl_fair.errors import HostError, RecipeError
+from libmtl_fair.libmtl.checkpoint import seed_everything
 from libmtl_fair.libmtl.evaluate import Results
-from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS, resolve_weighting
+from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS, architecture_names, resolve_weighting, weighting_names
+from libmtl_fair.libmtl.trainer import FairTrainer
+from libmtl_fair.methods.heads.add_heads import add_fairness_heads
 from libmtl_fair.models import MLP, linear_heads
 from libmtl_fair.recipe.schema import Recipe, check_names
+from libmtl_fair.recipe.sections import Model, Train
 from libmtl_fair.tasks import Task, task_dict
 
-_EVAL_BATCH = 8192
+EVAL_BATCH = 8192
 _UTILITY = {"binary": "AUC", "multiclass": "Acc", "multilabel": "AUC", "regression": "R2"}
 
 
@@ -33,18 +36,17 @@ def check(recipe: Recipe) -> None:
     for name, weighting in imported.items():
         try:
             resolve_weighting(weighting)
-        except FairMTLError as error:
+        except HostError as error:
             raise recipe.error(("methods", name, "weighting"), str(error)) from error
-    settings = {name: set(cls.settings_class.model_fields) for name, cls in OUR_WEIGHTINGS.items()}
-    check_names(
-        recipe, {*weighting_names(), *imported.values()}, set(architecture_names()), set(dataset_names()), settings
-    )
+    known = {*weighting_names(), *imported.values()}
+    ours = {
+        name: {*cls.settings_class.model_fields, *cls.settings_class.aliases} for name, cls in OUR_WEIGHTINGS.items()
+    }
+    check_names(recipe, known, set(architecture_names()), set(dataset_names()), ours)
     for name, method in recipe.methods.items():
-        cls = OUR_WEIGHTINGS.get(method.weighting)
-        if cls is not None:
-            assert issubclass(cls, FairWeighting)
+        if method.weighting in OUR_WEIGHTINGS:
             try:
-                cls.settings_class.from_args(method.weighting, method.args)
+                OUR_WEIGHTINGS[method.weighting].settings_class.from_args(method.weighting, method.args)
             except RecipeError as error:
                 raise recipe.error(("methods", name, *error.where), str(error)) from error
 
@@ -57,38 +59,23 @@ def make_dataset(recipe: Recipe, seed: int) -> Dataset:
     DataError : the table does not fit what the recipe declares.
     """
     data = recipe.data
-    options: dict[str, Any] = {
-        "seed": seed if data.resplit else data.split_seed,
-        "split": data.split,
-        "missing": data.missing,
-        "keep_groups": dict(data.keep_groups) or None,
-        "subset": data.subset,
-        "min_frequency": data.min_frequency,
-        "sensitive_inputs": data.sensitive_inputs,
-    }
+    names = ("split", "missing", "subset", "min_frequency", "sensitive_inputs")
+    options: dict[str, Any] = {name: getattr(data, name) for name in names}
+    options |= {"seed": seed if data.resplit else data.split_seed, "keep_groups": dict(data.keep_groups) or None}
     if data.name is not None:
         made = load_dataset(data.name, data.task_names, data.sensitive_names, **options)
     else:
         path = recipe.table_path()
         assert path is not None
         assert isinstance(data.tasks, dict)
-        features = _features(data.features, data.categorical)
+        features: dict[str, str] | list[str] | None = list(data.features or ()) or None
+        if data.categorical:
+            every = [*(data.features or ()), *data.categorical]
+            features = {name: "categorical" if name in data.categorical else "auto" for name in every}
         made = load_table(
-            path,
-            tasks=data.tasks,
-            sensitive=data.sensitive or (),
-            features=features,
-            name=recipe.name,
-            **options,
+            path, tasks=data.tasks, sensitive=data.sensitive or (), features=features, name=recipe.name, **options
         )
     return keep_labels(made, data.label_fraction, options["seed"]) if data.label_fraction < 1 else made
-
-
-def _features(names: Any, categorical: Any) -> Any:
-    if not categorical:
-        return list(names) if names else None
-    chosen = list(names or ())
-    return {name: "categorical" if name in categorical else "auto" for name in [*chosen, *categorical]}
 
 
 def keep_labels(data: Dataset, fraction: float, seed: int) -> Dataset:
@@ -97,33 +84,34 @@ def keep_labels(data: Dataset, fraction: float, seed: int) -> Dataset:
     labels = {}
     for name, values in data.train.labels.items():
         hide = torch.rand(len(values), generator=generator) >= fraction
-        gone = float("nan") if values.is_floating_point() else -100
         labels[name] = values.clone()
-        labels[name][hide] = gone
+        labels[name][hide] = float("nan") if values.is_floating_point() else -100
     return dataclasses.replace(data, train=dataclasses.replace(data.train, labels=labels))
 
 
-def loaders(data: Dataset, batch_size: int, seed: int, device: torch.device) -> dict[str, Any]:
+def loaders(data: Dataset, batch_size: int, seed: int, device: torch.device) -> dict[str, ResidentLoader]:
     """Return resident loaders of the three parts; only the training part is shuffled."""
     return {
         "train": data.train.loader(batch_size, shuffle=True, seed=seed, device=device),
-        "val": data.val.loader(_EVAL_BATCH, device=device),
-        "test": data.test.loader(_EVAL_BATCH, device=device),
+        "val": data.val.loader(EVAL_BATCH, device=device),
+        "test": data.test.loader(EVAL_BATCH, device=device),
     }
 
 
-def only(split: Split, tasks: tuple[str, ...]) -> Split:
-    """Return a part with the labels of some tasks only."""
-    return dataclasses.replace(split, labels={name: split.labels[name] for name in tasks})
+def only(data: Dataset, tasks: tuple[str, ...]) -> Dataset:
+    """Return the data with the labels of some tasks only."""
+
+    def part(split: Split) -> Split:
+        return dataclasses.replace(split, labels={name: split.labels[name] for name in tasks})
+
+    return dataclasses.replace(data, train=part(data.train), val=part(data.val), test=part(data.test))
 
 
 def utility_of(tasks: Mapping[str, Task | None]) -> Callable[[Results], float]:
     """Return the function that judges an epoch: the mean of AUC, accuracy or R2 over tasks, NaN left out."""
 
     def judge(results: Results) -> float:
-        found = [
-            results[name][_UTILITY[task.kind]] for name, task in tasks.items() if task is not None and name in results
-        ]
+        found = [results[name][_UTILITY[task.kind]] for name, task in tasks.items() if task and name in results]
         known = [value for value in found if value == value]
         return sum(known) / len(known) if known else float("-inf")
 
@@ -131,62 +119,65 @@ def utility_of(tasks: Mapping[str, Task | None]) -> Callable[[Results], float]:
 
 
 def make_trainer(
-    recipe: Recipe,
-    method: str,
-    data: Dataset,
-    tasks: tuple[Task, ...],
-    seed: int,
-    *,
-    device: torch.device,
-    run_dir: Path | None = None,
-    resume: bool = False,
-    progress: bool = False,
+    recipe: Recipe, method: str, data: Dataset, tasks: tuple[Task, ...], seed: int, **options: Any
 ) -> FairTrainer:
-    """Return the trainer of one method and seed, with encoder and heads initialised from the seed."""
-    from libmtl_fair.libmtl.checkpoint import seed_everything
-
+    """Return the trainer of one method and seed of a recipe; ``options`` go to :class:`FairTrainer`."""
     spec, train, model = recipe.methods[method], recipe.train_for(method), recipe.model_for(method)
     if model.encoder != "mlp":
         raise recipe.error(
             ("model", "encoder"), f"encoder {model.encoder!r} is for Python use; recipes of tables take 'mlp'"
         )
-    seed_everything(seed)
-    heads: Any = linear_heads(tasks, model.hidden[-1])
-    described = task_dict(tasks)
-    if spec.heads is not None:
-        described, heads = _with_fairness_heads(described, heads, data, spec.heads)
+    heads = None if spec.heads is None else spec.heads.model_dump(exclude_none=True)
+    judge = utility_of({t.name: t for t in tasks}) if train.select_by == "utility" else None
+    settled = {"progress": False, "select_by": judge, "loggers": recipe.output.loggers, "weight_args": dict(spec.args)}
+    return build_trainer(
+        spec.weighting, model, train, tasks, data.n_features, data.groups, seed, heads=heads, **settled, **options
+    )
+
+
+def build_trainer(
+    weighting: str,
+    model: Model,
+    train: Train,
+    tasks: Sequence[Task],
+    n_features: int,
+    groups: Mapping[str, Sequence[str]],
+    seed: int | None,
+    *,
+    heads: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> FairTrainer:
+    """Return a trainer with an MLP, linear heads and the fairness heads asked for, initialised from the seed.
+
+    Parameters
+    ----------
+    groups : attribute -> names of its groups; the fairness heads take all of them unless ``heads`` names some.
+    heads : arguments of :func:`add_fairness_heads`, or None for no such heads.
+    options : what else goes to :class:`FairTrainer`, such as ``weight_args``.
+    """
+    if seed is not None:
+        seed_everything(seed)
+    described, decoders = task_dict(tasks), dict(linear_heads(tasks, model.hidden[-1]).items())
+    if heads is not None:
+        counts = {name: len(names) for name, names in groups.items()}
+        heads = {"sensitive": tuple(groups), **heads}
+        described, made = add_fairness_heads(described, decoders, n_groups=counts, **heads)
+        decoders = dict(made.items())
     arch_args = dict(model.arch_args)
     if model.architecture in ("MMoE", "CGC", "DSelect_k"):
-        arch_args.setdefault("img_size", [data.n_features])
-    judge = utility_of({t.name: t for t in tasks}) if train.select_by == "utility" else None
+        arch_args.setdefault("img_size", [n_features])
     return FairTrainer(
         described,
-        spec.weighting,
+        weighting,
         model.architecture,
-        lambda: MLP(data.n_features, model.hidden, model.dropout, model.norm),
-        heads,
+        lambda: MLP(n_features, model.hidden, model.dropout, model.norm),
+        decoders,
         train.rep_grad,
         False,
         train.optimizer.params(),
         train.scheduler.params() if train.scheduler else None,
-        device=device,
-        run_dir=run_dir,
-        resume=resume,
         seed=seed,
-        progress=progress,
         select=train.select,
-        select_by=judge,
-        loggers=recipe.output.loggers,
-        weight_args=dict(spec.args),
         arch_args=arch_args,
+        **options,
     )
-
-
-def _with_fairness_heads(described: Any, heads: Any, data: Dataset, spec: Any) -> Any:
-    try:
-        from libmtl_fair.methods.heads.add_heads import add_fairness_heads
-    except ImportError as error:
-        raise RecipeError("this version has no auxiliary fairness heads") from error
-    options = {k: v for k, v in spec.model_dump().items() if v is not None}
-    options["sensitive"] = tuple(options.get("sensitive") or data.groups)
-    return add_fairness_heads(described, heads, n_groups={a: len(n) for a, n in data.groups.items()}, **options)

@@ -53,9 +53,13 @@ def _settings(value: Any) -> dict[str, Any]:
     return {str(_plain(key)): _plain(item) for key, item in value.items()}
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _delta(value: Any) -> float | str:
     """A tolerance: a number in [0, 1], a quantile "p75", or "conformal:0.1"."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1:
+    if _is_number(value) and 0 <= value <= 1:
         return float(value)
     if isinstance(value, str):
         quantile, conformal = _QUANTILE.fullmatch(value), _CONFORMAL.fullmatch(value)
@@ -68,10 +72,8 @@ def _delta(value: Any) -> float | str:
 
 
 def _threshold(value: Any) -> float | str:
-    if value == "base_rate" and isinstance(value, str):
-        return "base_rate"
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1:
-        return float(value)
+    if value == "base_rate" or (_is_number(value) and 0 < value < 1):
+        return value if isinstance(value, str) else float(value)
     raise ValueError(f"expected a number between 0 and 1, or base_rate, found {value!r}")
 
 
@@ -88,22 +90,16 @@ def _split(value: Any) -> tuple[float, ...] | str:
     """Shares of train, validation and test, or the name of a column that says which row is which."""
     if isinstance(value, str) and value:
         return value
-    if isinstance(value, list | tuple):
-        numbers = [
-            float(x) for x in value if isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
-        ]
-        if len(numbers) == len(value) == 3 and min(numbers) > 0 and abs(sum(numbers) - 1) <= 1e-6:
-            return tuple(numbers)
-        if len(numbers) == len(value) == 3:
-            raise ValueError(f"expected three positive shares that sum to 1, found {value} (sum {sum(numbers):g})")
-    raise ValueError(f"expected three shares such as [0.6, 0.2, 0.2], or the name of a column, found {value!r}")
+    if not isinstance(value, list | tuple) or len(value) != 3 or not all(map(_is_number, value)):
+        raise ValueError(f"expected three shares such as [0.6, 0.2, 0.2], or the name of a column, found {value!r}")
+    if min(value) <= 0 or abs(sum(value) - 1) > 1e-6:
+        raise ValueError(f"expected three positive shares that sum to 1, found {value} (sum {sum(value):g})")
+    return tuple(map(float, value))
 
 
 def _subset(value: Any) -> int | float:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 10:
-        return value
-    if isinstance(value, float) and 0 < value < 1:
-        return value
+    if _is_number(value) and (value >= 10 if isinstance(value, int) else 0 < value < 1):
+        return value  # type: ignore[no-any-return]
     raise ValueError(f"expected at least 10 rows, or a share between 0 and 1, found {value!r}")
 
 

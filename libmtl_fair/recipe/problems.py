@@ -43,10 +43,8 @@ def _clean(loc: tuple[int | str, ...], data: Any) -> Location:
     """Drop the tags that pydantic adds for unions and for settings gathered into ``args``."""
     path: list[str | int] = []
     for part in loc:
-        inside = (isinstance(data, Mapping) and part in data) or (
-            isinstance(data, list) and isinstance(part, int) and part < len(data)
-        )
-        if inside:
+        listed = isinstance(data, list) and isinstance(part, int) and part < len(data)
+        if listed or (isinstance(data, Mapping) and part in data):
             data = data[part]
         elif part in _TAGS or (part == "args" and path[:1] == ["methods"]):
             continue
@@ -55,32 +53,24 @@ def _clean(loc: tuple[int | str, ...], data: Any) -> Location:
 
 
 def _message(item: ErrorDetails, location: Location, root: type[BaseModel]) -> str:
-    kind = item["type"]
-    if kind == "extra_forbidden":
+    if item["type"] == "extra_forbidden":
         known = known_fields(root, location[:-1])
         guess = near(str(location[-1]), known)
         return f"unknown field; did you mean {guess!r}?" if guess else f"unknown field; expected {', '.join(known)}"
-    if kind == "missing":
-        guess = _near_setting(str(location[-1]), item["input"])
+    if item["type"] == "missing":  # a key that was taken for a setting of the weighting may be spelt like the field
+        given = item["input"]
+        keys = given.get("args", given) if isinstance(given, Mapping) else None
+        guess = near(str(location[-1]), keys) if isinstance(keys, Mapping) else None
         return "required, but missing" + (f"; did you mean it by {guess!r}?" if guess else "")
     return explain(item)
-
-
-def _near_setting(name: str, given: Any) -> str | None:
-    """A key that was taken for a setting of the weighting, but is spelt like the missing field."""
-    keys = given.get("args", given) if isinstance(given, Mapping) else {}
-    return near(name, keys) if isinstance(keys, Mapping) else None
 
 
 def known_fields(root: type[BaseModel], location: Location) -> list[str]:
     """Names of the fields at ``location`` in a model, through mappings of models."""
     models = [root]
     for part in location:
-        if not models:
-            break
-        model = models[0]
-        if part in model.model_fields:
-            models = _models_in(model.model_fields[str(part)].annotation)
+        if models and part in models[0].model_fields:
+            models = _models_in(models[0].model_fields[str(part)].annotation)
     return [name for name in models[0].model_fields if name != "args"] if models else []
 
 

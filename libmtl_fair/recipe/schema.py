@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
@@ -17,6 +17,7 @@ from libmtl_fair.recipe.problems import problem, to_recipe_error
 from libmtl_fair.recipe.sections import Audit, Data, Method, Metrics, Model, Output, Published, Train, Tune
 from libmtl_fair.recipe.yaml_source import Location, Source, emit_yaml, read_yaml
 
+_Section = TypeVar("_Section", bound=Section)
 _RESERVED = {"plots"}
 _WITHOUT_EFFECT = {"output", "description", "published"}
 
@@ -57,26 +58,20 @@ class Recipe(Section):
     def train_for(self, method: str) -> Train:
         """Training settings of one method: the recipe's, with the method's own on top (the optimiser's field by field)."""
         change = self.methods[method].train
-        if change is None:
-            return self.train
-        changes: dict[str, Any] = {name: getattr(change, name) for name in change.model_fields_set}
-        if "optimizer" in changes:
-            new = change.optimizer
-            keep = {name: getattr(new, name) for name in new.model_fields_set}
-            changes["optimizer"] = self.train.optimizer.model_copy(update=keep)
-        return self.train.model_copy(update=changes)
+        made = _over(self.train, change)
+        if change is None or "optimizer" not in change.model_fields_set:
+            return made
+        return made.model_copy(update={"optimizer": _over(self.train.optimizer, change.optimizer)})
 
     def model_for(self, method: str) -> Model:
         """Model settings of one method; another architecture starts from empty ``arch_args``."""
         spec = self.methods[method]
         changes: dict[str, Any] = {}
-        if spec.model is not None:
-            changes = {name: getattr(spec.model, name) for name in spec.model.model_fields_set}
         if spec.architecture is not None and spec.architecture != self.model.architecture:
-            changes |= {"architecture": spec.architecture, "arch_args": {}}
+            changes = {"architecture": spec.architecture, "arch_args": {}}
         if spec.arch_args is not None:
             changes["arch_args"] = spec.arch_args
-        return self.model.model_copy(update=changes)
+        return _over(self.model, spec.model).model_copy(update=changes)
 
     def table_path(self) -> Path | None:
         """Path of the user's table: relative paths are looked up beside the recipe first, then from here."""
@@ -122,8 +117,7 @@ class Recipe(Section):
 
         Raises
         ------
-        RecipeError
-            One message with a line for every problem found.
+        RecipeError : one message with a line for every problem found.
         """
         source = source or Source(data=dict(data))
         try:
@@ -132,6 +126,11 @@ class Recipe(Section):
             raise to_recipe_error(error, source, cls) from error
         recipe._source = source
         return recipe
+
+
+def _over(base: _Section, change: Section | None) -> _Section:
+    """Return a section with what ``change`` sets."""
+    return base.model_copy(update={name: getattr(change, name) for name in change.model_fields_set} if change else None)
 
 
 def _canonical(value: Any) -> Any:
@@ -147,15 +146,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Parameters
     ----------
-    path
-        YAML file.
-    overrides
-        Changes such as ``"train.epochs=3"`` or ``"seeds=[0, 1]"``; values are YAML.
+    path : YAML file.
+    overrides : changes such as ``"train.epochs=3"`` or ``"seeds=[0, 1]"``; values are YAML.
 
     Raises
     ------
-    RecipeError
-        With ``file:line: path: message`` for every problem.
+    RecipeError : with ``file:line: path: message`` for every problem.
     """
     source = read_yaml(path)
     if not isinstance(source.data, dict):
@@ -173,38 +169,23 @@ def check_names(
     datasets: Collection[str],
     arguments: Mapping[str, Collection[str]] | None = None,
 ) -> None:
-    """Check the names a recipe uses against what is registered.
-
-    Parameters
-    ----------
-    recipe
-        The recipe to check.
-    weightings, architectures, datasets
-        Known names.
-    arguments
-        Settings that each weighting takes; weightings not in it are not checked.
+    """Check the names a recipe uses against what is registered; ``arguments`` are the settings that weightings take.
 
     Raises
     ------
-    RecipeError
-        One message with file, line and near name for every unknown name.
+    RecipeError : one message with file, line and near name for every unknown name.
     """
     used: list[tuple[Location, str, str, Collection[str]]] = []
     if recipe.data.name is not None:
         used.append((("data", "name"), "data set", recipe.data.name, datasets))
     used.append((("model", "architecture"), "architecture", recipe.model.architecture, architectures))
     for name, method in recipe.methods.items():
-        where: Location = ("methods", name)
-        used.append(((*where, "weighting"), "weighting", method.weighting, weightings))
-        if method.architecture is not None:
-            used.append(((*where, "architecture"), "architecture", method.architecture, architectures))
+        named = (("weighting", method.weighting, weightings), ("architecture", method.architecture, architectures))
+        used += [(("methods", name, what), what, value, known) for what, value, known in named if value is not None]
         if arguments is not None and method.weighting in arguments:
             options = {*arguments[method.weighting], *(set(Method.model_fields) - {"args"})}
-            used += [((*where, key), f"setting of {method.weighting}", key, options) for key in method.args]
-    lines = [
-        problem(recipe._source, where, unknown(what, value, options))
-        for where, what, value, options in used
-        if value not in options
-    ]
-    if lines:
+            used += [(("methods", name, key), f"setting of {method.weighting}", key, options) for key in method.args]
+    wrong = [entry for entry in used if entry[2] not in entry[3]]
+    if wrong:
+        lines = (problem(recipe._source, where, unknown(what, value, known)) for where, what, value, known in wrong)
         raise RecipeError("\n".join(lines))

@@ -88,24 +88,20 @@ class Data(Section):
         return None if self.sensitive is None else tuple(self.sensitive)
 
 
-class Model(Section):
+class Encoder(Section):
+    """Encoder of the model: what a method may change of it."""
+
+    encoder: Literal["mlp", "lstm", "resnet"] = "mlp"
+    hidden: Widths = (128, 64)
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    norm: Literal["batch", "layer"] | None = None
+
+
+class Model(Encoder):
     """Encoder and LibMTL architecture."""
 
-    encoder: Literal["mlp", "lstm", "resnet"] = "mlp"
-    hidden: Widths = (128, 64)
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    norm: Literal["batch", "layer"] | None = None
     architecture: Text = "HPS"
     arch_args: Settings = Field(default_factory=dict)
-
-
-class ModelOverride(Section):
-    """What one method changes in the model."""
-
-    encoder: Literal["mlp", "lstm", "resnet"] = "mlp"
-    hidden: Widths = (128, 64)
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    norm: Literal["batch", "layer"] | None = None
 
 
 _Positive = Annotated[float, Field(gt=0)]
@@ -175,18 +171,6 @@ class Train(Section):
     rep_grad: bool = False
 
 
-class TrainOverride(Section):
-    """What one method changes in training."""
-
-    epochs: Annotated[int, Field(ge=1, le=1_000_000)] = 10
-    batch_size: Annotated[int, Field(ge=2, le=10**9)] = 512
-    optimizer: Optimizer = Field(default_factory=Optimizer)
-    scheduler: Scheduler | None = None
-    select: Literal["best", "last"] = "best"
-    select_by: Literal["utility", "improvement"] = "utility"
-    rep_grad: bool = False
-
-
 class Heads(Section):
     """Auxiliary fairness heads (GLF, GLD, baselines); see ``add_fairness_heads``."""
 
@@ -212,8 +196,8 @@ class Method(Section):
     architecture: Text | None = None
     arch_args: Settings | None = None
     heads: Heads | None = None
-    train: TrainOverride | None = None
-    model: ModelOverride | None = None
+    train: Train | None = None
+    model: Encoder | None = None
     single_task: bool = False
     args: Settings = Field(default_factory=dict)
 
@@ -235,16 +219,14 @@ class Method(Section):
 
     @model_serializer
     def _flat(self) -> dict[str, Any]:
-        set_fields = {name: getattr(self, name) for name in type(self).model_fields if name != "args"}
-        keep = {name: _dump(value) for name, value in set_fields.items() if value is not None and value is not False}
-        return keep | self.args
+        keep = {name: getattr(self, name) for name in type(self).model_fields if name != "args"}
+        kept = {name: _dump(value) for name, value in keep.items() if value is not None and value is not False}
+        return kept | self.args
 
 
 def _dump(value: Any) -> Any:
-    """Overrides keep only what was set; other sections are complete."""
-    if isinstance(value, TrainOverride | ModelOverride):
-        return value.model_dump(exclude_unset=True)
-    return value.model_dump() if isinstance(value, Section) else value
+    """What a method changes keeps only what was set; other sections are complete."""
+    return value.model_dump(exclude_unset=isinstance(value, Train | Encoder)) if isinstance(value, Section) else value
 
 
 class Audit(Section):
@@ -268,6 +250,11 @@ class Audit(Section):
         """
         extra = () if self.alpha is None else (f"conformal:{self.alpha:g}",)
         return (*self.delta, *(name for name in extra if name not in self.delta))
+
+    @property
+    def draws(self) -> dict[str, int]:
+        """How pairs are drawn, as :class:`~libmtl_fair.metrics.FixedDeltaAudit` takes it."""
+        return {name: getattr(self, name) for name in ("pool_size", "n_pairs", "eval_seed", "pair_seed")}
 
 
 class Metrics(Section):
