@@ -10,13 +10,17 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PlainSerializer,
     PlainValidator,
+    Tag,
     TypeAdapter,
     ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
 )
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticUseDefault
 
 from libmtl_fair.errors import DataError, near
 
@@ -71,6 +75,36 @@ def _keep(value: object) -> tuple[str, ...] | int:
     )
 
 
+def form(value: object) -> str:
+    """Return pydantic's tag of a field that takes a list of names or a mapping that declares each."""
+    return "declared" if isinstance(value, Mapping) else "names"
+
+
+def _spelt(value: object) -> object:
+    """Values of a column may be spelt like numbers (a class 0, a group 1): take them as the column's text has them."""
+    if isinstance(value, Mapping):
+        return {_spelt(key): _spelt(item) for key, item in value.items()}
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value) if isinstance(value, int | float) else value
+
+
+def _spelt_each(value: object) -> object:
+    items = listed(value) if not isinstance(value, str | int | float) else value
+    return [_spelt(item) for item in items] if isinstance(items, list) else items
+
+
+def _as_given(value: float, check: ValidatorFunctionWrapHandler) -> float:
+    check(value)
+    return value
+
+
+def _or_default(value: object) -> object:
+    if value is None or (isinstance(value, list | tuple | dict) and not value):
+        raise PydanticUseDefault
+    return value
+
+
 MissingRule = Literal["drop", "group", "error"]
 Text = Annotated[str, Field(min_length=1, max_length=10_000)]
 Listed = Annotated[tuple[str, ...], Field(strict=False), BeforeValidator(listed)]
@@ -81,6 +115,23 @@ Names = Annotated[
 """At least one name, each of them once."""
 Keep = Annotated[tuple[str, ...] | int, PlainValidator(_keep), PlainSerializer(lambda value: value)]
 """Names of the groups to keep, or how many of the largest."""
+
+_OPTIONAL = (BeforeValidator(_or_default), PlainSerializer(lambda value: value or None))
+OptionalNames = Annotated[Names, *_OPTIONAL]
+"""Names, or an empty list or None for none."""
+Edges = Annotated[
+    tuple[Annotated[float, WrapValidator(_as_given)], ...], Field(strict=False), BeforeValidator(listed), *_OPTIONAL
+]
+"""Numbers, or none."""
+_Table = Annotated[dict[Text, Text], BeforeValidator(_spelt)]
+Renames = Annotated[_Table, *_OPTIONAL]
+"""Value of a column -> name, or none."""
+_Values = Annotated[
+    tuple[Text, ...], Field(strict=False, min_length=2), AfterValidator(distinct), BeforeValidator(_spelt_each)
+]
+_Named = Annotated[Annotated[_Values, Tag("names")] | Annotated[_Table, Tag("declared")], Discriminator(form)]
+Classes = Annotated[_Named | None, *_OPTIONAL]
+"""At least two values of a column, or value -> name, or none."""
 
 _adapter = cache(TypeAdapter)
 

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from libmtl_fair.data.catalogue import dataset_names, dataset_spec, describe_dataset, load_dataset
-from libmtl_fair.data.dataset import Dataset, Split
-from libmtl_fair.data.loader import ResidentLoader, resolve_device
-from libmtl_fair.data.spec import SensitiveSpec, TableSpec, TaskSpec
-from libmtl_fair.data.table import load_table
-from libmtl_fair.data.torch_dataset import TableDataset, collate
+from typing import TYPE_CHECKING
+
+from libmtl_fair._imports import lazy
+
+if TYPE_CHECKING:
+    from libmtl_fair.data.catalogue import dataset_names, dataset_spec, describe_dataset, load_dataset, load_table
+    from libmtl_fair.data.dataset import Dataset, Split
+    from libmtl_fair.data.loader import ResidentLoader, resolve_device
+    from libmtl_fair.data.spec import SensitiveSpec, TableSpec, TaskSpec
+    from libmtl_fair.data.torch_dataset import TableDataset, collate
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "data.catalogue": "dataset_names dataset_spec describe_dataset load_dataset load_table",
+        "data.dataset": "Dataset Split",
+        "data.loader": "ResidentLoader resolve_device",
+        "data.torch_dataset": "TableDataset collate",
+        "data.spec": "SensitiveSpec TableSpec TaskSpec",
+    },
+)
 
 __all__ = [
     "Dataset",

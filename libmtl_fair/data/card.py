@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from libmtl_fair.data.features import FeatureEncoder
 from libmtl_fair.data.labels import RawLabels, task_columns
-from libmtl_fair.data.selection import Choice, leaks
+from libmtl_fair.data.selection import Choice, Table, leaks
 from libmtl_fair.data.sensitive import Groups
-from libmtl_fair.data.spec import TableSpec
-from libmtl_fair.data.splits import Rows
+from libmtl_fair.data.spec import TableSpec, TaskSpec
+from libmtl_fair.data.splits import PARTS, Rows
 
+Card = dict[str, Any]
 SMALL_GROUP = 30
 """Groups with fewer test rows than this are named in the card (methods.md 5: they are flagged in every table)."""
 
@@ -22,22 +22,17 @@ SMALL_GROUP = 30
 def dataset_card(
     spec: TableSpec,
     choice: Choice,
-    frame: pd.DataFrame,
+    table: Table,
     rows_in_source: int,
-    labels: Sequence[RawLabels],
-    groups: Sequence[Groups],
     parts: Mapping[str, Rows],
     encoder: FeatureEncoder,
-    tell_tale: Mapping[str, set[str]],
-) -> dict[str, Any]:
-    """Return the whole card as plain values, ready for JSON. ``tell_tale``: columns that show each attribute."""
+) -> Card:
+    """Return the whole card as plain values, ready for JSON."""
     used = np.sort(np.concatenate(list(parts.values())))
     inputs = list(encoder.kinds)
-    gaps = {name: int(frame[name].isna().to_numpy()[used].sum()) for name in inputs}
-    group_cards = {
-        item.attribute: group_card(item, parts, choice.missing, used, bool(tell_tale[item.attribute] & set(inputs)))
-        for item in groups
-    }
+    gaps = {name: int(table.frame[name].isna().to_numpy()[used].sum()) for name in inputs}
+    groups = {item.attribute: _group_card(item, parts, choice, used, table, inputs) for item in table.groups}
+    by_column = isinstance(choice.split, str)
     return {
         "name": spec.name,
         "title": spec.title,
@@ -47,49 +42,36 @@ def dataset_card(
         "rows": len(used),
         "filter": spec.filter,
         "subset": choice.subset,
-        "split": _split_card(spec, choice, parts, labels),
+        "split": {
+            "shares": choice.split if by_column else list(choice.split),
+            "seed": choice.seed,
+            "stratified_on": "nothing" if by_column else table.stratified_on or "nothing",
+            "rows": {part: len(rows) for part, rows in parts.items()},
+        },
         "inputs": inputs,
         "n_features": len(encoder.names),
         "missing_inputs": {name: count for name, count in gaps.items() if count},
-        "dropped": _dropped(spec, choice, labels, tell_tale),
-        "tasks": {item.name: task_card(item, _definition(item), groups, used) for item in labels},
-        "groups": group_cards,
-        "sensitive_inputs": [name for name, entry in group_cards.items() if entry["is_input"]],
-        "notes": [*spec.notes, *small_group_notes(group_cards)],
+        "dropped": _dropped(spec, choice, table),
+        "tasks": {item.name: _task_card(item, table.groups, used) for item in table.labels},
+        "groups": groups,
+        "sensitive_inputs": [name for name, entry in groups.items() if entry["is_input"]],
+        "notes": [*spec.notes, *_small_groups(groups)],
     }
 
 
-def _split_card(
-    spec: TableSpec, choice: Choice, parts: Mapping[str, Rows], labels: Sequence[RawLabels]
-) -> dict[str, Any]:
-    by_column = isinstance(choice.split, str)
-    stratify = labels[0].name if spec.stratify is None else spec.stratify
-    return {
-        "shares": choice.split if by_column else list(choice.split),
-        "seed": choice.seed,
-        "stratified_on": "nothing" if by_column or not stratify else stratify,
-        "rows": {part: len(rows) for part, rows in parts.items()},
-    }
-
-
-def _dropped(
-    spec: TableSpec, choice: Choice, labels: Sequence[RawLabels], tell_tale: Mapping[str, set[str]]
-) -> dict[str, str]:
+def _dropped(spec: TableSpec, choice: Choice, table: Table) -> dict[str, str]:
     dropped = dict(spec.excluded)
-    for attribute, columns in ({} if choice.sensitive_inputs else tell_tale).items():
+    for attribute, columns in ({} if choice.sensitive_inputs else table.tell_tale).items():
         dropped |= {name: f"shows {attribute}; sensitive attributes are no inputs here" for name in sorted(columns)}
-    for column, names in leaks({item.name: item.spec for item in labels}).items():
+    for column, names in leaks(table.tasks).items():
         dropped[column] = f"gives away the task{'s' if len(names) > 1 else ''} {', '.join(names)}"
     return dropped
 
 
-def _definition(labels: RawLabels) -> str:
-    spec = labels.spec
-    if spec.definition:
-        return spec.definition
+def _definition(spec: TaskSpec) -> str:
     columns = ", ".join(task_columns(spec))
-    if spec.expression:
-        return spec.expression
+    if spec.definition or spec.expression:
+        return spec.definition or str(spec.expression)
     if spec.positive is not None:
         return f"{columns} = {spec.positive}"
     if spec.threshold is not None:
@@ -97,87 +79,133 @@ def _definition(labels: RawLabels) -> str:
     return f"{spec.transform} of {columns}" if spec.transform else columns
 
 
-def task_card(labels: RawLabels, definition: str, groups: Sequence[Groups], used: Rows) -> dict[str, Any]:
-    """Return one task's entry: kind, definition, labelled rows, and the base rate overall and in each group.
-
-    The rate is the share of 1 (binary), the share of each class (multiclass, multilabel), or the mean in native units
-    (regression), over labelled rows.
-    """
-    seen = labels.observed[used]
-    entry: dict[str, Any] = {
+def _task_card(labels: RawLabels, groups: tuple[Groups, ...], used: Rows) -> Card:
+    """Say kind, definition, labelled rows, and the base rate overall and in each group."""
+    seen = int(labels.observed[used].sum())
+    entry: Card = {
         "kind": labels.spec.kind,
-        "definition": definition,
+        "definition": _definition(labels.spec),
         "columns": list(task_columns(labels.spec)),
         "forbids": list(labels.spec.forbids),
-        "labelled": int(seen.sum()),
-        "missing": int((~seen).sum()),
+        "labelled": seen,
+        "missing": len(used) - seen,
         **_rates(labels, used),
+        "per_group": {},
     }
-    entry["per_group"] = {
-        item.attribute: {
-            name: {"rows": int((item.ids[used] == index).sum()), **_rates(labels, used[item.ids[used] == index])}
-            for index, name in enumerate(item.names)
+    for item in groups:
+        rows = {name: used[item.ids[used] == index] for index, name in enumerate(item.names)}
+        entry["per_group"][item.attribute] = {
+            name: {"rows": len(inside), **_rates(labels, inside)} for name, inside in rows.items()
         }
-        for item in groups
-    }
     return entry
 
 
-def _rates(labels: RawLabels, rows: Rows) -> dict[str, Any]:
+def _rates(labels: RawLabels, rows: Rows) -> Card:
+    """Return the share of 1 (binary), the rows of each class, or mean and deviation in native units, where labelled."""
     rows = rows[labels.observed[rows]]
-    values = labels.values[rows]
-    found: dict[str, Any] = {"n": len(rows)}
+    values, n = labels.values[rows], len(rows)
     if labels.spec.kind == "binary":
-        found["rate"] = float(values.mean(dtype=np.float64)) if len(rows) else None
-    elif labels.spec.kind == "regression":
-        found["mean"] = float(values.mean()) if len(rows) else None
-        found["std"] = float(values.std()) if len(rows) else None
-    elif labels.spec.kind == "multiclass":
-        counts = np.bincount(values, minlength=len(labels.classes))
-        found["classes"] = {name: int(count) for name, count in zip(labels.classes, counts)}
-    else:
-        found["classes"] = {name: int(np.nansum(values[:, j])) for j, name in enumerate(labels.classes)}
-    return found
+        return {"n": n, "rate": float(values.mean(dtype=np.float64)) if n else None}
+    if labels.spec.kind == "regression":
+        return {"n": n, "mean": float(values.mean()) if n else None, "std": float(values.std()) if n else None}
+    by_id = labels.spec.kind == "multiclass"
+    counts = np.bincount(values, minlength=len(labels.classes)) if by_id else np.nansum(values, axis=0)
+    return {"n": n, "classes": {name: int(count) for name, count in zip(labels.classes, counts)}}
 
 
-def group_card(groups: Groups, parts: Mapping[str, Rows], rule: str, used: Rows, is_input: bool) -> dict[str, Any]:
-    """Return one attribute's entry: its source, missing values, and every group's rows and shares in each split."""
-    ids = groups.ids
-    entry: dict[str, Any] = {
-        "column": groups.spec.column,
-        "intersection_of": list(groups.spec.of),
-        "bins": list(groups.spec.bins),
-        "merged": dict(groups.spec.merge),
-        "missing": int(groups.gap[used].sum()),
-        "missing_rule": rule,
-        "left_out": int(((ids < 0) & ~groups.gap)[used].sum()),
-        "is_input": is_input,
-        "groups": {},
-    }
+def _group_card(
+    groups: Groups, parts: Mapping[str, Rows], choice: Choice, used: Rows, table: Table, inputs: list[str]
+) -> Card:
+    """Say where an attribute comes from, how many values are missing, and every group's rows and shares in each part."""
+    ids, spec = groups.ids, groups.spec
+    entries = {}
     for index, name in enumerate(groups.names):
-        count = {part: int((ids[rows] == index).sum()) for part, rows in parts.items()}
         total = int((ids[used] == index).sum())
-        shares = {part: round(count[part] / len(rows), 6) for part, rows in parts.items()}
-        entry["groups"][name] = {
+        count = {part: int((ids[rows] == index).sum()) for part, rows in parts.items()}
+        entries[name] = {
             "rows": total,
             "share": round(total / len(used), 6),
             "split": count,
-            "split_share": shares,
+            "split_share": {part: round(count[part] / len(rows), 6) for part, rows in parts.items()},
         }
-    return entry
+    in_use = groups.take(used)
+    return {
+        "column": spec.column,
+        "intersection_of": list(spec.of),
+        "bins": list(spec.bins),
+        "merged": dict(spec.merge),
+        "missing": in_use.missing,
+        "missing_rule": choice.missing,
+        "left_out": in_use.left_out,
+        "is_input": bool(table.tell_tale[groups.attribute] & set(inputs)),
+        "groups": entries,
+    }
 
 
-def small_group_notes(cards: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _small_groups(cards: Mapping[str, Card]) -> list[str]:
     """Return a note for every group that training lacks, or that is too small in the test part for rates to mean much."""
-    absent = [
-        f"sensitive attribute {attribute}: group {name} has no training row"
+    splits = {
+        f"sensitive attribute {attribute}: group {name} has": entry["split"]
         for attribute, card in cards.items()
         for name, entry in card["groups"].items()
-        if entry["split"]["train"] == 0
+    }
+    absent = [f"{group} no training row" for group, rows in splits.items() if rows["train"] == 0]
+    small = {group: rows["test"] for group, rows in splits.items() if rows["test"] < SMALL_GROUP}
+    return absent + [f"{group} {rows} test rows; its rates are noise" for group, rows in small.items()]
+
+
+def card_markdown(card: Mapping[str, Any]) -> str:
+    """Return the card as Markdown."""
+    split, tasks = card["split"], card["tasks"]
+    sizes = ", ".join(f"{part} {rows:,}" for part, rows in split["rows"].items())
+    gaps = ", ".join(f"{name} {count:,}" for name, count in card["missing_inputs"].items())
+    lines = [
+        f"# Data card: {card['title']}",
+        "",
+        f"- Source: {card['source']}",
+        f"- Licence: {card['licence']}",
+        f"- Rows: {card['rows']:,} of {card['rows_in_source']:,}" + (f" ({card['filter']})" if card["filter"] else ""),
+        f"- Split: {sizes}; seed {split['seed']}, stratified on {split['stratified_on']}",
+        f"- Inputs ({len(card['inputs'])} columns, {card['n_features']} features): {', '.join(card['inputs'])}",
+        f"- Sensitive attributes among the inputs: {', '.join(card['sensitive_inputs']) or 'none'}",
+        f"- Missing input values: {gaps or 'none'}",
+        *("", "## Tasks", ""),
+        *_markdown_table(
+            ["task", "kind", "definition", "labelled", "missing", "base rate"],
+            [
+                [name, task["kind"], task["definition"], f"{task['labelled']:,}", f"{task['missing']:,}", _shown(task)]
+                for name, task in tasks.items()
+            ],
+        ),
     ]
-    return absent + [
-        f"sensitive attribute {attribute}: group {name} has {entry['split']['test']} test rows; its rates are noise"
-        for attribute, card in cards.items()
-        for name, entry in card["groups"].items()
-        if entry["split"]["test"] < SMALL_GROUP
-    ]
+    for attribute, entry in card["groups"].items():
+        rule = f"(rule: {entry['missing_rule']}); left out: {entry['left_out']:,}."
+        lines += ["", f"## Sensitive attribute: {attribute}", "", f"Missing values: {entry['missing']:,} {rule}", ""]
+        lines += _markdown_table(
+            ["group", "rows", "share", *PARTS, *tasks],
+            [
+                [name, f"{group['rows']:,}", f"{group['share']:.1%}"]
+                + [f"{group['split'][part]:,}" for part in PARTS]
+                + [_shown(task["per_group"][attribute][name]) for task in tasks.values()]
+                for name, group in entry["groups"].items()
+            ],
+        )
+    if card["dropped"]:
+        lines += ["", "## Left out of the inputs", "", *(f"- `{k}`: {why}" for k, why in card["dropped"].items())]
+    if card["notes"]:
+        lines += ["", "## Known problems", "", *(f"- {note}" for note in card["notes"])]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def _shown(entry: Mapping[str, Any]) -> str:
+    if entry["n"] == 0:
+        return "no label"
+    if "rate" in entry:
+        return f"{entry['rate']:.1%}"
+    if "mean" in entry:
+        return f"{entry['mean']:.4g} ± {entry['std']:.3g}"
+    return ", ".join(f"{name} {count / entry['n']:.0%}" for name, count in entry["classes"].items())

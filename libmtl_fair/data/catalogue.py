@@ -1,29 +1,23 @@
-"""Datasets by name: those shipped inside the package, and those that fairlearn fetches."""
+"""Datasets by name, shipped inside the package or fetched by fairlearn, and tables of one's own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from libmtl_fair.data.adult import ADULT
-from libmtl_fair.data.build import build_dataset
-from libmtl_fair.data.compas import COMPAS
-from libmtl_fair.data.dataset import Dataset
-from libmtl_fair.data.fetched import FETCHED, fetch_frame
-from libmtl_fair.data.frames import read_frame
-from libmtl_fair.data.german import GERMAN
-from libmtl_fair.data.selection import Choice, choose_inputs, choose_tasks
-from libmtl_fair.data.spec import TableSpec
-from libmtl_fair.data.support2 import SUPPORT2
+from libmtl_fair.data.checks import SENSITIVE
+from libmtl_fair.data.dataset import Dataset, build_dataset
+from libmtl_fair.data.fetched import FETCHED
+from libmtl_fair.data.frames import column_of, read_frame
+from libmtl_fair.data.selection import Choice, choose_inputs, choose_tasks, leaks
+from libmtl_fair.data.shipped import SHIPPED
+from libmtl_fair.data.spec import SensitiveSpec, TableSpec, TaskSpec, make_spec
 from libmtl_fair.errors import DataError, unknown
-from libmtl_fair.validation import MissingRule
-
-SHIPPED: Mapping[str, TableSpec] = {spec.name: spec for spec in (ADULT, COMPAS, GERMAN, SUPPORT2)}
-"""Datasets whose files are inside the package."""
+from libmtl_fair.validation import Keep, Listed, MissingRule, checked
 
 
 def dataset_names() -> tuple[str, ...]:
@@ -42,11 +36,9 @@ def dataset_spec(name: str) -> TableSpec:
     ------
     DataError : an unknown name, with the near one.
     """
-    if name in SHIPPED:
-        return SHIPPED[name]
-    if name in FETCHED:
-        return FETCHED[name].spec
-    raise DataError(f"{unknown('dataset', name, dataset_names())}. For a table of your own use load_table")
+    if name not in dataset_names():
+        raise DataError(f"{unknown('dataset', name, dataset_names())}. For a table of your own use load_table")
+    return SHIPPED[name] if name in SHIPPED else FETCHED[name].spec
 
 
 def describe_dataset(name: str) -> dict[str, Any]:
@@ -85,7 +77,7 @@ def load_dataset(
     seed: int = 0,
     split: Sequence[float] | str = (0.6, 0.2, 0.2),
     missing: MissingRule = "drop",
-    keep_groups: Mapping[str, Any] | None = None,
+    keep_groups: Mapping[str, Keep] | None = None,
     subset: int | float | None = None,
     *,
     min_frequency: int | float | None = None,
@@ -96,29 +88,18 @@ def load_dataset(
 
     Parameters
     ----------
-    name
-        see :func:`dataset_names`.
-    tasks
-        which of its tasks, in which order; None for the default set. A column that leaks any of them is no input.
-    sensitive
-        its attributes; ``"race:top2"`` keeps the two largest groups, ``"sex*race"`` intersects. None: default.
-    seed
-        of subset and split. The same seed gives the same rows whatever tasks are chosen.
-    split
-        shares of train, val and test, stratified on the dataset's first task.
-    missing
-        rows without a sensitive value: "drop" (id -1: they train, but leave group statistics), "group" (a group
+    name : see :func:`dataset_names`.
+    tasks : which of its tasks, in which order; None for the default set. A column that leaks any of them is no input.
+    sensitive : its attributes; ``"race:top2"`` keeps the two largest groups, ``"sex*race"`` intersects. None: default.
+    seed : of subset and split. The same seed gives the same rows whatever tasks are chosen.
+    split : shares of train, val and test, stratified on the dataset's first task.
+    missing : rows without a sensitive value: "drop" (id -1: they train, but leave group statistics), "group" (a group
         "(missing)" of their own) or "error". Counts are in the card.
-    keep_groups
-        {attribute: groups to keep, or how many of the largest}; other rows get id -1, counted in the card.
-    subset
-        a number of rows, or a share, drawn before the split.
-    min_frequency
-        one-hot categories with fewer rows (int) or a smaller share (float) in training become "(rare)".
-    sensitive_inputs
-        whether the columns of the chosen sensitive attributes may be inputs.
-    frame
-        the table itself, a DataFrame or a .csv or .parquet path, instead of the shipped or fetched one.
+    keep_groups : {attribute: groups to keep, or how many of the largest}; other rows get id -1, counted in the card.
+    subset : a number of rows, or a share, drawn before the split.
+    min_frequency : one-hot categories with fewer rows (int) or a smaller share (float) in training become "(rare)".
+    sensitive_inputs : whether the columns of the chosen sensitive attributes may be inputs.
+    frame : the table itself, a DataFrame or a .csv or .parquet path, instead of the shipped or fetched one.
 
     Raises
     ------
@@ -134,15 +115,129 @@ def load_dataset(
     choose_tasks(spec, tasks)
     if frame is not None:
         table = read_frame(frame)
-        if name in FETCHED:
-            table = FETCHED[name].named(table)
+        table = FETCHED[name].named(table) if name in FETCHED else table
     elif name in FETCHED:
-        table = fetch_frame(FETCHED[name])
+        table = FETCHED[name].frame()
     else:
-        table = _shipped_frame(name)
+        with resources.as_file(resources.files("libmtl_fair.data") / "files" / f"{name}.csv.gz") as path:
+            table = read_frame(path)
     return build_dataset(spec, table, choice)
 
 
-def _shipped_frame(name: str) -> pd.DataFrame:
-    with resources.as_file(resources.files("libmtl_fair.data") / "files" / f"{name}.csv.gz") as path:
-        return read_frame(path)
+def load_table(
+    source: str | Path | pd.DataFrame,
+    *,
+    tasks: Mapping[str, TaskSpec | Mapping[str, Any]],
+    sensitive: Mapping[str, SensitiveSpec | Mapping[str, Any] | str] | Sequence[str] = (),
+    features: Sequence[str] | Mapping[str, str] | None = None,
+    categorical: Sequence[str] = (),
+    seed: int = 0,
+    split: Sequence[float] | str = (0.6, 0.2, 0.2),
+    stratify: str | bool = True,
+    missing: MissingRule = "drop",
+    keep_groups: Mapping[str, Keep] | None = None,
+    subset: int | float | None = None,
+    min_frequency: int | float | None = None,
+    sensitive_inputs: bool = True,
+    name: str | None = None,
+    title: str | None = None,
+    licence: str = "not stated",
+    notes: Sequence[str] = (),
+) -> Dataset:
+    """Load a table with several tasks and sensitive attributes.
+
+    Parameters
+    ----------
+    source : a .csv, .csv.gz or .parquet file, or a DataFrame.
+    tasks : {name: TaskSpec or a mapping of its fields}, in order; a recipe gives mappings.
+    sensitive : {attribute: SensitiveSpec, a mapping of its fields, or a column}, or a list of columns.
+    features : input columns, or {column: "numeric" | "categorical" | "auto"}. None: every column that no task reads or
+        forbids.
+    categorical : input columns that are categories although they hold numbers.
+    split : three shares, or the name of a column that holds "train", "val" and "test".
+    stratify : True (first task), a task's name, or False.
+    seed, missing, keep_groups, subset, min_frequency, sensitive_inputs : as for :func:`load_dataset`.
+    name, title, licence, notes : for the data card.
+
+    Raises
+    ------
+    DataError : file or column not there, an input that gives a task away, and all that :func:`load_dataset` raises.
+
+    >>> frame = pd.DataFrame({"age": range(20, 60), "sex": ["f", "m"] * 20, "ill": [0, 0, 1, 1] * 10})
+    >>> data = load_table(frame, tasks={"ill": {"kind": "binary", "column": "ill"}}, sensitive=["sex"])
+    >>> data.inputs, data.groups, len(data.train)
+    (('age', 'sex'), {'sex': ['f', 'm']}, 24)
+    """
+    frame = read_frame(source)
+    task_specs = {key: _task(key, value) for key, value in checked(dict, tasks, "tasks").items()}
+    named = (
+        dict(sensitive) if isinstance(sensitive, Mapping) else dict.fromkeys(checked(Listed, sensitive, "sensitive"))
+    )
+    categories = checked(Listed, categorical, "categorical")
+    groups = _attributes(named, set(frame.columns))
+    candidates = _candidates(frame, task_specs, features, split)
+    for column in categories:
+        column_of(frame, column, "categorical")
+    if not isinstance(stratify, bool) and stratify not in tuple(task_specs):
+        raise DataError(f"stratify: {unknown('task', stratify, task_specs)}")
+    name = name or ("table" if isinstance(source, pd.DataFrame) else Path(source).name.split(".")[0])
+    kinds = features if isinstance(features, Mapping) else {}
+    spec = TableSpec(
+        name=name,
+        title=title or name,
+        source="DataFrame" if isinstance(source, pd.DataFrame) else str(source),
+        licence=licence,
+        tasks=task_specs,
+        sensitive=groups,
+        candidates=candidates,
+        default_tasks=tuple(task_specs),
+        default_sensitive=tuple(named),
+        kinds={**kinds, **dict.fromkeys(categories, "categorical")},
+        stratify=stratify if isinstance(stratify, str) else None if stratify else "",
+        notes=checked(Listed, notes, "notes"),
+    )
+    choice = Choice(None, tuple(named), seed, split, missing, keep_groups, subset, min_frequency, sensitive_inputs)
+    return build_dataset(spec, frame, choice)
+
+
+def _task(name: str, value: object) -> TaskSpec:
+    if checked(str, name, "a task's name") == SENSITIVE:
+        raise DataError(f"a task may not be named {SENSITIVE!r}: batches hold the group ids under this key; rename it")
+    return make_spec(TaskSpec, value, "task", name)
+
+
+def _attributes(named: Mapping[str, object], columns: Collection[str]) -> dict[str, SensitiveSpec]:
+    """Return the declared specs; a name alone is a column, or shorthand ("race:top2", "sex*race") over columns."""
+    specs: dict[str, SensitiveSpec] = {}
+    for name, value in named.items():
+        if value is not None:
+            specs[name] = make_spec(SensitiveSpec, value, "sensitive attribute", name)
+            continue
+        parts = [name] if name in columns else [part.strip() for part in name.partition(":top")[0].split("*")]
+        for part in parts:
+            specs.setdefault(part, SensitiveSpec(column=part))
+    for part in [part for spec in specs.values() for part in spec.of]:
+        specs.setdefault(part, SensitiveSpec(column=part))
+    return specs
+
+
+def _candidates(
+    frame: pd.DataFrame,
+    tasks: Mapping[str, TaskSpec],
+    features: Sequence[str] | Mapping[str, str] | None,
+    split: object,
+) -> tuple[str, ...]:
+    forbidden = leaks(tasks)
+    if features is None:
+        return tuple(str(column) for column in frame.columns if column not in forbidden and column != split)
+    columns: tuple[str, ...] = checked(
+        Listed, list(features) if isinstance(features, Mapping) else features, "features"
+    )
+    for column in columns:
+        column_of(frame, column, "features")
+        if column in forbidden:
+            raise DataError(
+                f"feature {column!r} gives away task {forbidden[column][0]!r}; one input serves all tasks, so take it out "
+                "of the features (or drop the task)"
+            )
+    return columns

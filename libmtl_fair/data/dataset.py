@@ -1,17 +1,23 @@
-"""What loading gives: three splits of tensors, the tasks, the groups' names, and a data card."""
+"""What loading gives: three splits of tensors, the tasks, the groups' names, a data card; and how it is made."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from libmtl_fair.data.card_markdown import card_markdown
-from libmtl_fair.data.features import FeatureEncoder
+from libmtl_fair.data.card import Card, card_markdown, dataset_card
+from libmtl_fair.data.features import FeatureEncoder, feature_kinds, fit_encoder
+from libmtl_fair.data.labels import make_task
 from libmtl_fair.data.loader import ResidentLoader
+from libmtl_fair.data.selection import Choice, Table, choose_inputs, read_table
+from libmtl_fair.data.spec import TableSpec
+from libmtl_fair.data.splits import Rows
 from libmtl_fair.data.torch_dataset import TableDataset
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.tasks import Task
@@ -90,7 +96,7 @@ class Dataset:
     tasks: tuple[Task, ...]
     groups: dict[str, list[str]]
     feature_names: tuple[str, ...]
-    card: dict[str, Any]
+    card: Card
     encoder: FeatureEncoder
 
     @property
@@ -131,3 +137,37 @@ class Dataset:
     def card_markdown(self) -> str:
         """Return the data card as Markdown."""
         return card_markdown(self.card)
+
+
+def build_dataset(spec: TableSpec, frame: pd.DataFrame, choice: Choice) -> Dataset:
+    """Return the dataset that ``choice`` asks for: rows, labels, groups, splits, inputs, card, in this order."""
+    table = read_table(spec, frame, choice)
+    parts = table.parts(choice)
+    made = {item.name: make_task(item, parts["train"]) for item in table.labels}
+    hidden: set[str] = set() if choice.sensitive_inputs else set().union(*table.tell_tale.values())
+    kinds = feature_kinds(table.frame, choose_inputs(spec, table.tasks, hidden), spec.kinds)
+    encoder, x = fit_encoder(table.frame, parts["train"], kinds, choice.min_frequency)
+    labels = {name: values for name, (_, values) in made.items()}
+    splits = {part: _split(table, x, labels, rows, encoder.names) for part, rows in parts.items()}
+    return Dataset(
+        name=spec.name,
+        **splits,
+        tasks=tuple(task for task, _ in made.values()),
+        groups=splits["train"].group_names,
+        feature_names=encoder.names,
+        card=dataset_card(spec, choice, table, len(frame), parts, encoder),
+        encoder=encoder,
+    )
+
+
+def _split(
+    table: Table, x: NDArray[np.float32], labels: dict[str, NDArray[Any]], rows: Rows, feature_names: tuple[str, ...]
+) -> Split:
+    return Split(
+        x=torch.from_numpy(x[rows]),
+        labels={task: torch.from_numpy(values[rows]) for task, values in labels.items()},
+        groups={item.attribute: torch.from_numpy(item.ids[rows]) for item in table.groups},
+        rows=torch.from_numpy(table.rows[rows]),
+        group_names={item.attribute: list(item.names) for item in table.groups},
+        feature_names=feature_names,
+    )

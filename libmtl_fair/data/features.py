@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
-from sklearn.compose import ColumnTransformer
-from sklearn.impute import MissingIndicator, SimpleImputer
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import OneHotEncoder, StandardScaler
+from numpy.typing import NDArray
 
-from libmtl_fair.data.frames import as_numbers, as_text, column_of, is_numeric
+from libmtl_fair.data.frames import as_numbers, as_text, column_of, ids_of, is_numeric
 from libmtl_fair.errors import DataError, unknown
 
-Rows: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
 FeatureKind = Literal["numeric", "categorical"]
 MISSING_CATEGORY = "(missing)"
 """Category of a row without a value, if the training part has such rows."""
@@ -24,41 +21,87 @@ MISSING_CATEGORY = "(missing)"
 
 @dataclass(frozen=True)
 class FeatureEncoder:
-    """The fitted encoding of a table's input columns.
+    """The fitted encoding of a table's input columns, as plain data that JSON can hold.
 
     Numbers: the training median where missing, then (value - mean) / sd; one 0/1 column more where the training part
-    has gaps. Categories: one 0/1 column each; a category that training lacks is all zeros.
+    has gaps. Categories: one 0/1 column each, one for the rare ones; a category that training lacks is all zeros.
 
     Attributes
     ----------
     kinds : {input column: "numeric" or "categorical"}, in order.
-    names : of the columns of the encoded matrix.
+    fill, centre, scale : of each numeric column.
+    gaps : which numeric columns (counted among them) had missing values in training.
+    categories, rare : values of each categorical column, frequent and rare.
     """
 
     kinds: Mapping[str, FeatureKind]
-    transformer: ColumnTransformer
-    names: tuple[str, ...]
+    fill: tuple[float, ...]
+    centre: tuple[float, ...]
+    scale: tuple[float, ...]
+    gaps: tuple[int, ...]
+    categories: tuple[tuple[str, ...], ...]
+    rare: tuple[tuple[str, ...], ...]
 
-    def encode(self, frame: pd.DataFrame) -> np.ndarray[Any, np.dtype[np.float32]]:
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the columns of the encoded matrix."""
+        numeric = _of_kind(self.kinds, "numeric")
+        names = [*numeric, *(f"{numeric[i]}={MISSING_CATEGORY}" for i in self.gaps)]
+        for name, known, rare in zip(_of_kind(self.kinds, "categorical"), self.categories, self.rare):
+            names += [f"{name}={value}" for value in (*known, *(["(rare)"] if rare else []))]
+        return tuple(names)
+
+    def encode(self, frame: pd.DataFrame) -> NDArray[np.float32]:
         """Return the inputs of new rows, float32 [N, F].
 
         Raises
         ------
-        DataError : a column is not there, or holds text where training held numbers.
+        DataError : a column is not there, holds text where training held numbers, or a value too far from those.
         """
-        return _encoded(self.transformer, _prepared(frame, self.kinds), self.names)
+        return self._encoded(_numbers(frame, self.kinds), _texts(frame, self.kinds))
+
+    def _encoded(self, numbers: NDArray[np.float64], texts: Sequence[NDArray[np.object_]]) -> NDArray[np.float32]:
+        missing = np.isnan(numbers)
+        with np.errstate(over="ignore"):
+            values = (np.where(missing, self.fill, numbers) - np.array(self.centre)) / np.array(self.scale)
+            parts = [values.astype(np.float32), missing[:, list(self.gaps)].astype(np.float32)]
+        beyond = np.argwhere(~np.isfinite(parts[0]))
+        if len(beyond):
+            row, column = beyond[0]
+            raise DataError(
+                f"feature {_of_kind(self.kinds, 'numeric')[column]!r} is too far from its training values in row {row} "
+                f"({numbers[row, column]:g}) to be scaled as float32; correct the value, or transform the column first (a "
+                "logarithm, say)"
+            )
+        for text, known, rare in zip(texts, self.categories, self.rare):
+            width = len(known) + bool(rare)
+            ids = np.minimum(ids_of(text, [*known, *rare]), width - 1)
+            parts.append((ids[:, None] == np.arange(width)).astype(np.float32))
+        return np.hstack(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FeatureEncoder:
+        """Read what :meth:`to_dict` gave, from JSON too; version 0.1 wrote the positions of each kind."""
+        fields: dict[str, Any] = {name: item for name, item in values.items() if name not in ("numeric", "categorical")}
+        if "numeric" in values:
+            kinds = dict.fromkeys(values["numeric"], "numeric") | dict.fromkeys(values["categorical"], "categorical")
+            fields |= {"kinds": {str(i): kinds[i] for i in sorted(kinds)}, "rare": [()] * len(values["categorical"])}
+        for name in ("categories", "rare"):
+            fields[name] = map(tuple, fields[name])
+        return cls(kinds=fields.pop("kinds"), **{name: tuple(item) for name, item in fields.items()})
 
 
-def feature_kinds(frame: pd.DataFrame, columns: Sequence[str], declared: Mapping[str, str]) -> dict[str, FeatureKind]:
-    """Return the kind of each input column: as declared, else numeric for numbers and booleans, else categorical.
-
-    Raises
-    ------
-    DataError : unknown column or kind, or dates (which have no meaning as a number or category).
-    """
+def feature_kinds(
+    frame: pd.DataFrame, columns: Sequence[str], declared: Mapping[str, str] | None = None
+) -> dict[str, FeatureKind]:
+    """Return the kind of each input column: as declared, else numeric for numbers and booleans, else categorical."""
     kinds: dict[str, FeatureKind] = {}
     for name in columns:
-        kind = declared.get(name, "auto")
+        kind = (declared or {}).get(name, "auto")
         series = column_of(frame, name, "features")
         if kind not in ("auto", *get_args(FeatureKind)):
             raise DataError(f"feature {name!r}: {unknown('kind', kind, ['auto', *get_args(FeatureKind)])}")
@@ -66,82 +109,57 @@ def feature_kinds(frame: pd.DataFrame, columns: Sequence[str], declared: Mapping
             raise DataError(
                 f"feature {name!r} holds dates; make a number of it (such as a year or an age) or leave it out"
             )
-        if kind == "numeric" or (kind == "auto" and is_numeric(series)):
-            kinds[name] = "numeric"
-        else:
-            kinds[name] = "categorical"
+        numeric = kind == "numeric" or (kind == "auto" and is_numeric(series))
+        kinds[name] = "numeric" if numeric else "categorical"
     return kinds
 
 
 def fit_encoder(
-    frame: pd.DataFrame, train: Rows, kinds: Mapping[str, FeatureKind], min_frequency: int | float | None = None
-) -> tuple[FeatureEncoder, np.ndarray[Any, np.dtype[np.float32]]]:
+    frame: pd.DataFrame,
+    train: NDArray[np.int64],
+    kinds: Mapping[str, FeatureKind],
+    min_frequency: int | float | None = None,
+) -> tuple[FeatureEncoder, NDArray[np.float32]]:
     """Fit on the rows in ``train``; return the encoder and the inputs of all rows, float32 [N, F].
 
     ``min_frequency``: categories with fewer rows (int) or a smaller share (float) than this become one, "(rare)".
-
-    Raises
-    ------
-    DataError : a numeric column without any value, an infinite value, or text in a numeric column.
     """
-    whole = _prepared(frame, kinds)
-    clean = whole.iloc[train]
-    numeric = [name for name, kind in kinds.items() if kind == "numeric"]
-    categorical = [name for name, kind in kinds.items() if kind == "categorical"]
-    gaps = clean[numeric].isna()
-    for name in numeric:
-        if gaps[name].all():
+    numbers, texts = _numbers(frame, kinds), _texts(frame, kinds)
+    part = numbers[train]
+    seen = ~np.isnan(part)
+    for name, column in zip(_of_kind(kinds, "numeric"), seen.T):
+        if not column.any():
             raise DataError(
-                f"feature {name!r} has no value in the training part ({len(clean)} rows); leave the column out"
+                f"feature {name!r} has no value in the training part ({len(part)} rows); leave the column out"
             )
-    incomplete = [name for name in numeric if gaps[name].any()]
-    onehot = OneHotEncoder(handle_unknown="ignore", min_frequency=min_frequency, sparse_output=False, dtype=np.float32)
-    parts = [
-        ("numeric", make_pipeline(SimpleImputer(strategy="median"), StandardScaler()), numeric),
-        ("missing", MissingIndicator(features="all"), incomplete),
-        ("categorical", onehot, categorical),
-    ]
-    transformer = ColumnTransformer([part for part in parts if part[2]], sparse_threshold=0.0)
-    transformer.fit(clean)
-    names = [*numeric, *(f"{name}={MISSING_CATEGORY}" for name in incomplete)]
-    if categorical:
-        names += _category_names(transformer.named_transformers_["categorical"], categorical)
-    x = _encoded(transformer, whole, names)
-    return FeatureEncoder(dict(kinds), transformer, tuple(names)), x
+    fill = np.nanmedian(part, axis=0) if part.shape[1] else np.zeros(0)
+    whole = np.asfortranarray(np.where(seen, part, fill))  # column by column, as scikit-learn sums them
+    centre, scale = whole.mean(0), whole.std(0)
+    constant = scale <= len(whole) * np.finfo(np.float64).eps * np.abs(centre)  # but for rounding, as in scikit-learn
+    counts = [Counter(text[train].tolist()) for text in texts]
+    least = min_frequency if isinstance(min_frequency, int) else (min_frequency or 0) * len(part)
+    encoder = FeatureEncoder(
+        kinds=dict(kinds),
+        fill=tuple(fill.tolist()),
+        centre=tuple(centre.tolist()),
+        scale=tuple(np.where(constant, 1.0, scale).tolist()),
+        gaps=tuple(np.flatnonzero(~seen.all(0)).tolist()),
+        categories=tuple(tuple(sorted(value for value in count if count[value] >= least)) for count in counts),
+        rare=tuple(tuple(sorted(value for value in count if count[value] < least)) for count in counts),
+    )
+    return encoder, encoder._encoded(numbers, texts)
 
 
-def _encoded(
-    transformer: ColumnTransformer, clean: pd.DataFrame, names: Sequence[str]
-) -> np.ndarray[Any, np.dtype[np.float32]]:
-    with np.errstate(over="ignore"):
-        x = np.asarray(transformer.transform(clean), dtype=np.float32)
-    if not np.isfinite(x).all():
-        row, column = np.argwhere(~np.isfinite(x))[0]
-        raise DataError(
-            f"feature {names[column]!r} is too far from its training values in row {row} to be scaled as float32; "
-            "correct the value, or transform the column first (a logarithm, say)"
-        )
-    return x
+def _of_kind(kinds: Mapping[str, FeatureKind], kind: FeatureKind) -> list[str]:
+    return [name for name in kinds if kinds[name] == kind]
 
 
-def _category_names(onehot: OneHotEncoder, columns: Sequence[str]) -> list[str]:
-    names: list[str] = []
-    for index, column in enumerate(columns):
-        rare = getattr(onehot, "infrequent_categories_", [None] * len(columns))[index]
-        rare = set() if rare is None else set(rare)
-        names += [f"{column}={value}" for value in onehot.categories_[index] if value not in rare]
-        names += [f"{column}=(rare)"] if rare else []
-    return names
+def _numbers(frame: pd.DataFrame, kinds: Mapping[str, FeatureKind]) -> NDArray[np.float64]:
+    names = _of_kind(kinds, "numeric")
+    columns = [as_numbers(column_of(frame, name, "features"), f"feature {name!r}") for name in names]
+    return np.column_stack(columns) if columns else np.zeros((len(frame), 0))
 
 
-def _prepared(frame: pd.DataFrame, kinds: Mapping[str, FeatureKind]) -> pd.DataFrame:
-    columns: dict[str, Any] = {}
-    for name, kind in kinds.items():
-        series = column_of(frame, name, "features")
-        if kind == "numeric":
-            columns[name] = as_numbers(series, f"feature {name!r}")
-        else:
-            text = as_text(series)
-            text[series.isna().to_numpy()] = MISSING_CATEGORY
-            columns[name] = pd.Series(text, dtype=object)
-    return pd.DataFrame(columns)
+def _texts(frame: pd.DataFrame, kinds: Mapping[str, FeatureKind]) -> list[NDArray[np.object_]]:
+    columns = [as_text(column_of(frame, name, "features")) for name in _of_kind(kinds, "categorical")]
+    return [np.where(pd.isna(text), MISSING_CATEGORY, text) for text in columns]

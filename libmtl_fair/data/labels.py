@@ -1,21 +1,115 @@
-"""Labels of one task from a table, with missing ones kept as missing, and the checks that the kind fits."""
+"""Labels of one task from a table, with missing ones kept as missing, and the checks that the kind fits.
+
+Binary labels may come from comparisons of columns, ``"death == 1 and d.time <= 180"``: read as data, never run as code.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from libmtl_fair.data.expressions import evaluate, expression_columns
-from libmtl_fair.data.frames import as_numbers, as_text, column_of, is_numeric
+from libmtl_fair.data.frames import Series, as_numbers, as_text, column_of, ids_of, is_numeric, values_in
 from libmtl_fair.data.spec import TaskSpec
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.tasks import IGNORE_INDEX, Binary, Multiclass, Multilabel, Regression, Task
 
 _MOST_CLASSES = 200
+_MOST_SHOWN = 12
+_OPERATORS: dict[str, Callable[[Any, Any], object]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+_TERM = re.compile(
+    r"""\s*(?:`(?P<quoted>[^`]+)`|(?P<name>[^\s=<>!`'"][^=<>!`'"]*?))\s*
+        (?P<op>==|!=|>=|<=|>|<)\s*
+        (?:'(?P<single>[^']*)'|"(?P<double>[^"]*)"|(?P<bare>[^\s'"=<>!](?:(?!\s(?:and|or)(?:\s|$))[^'"=<>!])*?))\s*
+        (?:\s(?P<join>and|or)\s|$)""",
+    re.VERBOSE,
+)
+
+
+class Comparison(NamedTuple):
+    """``column op value``; a quoted value is text, a bare one a number if it reads as one."""
+
+    column: str
+    op: str
+    value: str | float
+
+
+def parse(expression: str) -> list[list[Comparison]]:
+    """Return the expression as an *or* of *ands* of comparisons ("and" binds closer, there are no brackets).
+
+    Column names with ``=``, ``<``, ``>`` or the word "and" go in back-ticks, text values in quotes.
+
+    >>> parse("death == 1 and d.time <= 180")
+    [[Comparison(column='death', op='==', value=1.0), Comparison(column='d.time', op='<=', value=180.0)]]
+    """
+    alternatives: list[list[Comparison]] = [[]]
+    position = 0
+    while True:
+        match = _TERM.match(expression, position)
+        if match is None:
+            raise DataError(
+                f"expression {expression!r}: cannot read {expression[position:].strip()!r}; expected comparisons such as "
+                "\"age >= 65\" or \"job == 'clerk'\", joined by 'and' or 'or'"
+            )
+        text = match["single"] if match["single"] is not None else match["double"]
+        value = text if text is not None else _number_or_text(match["bare"])
+        alternatives[-1].append(Comparison(match["quoted"] or match["name"], match["op"], value))
+        if match["join"] is None:
+            return alternatives
+        if match["join"] == "or":
+            alternatives.append([])
+        position = match.end()
+
+
+def _number_or_text(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def expression_columns(expression: str) -> tuple[str, ...]:
+    """Return the columns that the expression compares.
+
+    >>> expression_columns("age >= 65 or sex == 'male' and age < 30")
+    ('age', 'sex')
+    """
+    return tuple(dict.fromkeys(term.column for terms in parse(expression) for term in terms))
+
+
+def evaluate(expression: str, frame: pd.DataFrame, where: str) -> NDArray[np.float32]:
+    """Return 1, 0, or NaN where any column that is compared is missing: float32 [N]."""
+    columns = {name: column_of(frame, name, where) for name in expression_columns(expression)}
+    met = [
+        np.all([_compare(columns[term.column], term, where) for term in terms], axis=0) for terms in parse(expression)
+    ]
+    missing = np.any([series.isna() for series in columns.values()], axis=0)
+    return np.where(missing, np.nan, np.any(met, axis=0)).astype(np.float32)
+
+
+def _compare(series: Series, term: Comparison, where: str) -> NDArray[np.bool_]:
+    value = term.value
+    if is_numeric(series):
+        if isinstance(value, str):
+            raise DataError(f"{where}: column {term.column!r} holds numbers, but is compared with the text {value!r}")
+        return np.asarray(_OPERATORS[term.op](series.to_numpy(dtype=float, na_value=np.nan), value), dtype=bool)
+    if term.op not in ("==", "!="):
+        raise DataError(f"{where}: column {term.column!r} holds text; it can be compared with == and != only")
+    text = series.astype(object).map(str).to_numpy(dtype=object)
+    return np.asarray(_OPERATORS[term.op](text, value if isinstance(value, str) else f"{value:g}"), dtype=bool)
 
 
 @dataclass(frozen=True)
@@ -28,18 +122,23 @@ class RawLabels:
 
     name: str
     spec: TaskSpec
-    values: np.ndarray[Any, Any]
+    values: NDArray[Any]
     classes: tuple[str, ...] = ()
 
     @property
-    def observed(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    def where(self) -> str:
+        """Return the task for a message."""
+        return f"task {self.name!r} ({self.spec.kind})"
+
+    @property
+    def observed(self) -> NDArray[np.bool_]:
         """Return which rows have a label, bool [N] (multilabel: at least one)."""
         if self.spec.kind == "multiclass":
             return np.asarray(self.values != IGNORE_INDEX)
         seen = ~np.isnan(self.values)
         return np.asarray(seen.any(axis=1) if seen.ndim == 2 else seen)
 
-    def take(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> RawLabels:
+    def take(self, rows: NDArray[np.int64]) -> RawLabels:
         """Return the labels of some rows."""
         return replace(self, values=self.values[rows])
 
@@ -48,57 +147,48 @@ def task_columns(spec: TaskSpec) -> tuple[str, ...]:
     """Return the columns that a task's labels are made of."""
     if spec.expression is not None:
         return expression_columns(spec.expression)
-    return spec.columns or (cast(str, spec.column),)
+    return spec.columns or (str(spec.column),)
 
 
 def raw_labels(name: str, spec: TaskSpec, frame: pd.DataFrame) -> RawLabels:
-    """Return the labels of one task for every row of ``frame``.
-
-    Raises
-    ------
-    DataError : unknown column, no label at all, or labels that do not fit the task's kind.
-    """
-    where = f"task {name!r} ({spec.kind})"
+    """Return the labels of one task for every row of ``frame``; columns or labels that do not fit are refused."""
+    where = RawLabels(name, spec, np.empty(0)).where
     classes: tuple[str, ...] = ()
-    values: np.ndarray[Any, Any]
-    if spec.kind == "binary":
-        values = _binary(spec, frame, where)
-    elif spec.kind == "multiclass":
-        values, classes = _multiclass(spec, column_of(frame, str(spec.column), where), where)
+    values: NDArray[Any]
+    if spec.expression is not None:
+        values = evaluate(spec.expression, frame, where)
     elif spec.kind == "multilabel":
         values = np.stack([_zero_one(column_of(frame, column, where), where) for column in spec.columns], axis=1)
         classes = spec.columns
     else:
-        values = _number(spec, column_of(frame, str(spec.column), where), where)
+        series = column_of(frame, str(spec.column), where)
+        if spec.kind == "multiclass":
+            values, classes = _multiclass(spec, series, where)
+        else:
+            values = (_binary if spec.kind == "binary" else _regression)(spec, series, where)
     labels = RawLabels(name, spec, values, classes)
     if not labels.observed.any():
         raise DataError(f"{where}: all {len(frame)} labels are missing; check the column and its values")
     return labels
 
 
-def _binary(spec: TaskSpec, frame: pd.DataFrame, where: str) -> np.ndarray[Any, np.dtype[np.float32]]:
-    if spec.expression is not None:
-        return evaluate(spec.expression, frame, where)
-    series = column_of(frame, str(spec.column), where)
+def _binary(spec: TaskSpec, series: Series, where: str) -> NDArray[np.float32]:
     if spec.threshold is not None:
         values = as_numbers(series, where)
         return np.where(np.isnan(values), np.nan, values >= spec.threshold).astype(np.float32)
     if spec.positive is None:
         return _zero_one(series, where)
     text, positive = as_text(series), as_text(pd.Series([spec.positive]))[0]
-    present = set(text) - {None}
-    if positive not in present:
-        raise DataError(f"{where}: column {spec.column!r}: {unknown('value', positive, _some(present))}")
-    gap = series.isna().to_numpy()
-    return np.where(gap, np.nan, text == positive).astype(np.float32)
+    if positive not in text:
+        raise DataError(f"{where}: column {spec.column!r}: {unknown('value', positive, values_in(text, _MOST_SHOWN))}")
+    return np.where(series.isna().to_numpy(), np.nan, text == positive).astype(np.float32)
 
 
-def _zero_one(series: pd.Series[Any], where: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _zero_one(series: Series, where: str) -> NDArray[np.float32]:
     if not is_numeric(series):
-        found = _some(set(as_text(series)) - {None})
         raise DataError(
-            f"{where}: column {series.name!r} must hold 0 and 1, found {', '.join(map(repr, found))}; "
-            "say which value is the positive one (positive=...)"
+            f"{where}: column {series.name!r} must hold 0 and 1, found "
+            f"{', '.join(map(repr, values_in(as_text(series), _MOST_SHOWN)))}; say which value is the positive one (positive=...)"
         )
     values = as_numbers(series, where)
     wrong = np.unique(values[~np.isnan(values) & (values != 0) & (values != 1)])
@@ -110,83 +200,55 @@ def _zero_one(series: pd.Series[Any], where: str) -> np.ndarray[Any, np.dtype[np
     return values.astype(np.float32)
 
 
-def _multiclass(
-    spec: TaskSpec, series: pd.Series[Any], where: str
-) -> tuple[np.ndarray[Any, np.dtype[np.int64]], tuple[str, ...]]:
+def _multiclass(spec: TaskSpec, series: Series, where: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     if pd.api.types.is_float_dtype(series):
         values = as_numbers(series, where)
         if not np.all(values[~np.isnan(values)] % 1 == 0):
             raise DataError(
                 f"{where}: column {series.name!r} holds fractions; expected classes. Use kind 'regression'?"
             )
-    codes, found = pd.factorize(as_text(series))
-    present = [str(value) for value in found]
-    mapping = _class_of_value(spec, series, present, where)
-    classes = tuple(dict.fromkeys(mapping.values()))
+    text = as_text(series)
+    present = values_in(text)
+    if isinstance(spec.classes, dict):
+        name_of = spec.classes
+    else:
+        by_number = is_numeric(series) and series.dtype != bool
+        name_of = {value: value for value in spec.classes or (sorted(present, key=float) if by_number else present)}
+    for value in name_of:
+        if value not in present:
+            raise DataError(f"{where}: column {series.name!r}: {unknown('class', value, present[:_MOST_SHOWN])}")
+    classes = tuple(dict.fromkeys(name_of.values()))
     if not 2 <= len(classes) <= _MOST_CLASSES:
         raise DataError(
             f"{where}: column {series.name!r} has {len(classes)} classes; expected 2 to {_MOST_CLASSES}: "
             "name them with classes=, or use another kind of task"
         )
-    ids = {name: index for index, name in enumerate(classes)}
-    table = [ids[mapping[value]] if value in mapping else IGNORE_INDEX for value in present] + [IGNORE_INDEX]
-    return np.asarray(table, dtype=np.int64)[codes], classes
+    ids = ids_of(pd.Series(text, dtype=object).map(name_of).to_numpy(), classes)
+    return np.where(ids < 0, IGNORE_INDEX, ids), classes
 
 
-def _class_of_value(spec: TaskSpec, series: pd.Series[Any], present: list[str], where: str) -> dict[str, str]:
-    if spec.classes is None:
-        order = sorted(present, key=float) if is_numeric(series) and series.dtype != bool else sorted(present)
-        return {value: value for value in order}
-    named = spec.classes if isinstance(spec.classes, Mapping) else {value: value for value in spec.classes}
-    for value in named:
-        if value not in present:
-            raise DataError(f"{where}: column {series.name!r}: {unknown('class', value, _some(set(present)))}")
-    return dict(named)
-
-
-def _number(spec: TaskSpec, series: pd.Series[Any], where: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _regression(spec: TaskSpec, series: Series, where: str) -> NDArray[np.float64]:
     values = as_numbers(series, where)
     if spec.transform is None:
         return values
-    bad = values <= (0 if spec.transform == "log" else -1)
-    if bad.any():
+    bad = np.flatnonzero(values <= (0 if spec.transform == "log" else -1))
+    if len(bad):
         raise DataError(
-            f"{where}: {int(bad.sum())} values of column {series.name!r} have no {spec.transform} "
-            f"(the first, {values[bad][0]:g}, in row {int(np.flatnonzero(bad)[0])}); drop the rows or the transform"
+            f"{where}: {len(bad)} values of column {series.name!r} have no {spec.transform} (the first, "
+            f"{values[bad[0]]:g}, in row {bad[0]}); drop the rows or the transform"
         )
-    return cast(
-        "np.ndarray[Any, np.dtype[np.float64]]", np.log(values) if spec.transform == "log" else np.log1p(values)
-    )
+    return np.asarray(np.log(values) if spec.transform == "log" else np.log1p(values))
 
 
-def make_task(labels: RawLabels, train: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[Task, np.ndarray[Any, Any]]:
-    """Return the task and its final labels; a regression's scale is that of the rows in ``train``.
-
-    Raises
-    ------
-    DataError : the training part lacks a class, or a target is constant there.
-    """
-    where = f"task {labels.name!r} ({labels.spec.kind})"
-    part = labels.values[train]
+def make_task(labels: RawLabels, train: NDArray[np.int64]) -> tuple[Task, NDArray[Any]]:
+    """Return the task and its final labels; a regression's scale is that of the rows in ``train``."""
     if not labels.observed[train].any():
         raise DataError(
-            f"{where}: no labelled row in the training part ({len(train)} rows); use more rows or another split"
+            f"{labels.where}: no labelled row in the training part ({len(train)} rows); use more rows or another split"
         )
     if labels.spec.kind == "regression":
-        mean, std = float(np.nanmean(part)), float(np.nanstd(part))
-        if not std > 0:
-            raise DataError(
-                f"{where}: the target is {mean:g} in every row of the training part; there is nothing to learn"
-            )
-        if not labels.spec.standardise:
-            mean, std = 0.0, 1.0
-        with np.errstate(over="ignore"):
-            scaled = ((labels.values - mean) / std).astype(np.float32)
-        if np.isinf(scaled).any():
-            row = int(np.flatnonzero(np.isinf(scaled))[0])
-            raise DataError(f"{where}: the target in row {row} is too far from the training part's; use a transform")
-        return Regression(labels.name, mean=mean, std=std), scaled
-    _need_every_class(labels, part, where)
+        return _scaled(labels, train)
+    _need_every_class(labels, labels.values[train])
     if labels.spec.kind == "binary":
         return Binary(labels.name), labels.values
     if labels.spec.kind == "multiclass":
@@ -194,22 +256,30 @@ def make_task(labels: RawLabels, train: np.ndarray[Any, np.dtype[np.int64]]) -> 
     return Multilabel(labels.name, n_labels=len(labels.classes)), labels.values
 
 
-def _need_every_class(labels: RawLabels, part: np.ndarray[Any, Any], where: str) -> None:
+def _scaled(labels: RawLabels, train: NDArray[np.int64]) -> tuple[Task, NDArray[np.float32]]:
+    mean, std = float(np.nanmean(labels.values[train])), float(np.nanstd(labels.values[train]))
+    if not std > 0:
+        raise DataError(
+            f"{labels.where}: the target is {mean:g} in every row of the training part; there is nothing to learn"
+        )
+    if not labels.spec.standardise:
+        mean, std = 0.0, 1.0
+    with np.errstate(over="ignore"):
+        scaled = ((labels.values - mean) / std).astype(np.float32)
+    if np.isinf(scaled).any():
+        row = int(np.flatnonzero(np.isinf(scaled))[0])
+        raise DataError(f"{labels.where}: the target in row {row} is too far from the training part's; use a transform")
+    return Regression(labels.name, mean=mean, std=std), scaled
+
+
+def _need_every_class(labels: RawLabels, part: NDArray[Any]) -> None:
     if labels.spec.kind == "multiclass":
-        counts = np.bincount(part[part >= 0], minlength=len(labels.classes))
-        absent = [labels.classes[index] for index in np.flatnonzero(counts == 0)]
+        absent = [name for index, name in enumerate(labels.classes) if not (part == index).any()]
     else:
-        columns = part if part.ndim == 2 else part[:, None]
-        names = labels.classes or ("",)
-        absent = [
-            f"{name} {v}".strip() for j, name in enumerate(names) for v in (0, 1) if not (columns[:, j] == v).any()
-        ]
+        columns = zip(labels.classes or ("",), part.T if part.ndim == 2 else part[None])
+        absent = [f"{name} {v}".strip() for name, column in columns for v in (0, 1) if not (column == v).any()]
     if absent:
         raise DataError(
-            f"{where}: class {absent[0]!r} is absent from the training part ({len(part)} rows, "
+            f"{labels.where}: class {absent[0]!r} is absent from the training part ({len(part)} rows, "
             f"{int(labels.observed.sum())} labelled in the whole table); merge it, leave it out, or use more rows"
         )
-
-
-def _some(values: set[Any], most: int = 12) -> list[str]:
-    return sorted(str(value) for value in values)[:most]

@@ -5,16 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from libmtl_fair.data.checks import UNKNOWN_GROUP
-from libmtl_fair.data.frames import as_numbers, as_text, column_of
+from libmtl_fair.data.frames import as_numbers, as_text, column_of, ids_of, values_in
 from libmtl_fair.data.spec import SensitiveSpec
 from libmtl_fair.errors import DataError, unknown
-from libmtl_fair.validation import Keep, Listed, MissingRule, checked
+from libmtl_fair.validation import Listed, MissingRule, checked
 
 MISSING_GROUP = "(missing)"
 """Name of the group of rows without a value, under ``missing="group"``."""
@@ -26,9 +26,9 @@ class Groups:
 
     attribute: str
     spec: SensitiveSpec
-    ids: np.ndarray[Any, np.dtype[np.int64]]
+    ids: NDArray[np.int64]
     names: tuple[str, ...]
-    gap: np.ndarray[Any, np.dtype[np.bool_]]
+    gap: NDArray[np.bool_]
 
     @property
     def missing(self) -> int:
@@ -40,7 +40,7 @@ class Groups:
         """Return how many rows have a value, but of a group that is not kept."""
         return int(((self.ids < 0) & ~self.gap).sum())
 
-    def take(self, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Groups:
+    def take(self, rows: NDArray[np.int64]) -> Groups:
         """Return the groups of some rows; names and ids stay as they are."""
         return replace(self, ids=self.ids[rows], gap=self.gap[rows])
 
@@ -52,26 +52,24 @@ def tell_tale_columns(spec: SensitiveSpec, known: Mapping[str, SensitiveSpec]) -
 
 
 def choose_sensitive(
-    chosen: Sequence[str] | str, known: Mapping[str, SensitiveSpec], keep_groups: Mapping[str, Any] | None = None
+    chosen: Sequence[str] | str,
+    known: Mapping[str, SensitiveSpec],
+    keep_groups: Mapping[str, tuple[str, ...] | int] | None = None,
 ) -> tuple[dict[str, SensitiveSpec], dict[str, SensitiveSpec]]:
     """Return the specs of the chosen attributes, and all known ones with ``keep_groups`` applied.
 
     ``"race:top2"`` keeps the two largest groups, ``"sex*race"`` is an intersection; ``keep_groups`` maps an attribute to
     the groups to keep or to a number of the largest.
 
-    Raises
-    ------
-    DataError : an unknown attribute, or one to keep groups of that is not chosen.
-
     >>> choose_sensitive("race:top2", {"race": SensitiveSpec(column="race")})[0]["race"].keep
     2
     """
-    keep = {name: checked(Keep, value, f"keep_groups of {name!r}") for name, value in (keep_groups or {}).items()}
-    known = {name: spec.model_copy(update={"keep": keep.get(name, spec.keep)}) for name, spec in known.items()}
+    keep = {name: {"keep": value} for name, value in (keep_groups or {}).items()}
+    known = {name: spec.model_copy(update=keep.get(name)) for name, spec in known.items()}
     specs: dict[str, SensitiveSpec] = {}
     for item in checked(Listed, chosen, "sensitive"):
         name, spec = _one_choice(item, known)
-        specs[name] = spec.model_copy(update={"keep": keep.get(name, spec.keep)})
+        specs[name] = spec.model_copy(update=keep.get(name))
     used = {*specs, *(part for spec in specs.values() for part in spec.of)}
     for name in keep:
         if name not in used:
@@ -100,10 +98,6 @@ def make_groups(
     """Return the group ids of one attribute for every row of ``frame``.
 
     Groups are sorted by name, those of bins by their edges, declared labels as declared.
-
-    Raises
-    ------
-    DataError : unknown column or group, missing values under ``missing="error"``, or fewer than two groups.
     """
     if missing not in get_args(MissingRule):
         raise DataError(f"missing: {unknown('rule', missing, get_args(MissingRule))}")
@@ -125,51 +119,37 @@ def make_groups(
 def _from_column(attribute: str, spec: SensitiveSpec, frame: pd.DataFrame, missing: MissingRule) -> Groups:
     where = f"sensitive attribute {attribute!r}"
     series = column_of(frame, str(spec.column), where)
-    text, order = _binned(series, spec, where) if spec.bins else (as_text(series), list(spec.labels))
+    text, order = _binned(as_numbers(series, where), spec) if spec.bins else (as_text(series), list(spec.labels))
+    for value in spec.merge:
+        if value not in text:
+            raise DataError(f"{where}: merge: {unknown('value', value, values_in(text))}")
     if spec.merge:
-        present = set(text) - {None}
-        absent = [value for value in spec.merge if str(value) not in present]
-        if absent:
-            raise DataError(f"{where}: merge: {unknown('value', absent[0], present)}")
-        table = {str(value): str(group) for value, group in spec.merge.items()}
-        text = np.array([None if value is None else table.get(value, value) for value in text], dtype=object)
-        order = list(dict.fromkeys(table.get(name, name) for name in order))
-    codes, found = pd.factorize(text)
-    present_names = [str(name) for name in found]
-    names = [name for name in order if name in present_names] if order else sorted(present_names)
-    extra = sorted(set(present_names) - set(names))
+        text = np.array([spec.merge.get(value, value) for value in text], dtype=object)
+        order = list(dict.fromkeys(spec.merge.get(name, name) for name in order))
+    present = values_in(text)
+    names = [name for name in order if name in present] if order else present
+    extra = sorted(set(present) - set(names))
     if extra:
         raise DataError(f"{where}: column {spec.column!r} holds {extra[0]!r}, which is not among the labels {order}")
-    table_of = np.array([names.index(name) for name in present_names] + [UNKNOWN_GROUP], dtype=np.int64)
-    ids = table_of[codes]
-    return _apply_missing(Groups(attribute, spec, ids, tuple(names), gap=ids < 0), missing)
+    ids = ids_of(text, names)
+    gap = ids < 0
+    if gap.any() and missing == "error":
+        raise DataError(
+            f"{where}: {gap.sum()} of {len(ids)} values are missing; use missing='drop' (leave these rows out of group "
+            "statistics) or missing='group' (a group of their own)"
+        )
+    if gap.any() and missing == "group":
+        ids, names = np.where(gap, len(names), ids), [*names, MISSING_GROUP]
+    return Groups(attribute, spec, ids, tuple(names), gap)
 
 
-def _binned(
-    series: pd.Series[Any], spec: SensitiveSpec, where: str
-) -> tuple[np.ndarray[Any, np.dtype[np.object_]], list[str]]:
-    values = as_numbers(series, where)
-    names = list(spec.labels) or _bin_names(spec.bins)
-    text = np.array(names, dtype=object)[np.digitize(values, spec.bins)]
+def _binned(values: NDArray[np.float64], spec: SensitiveSpec) -> tuple[NDArray[np.object_], list[str]]:
+    bins = spec.bins
+    between = [f"{low:g} to under {high:g}" for low, high in itertools.pairwise(bins)]
+    names = list(spec.labels) or [f"under {bins[0]:g}", *between, f"{bins[-1]:g} and over"]
+    text = np.array(names, dtype=object)[np.digitize(values, bins)]
     text[np.isnan(values)] = None
     return text, names
-
-
-def _bin_names(bins: Sequence[float]) -> list[str]:
-    between = [f"{low:g} to under {high:g}" for low, high in itertools.pairwise(bins)]
-    return [f"under {bins[0]:g}", *between, f"{bins[-1]:g} and over"]
-
-
-def _apply_missing(groups: Groups, missing: MissingRule) -> Groups:
-    if not groups.missing or missing == "drop":
-        return groups
-    if missing == "error":
-        raise DataError(
-            f"sensitive attribute {groups.attribute!r}: {groups.missing} of {len(groups.ids)} values are missing; use "
-            "missing='drop' (leave these rows out of group statistics) or missing='group' (a group of their own)"
-        )
-    ids = np.where(groups.ids < 0, len(groups.names), groups.ids)
-    return replace(groups, ids=ids, names=(*groups.names, MISSING_GROUP))
 
 
 def _intersect(attribute: str, spec: SensitiveSpec, parts: Sequence[Groups]) -> Groups:
@@ -178,17 +158,18 @@ def _intersect(attribute: str, spec: SensitiveSpec, parts: Sequence[Groups]) -> 
     flat = np.ravel_multi_index([np.where(known, part.ids, 0) for part in parts], shape)
     cells = [" & ".join(names) for names in itertools.product(*(part.names for part in parts))]
     there = np.unique(flat[known])
-    ids = np.where(known, np.searchsorted(there, flat), UNKNOWN_GROUP)
-    names = tuple(cells[index] for index in there)
-    return Groups(attribute, spec, ids, names, gap=np.any([part.gap for part in parts], axis=0))
+    ids = np.where(known, np.searchsorted(there, flat), -1)
+    return Groups(
+        attribute, spec, ids, tuple(cells[i] for i in there), gap=np.any([part.gap for part in parts], axis=0)
+    )
 
 
 def _keep(groups: Groups) -> Groups:
     keep = groups.spec.keep
     if keep is None:
         return groups
-    counts = np.bincount(groups.ids[groups.ids >= 0], minlength=len(groups.names))
     if isinstance(keep, int):
+        counts = np.bincount(groups.ids[groups.ids >= 0], minlength=len(groups.names))
         kept = sorted(np.argsort(-counts, kind="stable")[:keep].tolist())
     else:
         for name in keep:
@@ -197,7 +178,6 @@ def _keep(groups: Groups) -> Groups:
                     f"sensitive attribute {groups.attribute!r}: keep: {unknown('group', name, groups.names)}"
                 )
         kept = [index for index, name in enumerate(groups.names) if name in keep]
-    table = np.full(len(groups.names) + 1, UNKNOWN_GROUP, dtype=np.int64)
+    table = np.full(len(groups.names) + 1, -1)
     table[kept] = np.arange(len(kept))
-    ids = table[groups.ids]
-    return replace(groups, ids=ids, names=tuple(groups.names[index] for index in kept))
+    return replace(groups, ids=table[groups.ids], names=tuple(groups.names[index] for index in kept))

@@ -5,27 +5,15 @@ Recipes validate the same models, and say file and line where Python says a Data
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    Discriminator,
-    Field,
-    PlainSerializer,
-    Tag,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
-    model_validator,
-)
-from pydantic_core import PydanticUseDefault
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from libmtl_fair.errors import DataError, unknown
-from libmtl_fair.validation import STRICT, Keep, Names, Text, distinct, explain, listed
+from libmtl_fair.validation import STRICT, Classes, Edges, Keep, OptionalNames, Renames, Text, explain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,48 +28,6 @@ _ALLOWED = {
     "regression": ("column", "transform"),
 }
 _SOURCES = ("column", "columns", "expression")
-
-
-def form(value: object) -> str:
-    """Return pydantic's tag of a field that takes a list of names or a mapping that declares each."""
-    return "declared" if isinstance(value, Mapping) else "names"
-
-
-def _spelt(value: object) -> object:
-    """Values of a column may be spelt like numbers (a class 0, a group 1): take them as the column's text has them."""
-    if isinstance(value, Mapping):
-        return {_spelt(key): _spelt(item) for key, item in value.items()}
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value) if isinstance(value, int | float) else value
-
-
-def _spelt_each(value: object) -> object:
-    items = listed(value) if not isinstance(value, str | int | float) else value
-    return [_spelt(item) for item in items] if isinstance(items, list) else items
-
-
-def _as_given(value: float, check: ValidatorFunctionWrapHandler) -> float:
-    check(value)
-    return value
-
-
-def _or_default(value: object) -> object:
-    if value is None or (isinstance(value, list | tuple | dict) and not value):
-        raise PydanticUseDefault
-    return value
-
-
-_OPTIONAL = (BeforeValidator(_or_default), PlainSerializer(lambda value: value or None))
-_OptionalNames = Annotated[Names, *_OPTIONAL]
-_Edges = Annotated[
-    tuple[Annotated[float, WrapValidator(_as_given)], ...], Field(strict=False), BeforeValidator(listed), *_OPTIONAL
-]
-_Table = Annotated[dict[Text, Text], BeforeValidator(_spelt)]
-_Values = Annotated[
-    tuple[Text, ...], Field(strict=False, min_length=2), AfterValidator(distinct), BeforeValidator(_spelt_each)
-]
-_Classes = Annotated[Annotated[_Values, Tag("names")] | Annotated[_Table, Tag("declared")], Discriminator(form)]
 
 
 class _Spec(BaseModel):
@@ -112,7 +58,7 @@ class _Spec(BaseModel):
         return f"{name}: {explain(item)}" if name else explain(item)
 
     def _no_source(self) -> str:
-        raise NotImplementedError
+        return "a sensitive attribute needs either a column or, as an intersection, 'of' other attributes"
 
 
 class TaskSpec(_Spec):
@@ -140,14 +86,14 @@ class TaskSpec(_Spec):
 
     kind: TaskKind
     column: Text | None = None
-    columns: _OptionalNames = ()
+    columns: OptionalNames = ()
     positive: str | int | float | bool | None = None
     threshold: float | None = None
     expression: Text | None = None
-    classes: _Classes | None = None
+    classes: Classes = None
     transform: Transform | None = None
     standardise: bool = True
-    forbids: _OptionalNames = ()
+    forbids: OptionalNames = ()
     definition: str = ""
 
     @model_validator(mode="after")
@@ -189,12 +135,12 @@ class SensitiveSpec(_Spec):
     """
 
     column: Text | None = None
-    bins: _Edges = ()
-    labels: _OptionalNames = ()
-    merge: Annotated[_Table, *_OPTIONAL] = Field(default_factory=dict)
+    bins: Edges = ()
+    labels: OptionalNames = ()
+    merge: Renames = Field(default_factory=dict)
     keep: Keep | None = None
-    of: _OptionalNames = ()
-    also_in: _OptionalNames = ()
+    of: OptionalNames = ()
+    also_in: OptionalNames = ()
 
     @model_validator(mode="after")
     def _fits(self) -> SensitiveSpec:
@@ -208,9 +154,6 @@ class SensitiveSpec(_Spec):
                 f"{column}: {len(self.bins)} edges make {len(self.bins) + 1} groups, found {len(self.labels)} labels"
             )
         return self
-
-    def _no_source(self) -> str:
-        return "a sensitive attribute needs either a column or, as an intersection, 'of' other attributes"
 
 
 _AnySpec = TypeVar("_AnySpec", TaskSpec, SensitiveSpec)
@@ -276,3 +219,23 @@ def make_spec(cls: type[_AnySpec], value: object, what: str, name: str) -> _AnyS
         return cls(**fields)
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Return the names that a text lists."""
+    return tuple(text.split())
+
+
+def task(kind: TaskKind, column: str, definition: str, **more: Any) -> TaskSpec:
+    """Return the spec of a task of one column."""
+    return TaskSpec(kind=kind, column=column, definition=definition, **more)
+
+
+def age_bands(column: str, *edges: int) -> SensitiveSpec:
+    """Return age in bands, named by whole years.
+
+    >>> age_bands("age", 25, 60).labels
+    ('under 25', '25–59', '60 and over')
+    """
+    between = [f"{low}–{high - 1}" for low, high in itertools.pairwise(edges)]
+    return SensitiveSpec(column=column, bins=edges, labels=(f"under {edges[0]}", *between, f"{edges[-1]} and over"))

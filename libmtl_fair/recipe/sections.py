@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_serializer, model_validator
 
-from libmtl_fair.data.spec import SensitiveSpec, TaskSpec, form
+from libmtl_fair.data.spec import SensitiveSpec, TaskSpec
 from libmtl_fair.recipe.fields import (
     Count,
     Delta,
@@ -21,7 +21,7 @@ from libmtl_fair.recipe.fields import (
     Threshold,
     Widths,
 )
-from libmtl_fair.validation import Keep, MissingRule, Names, Text
+from libmtl_fair.validation import Keep, MissingRule, Names, Text, form
 
 Tasks = Annotated[
     Annotated[Names, Tag("names")] | Annotated[dict[Text, TaskSpec], Field(min_length=1), Tag("declared")],

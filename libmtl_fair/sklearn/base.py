@@ -18,7 +18,7 @@ from libmtl_fair.errors import RecipeError
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.sklearn import storage, training
 from libmtl_fair.sklearn.groups import read_groups
-from libmtl_fair.sklearn.inputs import TableEncoder, check_inputs, check_weights
+from libmtl_fair.sklearn.inputs import check_inputs, check_weights, encode_inputs, fit_inputs
 from libmtl_fair.sklearn.methods import check_method, find_method
 from libmtl_fair.sklearn.targets import Target, make_targets
 
@@ -82,11 +82,11 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
             groups = groups.take(torch.from_numpy(kept))
         targets = make_targets(y, declared)
         check_method(self.method, method, len(targets), groups.names)
-        self.encoder_ = TableEncoder.fit(x)
+        self.encoder_, encoded = fit_inputs(x)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         labels = {target.name: target.encode(y[target.column]) for target in targets}
         tasks = [target.task for target in targets]
-        rows = torch.from_numpy(self.encoder_.encode(x))
+        rows = torch.from_numpy(encoded)
         importance = None if weights is None else torch.from_numpy(weights)
         found = training.train(settings, method, self._arguments(), rows, tasks, labels, groups, seed, importance)
         self.targets_, self.groups_, self.history_ = targets, groups.names, found.history
@@ -107,7 +107,7 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
 
     def _outputs(self, x: Any) -> dict[str, Tensor]:
         check_is_fitted(self)
-        rows = self.encoder_.encode(check_inputs(self, x, reset=False))
+        rows = encode_inputs(self.encoder_, check_inputs(self, x, reset=False))
         return training.outputs(self.model_, torch.from_numpy(rows))
 
     def _predictions(self, x: Any, y: pd.DataFrame | None, sensitive_features: Any) -> Predictions:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from libmtl_fair.data.frames import ids_of
 from libmtl_fair.errors import DataError
 
 
@@ -20,12 +21,12 @@ class Groups:
     ids: dict[str, Tensor]
     names: dict[str, list[str]]
 
-    def take(self, rows: Any) -> Groups:
+    def take(self, rows: Tensor) -> Groups:
         """Return the groups of some rows."""
         return Groups({name: ids[rows] for name, ids in self.ids.items()}, self.names)
 
 
-def read_groups(values: Any, n_rows: int, known: dict[str, list[str]] | None = None) -> Groups:
+def read_groups(values: object, n_rows: int, known: Mapping[str, list[str]] | None = None) -> Groups:
     """Read a Series, DataFrame, dict, list or array of sensitive features; None gives no groups.
 
     A column without a name becomes ``sensitive_feature`` (several: ``sensitive_feature_0``, ...), as in fairlearn. Missing
@@ -35,28 +36,25 @@ def read_groups(values: Any, n_rows: int, known: dict[str, list[str]] | None = N
     ------
     DataError : another number of rows than X, or fewer than two groups.
     """
+    made = Groups({}, {})
     if values is None:
-        return Groups({}, {})
+        return made
     frame = _frame(values)
     if len(frame) != n_rows:
         raise DataError(f"sensitive_features has {len(frame)} rows, X has {n_rows}; give one row for each of X")
-    ids, names = {}, {}
     for column in frame:
-        series, name = frame[column], str(column)
-        text = np.array([None if gone else str(v) for v, gone in zip(series, series.isna())], dtype=object)
-        found = sorted({value for value in text if value is not None})
-        order = (known or {}).get(name, found)
-        if len(order) < 2:
+        text, name = frame[column].astype(object).map(str, na_action="ignore"), str(column)
+        names = (known or {}).get(name) or sorted(set(text.dropna()))
+        if len(names) < 2:
             raise DataError(
-                f"sensitive feature {name!r} has one group ({', '.join(order) or 'none known'}); comparing needs two"
+                f"sensitive feature {name!r} has one group ({', '.join(names) or 'none known'}); comparing needs two"
             )
-        index = {group: i for i, group in enumerate(order)}
-        ids[name] = torch.tensor([-1 if v is None else index.get(v, -1) for v in text], dtype=torch.int64)
-        names[name] = list(order)
-    return Groups(ids, names)
+        made.ids[name] = torch.from_numpy(ids_of(text.to_numpy(dtype=object), names))
+        made.names[name] = list(names)
+    return made
 
 
-def _frame(values: Any) -> pd.DataFrame:
+def _frame(values: object) -> pd.DataFrame:
     if isinstance(values, pd.DataFrame):
         return values
     if isinstance(values, pd.Series):
@@ -66,6 +64,6 @@ def _frame(values: Any) -> pd.DataFrame:
     array = np.asarray(values, dtype=object)
     if array.ndim not in (1, 2):
         raise DataError(f"sensitive_features must be one column or a table, found {array.ndim} dimensions")
-    if array.ndim == 1 or array.shape[1] == 1:
-        return pd.DataFrame({"sensitive_feature": array.reshape(len(array))})
-    return pd.DataFrame(array, columns=[f"sensitive_feature_{i}" for i in range(array.shape[1])])
+    table = array.reshape(len(array), -1)
+    one = ["sensitive_feature"] if table.shape[1] == 1 else None
+    return pd.DataFrame(table, columns=one or [f"sensitive_feature_{i}" for i in range(table.shape[1])])

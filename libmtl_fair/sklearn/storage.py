@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import torch
 
+from libmtl_fair.data.features import FeatureEncoder
 from libmtl_fair.errors import CheckpointError
 from libmtl_fair.libmtl import checkpoint
-from libmtl_fair.sklearn.inputs import TableEncoder
 from libmtl_fair.sklearn.targets import Target
 
 _KIND = "libmtl_fair estimator"
@@ -62,7 +62,7 @@ def load(cls: Any, path: Path) -> Any:
         if parameters.get("tasks") is not None:
             parameters["tasks"] = {_column(column): kind for column, kind in parameters["tasks"]}
         made = cls(**parameters)
-        made.encoder_ = TableEncoder.from_dict(about["encoder"])
+        made.encoder_ = FeatureEncoder.from_dict(about["encoder"])
         made.targets_ = [_read_target(entry) for entry in about["targets"]]
         made.groups_, made.structure_ = about["groups"], about["structure"]
         made.weights_, made.history_ = content["weights"], pd.DataFrame()

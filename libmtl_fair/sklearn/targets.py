@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from libmtl_fair.data.frames import Series, ids_of
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.tasks import AUXILIARY_PREFIX, IGNORE_INDEX, Binary, Multiclass, Regression, Task
 
@@ -46,38 +47,40 @@ class Target:
             return Regression(self.name, mean=self.mean, std=self.std)
         if self.kind == "binary":
             return Binary(self.name)
-        assert self.classes is not None
-        return Multiclass(self.name, len(self.classes), classes=tuple(str(c) for c in self.classes))
+        values = self._values
+        return Multiclass(self.name, len(values), classes=tuple(str(value) for value in values))
 
-    def encode(self, series: pd.Series[Any]) -> Tensor:
-        """Return the labels [N] as the task takes them; a class that training lacked is refused."""
-        gone = series.isna().to_numpy()
-        if self.kind == "regression":
-            values = (_floats(series) - self.mean) / self.std
-            return torch.from_numpy(values.astype(np.float32))
+    @property
+    def _values(self) -> NDArray[Any]:
         assert self.classes is not None
-        index = {value: i for i, value in enumerate(self.classes.tolist())}
-        ids = [IGNORE_INDEX if g else index.get(_plain(v), -1) for v, g in zip(series, gone)]
-        if -1 in ids:
-            value = series.iloc[ids.index(-1)]
-            raise DataError(f"target {self.column!r} holds {value!r}, which is no class that fit saw: {list(index)}")
-        labels = torch.tensor(ids, dtype=torch.int64)
-        return torch.where(labels >= 0, labels.float(), torch.nan) if self.kind == "binary" else labels
+        return self.classes
+
+    def encode(self, series: Series) -> Tensor:
+        """Return the labels [N] as the task takes them; a class that training lacked is refused."""
+        if self.kind == "regression":
+            return torch.from_numpy(((_floats(series) - self.mean) / self.std).astype(np.float32))
+        known = self._values.tolist()
+        ids = ids_of(series.to_numpy(dtype=object), known)
+        strange = np.flatnonzero((ids < 0) & series.notna().to_numpy())
+        if len(strange):
+            value = series.iloc[strange[0]]
+            raise DataError(f"target {self.column!r} holds {value!r}, which is no class that fit saw: {known}")
+        if self.kind == "binary":
+            return torch.from_numpy(np.where(ids < 0, np.nan, ids).astype(np.float32))
+        return torch.from_numpy(np.where(ids < 0, IGNORE_INDEX, ids))
 
     def probabilities(self, output: Tensor) -> NDArray[np.float64]:
         """Return [N, C] probabilities of a classification target."""
-        assert self.classes is not None
         values = self.task.probabilities(output).double().numpy()
         if self.kind == "multiclass":
             return np.asarray(values / values.sum(1, keepdims=True))
-        return np.ones((len(values), 1)) if len(self.classes) == 1 else np.column_stack([1 - values, values])
+        return np.ones((len(values), 1)) if len(self._values) == 1 else np.column_stack([1 - values, values])
 
     def predict(self, output: Tensor) -> NDArray[Any]:
         """Return classes, or numbers in native units, [N]."""
         if self.kind == "regression":
             return np.asarray(self.task.probabilities(output).double().numpy() * self.std + self.mean)
-        assert self.classes is not None
-        return np.asarray(self.classes[self.probabilities(output).argmax(1)])
+        return np.asarray(self._values[self.probabilities(output).argmax(1)])
 
 
 def read_table(y: Any) -> pd.DataFrame:
@@ -93,9 +96,7 @@ def read_table(y: Any) -> pd.DataFrame:
         frame = y.to_frame(y.name if y.name is not None else 0)
     else:
         array = np.asarray(y)
-        if array.ndim == 1:
-            array = array[:, None]
-        if array.ndim != 2:
+        if array.ndim not in (1, 2):
             raise DataError(f"Y must be one column or a table of targets, found shape {array.shape}")
         frame = pd.DataFrame(array).infer_objects()
     if not frame.shape[1] or not frame.columns.is_unique:
@@ -119,7 +120,7 @@ def make_targets(frame: pd.DataFrame, declared: Mapping[Any, str] | None) -> lis
     return [_target(frame[column], column, _safe(column, i), declared.get(column)) for i, column in enumerate(frame)]
 
 
-def _target(series: pd.Series[Any], column: Any, name: str, kind: str | None) -> Target:
+def _target(series: Series, column: Any, name: str, kind: str | None) -> Target:
     seen = series[series.notna()]
     if not len(seen):
         raise DataError(f"target {column!r} has no label in {len(series)} rows; leave the column out")
@@ -131,15 +132,14 @@ def _target(series: pd.Series[Any], column: Any, name: str, kind: str | None) ->
     kind = kind or _kind(series, seen, column)
     if kind == "regression":
         values = _floats(seen)
-        std = float(values.std())
-        return Target(column, name, kind, None, float(values.mean()), std if std > 0 else 1.0)
+        return Target(column, name, kind, None, float(values.mean()), float(values.std()) or 1.0)
     classes = _classes(seen, column)
     if kind == "binary" and len(classes) > 2:
         raise DataError(f"target {column!r} is declared binary and has {len(classes)} classes: {classes[:5].tolist()}")
     return Target(column, name, "multiclass" if kind == "multiclass" and len(classes) > 1 else "binary", classes)
 
 
-def _kind(series: pd.Series[Any], seen: pd.Series[Any], column: Any) -> str:
+def _kind(series: Series, seen: Series, column: Any) -> str:
     """Text, categories, booleans and up to 20 integers are classes, two values are binary, other numbers regression."""
     distinct = seen.nunique()
     if not pd.api.types.is_numeric_dtype(seen) or pd.api.types.is_bool_dtype(seen):
@@ -158,7 +158,7 @@ def _kind(series: pd.Series[Any], seen: pd.Series[Any], column: Any) -> str:
     return "regression"
 
 
-def _classes(seen: pd.Series[Any], column: Any) -> NDArray[Any]:
+def _classes(seen: Series, column: Any) -> NDArray[Any]:
     values = sorted({_plain(v) for v in seen}, key=lambda v: (isinstance(v, str), v))
     kinds = {type(v) for v in values}
     if kinds <= {str}:
@@ -174,7 +174,7 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _floats(series: pd.Series[Any]) -> NDArray[np.float64]:
+def _floats(series: Series) -> NDArray[np.float64]:
     try:
         return np.asarray(pd.to_numeric(series).to_numpy(dtype=np.float64, na_value=np.nan))
     except (TypeError, ValueError) as error:
