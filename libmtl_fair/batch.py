@@ -102,6 +102,16 @@ class FairBatch:
         """:attr:`matrices` if their columns are the main tasks."""
         return self.matrices if self.matrices is not None and len(self.main) == self.matrices.logits.shape[1] else None
 
+    def loss_gradient(self, losses: Tensor, share: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Return where the gradient of ``share`` times the sum of the losses starts, and the gradient there.
+
+        That is at the logits, where the losses' derivative is written out; else at the losses themselves.
+        """
+        if self.main_matrices is None or not self.standard_losses or len(self.main) < len(self.tasks):
+            return losses, torch.full_like(losses, share)
+        grad = self.main_matrices.loss_gradient(self.score_matrix.detach().T)
+        return self.main_matrices.logits, grad if share == 1 else grad.mul_(share)
+
     @property
     def row_scores(self) -> Tensor:
         """Values of :attr:`score_matrix` with a row an example, [B, T], contiguous, without graph."""

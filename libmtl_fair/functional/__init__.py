@@ -1,7 +1,6 @@
 """The mathematics: tensors in, tensors out; no state, no LibMTL, no input or output."""
 
-from libmtl_fair.functional._lipschitz import lipschitz_term
-from libmtl_fair.functional._prototypes import prototype_pairs
+from libmtl_fair.functional._written import written
 from libmtl_fair.functional.conflict import (
     conflict_angles,
     conflict_coefficients,
@@ -40,19 +39,19 @@ from libmtl_fair.functional.groups import (
     soft_rates,
     spread,
 )
-from libmtl_fair.functional.losses import example_cross_entropy, mean_cross_entropy, mean_cross_entropy_gradient
-from libmtl_fair.functional.margins import (
+from libmtl_fair.functional.lipschitz import (
+    Generators,
+    LipschitzTerm,
     cosine_distance,
     huber,
     huberized_hinge,
     lipschitz_derivatives,
-    lipschitz_loss,
-    lipschitz_margin,
-    masked_mean,
-    masked_quantile,
-    sorted_quantiles,
+    lipschitz_term,
+    prototype_pairs,
     unit_vectors,
 )
+from libmtl_fair.functional.losses import example_cross_entropy, mean_cross_entropy, mean_cross_entropy_gradient
+from libmtl_fair.functional.quantiles import masked_mean, masked_quantile, sorted_quantiles
 from libmtl_fair.functional.similarity import (
     linear_cka,
     pair_by_similarity,
@@ -65,6 +64,8 @@ from libmtl_fair.functional.simplex import (
 )
 
 __all__ = [
+    "Generators",
+    "LipschitzTerm",
     "aeod",
     "aeod_from_rates",
     "aep",
@@ -97,8 +98,6 @@ __all__ = [
     "jain_index",
     "linear_cka",
     "lipschitz_derivatives",
-    "lipschitz_loss",
-    "lipschitz_margin",
     "lipschitz_term",
     "masked_mean",
     "masked_quantile",
@@ -118,4 +117,5 @@ __all__ = [
     "spread",
     "unit_vectors",
     "wilson_interval",
+    "written",
 ]

@@ -8,14 +8,14 @@ from torch import Tensor
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
-def on_host(*tensors: Tensor) -> bool:
+def on_cpu(*tensors: Tensor) -> bool:
     """Say whether all ``tensors`` are plain CPU tensors, whose values Python may read without waiting for a device.
 
     A torch operation on five numbers costs 2 to 4 microseconds, nearly all of it dispatch; numpy and plain Python cost a
     fraction of that. Reading a CPU tensor is no synchronisation, so the small solvers of this package do so there.
     Tensors inside ``torch.func`` transforms (``vmap``, ``grad``) and under ``torch.compile`` have no values to read.
 
-    >>> on_host(torch.ones(2))
+    >>> on_cpu(torch.ones(2))
     True
     """
     for tensor in tensors:

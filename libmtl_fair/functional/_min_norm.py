@@ -11,7 +11,7 @@ from scipy.linalg import lapack
 from torch import Tensor
 
 from libmtl_fair.errors import DataError, RecipeError, unknown
-from libmtl_fair.functional._device import on_host, widest
+from libmtl_fair.functional._device import on_cpu, widest
 
 SOLVERS = ("auto", "active-set", "enumeration", "interior-point")
 _ENUMERATED = 6
@@ -56,7 +56,7 @@ def min_norm_weights(gram: Tensor, linear: Tensor | None = None, *, iters: int =
     _check(gram, linear, iters, solver)
     gram = gram.detach()
     linear = gram.new_zeros(gram.shape[:-1]) if linear is None else linear.detach()
-    readable = gram.dim() == 2 and on_host(gram, linear)
+    readable = gram.dim() == 2 and on_cpu(gram, linear)
     if solver == "active-set" and not readable:
         raise RecipeError("min_norm_weights: solver 'active-set' needs one [T, T] matrix on the CPU; use 'auto'.")
     ridge = max(2 * torch.finfo(gram.dtype).eps, 1e-13)

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from libmtl_fair.functional._device import on_host, widest
-from libmtl_fair.functional.margins import unit_vectors
+from libmtl_fair.functional._device import on_cpu, widest
+from libmtl_fair.functional.lipschitz import unit_vectors
 
 
 def project_conflicts(grads: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def conflict_coefficients(gram: Tensor) -> Tensor:
     square = wide.diagonal()
     itself = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
     factor = (itself - 1) / square.where(square > 0, torch.inf)  # 0 on the diagonal: never off itself
-    host = on_host(gram)
+    host = on_cpu(gram)
     steps = torch.from_numpy(_host_steps(wide.numpy(), factor.numpy())) if host else _device_steps(wide, factor)
     return (steps + itself).to(gram.dtype)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from libmtl_fair.errors import RecipeError, unknown
 from libmtl_fair.functional.groups import group_mean, group_sums, soft_rates
-from libmtl_fair.functional.margins import masked_mean
+from libmtl_fair.functional.quantiles import masked_mean
 
 REFERENCES = ("max", "lcb")
 _Z95 = 1.959963984540054

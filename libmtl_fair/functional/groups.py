@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from libmtl_fair.errors import DataError, RecipeError
 from libmtl_fair.functional._device import has_values
-from libmtl_fair.functional.margins import sorted_quantiles
+from libmtl_fair.functional.quantiles import sorted_quantiles
 
 _DENSE_GROUPS = 64
 """Up to so many groups a one-hot product is the cheapest sum by group; beyond, scattered addition is."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from libmtl_fair.errors import RecipeError, unknown
-from libmtl_fair.functional._device import on_host
+from libmtl_fair.functional._device import on_cpu
 from libmtl_fair.functional._gram import head_gram
 from libmtl_fair.functional._min_norm import SOLVERS, min_norm_weights
 
@@ -86,7 +86,7 @@ def aggregate_disparities(
         raise RecipeError(f"aggregate_disparities: mu must be positive, found {mu}.")
     if solver not in AGGREGATION_SOLVERS:
         raise RecipeError(unknown("solver of aggregate_disparities", solver, AGGREGATION_SOLVERS))
-    if psi.dim() == 1 and (on_host(psi) if present is None else on_host(psi, present)):
+    if psi.dim() == 1 and (on_cpu(psi) if present is None else on_cpu(psi, present)):
         return _aggregate_host(psi, mu, present, solver)
     if present is not None:
         psi = psi.where(present, 0.0)

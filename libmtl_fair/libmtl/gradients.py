@@ -196,14 +196,16 @@ def _carry(self: Any, grads: dict[str, Tensor]) -> None:
         self.rep.backward(torch.stack(list(grads.values())).sum(0))
 
 
-def extra_gradients(model: Any, term: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return (parameter, gradient) of a term that is added to the tasks' losses; keeps the graph.
+def extra_gradients(
+    model: Any, roots: Tensor | Sequence[Tensor], grads_of_roots: Sequence[Tensor] | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """Return (parameter, gradient) of a term that is added to the tasks' losses, or of what reaches ``roots``; keeps the graph.
 
     Under ``rep_grad=True`` what reaches the detached representations is carried on to the encoder.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     leaves = model.rep_tasks if model.rep_grad else {}
-    found = gradients(term, [*parameters, *leaves.values()])
+    found = gradients(roots, [*parameters, *leaves.values()], grads_of_roots)
     grads = found[: len(parameters)]
     reached = [(task, g) for task, g in zip(leaves, found[len(parameters) :]) if g is not None]
     if reached:

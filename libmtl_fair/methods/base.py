@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
 
 import torch
@@ -267,6 +268,13 @@ class FairWeighting(AbsWeighting):  # type: ignore[misc]
         return cls.__name__
 
 
+@dataclass(frozen=True)
+class Written:
+    """A term whose derivatives are written out: (tensor of the step's graph, derivative to it) of each that it moves."""
+
+    pairs: Sequence[tuple[Tensor, Tensor]]
+
+
 class Penalty(FairWeighting):
     """A method that adds a term to the tasks' losses: it writes :meth:`penalty` and nothing else.
 
@@ -276,23 +284,26 @@ class Penalty(FairWeighting):
 
     loss_share: float = 1.0
 
-    def penalty(self, batch: FairBatch) -> Tensor:
-        """Return the term (scalar, attached to the graph); called once a step, so it may move controllers and traces."""
+    def penalty(self, batch: FairBatch) -> Tensor | Written | None:
+        """Return the term: a scalar attached to the graph, or its derivatives; None for none.
+
+        Called once a step, so it may move controllers and set :attr:`trace`.
+        """
         raise NotImplementedError
 
     def step(self, batch: FairBatch, losses: Tensor) -> Tensor | None:
-        """Leave the gradient of the losses and the term."""
-        return self.add(self.penalty(batch), losses)
-
-    def add(self, term: Tensor, losses: Tensor) -> Tensor | None:
         """Leave the gradient of the term beside what the base leaves of the losses; return the base's weights."""
         assert self.settings is not None
-        share = self.loss_share
+        term, share = self.penalty(batch), self.loss_share
+        if term is None and share == 1:
+            return self.base_backward(losses)  # type: ignore[no-any-return]
+        pairs = [] if term is None else term.pairs if isinstance(term, Written) else [(term, torch.ones_like(term))]
+        pairs = [(tensor, grad) for tensor, grad in pairs if tensor.requires_grad]
         if self.settings.base == "EW" and not self.rep_grad:
-            total = losses.sum()
-            torch.autograd.backward((total if share == 1 else share * total) + term)
+            pairs = [batch.loss_gradient(losses, share), *pairs]
+            torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
             return None
-        extra = extra_gradients(self, term)
+        extra = extra_gradients(self, [tensor for tensor, _ in pairs], [grad for _, grad in pairs])
         weights = self.base_backward(losses)
         if share != 1:
             for parameter in self.parameters():

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from libmtl_fair import functional as F
 from libmtl_fair.batch import FairBatch
-from libmtl_fair.functional._prototypes import PROTOTYPES
-from libmtl_fair.libmtl.gradients import add_gradients, extra_gradients
-from libmtl_fair.methods.base import FairWeighting, Settings, setting
-from libmtl_fair.methods.controllers import ViolationController
-from libmtl_fair.methods.lipschitz_term import HostLipschitz, Lipschitz, LipschitzTerm
+from libmtl_fair.errors import RecipeError
+from libmtl_fair.functional.lipschitz import PROTOTYPES
+from libmtl_fair.methods.base import Penalty, Settings, Written, setting
+from libmtl_fair.methods.controllers import Controller, ViolationController
 
-_sigmoid_backward = torch.ops.aten.sigmoid_backward.default
+SCALE_FLOOR = 1e-4
+DISTANCE_FLOOR = 1e-3
+
 
 PAPER: Mapping[str, Any] = {
     "prototypes": "confident",
@@ -103,7 +105,85 @@ class ReLiFSettings(Settings):
         )
 
 
-class ReLiF(FairWeighting):
+class Lipschitz(NamedTuple):
+    """The term of one step and the scales in use: all [...]; ``term`` has its derivatives."""
+
+    term: F.LipschitzTerm
+    tau: Tensor
+    kappa: Tensor
+
+
+class LipschitzScales(Controller):
+    """L_lip of METHODS.md, 1.2, with its running scales: a huberised hinge of scaled score gaps over scaled distances.
+
+    The scales follow the 95 % quantiles of gaps and distances; they are buffers [..., 2], saved with the model.
+    """
+
+    numbers: ClassVar[tuple[str, ...]] = ("beta", "mu", "scale_ema", "k")
+    scales: Tensor
+    scales_started: Tensor
+
+    def __init__(self, settings: ReLiFSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.beta: float | Tensor = settings.beta
+        self.mu: float | Tensor = settings.mu
+        self.k: int | Tensor = settings.prototypes_per_task
+        self.scale_ema = settings.scale_ema
+        self.register_buffer("scales", torch.ones(2))
+        self.register_buffer("scales_started", torch.tensor(False))
+
+    def forward(
+        self, scores: Tensor, embeddings: Tensor, *, move: bool = True, generator: F.Generators = None
+    ) -> Lipschitz:
+        """Return the term of this step's prototype pairs, scores [..., T, B], after moving the scales.
+
+        ``move`` asks for the derivative to the embeddings too.
+
+        Raises
+        ------
+        RecipeError : fewer than two tasks.
+        """
+        s, sizes = self.settings, None
+        if scores.shape[-2] < 2:
+            raise RecipeError("the Lipschitz term compares tasks with each other: it needs at least two tasks")
+        if isinstance(self.k, Tensor) and bool((self.k != self.k[0]).any()):
+            sizes = self.k
+        term = F.lipschitz_derivatives(
+            scores,
+            embeddings,
+            int(self.k.max()) if isinstance(self.k, Tensor) else self.k,
+            self._move_scales,
+            mode=s.prototypes,
+            generator=generator,
+            max_task_pairs=s.task_pairs,
+            sizes=sizes,
+            beta=self.beta if isinstance(self.beta, float) else self.beta.to(scores.dtype),
+            mu=self.mu if isinstance(self.mu, float) else self.mu.to(scores.dtype),
+            min_distance=DISTANCE_FLOOR,
+            detach_distance=s.detach_distance or not move,
+        )
+        tau, kappa = self.scales.clone().unbind(-1) if s.scaling else torch.ones_like(self.scales).unbind(-1)
+        return Lipschitz(term, tau, kappa)
+
+    def _move_scales(self, gap: Tensor, distance: Tensor, mask: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
+        """Move tau and kappa towards this step's quantiles; the first step sets them; no pair leaves them."""
+        s = self.settings
+        if not s.scaling or not gap.shape[-1]:
+            return 1.0, 1.0
+        found = torch.stack([F.masked_quantile(x, s.quantile, mask) for x in (gap, distance)], -1)
+        xp, found, ok, n = self._arrays(found, None if mask is None else mask.any(-1, keepdim=True))
+        share = n.scale_ema if isinstance(n.scale_ema, float) else n.scale_ema[..., None]
+        moved = xp.where(n.scales_started[..., None], n.scales + share * (found - n.scales), found)
+        self._keep(
+            scales=xp.where(ok, xp.clip(moved, SCALE_FLOOR, None), n.scales),
+            scales_started=n.scales_started | ok[..., 0],
+        )
+        tau, kappa = self.scales.to(gap.dtype).unbind(-1)
+        return tau, kappa
+
+
+class ReLiF(Penalty):
     r"""Controlled Lipschitz regulariser: examples that are near in representation get near scores, across tasks.
 
     The objective is :math:`L_{MTL} + \lambda L_{lip}` with
@@ -122,68 +202,27 @@ class ReLiF(FairWeighting):
         """Make the controller and the term with its running scales."""
         super().configure(settings)
         self.controller = self.settings.controller()
-        self.term = LipschitzTerm(self.settings)
+        self.term = LipschitzScales(self.settings)
         self.to(self.device)
 
-    def step(self, batch: FairBatch, losses: Tensor) -> Any:
-        """Add lambda times the Lipschitz term to the tasks' losses, or to the gradient of the base weighting."""
-        alone = self.settings.base == "EW" and self.settings.lipschitz and not self.rep_grad
-        if alone:
-            found = self.term.on_host(batch)
-            if found is not None:
-                self._descend(batch, losses, found)
-                return None
-        term = self.penalty(batch)
-        if not self.settings.lipschitz:
-            return self.base_backward(losses)
-        if alone:
-            torch.autograd.backward(losses.sum() + term)
-            return None
-        extra = extra_gradients(self, term)
-        weights = self.base_backward(losses)
-        add_gradients(extra)
-        return weights
-
-    def _descend(self, batch: FairBatch, losses: Tensor, found: HostLipschitz) -> None:
-        """Leave the gradient of the sum of the losses and lambda times the term, in one pass."""
-        strength = self.controller.update_number(found.rate)
+    def penalty(self, batch: FairBatch) -> Written | None:
+        """Return the gradient of lambda times L_lip (0 without a finite pair) after moving scales and controller."""
+        scores, embedding = batch.score_matrix, batch.embedding
+        found = self.term(scores.detach(), embedding.detach(), move=embedding.requires_grad)
+        term = found.term
+        strength = self.controller.update(term.rate, term.some)
         self.__dict__["trace"] = {
             "lambda": strength,
-            "r": found.rate,
-            "r_smooth": float(self.controller.smoothed),
-            "tau": found.tau,
-            "kappa": found.kappa,
-            "lipschitz": found.value,
-        }
-        pairs, embedding = found.pairs, batch.embedding
-        move = embedding.requires_grad and not self.settings.detach_distance
-        matrices = batch.main_matrices if batch.standard_losses else None
-        to_picked, to_embedding = pairs.gradients(strength, move)
-        if matrices is not None:
-            to_logits = _sigmoid_backward(to_picked, pairs.picked)
-            grad = matrices.loss_gradient(pairs.scores)
-            grad.view(-1).index_add_(0, pairs.at, to_logits)
-            roots: list[Tensor] = [matrices.logits]
-            grads: list[Tensor] = [grad]
-        else:
-            grad = torch.zeros_like(pairs.scores)
-            grad.view(-1).index_add_(0, pairs.at, to_picked)
-            roots, grads = [losses, batch.score_matrix], [torch.ones_like(losses), grad.T]
-        if to_embedding is not None:
-            roots.append(embedding)
-            grads.append(to_embedding)
-        torch.autograd.backward(roots, grads)
-
-    def penalty(self, batch: FairBatch) -> Tensor:
-        """Return lambda times L_lip (scalar, 0 without a finite pair) after moving scales and controller."""
-        found: Lipschitz = self.term(batch)
-        strength = self.controller.update(found.rate, found.some)
-        self.trace = {
-            "lambda": strength,
-            "r": torch.where(found.some, found.rate, torch.nan),
+            "r": term.rate if term.some is None else torch.where(term.some, term.rate, torch.nan),
             "r_smooth": self.controller.smoothed.clone(),
             "tau": found.tau,
             "kappa": found.kappa,
-            "lipschitz": torch.where(found.some, found.value.detach(), torch.nan),
+            "lipschitz": term.value if term.some is None else torch.where(term.some, term.value, torch.nan),
         }
-        return strength.to(found.value.dtype) * found.value
+        if not self.settings.lipschitz:
+            return None
+        strength = strength.to(scores.dtype)
+        pairs = [(scores, term.to_scores.mul_(strength))]
+        if term.to_embeddings is not None:
+            pairs.append((embedding, term.to_embeddings.mul_(strength)))
+        return Written(pairs)

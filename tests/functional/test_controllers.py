@@ -29,7 +29,7 @@ RATES: list[float | None] = [0.5, None, 0.9, 0.8, None, 0.7, 0.0, 0.1, 0.95, 1.0
 @pytest.mark.parametrize("path", ["host", "device"])
 def test_lambda_replayed_by_hand(device: torch.device, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if path == "device":
-        monkeypatch.setattr("libmtl_fair.methods.controllers.on_host", lambda *_: False)
+        monkeypatch.setattr("libmtl_fair.methods.controllers.on_cpu", lambda *_: False)
     chosen = {"step_size": 0.3, "target": 0.2, "warmup": 5}
     controller = ViolationController(**chosen).to(device)
     found = []
@@ -42,7 +42,7 @@ def test_lambda_replayed_by_hand(device: torch.device, path: str, monkeypatch: p
 @pytest.mark.parametrize("path", ["host", "device"])
 def test_a_step_without_pairs_changes_nothing(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if path == "device":
-        monkeypatch.setattr("libmtl_fair.methods.controllers.on_host", lambda *_: False)
+        monkeypatch.setattr("libmtl_fair.methods.controllers.on_cpu", lambda *_: False)
     controller = ViolationController(warmup=0, step_size=0.5)
     fresh = {name: buffer.clone() for name, buffer in controller.state_dict().items()}
     controller.update(torch.tensor(1.0), torch.tensor(False))
@@ -91,7 +91,7 @@ def test_no_gradient_is_kept() -> None:
 @pytest.mark.parametrize("path", ["host", "device"])
 def test_dual_ascent_replayed_by_hand(device: torch.device, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if path == "device":
-        monkeypatch.setattr("libmtl_fair.methods.controllers.on_host", lambda *_: False)
+        monkeypatch.setattr("libmtl_fair.methods.controllers.on_cpu", lambda *_: False)
     dual = DualAscent(rho=0.5, epsilon=0.1, maximum=1.0).to(device)
     eta = 0.0
     for phi in [0.3, None, 0.9, 2.0, 2.0, 0.0, 0.0, None, 0.05, *[0.0] * 30]:

@@ -305,8 +305,8 @@ class NoWaiting(TorchDispatchMode):
 def pretend_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the code paths that run away from the CPU."""
     for name, module in list(sys.modules.items()):
-        if name.startswith("libmtl_fair") and hasattr(module, "on_host"):
-            monkeypatch.setattr(module, "on_host", lambda *tensors: False)
+        if name.startswith("libmtl_fair") and hasattr(module, "on_cpu"):
+            monkeypatch.setattr(module, "on_cpu", lambda *tensors: False)
 
 
 class TestNoWaiting:

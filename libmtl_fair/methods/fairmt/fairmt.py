@@ -19,7 +19,7 @@ from libmtl_fair.methods.fairmt.proxies import Outputs
 from libmtl_fair.methods.fairmt.rates import Layout, disparity
 from libmtl_fair.methods.fairmt.settings import FairMTSettings
 from libmtl_fair.methods.fairmt.task_weights import Fairness, TaskWeights
-from libmtl_fair.methods.lipschitz_term import Lipschitz, LipschitzTerm
+from libmtl_fair.methods.relif import LipschitzScales
 from libmtl_fair.tasks import AUXILIARY_PREFIX, Regression, Task
 
 __all__ = ["FairMT", "FairMTSettings"]
@@ -43,7 +43,7 @@ class FairMT(FairWeighting):
     source = "arXiv:2512.00469"
     needs_groups = True
     settings: FairMTSettings
-    lipschitz: LipschitzTerm | None
+    lipschitz: LipschitzScales | None
     running: Tensor | None = None
     presence: Tensor | None = None
 
@@ -51,7 +51,7 @@ class FairMT(FairWeighting):
         """Make the dual variable."""
         super().configure(settings)
         self.dual = self.settings.dual()
-        self.lipschitz = LipschitzTerm(self.settings.relif()) if self.settings.lipschitz else None
+        self.lipschitz = LipschitzScales(self.settings.relif()) if self.settings.lipschitz else None
         self.to(self.device)
         self._layout: Layout | None = None
         self._main = [name for name in self.task_name if not name.startswith(AUXILIARY_PREFIX)]
@@ -67,7 +67,7 @@ class FairMT(FairWeighting):
     def step(self, batch: FairBatch, losses: Tensor) -> Any:
         """Descend the Lagrangian with one backward pass through the encoder, then raise or lower eta."""
         outputs = Outputs([batch.outputs[name] for name in self._main], batch.matrices if self._rows is None else None)
-        lipschitz = self.lipschitz(batch) if self.lipschitz is not None else None
+        lipschitz = self._lipschitz(batch)
         with torch.no_grad():
             fairness = self.fairness(batch, outputs, lipschitz)
         eta = self.dual.value.clone()
@@ -81,7 +81,17 @@ class FairMT(FairWeighting):
         self._record(fairness, alpha)
         return weights
 
-    def fairness(self, batch: FairBatch, outputs: Outputs, lipschitz: Lipschitz | None = None) -> Fairness:
+    def _lipschitz(self, batch: FairBatch) -> tuple[Tensor, Tensor] | None:
+        """Return ReLiF's term, attached to the graph, and whether it has a pair; None without it."""
+        if self.lipschitz is None:
+            return None
+        scores, embedding = batch.score_matrix, batch.embedding
+        term = self.lipschitz(scores, embedding, move=embedding.requires_grad).term
+        return F.written(term.value, (scores, term.to_scores), (embedding, term.to_embeddings)), (
+            torch.ones_like(term.rate, dtype=torch.bool) if term.some is None else term.some
+        )
+
+    def fairness(self, batch: FairBatch, outputs: Outputs, lipschitz: tuple[Tensor, Tensor] | None = None) -> Fairness:
         """Move the running sums; return psi, Phi, w* and the gradient of Phi to each of ``outputs.tensors``."""
         s = self.settings
         layout = self._layout or self._make_layout(batch)
@@ -100,11 +110,11 @@ class FairMT(FairWeighting):
             found = disparity(layout, sums, counts)
             psi, present = found.psi, found.present
             if lipschitz is not None:
-                psi = torch.cat([psi, lipschitz.value.detach().to(psi.dtype).unsqueeze(0)])
-                present = torch.cat([present, lipschitz.some.unsqueeze(0)])
+                psi = torch.cat([psi, lipschitz[0].detach().to(psi.dtype).unsqueeze(0)])
+                present = torch.cat([present, lipschitz[1].unsqueeze(0)])
             phi, w = F.aggregate_disparities(psi, s.mu, present, s.solver)
             slope = found.slope(w[: len(self._main)], divisor)
-            term = None if lipschitz is None else (w[-1], lipschitz.value)
+            term = None if lipschitz is None else (w[-1], lipschitz[0])
         grads = self._pull_back(layout, blocks, members, slope, outputs)
         return Fairness(psi, present, phi, w, grads, term, self._observed(batch, blocks), blocks)
 

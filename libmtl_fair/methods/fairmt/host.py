@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from libmtl_fair.functional._device import on_host
+from libmtl_fair.functional._device import on_cpu
 from libmtl_fair.functional.simplex import centring, worst_case_weights
 from libmtl_fair.methods.fairmt.rates import TINY, Layout
 
@@ -30,7 +30,7 @@ class Constraint(NamedTuple):
 def fits(layout: Layout, sums: Tensor) -> bool:
     """Whether :func:`constraint` is made for this problem."""
     lift = layout.lift
-    return layout.simple and lift.reference == "max" and not lift.symmetric and on_host(sums)
+    return layout.simple and lift.reference == "max" and not lift.symmetric and on_cpu(sums)
 
 
 def constraint(layout: Layout, sums: Tensor, counts: Tensor, divisor: Tensor, mu: float, solver: str) -> Constraint:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from libmtl_fair import functional as F
 from libmtl_fair.batch import Matrices
-from libmtl_fair.functional._device import on_host
+from libmtl_fair.functional._device import on_cpu
 from libmtl_fair.libmtl.columns import joint_columns
 from libmtl_fair.libmtl.gradients import flatten, shared_parameters
 
@@ -135,7 +135,7 @@ def head_linear(grads: Tensor, term: Tensor, h: Any, weights: Tensor, owner: Ten
 
 def min_norm_of(gram: Tensor, linear: Tensor, observed: Tensor) -> Tensor:
     """Return ``F.min_norm_weights`` over the tasks ``observed`` [T], 0 for the others (all 0 if there is none)."""
-    if on_host(gram, linear, observed):
+    if on_cpu(gram, linear, observed):
         if bool(observed.all()):
             return F.min_norm_weights(gram, linear)
         alpha = torch.zeros_like(linear)

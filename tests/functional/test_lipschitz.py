@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -46,15 +48,6 @@ def test_gradients_of_the_smooth_functions() -> None:
     u = torch.tensor([-2.0, -0.05, 0.03, 0.7], dtype=D, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: F.huber(x, 0.1), (u,))
     assert torch.autograd.gradcheck(lambda x: F.huberized_hinge(x, 0.05), (u,))
-    gap, distance = torch.randn(9, dtype=D, requires_grad=True), torch.rand(9, dtype=D, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda g, d: F.lipschitz_margin(g, d, 0.3, 0.2), (gap, distance))
-
-
-def test_lipschitz_margin_is_its_definition(device: torch.device, dtype: torch.dtype) -> None:
-    gap, distance = torch.randn(50, device=device, dtype=dtype), torch.rand(50, device=device, dtype=dtype)
-    z = F.lipschitz_margin(gap, distance, torch.tensor(0.4, device=device), 0.2, beta=0.3)
-    a = gap.abs()
-    torch.testing.assert_close(z, torch.where(a <= 0.3, a**2 / 0.6, a - 0.15) / 0.4 - distance / 0.2)
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
@@ -241,41 +234,35 @@ def test_masked_mean_ignores_the_rest(device: torch.device, dtype: torch.dtype) 
     assert F.masked_mean(x, mask & ~mask).item() == 0.0
 
 
-def composed(gap: Tensor, distance: Tensor, tau: float, kappa: float, mask: Tensor) -> tuple[Tensor, Tensor]:
-    z = F.lipschitz_margin(gap, distance.clamp(min=1e-3), tau, kappa)
-    return F.masked_mean(F.huberized_hinge(z, 0.05), mask), F.masked_mean((z > 0).to(z.dtype), mask)
-
-
 @FAST
-@given(seed=st.integers(0, 10**6), n=st.integers(0, 60), tau=st.floats(1e-2, 3), kappa=st.floats(1e-2, 3))
-def test_lipschitz_loss_is_its_composition_with_the_same_gradient(seed: int, n: int, tau: float, kappa: float) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    gap = torch.randn(n, dtype=D, generator=generator, requires_grad=True)
-    distance = torch.rand(n, dtype=D, generator=generator).pow(4).requires_grad_()
-    mask = torch.rand(n, generator=generator) < 0.7
-    expected, expected_rate = composed(gap, distance, tau, kappa, mask)
-    loss, rate = F.lipschitz_loss(gap, distance, torch.tensor(tau, dtype=D), kappa, mask)
-    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(rate, expected_rate)
-    wanted = torch.autograd.grad(expected, (gap, distance))
-    for found, gradient in zip(torch.autograd.grad(loss, (gap, distance)), wanted, strict=True):
-        torch.testing.assert_close(found, gradient, rtol=1e-6, atol=1e-9)
+@given(
+    size=st.integers(1, 6000),
+    q=st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.75, 0.95, 1.0])),
+    kind=st.sampled_from(["normal", "rising", "falling", "few", "equal"]),
+    seed=st.integers(0, 10**6),
+)
+def test_masked_quantile_of_many_values_is_that_of_numpy(size: int, q: float, kind: str, seed: int) -> None:
+    drawn = np.random.default_rng(seed).standard_normal(size)
+    values = {
+        "normal": drawn,
+        "rising": np.sort(drawn),
+        "falling": -np.sort(drawn),
+        "few": np.round(drawn),
+        "equal": np.ones(size),
+    }[kind]
+    found = F.masked_quantile(torch.from_numpy(values.copy()), q).item()
+    assert found == pytest.approx(np.quantile(values, q), rel=1e-9, abs=1e-12)
 
 
-def test_lipschitz_loss_without_mask_or_pairs_and_under_vmap() -> None:
-    gap, distance = torch.randn(3, 20), torch.rand(3, 20)
-    everything = torch.ones(20, dtype=torch.bool)
-    for row in range(3):
-        expected = composed(gap[row], distance[row], 0.3, 0.2, everything)
-        torch.testing.assert_close(F.lipschitz_loss(gap[row], distance[row], 0.3, 0.2), expected)
-    mapped = torch.func.vmap(lambda g, d: F.lipschitz_loss(g, d, 0.3, 0.2))(gap, distance)
-    torch.testing.assert_close(mapped[0][2], F.lipschitz_loss(gap[2], distance[2], 0.3, 0.2)[0])
-    nothing = F.lipschitz_loss(gap[0], distance[0], 0.3, 0.2, ~everything)
-    assert [x.item() for x in nothing] == [0.0, 0.0]
-    with pytest.raises(RecipeError, match="mu must be positive"):
-        F.lipschitz_loss(gap[0], distance[0], 0.3, 0.2, mu=0.0)
-    with pytest.raises(RecipeError, match="beta must be positive"):
-        F.lipschitz_loss(gap[0], distance[0], 0.3, 0.2, beta=0.0)
+def reference(
+    scores: Tensor, embeddings: Tensor, pairs: dict[str, Any], tau: float | Tensor, kappa: float, beta: float, mu: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and rate by composition of the definitions, and the mask."""
+    gap, distance, mask = F.prototype_pairs(scores, embeddings, return_mask=True, **pairs)
+    if callable(tau):
+        tau = tau(gap, mask)
+    z = F.huber(gap, beta) / tau - distance.clamp(min=1e-3) / kappa
+    return F.masked_mean(F.huberized_hinge(z, mu), mask), F.masked_mean((z > 0).to(z.dtype), mask), mask
 
 
 def test_pairs_under_vmap() -> None:
@@ -305,25 +292,25 @@ def test_lipschitz_term_is_its_composition_with_the_same_gradients(
     def scales(gap: Tensor, distance: Tensor, mask: Tensor) -> tuple[Tensor, float]:
         seen.append(mask)
         assert distance.min() >= 1e-3
-        return F.masked_quantile(gap.abs(), 0.5, mask), 0.7
+        return F.masked_quantile(gap, 0.5, mask), 0.7
 
-    options = {"mode": "random", "max_task_pairs": limit}
-    generator = torch.Generator(device).manual_seed(1)
-    loss, rate, some = F.lipschitz_term(
-        scores, embeddings, 4, scales, valid, generator=generator, detach_distance=detach, **options
+    options: dict[str, Any] = {"k": 4, "valid": valid, "mode": "random", "max_task_pairs": limit}
+    options["generator"] = torch.Generator(device).manual_seed(1)
+    loss, rate, some = F.lipschitz_term(scores, embeddings, scales=scales, detach_distance=detach, **options)
+    options["generator"].manual_seed(1)
+    expected, expected_rate, mask = reference(
+        scores,
+        embeddings.detach() if detach else embeddings,
+        options,
+        lambda gap, mask: F.masked_quantile(gap.abs(), 0.5, mask),
+        0.7,
+        0.1,
+        0.05,
     )
-    generator.manual_seed(1)
-    gap, distance, mask = F.prototype_pairs(
-        scores, embeddings, 4, valid, generator=generator, return_mask=True, **options
-    )
-    distance = distance.detach() if detach else distance
-    tau = F.masked_quantile(gap.abs(), 0.5, mask)
-    z = F.lipschitz_margin(gap, distance.clamp(min=1e-3), tau, 0.7)
-    expected = F.masked_mean(F.huberized_hinge(z, 0.05), mask)
     assert torch.equal(seen[0], mask)
     assert some
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(rate, F.masked_mean((z > 0).to(D), mask))
+    torch.testing.assert_close(rate, expected_rate)
     wanted = torch.autograd.grad(expected, (scores, embeddings), allow_unused=True)
     for found, gradient in zip(
         torch.autograd.grad(3 * loss, (scores, embeddings), allow_unused=True), wanted, strict=True
@@ -349,13 +336,41 @@ def test_lipschitz_term_passes_gradcheck_and_says_when_nothing_counts() -> None:
         torch.autograd.grad(grad.sum(), scores)
 
 
-def test_lipschitz_term_under_torch_func() -> None:
-    scores, embeddings = torch.rand(4, 3, 7, dtype=D), torch.randn(4, 7, 4, dtype=D)
-
-    def term(s: Tensor, h: Tensor) -> Tensor:
-        return F.lipschitz_term(s, h, 3, lambda *_: (0.5, 2.0), mode="confident")[0]
-
-    grads = torch.func.vmap(torch.func.grad(term))(scores, embeddings)
-    for row in range(4):
-        s = scores[row].clone().requires_grad_()
-        torch.testing.assert_close(grads[row], torch.autograd.grad(term(s, embeddings[row]), s)[0])
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    tasks=st.integers(2, 9),
+    batch=st.integers(1, 40),
+    k=st.integers(1, 12),
+    limit=st.sampled_from([None, 1, 3, 5]),
+    mode=st.sampled_from(["random", "confident"]),
+    beta=st.floats(0.01, 1.5),
+    mu=st.floats(0.01, 1),
+    own=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_many_trainings_are_each_the_definition(
+    tasks: int, batch: int, k: int, limit: int | None, mode: str, beta: float, mu: float, own: bool, seed: int
+) -> None:
+    """Leading dimensions: each training with numbers and draws of its own, against the composition, to its gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(3, tasks, batch, generator=generator, dtype=D).requires_grad_()
+    h = torch.randn(3, *([tasks] if own else []), batch, 5, generator=generator, dtype=D)
+    h[torch.rand(h.shape[:-1], generator=generator) < 0.2] = 0
+    h.requires_grad_()
+    if limit is not None and limit < tasks * (tasks - 1) // 2:  # pairs of tasks are drawn once for all trainings
+        limit = None
+    sizes = torch.tensor([k, max(k - 1, 1), k])
+    betas, mus = torch.tensor([beta, 2 * beta, beta], dtype=D), torch.tensor([mu, mu, mu / 2], dtype=D)
+    found = F.lipschitz_term(
+        scores, h, k, lambda *_: (torch.full((3,), 0.3, dtype=D), 0.4), mode=mode, max_task_pairs=limit,
+        generator=[torch.Generator().manual_seed(m) for m in range(3)], sizes=sizes, beta=betas, mu=mus,
+    )  # fmt: skip
+    grads = torch.autograd.grad(found[0].sum(), (scores, h))
+    for m in range(3):
+        pairs = {"k": int(sizes[m]), "mode": mode, "generator": torch.Generator().manual_seed(m)}
+        s, e = scores[m].detach().requires_grad_(), h[m].detach().requires_grad_()
+        loss, rate, _ = reference(s, e, pairs, 0.3, 0.4, float(betas[m]), float(mus[m]))
+        torch.testing.assert_close(found[0][m], loss, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(found[1][m], rate)
+        for all_of, wanted in zip(grads, torch.autograd.grad(loss, (s, e)), strict=True):
+            torch.testing.assert_close(all_of[m], wanted, rtol=1e-6, atol=1e-9)
