@@ -1,10 +1,13 @@
-"""What both estimators share: parameters, fitting, prediction, pickling, saving."""
+"""What both estimators share: parameters, fitting, prediction, pickling, and files of tensors and JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -14,15 +17,22 @@ from sklearn.utils import _safe_indexing, check_random_state
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 from torch import Tensor
 
-from libmtl_fair.errors import RecipeError
+from libmtl_fair.data.features import FeatureEncoder
+from libmtl_fair.data.loader import ResidentLoader, representative
+from libmtl_fair.errors import CheckpointError, RecipeError
+from libmtl_fair.libmtl import checkpoint
+from libmtl_fair.libmtl.trainer import FairTrainer
 from libmtl_fair.predictions import Predictions
-from libmtl_fair.sklearn import storage, training
-from libmtl_fair.sklearn.groups import read_groups
+from libmtl_fair.recipe.build import EVAL_BATCH, build_trainer
+from libmtl_fair.recipe.sections import Model, Optimizer, Train
+from libmtl_fair.sklearn.groups import Groups, read_groups
 from libmtl_fair.sklearn.inputs import check_inputs, check_weights, encode_inputs, fit_inputs
-from libmtl_fair.sklearn.methods import check_method, find_method
+from libmtl_fair.sklearn.methods import Method, check_method, find_method
 from libmtl_fair.sklearn.targets import Target, make_targets
 
-Self = TypeVar("Self", bound="FairMTLBase")
+_KIND = "libmtl_fair estimator"
+_SAVED = ("groups_", "structure_", "n_columns_", "n_features_in_", "feature_names_in_", "form_")
+"""Attributes that a file holds under their names without the last underscore."""
 
 
 class FairMTLBase(BaseEstimator):  # type: ignore[misc]
@@ -41,7 +51,7 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
         method_args: Mapping[str, Any] | None = None,
         validation_fraction: float = 0.0,
         device: str = "auto",
-        random_state: Any = None,
+        random_state: int | np.random.RandomState | None = None,
     ) -> None:
         self.method = method
         self.epochs = epochs
@@ -63,6 +73,20 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
         tags.non_deterministic = False
         return tags
 
+    def _checked(self) -> Method:
+        for name in ("epochs", "batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+                raise RecipeError(f"{name} must be a whole number of at least 1, found {value!r}")
+        if not 0 <= self.validation_fraction < 1:
+            raise RecipeError(f"validation_fraction must be in [0, 1), found {self.validation_fraction!r}")
+        if isinstance(self.hidden, str) or not isinstance(self.hidden, Sequence):
+            raise RecipeError(f"hidden must be a tuple of widths, such as (64, 32), found {self.hidden!r}")
+        method = find_method(self.method)
+        if self.method_args is not None and not isinstance(self.method_args, Mapping):
+            raise RecipeError(f"method_args must be a dict of settings of {self.method!r}, found {self.method_args!r}")
+        return method
+
     def _fit(
         self,
         x: Any,
@@ -70,45 +94,96 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
         sensitive_features: Any,
         declared: Mapping[Any, str] | None,
         sample_weight: Any = None,
-    ) -> list[Target]:
-        settings, method = training.Settings.of(self), find_method(self.method)
-        if self.method_args is not None and not isinstance(self.method_args, Mapping):
-            raise RecipeError(f"method_args must be a dict of settings of {self.method!r}, found {self.method_args!r}")
+    ) -> None:
+        method = self._checked()
         check_consistent_length(x, y)
         groups, weights = read_groups(sensitive_features, len(y)), check_weights(sample_weight, x)
         if weights is not None and not weights.all():  # rows of weight 0 are as good as absent
             kept = np.flatnonzero(weights)
             x, y, weights = _safe_indexing(x, kept), y.iloc[kept], weights[kept]
             groups = groups.take(torch.from_numpy(kept))
-        targets = make_targets(y, declared)
-        check_method(self.method, method, len(targets), groups.names)
+        self.targets_, self.groups_ = make_targets(y, declared), groups.names
+        check_method(self.method, method, len(self.targets_), groups.names)
         self.encoder_, encoded = fit_inputs(x)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        labels = {target.name: target.encode(y[target.column]) for target in targets}
-        tasks = [target.task for target in targets]
+        labels = {target.name: target.encode(y[target.column]) for target in self.targets_}
         rows = torch.from_numpy(encoded)
-        importance = None if weights is None else torch.from_numpy(weights)
-        found = training.train(settings, method, self._arguments(), rows, tasks, labels, groups, seed, importance)
-        self.targets_, self.groups_, self.history_ = targets, groups.names, found.history
-        self.weights_, self.structure_ = found.weights, found.structure
-        self._rebuild(rows.shape[1])
-        return targets
+        self.n_columns_ = rows.shape[1]
+        with _random_state_kept():
+            trainer = self._trainer(method, seed)
+            self._train(trainer, rows, labels, groups, seed, None if weights is None else torch.from_numpy(weights))
+        structure = getattr(trainer.model, "structure", None)
+        self.structure_, self.history_ = structure and structure(), trainer.history
+        self.weights_ = trainer.model.state_dict()
+        self._rebuild()
 
-    def _arguments(self) -> dict[str, Any]:
-        return dict(self.method_args or {})
-
-    def _rebuild(self, n_columns: int) -> None:
-        self.n_columns_ = n_columns
-        tasks = [target.task for target in self.targets_]
-        settings, method = training.Settings.of(self), find_method(self.method)
-        self.model_ = training.predictor(
-            settings, method, self._arguments(), n_columns, tasks, self.structure_, self.weights_
+    def _trainer(self, method: Method, seed: int | None) -> FairTrainer:
+        """Return the trainer of the method or, without a seed, the plain one of the main tasks that predicts."""
+        weight_args, arch_args, heads = method.arguments(self.method_args or {})
+        widths = tuple(int(width) for width in self.hidden)
+        optimizer = Optimizer.model_construct(lr=float(self.lr), weight_decay=float(self.weight_decay))
+        plain = seed is None
+        return build_trainer(
+            "EW" if plain else method.weighting,
+            Model.model_construct(
+                hidden=widths, dropout=self.dropout, architecture=method.architecture, arch_args=arch_args
+            ),
+            Train.model_construct(optimizer=optimizer, select="best" if self.validation_fraction > 0 else "last"),
+            [target.task for target in self.targets_],
+            self.n_columns_,
+            self.groups_,
+            seed,
+            heads=None if plain else heads,
+            weight_args={} if plain else weight_args,
+            device="cpu" if plain else self.device,
+            progress=False,
         )
 
+    def _train(
+        self,
+        trainer: FairTrainer,
+        x: Tensor,
+        labels: Mapping[str, Tensor],
+        groups: Groups,
+        seed: int,
+        weights: Tensor | None,
+    ) -> None:
+        def loader(rows: Tensor, **options: Any) -> ResidentLoader:
+            taken, own = groups.take(rows), {name: values[rows] for name, values in labels.items()}
+            return ResidentLoader(x[rows], own, taken.ids, device=self.device, group_names=taken.names, **options)
+
+        held_out = int(len(x) * self.validation_fraction)
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(x), generator=generator) if held_out else torch.arange(len(x))
+        rows, judged = order[held_out:], order[:held_out]
+        if weights is not None and held_out:
+            judged = judged[representative(weights[judged])]
+        importance = None if weights is None else weights[rows]
+        trainer.train(
+            loader(rows, batch_size=int(self.batch_size), shuffle=True, seed=seed, weights=importance),
+            None,
+            int(self.epochs),
+            loader(judged, batch_size=EVAL_BATCH, shuffle=False) if held_out else None,
+        )
+
+    def _rebuild(self) -> None:
+        """Make the model of the main tasks, in float64 on the CPU, so that no prediction depends on its batch."""
+        with _random_state_kept():
+            self.model_ = self._trainer(self._checked(), None).model
+        if self.structure_ is not None:
+            self.model_.restore_structure(self.structure_)
+        names = self.model_.state_dict()
+        self.weights_ = {name: self.weights_[name].detach().cpu().clone() for name in names}
+        self.model_.load_state_dict(self.weights_)
+        self.model_.double().eval()
+
+    @torch.no_grad()
     def _outputs(self, x: Any) -> dict[str, Tensor]:
+        """Return task -> raw outputs of all rows."""
         check_is_fitted(self)
-        rows = encode_inputs(self.encoder_, check_inputs(self, x, reset=False))
-        return training.outputs(self.model_, torch.from_numpy(rows))
+        rows = torch.from_numpy(encode_inputs(self.encoder_, check_inputs(self, x, reset=False)))
+        parts = [self.model_(part.double()) for part in torch.split(rows, EVAL_BATCH)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _predictions(self, x: Any, y: pd.DataFrame | None, sensitive_features: Any) -> Predictions:
         found = {name: value.float() for name, value in self._outputs(x).items()}
@@ -128,7 +203,7 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
         """Rebuild the torch model."""
         super().__setstate__(state)
         if hasattr(self, "weights_"):
-            self._rebuild(self.n_columns_)
+            self._rebuild()
 
     def save(self, path: str | Path) -> Path:
         """Write the fitted estimator to one file of tensors and JSON, without pickled code.
@@ -138,15 +213,89 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
         CheckpointError : it cannot be written, or a parameter or class is no plain value.
         """
         check_is_fitted(self)
-        return storage.save(self, Path(path))
+        parameters = self.get_params()
+        if not isinstance(parameters["random_state"], int | np.integer):
+            parameters["random_state"] = None
+        if parameters.get("tasks") is not None:  # JSON keys are text only
+            parameters["tasks"] = [[column, kind] for column, kind in parameters["tasks"].items()]
+        targets = [{f.name: getattr(t, f.name) for f in dataclasses.fields(t)} for t in self.targets_]
+        for target in targets:
+            if (classes := target["classes"]) is not None:
+                target["classes"] = {"values": classes.tolist(), "dtype": classes.dtype.str}
+        about = {name.rstrip("_"): getattr(self, name, None) for name in _SAVED}
+        about["feature_names_in"] = None if about["feature_names_in"] is None else list(about["feature_names_in"])
+        about |= {"class": type(self).__name__, "parameters": parameters, "targets": targets}
+        try:
+            text = json.dumps({**about, "encoder": self.encoder_.to_dict()}, default=_plain)
+        except TypeError as error:
+            raise CheckpointError(f"cannot save {type(self).__name__}: {error}; give plain values") from error
+        checkpoint.save(Path(path), {"kind": _KIND, "about": text, "weights": self.weights_})
+        return Path(path)
 
     @classmethod
-    def load(cls: type[Self], path: str | Path) -> Self:
+    def load(cls, path: str | Path) -> Self:
         """Read what :meth:`save` wrote. Nothing in the file is run.
 
         Raises
         ------
         CheckpointError : missing, damaged, or of another estimator.
         """
-        made: Self = storage.load(cls, Path(path))
+        content = checkpoint.load(Path(path), torch.device("cpu"))
+        if content.get("kind") != _KIND:
+            raise CheckpointError(f"{path} holds no estimator; give a file that {cls.__name__}.save wrote")
+        try:
+            about = json.loads(content["about"])
+            if about["class"] != cls.__name__:
+                raise CheckpointError(
+                    f"{path} holds a {about['class']}, not a {cls.__name__}: use {about['class']}.load"
+                )
+            parameters = about["parameters"]
+            parameters["hidden"] = tuple(parameters["hidden"])
+            if parameters.get("tasks") is not None:
+                parameters["tasks"] = {_column(column): kind for column, kind in parameters["tasks"]}
+            made = cls(**parameters)
+            for name in _SAVED:
+                value = about[name.rstrip("_")]
+                if value is not None or name == "structure_":
+                    setattr(made, name, np.array(value, dtype=object) if name == "feature_names_in_" else value)
+            made.encoder_ = FeatureEncoder.from_dict(about["encoder"])
+            made.targets_ = [_target(entry) for entry in about["targets"]]
+            made.weights_, made.history_ = content["weights"], pd.DataFrame()
+            made._rebuild()
+            made._publish()
+        except CheckpointError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}); save the estimator again") from error
         return made
+
+    def _publish(self) -> None:
+        """Set what scikit-learn looks for beyond ``targets_``."""
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Leave the global generators as they were: an estimator's seed is its own."""
+    state = checkpoint.random_state()
+    try:
+        yield
+    finally:
+        checkpoint.set_random_state(state)
+
+
+def _target(values: dict[str, Any]) -> Target:
+    kept = values["classes"]
+    classes = None if kept is None else np.array(kept["values"], dtype=np.dtype(kept["dtype"]))
+    return Target(**{**values, "column": _column(values["column"]), "classes": classes})
+
+
+def _plain(value: object) -> object:
+    """Return a numpy number as JSON has it."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{value!r} is no plain value")
+
+
+def _column(label: Any) -> Any:
+    """Return a column's label: JSON makes a list of a tuple."""
+    return tuple(map(_column, label)) if isinstance(label, list) else label

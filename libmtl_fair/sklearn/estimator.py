@@ -111,11 +111,7 @@ class FairMTLEstimator(FairMTLBase):
         frame = read_table(Y)
         self._fit(x, frame, sensitive_features, self.tasks, sample_weight)
         self.form_ = _form(Y)
-        self._publish()
         return self
-
-    def _publish(self) -> None:
-        """Nothing beyond ``targets_``: the classes of each target are there."""
 
     def predict(self, X: Any) -> Any:
         """Return classes and numbers in native units, in the form of Y: DataFrame, [N, T] array, or [N] for one target."""

@@ -7,24 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from libmtl_fair.errors import DataError, RecipeError, unknown
-from libmtl_fair.libmtl import architecture_names, weighting_names
-from libmtl_fair.libmtl.registry import OUR_ARCHITECTURES, OUR_WEIGHTINGS
-
-_HEAD_OPTIONS = ("target", "conditional", "heads", "intersectional", "tasks", "bins", "sensitive")
+from libmtl_fair.libmtl.registry import OUR_ARCHITECTURES, resolve_weighting, weighting_names
+from libmtl_fair.recipe.sections import Heads
 
 
 @dataclass(frozen=True)
 class Method:
-    """How a method is trained.
-
-    Attributes
-    ----------
-    weighting, architecture : names known to LibMTL.
-    heads : loss of auxiliary fairness heads, or None.
-    defaults : settings under those that the user gives.
-    needs_groups : whether training needs ``sensitive_features``.
-    least_tasks : how many tasks it needs.
-    """
+    """How a method is trained: names known to LibMTL, the loss of its fairness heads, settings under the user's."""
 
     weighting: str
     architecture: str = "HPS"
@@ -33,19 +22,15 @@ class Method:
     needs_groups: bool = True
     least_tasks: int = 1
 
-    def arguments(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """Return (weight_args, arch_args, head options) of what the user gives in ``method_args``."""
+    def arguments(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
+        """Return (weight_args, arch_args, arguments of the heads or None) of what the user gives in ``method_args``."""
         settings = getattr(OUR_ARCHITECTURES.get(self.architecture), "settings_class", None)
-        of_architecture = set(settings.model_fields) if settings else set()
-        weight, arch, heads = {}, {}, {}
-        for name, value in {**self.defaults, **given}.items():
-            if self.heads is not None and name in _HEAD_OPTIONS:
-                heads[name] = value
-            elif name in of_architecture:
-                arch[name] = value
-            else:
-                weight[name] = value
-        return weight, arch, heads
+        arch: dict[str, Any] = dict.fromkeys(settings.model_fields) if settings else {}
+        of_heads = set(Heads.model_fields) - {"loss"} if self.heads else set()
+        every = {**self.defaults, **given}
+        heads = {"loss": self.heads, **{name: value for name, value in every.items() if name in of_heads}}
+        weight = {name: value for name, value in every.items() if name not in of_heads and name not in arch}
+        return weight, {name: every[name] for name in arch if name in every}, heads if self.heads else None
 
 
 METHODS: dict[str, Method] = {
@@ -62,7 +47,7 @@ METHODS: dict[str, Method] = {
 
 
 def method_names() -> list[str]:
-    """Return the names that ``method`` takes, besides those of LibMTL's weightings.
+    """Return the names that ``method`` takes, besides those of registered weightings.
 
     >>> "fairmt" in method_names()
     True
@@ -71,21 +56,17 @@ def method_names() -> list[str]:
 
 
 def find_method(name: object) -> Method:
-    """Return a method of ours, or a weighting of LibMTL by its name.
+    """Return a method by its name here, or a weighting of LibMTL, of ours or of another package by its own.
 
     Raises
     ------
-    RecipeError : unknown, or not part of this installation.
+    RecipeError : unknown.
     """
-    others = [w for w in weighting_names() if w not in OUR_WEIGHTINGS]
-    if name in others:
-        return Method(str(name), needs_groups=False)
-    if not isinstance(name, str) or name not in METHODS:
-        raise RecipeError(unknown("method", name, [*METHODS, *others]))
-    found = METHODS[name]
-    if found.weighting not in weighting_names() or found.architecture not in architecture_names():
-        raise RecipeError(f"method {name!r}: this installation has no {found.weighting} on {found.architecture}")
-    return found
+    if isinstance(name, str) and name in METHODS:
+        return METHODS[name]
+    if isinstance(name, str) and (":" in name or name in weighting_names()):
+        return Method(name, needs_groups=getattr(resolve_weighting(name), "needs_groups", False))
+    raise RecipeError(unknown("method", name, [*METHODS, *weighting_names()]))
 
 
 def check_method(name: str, method: Method, n_tasks: int, groups: Mapping[str, Any]) -> None:

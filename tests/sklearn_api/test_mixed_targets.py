@@ -52,7 +52,9 @@ def test_unlabelled_rows_do_not_count(people):
     assert target.mean == pytest.approx(hidden["hours"].mean())
 
 
-@pytest.mark.parametrize("method", ["none", "relif", "fairmt", "glf", "gld", "adversarial", "dpl", "UW", "GradNorm"])
+@pytest.mark.parametrize(
+    "method", ["none", "relif", "fairmt", "glf", "gld", "adversarial", "dpl", "UW", "GradNorm", "ReLiF"]
+)
 def test_methods_train_and_predict(people, method):
     args = {"intersectional": True} if method in ("glf", "fairmt") else None
     model = FairMTLEstimator(method, method_args=args, **SMALL)
