@@ -52,6 +52,7 @@ from libmtl_fair.functional.lipschitz import (
 )
 from libmtl_fair.functional.losses import example_cross_entropy, mean_cross_entropy, mean_cross_entropy_gradient
 from libmtl_fair.functional.quantiles import masked_mean, masked_quantile, sorted_quantiles
+from libmtl_fair.functional.scores import auc, group_auc, task_scores
 from libmtl_fair.functional.similarity import (
     linear_cka,
     pair_by_similarity,
@@ -73,6 +74,7 @@ __all__ = [
     "aep_ccc_from_lack",
     "aep_from_means",
     "aggregate_disparities",
+    "auc",
     "base_rate_threshold",
     "bounded_group_loss",
     "caeod",
@@ -89,6 +91,7 @@ __all__ = [
     "gld",
     "glf",
     "gradient_cosines",
+    "group_auc",
     "group_indicator",
     "group_mean",
     "group_sums",
@@ -115,6 +118,7 @@ __all__ = [
     "soft_rates",
     "sorted_quantiles",
     "spread",
+    "task_scores",
     "unit_vectors",
     "wilson_interval",
     "written",

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from libmtl_fair.errors import DataError, RecipeError
-from libmtl_fair.functional._device import has_values
+from libmtl_fair.functional._device import has_values, widest
 from libmtl_fair.functional.quantiles import sorted_quantiles
 
 _DENSE_GROUPS = 64
@@ -305,7 +305,7 @@ def base_rate_threshold(logits: Tensor, labels: Tensor) -> Tensor:
     positive = truth == 1
     seen = (truth == 0) | positive
     count = seen.sum(-2).unsqueeze(-1)
-    rate = positive.sum(-2).unsqueeze(-1) / count.clamp(min=1)
+    rate = positive.sum(-2).unsqueeze(-1).to(widest(logits.device)) / count.clamp(min=1)
     ordered = logits.detach().masked_fill(~seen, torch.inf).mT.sort(-1).values
     return sorted_quantiles(ordered, count, 1 - rate).squeeze(-1)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from libmtl_fair import functional as F
 from libmtl_fair.batch import Matrices
 from libmtl_fair.errors import HostError
 from libmtl_fair.libmtl.columns import joint_columns
@@ -46,7 +47,8 @@ class TaskMetric(AbsMetric):  # type: ignore[misc]
     def __init__(self, task: Task) -> None:
         super().__init__()
         self.task = task
-        self.names, self.weights, self._compute = _METRICS[task.kind]
+        self.names = list(_SHOWN[task.kind])
+        self._scores, self.weights = ([row[k] for row in _SHOWN[task.kind].values()] for k in (0, 1))
 
     def update_fun(self, pred: Tensor, gt: Tensor) -> None:
         """Collect one batch."""
@@ -55,59 +57,21 @@ class TaskMetric(AbsMetric):  # type: ignore[misc]
 
     def score_fun(self) -> list[float]:
         """Return the metrics in the order of ``names``; NaN where the labels do not define one."""
-        if not self.record:
+        if not self.record or not self.names:
             return [float("nan")] * len(self.names)
         values, labels = torch.cat(self.record), torch.cat(self.bs)
-        seen = self.task.observed(labels)
-        return self._compute(self.task, values[seen], labels[seen])
+        native = {"mean": self.task.mean, "std": self.task.std} if isinstance(self.task, Regression) else {}
+        return list(F.task_scores(self.task.kind, values, labels, self._scores, **native).values())
 
 
-def auc(scores: Tensor, positive: Tensor) -> float:
-    """Return the area under the ROC curve of ``scores`` [N] for bool ``positive`` [N]; NaN with one class only."""
-    _, inverse, counts = torch.unique(scores, return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0).double()
-    ranks = (ends - (counts.double() - 1) / 2)[inverse]
-    n_pos = positive.sum().double()
-    n_neg = len(positive) - n_pos
-    return float((ranks[positive].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
-
-
-def _binary(task: Task, values: Tensor, labels: Tensor) -> list[float]:
-    positive = labels > 0.5
-    return [auc(values, positive), float(((values > 0.5) == positive).double().mean())]
-
-
-def _multiclass(task: Task, values: Tensor, labels: Tensor) -> list[float]:
-    return [float((values.argmax(-1) == labels).double().mean())]
-
-
-def _multilabel(task: Task, values: Tensor, labels: Tensor) -> list[float]:
-    areas = []
-    for c in range(labels.shape[1]):
-        seen = torch.isfinite(labels[:, c]) if labels.is_floating_point() else labels[:, c] >= 0
-        areas.append(auc(values[seen, c], labels[seen, c] > 0.5))
-    return [float(torch.tensor(areas, dtype=torch.float64).nanmean())]
-
-
-def _regression(task: Task, values: Tensor, labels: Tensor) -> list[float]:
-    assert isinstance(task, Regression)
-    error = (values - labels).double()
-    spread = (labels.double() - labels.double().mean()).square().sum()
-    return [float(error.abs().mean() * task.std), float(1 - error.square().sum() / spread)]
-
-
-def _auxiliary(task: Task, values: Tensor, labels: Tensor) -> list[float]:
-    return []
-
-
-_Compute = Callable[[Task, Tensor, Tensor], list[float]]
-_METRICS: Mapping[str, tuple[list[str], list[int], _Compute]] = {
-    "binary": (["AUC", "Acc"], [1, 1], _binary),
-    "multiclass": (["Acc"], [1], _multiclass),
-    "multilabel": (["AUC"], [1], _multilabel),
-    "regression": (["MAE", "R2"], [0, 1], _regression),
-    "auxiliary": ([], [], _auxiliary),
+_SHOWN: Mapping[str, Mapping[str, tuple[str, int]]] = {
+    "binary": {"AUC": ("auc", 1), "Acc": ("accuracy", 1)},
+    "multiclass": {"Acc": ("accuracy", 1)},
+    "multilabel": {"AUC": ("auc", 1)},
+    "regression": {"MAE": ("mae", 0), "R2": ("r2", 1)},
+    "auxiliary": {},
 }
+"""Kind of task -> metric as LibMTL shows it -> name of the score, and 1 where higher is better."""
 
 
 def entry(task: Task) -> dict[str, Any]:

@@ -12,15 +12,13 @@ from libmtl_fair.metrics.comparison import (
     violation,
     worst_and_macro,
 )
-from libmtl_fair.metrics.deltas import conformal_delta, pair_distances, quantile_delta, reference_pairs
-from libmtl_fair.metrics.drift import drift, induced_thresholds, robust_pairs
+from libmtl_fair.metrics.drift import below_curve, drift, induced_thresholds, robust_pairs, shrinkage_curve
 from libmtl_fair.metrics.fairlearn_bridge import FairlearnInputs, metric_frame, to_fairlearn
-from libmtl_fair.metrics.group_auc import group_auc
-from libmtl_fair.metrics.group_regression import group_regression, ks_distance
-from libmtl_fair.metrics.groups import GroupMetrics
+from libmtl_fair.metrics.group_metrics import GroupMetrics
+from libmtl_fair.metrics.group_scores import group_auc, group_regression, ks_distance
 from libmtl_fair.metrics.post_processing import PostProcessed, post_process
 from libmtl_fair.metrics.rates import GroupRates, group_rates
-from libmtl_fair.metrics.shrinkage import below_curve, shrinkage_curve
+from libmtl_fair.metrics.tolerance import conformal_delta, pair_distances, quantile_delta, reference_pairs
 from libmtl_fair.metrics.utility import auc_score, task_utility, utility
 
 __all__ = [

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
 
 from libmtl_fair.errors import DataError, RecipeError
-from libmtl_fair.metrics.arrays import Bools, Floats, delta_matrix, score_arrays
-from libmtl_fair.metrics.exact import exact_excesses
-from libmtl_fair.metrics.sampling import draw_pairs, draw_pools
+from libmtl_fair.metrics.arrays import Array, Bools, Floats, Values, as_floats, as_numpy
+from libmtl_fair.metrics.tolerance import draw_pairs, draw_pool
 
-PAIR_COLUMNS = ["task_a", "task_b", "bias", "violation_rate", "delta", "n_pairs"]
+_PAIR_COLUMNS = ["task_a", "task_b", "bias", "violation_rate", "delta", "n_pairs"]
+_MANY_TASKS = 7
+_STEP, _BLOCK = 16, 1 << 12
+"""Exact audit of many tasks: from so many on; scores between two tabulated ranks; scores worked on at a time."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,12 @@ class AuditReport:
     bias: float
     violation_rate: float
     per_pair: pd.DataFrame
-    protocol: dict[str, Any]
+    protocol: dict[str, object]
     _audit: FixedDeltaAudit = field(repr=False, compare=False)
     _scores: dict[str, Floats] = field(repr=False, compare=False)
     _masks: dict[str, Bools] = field(repr=False, compare=False)
 
-    def at(self, delta: Any) -> AuditReport:
+    def at(self, delta: Values) -> AuditReport:
         """Return the audit of the same scores, pools and pairs under another ``delta`` (a number or [T, T])."""
         return self._audit.with_delta(delta).run(self._scores, self._masks)
 
@@ -46,7 +48,7 @@ class AuditReport:
         """Names of all tasks given, in order; those without valid examples included."""
         return list(self._scores)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return plain Python values, ready for JSON."""
         pairs = [{str(k): v for k, v in row.items()} for row in self.per_pair.to_dict("records")]
         return {"bias": self.bias, "violation_rate": self.violation_rate, "per_pair": pairs, "protocol": self.protocol}
@@ -66,7 +68,7 @@ class FixedDeltaAudit:
     pool_size : examples drawn per task, without replacement, with ``eval_seed``; all if there are fewer.
     n_pairs : index pairs per task pair, drawn with replacement with ``pair_seed``.
     exact : the expectation over all pairs of all valid examples instead, in float64: no pools, no seeds, no sampling
-        error (ours).
+        error (ours). O(n log n), and memory of the scores' order.
     delta_source : where the tolerance comes from, for the protocol (model, representation, pairs, quantile or alpha).
 
     >>> audit = FixedDeltaAudit(0.25, exact=True)
@@ -75,13 +77,13 @@ class FixedDeltaAudit:
     (0.3125, 0.75)
     """
 
-    delta: Any
+    delta: Values
     pool_size: int = 256
     n_pairs: int = 4096
     eval_seed: int = 0
     pair_seed: int = 42
     exact: bool = False
-    delta_source: Any = None
+    delta_source: object = None
 
     def __post_init__(self) -> None:
         """Check sizes and seeds."""
@@ -90,13 +92,11 @@ class FixedDeltaAudit:
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
                 raise RecipeError(f"FixedDeltaAudit: {name} must be an integer of at least {least}, found {value!r}")
 
-    def with_delta(self, delta: Any, source: Any = None) -> FixedDeltaAudit:
+    def with_delta(self, delta: Values, source: object = None) -> FixedDeltaAudit:
         """Return the same protocol under another tolerance."""
-        return FixedDeltaAudit(
-            delta, self.pool_size, self.n_pairs, self.eval_seed, self.pair_seed, self.exact, delta_source=source
-        )
+        return replace(self, delta=delta, delta_source=source)
 
-    def run(self, scores: Mapping[str, Any], valid: Mapping[str, Any] | None = None) -> AuditReport:
+    def run(self, scores: Mapping[str, Values], valid: Mapping[str, Values] | None = None) -> AuditReport:
         """Audit the scores of at least two tasks.
 
         Parameters
@@ -114,7 +114,8 @@ class FixedDeltaAudit:
         ------
         DataError : fewer than two tasks (with valid examples), scores outside of [0, 1], or delta of the wrong shape.
         """
-        arrays, masks = score_arrays(scores, valid)
+        arrays = {task: as_floats(values) for task, values in scores.items()}
+        masks = {task: _usable(task, score, (valid or {}).get(task)) for task, score in arrays.items()}
         names = list(arrays)
         if len(names) < 2:
             raise DataError(f"a fixed-delta audit compares tasks: it needs at least two, found {names}")
@@ -124,54 +125,161 @@ class FixedDeltaAudit:
             raise DataError(
                 f"a fixed-delta audit needs two tasks with valid examples (finite scores); of {names} only {present} have any"
             )
-        rows = (
-            self._exact_rows(names, arrays, masks, deltas) if self.exact else self._rows(names, arrays, masks, deltas)
-        )
-        table = pd.DataFrame(dict(zip(PAIR_COLUMNS, zip(*rows))))
-        means = table[["bias", "violation_rate"]].mean()
-        protocol = self._protocol(masks)
-        return AuditReport(float(means.iloc[0]), float(means.iloc[1]), table, protocol, self, arrays, masks)
-
-    def _exact_rows(
-        self, names: list[str], arrays: dict[str, Floats], masks: dict[str, Bools], deltas: Floats
-    ) -> list[Any]:
-        values = {t: arrays[t] if masks[t].all() else arrays[t][masks[t]] for t in names if masks[t].any()}
-        found = exact_excesses(values, {(i, j): float(deltas[i, j]) for i, j in _pairs(names, masks)}, names)
-        return [
-            (names[i], names[j], bias, rate, float(deltas[i, j]), len(values[names[i]]) * len(values[names[j]]))
-            for (i, j), (bias, rate) in found.items()
+        found = self._exact(arrays, masks, deltas) if self.exact else self._sampled(arrays, masks, deltas)
+        pairs = combinations([i for i, t in enumerate(names) if t in present], 2)
+        rows = [
+            (names[i], names[j], bias, rate, float(deltas[i, j]), many)
+            for (i, j), (bias, rate, many) in zip(pairs, found)
         ]
+        table = pd.DataFrame(dict(zip(_PAIR_COLUMNS, zip(*rows))))
+        bias, rate = (float(table[column].mean()) for column in ("bias", "violation_rate"))
+        return AuditReport(bias, rate, table, self._protocol(masks), self, arrays, masks)
 
-    def _rows(self, names: list[str], arrays: dict[str, Floats], masks: dict[str, Bools], deltas: Floats) -> list[Any]:
-        pools = {t: arrays[t][rows] for t, rows in draw_pools(masks, self.pool_size, self.eval_seed).items()}
-        rows = []
-        for i, j in _pairs(names, masks):
-            a, b = pools[names[i]], pools[names[j]]
-            x, y = draw_pairs(i, j, len(a), len(b), self.n_pairs, self.pair_seed)
-            excess = np.abs(a[x] - b[y]) - deltas[i, j]
+    def _exact(
+        self, arrays: Mapping[str, Floats], masks: Mapping[str, Bools], deltas: Floats
+    ) -> list[tuple[float, float, int]]:
+        present = np.flatnonzero([mask.any() for mask in masks.values()])
+        values = [a if m.all() else a[m] for a, m in zip(arrays.values(), masks.values()) if m.any()]
+        upper = np.triu_indices(len(values), 1)
+        tolerances = deltas[np.ix_(present, present)][upper]
+        if len(values) >= _MANY_TASKS and np.ptp(tolerances) == 0:
+            excess, above = ((table + table.T)[upper] for table in excess_tables(values, float(tolerances[0])))
+        else:
+            ordered = [(v := np.sort(part), np.append(0.0, v.cumsum())) for part in values]
+            pairs = zip(*upper, tolerances)
+            excess, above = np.transpose([_excess(*ordered[i], *ordered[j], delta) for i, j, delta in pairs])
+        sizes = np.array([len(v) for v in values])
+        many = sizes[upper[0]] * sizes[upper[1]]
+        return list(zip((np.maximum(excess, 0) / many).tolist(), (above / many).tolist(), many.tolist()))
+
+    def _sampled(
+        self, arrays: Mapping[str, Floats], masks: Mapping[str, Bools], deltas: Floats
+    ) -> list[tuple[float, float, int]]:
+        pools = [arrays[t][draw_pool(mask, self.pool_size, self.eval_seed)] for t, mask in masks.items()]
+        found = []
+        for i, j, x, y in draw_pairs([len(pool) for pool in pools], self.n_pairs, self.pair_seed):
+            excess = np.abs(pools[i][x] - pools[j][y]) - deltas[i, j]
             rate = np.count_nonzero(excess > 0) / self.n_pairs
-            bias = float(np.maximum(excess, 0).mean())
-            rows.append((names[i], names[j], bias, rate, float(deltas[i, j]), self.n_pairs))
-        return rows
+            found.append((float(np.maximum(excess, 0).mean()), rate, self.n_pairs))
+        return found
 
-    def _protocol(self, masks: dict[str, Bools]) -> dict[str, Any]:
-        delta = np.asarray(self.delta, dtype=float).tolist()
+    def _protocol(self, masks: Mapping[str, Bools]) -> dict[str, object]:
+        valid = {t: int(m.sum()) for t, m in masks.items()}
         common = {
-            "delta": delta,
+            "delta": as_floats(self.delta).tolist(),
             "delta_source": self.delta_source,
             "exact": self.exact,
             "pairs": "all pairs of all valid examples" if self.exact else "uniform, with replacement, from the pools",
             "tasks": list(masks),
-            "valid_examples": {t: int(m.sum()) for t, m in masks.items()},
-            "absent_tasks": [t for t, m in masks.items() if not m.any()],
+            "valid_examples": valid,
+            "absent_tasks": [t for t, count in valid.items() if not count],
         }
         if self.exact:
             return common
-        seeds = {"eval_seed": int(self.eval_seed), "pair_seed": int(self.pair_seed), "n_pairs": int(self.n_pairs)}
-        pools = {t: min(int(m.sum()), int(self.pool_size)) for t, m in masks.items()}
-        return {**common, "pool_size": int(self.pool_size), "pools": pools, **seeds}
+        drawn = {"pool_size": int(self.pool_size), "pools": {t: min(n, int(self.pool_size)) for t, n in valid.items()}}
+        return {**common, **drawn, **{n: int(getattr(self, n)) for n in ("eval_seed", "pair_seed", "n_pairs")}}
 
 
-def _pairs(names: list[str], masks: dict[str, Bools]) -> list[tuple[int, int]]:
-    present = [i for i, t in enumerate(names) if masks[t].any()]
-    return [(i, j) for a, i in enumerate(present) for j in present[a + 1 :]]
+def delta_matrix(delta: Values, tasks: Sequence[str]) -> Floats:
+    """Return the tolerance of every task pair, a number or a symmetric matrix in the order of ``tasks``, as [T, T].
+
+    Raises
+    ------
+    DataError : wrong shape, not symmetric, negative or not finite.
+    """
+    matrix, size = as_floats(delta), len(tasks)
+    if matrix.ndim == 0:
+        matrix = np.full((size, size), float(matrix))
+    if matrix.shape != (size, size):
+        raise DataError(
+            f"delta must be one number or a [{size}, {size}] matrix in the order of the tasks ({', '.join(tasks)}), "
+            f"found shape {list(matrix.shape)}"
+        )
+    upper = np.triu_indices(size, 1)
+    if not np.isfinite(matrix[upper]).all() or (matrix[upper] < 0).any():
+        raise DataError("delta must be finite and at least 0 for every task pair; scores lie in [0, 1], so does delta")
+    if not np.allclose(matrix[upper], matrix.T[upper], rtol=0, atol=1e-9):
+        raise DataError("delta as a matrix must be symmetric: pair (i, j) and pair (j, i) are one task pair")
+    return matrix
+
+
+def _usable(task: str, score: Floats, valid: Values | None) -> Bools:
+    """Return which examples have a finite score and are ``valid``; checks shapes and range."""
+    if score.ndim != 1:
+        raise DataError(f"scores of task {task!r} must be [N], found shape {list(score.shape)}; use task.score(output)")
+    mask = np.isfinite(score)
+    if valid is not None:
+        given = as_numpy(valid).astype(bool)
+        if given.shape != score.shape:
+            raise DataError(
+                f"valid[{task!r}] must have the shape of its scores {list(score.shape)}, found {list(given.shape)}"
+            )
+        mask &= given
+    used = score if mask.all() else score[mask]
+    if used.size and (used.min() < -1e-6 or used.max() > 1 + 1e-6):
+        raise DataError(
+            f"scores of task {task!r} must lie in [0, 1], found {used.min():.4g} to {used.max():.4g}; "
+            "pass task.score(output), not raw outputs"
+        )
+    return mask
+
+
+def _excess(p: Floats, p_sums: Floats, q: Floats, q_sums: Floats, delta: float) -> tuple[float, float]:
+    """Return the sum over all pairs of (|p - q| - delta)+, and the number of pairs beyond delta, of sorted scores.
+
+    For every p the q above p + delta are a tail, and those below p - delta a head; counts come from two binary searches
+    and sums from prefix sums. Ties are decided on the float64 values of p + delta and p - delta.
+    """
+    upper = p[: np.searchsorted(p, q[-1] - delta, side="right")] + delta
+    lower = p[np.searchsorted(p, q[0] + delta, side="left") :] - delta
+    head = np.searchsorted(q, upper, side="right")
+    tail = np.searchsorted(q, lower, side="left")
+    above = len(q) - head
+    excess = q_sums[-1] * len(upper) - q_sums[head].sum() - above @ upper + tail @ lower - q_sums[tail].sum()
+    return float(excess), float(above.sum() + tail.sum())
+
+
+def excess_tables(scores: Sequence[Floats], delta: float) -> tuple[Floats, Floats]:
+    """Return sums over all p of task i and q of task j of (p - delta - q)+, and of 1[q < p - delta], both [T, T].
+
+    The scores of all tasks are sorted together, and a search finds how many lie below each p - delta. Counts and sums by task
+    are tabulated at every 16th rank; a p takes those of the nearest one, by a matrix product over tasks, and adds or
+    takes back the few scores between. Time: N log N + N T^2 / 16; benchmarks/audit.py: 4 times faster than searching
+    each two tasks at T = 40 and 10,000 scores a task.
+    """
+    size, half = len(scores), _STEP // 2
+    order = np.argsort(np.concatenate(scores))
+    q, task = np.concatenate(scores)[order], np.repeat(np.arange(size), [len(part) for part in scores])[order]
+    p = q - delta
+    rank = np.searchsorted(q, p)
+    nearest = (rank + half) // _STEP
+    passed, codes = np.zeros((2, size)), size * size
+    excess, below = np.zeros((2, size, size))
+    start = int(np.searchsorted(rank, 1))
+    for first in range(0, len(q) + _STEP, _BLOCK):
+        here = slice(first, first + _BLOCK)
+        held = _tabulated(q[here], task[here], np.arange(len(q[here])) // _STEP, size)
+        under = held.cumsum(1) - held + passed[:, None]
+        passed = passed + held.sum(1)
+        stop = int(np.searchsorted(nearest, (first + _BLOCK) // _STEP))
+        part, start = slice(start, stop), stop
+        counts, sums = _tabulated(p[part], task[part], nearest[part] - first // _STEP, size)
+        below += counts.T @ under[0]
+        excess += sums.T @ under[0] - counts.T @ under[1]
+        edge, mine, own = nearest[part] * _STEP, p[part], task[part] * size
+        beyond = rank[part] - edge
+        for step in range(-half, half):
+            sign = 1 if step >= 0 else -1
+            rows = np.flatnonzero(beyond > step if sign > 0 else (beyond <= step) & (edge + step < len(q)))
+            others = edge[rows] + step
+            code = own[rows] + task[others]
+            below += sign * np.bincount(code, minlength=codes).reshape(size, size)
+            excess += sign * np.bincount(code, mine[rows] - q[others], minlength=codes).reshape(size, size)
+    return excess, below
+
+
+def _tabulated(values: Floats, tasks: Array, rows: Array, size: int) -> Floats:
+    """Return counts and sums of values by row (of one block) and task, [2, rows, T]."""
+    code, shape = rows * size + tasks, (2, _BLOCK // _STEP, size)
+    table = [np.bincount(code, weights, minlength=shape[1] * size) for weights in (None, values)]
+    return np.asarray(table, dtype=np.float64).reshape(shape)

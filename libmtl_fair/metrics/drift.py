@@ -1,22 +1,28 @@
-"""Threshold drift: how far each method moves the tolerance that its own representation suggests (methods.md, 1.1)."""
+"""What may move Bias but fairness: a method's own tolerance (drift, methods.md 1.1), and scores merely pulled together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
 from libmtl_fair.errors import DataError
-from libmtl_fair.metrics.arrays import Floats, as_floats, delta_matrix
-from libmtl_fair.metrics.audit import AuditReport
-from libmtl_fair.metrics.deltas import cosine_distances, normalise, task_embedding
-from libmtl_fair.metrics.sampling import draw_pools
+from libmtl_fair.metrics.arrays import Floats, Values, as_floats
+from libmtl_fair.metrics.audit import AuditReport, FixedDeltaAudit, delta_matrix
+from libmtl_fair.metrics.tolerance import Embeddings, cosine_distances, draw_pool, normalise, task_embedding
+from libmtl_fair.metrics.utility import auc_score
+
+GRID = tuple(np.round(np.linspace(1.0, 0.05, 20), 10))
 
 
 def induced_thresholds(
-    embeddings: Any, scores: Mapping[str, Any], k: int = 8, *, pool_size: int | None = 256, eval_seed: int = 0
+    embeddings: Embeddings,
+    scores: Mapping[str, Values],
+    k: int = 8,
+    *,
+    pool_size: int | None = 256,
+    eval_seed: int = 0,
 ) -> Floats:
     """Return a method's own thresholds: distances between the tasks' prototypes, [T, T], zeros on the diagonal.
 
@@ -30,20 +36,19 @@ def induced_thresholds(
     """
     if k < 1:
         raise DataError(f"k must be at least 1, found {k}")
-    values = {task: as_floats(s) for task, s in scores.items()}
-    pools = draw_pools({task: np.isfinite(v) for task, v in values.items()}, pool_size, eval_seed)
     prototypes = []
-    for task, found in values.items():
-        space = task_embedding(embeddings, task)
-        pool = pools.get(task, np.array([], dtype=int))
-        chosen = pool[np.argsort(-found[pool], kind="stable")[:k]]
+    for task, values in scores.items():
+        score, space = as_floats(values), task_embedding(embeddings, task)
+        pool = draw_pool(np.isfinite(score), pool_size, eval_seed)
+        chosen = pool[np.argsort(-score[pool], kind="stable")[:k]]
         prototypes.append(normalise(space[chosen]).mean(0) if len(chosen) else np.full(space.shape[1], np.nan))
-    matrix = np.array([cosine_distances(np.tile(p, (len(prototypes), 1)), np.array(prototypes)) for p in prototypes])
+    stacked = np.array(prototypes)
+    matrix = cosine_distances(stacked[:, None], stacked)
     np.fill_diagonal(matrix, 0.0)
     return np.asarray((matrix + matrix.T) / 2)
 
 
-def drift(reports: Mapping[str, AuditReport], induced: Mapping[str, Any], reference: Any) -> pd.DataFrame:
+def drift(reports: Mapping[str, AuditReport], induced: Mapping[str, Values], reference: Values) -> pd.DataFrame:
     """Return one row a method: Bias and VR under its own thresholds (raw) and under the fixed ones, ranks and budget.
 
     Columns: method, raw_bias, raw_violation_rate, fixed_bias, fixed_violation_rate, rank_raw, rank_fixed, rank_shift,
@@ -66,20 +71,17 @@ def drift(reports: Mapping[str, AuditReport], induced: Mapping[str, Any], refere
         raise DataError(
             f"drift needs reports and the induced thresholds of the same methods; missing: {missing or 'all'}"
         )
-    rows = [_row(method, report, as_floats(induced[method]), reference) for method, report in reports.items()]
-    frame = pd.DataFrame(rows)
-    frame["rank_raw"] = frame["raw_bias"].rank(method="min").astype(int)
-    frame["rank_fixed"] = frame["fixed_bias"].rank(method="min").astype(int)
+    frame = pd.DataFrame([_row(m, report, as_floats(induced[m]), reference) for m, report in reports.items()])
+    for kind in ("raw", "fixed"):
+        frame[f"rank_{kind}"] = frame[f"{kind}_bias"].rank(method="min").astype(int)
     frame["rank_shift"] = frame["rank_raw"] - frame["rank_fixed"]
-    pairs = robust_pairs(frame).to_numpy() | np.eye(len(frame), dtype=bool)
-    frame["robust"] = pd.Series(pairs.all(axis=1), index=frame.index)
+    frame["robust"] = (robust_pairs(frame).to_numpy() | np.eye(len(frame), dtype=bool)).all(axis=1)
     return frame
 
 
-def _row(method: str, report: AuditReport, own: Floats, reference: Any) -> dict[str, Any]:
+def _row(method: str, report: AuditReport, own: Floats, reference: Values) -> dict[str, str | float]:
     fixed = delta_matrix(reference, report.tasks)
     upper = np.triu_indices(len(report.tasks), 1)
-    gaps = np.abs(own - fixed)[upper]
     raw, held = report.at(np.clip(np.nan_to_num(own, nan=1.0), 0, 1)), report.at(fixed)
     mean, base = float(np.nanmean(own[upper])), float(fixed[upper].mean())
     return {
@@ -90,7 +92,7 @@ def _row(method: str, report: AuditReport, own: Floats, reference: Any) -> dict[
         "fixed_violation_rate": held.violation_rate,
         "mean_threshold": mean,
         "ratio_to_reference": mean / base if base > 0 else float("nan"),
-        "budget": float(np.nanmean(gaps)),
+        "budget": float(np.nanmean(np.abs(own - fixed)[upper])),
     }
 
 
@@ -99,3 +101,59 @@ def robust_pairs(frame: pd.DataFrame) -> pd.DataFrame:
     bias, budget = frame["fixed_bias"].to_numpy(), frame["budget"].to_numpy()
     outlasts = np.abs(bias[:, None] - bias) > budget[:, None] + budget
     return pd.DataFrame(outlasts, index=frame["method"], columns=frame["method"])
+
+
+def shrinkage_curve(
+    probabilities: Mapping[str, Values],
+    labels: Mapping[str, Values],
+    delta: Values,
+    *,
+    centre: float = 0.5,
+    grid: Sequence[float] = GRID,
+) -> pd.DataFrame:
+    """Return what ``p -> c + a (p - c)`` does to binary tasks: a row per ``a``, with Bias, violation rate, Brier, AUC.
+
+    AUC does not change with ``a > 0``, nor does accuracy at ``centre``: a method has gained consistency only where its
+    (Brier, Bias) lies below this curve of the *plain* model. Bias is exact, over all pairs. Source: ours (methods 1.1).
+
+    Parameters
+    ----------
+    probabilities : task -> [N] in [0, 1]; at least two tasks.
+    labels : task -> [N] of 0/1, NaN or negative where missing.
+    delta : tolerance, a number or [T, T].
+
+    Raises
+    ------
+    DataError : fewer than two tasks.
+    """
+    if len(probabilities) < 2:
+        raise DataError(f"a shrinkage curve needs at least two binary tasks, found {list(probabilities)}")
+    scores = {task: as_floats(values) for task, values in probabilities.items()}
+    truth = {task: as_floats(labels[task]) for task in scores}
+    seen = {task: np.isfinite(values) & (values >= 0) for task, values in truth.items()}
+    auc = float(np.nanmean([auc_score(scores[t][seen[t]], truth[t][seen[t]] > 0.5) for t in scores]))
+    rows = []
+    for a in grid:
+        shrunk = {task: centre + a * (values - centre) for task, values in scores.items()}
+        report = FixedDeltaAudit(delta, exact=True).run(shrunk)
+        brier = np.nanmean([((shrunk[t][seen[t]] - truth[t][seen[t]]) ** 2).mean() for t in scores])
+        rows.append((float(a), report.bias, report.violation_rate, float(brier), auc))
+    return pd.DataFrame(rows, columns=["a", "bias", "violation_rate", "brier", "auc"])
+
+
+def below_curve(bias: float, brier: float, curve: pd.DataFrame) -> tuple[bool, float]:
+    """Return (whether a method lies below the curve, curve's Bias at the method's Brier minus its Bias).
+
+    Only the part of the curve after its lowest Brier counts (shrinking an overconfident model improves Brier at first).
+    A Brier below that lowest is compared with the Bias there; one beyond the curve's end with the Bias at the end.
+
+    >>> curve = pd.DataFrame({"a": [1.0, 0.5], "bias": [0.1, 0.0], "brier": [0.10, 0.20]})
+    >>> below, gap = below_curve(0.04, 0.15, curve)
+    >>> below, round(gap, 6)
+    (True, 0.01)
+    """
+    ordered = curve.sort_values("a", ascending=False)
+    brier_of, bias_of = ordered["brier"].to_numpy(), ordered["bias"].to_numpy()
+    start = int(np.argmin(brier_of))
+    there = float(np.interp(brier, brier_of[start:], bias_of[start:]))
+    return bias < there, there - bias

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from libmtl_fair import functional as F
 from libmtl_fair.errors import DataError
-from libmtl_fair.metrics.arrays import Floats, Ints
-from libmtl_fair.metrics.counts import add_counts
+from libmtl_fair.metrics.arrays import Floats
+from libmtl_fair.tasks import Task
 
 
-@dataclass
-class Stored:
-    """Kept rows of one task as numpy arrays: values [N] or [N, C], labels, observed, ids by attribute, weights."""
+class Rows(NamedTuple):
+    """Rows of one task: values [N] or [N, C], labels and whether observed, group ids by attribute, weights."""
 
-    values: Any
-    labels: Any
-    observed: Any
-    ids: dict[str, Ints]
-    weight: Floats | None
+    values: Tensor
+    labels: Tensor
+    observed: Tensor
+    ids: dict[str, Tensor]
+    weight: Tensor | None
 
 
 class TaskState:
@@ -33,30 +32,25 @@ class TaskState:
     one, so that unknown ones have a slot of their own; unobserved labels fall into a last, ignored slot.
     """
 
-    def __init__(self, task: Any, threshold: float | str, auc: bool) -> None:
+    def __init__(self, task: Task, threshold: float | str, auc: bool) -> None:
         """Decide what has to be kept."""
-        self.task, self.threshold, self.auc = task, threshold, auc
+        self.task, self.auc = task, auc
+        self.threshold = 0.5 if isinstance(threshold, str) else threshold
         self.late = threshold == "base_rate" and task.kind in ("binary", "multilabel")
         self.counted = task.kind != "regression" and not self.late
         self.stored = auc or not self.counted
+        width = int(task.out_features)
+        self.cells = {"binary": 4, "multilabel": 4 * width, "multiclass": width * width}.get(task.kind, 0)
         self.reset({})
-
-    @property
-    def cells(self) -> int:
-        """Cells per group."""
-        width = int(self.task.out_features)
-        return {"binary": 4, "multilabel": 4 * width, "multiclass": width * width}.get(self.task.kind, 0)
 
     def reset(self, sizes: Mapping[str, int]) -> None:
         """Forget everything."""
         self.sizes = dict(sizes)
         self._tables: dict[str, Tensor] = {}
-        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._ids: dict[str, list[Tensor]] = {a: [] for a in sizes}
-        self._weights: list[Tensor | None] = []
+        self._batches: list[Rows] = []
         self._bad: list[Tensor] = []
 
-    def update(self, output: Tensor, labels: Any, ids: Mapping[str, Tensor], weight: Tensor | None) -> None:
+    def update(self, output: Tensor, labels: Tensor, ids: Mapping[str, Tensor], weight: Tensor | None) -> None:
         """Add one batch."""
         labels = torch.as_tensor(labels, device=output.device).detach()
         values = self.task.probabilities(output)
@@ -66,22 +60,18 @@ class TaskState:
                 f"task {self.task.name!r}: {len(values)} outputs and {len(labels)} labels for {size} group ids"
             )
         observed = torch.isfinite(labels) if labels.is_floating_point() else labels >= 0
-        finite = torch.isfinite(values)
-        if values.dim() > observed.dim():
-            finite = finite.all(-1)
-        self._bad.append((~finite & observed).sum())
+        if values.is_cuda or not torch.isfinite(values.sum()):  # on the CPU one sum tells that all is well
+            broken = ~torch.isfinite(values)
+            self._bad.append(((broken if broken.dim() == observed.dim() else broken.any(-1)) & observed).sum())
+        rows = Rows(values, labels, observed, dict(ids), weight)
         if self.counted:
-            self._count(values, labels, observed, ids, weight)
+            self._add({a: self._count(rows, a, self.threshold) for a in ids})
         if self.stored:
-            self._rows.append((values, labels, observed))
-            self._weights.append(weight)
-            for attribute, given in ids.items():
-                self._ids[attribute].append(given.to(torch.int32))
+            self._batches.append(rows._replace(ids={a: given.to(torch.int32) for a, given in ids.items()}))
 
     def check(self) -> None:
         """Raise for scores that are not finite where there is a label; synchronises."""
-        bad = int(sum(int(b) for b in self._bad)) if self._bad else 0
-        self._bad = []
+        bad, self._bad = sum(map(int, self._bad)), []
         if bad:
             raise DataError(
                 f"task {self.task.name!r}: {bad} labelled examples have a score that is not finite (NaN or infinite); "
@@ -90,79 +80,88 @@ class TaskState:
 
     def merge(self, other: TaskState) -> None:
         """Add the counts and rows of another state of the same task."""
-        for attribute, table in other._tables.items():
-            mine = self._tables.get(attribute)
-            self._tables[attribute] = table.clone() if mine is None else mine + table.to(mine.device)
-        self._rows += other._rows
-        self._weights += other._weights
+        self._add(other._tables)
+        self._batches += other._batches
         self._bad += other._bad
-        for attribute, given in other._ids.items():
-            self._ids[attribute] += given
 
-    def table(self, attribute: str) -> Floats:
-        """Return counts, weights and squared weights [3, G + 1, cells]; slot 0 holds rows of unknown group."""
-        groups = self.sizes[attribute] + 1
-        table = self._tables.get(attribute)
-        if table is None:
-            return np.zeros((3, groups, self.cells))
-        return np.asarray(table[:, :-1].cpu().numpy().reshape(3, groups, self.cells))
-
-    def counts(self, attribute: str) -> tuple[Floats, float]:
-        """Return the rows with a label of each group [G], and of no known group."""
-        if self.counted and self.task.kind != "multilabel":
-            rows = self.table(attribute)[0].sum(-1)
-        elif self.counted:
-            # Of a multilabel task the label seen most often: its other labels may be missing.
-            table = self.table(attribute)[0]
-            rows = table.reshape(len(table), -1, 4).sum(-1).max(-1)
-        else:
-            kept = self.rows()
-            seen = kept.observed if kept.observed.ndim == 1 else kept.observed.any(-1)
-            rows = np.bincount(kept.ids[attribute][seen] + 1, minlength=self.sizes[attribute] + 1).astype(np.float64)
-        return rows[1:], float(rows[0])
-
-    def rows(self) -> Stored:
-        """Return all kept rows on the CPU."""
-        width = int(self.task.out_features) if self.task.kind in ("multiclass", "multilabel") else None
-        if not self._rows:
-            shape = (0,) if width is None else (0, width)
-            columns = shape if self.task.kind == "multilabel" else (0,)
-            ids = {a: np.zeros(0, dtype=np.int64) for a in self.sizes}
-            return Stored(np.zeros(shape), np.zeros(columns), np.zeros(columns, dtype=bool), ids, None)
-        values, labels, observed = (torch.cat([r[k].cpu() for r in self._rows]).numpy() for k in range(3))
-        ids = {a: torch.cat([i.cpu() for i in given]).numpy().astype(np.int64) for a, given in self._ids.items()}
+    def rows(self) -> Rows:
+        """Return all kept rows on the CPU; ids as int64, weights as float64."""
+        if not self._batches:
+            wide = (0, int(self.task.out_features)) if self.task.kind in ("multiclass", "multilabel") else (0,)
+            labels = torch.zeros(wide if self.task.kind == "multilabel" else 0)
+            ids = {a: torch.zeros(0, dtype=torch.int64) for a in self.sizes}
+            return Rows(torch.zeros(wide), labels, labels.bool(), ids, None)
+        values, labels, observed = (torch.cat([b[k].cpu() for b in self._batches]) for k in range(3))
+        ids = {a: torch.cat([b.ids[a].cpu() for b in self._batches]).long() for a in self.sizes}
         weight = None
-        if any(w is not None for w in self._weights):
-            parts = [torch.ones(len(r[0])) if w is None else w.cpu() for w, r in zip(self._weights, self._rows)]
-            weight = torch.cat([p.double() for p in parts]).numpy()
-        return Stored(values, labels, observed, ids, weight)
+        if any(b.weight is not None for b in self._batches):
+            parts = [torch.ones(len(b.values)) if b.weight is None else b.weight.cpu() for b in self._batches]
+            weight = torch.cat([part.double() for part in parts])
+        return Rows(values, labels, observed, ids, weight)
 
-    def _count(
-        self, values: Tensor, labels: Tensor, observed: Tensor, ids: Mapping[str, Tensor], weight: Tensor | None
-    ) -> None:
-        cell = confusion_cells(self.task.kind, values, labels, observed, self.threshold)
-        for attribute, given in ids.items():
-            size = (self.sizes[attribute] + 1) * self.cells + 1
-            if attribute not in self._tables:
-                self._tables[attribute] = torch.zeros(3, size, dtype=torch.float64, device=values.device)
-            shifted = (given.to(values.device) + 1) * self.cells
-            code = (shifted if cell.dim() == 1 else shifted[:, None]) + cell
-            code = torch.where(observed, code, size - 1)
-            repeated = weight
-            if weight is not None and cell.dim() == 2:
-                repeated = weight[:, None].expand(cell.shape).reshape(-1)
-            add_counts(self._tables[attribute], code.reshape(-1), repeated)
+    def table(self, attribute: str, kept: Rows | None) -> Floats:
+        """Return counts, weights and squared weights [3, G + 1, cells]; slot 0 holds rows of unknown group.
+
+        ``kept`` are all rows, which a threshold at the base rate has to wait for.
+        """
+        table = self._tables.get(attribute)
+        if self.late and kept is not None and len(kept.values):
+            table = self._count(kept._replace(values=kept.values.double()), attribute, _base_rates(kept))
+        if table is None:
+            return np.zeros((3, self.sizes[attribute] + 1, self.cells))
+        return np.asarray(table[:, :-1].cpu().numpy().reshape(3, -1, self.cells))
+
+    def counts(self, attribute: str, table: Floats, kept: Rows | None) -> Floats:
+        """Return the rows with a label of no known group and of each group, [G + 1]."""
+        if not self.counted and kept is not None:
+            seen = kept.observed if kept.observed.dim() == 1 else kept.observed.any(-1)
+            rows = torch.bincount(kept.ids[attribute][seen] + 1, minlength=self.sizes[attribute] + 1)
+            return np.asarray(rows.double().numpy())
+        if self.task.kind != "multilabel":
+            return np.asarray(table[0].sum(-1))
+        # Of a multilabel task the label seen most often: its other labels may be missing.
+        return np.asarray(table[0].reshape(len(table[0]), -1, 4).sum(-1).max(-1))
+
+    def _add(self, tables: Mapping[str, Tensor]) -> None:
+        for attribute, table in tables.items():
+            mine = self._tables.get(attribute)
+            self._tables[attribute] = table if mine is None else mine + table.to(mine.device)
+
+    def _count(self, rows: Rows, attribute: str, threshold: float | Tensor) -> Tensor:
+        """Return rows, weights and squared weights of every code, float64 [3, codes]; on the device, without synchronising."""
+        size = (self.sizes[attribute] + 1) * self.cells + 1
+        cell = _cells(self.task.kind, rows, threshold, torch.uint8 if size <= 1 << 8 else torch.int64)
+        slot = (rows.ids[attribute].to(cell) + 1) * self.cells  # in uint8 as well: -1 comes round to 0
+        code = cell.add_(slot if cell.dim() == 1 else slot[:, None]).masked_fill_(~rows.observed, size - 1).reshape(-1)
+        if rows.weight is None:
+            counts = torch.bincount(code, minlength=size) if code.device.type == "cpu" else _scattered(code, size)
+            return counts.double().expand(3, -1)
+        weight = rows.weight.to(code.device).double()
+        weight = weight if cell.dim() == 1 else weight[:, None].expand(cell.shape).reshape(-1)
+        return torch.stack([_scattered(code, size), *(_scattered(code, size, w) for w in (weight, weight * weight))])
 
 
-def confusion_cells(kind: str, values: Tensor, labels: Tensor, observed: Tensor, threshold: Any) -> Tensor:
-    """Return the cell of each row within its group: [B], or [B, C] for a multilabel task.
+def _scattered(code: Tensor, size: int, weight: Tensor | None = None) -> Tensor:
+    """Sums by code, in float64, as ``bincount`` but without asking the device for the largest code."""
+    total = torch.zeros(size, dtype=torch.float64, device=code.device)
+    return total.scatter_add_(0, code.long(), total.new_ones(()).expand(len(code)) if weight is None else weight)
+
+
+def _cells(kind: str, rows: Rows, threshold: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the cell of each row within its group: [B], or [B, C] for a multilabel task; anything where not observed.
 
     Binary 2 y + yhat with yhat = probability > threshold; multilabel the same plus 4 a label; multiclass C y + argmax.
     """
-    truth = torch.where(observed, labels, 0)
     if kind == "multiclass":
-        return truth.long() * values.shape[1] + values.argmax(-1)
-    cell = 2 * (truth > 0.5).long() + (values > threshold).long()
-    if kind == "multilabel":
-        cell = cell + 4 * torch.arange(values.shape[1], device=values.device)
-    return torch.as_tensor(cell)
+        return (rows.labels * rows.values.shape[1]).to(dtype).add_(rows.values.argmax(-1).to(dtype))
+    positive = rows.labels > (0.5 if rows.labels.is_floating_point() else 0)
+    cell = (rows.values > threshold).to(dtype).add_(positive.to(dtype), alpha=2)
+    return cell.add_(4 * torch.arange(cell.shape[1], device=cell.device, dtype=dtype)) if kind == "multilabel" else cell
+
+
+def _base_rates(rows: Rows) -> Tensor:
+    """Return the threshold of each column that selects as many rows as are positive (fewer, where values tie there)."""
+    truth = (rows.labels > 0.5).double().masked_fill(~rows.observed, torch.nan).reshape(len(rows.labels), -1)
+    found = F.base_rate_threshold(rows.values.double().reshape(truth.shape), truth)
+    found = found.masked_fill((truth != 0).all(0), -torch.inf)
+    return found if rows.values.dim() == 2 else found[0]

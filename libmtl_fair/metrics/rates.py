@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from libmtl_fair.errors import RecipeError, unknown
-from libmtl_fair.metrics.arrays import Bools, Floats, Ints
-from libmtl_fair.metrics.counts import group_counts
+from libmtl_fair.errors import DataError, RecipeError, unknown
+from libmtl_fair.metrics.arrays import Array, Bools, Floats, Ints, Values, as_floats, as_numpy, divide
 
 Method = Literal["between_groups", "to_overall"]
 Aggregate = Literal["worst_case", "mean"]
@@ -28,6 +26,8 @@ RATES = (
     "precision",
 )
 """Rates that every binary table gives, in the order of their columns."""
+ALIASES = {"demographic_parity": "selection_rate", "equal_opportunity": "true_positive_rate"}
+"""Names of fairness -> the rate that they compare."""
 
 # A rate is a ratio of sums over the cells (tn, fp, fn, tp) of the confusion table.
 NUMERATOR: Floats = np.array(
@@ -41,6 +41,8 @@ DENOMINATOR: Floats = np.array(
 TPR, FPR = RATES.index("true_positive_rate"), RATES.index("false_positive_rate")
 # fairlearn and scikit-learn score a conditional rate without denominator 0; a mean over no weight stays undefined.
 _CONDITIONAL: Bools = DENOMINATOR.sum(1) < 4
+_CHUNK = 1 << 16
+"""Rows that are packed at a time: the codes stay in the cache, and extra memory does not grow with n."""
 
 
 def check_option(what: str, value: str, options: tuple[str, ...]) -> None:
@@ -49,10 +51,55 @@ def check_option(what: str, value: str, options: tuple[str, ...]) -> None:
         raise RecipeError(unknown(what, value, options))
 
 
-def divide(numerator: NDArray[Any], denominator: NDArray[Any]) -> Floats:
-    """Return the quotient, NaN where the denominator is 0, without warnings."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(np.where(denominator != 0, numerator / denominator, np.nan))
+def group_counts(
+    y_true: Values, y_pred: Values, groups: Values, n_groups: int, sample_weight: Values | None = None
+) -> Ints | Floats:
+    """Return the confusion table of every group, [G, 4]: true negatives, false positives, false negatives, true positives.
+
+    ``y_true`` and ``y_pred`` are 0/1 (any dtype), ``groups`` ids in -1..G-1; rows of unknown group (-1) are left out.
+    Linear in n and independent of G; int64 counts, or float64 sums of ``sample_weight``.
+
+    Raises
+    ------
+    DataError : lengths differ, labels or predictions other than 0 and 1, or ids outside of -1..G-1.
+
+    >>> group_counts([1, 0, 1, 1], [1, 1, 0, 1], [0, 0, 1, -1], 2).tolist()
+    [[0, 1, 0, 1], [0, 0, 1, 0]]
+    """
+    y, p, g = (as_numpy(v).reshape(-1) for v in (y_true, y_pred, groups))
+    if not len(y) == len(p) == len(g):
+        raise DataError(f"y_true, y_pred and groups must have one length, found {len(y)}, {len(p)} and {len(g)}")
+    weight = None if sample_weight is None else as_floats(sample_weight)
+    size = 4 * (n_groups + 1)
+    total: Array = np.zeros(size, dtype=np.int64 if weight is None else np.float64)
+    for start in range(0, len(y), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        codes = _pack(y[rows], p[rows], g[rows], n_groups)
+        total += np.bincount(codes, None if weight is None else weight[rows], minlength=size)
+    return np.asarray(total.reshape(n_groups + 1, 4)[1:])
+
+
+def _pack(y: Array, p: Array, g: Array, n_groups: int) -> Ints:
+    if not (_is_binary(y) and _is_binary(p)):
+        raise DataError(
+            "y_true and y_pred must hold 0 and 1 only; leave out missing labels (NaN, -100) before counting"
+        )
+    codes = np.add(g, 1, casting="unsafe", dtype=np.int64)
+    if codes.min() < 0 or codes.max() > n_groups:
+        raise DataError(
+            f"group ids must lie in -1..{n_groups - 1} for n_groups={n_groups}, found {codes.min() - 1} to {codes.max() - 1}"
+        )
+    for bit in (y, p):
+        codes += codes
+        np.add(codes, bit, out=codes, casting="unsafe")
+    return codes
+
+
+def _is_binary(values: Array) -> bool:
+    if values.dtype.kind == "f":
+        return bool(((values == 0) | (values == 1)).all())
+    # Seen as unsigned, a negative number is huge: one pass instead of two.
+    return bool(values.view(f"u{values.dtype.itemsize}").max() <= 1)
 
 
 def table_rates(tables: Floats, rows: Floats | None = None, empty: str = "missing") -> Floats:
@@ -67,44 +114,30 @@ def table_rates(tables: Floats, rows: Floats | None = None, empty: str = "missin
     return rates
 
 
-def difference(values: Floats, overall: Floats | None = None, method: str = "between_groups") -> Floats:
-    """Return the largest absolute difference over the last axis (groups), NaN groups left out; NaN if all are.
+def gaps(values: Floats, overall: Floats | None = None) -> tuple[Floats, Floats]:
+    """Return the largest absolute difference and the smallest ratio over the last axis (groups), NaN groups left out.
 
-    >>> difference(np.array([0.2, np.nan, 0.5])).item()
-    0.3
+    Between groups, or each to its ``overall`` value where given (ratios above 1 are inverted); NaN if all groups are.
+
+    >>> [gap.item() for gap in gaps(np.array([0.2, np.nan, 0.5]))]
+    [0.3, 0.4]
     """
-    top, bottom = extremes(values)
-    if method == "between_groups" or overall is None:
-        return np.asarray(top - bottom)
-    return np.asarray(np.maximum(np.abs(top - overall), np.abs(bottom - overall)))
-
-
-def ratio(values: Floats, overall: Floats | None = None, method: str = "between_groups") -> Floats:
-    """Return the smallest ratio over the last axis: min / max, or to the overall value, inverted where above 1.
-
-    >>> ratio(np.array([0.2, np.nan, 0.5])).item()
-    0.4
-    """
-    top, bottom = extremes(values)
-    if method == "between_groups" or overall is None:
-        return divide(bottom, top)
+    top, bottom = nan_reduce(np.maximum, values), nan_reduce(np.minimum, values)
+    if overall is None:
+        return np.asarray(top - bottom), divide(bottom, top)
     both = np.stack([divide(bottom, overall), divide(top, overall)])
     with np.errstate(divide="ignore"):
         both = np.where(both > 1, 1 / both, both)
-    return nan_reduce(np.minimum, both, axis=0)
-
-
-def extremes(values: Floats) -> tuple[Floats, Floats]:
-    """Return (max, min) over the last axis, NaN left out."""
-    return nan_reduce(np.maximum, values), nan_reduce(np.minimum, values)
+    difference = np.maximum(np.abs(top - overall), np.abs(bottom - overall))
+    return np.asarray(difference), nan_reduce(np.minimum, both, axis=0)
 
 
 def nan_reduce(ufunc: np.ufunc, values: Floats, axis: int = -1) -> Floats:
     """Reduce by ``maximum`` or ``minimum`` without NaN and without its warning; NaN if there is nothing else."""
-    fill = -np.inf if ufunc is np.maximum else np.inf
     missing = np.isnan(values)
     if values.size and not missing.any():
         return np.asarray(ufunc.reduce(values, axis=axis))
+    fill = -np.inf if ufunc is np.maximum else np.inf
     found = ufunc.reduce(np.where(missing, fill, values), axis=axis, initial=fill)
     return np.asarray(np.where(missing.all(axis=axis), np.nan, found))
 
@@ -134,12 +167,12 @@ class GroupRates:
     @cached_property
     def values(self) -> Floats:
         """All rates, [8, G], in the order of :data:`RATES`."""
-        return np.ascontiguousarray(table_rates(np.asarray(self.counts, dtype=np.float64), empty=self.empty).T)
+        return np.ascontiguousarray(table_rates(as_floats(self.counts), empty=self.empty).T)
 
     @cached_property
     def overall_values(self) -> Floats:
         """All rates of all groups together, [8]."""
-        return table_rates(np.asarray(self.counts, dtype=np.float64).sum(0), empty=self.empty)
+        return table_rates(as_floats(self.counts).sum(0), empty=self.empty)
 
     def rate(self, metric: str) -> Floats:
         """Return one rate per group, [G]."""
@@ -159,36 +192,37 @@ class GroupRates:
 
     def equalized_odds_difference(self, agg: Aggregate = "worst_case", method: Method = "between_groups") -> float:
         """Return the greater (or the mean) of the TPR and FPR differences."""
-        check_option("agg", agg, ("worst_case", "mean"))
-        return float(combine(self._gaps(method)[0][[TPR, FPR]], agg, np.maximum))
+        return self._odds(0, agg, method)
 
     def equalized_odds_ratio(self, agg: Aggregate = "worst_case", method: Method = "between_groups") -> float:
         """Return the smaller (or the mean) of the TPR and FPR ratios."""
+        return self._odds(1, agg, method)
+
+    def _odds(self, kind: int, agg: str, method: str) -> float:
         check_option("agg", agg, ("worst_case", "mean"))
-        return float(combine(self._gaps(method)[1][[TPR, FPR]], agg, np.minimum))
+        return float(combine(self._gaps(method)[kind][[TPR, FPR]], agg, (np.maximum, np.minimum)[kind]))
 
     def _gaps(self, method: str) -> tuple[Floats, Floats]:
         """Return differences and ratios of all rates, [8] each, computed once a method."""
-        found = self._known.get(method)
-        if found is None:
+        if method not in self._known:
             check_option("method", method, ("between_groups", "to_overall"))
-            overall = None if method == "between_groups" else self.overall_values
-            found = (difference(self.values, overall, method), ratio(self.values, overall, method))
-            self._known[method] = found
-        return found
-
-
-_ALIASES = {"demographic_parity": "selection_rate", "equal_opportunity": "true_positive_rate"}
+            self._known[method] = gaps(self.values, None if method == "between_groups" else self.overall_values)
+        return self._known[method]
 
 
 def _index(metric: str) -> int:
-    name = _ALIASES.get(metric, metric)
+    name = ALIASES.get(metric, metric)
     check_option("rate", name, RATES)
     return RATES.index(name)
 
 
 def group_rates(
-    y_true: Any, y_pred: Any, groups: Any, n_groups: int, sample_weight: Any = None, empty: Empty = "missing"
+    y_true: Values,
+    y_pred: Values,
+    groups: Values,
+    n_groups: int,
+    sample_weight: Values | None = None,
+    empty: Empty = "missing",
 ) -> GroupRates:
     """Return rates per group, their differences and ratios, from arrays or CPU tensors, in one pass.
 

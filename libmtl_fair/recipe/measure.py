@@ -12,7 +12,7 @@ import torch
 
 from libmtl_fair import metrics
 from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS
-from libmtl_fair.metrics.sampling import draw_pool
+from libmtl_fair.metrics.tolerance import draw_pool
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.recipe.sections import Audit

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from itertools import combinations
 from unittest import mock
 
 import numpy as np
@@ -13,13 +14,14 @@ from hypothesis import strategies as st
 from libmtl_fair.errors import DataError, RecipeError
 from libmtl_fair.metrics import (
     FixedDeltaAudit,
+    audit,
     conformal_delta,
-    exact_tables,
     pair_distances,
     quantile_delta,
     reference_pairs,
 )
-from libmtl_fair.metrics.sampling import draw_pool
+from libmtl_fair.metrics.audit import excess_tables
+from libmtl_fair.metrics.tolerance import draw_pool
 
 scores32 = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=25)
 
@@ -228,11 +230,7 @@ def test_tables_of_all_task_pairs_equal_brute_force(sizes, levels, delta, seed, 
     """Ties, single values, few levels, scores crowded at 0, tolerances out of reach."""
     rng = np.random.default_rng(seed)
     scores = [(rng.integers(0, levels + 1, n) / levels) ** bent for n in sizes]
-    with mock.patch.object(exact_tables, "_SEARCH_NS", 1e9):
-        found = exact_tables.excess_tables(scores, delta)
-    if found is None:  # a span too small for bins
-        assert max(s.max() for s in scores) - delta - min(s.min() for s in scores) < 1e-9
-        return
+    found = excess_tables(scores, delta)
     excess, below = _every_pair(scores, delta)
     np.testing.assert_allclose(found[0], excess, rtol=0, atol=1e-11)
     np.testing.assert_array_equal(found[1], below)
@@ -243,16 +241,15 @@ def test_both_ways_of_the_exact_audit_agree_on_many_tasks():
     scores = {f"t{t}": 1 / (1 + np.exp(-rng.normal(rng.normal(), 1, 700 + t))) for t in range(12)}
     scores["t3"][5] = np.nan
     together = FixedDeltaAudit(0.275, exact=True).run(scores)
-    one_by_one = FixedDeltaAudit(np.full((12, 12), 0.275) + np.diag(np.ones(12)), exact=True)
-    with mock.patch("libmtl_fair.metrics.exact.excess_tables", return_value=None) as refused:
-        apart = one_by_one.run(scores)
-    assert refused.called
-    pd.testing.assert_frame_equal(together.per_pair, apart.per_pair, rtol=0, atol=1e-12)
+    with mock.patch.object(audit, "excess_tables") as tables:
+        pairs = [FixedDeltaAudit(0.275, exact=True).run({a: scores[a], b: scores[b]}) for a, b in combinations(scores, 2)]
+    assert not tables.called
+    apart = pd.concat([pair.per_pair for pair in pairs], ignore_index=True)
+    pd.testing.assert_frame_equal(together.per_pair, apart, rtol=0, atol=1e-12)
 
 
-def test_crowded_scores_are_searched_task_by_task():
+def test_crowded_scores_of_many_tasks():
     scores = [np.full(3000, 0.1 * (t % 2)) for t in range(12)]
-    assert exact_tables.excess_tables(scores, 0.0) is None
     report = FixedDeltaAudit(0.05, exact=True).run({str(t): s for t, s in enumerate(scores)})
     assert report.violation_rate == pytest.approx(36 / 66)
 
@@ -261,7 +258,7 @@ def test_memory_of_the_exact_audit_is_bounded_by_the_scores():
     rng = np.random.default_rng(0)
     scores = [rng.random(5000) for _ in range(20)]
     tracemalloc.start()
-    assert exact_tables.excess_tables(scores, 0.275) is not None
+    excess_tables(scores, 0.275)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 40 * 100_000 + 8e6

@@ -5,11 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from libmtl_fair.metrics.bootstrap import effective_sizes, rate_noise
-from libmtl_fair.metrics.gaps import Gap
-from libmtl_fair.metrics.group_auc import group_auc
-from libmtl_fair.metrics.group_regression import REGRESSION, group_regression
-from libmtl_fair.metrics.intervals import GroupNoise, gap_interval
+from libmtl_fair.metrics.group_scores import REGRESSION, group_auc, group_regression
+from libmtl_fair.metrics.intervals import Gap, GroupNoise, effective_sizes, gap_interval, rate_noise
 from libmtl_fair.metrics.rates import FPR, RATES, TPR, table_rates
 
 SELECTION = RATES.index("selection_rate")
@@ -34,7 +31,7 @@ def simulate(world, components, rng):
     parts = []
     for counts in tables:
         same = np.stack([counts] * 3)
-        parts.append(rate_noise(same, table_rates(counts).T, table_rates(counts.sum(0)), np.zeros((1, 1, 1, 1))))
+        parts.append(rate_noise(same, table_rates(counts), table_rates(counts.sum(0)), np.zeros((1, 1, 1, 1))))
     fields = [np.stack([getattr(p, f)[components, 0] for p in parts]) for f in ("values", "centre", "shares", "sizes")]
     noise = rng.standard_normal((SIMULATIONS, len(components), len(sizes), REPLICATES))
     truth = np.stack(
@@ -96,7 +93,7 @@ def test_any_table_gives_an_ordered_interval_round_the_estimate(seed, groups, is
     rng = np.random.default_rng(seed)
     counts = rng.poisson(rng.choice([0.3, 3, 50], (groups, 1)), (groups, 4)).astype(float)
     rates, together = table_rates(counts), table_rates(counts.sum(0))
-    data = rate_noise(np.stack([counts] * 3), rates.T, together, rng.standard_normal((1, 1, groups, 100)))
+    data = rate_noise(np.stack([counts] * 3), rates, together, rng.standard_normal((1, 1, groups, 100)))
     low, high = gap_interval(data, Gap(ratio=is_ratio, to_overall=overall, mean=mean))
     several = (~np.isnan(rates)).sum(0) >= 2
     assert np.isnan(low[~several]).all()

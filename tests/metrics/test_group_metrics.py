@@ -14,7 +14,6 @@ from sklearn.metrics import mean_absolute_error, r2_score, roc_auc_score, root_m
 import libmtl_fair as lf
 from libmtl_fair.errors import DataError, RecipeError
 from libmtl_fair.metrics import GroupMetrics, group_auc
-from libmtl_fair.metrics.group_auc import _by_segments, weighted_group_auc
 
 TASKS = [
     lf.Binary("b"),
@@ -315,7 +314,7 @@ def test_group_auc_against_sklearn_with_ties_and_unknown():
         n, g, k = rng.integers(5, 300), rng.integers(1, 6), rng.integers(1, 20)
         score = (rng.integers(-k, k + 1, n) / k).astype([np.float32, np.float64][trial % 2])
         y, group = rng.integers(0, 2, n), rng.integers(-1, g, n)
-        found, unit = group_auc(score, y, group, g), weighted_group_auc(score, y, group, g, np.ones(n))
+        found, unit = group_auc(score, y, group, g), group_auc(score, y, group, g, sample_weight=np.ones(n))
         for j in range(g):
             rows = group == j
             expected = roc_auc_score(y[rows], score[rows]) if len(set(y[rows])) == 2 else np.nan
@@ -330,7 +329,7 @@ def test_group_auc_many_rows_cross_chunks_and_delong_error():
     found = group_auc(score, y, group, 3)
     expected = [roc_auc_score(y[group == j], score[group == j]) for j in range(3)]
     assert np.allclose(found.value, expected, atol=1e-12, rtol=0)
-    assert np.allclose(found.error, weighted_group_auc(score, y, group, 3, np.ones(n)).error, rtol=1e-3)
+    assert np.allclose(found.error, group_auc(score, y, group, 3, sample_weight=np.ones(n)).error, rtol=1e-3)
     with pytest.raises(DataError, match="1 scores are not finite"):
         group_auc([float("nan")], [1], [0], 1)
 
@@ -342,18 +341,24 @@ def test_group_auc_many_rows_cross_chunks_and_delong_error():
     seed=st.integers(0, 2**31),
     dtype=st.sampled_from([np.float64, np.float32, np.int64]),
 )
-def test_auc_by_segments_is_auc_by_keys(n, groups, levels, seed, dtype):
-    """Both ways to count agree to the last digits, errors included, whatever the ties, groups and dtype."""
+def test_group_auc_by_hand(n, groups, levels, seed, dtype):
+    """Every pair compared, errors as DeLong wrote them, whatever the ties, groups and dtype."""
     rng = np.random.default_rng(seed)
     score = (rng.integers(-levels, levels, n) / (1 if dtype is np.int64 else 3)).astype(dtype)
     if n and dtype is not np.int64:
         score[rng.random(n) < 0.1] = -0.0
     y, group = rng.integers(0, 2, n), rng.integers(0, groups, n)
-    keys, found = group_auc(score, y, group, groups), _by_segments(score, y, group, groups, True)
-    assert np.array_equal(found.value, keys.value, equal_nan=True)
-    assert np.allclose(found.error, keys.error, rtol=1e-12, atol=1e-15, equal_nan=True)
-    assert np.array_equal(found.positives, keys.positives)
-    assert np.array_equal(found.negatives, keys.negatives)
+    found = group_auc(score, y, group, groups)
+    for g in range(groups):
+        p, q = (score[(group == g) & (y == label)] for label in (1, 0))
+        assert (found.positives[g], found.negatives[g]) == (len(p), len(q))
+        won = (p[:, None] > q) + 0.5 * (p[:, None] == q)
+        assert found.value[g] == pytest.approx(won.mean() if won.size else np.nan, abs=1e-12, nan_ok=True)
+        if min(won.shape) < 2:
+            assert np.isnan(found.error[g])
+            continue
+        error = np.sqrt(won.mean(1).var(ddof=1) / len(p) + won.mean(0).var(ddof=1) / len(q))
+        assert found.error[g] == pytest.approx(error, rel=1e-9, abs=1e-12)
 
 
 def test_float64_auc_of_many_rows_takes_20_bytes_a_row():
@@ -367,4 +372,4 @@ def test_float64_auc_of_many_rows_takes_20_bytes_a_row():
     assert peak < 20 * n + 3e6
     expected = [roc_auc_score(y[group == j], score[group == j]) for j in range(3)]
     assert np.allclose(found.value, expected, atol=1e-12, rtol=0)
-    assert np.allclose(found.error, weighted_group_auc(score, y, group, 3, np.ones(n)).error, rtol=1e-3)
+    assert np.allclose(found.error, group_auc(score, y, group, 3, sample_weight=np.ones(n)).error, rtol=1e-3)

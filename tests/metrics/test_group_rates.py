@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from libmtl_fair.errors import DataError, RecipeError
 from libmtl_fair.metrics import group_rates
-from libmtl_fair.metrics.counts import group_counts
+from libmtl_fair.metrics.rates import group_counts
 
 NAMES = (
     "selection_rate",

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from itertools import product
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 
-from libmtl_fair.errors import DataError, RecipeError
-from libmtl_fair.metrics.gap_rows import GapWriter, ReportOptions
-from libmtl_fair.metrics.group_attributes import Attributes
-from libmtl_fair.metrics.group_rows import GroupRows, to_frame
+from libmtl_fair import functional as F
+from libmtl_fair.errors import DataError, RecipeError, unknown
 from libmtl_fair.metrics.group_state import TaskState
-from libmtl_fair.metrics.group_tasks import write_task
+from libmtl_fair.metrics.group_table import RESERVED, GroupTable, Options, add_task, to_frame
 from libmtl_fair.metrics.rates import check_option
+from libmtl_fair.tasks import Task
 
 Threshold = float | str
+_JOIN = " & "
+_UNKNOWN = "unknown"
 
 
 class GroupMetrics:
@@ -49,7 +51,7 @@ class GroupMetrics:
 
     def __init__(
         self,
-        tasks: Sequence[Any],
+        tasks: Sequence[Task],
         n_groups: Mapping[str, int],
         threshold: Threshold | Mapping[str, Threshold] = 0.5,
         empty: str = "missing",
@@ -71,25 +73,33 @@ class GroupMetrics:
         check_option("rule for empty", empty, ("missing", "fairlearn"))
         check_option("method", method, ("between_groups", "to_overall"))
         check_option("agg", agg, ("worst_case", "mean"))
+        check_option("rule for missing", missing, ("drop", "group", "error"))
         if confidence is not None and not 0 < confidence < 1:
             raise RecipeError(f"GroupMetrics: confidence must lie in (0, 1) or be None, found {confidence!r}")
-        self.attributes = Attributes(n_groups, missing, group_names, intersections)
-        self.options = ReportOptions(empty, method, agg, confidence, n_bootstrap)
-        self.min_group_size, self.seed = min_group_size, seed
+        if not n_groups:
+            raise RecipeError("GroupMetrics needs at least one sensitive attribute, for example n_groups={'sex': 2}")
+        self.options = Options(empty, method, agg, confidence, n_bootstrap, min_group_size)
+        self.declared, self.missing, self.seed = dict(n_groups), missing, seed
+        self.names = {a: self._names(a, size, (group_names or {}).get(a)) for a, size in n_groups.items()}
+        self.crossed = self._crossings(intersections)
+        for name, parts in self.crossed.items():
+            self.names[name] = [_JOIN.join(names) for names in product(*(self.names[p] for p in parts))]
+        self.sizes = {a: len(names) for a, names in self.names.items()}
         self._states = {t.name: TaskState(t, _threshold(threshold, t.name), auc) for t in tasks}
         self.reset()
 
     def reset(self) -> GroupMetrics:
         """Forget everything that was accumulated."""
         for state in self._states.values():
-            state.reset(self.attributes.sizes)
-        self.attributes.reset()
+            state.reset(self.sizes)
+        self._bad: dict[str, Tensor] = {}
+        self._unknown: dict[str, Tensor] = {}
         return self
 
     def update(
         self,
         outputs: Mapping[str, Tensor],
-        labels: Mapping[str, Any],
+        labels: Mapping[str, Tensor],
         groups: Mapping[str, Tensor],
         sample_weight: Tensor | None = None,
     ) -> GroupMetrics:
@@ -100,8 +110,8 @@ class GroupMetrics:
         DataError : a task or attribute is missing, lengths differ, ids outside of -1..G-1, or a score that is not finite
             where a label is (on a GPU the last two are found by :meth:`compute`, so that no step waits).
         """
-        size = len(next(iter(groups.values()))) if groups else 0
-        ids = self.attributes.ids(groups)
+        ids = self._ids(groups)
+        size = len(next(iter(ids.values())))
         weight = None if sample_weight is None else sample_weight.detach()
         if weight is not None and len(weight) != size:
             raise DataError(f"sample_weight has {len(weight)} entries for a batch of {size}")
@@ -116,11 +126,13 @@ class GroupMetrics:
 
     def merge(self, other: GroupMetrics) -> GroupMetrics:
         """Add what ``other``, with the same tasks and attributes, has accumulated (another process, another part)."""
-        if list(self._states) != list(other._states) or self.attributes.sizes != other.attributes.sizes:
+        if list(self._states) != list(other._states) or self.sizes != other.sizes:
             raise DataError("GroupMetrics can be merged only with the same tasks, attributes and numbers of groups")
         for name, state in self._states.items():
             state.merge(other._states[name])
-        self.attributes.merge(other.attributes)
+        for mine, theirs in ((self._bad, other._bad), (self._unknown, other._unknown)):
+            for attribute, count in theirs.items():
+                mine[attribute] = count if attribute not in mine else mine[attribute] + count.to(mine[attribute].device)
         return self
 
     def compute(self) -> pd.DataFrame:
@@ -131,26 +143,86 @@ class GroupMetrics:
         (count of unknown rows left out), or empty.
         """
         self._check()
-        parts = []
-        for t, state in enumerate(self._states.values()):
-            for a, attribute in enumerate(self.attributes.sizes):
-                parts.append(self._rows(state, attribute, np.random.default_rng((self.seed, t, a))))
-        return to_frame(parts)
+        tables = []
+        for t, (task, state) in enumerate(self._states.items()):
+            kept = state.rows() if state.stored else None
+            for a, (attribute, names) in enumerate(self.names.items()):
+                cells = state.table(attribute, kept)
+                unknown_rows, *counts = state.counts(attribute, cells, kept)
+                rng = np.random.default_rng((self.seed, t, a))
+                table = GroupTable(names, np.array(counts), self.options, rng)
+                table.values(["count"], np.append(table.counts, table.counts.sum()))
+                if self.missing != "group":
+                    count = np.array([unknown_rows])
+                    table.add(["count"], [_UNKNOWN], count, count, np.where(count > 0, 3, 0))
+                add_task(table, state, attribute, cells[:, 1:], kept)
+                tables.append((task, attribute, table))
+        return to_frame(tables)
 
-    def _rows(self, state: TaskState, attribute: str, rng: np.random.Generator) -> GroupRows:
-        counts, unknown = state.counts(attribute)
-        rows = GroupRows(state.task.name, attribute, self.attributes.names[attribute], counts, self.min_group_size)
-        rows.add_groups("count", np.asarray(counts, dtype=np.float64))
-        rows.add_overall("count", float(counts.sum()))
-        if self.attributes.missing != "group":
-            rows.add_unknown(float(unknown), "dropped" if unknown else "")
-        write_task(GapWriter(rows, self.options, rng), state, attribute)
-        return rows
+    def _ids(self, groups: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return ids int64 [B] of every attribute and intersection; unknown ones as the rule says."""
+        found: dict[str, Tensor] = {}
+        for attribute, size in self.declared.items():
+            if attribute not in groups:
+                raise DataError(f"groups lack attribute {attribute!r}; found: {', '.join(groups) or '(none)'}")
+            given = groups[attribute].detach().long()
+            known = given.clamp(-1, size - 1)
+            _count(self._bad, attribute, known != given)
+            if self.missing == "error":
+                _count(self._unknown, attribute, given == -1)
+            found[attribute] = torch.where(known < 0, size, known) if self.missing == "group" else known
+        if len({len(i) for i in found.values()}) > 1:
+            raise DataError(f"groups must have one length, found { {a: len(i) for a, i in found.items()} }")
+        for name, parts in self.crossed.items():
+            found[name], _ = F.cross_groups([found[p] for p in parts], [self.sizes[p] for p in parts])
+        return found
 
     def _check(self) -> None:
-        self.attributes.check()
+        """Raise for ids outside of their range, unknown ones under ``missing="error"``, broken scores; synchronises."""
+        for attribute, bad in self._bad.items():
+            if count := int(bad):
+                raise DataError(
+                    f"attribute {attribute!r}: {count} group ids lie outside of -1..{self.declared[attribute] - 1}; "
+                    f"n_groups declares {self.declared[attribute]} groups"
+                )
+        for attribute, missing in self._unknown.items():
+            if count := int(missing):
+                raise DataError(
+                    f"attribute {attribute!r}: {count} rows have no known group; pass missing='drop' or "
+                    "missing='group', or fill them in"
+                )
         for state in self._states.values():
             state.check()
+
+    def _names(self, attribute: str, size: int, given: Sequence[str] | None) -> list[str]:
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise RecipeError(f"n_groups[{attribute!r}] must be an integer of at least 1, found {size!r}")
+        names = [str(i) for i in range(size)] if given is None else [str(n) for n in given]
+        if len(names) != size or len(set(names)) != size:
+            raise RecipeError(f"group_names[{attribute!r}] must be {size} different names, found {names}")
+        taken = set(names) & {*RESERVED, _UNKNOWN if self.missing == "group" else RESERVED[0]}
+        if taken:
+            raise RecipeError(
+                f"a group of {attribute!r} is named {taken.pop()!r}, which the table uses itself; rename it"
+            )
+        return [*names, _UNKNOWN] if self.missing == "group" else names
+
+    def _crossings(self, given: bool | Iterable[Sequence[str]] | None) -> dict[str, tuple[str, ...]]:
+        if not given:
+            return {}
+        crossings = [tuple(self.declared)] if given is True else [tuple(parts) for parts in given]
+        for parts in crossings:
+            for part in parts:
+                if part not in self.declared:
+                    raise RecipeError(unknown("attribute in intersections", part, self.declared))
+            if len(set(parts)) < 2:
+                raise RecipeError(f"an intersection crosses at least two attributes, found {list(parts)}")
+        return {_JOIN.join(parts): parts for parts in crossings}
+
+
+def _count(into: dict[str, Tensor], attribute: str, flags: Tensor) -> None:
+    count = flags.sum()
+    into[attribute] = into[attribute] + count if attribute in into else count
 
 
 def _threshold(given: Threshold | Mapping[str, Threshold], task: str) -> Threshold:

@@ -1,0 +1,341 @@
+"""The long table of group metrics, made in columns: values of the groups, their differences and ratios, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from libmtl_fair.metrics.arrays import Array, Floats, Ints
+from libmtl_fair.metrics.group_scores import (
+    REGRESSION,
+    binned_shares,
+    group_auc,
+    group_regression,
+    ks_distance,
+)
+from libmtl_fair.metrics.group_state import Rows, TaskState
+from libmtl_fair.metrics.intervals import (
+    Gap,
+    GroupNoise,
+    effective_sizes,
+    gap_interval,
+    normal_quantile,
+    rate_noise,
+    wilson,
+)
+from libmtl_fair.metrics.rates import ALIASES, FPR, RATES, TPR, combine, gaps, table_rates
+from libmtl_fair.tasks import Regression
+
+RESERVED = ("difference", "ratio", "overall")
+"""What the column ``group`` holds besides groups; no group may be named so."""
+
+_FLAGS = np.array(["", "small", "single", "dropped", "undefined"], dtype=object)
+_N = len(RATES)
+_SELECTION, _ACCURACY = RATES.index("selection_rate"), RATES.index("accuracy")
+_UNIT = (0.0, 1.0)
+_BOUNDS = {"mae": (0.0, np.inf), "rmse": (0.0, np.inf), "r2": (-np.inf, 1.0), "ccc": (-1.0, 1.0)}
+_BINS = 32
+
+
+@dataclass(frozen=True)
+class Options:
+    """How gaps are taken and their intervals drawn: arguments of :class:`GroupMetrics`."""
+
+    empty: str = "missing"
+    method: str = "between_groups"
+    agg: str = "worst_case"
+    confidence: float | None = 0.95
+    n_bootstrap: int = 1000
+    min_group_size: int = 30
+
+    @property
+    def level(self) -> float | None:
+        """Level of the gaps' intervals; None where none are wanted."""
+        return self.confidence if self.n_bootstrap > 0 else None
+
+
+class GroupTable:
+    """Rows of one task and attribute: ``blocks`` of (metrics, groups, values, n, low, high, flags).
+
+    ``counts`` [G] are the groups' rows with a label, which ``n`` shows and by which groups are flagged as small.
+    """
+
+    def __init__(self, names: Sequence[str], counts: Floats, options: Options, rng: np.random.Generator) -> None:
+        self.names, self.counts, self.options, self.rng = names, counts, options, rng
+        self.small = counts < options.min_group_size
+        self.blocks: list[tuple[list[str], list[str], Array, Array, Array, Array, Array]] = []
+
+    def add(
+        self,
+        metrics: list[str],
+        groups: list[str],
+        values: Array,
+        n: Array,
+        flags: Array,
+        low: Array | None = None,
+        high: Array | None = None,
+    ) -> None:
+        """Add rows; ``flags`` are positions in the list of flags, before that of undefined values."""
+        unknown = np.full(len(metrics), np.nan)
+        self.blocks.append((metrics, groups, values, n, *(unknown if e is None else e for e in (low, high)), flags))
+
+    def values(
+        self, metrics: Sequence[str], values: Floats, low: Floats | None = None, high: Floats | None = None
+    ) -> None:
+        """Add a row per metric and group, ``values`` [M, G + 1] with their intervals: the last is that of all known groups."""
+        groups, many = [*self.names, "overall"], len(metrics)
+        n, flags = np.append(self.counts, self.counts.sum()), np.append(self.small, False)
+        ends = (None if end is None else end.ravel() for end in (low, high))
+        shown = [metric for metric in metrics for _ in groups]
+        self.add(shown, groups * many, values.ravel(), np.tile(n, many), np.tile(flags, many), *ends)
+
+    def normal(self, metric: str, values: Floats, errors: Floats, counts: Floats, bounds: tuple[float, float]) -> None:
+        """Add values [G + 1] whose standard errors are normal, and their gaps; ``counts`` [G] weigh the groups."""
+        confidence = self.options.confidence
+        z = np.nan if confidence is None else normal_quantile(confidence)
+        self.values([metric], values, *(np.clip(values + side * errors, *bounds) for side in (-z, z)))
+        shares = np.where(np.isnan(values[:-1]), 0.0, counts)
+        shares = shares / max(shares.sum(), 1)
+        known = np.where(np.isnan(errors[:-1]), 0.0, errors[:-1])
+        value, share, error = (part[None, None] for part in (values[:-1], shares, known))
+        self.gaps([metric], GroupNoise(value, self.noise(1), values[None, -1:], share, error=error, bounds=bounds))
+
+    def noise(self, components: int) -> Floats:
+        """Return standard normal noise [1, K, G, R], common to all problems."""
+        replicates = 0 if self.options.level is None else self.options.n_bootstrap
+        drawn = self.rng.standard_normal((1, components, len(self.names), replicates), dtype=np.float32)
+        return np.asarray(drawn)
+
+    def gaps(self, names: Sequence[str], data: GroupNoise) -> tuple[Floats, Floats]:
+        """Add difference and ratio of each problem of ``data`` (one component each), also under its names of fairness; return them."""
+        shown = [(p, alias) for p, name in enumerate(names) for alias in _names_of(name)]
+        at = np.array([p for p, _ in shown])
+        used = ~np.isnan(data.values[at, 0])
+        to_overall = self.options.method == "to_overall"
+        found = gaps(data.values[:, 0], data.centre[:, 0] if to_overall else None)
+        for k, kind in enumerate(RESERVED[:2]):
+            ends = (end[at] for end in self._interval(data, Gap(k == 1, to_overall)))
+            self.gap_rows([name for _, name in shown], kind, found[k][at], used, *ends)
+        return found
+
+    def joined(
+        self,
+        name: str,
+        data: GroupNoise,
+        found: tuple[Floats, Floats],
+        components: Ints,
+        agg: str,
+        inner: int = 1,
+    ) -> None:
+        """Add difference and ratio of several components as one: the worst (``worst_case``) or the mean of them.
+
+        ``found`` are the components' own. With ``inner`` > 1 and ``agg="mean"``: the mean of the worst of each ``inner`` neighbours.
+        A component that no group has drops out.
+        """
+        seen = ~np.isnan(data.values[components, 0])
+        kept = _replace_absent(components, seen.any(-1), inner)
+        many = data.joined(kept, self.noise(len(kept))) if len(kept) and self.options.level is not None else None
+        for k, (kind, worst) in enumerate(zip(RESERVED[:2], (np.maximum, np.minimum))):
+            parts = found[k][components]
+            if agg == "mean" and inner > 1:
+                parts = combine(parts.reshape(-1, inner), "worst_case", worst)
+            gap = Gap(k == 1, self.options.method == "to_overall", agg == "mean", inner)
+            ends = (np.full(1, np.nan),) * 2 if many is None else self._interval(many, gap)
+            self.gap_rows([name], kind, combine(parts, agg, worst).reshape(1), seen.any(0)[None], *ends)
+
+    def _interval(self, data: GroupNoise, gap: Gap) -> tuple[Floats, Floats]:
+        if self.options.level is None:
+            missing = np.full(len(data.values), np.nan)
+            return missing, missing
+        return gap_interval(data, gap, self.options.level)
+
+    def gap_rows(self, names: list[str], kind: str, values: Floats, used: Array, low: Floats, high: Floats) -> None:
+        """Add differences or ratios; ``used`` [M, G] are the groups that they were taken from."""
+        flags = np.where(used.sum(-1) < 2, 2, (used & self.small).any(-1))
+        n = np.full(len(names), self.counts.sum())
+        undefined = np.isnan(values)
+        low, high = (np.where(undefined, np.nan, end) for end in (low, high))
+        self.add(names, [kind] * len(names), values, n, flags, low, high)
+
+
+def to_frame(tables: Iterable[tuple[str, str, GroupTable]]) -> pd.DataFrame:
+    """Return the rows of all (task, attribute, table) as one DataFrame, flags empty strings where there is nothing to say."""
+    blocks = [(task, attribute, block) for task, attribute, table in tables for block in table.blocks]
+    value, n, low, high, flag = (np.concatenate([block[k] for *_, block in blocks]) for k in range(2, 7))
+    columns = {
+        "task": [task for task, _, block in blocks for _ in block[0]],
+        "attribute": [attribute for _, attribute, block in blocks for _ in block[0]],
+        "metric": [metric for *_, block in blocks for metric in block[0]],
+        "group": [group for *_, block in blocks for group in block[1]],
+        "value": value,
+        "n": n.astype(np.int64),
+        "low": low,
+        "high": high,
+        "flag": _FLAGS[np.where(np.isnan(value), 4, flag)],
+    }
+    return pd.DataFrame(columns)
+
+
+def add_task(table: GroupTable, state: TaskState, attribute: str, counted: Floats, kept: Rows | None) -> None:
+    """Add every metric of the task for one attribute, from its confusion table [3, G, cells] and the rows kept."""
+    task = state.task
+    if isinstance(task, Regression):
+        assert kept is not None
+        _add_regression(table, task, kept, attribute)
+        return
+    names = getattr(task, "classes", None) or getattr(task, "labels", None) or range(task.out_features)
+    suffixes = [""] if task.kind == "binary" else [f"[{name}]" for name in names]
+    if task.kind == "multiclass":
+        square = counted.reshape(*counted.shape[:2], task.out_features, task.out_features)
+        _add_labels(table, one_vs_rest(square), suffixes)
+        right, every = np.trace(square, axis1=2, axis2=3), square.sum((2, 3))
+        cells = np.stack([np.zeros_like(right), np.zeros_like(right), every - right, right], axis=-1)
+        _add_rates(table, cells[:, None], [""], [_ACCURACY])
+    else:
+        _add_labels(table, counted.reshape(3, counted.shape[1], -1, 4).swapaxes(1, 2), suffixes)
+    if state.auc and kept is not None:
+        _add_auc(table, kept, kept.ids[attribute].numpy(), suffixes)
+
+
+def one_vs_rest(square: Floats) -> Floats:
+    """Return [3, C, G, 4] binary tables of each class against the rest from confusion tables [3, G, C, C].
+
+    >>> one_vs_rest(np.array([[[[5.0, 1.0], [2.0, 4.0]]]]))[0, 1, 0].tolist()
+    [5.0, 1.0, 2.0, 4.0]
+    """
+    both = np.diagonal(square, axis1=2, axis2=3)
+    true, chosen = square.sum(3), square.sum(2)
+    every = square.sum((2, 3))[..., None]
+    cells = np.stack([every - true - chosen + both, chosen - both, true - both, both], axis=-1)
+    return cells.swapaxes(1, 2)
+
+
+def _add_rates(
+    table: GroupTable, cells: Floats, suffixes: Sequence[str], keep: Sequence[int] = range(_N)
+) -> tuple[GroupNoise, tuple[Floats, Floats]]:
+    """Add rates and their gaps of each label, ``cells`` [3, L, G, 4]; return the rates' noise and gaps."""
+    every = np.concatenate([cells, cells.sum(2, keepdims=True)], axis=2)
+    rates = table_rates(every[1], every[0].sum(-1), table.options.empty)
+    names = [f"{RATES[i]}{suffix}" for suffix in suffixes for i in keep]
+    shown = [rates]
+    if table.options.confidence is not None:
+        shown += wilson(rates, effective_sizes(every), table.options.confidence)
+    table.values(names, *(part[..., list(keep)].swapaxes(1, 2) for part in shown))
+    data = rate_noise(cells, rates[:, :-1], rates[:, -1], table.noise(1))
+    if len(keep) < _N:
+        data = data.joined(np.array(keep), data.noise)
+    return data, table.gaps(names, data)
+
+
+def _add_labels(table: GroupTable, cells: Floats, suffixes: Sequence[str]) -> None:
+    """Add each label, or class one-vs-rest, and equalised odds; of several, parity, opportunity and odds over all of them.
+
+    Equalised odds of a class is aggregated by ``agg``; over classes, ``equalized_odds`` is that of the worst class (with
+    ``agg="mean"``: the mean over classes, too) and ``equalized_odds_mean_over_classes`` the mean (ours).
+    """
+    data, found = _add_rates(table, cells, suffixes)
+    agg = table.options.agg
+    first = np.arange(len(suffixes)) * _N
+    odds = (first[:, None] + [TPR, FPR]).ravel()
+    for suffix, pair in zip(suffixes, odds.reshape(-1, 2)):
+        table.joined(f"equalized_odds{suffix}", data, found, pair, agg)
+    if list(suffixes) == [""]:
+        table.joined("equalized_odds_mean", data, found, odds, "mean")
+        return
+    for name, index in (("demographic_parity", _SELECTION), ("equal_opportunity", TPR)):
+        table.joined(name, data, found, first + index, "worst_case")
+        table.joined(f"{name}_mean_over_classes", data, found, first + index, "mean")
+    table.joined("equalized_odds", data, found, odds, agg)
+    inner = 2 if agg == "worst_case" else 1
+    table.joined("equalized_odds_mean_over_classes", data, found, odds, "mean", inner)
+
+
+def _add_auc(table: GroupTable, kept: Rows, ids: Ints, suffixes: Sequence[str]) -> None:
+    """Add the AUC of each label or class, and their mean, with DeLong intervals."""
+    values, labels, observed = (part.numpy() for part in kept[:3])
+    weight = None if kept.weight is None else kept.weight.numpy()
+    parts = []
+    for k, suffix in enumerate(suffixes):
+        score, label, seen = (part if part.ndim == 1 else part[:, k] for part in (values, labels, observed))
+        positive = label == k if labels.ndim < values.ndim else label > 0.5
+        rows = np.flatnonzero(seen & (ids >= 0))
+        every = [
+            group_auc(
+                score[rows],
+                positive[rows],
+                group,
+                size,
+                errors=table.options.level is not None,
+                sample_weight=None if weight is None else weight[rows],
+            )
+            for group, size in ((ids[rows], len(table.names)), (np.zeros(len(rows), dtype=np.int64), 1))
+        ]
+        parts.append([np.concatenate([getattr(part, name) for part in every]) for name in ("value", "error")])
+        table.normal(f"auc{suffix}", *parts[-1], table.counts, _UNIT)
+    if list(suffixes) != [""]:
+        table.normal("auc", *_mean(*np.stack(parts, axis=1)), table.counts, _UNIT)
+
+
+def _mean(values: Floats, errors: Floats) -> tuple[Floats, Floats]:
+    """Return the mean over classes [C, G + 1]; its error as if the classes' were fully correlated (too wide, never too narrow)."""
+    known = ~np.isnan(values)
+    count = np.maximum(known.sum(0), 1)
+    value = np.where(known.any(0), np.where(known, values, 0).sum(0) / count, np.nan)
+    return value, np.where(known, np.nan_to_num(errors), 0).sum(0) / count
+
+
+def _add_regression(table: GroupTable, task: Regression, kept: Rows, attribute: str) -> None:
+    """Add every metric of :data:`REGRESSION` and the KS distance, in native units."""
+    ids = kept.ids[attribute].numpy()
+    rows = np.flatnonzero(kept.observed.numpy() & (ids >= 0))
+    group, groups = ids[rows], len(table.names)
+    shown, target = (part.double().numpy()[rows] * task.std + task.mean for part in (kept.values, kept.labels))
+    weight = None if kept.weight is None else kept.weight.numpy()[rows]
+    found = group_regression(shown, target, group, groups, weight)
+    every = group_regression(shown, target, np.zeros_like(group), 1, weight)
+    values, errors = (np.concatenate(pair, 1) for pair in ((found.values, every.values), (found.errors, every.errors)))
+    for m, name in enumerate(REGRESSION):
+        table.normal(name, values[m], errors[m], found.counts, _BOUNDS.get(name, (-np.inf, np.inf)))
+    _add_ks(table, shown, group, found.counts)
+
+
+def _add_ks(table: GroupTable, prediction: Floats, group: Ints, counts: Ints) -> None:
+    groups = len(counts)
+    value, low, high = ks_distance(prediction, group, groups), np.nan, np.nan
+    if table.options.level is not None and np.isfinite(value):
+        shares = binned_shares(prediction, group, groups, _BINS)
+        data = _ks_noise(shares, counts, table.options.n_bootstrap, table.rng)
+        ends = gap_interval(data, Gap(), table.options.level)
+        # The bins see a little less than the whole distance: the interval moves with the estimate.
+        moved = value - float(np.nanmax(np.nanmax(shares, 1) - np.nanmin(shares, 1)))
+        low, high = max(float(ends[0][0]), 0.0), min(float(ends[1][0]) + moved, 1.0)
+    values, *ends = np.array([[value], [low], [high]])
+    table.gap_rows(["ks"], "difference", values, (counts > 0)[None], *ends)
+
+
+def _ks_noise(shares: Floats, counts: Ints, n_bootstrap: int, rng: np.random.Generator) -> GroupNoise:
+    bins, groups = shares.shape
+    known = np.nan_to_num(shares)
+    chances = np.diff(known, axis=0, prepend=0.0, append=1.0).T
+    drawn = rng.multinomial(counts, np.clip(chances, 0, 1), size=(n_bootstrap, groups))
+    errors = drawn.cumsum(-1)[..., :-1] / np.maximum(counts, 1)[:, None] - known.T
+    centre = (known * counts).sum(1) / max(counts.sum(), 1)
+    weight = np.broadcast_to(counts / max(counts.sum(), 1), (1, bins, groups))
+    noise = np.ascontiguousarray(errors.transpose(2, 1, 0))[None]
+    return GroupNoise(shares[None], noise, centre[None], weight, error=np.ones((1, bins, groups)))
+
+
+def _names_of(metric: str) -> list[str]:
+    """Return the metric's name and those of fairness that mean its gaps."""
+    rate, bracket, rest = metric.partition("[")
+    return [metric, *(f"{alias}{bracket}{rest}" for alias, of in ALIASES.items() if of == rate)]
+
+
+def _replace_absent(index: Ints, present: Array, inner: int) -> Ints:
+    """Return the components to draw: an absent one is replaced by a neighbour of its ``inner`` block, or the block drops."""
+    blocks, seen = index.reshape(-1, inner), present.reshape(-1, inner)
+    first = np.take_along_axis(blocks, seen.argmax(1)[:, None], 1)
+    return np.asarray(np.where(seen, blocks, first)[seen.any(1)].ravel())
