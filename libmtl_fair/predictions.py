@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from libmtl_fair.errors import CheckpointError, DataError
 from libmtl_fair.tasks import IGNORE_INDEX, KINDS, Task
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from pandas.api.extensions import ExtensionArray
+
+    Column = ExtensionArray | NDArray[np.generic] | pd.Series
 
 _META = b"libmtl_fair"
 
@@ -55,6 +59,22 @@ class Predictions:
                 return task
         raise DataError(f"no task {name!r} in these predictions; they hold: {', '.join(t.name for t in self.tasks)}")
 
+    def named_groups(self, attribute: str) -> NDArray[np.object_]:
+        """Return the name of each example's group, [N]; empty for an unknown one.
+
+        Raises
+        ------
+        DataError : fewer names than groups, or two alike.
+        """
+        ids, names = self.groups[attribute].numpy(), self._names(attribute)
+        highest = int(ids.max(initial=-1))
+        if highest >= len(names) or len(set(names)) < len(names):
+            raise DataError(
+                f"attribute {attribute!r}: group ids go to {highest}, so {highest + 1} different names are needed; found {names}"
+            )
+        named: NDArray[np.object_] = np.array([*names, ""], dtype=object)[ids]
+        return named
+
     def frame(self) -> pd.DataFrame:
         """Return one row per example: ``<task>/label|score|prob|value`` and ``sensitive/<attribute>`` as names.
 
@@ -62,48 +82,39 @@ class Predictions:
         ------
         DataError : tasks that have inputs of their own, so that a row is no example; or fewer names than groups.
         """
+        import pandas as pd
+
         sizes = {name: len(score) for name, score in self.scores.items()}
         if len(set(sizes.values())) > 1:
             raise DataError(
                 f"the tasks have different examples {sizes}, so they make no one table; use .scores and .labels"
             )
-        columns: dict[str, Any] = {"row": np.arange(len(self))}
+        columns: dict[str, Column] = {"row": np.arange(len(self))}
         for task in self.tasks:
-            columns.update(self._task_columns(task))
+            labels, values = self.labels[task.name].numpy(), task.probabilities(self.outputs[task.name]).numpy()
+            columns.update(_numbered(f"{task.name}/label", labels, _missing))
+            columns[f"{task.name}/score"] = self.scores[task.name].numpy()
+            columns.update(_numbered(f"{task.name}/{'value' if task.kind == 'regression' else 'prob'}", values))
         for attribute, ids in self.groups.items():
-            columns[f"sensitive/{attribute}"] = _named(ids, attribute, self._names(attribute))
+            named = pd.Series(self.named_groups(attribute), dtype="string")
+            columns[f"sensitive/{attribute}"] = named.where(ids.numpy() >= 0)
         return pd.DataFrame(columns)
 
-    def _task_columns(self, task: Task) -> dict[str, Any]:
-        labels = self.labels[task.name]
-        columns: dict[str, Any] = {}
-        values = task.probabilities(self.outputs[task.name]).numpy()
-        if labels.dim() == 1:
-            columns[f"{task.name}/label"] = _missing(labels)
-        else:
-            columns.update({f"{task.name}/label_{c}": _missing(labels[:, c]) for c in range(labels.shape[1])})
-        columns[f"{task.name}/score"] = self.scores[task.name].numpy()
-        if task.kind == "regression":
-            columns[f"{task.name}/value"] = values
-        elif values.ndim == 1:
-            columns[f"{task.name}/prob"] = values
-        else:
-            columns.update({f"{task.name}/prob_{c}": values[:, c] for c in range(values.shape[1])})
-        return columns
-
     def _names(self, attribute: str) -> list[str]:
-        ids = self.groups[attribute]
-        return self.group_names.get(attribute) or [str(i) for i in range(int(ids.max()) + 1 if len(ids) else 0)]
+        highest = int(self.groups[attribute].numpy().max(initial=-1))
+        return self.group_names.get(attribute) or [str(i) for i in range(highest + 1)]
 
     def save(self, path: str | Path) -> Path:
         """Write :meth:`frame` and the raw outputs to a parquet file that :meth:`load` and pandas read."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         from libmtl_fair.files import atomic_path
 
         frame = self.frame()
         for task in self.tasks:
-            output = self.outputs[task.name].reshape(len(self), -1).numpy()
-            for c in range(output.shape[1]):
-                frame[f"{task.name}/output_{c}"] = output[:, c]
+            for c, output in enumerate(np.atleast_2d(self.outputs[task.name].numpy().T)):
+                frame[f"{task.name}/output_{c}"] = output
         meta = {
             "tasks": [{"kind": t.kind, **asdict(t)} for t in self.tasks],
             "group_names": {attribute: self._names(attribute) for attribute in self.groups},
@@ -124,6 +135,10 @@ class Predictions:
         ------
         CheckpointError : no such file, or not written by :meth:`save`.
         """
+        import pandas as pd
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         try:
             table = pq.read_table(path)
             meta = json.loads((table.schema.metadata or {})[_META])
@@ -135,26 +150,36 @@ class Predictions:
         tasks = tuple(_task(entry) for entry in meta["tasks"])
         outputs, labels, scores = {}, {}, {}
         for task in tasks:
-            shape = meta["shapes"][task.name]
             columns = [c for c in frame if str(c).startswith(f"{task.name}/output_")]
-            outputs[task.name] = torch.from_numpy(frame[columns].to_numpy(copy=True)).reshape(len(frame), *shape)
+            output = torch.from_numpy(frame[columns].to_numpy(copy=True))
+            outputs[task.name] = output.reshape(len(frame), *meta["shapes"][task.name])
             labels[task.name] = _labels(frame, task)
             scores[task.name] = torch.from_numpy(frame[f"{task.name}/score"].to_numpy(copy=True))
-        groups = {a: _ids(frame[f"sensitive/{a}"], names) for a, names in meta["group_names"].items()}
-        return cls(tasks, scores, outputs, labels, groups, meta["group_names"])
+        names: dict[str, list[str]] = meta["group_names"]
+        codes = {a: pd.Categorical(frame[f"sensitive/{a}"], categories=known).codes for a, known in names.items()}
+        groups = {a: torch.from_numpy(code.astype(np.int64)) for a, code in codes.items()}
+        return cls(tasks, scores, outputs, labels, groups, names)
 
 
-def _task(entry: dict[str, Any]) -> Task:
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k != "kind"}
-    made: Task = KINDS[str(entry["kind"])](**values)
-    return made
+def _task(entry: dict[str, object]) -> Task:
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k != "kind"}
+    return KINDS[str(entry["kind"])](**values)  # type: ignore[arg-type]
 
 
-def _missing(labels: Tensor) -> Any:
-    if labels.is_floating_point():
-        return labels.numpy()
-    values = pd.array(labels.numpy(), dtype="Int64")
-    values[labels.numpy() == IGNORE_INDEX] = pd.NA
+def _numbered(
+    name: str, values: NDArray[Any], shown: Callable[[NDArray[Any]], Column] = np.asarray
+) -> dict[str, Column]:
+    """Return [N] under its name, or [N, C] a column each, numbered."""
+    return {f"{name}_{c}" if values.ndim > 1 else name: shown(part) for c, part in enumerate(np.atleast_2d(values.T))}
+
+
+def _missing(labels: NDArray[Any]) -> Column:
+    import pandas as pd
+
+    if labels.dtype.kind == "f":
+        return labels
+    values = pd.array(labels, dtype="Int64")
+    values[labels == IGNORE_INDEX] = pd.NA
     return values
 
 
@@ -166,17 +191,3 @@ def _labels(frame: pd.DataFrame, task: Task) -> Tensor:
     if column.dtype.kind == "f" and task.kind != "multiclass":
         return torch.from_numpy(column.to_numpy(copy=True))
     return torch.from_numpy(column.fillna(IGNORE_INDEX).to_numpy(dtype=np.int64, copy=True))
-
-
-def _named(ids: Tensor, attribute: str, names: list[str]) -> Any:
-    highest = int(ids.max()) if len(ids) else -1
-    if highest >= len(names) or len(set(names)) < len(names):
-        raise DataError(
-            f"attribute {attribute!r}: group ids go to {highest}, so {highest + 1} different names are needed; found {names}"
-        )
-    return pd.Series(pd.Categorical.from_codes(ids.numpy(), pd.Index(names)), dtype="category").astype("string")
-
-
-def _ids(column: pd.Series[Any], names: list[str]) -> Tensor:
-    index: Mapping[str, int] = {name: i for i, name in enumerate(names)}
-    return torch.tensor([index.get(v, -1) if isinstance(v, str) else -1 for v in column], dtype=torch.int64)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 import libmtl_fair as lf
 from libmtl_fair.errors import DataError, RecipeError
-from libmtl_fair.libmtl.losses import LossBank, auc
+from libmtl_fair.functional import auc
+from libmtl_fair.libmtl.losses import LossBank
 
 B = 24
 NAN = float("nan")
@@ -163,7 +164,7 @@ def test_regression_metrics_are_in_native_units() -> None:
 @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=40))
 def test_auc_equals_scikit_learn(pairs: list[tuple[int, bool]]) -> None:
     scores, positive = np.array([p[0] for p in pairs], dtype=float), np.array([p[1] for p in pairs])
-    found = auc(torch.tensor(scores), torch.tensor(positive))
+    found = float(auc(torch.tensor(scores), torch.tensor(positive)))
     if positive.all() or not positive.any():
         assert math.isnan(found)
     else:

@@ -67,8 +67,8 @@ def group_auc(
         for g, (n_neg, n_pos) in enumerate(sizes.reshape(-1, 2).tolist()):
             start, middle, end = end, end + n_neg, end + n_neg + n_pos
             if n_neg and n_pos:
-                sides = [_side(ordered, weights, *ends) for ends in ((start, middle), (middle, end))]
-                found[:, g] = _one_auc(*sides, errors)
+                negatives = _side(ordered, weights, start, middle)
+                found[:, g] = _one_auc(negatives, _side(ordered, weights, middle, end), errors)
     value, error = torch.from_numpy(found)
     negatives, positives = torch.from_numpy(sizes).reshape(-1, 2).T
     return value, error, positives, negatives
@@ -111,16 +111,16 @@ def _one_auc(negatives: _Side, positives: _Side, errors: bool) -> tuple[float, f
     won = below.sum() if positives.weight is None else below @ positives.weight
     value = won / (positives.total * negatives.total)
     if not errors:
-        return value, np.nan
+        return float(value), np.nan
     above = positives.total - _below(negatives, positives)
     among = _variance(positives, below / negatives.total - value), _variance(negatives, above / positives.total - value)
-    return value, np.sqrt(sum(among))
+    return float(value), float(np.sqrt(sum(among)))
 
 
 def _variance(side: _Side, off: NDArray[np.float64]) -> float:
     if side.weight is None:
-        return off @ off / np.float64(len(off) * (len(off) - 1))
-    return float(((off * side.weight) ** 2).sum()) / side.total**2
+        return float(off @ off / np.float64(len(off) * (len(off) - 1)))
+    return float(((off * side.weight) ** 2).sum() / side.total**2)
 
 
 def _f1(p: Tensor, y: Tensor) -> Tensor:
@@ -196,9 +196,7 @@ def task_scores(
     values: Tensor,
     labels: Tensor,
     names: Iterable[str] | None = None,
-    *,
-    mean: float = 0.0,
-    std: float = 1.0,
+    native: tuple[float, float] = (0.0, 1.0),
 ) -> dict[str, float]:
     """Scores of a task over observed labels, by name; NaN where the labels do not define one.
 
@@ -211,7 +209,7 @@ def task_scores(
     values : probabilities (predicted values), [N] or [N, C].
     labels : [N] or [N, C]; NaN (float) or -100 (integer) where missing.
     names : which scores; all of the kind where not given.
-    mean, std : standardised units to native ones, for regression.
+    native : mean and std that take standardised values to native units, for regression.
 
     >>> task_scores("binary", torch.tensor([0.9, 0.2, 0.6]), torch.tensor([1.0, 0.0, torch.nan]), ["auc", "accuracy"])
     {'auc': 1.0, 'accuracy': 1.0}
@@ -223,7 +221,7 @@ def task_scores(
         return {n: float(torch.stack([known[n](*column) for column in columns]).nanmean()) for n in names or known}
     p, y = values[seen], labels[seen]
     if kind == "regression":
-        p, y = (part.double() * std + mean for part in (p, y))
+        p, y = (part.double() * native[1] + native[0] for part in (p, y))
     else:
         y = y > 0.5 if kind == "binary" else y.long()
     return {name: float(known[name](p, y)) for name in names or known}

@@ -47,8 +47,9 @@ class TaskMetric(AbsMetric):  # type: ignore[misc]
     def __init__(self, task: Task) -> None:
         super().__init__()
         self.task = task
-        self.names = list(_SHOWN[task.kind])
-        self._scores, self.weights = ([row[k] for row in _SHOWN[task.kind].values()] for k in (0, 1))
+        shown = _SHOWN[task.kind]
+        self.names, self.weights = list(shown), [better for _, better in shown.values()]
+        self._scores = [score for score, _ in shown.values()]
 
     def update_fun(self, pred: Tensor, gt: Tensor) -> None:
         """Collect one batch."""
@@ -60,8 +61,8 @@ class TaskMetric(AbsMetric):  # type: ignore[misc]
         if not self.record or not self.names:
             return [float("nan")] * len(self.names)
         values, labels = torch.cat(self.record), torch.cat(self.bs)
-        native = {"mean": self.task.mean, "std": self.task.std} if isinstance(self.task, Regression) else {}
-        return list(F.task_scores(self.task.kind, values, labels, self._scores, **native).values())
+        native = (self.task.mean, self.task.std) if isinstance(self.task, Regression) else (0.0, 1.0)
+        return list(F.task_scores(self.task.kind, values, labels, self._scores, native).values())
 
 
 _SHOWN: Mapping[str, Mapping[str, tuple[str, int]]] = {

@@ -150,7 +150,8 @@ class FixedDeltaAudit:
             excess, above = np.transpose([_excess(*ordered[i], *ordered[j], delta) for i, j, delta in pairs])
         sizes = np.array([len(v) for v in values])
         many = sizes[upper[0]] * sizes[upper[1]]
-        return list(zip((np.maximum(excess, 0) / many).tolist(), (above / many).tolist(), many.tolist()))
+        bias, rate = (np.maximum(excess, 0) / many).tolist(), (above / many).tolist()
+        return list(zip(bias, rate, many.tolist()))
 
     def _sampled(
         self, arrays: Mapping[str, Floats], masks: Mapping[str, Bools], deltas: Floats
@@ -159,7 +160,7 @@ class FixedDeltaAudit:
         found = []
         for i, j, x, y in draw_pairs([len(pool) for pool in pools], self.n_pairs, self.pair_seed):
             excess = np.abs(pools[i][x] - pools[j][y]) - deltas[i, j]
-            rate = np.count_nonzero(excess > 0) / self.n_pairs
+            rate = float(np.count_nonzero(excess > 0) / self.n_pairs)
             found.append((float(np.maximum(excess, 0).mean()), rate, self.n_pairs))
         return found
 

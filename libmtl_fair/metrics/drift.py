@@ -75,7 +75,8 @@ def drift(reports: Mapping[str, AuditReport], induced: Mapping[str, Values], ref
     for kind in ("raw", "fixed"):
         frame[f"rank_{kind}"] = frame[f"{kind}_bias"].rank(method="min").astype(int)
     frame["rank_shift"] = frame["rank_raw"] - frame["rank_fixed"]
-    frame["robust"] = (robust_pairs(frame).to_numpy() | np.eye(len(frame), dtype=bool)).all(axis=1)
+    pairs = robust_pairs(frame).to_numpy() | np.eye(len(frame), dtype=bool)
+    frame["robust"] = pd.Series(pairs.all(axis=1), index=frame.index)
     return frame
 
 

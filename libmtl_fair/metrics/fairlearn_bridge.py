@@ -1,30 +1,32 @@
-"""From predictions of a multi-task model to fairlearn: one task, one MetricFrame; and its threshold optimiser."""
+"""From predictions of a multi-task model to fairlearn: one task, one MetricFrame."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from libmtl_fair.errors import DataError, unknown
-from libmtl_fair.metrics.arrays import Bools, as_floats, as_numpy
+from libmtl_fair.metrics.arrays import Array, Bools, as_numpy
+from libmtl_fair.predictions import Predictions
+from libmtl_fair.tasks import Multiclass, Regression, Task
 
 if TYPE_CHECKING:
-    from libmtl_fair.predictions import Predictions
+    from fairlearn.metrics import MetricFrame
 
-DROPPED = "libmtl_fair_dropped"
+Metric = Callable[..., float]
+_DROPPED = "libmtl_fair_dropped"
 """Where :func:`metric_frame` and :func:`to_fairlearn` leave the counts of rows left out."""
 
 
 class FairlearnInputs(NamedTuple):
     """What fairlearn's functions take; the rows left out are counted in ``sensitive_features.attrs``."""
 
-    y_true: NDArray[Any]
-    y_pred: NDArray[Any]
-    y_score: NDArray[Any]
+    y_true: Array
+    y_pred: Array
+    y_score: Array
     sensitive_features: pd.DataFrame
 
 
@@ -43,25 +45,24 @@ def to_fairlearn(
     DataError : unknown task or attribute, or a multilabel task without ``label``.
     """
     found = predictions.task(task)
-    attributes = _attributes(predictions, sensitive)
+    attributes = attributes_of(predictions, sensitive)
     values = as_numpy(found.probabilities(predictions.outputs[task]))
-    y_true, y_pred, y_score, seen = _columns(found, values, as_numpy(predictions.labels[task]), label)
-    ids = {a: as_numpy(predictions.groups[a]) for a in attributes}
-    known = np.logical_and.reduce([i >= 0 for i in ids.values()])
+    *columns, seen = _columns(found, values, as_numpy(predictions.labels[task]), label)
+    known = np.logical_and.reduce([as_numpy(predictions.groups[a]) >= 0 for a in attributes])
     rows = np.flatnonzero(seen & known)
-    names = {a: predictions.group_names.get(a) for a in attributes}
-    features = pd.DataFrame({a: _named(ids[a][rows], names[a]) for a in attributes})
-    features.attrs[DROPPED] = {"missing_label": int((~seen).sum()), "unknown_group": int((seen & ~known).sum())}
-    return FairlearnInputs(y_true[rows], y_pred[rows], y_score[rows], features)
+    features = pd.DataFrame({a: predictions.named_groups(a)[rows] for a in attributes})
+    features.attrs[_DROPPED] = {"missing_label": int((~seen).sum()), "unknown_group": int((seen & ~known).sum())}
+    y_true, y_pred, y_score = (column[rows] for column in columns)
+    return FairlearnInputs(y_true, y_pred, y_score, features)
 
 
 def metric_frame(
     predictions: Predictions,
     task: str,
     sensitive: str | Sequence[str] | None = None,
-    metrics: Mapping[str, Callable[..., Any]] | Callable[..., Any] | None = None,
+    metrics: Mapping[str, Metric] | Metric | None = None,
     label: int | None = None,
-) -> Any:
+) -> MetricFrame:
     """Return fairlearn's ``MetricFrame`` of one task; several ``sensitive`` attributes give their intersections.
 
     Default metrics: count, selection rate, TPR, FPR and accuracy for a binary task; count, accuracy and balanced accuracy for a
@@ -75,22 +76,21 @@ def metric_frame(
     from fairlearn.metrics import MetricFrame
 
     data = to_fairlearn(predictions, task, sensitive, label)
+    dropped = data.sensitive_features.attrs[_DROPPED]
     if not len(data.y_true):
-        raise DataError(
-            f"task {task!r}: no row has both a label and a known group ({data.sensitive_features.attrs[DROPPED]})"
-        )
+        raise DataError(f"task {task!r}: no row has both a label and a known group ({dropped})")
     kind = "binary" if label is not None else predictions.task(task).kind
     frame = MetricFrame(
-        metrics=metrics if callable(metrics) else dict(metrics or default_metrics(kind)),
+        metrics=metrics if callable(metrics) else dict(metrics or _default_metrics(kind)),
         y_true=data.y_true,
         y_pred=data.y_pred,
         sensitive_features=data.sensitive_features,
     )
-    setattr(frame, DROPPED, data.sensitive_features.attrs[DROPPED])
+    setattr(frame, _DROPPED, dropped)
     return frame
 
 
-def default_metrics(kind: str) -> dict[str, Callable[..., Any]]:
+def _default_metrics(kind: str) -> dict[str, Metric]:
     """Return the metrics that make sense for a task kind; they never raise for a small or one-sided group."""
     import fairlearn.metrics as flm
     from sklearn import metrics as skm
@@ -104,24 +104,19 @@ def default_metrics(kind: str) -> dict[str, Callable[..., Any]]:
     return {"count": flm.count, **{name: getattr(flm, name) for name in names}, "accuracy": skm.accuracy_score}
 
 
-def _r2(y_true: Any, y_pred: Any) -> float:
+def _r2(y_true: Array, y_pred: Array) -> float:
     from sklearn.metrics import r2_score
 
     return float(r2_score(y_true, y_pred)) if len(np.unique(y_true)) > 1 else float("nan")
 
 
-def _balanced_accuracy(y_true: Any, y_pred: Any) -> float:
+def _balanced_accuracy(y_true: Array, y_pred: Array) -> float:
     return float(np.mean([np.mean(y_pred[y_true == c] == c) for c in np.unique(y_true)]))
 
 
-def _attributes(predictions: Predictions, sensitive: str | Sequence[str] | None) -> list[str]:
-    names = (
-        list(predictions.groups)
-        if sensitive is None
-        else [sensitive]
-        if isinstance(sensitive, str)
-        else list(sensitive)
-    )
+def attributes_of(predictions: Predictions, sensitive: str | Sequence[str] | None) -> list[str]:
+    """Return the names of the attributes asked for, all where None; DataError for an unknown one, or none at all."""
+    names = list(predictions.groups if sensitive is None else [sensitive] if isinstance(sensitive, str) else sensitive)
     for name in names:
         if name not in predictions.groups:
             raise DataError(unknown("sensitive attribute", name, predictions.groups))
@@ -130,14 +125,7 @@ def _attributes(predictions: Predictions, sensitive: str | Sequence[str] | None)
     return names
 
 
-def _named(ids: NDArray[Any], names: Sequence[str] | None) -> NDArray[Any]:
-    shown = names or [str(i) for i in range(int(ids.max(initial=-1)) + 1)]
-    return np.asarray(shown, dtype=object)[ids] if len(ids) else np.zeros(0, dtype=object)
-
-
-def _columns(
-    task: Any, values: NDArray[Any], labels: NDArray[Any], label: int | None
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], Bools]:
+def _columns(task: Task, values: Array, labels: Array, label: int | None) -> tuple[Array, Array, Array, Bools]:
     """Return (y_true, y_pred, y_score, observed) of all rows."""
     if label is not None and not (task.kind in ("multiclass", "multilabel") and 0 <= label < values.shape[1]):
         raise DataError(f"task {task.name!r} ({task.kind}) has no label {label!r} to pick out")
@@ -149,14 +137,14 @@ def _columns(
             )
         labels, values = labels[:, label], values[:, label]
     seen = np.asarray(np.isfinite(labels) if labels.dtype.kind == "f" else labels >= 0)
-    if task.kind == "regression":
-        shown = as_floats(values) * task.std + task.mean
-        return np.where(seen, labels, 0).astype(np.float64) * task.std + task.mean, shown, shown, seen
-    if task.kind == "multiclass":
-        of, chosen = np.where(seen, labels, 0).astype(np.int64), values.argmax(1)
-        if label is None:
-            classes = np.asarray(task.classes) if getattr(task, "classes", None) else np.arange(values.shape[1])
-            return classes[of], classes[chosen], values, seen
+    truth = np.where(seen, labels, 0)
+    if isinstance(task, Regression):
+        shown, truth = (part.astype(np.float64) * task.std + task.mean for part in (values, truth))
+        return truth, shown, shown, seen
+    if not isinstance(task, Multiclass):
+        return (truth > 0.5).astype(int), (values > 0.5).astype(int), values, seen
+    of, chosen = truth.astype(np.int64), values.argmax(1)
+    if label is not None:
         return (of == label).astype(int), (chosen == label).astype(int), values[:, label], seen
-    truth = np.where(seen, labels, 0) > 0.5
-    return truth.astype(int), (values > 0.5).astype(int), values, seen
+    classes = np.asarray(task.classes) if task.classes else np.arange(values.shape[1])
+    return classes[of], classes[chosen], values, seen

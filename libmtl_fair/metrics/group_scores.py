@@ -68,8 +68,9 @@ def group_auc(
     score, label, group, *weight = columns
     if not np.isfinite(score).all():
         raise DataError(f"group_auc: {int((~np.isfinite(score)).sum())} scores are not finite; leave them out")
-    score, positive, ids, *given = (torch.from_numpy(v) for v in (score, label > 0, group, *weight))
-    found = F.group_auc(score, positive, ids, n_groups, weight=given[0] if given else None, errors=errors)
+    tensor = torch.from_numpy
+    weights = tensor(weight[0]) if weight else None
+    found = F.group_auc(tensor(score), tensor(label > 0), tensor(group), n_groups, weight=weights, errors=errors)
     return GroupAuc(*(values.numpy() for values in found))
 
 

@@ -91,7 +91,8 @@ class TaskState:
             labels = torch.zeros(wide if self.task.kind == "multilabel" else 0)
             ids = {a: torch.zeros(0, dtype=torch.int64) for a in self.sizes}
             return Rows(torch.zeros(wide), labels, labels.bool(), ids, None)
-        values, labels, observed = (torch.cat([b[k].cpu() for b in self._batches]) for k in range(3))
+        columns = zip(*((b.values.cpu(), b.labels.cpu(), b.observed.cpu()) for b in self._batches))
+        values, labels, observed = (torch.cat(column) for column in columns)
         ids = {a: torch.cat([b.ids[a].cpu() for b in self._batches]).long() for a in self.sizes}
         weight = None
         if any(b.weight is not None for b in self._batches):

@@ -79,8 +79,8 @@ class GroupTable:
         high: Array | None = None,
     ) -> None:
         """Add rows; ``flags`` are positions in the list of flags, before that of undefined values."""
-        unknown = np.full(len(metrics), np.nan)
-        self.blocks.append((metrics, groups, values, n, *(unknown if e is None else e for e in (low, high)), flags))
+        low, high = (np.full(len(metrics), np.nan) if end is None else end for end in (low, high))
+        self.blocks.append((metrics, groups, values, n, low, high, flags))
 
     def values(
         self, metrics: Sequence[str], values: Floats, low: Floats | None = None, high: Floats | None = None
@@ -92,7 +92,7 @@ class GroupTable:
         shown = [metric for metric in metrics for _ in groups]
         self.add(shown, groups * many, values.ravel(), np.tile(n, many), np.tile(flags, many), *ends)
 
-    def normal(self, metric: str, values: Floats, errors: Floats, counts: Floats, bounds: tuple[float, float]) -> None:
+    def normal(self, metric: str, values: Floats, errors: Floats, counts: Array, bounds: tuple[float, float]) -> None:
         """Add values [G + 1] whose standard errors are normal, and their gaps; ``counts`` [G] weigh the groups."""
         confidence = self.options.confidence
         z = np.nan if confidence is None else normal_quantile(confidence)
@@ -126,7 +126,7 @@ class GroupTable:
         name: str,
         data: GroupNoise,
         found: tuple[Floats, Floats],
-        components: Ints,
+        components: Array,
         agg: str,
         inner: int = 1,
     ) -> None:
@@ -273,10 +273,12 @@ def _add_auc(table: GroupTable, kept: Rows, ids: Ints, suffixes: Sequence[str]) 
             )
             for group, size in ((ids[rows], len(table.names)), (np.zeros(len(rows), dtype=np.int64), 1))
         ]
-        parts.append([np.concatenate([getattr(part, name) for part in every]) for name in ("value", "error")])
-        table.normal(f"auc{suffix}", *parts[-1], table.counts, _UNIT)
+        value, error = (np.concatenate([getattr(part, name) for part in every]) for name in ("value", "error"))
+        parts.append((value, error))
+        table.normal(f"auc{suffix}", value, error, table.counts, _UNIT)
     if list(suffixes) != [""]:
-        table.normal("auc", *_mean(*np.stack(parts, axis=1)), table.counts, _UNIT)
+        value, error = _mean(*np.stack(parts, axis=1))
+        table.normal("auc", value, error, table.counts, _UNIT)
 
 
 def _mean(values: Floats, errors: Floats) -> tuple[Floats, Floats]:
@@ -312,8 +314,8 @@ def _add_ks(table: GroupTable, prediction: Floats, group: Ints, counts: Ints) ->
         # The bins see a little less than the whole distance: the interval moves with the estimate.
         moved = value - float(np.nanmax(np.nanmax(shares, 1) - np.nanmin(shares, 1)))
         low, high = max(float(ends[0][0]), 0.0), min(float(ends[1][0]) + moved, 1.0)
-    values, *ends = np.array([[value], [low], [high]])
-    table.gap_rows(["ks"], "difference", values, (counts > 0)[None], *ends)
+    rows = np.array([[value], [low], [high]])
+    table.gap_rows(["ks"], "difference", rows[0], (counts > 0)[None], rows[1], rows[2])
 
 
 def _ks_noise(shares: Floats, counts: Ints, n_bootstrap: int, rng: np.random.Generator) -> GroupNoise:
@@ -334,7 +336,7 @@ def _names_of(metric: str) -> list[str]:
     return [metric, *(f"{alias}{bracket}{rest}" for alias, of in ALIASES.items() if of == rate)]
 
 
-def _replace_absent(index: Ints, present: Array, inner: int) -> Ints:
+def _replace_absent(index: Array, present: Array, inner: int) -> Ints:
     """Return the components to draw: an absent one is replaced by a neighbour of its ``inner`` block, or the block drops."""
     blocks, seen = index.reshape(-1, inner), present.reshape(-1, inner)
     first = np.take_along_axis(blocks, seen.argmax(1)[:, None], 1)

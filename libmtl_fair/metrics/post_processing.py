@@ -1,50 +1,67 @@
-"""fairlearn's threshold optimiser on one task's scores: thresholds per group, chosen on validation."""
+"""Fairness after training, learnt on validation predictions: thresholds per group, and scores at the groups' barycentre."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, ClassifierMixin
 
-from libmtl_fair.errors import DataError
-from libmtl_fair.metrics.arrays import as_floats, as_numpy
-from libmtl_fair.metrics.fairlearn_bridge import FairlearnInputs, to_fairlearn
+from libmtl_fair.errors import DataError, FairMTLError
+from libmtl_fair.metrics.arrays import Array, Floats, Values, as_floats, as_numpy
+from libmtl_fair.metrics.fairlearn_bridge import attributes_of, to_fairlearn
+from libmtl_fair.predictions import Predictions
 
 if TYPE_CHECKING:
-    from libmtl_fair.predictions import Predictions
+    from equipy.fairness import FairWasserstein
+    from fairlearn.postprocessing import ThresholdOptimizer
+    from sklearn.utils import Tags
 
 _SEPARATOR = " & "
 
 
-class ScorePassThrough(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
-    """A fitted classifier whose input is its answer: ``X`` [n, 1] holds the probability of the positive class."""
+class Predictor(Protocol):
+    """A trainer: what it was validated on, and predictions of any loader."""
 
-    def __init__(self) -> None:
-        """Nothing to set."""
-        self.classes_ = np.array([0, 1])
+    validation: object
 
-    def fit(self, X: Any, y: Any = None) -> ScorePassThrough:
+    def predict(self, loader: object, /) -> Predictions:
+        """Return the predictions of a loader's examples."""
+
+
+class ScorePassThrough:
+    """A fitted scikit-learn classifier whose input is its answer: ``X`` [n, 1] holds the probability of the positive class."""
+
+    classes_ = np.array([0, 1])
+
+    def __sklearn_tags__(self) -> Tags:
+        """Return those of a classifier that needs no fit."""
+        from sklearn.utils import ClassifierTags, Tags, TargetTags
+
+        return Tags(
+            estimator_type="classifier",
+            target_tags=TargetTags(required=True),
+            classifier_tags=ClassifierTags(),
+            requires_fit=False,
+        )
+
+    def fit(self, X: Array, y: Array | None = None) -> ScorePassThrough:
         """Do nothing."""
         return self
 
-    def __sklearn_is_fitted__(self) -> bool:
-        """Say that there is nothing to fit."""
-        return True
-
-    def predict_proba(self, X: Any) -> NDArray[Any]:
+    def predict_proba(self, X: Array) -> Floats:
         """Return [n, 2] probabilities."""
-        positive = np.asarray(X, dtype=np.float64).reshape(-1)
+        positive = as_floats(X).reshape(-1)
         return np.stack([1 - positive, positive], axis=1)
 
-    def predict(self, X: Any) -> NDArray[Any]:
+    def predict(self, X: Array) -> Array:
         """Return probability > 0.5."""
         return (self.predict_proba(X)[:, 1] > 0.5).astype(int)
 
 
+@dataclass(frozen=True)
 class PostProcessed:
     """Decisions of one task by group-wise thresholds; made by :func:`post_process`.
 
@@ -56,14 +73,18 @@ class PostProcessed:
     trainer : whose model it predicts with; None for thresholds of given predictions.
     """
 
-    def __init__(
-        self, optimizer: Any, task: str, sensitive: Sequence[str], groups: Sequence[str], trainer: Any = None
-    ) -> None:
-        """Keep the fitted optimiser."""
-        self.optimizer, self.task, self.trainer = optimizer, task, trainer
-        self.sensitive, self.groups = tuple(sensitive), tuple(groups)
+    optimizer: ThresholdOptimizer
+    task: str
+    sensitive: tuple[str, ...]
+    groups: tuple[str, ...]
+    trainer: Predictor | None = None
 
-    def predict(self, predictions: Any, sensitive: Any = None, random_state: int | None = None) -> NDArray[Any]:
+    def predict(
+        self,
+        predictions: Predictions | Values,
+        sensitive: Values | pd.DataFrame | None = None,
+        random_state: int | None = None,
+    ) -> Array:
         """Return decisions 0/1, [N].
 
         ``predictions`` is a loader, which goes through the trainer, a ``Predictions`` object, or scores [N] with
@@ -74,11 +95,18 @@ class PostProcessed:
         ------
         DataError : a loader without a trainer, scores without groups, or of another length.
         """
-        predictions = self._read(predictions)
-        if hasattr(predictions, "outputs"):
-            task = predictions.task(self.task)
-            scores = as_floats(task.probabilities(predictions.outputs[self.task]))
-            shown = _group_names(predictions, self.sensitive)
+        if not (isinstance(predictions, Predictions | list | tuple) or hasattr(predictions, "__array__")):
+            if self.trainer is None:
+                raise DataError(
+                    f"post_process of task {self.task!r} was made from predictions, so it cannot read a "
+                    f"{type(predictions).__name__}; give predictions or scores, or make it from the trainer: "
+                    "post_process(trainer, task, constraint)"
+                )
+            predictions = self.trainer.predict(predictions)
+        if isinstance(predictions, Predictions):
+            scores, shown = _scores(predictions, self.task), _group_names(predictions, self.sensitive)
+        elif sensitive is None:
+            raise DataError("predict from scores needs sensitive=: the groups' names, or a DataFrame of them")
         else:
             scores, shown = as_floats(predictions), _joined(sensitive)
         if len(shown) != len(scores):
@@ -91,26 +119,16 @@ class PostProcessed:
             )
         return decided
 
-    def _read(self, found: Any) -> Any:
-        if hasattr(found, "outputs") or hasattr(found, "__array__") or isinstance(found, list | tuple):
-            return found
-        if self.trainer is None:
-            raise DataError(
-                f"post_process of task {self.task!r} was made from predictions, so it cannot read a {type(found).__name__}; "
-                "give predictions or scores, or make it from the trainer: post_process(trainer, task, constraint)"
-            )
-        return self.trainer.predict(found)
-
 
 def post_process(
-    source: Predictions | Any,
+    source: Predictions | Predictor,
     task: str,
     constraint: str = "equalized_odds",
     *,
     sensitive: str | Sequence[str] | None = None,
     objective: str = "accuracy_score",
-    data: Any = None,
-    **options: Any,
+    data: object = None,
+    **options: object,
 ) -> PostProcessed:
     """Choose thresholds per group on validation data for a binary task, by fairlearn's ``ThresholdOptimizer``.
 
@@ -126,61 +144,117 @@ def post_process(
     """
     from fairlearn.postprocessing import ThresholdOptimizer
 
-    trainer: Any = None if hasattr(source, "outputs") else source
-    predictions: Any = source if trainer is None else trainer.predict(_validation(trainer, task, data))
-    if predictions.task(task).kind != "binary":
-        raise DataError(f"post_process needs a binary task, and {task!r} is {predictions.task(task).kind}")
-    found = to_fairlearn(predictions, task, sensitive)
+    trainer = None if isinstance(source, Predictions) else source
+    if trainer is not None:
+        data = trainer.validation if data is None else data
+        if data is None:
+            raise DataError(
+                f"post_process of task {task!r}: the trainer was trained without validation data; give data=, a loader "
+                "that neither training nor the test has seen"
+            )
+        source = trainer.predict(data)
+    assert isinstance(source, Predictions)
+    if source.task(task).kind != "binary":
+        raise DataError(f"post_process needs a binary task, and {task!r} is {source.task(task).kind}")
+    found = to_fairlearn(source, task, sensitive)
     shown = _joined(found.sensitive_features)
     groups = sorted(set(shown))
-    _need_both_classes(task, found, shown, groups)
-    optimizer = ThresholdOptimizer(
-        estimator=ScorePassThrough(),
-        constraints=constraint,
-        objective=objective,
-        prefit=True,
-        predict_method="predict_proba",
-        **options,
-    )
-    optimizer.fit(found.y_score[:, None], found.y_true, sensitive_features=shown)
-    return PostProcessed(optimizer, task, list(found.sensitive_features.columns), groups, trainer)
-
-
-def _validation(trainer: Any, task: str, data: Any) -> Any:
-    loader = getattr(trainer, "validation", None) if data is None else data
-    if loader is None:
-        raise DataError(
-            f"post_process of task {task!r}: the trainer was trained without validation data; give data=, a loader that "
-            "neither training nor the test has seen"
-        )
-    return loader
-
-
-def _need_both_classes(task: str, data: FairlearnInputs, shown: NDArray[Any], groups: Sequence[str]) -> None:
     if not groups:
         raise DataError(f"post_process of task {task!r}: no row has both a label and a known group")
     for group in groups:
-        found = np.unique(data.y_true[shown == group])
-        if len(found) < 2:
+        seen = np.unique(found.y_true[shown == group])
+        if len(seen) < 2:
             raise DataError(
-                f"post_process of task {task!r}: group {group!r} has only labels {found.tolist()}; thresholds need "
+                f"post_process of task {task!r}: group {group!r} has only labels {seen.tolist()}; thresholds need "
                 "positives and negatives in every group: merge small groups or take another attribute"
             )
+    how = {"prefit": True, "predict_method": "predict_proba", **options}
+    optimizer = ThresholdOptimizer(estimator=ScorePassThrough(), constraints=constraint, objective=objective, **how)
+    optimizer.fit(found.y_score[:, None], found.y_true, sensitive_features=shown)
+    return PostProcessed(optimizer, task, tuple(map(str, found.sensitive_features)), tuple(groups), trainer)
 
 
-def _joined(sensitive: Any) -> NDArray[Any]:
-    if sensitive is None:
-        raise DataError("predict from scores needs sensitive=: the groups' names, or a DataFrame of them")
+@dataclass(frozen=True)
+class Barycentre:
+    """Scores of one task whose distribution is the same in every group; made by :func:`barycentre`.
+
+    Attributes
+    ----------
+    transport : the fitted ``equipy.fairness.FairWasserstein``.
+    task, sensitive : what it moves, and by which attributes.
+    groups : names of the groups that it knows.
+    """
+
+    transport: FairWasserstein
+    task: str
+    sensitive: tuple[str, ...]
+    groups: tuple[str, ...]
+
+    def scores(self, predictions: Predictions, epsilon: float = 0.0) -> Floats:
+        """Return the task's probabilities (values, for regression), moved: [N].
+
+        ``epsilon`` in [0, 1] is the share of the original that is kept: 0 is parity, 1 changes nothing. A row of a group
+        that validation did not have, or of none, keeps its own.
+        """
+        if not 0 <= epsilon <= 1:
+            raise DataError(f"epsilon must be in [0, 1], found {epsilon!r}")
+        moved, shown = _scores(predictions, self.task), _group_names(predictions, self.sensitive)
+        rows = np.flatnonzero(np.isin(shown, self.groups))
+        if len(rows):
+            moved[rows] = self.transport.transform(moved[rows], shown[rows].astype(str), epsilon=epsilon)
+        return moved
+
+
+def barycentre(
+    predictions: Predictions, task: str, *, sensitive: str | Sequence[str] | None = None, sigma: float = 1e-4
+) -> Barycentre:
+    """Learn from (validation) predictions of a binary or regression task how to bring the groups' scores together.
+
+    Needs the optional package ``equipy`` (``pip install libmtl_fair[equipy]``). Several ``sensitive`` attributes mean their
+    intersection. ``sigma`` is the width of the noise that breaks ties between equal scores. Source: Chzhen et al.,
+    NeurIPS 2020.
+
+    Raises
+    ------
+    FairMTLError : equipy is not installed.
+    DataError : another kind of task, or fewer than two groups.
+    """
+    try:
+        from equipy.fairness import FairWasserstein
+    except ImportError as error:
+        raise FairMTLError(
+            "barycentre needs equipy, which is not installed: pip install libmtl_fair[equipy]"
+        ) from error
+    kind = predictions.task(task).kind
+    if kind not in ("binary", "regression"):
+        raise DataError(
+            f"barycentre moves one score an example, and task {task!r} is {kind}; take a binary task or a regression"
+        )
+    names = tuple(attributes_of(predictions, sensitive))
+    shown = _group_names(predictions, names)
+    known = np.logical_and.reduce([as_numpy(predictions.groups[name]) >= 0 for name in names])
+    groups = sorted(set(shown[known]))
+    if len(groups) < 2:
+        raise DataError(
+            f"barycentre of task {task!r}: expected at least two groups of {', '.join(names)}, found {groups}"
+        )
+    transport = FairWasserstein(sigma=sigma)
+    transport.fit(_scores(predictions, task)[known], shown[known].astype(str))
+    return Barycentre(transport, task, names, tuple(groups))
+
+
+def _scores(predictions: Predictions, task: str) -> Floats:
+    """Return the task's probabilities (values, for regression), [N], to be changed."""
+    return as_floats(predictions.task(task).probabilities(predictions.outputs[task])).reshape(-1).copy()
+
+
+def _group_names(predictions: Predictions, attributes: Sequence[str]) -> Array:
+    """Return the names of each row's groups as one, [N]; that of an unknown group is empty."""
+    return _joined(pd.DataFrame({a: predictions.named_groups(a) for a in attributes}))
+
+
+def _joined(sensitive: Values | pd.DataFrame) -> Array:
     if isinstance(sensitive, pd.DataFrame):
         columns = [sensitive[c].astype(str).to_numpy(dtype=object) for c in sensitive]
         return np.asarray([_SEPARATOR.join(row) for row in zip(*columns)], dtype=object)
     return np.asarray([str(v) for v in as_numpy(sensitive)], dtype=object)
-
-
-def _group_names(predictions: Any, attributes: Sequence[str]) -> NDArray[Any]:
-    parts = []
-    for attribute in attributes:
-        ids = as_numpy(predictions.groups[attribute])
-        names = predictions.group_names.get(attribute) or [str(i) for i in range(int(ids.max(initial=-1)) + 1)]
-        parts.append(np.asarray([*names, ""], dtype=object)[ids])  # id -1 takes the last, which is no group's name
-    return np.asarray([_SEPARATOR.join(row) for row in zip(*parts)], dtype=object)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
+from typing import TypeAlias
 
 import numpy as np
+from torch import Tensor
 
 from libmtl_fair.errors import DataError
 from libmtl_fair.metrics.arrays import Bools, Floats, Ints, Values, as_floats, as_numpy
 
-Embeddings = Values | Mapping[str, Values]
+Embeddings: TypeAlias = Values | Mapping[str, Tensor] | Mapping[str, Values] | None
 """What the heads receive: [N, d] shared by all tasks, or task -> [N, d]."""
 
 
@@ -98,7 +100,7 @@ def task_embedding(embeddings: Embeddings, task: str) -> Floats:
         if task not in embeddings:
             raise DataError(f"no embedding of task {task!r}; found: {', '.join(map(str, embeddings))}")
         embeddings = embeddings[task]
-    space = as_floats(embeddings)
+    space = as_floats(np.nan if embeddings is None else embeddings)
     if space.ndim != 2:
         raise DataError(f"embeddings of task {task!r} must be [N, d], found shape {list(space.shape)}")
     return space

@@ -34,8 +34,8 @@ def task_utility(task: Task, output: Values, labels: Values) -> Scores:
     output : raw outputs of the head, [N], [N, 1] or [N, C].
     labels : [N] or [N, C]; NaN or -100 where missing.
     """
-    native = {"mean": task.mean, "std": task.std} if isinstance(task, Regression) else {}
-    return F.task_scores(task.kind, task.probabilities(torch.as_tensor(output)), torch.as_tensor(labels), **native)
+    native = (task.mean, task.std) if isinstance(task, Regression) else (0.0, 1.0)
+    return F.task_scores(task.kind, task.probabilities(torch.as_tensor(output)), torch.as_tensor(labels), native=native)
 
 
 def utility(predictions: Predictions) -> dict[str, Scores]:

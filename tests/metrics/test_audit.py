@@ -242,7 +242,9 @@ def test_both_ways_of_the_exact_audit_agree_on_many_tasks():
     scores["t3"][5] = np.nan
     together = FixedDeltaAudit(0.275, exact=True).run(scores)
     with mock.patch.object(audit, "excess_tables") as tables:
-        pairs = [FixedDeltaAudit(0.275, exact=True).run({a: scores[a], b: scores[b]}) for a, b in combinations(scores, 2)]
+        pairs = [
+            FixedDeltaAudit(0.275, exact=True).run({a: scores[a], b: scores[b]}) for a, b in combinations(scores, 2)
+        ]
     assert not tables.called
     apart = pd.concat([pair.per_pair for pair in pairs], ignore_index=True)
     pd.testing.assert_frame_equal(together.per_pair, apart, rtol=0, atol=1e-12)
