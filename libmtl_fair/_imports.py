@@ -40,7 +40,7 @@ OLD_NAMES: Mapping[str, str] = {
     "weighting.fbgrad": "methods.fairbranch.fbgrad",
     "weighting.group_regularisers": "methods.regulariser",
     "weighting.lambda_mix": "methods.heads.lambda_mix",
-    "weighting.robust": "methods.fairbranch.robust",
+    "weighting.robust": "methods.fairbranch.fbgrad",
 }
 """Module of version 0.1 -> where its content is now; submodules that are not named kept their own name."""
 

@@ -9,7 +9,7 @@ from libmtl_fair.errors import DataError
 
 
 def linear_cka(a: Tensor, b: Tensor) -> Tensor:
-    """Linear centred kernel alignment of ``a`` [n, p] and ``b`` [n, q], whose rows are the same n things; in [0, 1].
+    """Linear centred kernel alignment of ``a`` [..., n, p] and ``b`` [..., n, q], whose rows are the same n things; in [0, 1].
 
     ``|b'a|^2 / (|a'a| |b'b|)`` of the column-centred matrices (Frobenius), the feature-space form of
     ``tr(K_a K_b) / sqrt(tr(K_a K_a) tr(K_b K_b))``. Unchanged by scale, rotation of the columns, and a common order of the
@@ -24,24 +24,24 @@ def linear_cka(a: Tensor, b: Tensor) -> Tensor:
     >>> linear_cka(a, 5 * a.flip(1)), linear_cka(a, torch.ones(3, 1))
     (tensor(1.), tensor(0.))
     """
-    if a.dim() != 2 or b.dim() != 2 or len(a) != len(b):
+    if a.dim() < 2 or b.dim() < 2 or a.shape[-2] != b.shape[-2]:
         raise DataError(
             f"linear_cka: expected two matrices with the same number of rows, found {tuple(a.shape)} and {tuple(b.shape)}."
         )
     a, b = _centred(a), _centred(b)
-    shared = torch.linalg.matrix_norm(b.T @ a).square()
-    own = torch.linalg.matrix_norm(a.T @ a) * torch.linalg.matrix_norm(b.T @ b)
+    shared = torch.linalg.matrix_norm(b.mT @ a).square()
+    own = torch.linalg.matrix_norm(a.mT @ a) * torch.linalg.matrix_norm(b.mT @ b)
     similarity: Tensor = (shared / own.where(own > 0, 1.0)).clamp(max=1)
     return similarity
 
 
 def _centred(a: Tensor) -> Tensor:
     """Centre the columns and scale to Frobenius norm 1, against overflow; 0 where nothing but rounding varies."""
-    scale = a.detach().abs().amax() if a.numel() else a.new_zeros(())
+    scale = a.detach().abs().amax((-2, -1), keepdim=True) if a.numel() else a.new_zeros(())
     a = a / scale.where(scale > 0, 1.0)
-    centred = a - a.mean(0, keepdim=True)
-    norm: Tensor = torch.linalg.matrix_norm(centred)
-    rounding = 10 * torch.finfo(a.dtype).eps * torch.linalg.matrix_norm(a.detach())
+    centred = a - a.mean(-2, keepdim=True)
+    norm: Tensor = torch.linalg.matrix_norm(centred, keepdim=True)
+    rounding = 10 * torch.finfo(a.dtype).eps * torch.linalg.matrix_norm(a.detach(), keepdim=True)
     return centred / norm.where(norm > rounding, torch.inf)
 
 

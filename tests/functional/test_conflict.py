@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from libmtl_fair import functional as F
-from libmtl_fair.functional import conflict
 
 FAST = settings(max_examples=40, deadline=None, derandomize=True)
 D = torch.float64
@@ -35,10 +34,9 @@ def test_projection_against_a_loop(seed: int, tasks: int, size: int, power: int)
     expected = loop(grads)
     tolerance = {"rtol": 1e-8, "atol": 1e-10 * 10.0**power}
     torch.testing.assert_close(F.project_conflicts(grads), expected, **tolerance)
-    gram = grads @ grads.T
-    factor = (-1 / gram.diagonal().where(gram.diagonal() > 0, torch.inf)).repeat(tasks, 1).fill_diagonal_(0)
-    on_device = conflict._device_steps(gram, factor) + torch.eye(tasks, dtype=D)
-    torch.testing.assert_close(on_device @ grads, expected, **tolerance)
+    both = F.project_conflicts(torch.stack([grads, -grads]))
+    torch.testing.assert_close(both[0], expected, **tolerance)
+    torch.testing.assert_close(both[1], loop(-grads), **tolerance)
 
 
 def test_two_conflicting_gradients_become_orthogonal_to_the_others_original(
@@ -70,10 +68,16 @@ def test_coefficients_of_summed_gram_matrices_serve_split_gradients() -> None:
     torch.testing.assert_close(torch.cat([coefficients @ p for p in parts], 1), loop(grads))
 
 
-def test_vmap_goes_the_devices_way() -> None:
+def test_vmap_equals_leading_dimensions() -> None:
     grads = torch.randn(3, 4, 9, dtype=D)
     mapped = torch.func.vmap(F.project_conflicts)(grads)
     torch.testing.assert_close(mapped, torch.stack([loop(g) for g in grads]))
+    torch.testing.assert_close(F.project_conflicts(grads), mapped)
+    cosines = F.gradient_cosines(grads)
+    for found, g in zip(cosines, grads):
+        torch.testing.assert_close(found, F.gradient_cosines(g))
+    assert F.conflict_count(cosines).tolist() == [int(F.conflict_count(c)) for c in cosines]
+    torch.testing.assert_close(F.conflict_angles(cosines), torch.stack([F.conflict_angles(c) for c in cosines]))
 
 
 def test_cosines_counts_and_angles(device: torch.device) -> None:

@@ -39,6 +39,8 @@ def test_cka_is_the_kernel_form_and_has_no_scale(seed: int, n: int, p: int, q: i
     rotation = torch.linalg.qr(torch.randn(p, p, generator=generator, dtype=D))[0]
     assert F.linear_cka(a @ rotation + 3, b).item() == pytest.approx(value, abs=1e-9)
     assert F.linear_cka(a, -2 * a).item() == pytest.approx(1.0, abs=1e-12)
+    pair = F.linear_cka(torch.stack([a, -2 * a]), torch.stack([b, b]))
+    assert pair.tolist() == pytest.approx([F.linear_cka(a, b).item()] * 2, abs=1e-12)
 
 
 def test_no_variance_is_no_similarity(device: torch.device, dtype: torch.dtype) -> None:

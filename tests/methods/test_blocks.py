@@ -222,3 +222,46 @@ def test_growing_to_a_tree_that_does_not_fit() -> None:
     other = BranchedEncoder(MLP(3, (4, 4, 4)), ["a", "b"]).tree
     with pytest.raises(HostError, match="branch tree of 3 blocks and tasks a, b does not fit an encoder of 2 blocks"):
         branched.grow(other)
+
+
+class TestAllCopiesAtOnce:
+    """In training, copies of linear layers and activations run as one product: the same numbers as one by one."""
+
+    @staticmethod
+    def branched(**options: Any) -> BranchedEncoder:
+        torch.manual_seed(0)
+        encoder = BranchedEncoder(MLP(3, (6, 5, 4), **options), list("abc"))
+        encoder(torch.randn(2, 3))
+        encoder.grow(encoder.tree.branch([(0, 2), (1,)]).branch([(0,), (1,)]))
+        with torch.no_grad():
+            for p in encoder.parameters():
+                p.add_(0.3 * torch.randn_like(p))
+        return encoder
+
+    @staticmethod
+    def gradients(encoder: BranchedEncoder, reps: dict[str, Tensor]) -> list[Tensor]:
+        loss = sum((i + 1) * (reps[task] ** 2).sum() for i, task in enumerate("abc"))
+        return list(torch.autograd.grad(loss, list(encoder.parameters())))
+
+    def test_values_and_gradients_are_those_of_each_copy_alone(self) -> None:
+        encoder, x = self.branched(), torch.randn(7, 3)
+        reps, joint = encoder.run(x)
+        alone, apart = encoder.run(x, together=False)
+        assert joint is not None
+        assert joint.shape == (2, 7, 4)
+        assert apart is None
+        assert reps["a"] is reps["c"]
+        for task in "abc":
+            torch.testing.assert_close(reps[task], alone[task])
+        for one, other in zip(self.gradients(encoder, reps), self.gradients(encoder, alone)):
+            torch.testing.assert_close(one, other)
+
+    @pytest.mark.parametrize("options", [{"norm": "batch"}, {"norm": "layer"}, {"dropout": 0.5}])
+    def test_other_layers_run_one_by_one(self, options: Any) -> None:
+        assert self.branched(**options).run(torch.randn(7, 3))[1] is None
+
+    def test_a_copy_that_somebody_listens_to_runs_alone(self) -> None:
+        encoder, seen = self.branched(), []
+        encoder.copies(2)[1].register_forward_hook(lambda *_: seen.append(1))
+        assert encoder.run(torch.randn(7, 3))[1] is None
+        assert seen == [1]

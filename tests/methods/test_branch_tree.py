@@ -34,7 +34,7 @@ def test_every_level_is_a_partition_nested_in_the_one_below(tree: BranchTree) ->
         assert sorted(t for group in groups for t in group) == sorted(tree.tasks)
         for index, group in enumerate(groups):
             if level:
-                assert set(group) <= set(tree.levels[level - 1][tree.parent(level, index)])
+                assert set(group) <= set(tree.levels[level - 1][tree.parents[level][index]])
     assert all(len(tree.levels[level]) == 1 for level in range(tree.depth))
     assert all(
         len(group) <= 2 ** (tree.n_blocks - level)

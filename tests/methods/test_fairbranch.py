@@ -17,9 +17,8 @@ from torch import nn
 import libmtl_fair as lf
 from libmtl_fair.errors import HostError, RecipeError
 from libmtl_fair.libmtl.loading import AbsWeighting
-from libmtl_fair.methods.fairbranch.adopt import adopt
-from libmtl_fair.methods.fairbranch.fairbranch import FairBranch, FairBranchSettings
-from libmtl_fair.methods.fairbranch.head_similarity import matrices, similarity
+from libmtl_fair.methods.fairbranch.fairbranch import FairBranch, FairBranchSettings, adopt
+from libmtl_fair.methods.fairbranch.similarity import matrices, similarity
 from libmtl_fair.models import MLP
 
 NEVER = {"threshold": 0.05, "branch_every": 1000}
@@ -453,3 +452,25 @@ def test_registered_with_options() -> None:
     params.weighting, params.arch = "EW", "FairBranch"
     kwargs, _, _ = prepare_args(params)
     assert FairBranchSettings.from_args("FairBranch", kwargs["arch_args"]) == FairBranchSettings(0.3, 4)
+
+
+@pytest.mark.parametrize(
+    ("groups", "inplace"), [([(0,), (1,), (2,)], False), ([(0, 1), (2,)], False), ([(0,), (1,), (2,)], True)]
+)
+def test_heads_of_all_leaves_at_once_equal_heads_one_by_one(
+    branching: SimpleNamespace, groups: list[tuple[int, ...]], inplace: bool
+) -> None:
+    tasks = tuple(lf.Binary(name) for name in "abc")
+    heads: Any = {
+        t.name: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 1)) if inplace else nn.Linear(8, 1) for t in tasks
+    }
+    encoder = lambda: nn.Sequential(nn.Linear(branching.features, 10), nn.ReLU(), nn.Linear(10, 8))  # noqa: E731
+    model = branching.trainer(tasks=tasks, decoders=heads, encoder_class=encoder, arch_args=NEVER).model
+    model.encoder.grow(model.tree.branch(groups))
+    x = torch.randn(9, branching.features)
+    found, expected = model.train()(x), model.eval()(x)
+    assert list(found) == ["a", "b", "c"]
+    for task in found:
+        torch.testing.assert_close(found[task], expected[task])
+    sum(z.sum() for z in found.values()).backward()
+    assert all(p.grad is not None for p in model.parameters())

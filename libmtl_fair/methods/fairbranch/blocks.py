@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from libmtl_fair.errors import HostError
+from libmtl_fair.libmtl.joint_heads import is_plain_linear
 from libmtl_fair.methods.fairbranch.tree import BranchTree
 
 _RESNET_STEM = ("conv1", "bn1", "relu", "maxpool")
 _RESNET_STAGES = ("layer1", "layer2", "layer3", "layer4")
+_ELEMENTWISE = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Identity)
 _HELP = (
     "FairBranch needs an encoder made of ordered blocks: an nn.Sequential, or a module with 'blocks' "
     "(nn.ModuleList or nn.Sequential; see libmtl_fair.models.MLP)"
@@ -35,32 +37,45 @@ def find_blocks(encoder: nn.Module) -> list[list[nn.Module]]:
     ------
     HostError : no blocks can be told, weights outside of them, or a weight in two of them.
     """
-    modules = _ordered_modules(encoder)
+    modules, name = _ordered_modules(encoder), type(encoder).__name__
     strange = [type(m).__name__ for m in modules if not isinstance(m, nn.Module)]
     if strange or not modules:
-        raise HostError(f"{_HELP}; found {strange[0] if strange else 'an empty list'} in {type(encoder).__name__}")
+        raise HostError(f"{_HELP}; found {strange[0] if strange else 'an empty list'} in {name}")
     blocks: list[list[nn.Module]] = []
     for module in modules:
         if blocks and (not _has_matrix(module) or not any(_has_matrix(m) for m in blocks[-1])):
             blocks[-1].append(module)
         else:
             blocks.append([module])
-    if not _has_matrix(nn.ModuleList(blocks[0])):
-        raise HostError(f"{_HELP}; none of the blocks of {type(encoder).__name__} has a weight matrix")
-    _check_ownership(encoder, blocks)
+    if not any(_has_matrix(m) for m in blocks[0]):
+        raise HostError(f"{_HELP}; none of the blocks of {name} has a weight matrix")
+    owner: dict[int, int] = {}
+    for index, block in enumerate(blocks, start=1):
+        for parameter in nn.ModuleList(block).parameters():
+            if owner.setdefault(id(parameter), index) != index:
+                raise HostError(
+                    f"blocks {owner[id(parameter)]} and {index} of {name} share a weight, so they cannot branch apart; "
+                    "put them into one block"
+                )
+    outside = [path for path, p in encoder.named_parameters() if id(p) not in owner]
+    if outside and not hasattr(encoder, "before_blocks") and not _is_resnet(encoder):
+        raise HostError(
+            f"weight {outside[0]!r} of {name} is in none of its blocks: move it into the first one, or define "
+            "before_blocks(x) if it is a stem that comes before them"
+        )
     return blocks
 
 
 def _ordered_modules(encoder: nn.Module) -> list[nn.Module]:
     named = getattr(encoder, "blocks", None)
+    if isinstance(named, (nn.ModuleList, nn.Sequential, list, tuple)):
+        return list(named)
     if named is not None:
-        if isinstance(named, (nn.ModuleList, nn.Sequential, list, tuple)):
-            return list(named)
         raise HostError(f"{_HELP}; found 'blocks' of type {type(named).__name__} in {type(encoder).__name__}")
     if isinstance(encoder, nn.Sequential) and type(encoder).forward is nn.Sequential.forward:
         return list(encoder)
-    if all(isinstance(getattr(encoder, name, None), nn.Module) for name in (*_RESNET_STEM, *_RESNET_STAGES)):
-        return [getattr(encoder, name) for name in _RESNET_STAGES]
+    if _is_resnet(encoder):
+        return [encoder.get_submodule(stage) for stage in _RESNET_STAGES]
     raise HostError(f"{_HELP}; found {type(encoder).__name__}, which is neither")
 
 
@@ -68,25 +83,10 @@ def _has_matrix(module: nn.Module) -> bool:
     return any(p.dim() >= 2 for p in module.parameters())
 
 
-def _check_ownership(encoder: nn.Module, blocks: list[list[nn.Module]]) -> None:
-    owner: dict[int, int] = {}
-    for index, block in enumerate(blocks):
-        for parameter in nn.ModuleList(block).parameters():
-            if owner.setdefault(id(parameter), index) != index:
-                raise HostError(
-                    f"blocks {owner[id(parameter)] + 1} and {index + 1} of {type(encoder).__name__} share a weight, so "
-                    "they cannot branch apart; put them into one block"
-                )
-    outside = [name for name, p in encoder.named_parameters() if id(p) not in owner]
-    if outside and not hasattr(encoder, "before_blocks") and not _is_resnet(encoder):
-        raise HostError(
-            f"weight {outside[0]!r} of {type(encoder).__name__} is in none of its blocks: move it into the first one, or "
-            "define before_blocks(x) if it is a stem that comes before them"
-        )
-
-
 def _is_resnet(encoder: nn.Module) -> bool:
-    return not hasattr(encoder, "blocks") and hasattr(encoder, "layer1")
+    """Whether an encoder without ``blocks`` has the parts of a ResNet, torchvision's or LibMTL's."""
+    parts = (getattr(encoder, part, None) for part in (*_RESNET_STEM, *_RESNET_STAGES))
+    return not hasattr(encoder, "blocks") and all(isinstance(part, nn.Module) for part in parts)
 
 
 def run(module: nn.Module, x: Any) -> Any:
@@ -114,8 +114,7 @@ class _Taken(nn.Module):
         if self.call is None:
             raise HostError("this encoder's blocks belong to a FairBranch model now; run the model")
         seen, out = self.call
-        self.agreed = _same(x, seen)
-        self.call = None
+        self.agreed, self.call = _same(x, seen), None
         return out
 
 
@@ -126,13 +125,12 @@ def _same(a: Any, b: Any) -> bool:
 def _take(encoder: nn.Module, modules: list[nn.Module]) -> list[_Taken]:
     """Leave a mark in the encoder where each of its modules was, so that no weight has two owners."""
     paths = {id(module): path for path, module in encoder.named_modules()}
-    marks = []
-    for module in modules:
+    marks = [_Taken() for _ in modules]
+    for module, mark in zip(modules, marks):
         if id(module) not in paths:
             raise HostError(f"{_HELP}; a block of {type(encoder).__name__} is not one of its submodules")
         parent, _, name = paths[id(module)].rpartition(".")
-        marks.append(_Taken())
-        encoder.get_submodule(parent)._modules[name] = marks[-1]
+        encoder.get_submodule(parent)._modules[name] = mark
     return marks
 
 
@@ -155,7 +153,6 @@ class BranchedEncoder(nn.Module):
         modules = [module for block in blocks for module in block]
         self._unchecked = [] if type(encoder).forward is nn.Sequential.forward else modules
         self._places = _take(encoder, modules)
-        self._parents = _parents(self.tree)
         self.frame = encoder
 
     def forward(self, x: Any, tasks: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -165,19 +162,35 @@ class BranchedEncoder(nn.Module):
         ------
         HostError : the encoder's own forward is not the chain of its blocks, or a block changes its input in place.
         """
+        return self.run(x, tasks, together=False)[0]
+
+    def run(
+        self, x: Any, tasks: Iterable[str] | None = None, together: bool = True
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Return what :meth:`forward` does, and the leaves' representations [n, B, d] where they were made as one.
+
+        ``together`` lets one product run all copies of a block, where they are plain and all are asked for: the same up to
+        rounding, but a gradient of one task then costs that of all.
+        """
         wanted = self.tree.tasks if tasks is None else tuple(tasks)
         if self._unchecked and not self._is_random() and (wanted[0] == self.tree.tasks[0] or self.tree.n_branches == 0):
-            return self._checked_forward(x, wanted)
-        return self._forward(x, wanted)
+            return self._checked(x, wanted), None
+        return self._run(x, wanted, together and len(wanted) == len(self.tree.tasks))
 
-    def _forward(self, x: Any, wanted: Sequence[str]) -> dict[str, Tensor]:
-        everyone = len(wanted) == len(self.tree.tasks)
-        below = {0: self._before(x)}
-        for level in range(self.tree.n_blocks):
-            copies, above = self.copies(level), {}
-            for index, group in enumerate(self.tree.levels[level]):
-                if everyone or any(task in wanted for task in group):
-                    source = below[self._parents[level][index]]
+    def _run(self, x: Any, wanted: Sequence[str], together: bool = False) -> tuple[dict[str, Tensor], Tensor | None]:
+        below: list[Any] = [self._before(x)]
+        joint = None
+        for level, groups in enumerate(self.tree.levels):
+            copies, parents = self.copies(level), self.tree.parents[level]
+            layers = _joinable(copies) if together else []
+            if layers and all(isinstance(h, Tensor) and h.dim() == 2 for h in below):
+                joint = _run_joint(layers, below, joint, parents)
+                below = list(joint.unbind())
+                continue
+            above, joint = [None] * len(copies), None
+            for index, group in enumerate(groups):
+                if any(task in wanted for task in group):
+                    source = below[parents[index]]
                     before = _version(source)
                     above[index] = run(copies[index], source)
                     if len(copies) > 1 and _version(source) != before:
@@ -185,52 +198,49 @@ class BranchedEncoder(nn.Module):
                             f"block {level + 1} changes its input in place, which its other copies need too: use inplace=False"
                         )
             below = above
-        ends = {index: self._after(out) for index, out in below.items()}
-        return {task: ends[i] for i, group in enumerate(self.tree.leaves) for task in group if task in wanted}
+        after = getattr(self.frame, "after_blocks", None)
+        if after is not None:
+            below, joint = [out if out is None else after(out) for out in below], None
+        return {task: below[i] for i, group in enumerate(self.tree.leaves) for task in group if task in wanted}, joint
 
     def _before(self, x: Any) -> Any:
-        before: Any = getattr(self.frame, "before_blocks", None)
+        before = getattr(self.frame, "before_blocks", None)
         if before is not None:
             return before(x)
-        if _is_resnet(self.frame):
-            for name in _RESNET_STEM:
-                x = getattr(self.frame, name)(x)
+        for name in _RESNET_STEM if _is_resnet(self.frame) else ():
+            x = self.frame.get_submodule(name)(x)
         return x
-
-    def _after(self, x: Any) -> Any:
-        after: Any = getattr(self.frame, "after_blocks", None)
-        return x if after is None else after(x)
 
     def _is_random(self) -> bool:
         """Whether a second run of the encoder's frame would differ: dropout outside the blocks."""
         return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training for m in self.frame.modules())
 
-    def _checked_forward(self, x: Any, wanted: Sequence[str]) -> dict[str, Tensor]:
+    def _checked(self, x: Any, wanted: Sequence[str]) -> dict[str, Tensor]:
         """Run the chain and let the encoder's own forward replay it: what it asks each block for must be the same."""
-        calls: dict[int, tuple[Any, Any]] = {}
+        calls: dict[nn.Module, tuple[Any, Any]] = {}
 
         def keep(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            calls[id(module)] = (args[0], out)
+            calls[module] = (args[0], out)
 
         handles = [m.register_forward_hook(keep) for m in self._unchecked]
         try:
-            reps = self._forward(x, wanted)
+            reps, _ = self._run(x, wanted)
         finally:
             for handle in handles:
                 handle.remove()
         buffers = [b.clone() for b in self.frame.buffers()]
-        with torch.no_grad():
-            for place, module in zip(self._places, self._unchecked):
-                place.call, place.agreed = calls[id(module)], True
-            try:
+        for place, module in zip(self._places, self._unchecked):
+            place.call, place.agreed = calls[module], True
+        try:
+            with torch.no_grad():
                 own = self.frame(x)
-            finally:
-                unused = [place for place in self._places if place.call is not None]
-                for place in self._places:
-                    place.call = None
-            for buffer, saved in zip(self.frame.buffers(), buffers):
-                buffer.copy_(saved)
-        if unused or not all(place.agreed for place in self._places) or not _same(own, reps[wanted[0]]):
+        finally:
+            agreed = all(place.call is None and place.agreed for place in self._places)
+            for place in self._places:
+                place.call = None
+        for buffer, saved in zip(self.frame.buffers(), buffers):
+            buffer.copy_(saved)
+        if not agreed or not _same(own, reps[wanted[0]]):
             raise HostError(
                 f"{type(self.frame).__name__}.forward does more than run its blocks in order: put the rest into the blocks, "
                 "or into before_blocks(x) and after_blocks(x)"
@@ -240,9 +250,7 @@ class BranchedEncoder(nn.Module):
 
     def copies(self, level: int) -> list[nn.Module]:
         """Return the copies of one block, in the order of the tree's groups."""
-        found = self.levels[level]
-        assert isinstance(found, nn.ModuleList)
-        return list(found)
+        return list(self.levels[level].children())
 
     def parameters_of(self, places: Iterable[tuple[int, int]]) -> list[nn.Parameter]:
         """Return the parameters of some (block, copy)."""
@@ -269,27 +277,50 @@ class BranchedEncoder(nn.Module):
             )
         made: list[tuple[nn.Parameter, nn.Parameter]] = []
         for level, groups in enumerate(tree.levels):
-            held, taken, new = self.copies(level), set(), []
+            held, new = self.copies(level), []
             for group in groups:
-                source = self.tree.path(group[0])[level]
-                module = held[source]
-                if source in taken:
-                    module = copy.deepcopy(module)
-                    made += list(zip(held[source].parameters(), module.parameters()))
-                taken.add(source)
-                new.append(module)
+                source = held[self.tree.path(group[0])[level]]
+                new.append(copy.deepcopy(source) if source in new else source)
+                if new[-1] is not source:
+                    made += zip(source.parameters(), new[-1].parameters())
             self.levels[level] = nn.ModuleList(new)
-        self.tree, self._parents = tree, _parents(tree)
+        self.tree = tree
         return made
-
-
-def _parents(tree: BranchTree) -> list[list[int]]:
-    """Return, for each copy of each block, which copy below it gets its input from."""
-    return [
-        [tree.parent(level, index) if level else 0 for index in range(len(groups))]
-        for level, groups in enumerate(tree.levels)
-    ]
 
 
 def _version(x: Any) -> int:
     return x._version if isinstance(x, Tensor) and not x.is_inference() else 0
+
+
+def _joinable(copies: Sequence[nn.Module]) -> list[list[nn.Module]]:
+    """Return the layers of each copy if one product may run them: a linear one first, and nobody listens to any."""
+    chains = [[*m.children()] if type(m) in (nn.Sequential, _Chain) and not _listened(m) else [m] for m in copies]
+    fits = (
+        is_plain_linear(m) or (i and type(m) in _ELEMENTWISE and not _listened(m))
+        for c in chains
+        for i, m in enumerate(c)
+    )
+    return chains if len(copies) > 1 and all(fits) else []
+
+
+def _listened(module: nn.Module) -> bool:
+    return bool(
+        module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _run_joint(chains: list[list[nn.Module]], below: list[Tensor], joint: Tensor | None, parents: list[int]) -> Tensor:
+    """Run all copies of a block at once; return their outputs [n, B, d]. ``joint`` are the outputs below, if they are one."""
+    if joint is None or parents != [*range(len(below))]:
+        one, shape = len(set(parents)) == 1, (len(parents), *below[0].shape)
+        joint = below[parents[0]].expand(shape) if one else torch.stack([below[parent] for parent in parents])
+    for layers in zip(*chains):
+        linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+        joint = joint_linear(linear, joint) if linear else layers[0](joint)
+    return joint
+
+
+def joint_linear(layers: Sequence[nn.Linear], x: Tensor) -> Tensor:
+    """Run linear layers of one shape on their own inputs [n, B, d], as one product: [n, B, c]."""
+    weight, bias = torch.stack([m.weight for m in layers]), torch.stack([m.bias for m in layers])
+    return torch.baddbmm(bias.unsqueeze(1), x, weight.mT)

@@ -54,7 +54,7 @@ def plot(tree: BranchTree) -> Figure:
             middle = _middle(group, centres)
             colour = _TRUNK if level < tree.depth else _BRANCH
             if level:
-                parent = tree.levels[level - 1][tree.parent(level, index)]
+                parent = tree.levels[level - 1][tree.parents[level][index]]
                 axes.plot([_middle(parent, centres), middle], [level - 1, level], color=_INK, linewidth=1, zorder=1)
             _box(axes, middle, level, f"block {level + 1}", colour)
     for task in order:

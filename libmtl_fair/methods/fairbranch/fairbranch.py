@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from libmtl_fair import functional as F
 from libmtl_fair.errors import HostError
+from libmtl_fair.libmtl.compat import zero_grad_share_params
 from libmtl_fair.libmtl.joint_heads import is_plain_linear
 from libmtl_fair.libmtl.loading import AbsArchitecture
 from libmtl_fair.methods.base import Declared, setting
-from libmtl_fair.methods.fairbranch.adopt import adopt
-from libmtl_fair.methods.fairbranch.blocks import BranchedEncoder
-from libmtl_fair.methods.fairbranch.head_similarity import head_layers, identical, similarity
+from libmtl_fair.methods.fairbranch.blocks import BranchedEncoder, joint_linear
+from libmtl_fair.methods.fairbranch.similarity import head_layers, identical, similarity
 from libmtl_fair.methods.fairbranch.tree import BranchTree, Group
 
 
@@ -33,9 +34,9 @@ class FairBranchSettings(Declared):
         search=(0.2, 0.9),
     )
     branch_every: int = setting(1, "epochs (or steps) from one branch event to the next", ge=1, search=(1, 5))
-    unit: str = setting("epochs", "of branch_every", choices=("epochs", "steps"))
+    unit: str = setting("epochs", "what ``branch_every`` counts", choices=("epochs", "steps"))
     keep_first: bool = setting(
-        True, "the first block always stays shared, as in the source; False may branch it too (ours)"
+        True, "the first block always stays shared, as in the source; False may branch it too **(ours)**"
     )
     max_events: int | None = setting(None, "no further branch events after so many; None for no limit", ge=0)
 
@@ -59,6 +60,12 @@ class BranchEvent:
     groups: tuple[Group, ...]
     epoch: int | None = None
     step: int | None = None
+
+
+class Counting(Protocol):
+    """What a trainer tells a branch event."""
+
+    global_step: int
 
 
 class FairBranch(AbsArchitecture):  # type: ignore[misc]
@@ -109,33 +116,44 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
             )
         self.events: list[BranchEvent] = []
         self._seen_by_heads: dict[str, Tensor] = {}
-        self._optimizer: Callable[[], torch.optim.Optimizer | None] = _nothing
+        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
 
     # -- what LibMTL asks of an architecture --------------------------------------------------------------------
 
     def forward(self, inputs: Any, task_name: str | None = None) -> dict[str, Tensor]:
         """Return task -> output. Every block copy runs once."""
         wanted = self.task_name if task_name is None else [task_name]
-        reps = self.encoder(inputs, wanted)
+        together = self.training and not getattr(self, "takes_branches_apart", False)  # FBGrad, which would pay for all
+        reps, joint = self.encoder.run(inputs, wanted, together)
         if self.rep_grad:
             reps = self._detached(reps)
         if self.fair_watchers:
             self._seen_by_heads = reps if not self.multi_input else {**self._seen_by_heads, **reps}
         if not self.training or self.rep_grad:
             return {task: self.decoders[task](reps[task]) for task in wanted}
-        out: dict[str, Tensor] = {}
-        for group in self.tree.leaves:
-            out.update(self._heads([task for task in group if task in reps], reps))
+        out = self._joint_heads(joint) if joint is not None else {}
+        for group in self.tree.leaves if not out else ():
+            tasks = [task for task in group if task in reps]
+            if tasks:  # what is a view of all leaves must not be written to
+                out.update(self._heads(tasks, reps[tasks[0]] if joint is None else reps[tasks[0]].clone()))
         return {task: out[task] for task in wanted}
 
-    def _heads(self, tasks: list[str], reps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _heads(self, tasks: list[str], h: Tensor) -> dict[str, Tensor]:
         """Run the heads of one leaf: as one matrix product where they are plain linear layers."""
         heads = [self.decoders[task] for task in tasks]
         if len(tasks) < 2 or not all(is_plain_linear(head) for head in heads):
-            return {task: head(reps[task]) for task, head in zip(tasks, heads)}
+            return {task: head(h) for task, head in zip(tasks, heads)}
         weight, bias = torch.cat([x.weight for x in heads]), torch.cat([x.bias for x in heads])
-        z = nn.functional.linear(reps[tasks[0]], weight, bias)
+        z = nn.functional.linear(h, weight, bias)
         return dict(zip(tasks, torch.split(z, [x.out_features for x in heads], dim=-1)))
+
+    def _joint_heads(self, h: Tensor) -> dict[str, Tensor]:
+        """Run one plain linear head a leaf, all of one size, on the leaves' representations [n, B, d] at once."""
+        heads = [self.decoders[group[0]] for group in self.tree.leaves]
+        alone = len(heads) == len(self.task_name) and all(is_plain_linear(head) for head in heads)
+        if not alone or len({head.weight.shape for head in heads}) > 1:
+            return {}
+        return {group[0]: z for group, z in zip(self.tree.leaves, joint_linear(heads, h).unbind())}
 
     def _detached(self, reps: dict[str, Tensor]) -> dict[str, Tensor]:
         """Cut the graph at the representations, as LibMTL does under ``rep_grad=True``."""
@@ -155,10 +173,7 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
             if len(group) > 1:
                 yield from parameters
 
-    def zero_grad_share_params(self) -> None:
-        """Drop the gradients of the shared parameters."""
-        for parameter in self.get_share_params():
-            parameter.grad = None
+    zero_grad_share_params = zero_grad_share_params
 
     # -- branches ------------------------------------------------------------------------------------------------
 
@@ -223,7 +238,8 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
         before, groups = list(self.get_share_params()), self.tree.groups
         pairs = F.pair_by_similarity(likeness, self.branching.threshold)
         copies = self.encoder.grow(self.tree.branch(pairs))
-        optimizer = optimizer if optimizer is not None else self._optimizer()
+        if optimizer is None and self._optimizer is not None:
+            optimizer = self._optimizer()
         if optimizer is not None:
             adopt(optimizer, copies, list(self.named_parameters()))
         self._move_cached_gradients(before, copies)
@@ -236,17 +252,16 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
         self, before: list[nn.Parameter], copies: list[tuple[nn.Parameter, nn.Parameter]]
     ) -> None:
         """Carry over what a weighting keeps a shared parameter each (MoCo's running gradients [T, P])."""
-        sizes = [p.numel() for p in before if p.requires_grad]
+        old = [p for p in before if p.requires_grad]
+        sizes = [p.numel() for p in old]
         if getattr(self, "grad_dim", None) != sum(sizes):
             return
-        starts = dict(zip((id(p) for p in before if p.requires_grad), _starts(sizes)))
-        origin = {id(new): id(old) for old, new in copies}
-        now = [p for p in self.get_share_params() if p.requires_grad]
-        at = [torch.arange(p.numel()) + starts[origin.get(id(p), id(p))] for p in now]
-        index = torch.cat(at) if at else torch.zeros(0, dtype=torch.long)
+        origin = {id(new): id(source) for source, new in copies}
+        now = [origin.get(id(p), id(p)) for p in self.get_share_params() if p.requires_grad]
         for name, value in list(vars(self).items()):
             if isinstance(value, Tensor) and value.dim() and value.shape[-1] == sum(sizes):
-                setattr(self, name, value[..., index.to(value.device)].detach().clone())
+                parts = dict(zip(map(id, old), torch.split(value.detach(), sizes, dim=-1)))
+                setattr(self, name, torch.cat([parts[p] for p in now] or [value[..., :0].detach()], dim=-1))
         self._compute_grad_dim()
 
     # -- what FairTrainer asks -----------------------------------------------------------------------------------
@@ -255,15 +270,15 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
         """Remember (weakly) which optimiser new parameters have to join."""
         self._optimizer = weakref.ref(optimizer)
 
-    def after_epoch(self, trainer: Any, epoch: int) -> None:
+    def after_epoch(self, trainer: Counting, epoch: int) -> None:
         """Branch at the end of every ``branch_every``-th epoch."""
         if self.branching.unit == "epochs" and (epoch + 1) % self.branching.branch_every == 0:
-            self.branch(trainer.optimizer, epoch=epoch, step=trainer.global_step)
+            self.branch(epoch=epoch, step=trainer.global_step)
 
-    def after_step(self, trainer: Any, step: int) -> None:
+    def after_step(self, trainer: Counting, step: int) -> None:
         """Branch after every ``branch_every``-th step."""
         if self.branching.unit == "steps" and step % self.branching.branch_every == 0:
-            self.branch(trainer.optimizer, epoch=self.epoch, step=step)
+            self.branch(epoch=self.epoch, step=step)
 
     def structure(self) -> dict[str, Any]:
         """Return tree and events as plain values, for a checkpoint."""
@@ -291,12 +306,36 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
         return first if all(h is first for h in seen.values()) and len(seen) > 1 else seen
 
 
-def _nothing() -> None:
-    return None
+def adopt(
+    optimizer: torch.optim.Optimizer,
+    copies: Sequence[tuple[nn.Parameter, nn.Parameter]],
+    order: Sequence[tuple[str, nn.Parameter]],
+) -> None:
+    """Give each new parameter the group and a copy of the state (moments, step, momentum) of its origin.
 
+    Schedulers keep their place, since groups stay the same objects. Parameters of a group are put into model order, so
+    that the state_dict fits an optimiser that is made anew from the branched model. Copies of parameters that the
+    optimiser does not have (frozen ones) stay out.
 
-def _starts(sizes: list[int]) -> list[int]:
-    return [sum(sizes[:i]) for i in range(len(sizes))]
+    Parameters
+    ----------
+    copies : (origin, copy).
+    order : the model's ``named_parameters()`` after branching.
+    """
+    rank = {id(p): i for i, (_, p) in enumerate(order)}
+    names = {id(p): name for name, p in order}
+    for group in optimizer.param_groups:
+        members = {id(p) for p in group["params"]}
+        joined = [*group["params"], *(new for old, new in copies if id(old) in members)]
+        if "param_names" in group:
+            known = dict(zip((id(p) for p in group["params"]), group["param_names"]))
+            names = {**known, **names}
+        group["params"] = sorted(joined, key=lambda p: rank.get(id(p), len(rank)))
+        if "param_names" in group:
+            group["param_names"] = [names[id(p)] for p in group["params"]]
+    for old, new in copies:
+        if old in optimizer.state:
+            optimizer.state[new] = copy.deepcopy(optimizer.state[old])
 
 
 def _tuples(event: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,25 +3,162 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from libmtl_fair import functional as F
 from libmtl_fair.batch import FairBatch
-from libmtl_fair.errors import HostError
+from libmtl_fair.errors import HostError, RecipeError, unknown
 from libmtl_fair.libmtl.compat_weightings import recorded
-from libmtl_fair.libmtl.gradients import add_gradients, flatten
+from libmtl_fair.libmtl.gradients import add_gradients, flatten, gradients
 from libmtl_fair.methods.base import FairWeighting, Names, Settings, setting
 from libmtl_fair.methods.fairbranch.blocks import find_blocks
-from libmtl_fair.methods.fairbranch.fbgrad_plan import Found, Plan, Shared, coefficients, gradients, shares
-from libmtl_fair.methods.fairbranch.robust import robust_losses
+from libmtl_fair.methods.fairbranch.tree import BranchTree
+from libmtl_fair.tasks import Binary, Multiclass, Multilabel
 
 if TYPE_CHECKING:
     from libmtl_fair.metrics.conflicts import ConflictRecord
 
-WHERE = ("branches", "everywhere", "none")
+Found = dict[int, Tensor | None]
+"""id of a parameter -> its gradient."""
+
+
+def robust_losses(batch: FairBatch, tasks: Sequence[str], attributes: Sequence[str] | None = None) -> Tensor:
+    r"""Return :math:`F_t = \sum_y \max_g L_t | y, g` for each of ``tasks``, [M], attached to the graph.
+
+    Over observed labels and known groups; a cell without examples is absent. Several sensitive attributes: the sum.
+    Multiclass: y runs over the classes. Multilabel: the mean over labels of the binary loss **(ours)**. Regression, and
+    kinds without classes: the worst group's mean error. Single logits of yes or no are computed at once.
+
+    Parameters
+    ----------
+    attributes : sensitive attributes that count; None for all.
+
+    Raises
+    ------
+    RecipeError : an attribute that the batch does not have.
+    """
+    columns = {
+        name: batch.outputs[name].reshape(len(batch.outputs[name]), -1) for name in tasks if _is_yes_or_no(batch, name)
+    }
+    found: dict[str, Tensor] = {}
+    for names in [[name] for name in columns] if batch.multi_input else [list(columns)][: len(columns)]:
+        logits = torch.cat([columns[name] for name in names], dim=1).T
+        labels = torch.cat(
+            [batch.labels[name].to(logits.dtype).reshape(columns[name].shape) for name in names], dim=1
+        ).T
+        losses = nnf.binary_cross_entropy_with_logits(logits, labels.where(labels == 1, 0.0), reduction="none")
+        robust = _robust(batch, names[0], attributes, losses, labels, 2)
+        if len(robust) == len(tasks) == len(names):
+            return robust
+        parts = torch.split(robust, [columns[name].shape[1] for name in names])
+        found |= {name: part.mean() for name, part in zip(names, parts)}
+    for name in tasks:
+        if name not in found:
+            found[name] = _robust(batch, name, attributes, batch.example_losses[name], *_classes(batch, name))
+    return torch.stack([found[name] for name in tasks])
+
+
+def _is_yes_or_no(batch: FairBatch, name: str) -> bool:
+    task = batch.task(name)
+    return isinstance(task, Multilabel) or (isinstance(task, Binary) and batch.outputs[name].shape[1:] in ((), (1,)))
+
+
+def _classes(batch: FairBatch, name: str) -> tuple[Tensor, int]:
+    """Return class ids [B], outside of the classes where there is no label, and their number."""
+    task, labels = batch.task(name), batch.labels[name]
+    if isinstance(task, (Binary, Multiclass)):
+        return labels, 2 if isinstance(task, Binary) else batch.outputs[name].shape[1]
+    return torch.where(task.observed(labels), 0, -1), 1
+
+
+def _robust(
+    batch: FairBatch, name: str, attributes: Sequence[str] | None, losses: Tensor, classes: Tensor, n_classes: int
+) -> Tensor:
+    groups = batch.task_groups(name)
+    for attribute in attributes or ():
+        if attribute not in groups:
+            raise RecipeError(f"FBGrad: {unknown('sensitive attribute', attribute, list(groups))}")
+    chosen = groups if attributes is None else attributes
+    parts = [F.robust_log_loss(losses, classes, groups[a], batch.n_groups[a], n_classes) for a in chosen]
+    return torch.stack(parts).sum(0)
+
+
+class Shared(NamedTuple):
+    """Trainable parameters that some tasks have in common; the tasks by their positions among the main ones, in order."""
+
+    tasks: tuple[int, ...]
+    parameters: list[Tensor]
+
+
+class Plan:
+    """What each backward pass is for. Tasks of one pass share nothing that is corrected, so one pass serves them all.
+
+    Parameters
+    ----------
+    sets : of parameters that tasks share.
+    heads : parameters of each task's head.
+    parameters : all that can be trained.
+    correct : False projects nothing.
+
+    Attributes
+    ----------
+    corrected : sets that several tasks share, where each task's fairness gradient is needed apart.
+    joined : parameters that take the tasks' fairness gradients as a sum: sets of one task, or all of them.
+    heads, head_parameters : parameters of each task's head, and all of them in task order.
+    common : what the sum of the accuracy losses is derived by on its own: all but the joined ones.
+    passes : positions of the tasks of each pass for fairness gradients on heads and corrected sets.
+    owner : which task each number in the joined parameters of the heads belongs to.
+    """
+
+    def __init__(
+        self, sets: Sequence[Shared], heads: list[list[Tensor]], parameters: Iterable[Tensor], correct: bool = True
+    ) -> None:
+        self.corrected = [s for s in sets if correct and len(s.tasks) > 1]
+        self.joined = [p for s in sets if not correct or len(s.tasks) == 1 for p in s.parameters]
+        self.heads, self.head_parameters = heads, [p for head in heads for p in head]
+        corrected = [p for s in self.corrected for p in s.parameters]
+        taken = {id(p) for p in (*self.head_parameters, *self.joined, *corrected)}
+        self.common = [*self.head_parameters, *(p for p in parameters if id(p) not in taken), *corrected]
+        self.passes: list[list[int]] = []
+        for task in range(len(heads)):  # each goes into the first pass that holds none of its rivals
+            rivals = {other for s in self.corrected if task in s.tasks for other in s.tasks}
+            home = next((tasks for tasks in self.passes if rivals.isdisjoint(tasks)), None)
+            if home is None:
+                self.passes.append([task])
+            else:
+                home.append(task)
+        sizes = torch.tensor([sum(p.numel() for p in head) for head in heads])
+        device = next((p.device for p in self.head_parameters), None)
+        self.owner = torch.arange(len(heads)).repeat_interleave(sizes).to(device)
+        self._inputs = [
+            [p for t in tasks for p in heads[t]]
+            + [p for s in self.corrected if not set(tasks).isdisjoint(s.tasks) for p in s.parameters]
+            for tasks in self.passes
+        ]
+
+    def gradients(self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> dict[int, Found]:
+        """Return task -> id of parameter -> gradient there of the one task of its pass that has it; keeps the graph.
+
+        ``cotangents`` are the gradients of each task's fairness loss to its own output.
+        """
+        found: dict[int, Found] = {}
+        for tasks, inputs in zip(self.passes, self._inputs):
+            grads = gradients([outputs[t] for t in tasks], inputs, [cotangents[t] for t in tasks])
+            by_parameter = dict(zip(map(id, inputs), grads))
+            found |= {task: by_parameter for task in tasks}
+        return found
+
+    def buckets(self) -> list[list[Shared]]:
+        """Return the corrected sets, those of one number of tasks and parameters together: they are projected at once."""
+        found: dict[tuple[int, int], list[Shared]] = {}
+        for s in self.corrected:
+            found.setdefault((len(s.tasks), sum(p.numel() for p in s.parameters)), []).append(s)
+        return list(found.values())
 
 
 class FBGradSettings(Settings):
@@ -40,7 +177,7 @@ class FBGradSettings(Settings):
         "branches",
         "``branches``: fairness gradients reach heads and branches, corrected in branches; ``everywhere``: the shared trunk "
         "as well (ablation; on hard sharing the whole encoder); ``none``: heads and branches, uncorrected (ablation)",
-        choices=WHERE,
+        choices=("branches", "everywhere", "none"),
     )
     intra_task: bool = setting(
         True, "lambda_t = 0 where fairness and accuracy conflict on the task's own head; False keeps ``strength``"
@@ -49,10 +186,6 @@ class FBGradSettings(Settings):
     record_conflicts: bool = setting(
         False, "on the first batch of each epoch, note the angles between the tasks' gradients in each layer"
     )
-
-
-Pairs = list[tuple[Tensor, Tensor]]
-"""(parameter, gradient)."""
 
 
 class FBGrad(FairWeighting):
@@ -87,6 +220,7 @@ class FBGrad(FairWeighting):
     settings_class = FBGradSettings
     needs_groups = True
     looks_at_heads = True
+    takes_branches_apart = True
     source = "arXiv:2310.13746"
     settings: FBGradSettings
     conflict_cosines: Tensor | None
@@ -103,52 +237,45 @@ class FBGrad(FairWeighting):
                 "corrected; use architecture='FairBranch', or where='everywhere'",
                 stacklevel=2,
             )
-        self._plan: Plan | None = None
-        self._plan_tree: Any = None
-        self._plan_tasks: tuple[str, ...] = ()
-        self._plan_flags: list[tuple[Tensor, bool]] = []
+        self._plan: tuple[Plan, BranchTree | None, tuple[str, ...], list[tuple[Tensor, bool]]] | None = None
         self._recorded_epoch = -1
         self.conflict_cosines = None
 
-    def step(self, batch: FairBatch, losses: Tensor) -> Any:
+    def step(self, batch: FairBatch, losses: Tensor) -> Tensor | None:
         """Leave accuracy gradients (the base weighting's) plus corrected fairness gradients in ``.grad``."""
         robust = robust_losses(batch, batch.main, self.settings.sensitive)
-        main = losses if len(batch.main) == len(losses) else losses[self._positions(batch)]
+        names = list(batch.tasks)
+        main = losses if len(batch.main) == len(losses) else losses[[names.index(name) for name in batch.main]]
         if self.settings.record_conflicts and batch.epoch != self._recorded_epoch:
             self._record(batch, main, robust)
         plan = self._planned(batch.main)
         equal = self.settings.base == "EW" and main is losses
-        accuracy = gradients([main.sum()], plan.common if equal else plan.head_parameters)
-        fairness = self._fairness_gradients(plan, batch, robust, accuracy)
+        to = plan.common if equal else plan.head_parameters
+        accuracy = gradients(main.sum(), to)
+        fairness = self._fairness_gradients(plan, batch, robust, accuracy[: len(plan.head_parameters)])
+        joined = self.trace["lambda"] * robust
         if equal:  # the base's sum of losses, derived by each parameter once
-            fairness += _found(gradients([(main + self.trace["lambda"] * robust).sum()], plan.joined), plan.joined)
-            add_gradients(_found(accuracy, plan.common))
-            weights: Any = recorded(self, torch.ones_like(losses))
-        else:
-            fairness += _found(gradients([(self.trace["lambda"] * robust).sum()], plan.joined), plan.joined)
-            weights = self.base_backward(losses)
+            joined = main + joined
+            add_gradients(zip(to, accuracy))
+        fairness += zip(plan.joined, gradients(joined.sum(), plan.joined))
+        weights: Tensor | None = recorded(self, torch.ones_like(losses)) if equal else self.base_backward(losses)
         add_gradients(fairness)
         return weights
-
-    def _positions(self, batch: FairBatch) -> list[int]:
-        names = list(batch.tasks)
-        return [names.index(name) for name in batch.main]
 
     # -- which parameters ----------------------------------------------------------------------------------------
 
     def _planned(self, tasks: tuple[str, ...]) -> Plan:
         """Return the plan for the current tree; made anew when a branch event, or freezing, changed it."""
-        tree = getattr(self, "tree", None)
-        known = self._plan is not None and tree is self._plan_tree and tasks == self._plan_tasks
-        if not known or any(p.requires_grad != trained for p, trained in self._plan_flags):
-            self._plan, self._plan_tree, self._plan_tasks = self._make_plan(tasks), tree, tasks
-            self._plan_flags = [(p, p.requires_grad) for p in self.parameters()]
-        assert self._plan is not None
-        return self._plan
+        tree: BranchTree | None = getattr(self, "tree", None)
+        if self._plan is not None:
+            plan, its_tree, its_tasks, flags = self._plan
+            if tree is its_tree and tasks == its_tasks and all(p.requires_grad == trained for p, trained in flags):
+                return plan
+        self._plan = self._make_plan(tasks), tree, tasks, [(p, p.requires_grad) for p in self.parameters()]
+        return self._plan[0]
 
     def _make_plan(self, tasks: tuple[str, ...]) -> Plan:
-        heads = [[p for p in self.decoders[task].parameters() if p.requires_grad] for task in tasks]
-        found = shares(self)
+        found = [(group, list(parameters)) for group, parameters in getattr(self, "branch_parameters", list)()]
         if self.settings.where == "everywhere":
             taken = {id(p) for _, parameters in found for p in parameters}
             taken |= {id(p) for p in (*self.decoders.parameters(), *self._parameters.values())}
@@ -159,40 +286,42 @@ class FBGrad(FairWeighting):
             trainable = [p for p in parameters if p.requires_grad]
             if members and trainable:
                 sets.append(Shared(members, trainable))
-        trainable = [p for p in self.parameters() if p.requires_grad]
-        return Plan.of(sets, heads, trainable, correct=self.settings.where != "none")
+        heads = [[p for p in self.decoders[task].parameters() if p.requires_grad] for task in tasks]
+        return Plan(sets, heads, [p for p in self.parameters() if p.requires_grad], self.settings.where != "none")
 
     # -- gradients -----------------------------------------------------------------------------------------------
 
-    def _fairness_gradients(self, plan: Plan, batch: FairBatch, robust: Tensor, accuracy: Found) -> Pairs:
-        """Return (parameter, lambda-weighted fairness gradient) for heads and corrected sets; keeps the graph."""
+    def _fairness_gradients(
+        self, plan: Plan, batch: FairBatch, robust: Tensor, accuracy: Sequence[Tensor | None]
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """Return (parameter, lambda-weighted fairness gradient) for heads and corrected sets; keeps the graph.
+
+        ``accuracy`` are the accuracy gradients of the heads.
+        """
         outputs = [batch.outputs[task] for task in batch.main]
-        cotangents = torch.autograd.grad(robust.sum(), outputs, retain_graph=True)
-        grads = plan.gradients(outputs, cotangents)
-        strength, pairs = self._intra_task(plan, robust, grads, accuracy)
+        grads = plan.gradients(outputs, torch.autograd.grad(robust.sum(), outputs, retain_graph=True))
+        strength = torch.full_like(robust.detach(), self.settings.strength)
+        pairs: list[tuple[Tensor, Tensor | None]] = []
+        parameters = plan.head_parameters
+        if parameters:
+            own = [grads[t][id(p)] for t, head in enumerate(plan.heads) for p in head]
+            fairness = flatten(own, parameters)
+            if self.settings.intra_task:
+                product = fairness * flatten(accuracy, parameters)
+                inner = product.new_zeros(len(strength)).index_add(0, plan.owner, product)
+                strength = strength.where(inner >= 0, 0.0)
+            pairs += _split(fairness * strength[plan.owner], parameters)
         conflicts = robust.new_zeros(())
         for sets in plan.buckets():
-            rows = torch.stack([plan.rows(s, grads) for s in sets])
+            each = [[flatten([grads[t][id(p)] for p in s.parameters], s.parameters) for t in s.tasks] for s in sets]
+            rows = torch.stack([torch.stack(own) for own in each])
             gram = rows @ rows.mT
             conflicts = conflicts + (gram < 0).triu(1).sum()
-            weights = torch.stack([strength[list(s.tasks)] for s in sets]).unsqueeze(1) @ coefficients(gram)
+            weights = torch.stack([strength[list(s.tasks)] for s in sets]).unsqueeze(1) @ F.conflict_coefficients(gram)
             for s, total in zip(sets, (weights @ rows).squeeze(1)):
                 pairs += _split(total, s.parameters)
         self.trace = {"robust": robust.detach(), "lambda": strength, "conflicts": conflicts}
         return pairs
-
-    def _intra_task(self, plan: Plan, robust: Tensor, grads: list[Found], accuracy: Found) -> tuple[Tensor, Pairs]:
-        """Return lambda_t [M], and (parameter, lambda_t grad F_t) for the heads."""
-        strength = torch.full_like(robust.detach(), self.settings.strength)
-        parameters = plan.head_parameters
-        if not parameters:
-            return strength, []
-        fairness = flatten(plan.head_rows(grads), parameters)
-        if self.settings.intra_task:
-            product = fairness * flatten([accuracy[id(p)] for p in parameters], parameters)
-            inner = product.new_zeros(len(strength)).index_add(0, plan.owner, product)
-            strength = strength.where(inner >= 0, 0.0)
-        return strength, _split(fairness * strength[plan.owner], parameters)
 
     # -- what is recorded ----------------------------------------------------------------------------------------
 
@@ -237,11 +366,7 @@ class FBGrad(FairWeighting):
         return [{task: block for task in tasks} for block in blocks]
 
 
-def _found(grads: Found, parameters: list[Tensor]) -> Pairs:
-    return [(p, g) for p in parameters if (g := grads[id(p)]) is not None]
-
-
-def _split(joined: Tensor, parameters: list[Tensor]) -> Pairs:
+def _split(joined: Tensor, parameters: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Take a vector of all parameters' gradients apart."""
     parts = torch.split(joined, [p.numel() for p in parameters])
     return [(p, part.view_as(p)) for p, part in zip(parameters, parts)]

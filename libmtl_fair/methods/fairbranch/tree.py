@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from libmtl_fair.errors import HostError
@@ -87,7 +88,7 @@ class BranchTree:
             raise HostError(f"branch event: the pairs {pairs} must name each of {len(groups)} groups once")
         if self.depth == 0:
             raise HostError("branch event: every block has been branched")
-        joined = [self._ordered(task for i in pair for task in groups[i]) for pair in pairs]
+        joined = [tuple(sorted((t for i in pair for t in groups[i]), key=self.tasks.index)) for pair in pairs]
         new = tuple(sorted(joined, key=lambda group: self.tasks.index(group[0])))
         at = self.depth - 1
         return replace(self, levels=(*self.levels[:at], new, *self.levels[at + 1 :]), depth=at)
@@ -96,10 +97,11 @@ class BranchTree:
         """Return, for each block, the index of the copy that this task runs through."""
         return tuple(next(i for i, group in enumerate(level) if task in group) for level in self.levels)
 
-    def parent(self, level: int, index: int) -> int:
-        """Return the index of the copy below (block ``level - 1``) that this copy receives its input from."""
-        task = self.levels[level][index][0]
-        return next(i for i, group in enumerate(self.levels[level - 1]) if task in group)
+    @cached_property
+    def parents(self) -> list[list[int]]:
+        """For each block and copy, the index of the copy below that it receives its input from; 0 for the first block."""
+        paths = {task: self.path(task) for task in self.tasks}
+        return [[paths[group[0]][at - 1] if at else 0 for group in level] for at, level in enumerate(self.levels)]
 
     def branches(self) -> dict[Group, list[tuple[int, int]]]:
         """Return task group -> the (block, copy) that it has of its own: everything above the trunk."""
@@ -127,9 +129,6 @@ class BranchTree:
             raise HostError(f"branch tree: {sorted(missing)[0]!r} is missing, found {sorted(content)}")
         levels = tuple(tuple(tuple(group) for group in level) for level in content["levels"])
         return cls(tuple(content["tasks"]), levels, content["depth"])
-
-    def _ordered(self, tasks: Iterable[str]) -> Group:
-        return tuple(sorted(tasks, key=self.tasks.index))
 
     def __str__(self) -> str:
         from libmtl_fair.methods.fairbranch.drawing import draw
