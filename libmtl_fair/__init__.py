@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from libmtl_fair.libmtl import DivergenceError, FairTrainer, FairWeighting, heal, register
     from libmtl_fair.methods import FairMT, FBGrad, GroupRegulariser, LambdaMix, ReLiF
     from libmtl_fair.methods.fairbranch.fairbranch import FairBranch
-    from libmtl_fair.methods.heads.add_heads import add_fairness_heads, drop_fairness_heads
+    from libmtl_fair.methods.heads.auxiliary import add_fairness_heads, drop_fairness_heads
     from libmtl_fair.predictions import Predictions
     from libmtl_fair.tasks import Binary, Multiclass, Multilabel, Regression, Task, task_dict
 
@@ -62,7 +62,7 @@ _HOMES = {
     "libmtl": "DivergenceError FairTrainer FairWeighting heal register",
     "methods": "FBGrad FairMT GroupRegulariser LambdaMix ReLiF",
     "methods.fairbranch.fairbranch": "FairBranch",
-    "methods.heads.add_heads": "add_fairness_heads drop_fairness_heads",
+    "methods.heads.auxiliary": "add_fairness_heads drop_fairness_heads",
     "predictions": "Predictions",
     "tasks": "Binary Multiclass Multilabel Regression Task task_dict",
 }

@@ -12,8 +12,8 @@ from types import ModuleType
 
 OLD_NAMES: Mapping[str, str] = {
     "architecture": "methods.fairbranch",
-    "architecture.auxiliary_heads": "methods.heads.add_heads",
-    "architecture.auxiliary_tasks": "methods.heads.fairness_tasks",
+    "architecture.auxiliary_heads": "methods.heads.auxiliary",
+    "architecture.auxiliary_tasks": "methods.heads.auxiliary",
     "architecture.group_heads": "methods.heads.modules",
     "controllers": "methods.controllers",
     "group_losses": "methods.heads.group_losses",

@@ -183,17 +183,6 @@ def bounded_group_loss(group_losses: Tensor, present: Tensor) -> Tensor:
     return _disparity(_worst, group_losses, present)
 
 
-def jain_index(values: Tensor, present: Tensor) -> Tensor:
-    """Jain's fairness index ``(sum v)^2 / (n sum v^2)`` of ``values`` [..., G] where ``present``, in [1/n, 1].
-
-    1 where all present values are 0 or none is present.
-
-    >>> jain_index(torch.tensor([1.0, 0.0]), torch.tensor([True, True]))
-    tensor(0.5000)
-    """
-    return 1 - _disparity(_unfairness, values, present)
-
-
 def _worst(v: Tensor, present: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     there = v.masked_fill(~present, -torch.inf)
     top = there.amax(-1, keepdim=True)
@@ -237,36 +226,20 @@ def _gld(v: Tensor, present: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
 # -- losses and rates within classes ----------------------------------------------------------------------------------
 
 
-def conditional_group_losses(
-    losses: Tensor, labels: Tensor, groups: Tensor, n_groups: int, n_classes: int = 2
-) -> tuple[Tensor, Tensor]:
-    """Mean loss of each class and group: (group_losses [..., K, G], present [..., K, G]); 0 where absent.
-
-    ``losses``, ``labels``, ``groups`` are [..., B]; a label outside 0..K-1 (NaN, -100) and a loss that is NaN are missing. For
-    regression pass :func:`quantile_bins` of the target as labels **(ours)**.
-
-    >>> conditional_group_losses(torch.tensor([1.0, 2.0]), torch.tensor([0, 1]), torch.tensor([0, 0]), 2)[1]
-    tensor([[ True, False],
-            [ True, False]])
-    """
-    seen = ~losses.isnan()
-    condition = group_indicator(labels, n_classes, losses.dtype) * seen.unsqueeze(-1)
-    member = group_indicator(groups, n_groups, losses.dtype)
-    mean, count = cell_means(losses.where(seen, 0.0).unsqueeze(-1), condition, member)
-    return mean, count > 0
-
-
 def robust_log_loss(losses: Tensor, labels: Tensor, groups: Tensor, n_groups: int, n_classes: int = 2) -> Tensor:
     """Robust log loss ``sum over y of max_g L | y, g`` over present cells, from per-example losses [..., B]; 0 without any.
 
-    Source: Rezaei et al., AAAI 2020, as FairBranch uses it.
+    A label outside 0..n_classes-1 (NaN, -100) and a loss that is NaN are missing; for regression pass :func:`quantile_bins` of the
+    target as labels **(ours)**. Source: Rezaei et al., AAAI 2020, as FairBranch uses it.
 
     >>> robust_log_loss(torch.tensor([1.0, 2.0, 5.0]), torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]), 2)
     tensor(7.)
     """
-    mean, present = conditional_group_losses(losses, labels, groups, n_groups, n_classes)
-    worst = mean.masked_fill(~present, -torch.inf).amax(-1)
-    return worst.where(present.any(-1), 0.0).sum(-1)
+    classes, member = (group_indicator(*ids, losses.dtype) for ids in ((labels, n_classes), (groups, n_groups)))
+    seen = ~losses.isnan().unsqueeze(-1)
+    mean, count = cell_means(losses.unsqueeze(-1).where(seen, 0.0), classes * seen, member)
+    worst = mean.masked_fill(count == 0, -torch.inf).amax(-1)
+    return worst.where((count > 0).any(-1), 0.0).sum(-1)
 
 
 def quantile_bins(target: Tensor, n_bins: int = 4) -> Tensor:
@@ -322,18 +295,3 @@ def soft_rates(scores: Tensor, labels: Tensor, groups: Tensor, n_groups: int) ->
     tpr, n_pos = group_mean(scores.where(labels == 1, torch.nan), groups, n_groups)
     fpr, n_neg = group_mean(scores.where(labels == 0, torch.nan), groups, n_groups)
     return tpr, fpr, n_pos, n_neg
-
-
-def score_gap(scores: Tensor, groups: Tensor, n_groups: int, among: Tensor | None = None) -> Tensor:
-    """Largest difference between groups' mean scores; 0 with zero gradient for fewer than two groups.
-
-    ``scores`` are [..., B], or [..., B, C] for one gap a column. Over all rows it is demographic parity; ``among`` (bool, shaped as
-    the scores) restricts it: ``labels == 1`` gives the gap of true positive rates, ``labels == 0`` that of false positive rates.
-
-    >>> scores, groups = torch.tensor([0.9, 0.1, 0.3]), torch.tensor([0, 1, 1])
-    >>> score_gap(scores, groups, 2), score_gap(scores, groups, 2, among=torch.tensor([True, True, False]))
-    (tensor(0.7000), tensor(0.8000))
-    """
-    mean, count = group_mean(scores if among is None else scores.where(among, torch.nan), groups, n_groups)
-    columns = scores.dim() > groups.dim()
-    return spread(mean.mT if columns else mean, (count.mT if columns else count) > 0)

@@ -15,12 +15,15 @@ from libmtl_fair.methods.base import Penalty, Settings, setting
 from libmtl_fair.methods.heads.group_losses import GroupLoss
 
 
-class GroupRegulariserSettings(Settings):
-    """Hyperparameters of :class:`GroupRegulariser` (methods.md, 4); the disparity is a :class:`GroupLoss`."""
+class GroupRegulariserSettings(Settings, GroupLoss):
+    """Hyperparameters of :class:`GroupRegulariser` (methods.md, 4): a :class:`GroupLoss`, and of whom."""
 
     aliases: ClassVar[Mapping[str, str]] = {"lambda": "lam"}
 
     loss: str = setting("bgl", "bgl, dpl, fprl, tprl, glf, gld or gap")
+    conditional: bool | None = setting(
+        None, "within classes; null is as published, not within classes, but for gap, fprl, tprl"
+    )
     lam: float = setting(
         0.5,
         "lambda, the share of the tasks' losses: lambda L + (1 - lambda) R; with a base other than EW it is the base's "
@@ -40,21 +43,12 @@ class GroupRegulariserSettings(Settings):
     tasks: tuple[str, ...] | None = setting(
         None, "regularised tasks; None is all", expected="a list of names, or null", strict=False, min_length=1
     )
-    conditional: bool | None = setting(None, "within classes; the default is as published, not within classes")
-    bins: int = setting(4, "quantile bins of a regression target")
-    sharpness: float | None = setting(None, "scores are those of the logits times this", ours=True)
     intersectional: bool = setting(False, "cross the attributes instead of summing over them")
 
-    def check(self) -> None:
-        """Check the disparity."""
-        self.disparity()
-
-    def disparity(self) -> GroupLoss:
-        """Return the disparity."""
-        published = False if self.loss in ("bgl", "glf", "gld") else None
-        return GroupLoss(
-            self.loss, published if self.conditional is None else self.conditional, self.bins, self.sharpness
-        )
+    @property
+    def within_classes(self) -> bool:
+        """Whether groups are compared within classes."""
+        return self.loss in ("gap", "fprl", "tprl") if self.conditional is None else self.conditional
 
 
 class GroupRegulariser(Penalty):
@@ -73,7 +67,7 @@ class GroupRegulariser(Penalty):
     def configure(self, settings: Settings) -> None:
         """Take the settings."""
         super().configure(settings)
-        self.disparity, self.loss_share = self.settings.disparity(), self.settings.lam
+        self.loss_share = self.settings.lam
 
     def penalty(self, batch: FairBatch) -> Tensor:
         """Return the sum of the disparities, times 1 - lambda (scalar)."""
@@ -84,11 +78,11 @@ class GroupRegulariser(Penalty):
         for together in [[name] for name in names] if batch.multi_input else [names]:
             tasks = [batch.task(name) for name in together]
             for task in tasks:
-                self.disparity.check(task)
-            compared = self.disparity.columns(
+                self.settings.check_task(task)
+            compared = self.settings.columns(
                 tasks, [batch.outputs[name] for name in together], [batch.labels[name] for name in together]
             )
-            terms += [self.disparity.compare(compared, *groups).sum() for groups in self._groups(batch, together[0])]
+            terms += [self.settings.compare(compared, *groups).sum() for groups in self._groups(batch, together[0])]
         total = torch.stack(terms).sum()
         self.trace = {"regulariser": total.detach()}
         return (1 - self.settings.lam) * total

@@ -15,7 +15,7 @@ from libmtl_fair.libmtl.checkpoint import seed_everything
 from libmtl_fair.libmtl.evaluate import Results
 from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS, architecture_names, resolve_weighting, weighting_names
 from libmtl_fair.libmtl.trainer import FairTrainer
-from libmtl_fair.methods.heads.add_heads import add_fairness_heads
+from libmtl_fair.methods.heads.auxiliary import add_fairness_heads
 from libmtl_fair.models import MLP, linear_heads
 from libmtl_fair.recipe.schema import Recipe, check_names
 from libmtl_fair.recipe.sections import Model, Train

@@ -88,7 +88,7 @@ losses_and_present = st.integers(2, 6).flatmap(
 
 @FAST
 @given(losses_and_present)
-def test_glf_gld_bgl_and_jain_against_their_definitions(case: tuple[list[float], list[bool]]) -> None:
+def test_glf_gld_and_bgl_against_their_definitions(case: tuple[list[float], list[bool]]) -> None:
     losses, present = torch.tensor(case[0], dtype=D), torch.tensor(case[1])
     seen = losses[present].tolist()
     n, square = len(seen), sum(v * v for v in seen)
@@ -97,13 +97,12 @@ def test_glf_gld_bgl_and_jain_against_their_definitions(case: tuple[list[float],
     kl = (p * (p * n).log()).sum().item() if n else 0.0
     unequal = abs(seen[0] - seen[1]) if n == 2 else 1 - jain
     if square > 1e-200 or square == 0:
-        assert F.jain_index(losses, present).item() == pytest.approx(jain, abs=1e-9)
         assert F.glf(losses, present).item() == pytest.approx(unequal if n >= 2 else 0.0, abs=1e-9)
     assert F.gld(losses, present).item() == pytest.approx(math.expm1(kl) if n >= 2 else 0.0, abs=1e-9)
     assert F.bounded_group_loss(losses, present).item() == (max(seen) if n >= 2 else 0.0)
     assert 0 <= F.gld(losses, present).item() <= max(n - 1, 0) + 1e-9
     order = torch.randperm(len(losses), generator=torch.Generator().manual_seed(n))
-    for function in (F.glf, F.gld, F.jain_index):
+    for function in (F.glf, F.gld):
         torch.testing.assert_close(function(losses[order], present[order]), function(losses, present))
 
 
@@ -162,7 +161,7 @@ def test_absent_groups_may_hold_anything() -> None:
 
 def test_disparities_work_on_rows() -> None:
     losses, present = torch.rand(5, 4), torch.rand(5, 4) < 0.7
-    for function in (F.glf, F.gld, F.jain_index, F.bounded_group_loss, F.spread):
+    for function in (F.glf, F.gld, F.bounded_group_loss, F.spread):
         rows = torch.stack([function(a, b) for a, b in zip(losses, present, strict=True)])
         torch.testing.assert_close(function(losses, present), rows)
 
@@ -176,12 +175,10 @@ def test_every_function_takes_leading_dimensions(n_groups: int) -> None:
         lambda v, y, g: F.group_sums(v[..., 0], g, n_groups),
         lambda v, y, g: F.group_mean(v, g, n_groups),
         lambda v, y, g: F.cross_groups([g, g % 2], [n_groups, 2])[0],
-        lambda v, y, g: F.conditional_group_losses(v[..., 0], y[..., 0], g, n_groups),
         lambda v, y, g: F.robust_log_loss(v[..., 0], y[..., 0], g, n_groups),
         lambda v, y, g: F.quantile_bins(v[..., 0], 3),
         lambda v, y, g: F.base_rate_threshold(v, y),
         lambda v, y, g: F.soft_rates(v, y, g, n_groups),
-        lambda v, y, g: F.score_gap(v, g, n_groups, y == 1),
         lambda v, y, g: F.cell_means(v, (y == 1).to(D), F.group_indicator(g, n_groups, D)),
     ]
     for function in functions:
@@ -217,14 +214,14 @@ def test_robust_log_loss_without_cells_is_zero_and_it_is_differentiable() -> Non
     assert not grad.any()
 
 
-def test_conditional_group_losses_against_a_loop() -> None:
+def test_cell_means_against_a_loop() -> None:
     losses, labels, groups = batch(5, 40, 3, 3)
-    mean, present = F.conditional_group_losses(losses, labels, groups, 3, 3)
+    mean, count = F.cell_means(losses[:, None], F.group_indicator(labels, 3, D), F.group_indicator(groups, 3, D))
     for y in range(3):
         for g in range(3):
             keep = (labels == y) & (groups == g)
             assert mean[y, g].item() == pytest.approx(loop_mean(losses, keep))
-            assert present[y, g].item() == bool(keep.any())
+            assert count[y, g].item() == keep.sum()
 
 
 def test_quantile_bins_are_even_and_missing_targets_are_missing() -> None:
@@ -254,7 +251,7 @@ def test_hard_rates_are_fairlearns() -> None:
     scores, labels, groups = batch(8, 200)
     keep = ~labels.isnan() & (groups >= 0)
     hard, y, g = (scores > 0.5)[keep].double(), labels[keep], groups[keep]
-    tpr, fpr, _, _ = F.soft_rates(hard, y, g, 3)
+    tpr, fpr, n_pos, n_neg = F.soft_rates(hard, y, g, 3)
     frame = fm.MetricFrame(
         metrics={"tpr": fm.true_positive_rate, "fpr": fm.false_positive_rate},
         y_true=y.int().numpy(),
@@ -263,10 +260,11 @@ def test_hard_rates_are_fairlearns() -> None:
     )
     assert tpr.tolist() == pytest.approx(frame.by_group["tpr"].tolist(), abs=1e-12)
     assert fpr.tolist() == pytest.approx(frame.by_group["fpr"].tolist(), abs=1e-12)
-    assert F.score_gap(hard, g, 3, y == 1).item() == pytest.approx(frame.difference()["tpr"], abs=1e-12)
-    assert F.score_gap(hard, g, 3, y == 0).item() == pytest.approx(frame.difference()["fpr"], abs=1e-12)
+    assert F.spread(tpr, n_pos > 0).item() == pytest.approx(frame.difference()["tpr"], abs=1e-12)
+    assert F.spread(fpr, n_neg > 0).item() == pytest.approx(frame.difference()["fpr"], abs=1e-12)
     parity = fm.demographic_parity_difference(y.int().numpy(), hard.int().numpy(), sensitive_features=g.numpy())
-    assert F.score_gap(hard, g, 3).item() == pytest.approx(parity, abs=1e-12)
+    selected, count = F.group_mean(hard, g, 3)
+    assert F.spread(selected, count > 0).item() == pytest.approx(parity, abs=1e-12)
 
 
 def test_columns_are_independent() -> None:
@@ -277,8 +275,6 @@ def test_columns_are_independent() -> None:
     for c in range(3):
         for all_columns, one in zip(together, F.soft_rates(scores[:, c], labels[:, c], groups, 4), strict=True):
             torch.testing.assert_close(all_columns[:, c], one)
-    gaps = F.score_gap(scores, groups, 4, labels == 1)
-    torch.testing.assert_close(gaps[1], F.score_gap(scores[:, 1], groups, 4, labels[:, 1] == 1))
 
 
 def test_rates_of_missing_cells_are_zero_without_gradient_and_sums_add_up() -> None:
@@ -298,12 +294,17 @@ def test_rates_of_missing_cells_are_zero_without_gradient_and_sums_add_up() -> N
         torch.testing.assert_close(whole[rate] * whole[count], sum(half[rate] * half[count] for half in halves))
 
 
+def gap(scores: Tensor, labels: Tensor, groups: Tensor, which: int) -> Tensor:
+    rates = F.soft_rates(scores, labels, groups, 3)
+    return F.spread(rates[which], rates[which + 2] > 0)
+
+
 def test_gaps_are_differentiable_and_zero_for_one_group() -> None:
     scores = torch.rand(12, dtype=D, requires_grad=True)
     labels, groups = torch.tensor([0.0, 1] * 6), torch.arange(12) % 3
-    for among in (None, labels == 1, labels == 0):
-        assert torch.autograd.gradcheck(lambda s, among=among: F.score_gap(s, groups, 3, among), (scores,))
-    alone = F.score_gap(scores, groups * 0, 3)
+    for which in (0, 1):
+        assert torch.autograd.gradcheck(lambda s, which=which: gap(s, labels, groups, which), (scores,))
+    alone = gap(scores, labels, groups * 0, 0)
     assert alone.item() == 0.0
     assert not torch.autograd.grad(alone, scores)[0].any()
 

@@ -11,13 +11,12 @@ from torch import Tensor
 from libmtl_fair import functional as F
 from libmtl_fair.functional import groups as formulas
 
-OF = {"glf": F.glf, "gld": F.gld, "bgl": F.bounded_group_loss, "spread": F.spread, "jain": F.jain_index}
+OF = {"glf": F.glf, "gld": F.gld, "bgl": F.bounded_group_loss, "spread": F.spread}
 FORMULAS = {
     "glf": formulas._glf,
     "gld": formulas._gld,
     "bgl": formulas._worst,
     "spread": formulas._spread,
-    "jain": formulas._unfairness,
 }
 losses = st.floats(0, 10, allow_nan=False).map(lambda v: round(v, 3))
 

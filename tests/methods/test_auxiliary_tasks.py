@@ -12,7 +12,7 @@ from torch import Tensor
 import libmtl_fair as lf
 from libmtl_fair import functional as F
 from libmtl_fair.errors import DataError, RecipeError
-from libmtl_fair.methods.heads.fairness_tasks import AdversaryTask, DisparityTask
+from libmtl_fair.methods.heads.auxiliary import AdversaryTask, DisparityTask
 from libmtl_fair.methods.heads.group_losses import GROUP_LOSSES, GroupLoss, class_count, class_indicator
 
 KINDS = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from libmtl_fair import functional as F
 from libmtl_fair.errors import RecipeError, unknown
+from libmtl_fair.methods.base import Declared, setting
 from libmtl_fair.tasks import Binary, Multiclass, Multilabel, Task
 
 _OF_LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -28,64 +28,58 @@ GAP_SHARPNESS = 6.0
 class Compared(NamedTuple):
     """What is compared between groups: ``values`` where ``condition`` is 1, [B, K] each, or [B, 1] for all K.
 
-    First those of the ``binary`` tasks (places), as many of each, the k-th of all beside each other; then those of the other
-    tasks, ``sizes`` of each.
+    Columns come in blocks of ``sizes``, each of ``many`` tasks with the k-th columns of all of them beside each other; ``order``
+    are the tasks' places, block by block.
     """
 
     values: Tensor
     condition: Tensor
-    binary: Sequence[int]
-    sizes: Sequence[int]
+    sizes: list[int]
+    many: list[int]
+    order: list[int]
 
 
-@dataclass(frozen=True)
-class GroupLoss:
+class GroupLoss(Declared):
     """A disparity between the groups of one sensitive attribute (methods.md, 4).
 
-    Parameters
-    ----------
-    loss : ``"glf"``, ``"gld"``, ``"bgl"`` (of the groups' mean losses); ``"dpl"``, ``"fprl"``, ``"tprl"`` (of the
-        groups' mean scores: over all examples, over negatives, over positives; the largest gap between groups); ``"gap"``
-        **(ours)**: dpl within classes of sharpened scores, which is equalised odds made smooth. Scores of binary and
-        multilabel tasks are then about the threshold that selects as many of the batch as are positive, so that lowering
-        all scores, which makes decisions at 0.5 look fair, gains nothing.
-    conditional : groups are compared within each class and the disparities summed **(ours)**; None is True, but for dpl.
-        dpl with True is the gap of scores within each class; of a multiclass task, of the probability of that class.
-    bins : classes of a regression target are its quantile bins in the batch.
-    sharpness : scores are those of the logits times this, for gaps of scores **(ours)**: above 1 they come near the
-        decisions at 0.5 whose rates equalised odds compares. Regression has no logits, and keeps its values. None is 6 for
-        gap, else 1.
+    ``glf``, ``gld`` and ``bgl`` are of the groups' mean losses; ``dpl``, ``fprl`` and ``tprl`` the largest gap between the groups'
+    mean scores over all examples, over negatives, over positives; ``gap`` **(ours)** is dpl within classes of sharpened scores,
+    which is equalised odds made smooth. Scores of binary and multilabel tasks are then about the threshold that selects as many
+    of the batch as are positive, so that lowering all scores, which makes decisions at 0.5 look fair, gains nothing.
 
     Multiclass and multilabel tasks have one gap of scores a class or label; the mean is taken **(ours)**. Conditional
     losses of a multilabel task are those of each label's positives and negatives **(ours)**.
-
-    Raises
-    ------
-    RecipeError : an unknown loss, or settings that exclude each other.
     """
 
-    loss: str = "glf"
-    conditional: bool | None = None
-    bins: int = 4
-    sharpness: float | None = None
+    loss: str = setting("glf", "glf, gld, bgl, gap, dpl, fprl or tprl")
+    conditional: bool | None = setting(
+        None, "compare groups within each class and sum the disparities; null is true, but for dpl", ours=True
+    )
+    bins: int = setting(4, "classes of a regression target are its quantile bins in the batch", ours=True, ge=1)
+    sharpness: float | None = setting(
+        None,
+        "scores are those of the logits times this, for gaps of scores: above 1 they come near the decisions at 0.5 whose rates "
+        "equalised odds compares; null is 6 for gap, else 1",
+        ours=True,
+        expected="a number above 0",
+        gt=0,
+        allow_inf_nan=False,
+    )
 
-    def __post_init__(self) -> None:
-        """Check the settings."""
+    def check(self) -> None:
+        """Raise a RecipeError for an unknown loss, or settings that exclude each other."""
         if self.loss not in GROUP_LOSSES:
-            raise RecipeError(unknown("fairness loss", self.loss, GROUP_LOSSES))
+            raise self.refused("loss", unknown("fairness loss", self.loss, GROUP_LOSSES))
         if self.loss in ("gap", "fprl", "tprl") and self.conditional is False:
-            raise RecipeError(f"loss {self.loss!r} has conditional=True by definition, found False; leave it out")
-        value = self.scale
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise RecipeError(f"sharpness must be a number above 0, found {value!r}")
-        if value != 1 and self.loss not in _OF_SCORES:
-            raise RecipeError(f"sharpness is for gaps of scores ({', '.join(_OF_SCORES)}), found it with {self.loss!r}")
-        if isinstance(self.bins, bool) or not isinstance(self.bins, int) or self.bins < 1:
-            raise RecipeError(f"bins must be a whole number of at least 1, found {self.bins!r}")
+            text = f"loss {self.loss!r} has conditional=True by definition, found False; leave it out"
+            raise self.refused("conditional", text)
+        if self.scale != 1 and self.loss not in _OF_SCORES:
+            text = f"sharpness is for gaps of scores ({', '.join(_OF_SCORES)}), found it with {self.loss!r}"
+            raise self.refused("sharpness", text)
 
     @property
     def scale(self) -> float:
-        """What logits are multiplied by."""
+        """What logits are multiplied by; regression has none, and keeps its values."""
         default = GAP_SHARPNESS if self.loss == "gap" else 1.0
         return default if self.sharpness is None else self.sharpness
 
@@ -94,7 +88,7 @@ class GroupLoss:
         """Whether groups are compared within classes."""
         return self.loss != "dpl" if self.conditional is None else self.conditional
 
-    def check(self, task: Task) -> None:
+    def check_task(self, task: Task) -> None:
         """Raise a RecipeError where the disparity is not defined for the task."""
         if self.loss in ("fprl", "tprl") and task.kind == "regression":
             raise RecipeError(
@@ -104,42 +98,35 @@ class GroupLoss:
     def columns(self, tasks: Sequence[Task], outputs: Sequence[Tensor], labels: Sequence[Tensor]) -> Compared:
         """Return what is compared of tasks that share the rows of a batch: outputs [B] or [B, C_t], labels [B] or [B, C_t]."""
         binary = [t for t, task in enumerate(tasks) if isinstance(task, Binary)]
-        others = [t for t in range(len(tasks)) if t not in binary]
+        others = [t for t, task in enumerate(tasks) if not isinstance(task, Binary)]
         parts = [self._of_task(tasks[t], outputs[t], labels[t]) for t in others]
         if binary:
-            logits, truth = yes_no(
-                [tasks[t] for t in binary], [outputs[t] for t in binary], [labels[t] for t in binary]
-            )
-            parts.insert(0, self._yes_no(logits, truth))
-            if not others:
-                return Compared(*parts[0], binary, ())
-        widths = [max(values.shape[1], condition.shape[1]) for values, condition in parts]
-        wide = [[part.expand(-1, width) for part in pair] for pair, width in zip(parts, widths)]
-        values, condition = (torch.cat(part, 1) for part in zip(*wide))
-        return Compared(values, condition, binary, widths[-len(others) :])
+            chosen = [outputs[t] for t in binary], [labels[t] for t in binary]
+            parts.insert(0, self._yes_no(*yes_no([tasks[t] for t in binary], *chosen)))
+        sizes = [max(values.shape[1], condition.shape[1]) for values, condition in parts]
+        values, condition = parts[0]
+        if len(parts) > 1:
+            wide = [[part.expand(-1, size) for part in pair] for pair, size in zip(parts, sizes)]
+            values, condition = (torch.cat(part, 1) for part in zip(*wide))
+        return Compared(values, condition, sizes, [len(binary)] * bool(binary) + [1] * len(others), [*binary, *others])
 
     def compare(self, compared: Compared, groups: Tensor, n_groups: int) -> Tensor:
         """Return the disparity of every task, [T], between groups of ids [B]; 0 with zero gradient with fewer than two of them."""
-        values, condition, binary, sizes = compared
+        values, condition, sizes, many, order = compared
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         member = F.group_indicator(groups, n_groups, values.dtype)
         mean, count = F.cell_means(values, condition.to(values.dtype), member)
         gaps = _OF_LOSSES.get(self.loss, F.spread)(mean, count > 0)
-        joint, *single = torch.split(gaps, [len(gaps) - sum(sizes), *sizes])
-        together = joint.view(-1, max(len(binary), 1)).sum(0)
-        if not sizes:
-            return together
-        if self.loss in ("dpl", "fprl", "tprl") and not (self.loss == "dpl" and self.within_classes):
-            # the mean over the classes or labels where it is defined
-            defined = ((count > 0).sum(-1) >= 2).expand_as(gaps)[len(joint) :]
-            sums = [
-                part.sum() / some.sum().clamp(min=1) for part, some in zip(single, torch.split(defined, list(sizes)))
-            ]
-        else:
-            sums = [part.sum() for part in single]
-        others = [t for t in range(len(binary) + len(sizes)) if t not in binary]
-        found = dict(zip([*binary, *others], [*together.unbind(), *sums])) if binary else dict(enumerate(sums))
-        return torch.stack([found[t] for t in range(len(found))])
+
+        def by_task(columns: Tensor) -> Tensor:
+            blocks = [part.view(-1, m).sum(0) for part, m in zip(torch.split(columns, sizes), many)]
+            return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+        found = by_task(gaps)
+        if self.loss in _OF_SCORES and not (self.loss in ("dpl", "gap") and self.within_classes):
+            defined = (count > 0).sum(-1) >= 2  # the mean over the classes or labels where there is a gap
+            found = found / by_task(defined.expand_as(gaps)).clamp(min=1)
+        return found if order == sorted(order) else torch.stack([found[order.index(t)] for t in range(len(order))])
 
     def _yes_no(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return values and condition of columns of logits and labels [B, M] (0, 1, else missing): every no, then every yes."""
