@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from libmtl_fair.data.catalogue import dataset_names, dataset_spec, describe_dataset, load_dataset, load_table
     from libmtl_fair.data.dataset import Dataset, Split
     from libmtl_fair.data.loader import ResidentLoader, resolve_device
+    from libmtl_fair.data.rows import TableDataset, collate
     from libmtl_fair.data.spec import SensitiveSpec, TableSpec, TaskSpec
-    from libmtl_fair.data.torch_dataset import TableDataset, collate
 
 __getattr__, __dir__ = lazy(
     __name__,
@@ -19,7 +19,7 @@ __getattr__, __dir__ = lazy(
         "data.catalogue": "dataset_names dataset_spec describe_dataset load_dataset load_table",
         "data.dataset": "Dataset Split",
         "data.loader": "ResidentLoader resolve_device",
-        "data.torch_dataset": "TableDataset collate",
+        "data.rows": "TableDataset collate",
         "data.spec": "SensitiveSpec TableSpec TaskSpec",
     },
 )

@@ -9,10 +9,9 @@ import numpy as np
 
 from libmtl_fair.data.features import FeatureEncoder
 from libmtl_fair.data.labels import RawLabels, task_columns
-from libmtl_fair.data.selection import Choice, Table, leaks
+from libmtl_fair.data.selection import PARTS, Choice, Rows, Table, leaks
 from libmtl_fair.data.sensitive import Groups
 from libmtl_fair.data.spec import TableSpec, TaskSpec
-from libmtl_fair.data.splits import PARTS, Rows
 
 Card = dict[str, Any]
 SMALL_GROUP = 30

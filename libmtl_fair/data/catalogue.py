@@ -9,10 +9,10 @@ from typing import Any
 
 import pandas as pd
 
-from libmtl_fair.data.checks import SENSITIVE
 from libmtl_fair.data.dataset import Dataset, build_dataset
 from libmtl_fair.data.fetched import FETCHED
 from libmtl_fair.data.frames import column_of, read_frame
+from libmtl_fair.data.rows import SENSITIVE
 from libmtl_fair.data.selection import Choice, choose_inputs, choose_tasks, leaks
 from libmtl_fair.data.shipped import SHIPPED
 from libmtl_fair.data.spec import SensitiveSpec, TableSpec, TaskSpec, make_spec

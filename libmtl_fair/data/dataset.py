@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from libmtl_fair.data.card import Card, card_markdown, dataset_card
 from libmtl_fair.data.features import FeatureEncoder, feature_kinds, fit_encoder
 from libmtl_fair.data.labels import make_task
 from libmtl_fair.data.loader import ResidentLoader
-from libmtl_fair.data.selection import Choice, Table, choose_inputs, read_table
+from libmtl_fair.data.rows import TableDataset
+from libmtl_fair.data.selection import Choice, choose_inputs, read_table
 from libmtl_fair.data.spec import TableSpec
-from libmtl_fair.data.splits import Rows
-from libmtl_fair.data.torch_dataset import TableDataset
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.tasks import Task
 
@@ -121,10 +117,9 @@ class Dataset:
         ------
         DataError : no such task.
         """
-        for task in self.tasks:
-            if task.name == name:
-                return task
-        raise DataError(unknown("task", name, self.task_names))
+        if name not in self.task_names:
+            raise DataError(unknown("task", name, self.task_names))
+        return self.tasks[self.task_names.index(name)]
 
     def splits(self) -> dict[str, Split]:
         """Return the parts by name."""
@@ -147,27 +142,24 @@ def build_dataset(spec: TableSpec, frame: pd.DataFrame, choice: Choice) -> Datas
     hidden: set[str] = set() if choice.sensitive_inputs else set().union(*table.tell_tale.values())
     kinds = feature_kinds(table.frame, choose_inputs(spec, table.tasks, hidden), spec.kinds)
     encoder, x = fit_encoder(table.frame, parts["train"], kinds, choice.min_frequency)
-    labels = {name: values for name, (_, values) in made.items()}
-    splits = {part: _split(table, x, labels, rows, encoder.names) for part, rows in parts.items()}
+    names = {item.attribute: list(item.names) for item in table.groups}
+    splits = {
+        part: Split(
+            x=torch.from_numpy(x[rows]),
+            labels={task: torch.from_numpy(values[rows]) for task, (_, values) in made.items()},
+            groups={item.attribute: torch.from_numpy(item.ids[rows]) for item in table.groups},
+            rows=torch.from_numpy(table.rows[rows]),
+            group_names=names,
+            feature_names=encoder.names,
+        )
+        for part, rows in parts.items()
+    }
     return Dataset(
         name=spec.name,
         **splits,
         tasks=tuple(task for task, _ in made.values()),
-        groups=splits["train"].group_names,
+        groups=names,
         feature_names=encoder.names,
         card=dataset_card(spec, choice, table, len(frame), parts, encoder),
         encoder=encoder,
-    )
-
-
-def _split(
-    table: Table, x: NDArray[np.float32], labels: dict[str, NDArray[Any]], rows: Rows, feature_names: tuple[str, ...]
-) -> Split:
-    return Split(
-        x=torch.from_numpy(x[rows]),
-        labels={task: torch.from_numpy(values[rows]) for task, values in labels.items()},
-        groups={item.attribute: torch.from_numpy(item.ids[rows]) for item in table.groups},
-        rows=torch.from_numpy(table.rows[rows]),
-        group_names={item.attribute: list(item.names) for item in table.groups},
-        feature_names=feature_names,
     )

@@ -12,7 +12,7 @@ from http.client import HTTPException
 
 import pandas as pd
 
-from libmtl_fair.data.spec import SensitiveSpec, TableSpec, TaskSpec, age_bands, task, words
+from libmtl_fair.data.spec import SensitiveSpec, TableSpec, TaskSpec, age_bands, attributes, task, words
 from libmtl_fair.errors import DataError
 
 _TARGET = "kept as a target"
@@ -128,7 +128,7 @@ DIABETES = TableSpec(
         "medications": task("regression", "num_medications", "distinct medications given"),
         "insulin": task("multiclass", "insulin", "insulin: no, steady, up, down", forbids=("diabetesMed", "change")),
     },
-    sensitive={name: SensitiveSpec(column=name) for name in ("race", "gender", "age")},
+    sensitive=attributes("race gender age"),
     candidates=tuple(name for name in _DIABETES_COLUMNS if name not in _AFTER_DISCHARGE),
     default_tasks=("readmit_30_days", "readmit_any", "long_stay"),
     default_sensitive=("race", "gender"),

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from libmtl_fair.data.checks import (
-    SENSITIVE,
-    Array,
-    check_features,
-    check_group_names,
-    check_groups,
-    check_labels,
-    check_weights,
-)
+from libmtl_fair.data.rows import SENSITIVE, Array, Batch, TableDataset, as_tensor
 from libmtl_fair.errors import DataError, near
-
-Batch: TypeAlias = "tuple[Tensor, dict[str, Any]]"
-"""``(x, labels)``: labels hold one tensor a task and, under ``"sensitive"``, a dict attribute -> int64 group ids."""
 
 
 class ResidentLoader:
@@ -73,13 +63,13 @@ class ResidentLoader:
         device: str | torch.device = "auto",
         drop_last: bool = False,
         group_names: Mapping[str, Sequence[str]] | None = None,
-        feature_names: Sequence[str] | None = None,
+        feature_names: Sequence[str] = (),
         weights: Array | None = None,
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise DataError(f"batch_size must be an integer of at least 1, found {batch_size!r}")
-        features = check_features(x, feature_names)
-        self.n_rows = features.shape[0]
+        rows = TableDataset(x, labels, groups, group_names=group_names, feature_names=feature_names)
+        self.n_rows = len(rows)
         if drop_last and self.n_rows < batch_size:
             raise DataError(
                 f"no batch: {self.n_rows} rows, batch_size={batch_size} and drop_last=True; lower batch_size or keep the last"
@@ -92,15 +82,11 @@ class ResidentLoader:
         self.epoch = 0
         if weights is not None and not shuffle:
             raise DataError("weights: rows are drawn in proportion to them, which needs shuffle=True")
-        self._weights = None if weights is None else _shares(check_weights(weights, self.n_rows)).to(self.device)
-        targets = check_labels(labels, self.n_rows)
-        sensitive = check_groups(groups or {}, self.n_rows)
-        self.task_names: tuple[str, ...] = tuple(targets)
-        self.group_names = check_group_names(sensitive, group_names)
-        self.n_groups = {attribute: len(names) for attribute, names in self.group_names.items()}
-        self._x = features.to(self.device).contiguous()
-        self._labels = _packed(targets, self.device)
-        self._groups = _packed(sensitive, self.device)
+        self._weights = None if weights is None else _shares(weights, self.n_rows).to(self.device)
+        self.task_names, self.group_names, self.n_groups = rows.task_names, rows.group_names, rows.n_groups
+        self._x = rows.x.to(self.device).contiguous()
+        self._labels = _packed(rows.labels, self.device)
+        self._groups = _packed(rows.groups, self.device)
 
     def __len__(self) -> int:
         """Return the number of batches an epoch."""
@@ -190,15 +176,19 @@ class _Pack:
             into.update(zip(self.names, taken.unbind(1)))
 
 
-def _shares(weights: Tensor) -> Tensor:
-    """Return how often an epoch draws the rows up to and including each, [N]; the last is N."""
-    passed = weights.cumsum(0)
-    return passed * (len(weights) / passed[-1])
+def _shares(weights: Array, n_rows: int) -> Tensor:
+    """Return how often an epoch draws the rows up to and including each, float64 [N]; the last is N."""
+    values = weights if isinstance(weights, Tensor) else torch.from_numpy(np.array(weights, dtype=np.float64))
+    values = as_tensor(values, "weights", n_rows).double()
+    if values.dim() != 1 or not bool(torch.isfinite(values).all() and values.min() >= 0 and values.sum() > 0):
+        raise DataError("weights: expected [N] finite numbers of at least 0, not all of them 0")
+    passed = values.cumsum(0)
+    return passed * (n_rows / passed[-1])
 
 
 def representative(weights: Tensor) -> Tensor:
     """Return N row numbers, ascending, that stand for N rows of these weights; all rows once where they are equal."""
-    return systematic(_shares(check_weights(weights, len(weights))), torch.tensor(0.5, dtype=torch.float64))
+    return systematic(_shares(weights, len(weights)), torch.tensor(0.5, dtype=torch.float64))
 
 
 def systematic(shares: Tensor, start: Tensor) -> Tensor:

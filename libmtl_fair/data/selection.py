@@ -1,21 +1,25 @@
-"""What a user chose of a table, and what follows from it: rows, tasks, groups, and the inputs that leak no task."""
+"""What a user chose of a table, and what follows from it: rows, tasks, groups, splits, inputs that leak no task."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from libmtl_fair.data.frames import column_of
+from libmtl_fair.data.frames import Series, column_of
 from libmtl_fair.data.labels import RawLabels, raw_labels, task_columns
 from libmtl_fair.data.sensitive import Groups, choose_sensitive, make_groups, tell_tale_columns
 from libmtl_fair.data.spec import TableSpec, TaskSpec
-from libmtl_fair.data.splits import Rows, draw_subset, split_by_column, split_rows, strata
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.validation import Keep, Listed, MissingRule, checked
+
+Rows = NDArray[np.int64]
+PARTS = ("train", "val", "test")
+_SMALLEST_STRATUM = 10
 
 
 @dataclass(frozen=True)
@@ -27,15 +31,13 @@ class Choice:
     seed: int
     split: Sequence[float] | str
     missing: MissingRule
-    keep_groups: Mapping[str, Sequence[str] | int] | None
+    keep_groups: Mapping[str, Keep] | None
     subset: int | float | None
     min_frequency: int | float | None
     sensitive_inputs: bool
 
     def __post_init__(self) -> None:
         """Check what scikit-learn and pandas will be given."""
-        checked(Listed | None, self.tasks, "tasks")
-        checked(Listed | None, self.sensitive, "sensitive")
         if not isinstance(self.split, str | Sequence):
             raise DataError(f"split must be three shares or a column's name, found {self.split!r}")
         if not isinstance(self.sensitive_inputs, bool):
@@ -47,10 +49,13 @@ class Choice:
         if not (rare is None or counts or (isinstance(rare, float) and 0 < rare < 1)):
             raise DataError(f"min_frequency must be a number of rows or a share between 0 and 1, found {rare!r}")
 
-    def kept_groups(self) -> dict[str, tuple[str, ...] | int]:
-        """Return which groups of which attribute to keep."""
+    def attributes(self, spec: TableSpec) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """Return the specs of the chosen attributes, and of all known ones."""
         given = checked(dict, self.keep_groups or {}, "keep_groups")
-        return {name: checked(Keep, value, f"keep_groups of {name!r}") for name, value in given.items()}
+        keep = {name: checked(Keep, value, f"keep_groups of {name!r}") for name, value in given.items()}
+        return choose_sensitive(
+            spec.default_sensitive if self.sensitive is None else self.sensitive, spec.sensitive, keep
+        )
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class Table:
     labels: tuple[RawLabels, ...]
     groups: tuple[Groups, ...]
     stratified_on: str
-    stratum: NDArray[np.int64] | None
+    stratum: Rows | None
     tell_tale: Mapping[str, set[str]]
 
     @property
@@ -79,8 +84,8 @@ class Table:
             parts = split_by_column(column_of(self.frame, choice.split, "split"))
         else:
             parts = split_rows(self.stratum, len(self.frame), choice.split, choice.seed)
-        for labels in self.labels:
-            for part, rows in parts.items():
+        for part, rows in parts.items():
+            for labels in self.labels:
                 if not labels.observed[rows].any():
                     raise DataError(
                         f"task {labels.name!r}: no labelled row in the {part} split ({len(rows)} rows); use more rows or "
@@ -97,10 +102,8 @@ def read_table(spec: TableSpec, frame: pd.DataFrame, choice: Choice) -> Table:
         rows = np.flatnonzero(spec.keep_rows(frame).to_numpy(dtype=bool, na_value=False))
         if len(rows) == 0:
             raise DataError(f"dataset {spec.name!r}: no row passes the filter ({spec.filter})")
-        frame = frame.iloc[rows]
-    frame = frame.reset_index(drop=True)
-    names = spec.default_sensitive if choice.sensitive is None else choice.sensitive
-    attributes, known = choose_sensitive(names, spec.sensitive, choice.kept_groups())
+    frame = frame.iloc[rows].reset_index(drop=True)
+    attributes, known = choice.attributes(spec)
     stratify = next(iter(chosen)) if spec.stratify is None else spec.stratify
     table = Table(
         frame=frame,
@@ -153,3 +156,72 @@ def choose_inputs(spec: TableSpec, tasks: Mapping[str, TaskSpec], without: Colle
     if not inputs:
         raise DataError(f"dataset {spec.name!r}: tasks {list(tasks)} leave no input column; choose fewer tasks")
     return inputs
+
+
+def strata(labels: RawLabels) -> Rows:
+    """Return the stratum of each row: its class, the tenth its target is in, or "missing"; small ones are merged.
+
+    Strata of fewer than 10 rows become one, and that one joins the largest if it is still smaller than that.
+    """
+    values = labels.values if labels.values.ndim == 1 else labels.values[:, 0]
+    if labels.spec.kind == "regression":
+        values = pd.qcut(pd.Series(values), 10, labels=False, duplicates="drop").to_numpy()
+    _, codes, counts = np.unique(np.where(np.isnan(values), -1, values), return_inverse=True, return_counts=True)
+    small = counts[codes] < _SMALLEST_STRATUM
+    if small.any():
+        codes = np.where(small, -1 if small.sum() >= _SMALLEST_STRATUM else int(np.argmax(counts)), codes)
+    return np.asarray(codes, dtype=np.int64)
+
+
+def split_rows(y: Rows | None, n_rows: int, split: Sequence[float], seed: int) -> dict[str, Rows]:
+    """Return the rows of train, val and test, in scikit-learn's shuffled order.
+
+    Two calls of ``train_test_split`` with ``random_state=seed``: first the training share, then the rest is divided; both
+    stratified on ``y`` (without ``y``, not).
+    """
+    from sklearn.model_selection import train_test_split
+
+    shares = tuple(split)
+    numbers = all(isinstance(share, int | float) and 0 < share < 1 for share in shares)
+    if len(shares) != 3 or not numbers or abs(sum(shares) - 1) > 1e-6:
+        raise DataError(
+            f"split must be three shares above 0 that sum to 1 (train, val, test), found {shares}; none may be empty"
+        )
+    within = round(shares[1] / (shares[1] + shares[2]), 12)
+    try:
+        train, rest = train_test_split(np.arange(n_rows), train_size=shares[0], random_state=seed, stratify=y)
+        left = None if y is None else y[rest]
+        val, test = train_test_split(rest, train_size=within, random_state=seed, stratify=left)
+    except ValueError as error:
+        raise DataError(
+            f"{n_rows} rows cannot be split {shares}, an empty or too small part would result: {error}"
+        ) from error
+    return {"train": train, "val": val, "test": test}
+
+
+def split_by_column(series: Series) -> dict[str, Rows]:
+    """Return the rows of each part as a column of "train", "val" and "test" says; rows with no value are left out."""
+    wrong = sorted({str(value) for value in series.dropna()} - set(PARTS))
+    if wrong:
+        raise DataError(f"split column {series.name!r}: expected 'train', 'val' and 'test', found {wrong[0]!r}")
+    parts = {part: np.flatnonzero((series == part).to_numpy(dtype=bool, na_value=False)) for part in PARTS}
+    for part, rows in parts.items():
+        if len(rows) == 0:
+            raise DataError(f"split column {series.name!r}: the {part} split is empty; give it rows")
+    return parts
+
+
+def draw_subset(y: Rows | None, n_rows: int, subset: int | float | None, seed: int) -> Rows:
+    """Return the sorted rows of a stratified random subset: a number of rows (int), or a share (float in (0, 1))."""
+    from sklearn.model_selection import train_test_split
+
+    if subset is None or subset == n_rows:
+        return np.arange(n_rows)
+    a_count = isinstance(subset, int) and not isinstance(subset, bool) and 0 < subset <= n_rows
+    if not (a_count or (isinstance(subset, float) and 0 < subset < 1)):
+        raise DataError(f"subset must be a number of rows (1 to {n_rows}) or a share between 0 and 1, found {subset!r}")
+    try:
+        rows, _ = train_test_split(np.arange(n_rows), train_size=subset, random_state=seed, stratify=y)
+    except ValueError as error:
+        raise DataError(f"subset={subset!r} of {n_rows} rows: {error}; take more rows") from error
+    return np.sort(rows)

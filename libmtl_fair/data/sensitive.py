@@ -107,7 +107,8 @@ def make_groups(
         )
     else:
         groups = _from_column(attribute, spec, frame, missing)
-    groups = _keep(groups)
+    if spec.keep is not None:
+        groups = _kept(groups, spec.keep, f"sensitive attribute {attribute!r}")
     if len(groups.names) < 2:
         raise DataError(
             f"sensitive attribute {attribute!r} has one group ({', '.join(groups.names) or 'none known'}); comparing "
@@ -120,10 +121,10 @@ def _from_column(attribute: str, spec: SensitiveSpec, frame: pd.DataFrame, missi
     where = f"sensitive attribute {attribute!r}"
     series = column_of(frame, str(spec.column), where)
     text, order = _binned(as_numbers(series, where), spec) if spec.bins else (as_text(series), list(spec.labels))
-    for value in spec.merge:
-        if value not in text:
-            raise DataError(f"{where}: merge: {unknown('value', value, values_in(text))}")
     if spec.merge:
+        for value in spec.merge:
+            if value not in text:
+                raise DataError(f"{where}: merge: {unknown('value', value, values_in(text))}")
         text = np.array([spec.merge.get(value, value) for value in text], dtype=object)
         order = list(dict.fromkeys(spec.merge.get(name, name) for name in order))
     present = values_in(text)
@@ -153,31 +154,23 @@ def _binned(values: NDArray[np.float64], spec: SensitiveSpec) -> tuple[NDArray[n
 
 
 def _intersect(attribute: str, spec: SensitiveSpec, parts: Sequence[Groups]) -> Groups:
-    shape = tuple(len(part.names) for part in parts)
-    known = np.all([part.ids >= 0 for part in parts], axis=0)
-    flat = np.ravel_multi_index([np.where(known, part.ids, 0) for part in parts], shape)
-    cells = [" & ".join(names) for names in itertools.product(*(part.names for part in parts))]
-    there = np.unique(flat[known])
-    ids = np.where(known, np.searchsorted(there, flat), -1)
-    return Groups(
-        attribute, spec, ids, tuple(cells[i] for i in there), gap=np.any([part.gap for part in parts], axis=0)
-    )
+    """Return the cells that occur, in the order of their parts' groups."""
+    ids = np.stack([part.ids for part in parts], axis=1)
+    known = (ids >= 0).all(axis=1)
+    cells, place = np.unique(ids[known], axis=0, return_inverse=True)
+    names = tuple(" & ".join(part.names[i] for part, i in zip(parts, cell)) for cell in cells)
+    found = np.full(len(ids), -1)
+    found[known] = place
+    return Groups(attribute, spec, found, names, gap=np.any([part.gap for part in parts], axis=0))
 
 
-def _keep(groups: Groups) -> Groups:
-    keep = groups.spec.keep
-    if keep is None:
-        return groups
+def _kept(groups: Groups, keep: Sequence[str] | int, where: str) -> Groups:
     if isinstance(keep, int):
         counts = np.bincount(groups.ids[groups.ids >= 0], minlength=len(groups.names))
-        kept = sorted(np.argsort(-counts, kind="stable")[:keep].tolist())
-    else:
-        for name in keep:
-            if name not in groups.names:
-                raise DataError(
-                    f"sensitive attribute {groups.attribute!r}: keep: {unknown('group', name, groups.names)}"
-                )
-        kept = [index for index, name in enumerate(groups.names) if name in keep]
-    table = np.full(len(groups.names) + 1, -1)
-    table[kept] = np.arange(len(kept))
-    return replace(groups, ids=table[groups.ids], names=tuple(groups.names[index] for index in kept))
+        keep = [groups.names[index] for index in np.argsort(-counts, kind="stable")[:keep]]
+    for name in keep:
+        if name not in groups.names:
+            raise DataError(f"{where}: keep: {unknown('group', name, groups.names)}")
+    names = tuple(name for name in groups.names if name in keep)
+    new_id = np.array([names.index(name) if name in names else -1 for name in groups.names] + [-1])
+    return replace(groups, ids=new_id[groups.ids], names=names)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from libmtl_fair.data.frames import column_of
-from libmtl_fair.data.spec import SensitiveSpec, TableSpec, TaskSpec, age_bands, task, words
+from libmtl_fair.data.spec import SensitiveSpec, TableSpec, TaskSpec, age_bands, attributes, task, words
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,11 +54,7 @@ ADULT = TableSpec(
         ),
         "long_hours": TaskSpec(kind="binary", expression="hours-per-week > 40", definition="more than 40 hours a week"),
     },
-    sensitive={
-        "sex": SensitiveSpec(column="sex"),
-        "race": SensitiveSpec(column="race"),
-        "age": age_bands("age", 25, 60),
-    },
+    sensitive=attributes("sex race") | {"age": age_bands("age", 25, 60)},
     candidates=words(
         "age workclass race sex capital-gain capital-loss native-country marital-status relationship education"
     ),
@@ -104,8 +100,7 @@ COMPAS = TableSpec(
         ),
     },
     sensitive={
-        "race": SensitiveSpec(column="race"),
-        "sex": SensitiveSpec(column="sex"),
+        **attributes("race sex"),
         "age": SensitiveSpec(column="age_cat", labels=("Less than 25", "25 - 45", "Greater than 45"), also_in=("age",)),
     },
     candidates=words(
@@ -186,9 +181,7 @@ SUPPORT2 = TableSpec(
     tasks={
         "hospdead": task("binary", "hospdead", "died in hospital"),
         "death180": TaskSpec(
-            kind="binary",
-            expression="death == 1 and d.time <= 180",
-            definition="died within 180 days of study entry",
+            kind="binary", expression="death == 1 and d.time <= 180", definition="died within 180 days of study entry"
         ),
         "func2m": task(
             "multiclass",
@@ -203,11 +196,7 @@ SUPPORT2 = TableSpec(
         "log_slos": task("regression", "slos", "natural log of days from study entry to discharge", transform="log"),
         "log_charges": task("regression", "charges", "natural log of hospital charges in US$", transform="log"),
     },
-    sensitive={
-        "sex": SensitiveSpec(column="sex"),
-        "race": SensitiveSpec(column="race"),
-        "age": age_bands("age", 65),
-    },
+    sensitive=attributes("sex race") | {"age": age_bands("age", 65)},
     candidates=words(
         "age sex race dzgroup num.co scoma hday diabetes dementia ca meanbp wblc hrt resp temp pafi alb bili crea sod ph "
         "glucose bun urine adlsc"

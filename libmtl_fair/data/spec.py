@@ -231,6 +231,11 @@ def task(kind: TaskKind, column: str, definition: str, **more: Any) -> TaskSpec:
     return TaskSpec(kind=kind, column=column, definition=definition, **more)
 
 
+def attributes(columns: str) -> dict[str, SensitiveSpec]:
+    """Return attributes that are named as their columns."""
+    return {name: SensitiveSpec(column=name) for name in words(columns)}
+
+
 def age_bands(column: str, *edges: int) -> SensitiveSpec:
     """Return age in bands, named by whole years.
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from libmtl_fair.data import SensitiveSpec, TaskSpec, load_table
 from libmtl_fair.data.labels import raw_labels
-from libmtl_fair.data.splits import split_rows, strata
+from libmtl_fair.data.selection import split_rows, strata
 from libmtl_fair.tasks import Binary, Multiclass, Multilabel, Regression
 
 TASKS = {
