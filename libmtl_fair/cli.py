@@ -255,7 +255,7 @@ def compare(
     """Compare methods, runs and seeds: one table and one HTML page."""
     from libmtl_fair.report.choice import Rule
     from libmtl_fair.report.compare import compare as compare_runs
-    from libmtl_fair.report.compare_page import comparison_table, write_comparison
+    from libmtl_fair.report.page import comparison_table, write_comparison
 
     if (among or pooled) and not choose:
         raise RecipeError("--among and --pooled say how --choose chooses; give --choose too")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,10 @@ class Predictions:
             )
         named: NDArray[np.object_] = np.array([*names, ""], dtype=object)[ids]
         return named
+
+    def rescored(self, tasks: tuple[Task, ...]) -> Predictions:
+        """Return the same predictions with the audit scores that ``tasks`` give, such as under frozen score ranges."""
+        return replace(self, tasks=tasks, scores={t.name: t.score(self.outputs[t.name]) for t in tasks})
 
     def frame(self) -> pd.DataFrame:
         """Return one row per example: ``<task>/label|score|prob|value`` and ``sensitive/<attribute>`` as names.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 
 @contextmanager
@@ -16,13 +16,7 @@ def bar(title: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]
     if not sys.stderr.isatty():
         yield lambda text: None
         return
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    ]
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), "{task.fields[note]}")
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         job = progress.add_task(title, total=total, completed=done, note="")
         yield lambda text: progress.update(job, advance=1, note=text)

@@ -36,8 +36,8 @@ from rich.console import Console
 from libmtl_fair.libmtl import architecture_names, weighting_names
 from libmtl_fair.recipe import Recipe
 from libmtl_fair.recipe.run import run_recipe
+from libmtl_fair.report import comparison_table, write_comparison
 from libmtl_fair.report.compare import compare
-from libmtl_fair.report.compare_page import comparison_table, write_comparison
 
 SMOKE = os.environ.get("LIBMTL_FAIR_SMOKE") == "1"
 EPOCHS, ROWS, SEEDS = (1, 1200, [0, 1]) if SMOKE else (15, 12000, [0, 1, 2, 3, 4])

@@ -10,13 +10,39 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Protocol
 
 from libmtl_fair.errors import HostError, RecipeError, unknown
 from libmtl_fair.files import write_text
 
 EPOCHS = "epochs.jsonl"
+
+
+class Training(Protocol):
+    """What a tracker may see of a trainer when training starts or goes on."""
+
+    epoch: int
+    seed: int | None
+    run_dir: Path | None
+    weighting: Any
+    kwargs: Any
+
+
+class Tracker(Protocol):
+    """Takes the numbers of an epoch: means over its steps, and validation results."""
+
+    def log_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Take the numbers of an epoch."""
+
+
+def _import(module: str, product: str) -> ModuleType:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise HostError(f"{product} is not installed: pip install 'libmtl_fair[{product.lower()}]'") from error
 
 
 class JsonLines:
@@ -33,14 +59,14 @@ class JsonLines:
         self.path = Path(path)
         self._lines: dict[int, str] = {}
 
-    def start(self, trainer: Any) -> None:
+    def start(self, trainer: Training) -> None:
         """Keep what a run that is continued has logged; a fresh run starts afresh."""
         self._lines = {}
         if trainer.epoch > 0 and self.path.exists():
             for line in self.path.read_text(encoding="utf-8").splitlines():
-                epoch = _epoch_of(line)
-                if epoch is not None and epoch < trainer.epoch:
-                    self._lines[epoch] = line
+                found = re.match(r'\{"epoch": (\d+)\b.*\}$', line)  # a line that a kill cut off is left out
+                if found and int(found[1]) < trainer.epoch:
+                    self._lines[int(found[1])] = line
 
     def log_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """Add an epoch; numbers that are not finite become null."""
@@ -63,14 +89,12 @@ class TensorBoard:
 
     def __init__(self, log_dir: str | Path | None = None) -> None:
         self.log_dir = log_dir
-        self._writer_class = _summary_writer()
-        self._writer: Any = None
+        self._writer_class = _import("torch.utils.tensorboard", "TensorBoard").SummaryWriter
 
-    def start(self, trainer: Any) -> None:
+    def start(self, trainer: Training) -> None:
         """Open the event file; epochs that a resumed run trains again are purged."""
         folder = self.log_dir or (trainer.run_dir or Path("runs")) / "tensorboard"
-        purge = trainer.epoch or None
-        self._writer = self._writer_class(log_dir=str(folder), purge_step=purge)
+        self._writer = self._writer_class(log_dir=str(folder), purge_step=trainer.epoch or None)
 
     def log_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """Write one scalar a number that is finite."""
@@ -97,11 +121,10 @@ class MLflow:
     """
 
     def __init__(self, experiment: str | None = None, run_name: str | None = None) -> None:
-        self.experiment, self.run_name = experiment, run_name
-        self._mlflow = _mlflow()
-        self._own = False
+        self.experiment, self.run_name, self._own = experiment, run_name, False
+        self._mlflow = _import("mlflow", "MLflow")
 
-    def start(self, trainer: Any) -> None:
+    def start(self, trainer: Training) -> None:
         """Start a run, unless one is active, and log the method's settings."""
         if self._mlflow.active_run() is None:
             if self.experiment is not None:
@@ -123,73 +146,39 @@ class MLflow:
             self._own = False
 
 
+def _mlflow_name(name: str) -> str:
+    return re.sub(r"[^\w\-. :/]", "_", name)
+
+
 _BY_NAME = {"tensorboard": TensorBoard, "mlflow": MLflow}
 
 
 class Trackers:
-    """All trackers of one trainer, called together."""
+    """All trackers of one trainer, called together; those that have no ``start`` or ``finish`` go without."""
 
-    def __init__(self, loggers: Iterable[Any], run_dir: Path | None) -> None:
+    def __init__(self, loggers: Iterable[str | Tracker], run_dir: Path | None) -> None:
         if isinstance(loggers, str):
             raise RecipeError(f"loggers must be a list, such as [{loggers!r}], found {loggers!r}")
-        self._all = [_made(item) for item in loggers]
-        if run_dir is not None:
-            self._all.append(JsonLines(run_dir / EPOCHS))
+        self._all: list[Tracker] = []
+        for item in (*loggers, *([] if run_dir is None else [JsonLines(run_dir / EPOCHS)])):
+            if isinstance(item, str) and item not in _BY_NAME:
+                raise RecipeError(unknown("logger", item, _BY_NAME))
+            made = _BY_NAME[item]() if isinstance(item, str) else item
+            if not hasattr(made, "log_epoch"):
+                raise RecipeError(f"a logger needs log_epoch(epoch, values), found {type(item).__name__}: {item!r}")
+            self._all.append(made)
 
-    def start(self, trainer: Any) -> None:
+    def start(self, trainer: Training) -> None:
         """Say that training starts, or goes on, at ``trainer.epoch``."""
-        self._each("start", trainer)
+        for tracker in self._all:
+            getattr(tracker, "start", lambda trainer: None)(trainer)
 
     def log_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
-        """Hand over the numbers of an epoch: means over its steps, and validation results."""
+        """Hand over the numbers of an epoch."""
         for tracker in self._all:
             tracker.log_epoch(epoch, values)
 
     def finish(self) -> None:
         """Say that training ended."""
-        self._each("finish")
-
-    def _each(self, name: str, *args: Any) -> None:
         for tracker in self._all:
-            if hasattr(tracker, name):
-                getattr(tracker, name)(*args)
-
-
-def _made(item: Any) -> Any:
-    if isinstance(item, str):
-        if item not in _BY_NAME:
-            raise RecipeError(unknown("logger", item, _BY_NAME))
-        return _BY_NAME[item]()
-    if not hasattr(item, "log_epoch"):
-        raise RecipeError(f"a logger needs log_epoch(epoch, values), found {type(item).__name__}: {item!r}")
-    return item
-
-
-def _summary_writer() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise HostError("TensorBoard is not installed: pip install 'libmtl_fair[tensorboard]'") from error
-    return SummaryWriter
-
-
-def _mlflow() -> Any:
-    try:
-        import mlflow
-    except ImportError as error:
-        raise HostError("MLflow is not installed: pip install 'libmtl_fair[mlflow]'") from error
-    return mlflow
-
-
-def _mlflow_name(name: str) -> str:
-    """Return a name that MLflow takes."""
-    return re.sub(r"[^\w\-. :/]", "_", name)
-
-
-def _epoch_of(line: str) -> int | None:
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return None
-    epoch = found.get("epoch") if isinstance(found, dict) else None
-    return epoch if isinstance(epoch, int) else None
+            getattr(tracker, "finish", lambda: None)()

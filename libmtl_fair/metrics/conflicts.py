@@ -129,22 +129,10 @@ def conflict_heatmap(record: ConflictRecord, value: str = "conflicts") -> Figure
     ------
     DataError : an unknown value, or nothing recorded.
     """
-    from matplotlib.figure import Figure
+    from libmtl_fair.report.theme import conflict_map
 
     if value not in ("conflicts", "angle"):
         raise DataError(unknown("value of a conflict heat map", value, ["conflicts", "angle"]))
     if not record.epochs:
         raise DataError("no conflicts were recorded: train with record_conflicts=True")
-    counts = record.counts()
-    figure = Figure(figsize=(4.0 + 0.5 * len(record.epochs), 1.6 + 0.4 * len(record.layers)), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, 2, squeeze=False)[0], KINDS):
-        table = counts[counts["kind"] == kind].pivot(index="layer", columns="epoch", values=value)
-        cells = table.reindex(index=list(record.layers), columns=list(record.epochs)).to_numpy(dtype=float)
-        top = 180.0 if value == "angle" else max(float(counts["conflicts"].max()) if len(counts) else 0.0, 1.0)
-        image = axes.imshow(cells, origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=top)
-        axes.set_title(f"{kind} gradients", fontsize=10)
-        axes.set_xticks(range(len(record.epochs)), [str(e) for e in record.epochs], fontsize=7)
-        axes.set_yticks(range(len(record.layers)), record.layers, fontsize=8)
-        axes.set_xlabel("epoch")
-        figure.colorbar(image, ax=axes, label="conflicting pairs" if value == "conflicts" else "mean angle (degrees)")
-    return figure
+    return conflict_map(record.counts(), value, record.layers, record.epochs)

@@ -107,7 +107,7 @@ class Run:
             protocol = Protocol.choose(recipe, method, seed, predictions["val"])
             write_json(self.out / "audit_protocol.json", protocol.to_dict())
             frozen = protocol.freeze(tasks)
-            predictions = {part: rescore(p, frozen) for part, p in predictions.items()}
+            predictions = {part: p.rescored(frozen) for part, p in predictions.items()}
         if recipe.output.predictions:
             for part, p in predictions.items():
                 dataclasses.replace(p, embeddings=None).save(folder / f"predictions_{part}.parquet")
@@ -168,12 +168,6 @@ def _tidy(run_dir: Path | None) -> None:
     if (run_dir / "last.pt").exists():
         os.replace(run_dir / "last.pt", run_dir / "checkpoint.pt")
     (run_dir / "best.pt").unlink(missing_ok=True)
-
-
-def rescore(predictions: Predictions, tasks: tuple[Task, ...]) -> Predictions:
-    """Return the predictions with audit scores under frozen score ranges."""
-    scores = {t.name: t.score(predictions.outputs[t.name]) for t in tasks}
-    return dataclasses.replace(predictions, tasks=tasks, scores=scores)
 
 
 def _merge(parts: list[Predictions]) -> Predictions:

@@ -4,29 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
 
 from libmtl_fair.files import write_json, write_text
-from libmtl_fair.report.facts import card_facts, method_facts, run_facts
-from libmtl_fair.report.frames import audit_frame, groups_frame, rows
-from libmtl_fair.report.notes import notes
-from libmtl_fair.report.protocol import checklist
-from libmtl_fair.report.run_folder import RunFolder, read_run
-from libmtl_fair.report.sections import (
-    Sheet,
-    audit_sheet,
-    data_sheets,
-    disparity_sheet,
-    group_sheet,
-    summary_sheet,
-    task_sheet,
-)
-from libmtl_fair.report.shrinkage import shrinkage_verdict
-from libmtl_fair.report.tables import summary
-
-CARD_FORMAT = 1
+from libmtl_fair.report.notes import INTENDED, notes
+from libmtl_fair.report.protocol import Facts, card_facts, checklist, method_facts, run_facts
+from libmtl_fair.report.run_folder import Json, RunFolder, read_run, records
+from libmtl_fair.report.summary import group_means, shrinkage_verdict, summary
+from libmtl_fair.report.tables import GAPS, Sheet, audit_sheet, data_sheets, group_sheet, summary_sheet, task_sheet
 
 
 def write_card(run_dir: str | Path) -> tuple[Path, Path]:
@@ -42,11 +26,16 @@ def write_card(run_dir: str | Path) -> tuple[Path, Path]:
     return markdown, write_json(run.path / "fairness_card.json", card_dict(run))
 
 
-def card_dict(run: RunFolder) -> dict[str, Any]:
+def card_dict(run: RunFolder) -> Json:
     """Return the card as plain data: the numbers of every table, unrounded, missing ones as None."""
     metrics = {name: run.of(name)[0].metrics for name in run.methods}
+    tables = {
+        "summary": summary(run).drop(columns=["low", "high", "pairs"]),
+        "audit": run.frame("audit"),
+        "shrinkage": shrinkage_verdict(run),
+    }
     return {
-        "format": CARD_FORMAT,
+        "format": 1,
         "name": run.name,
         "description": str(run.recipe.get("description") or ""),
         "split": run.split,
@@ -62,71 +51,42 @@ def card_dict(run: RunFolder) -> dict[str, Any]:
         "audit_protocol": run.protocol,
         "checklist": dict(checklist(run)),
         "results": {
-            "summary": _records(summary(run)),
-            "audit": _records(audit_frame(run)),
-            "shrinkage": _records(shrinkage_verdict(run)),
-            "groups": _records(_group_means(run)),
+            name: records(table.astype(object).where(table.notna(), None))
+            for name, table in (tables | {"groups": group_means(run)}).items()
         },
         "limits": notes(run),
         "environment": run.environment,
     }
 
 
-def _group_means(run: RunFolder) -> pd.DataFrame:
-    keys = ["task", "attribute", "metric", "group", "method"]
-    grouped = groups_frame(run).groupby(keys, sort=False)
-    numbers = grouped[["value", "low", "high", "n"]].mean().join(grouped["value"].std().rename("sd"))
-    return numbers.join(grouped["flag"].max()).reset_index()
-
-
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows as plain dicts; a missing number is None."""
-    return [
-        {key: None if value != value else _scalar(value) for key, value in row._asdict().items()} for row in rows(frame)
-    ]
-
-
-def _scalar(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value
-
-
 def card_markdown(run: RunFolder) -> str:
     """Return the card as Markdown; every name from the run is escaped."""
-    group_columns = summary_sheet(run, "Group fairness", ("EO diff", "DP diff", "KS"))
-    intended = (
-        "This card reports how well each method does, for whom, and how that was measured. It is no approval of any use: "
-        "whether a model may decide about people is not settled by these numbers."
-    )
-    parts = [
-        f"# Fairness card: {_escape(run.name)}",
-        _escape(run.recipe.get("description") or ""),
-        intended,
-        *_section("Run", _list(run_facts(run))),
-        *_section("Data", _list(card_facts(run.data_card)), *map(_table, data_sheets(run))),
-        *_section("Methods", _lines(("method", "weighting", "settings", "checkpoint chosen by"), method_facts(run))),
-        *_section("Audit protocol", _list(checklist(run))),
-        *_section(
-            f"Results ({_escape(run.split)} split, mean ± sd over {len(run.seeds)} seed{'s' if len(run.seeds) > 1 else ''})",
-            *map(_table, (summary_sheet(run, "Utility", ("macro ",)), task_sheet(run), group_columns)),
-            *map(_table, (audit_sheet(run), disparity_sheet(run), group_sheet(run))),
-        ),
-        *_section("Limits", "\n".join(f"- {_escape(note)}" for note in notes(run))),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    seeds = f"{len(run.seeds)} seed{'s' if len(run.seeds) > 1 else ''}"
+    gaps = summary_sheet(run, "Group fairness", GAPS)
+    results = (summary_sheet(run, "Utility", ("macro ",)), task_sheet(run), gaps, audit_sheet(run))
+    sections = {
+        "Run": [_list(run_facts(run))],
+        "Data": [_list(card_facts(run.data_card)), *map(_table, data_sheets(run))],
+        "Methods": [_lines(("method", "weighting", "settings", "checkpoint chosen by"), method_facts(run))],
+        "Audit protocol": [_list(checklist(run))],
+        f"Results ({_escape(run.split)} split, mean ± sd over {seeds})": [
+            *map(_table, (*results, group_sheet(run, between=True), group_sheet(run)))
+        ],
+        "Limits": ["\n".join(f"- {_escape(note)}" for note in notes(run))],
+    }
+    parts = [f"# Fairness card: {_escape(run.name)}", _escape(run.recipe.get("description") or ""), INTENDED]
+    parts += [part for title, own in sections.items() if any(own) for part in (f"## {title}", *own)]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _section(title: str, *parts: str) -> list[str]:
-    return [f"## {title}", *parts] if any(parts) else []
-
-
-def _list(items: Iterable[tuple[str, str]]) -> str:
+def _list(items: Facts) -> str:
     return "\n".join(f"- **{_escape(name)}**: {_escape(value)}" for name, value in items)
 
 
 def _table(sheet: Sheet | None) -> str:
     if sheet is None:
         return ""
-    body = [[f"{cell.text} ({cell.small})" if cell.small else cell.text for cell in line] for line in sheet.body]
+    body = ([f"{cell.text} ({cell.small})" if cell.small else cell.text for cell in line] for line in sheet.body)
     note = f"\n\n{_escape(sheet.note)}" if sheet.note else ""
     return f"### {_escape(sheet.title)}\n\n{_lines(sheet.heads, body)}{note}"
 
@@ -137,19 +97,13 @@ def _lines(heads: Iterable[str], body: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+_MARKS = str.maketrans({"\\": "\\\\", "&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "\\|", "*": "\\*", "`": "\\`"})
+
+
 def _escape(text: object) -> str:
     r"""Text that Markdown and HTML show as it is.
 
     >>> _escape("<b>a|b</b>\n*")
     '&lt;b&gt;a\\|b&lt;/b&gt; \\*'
     """
-    line = (
-        " ".join(str(text).split())
-        .replace("\\", "\\\\")
-        .replace("&", "&amp;")
-        .replace("<", "&lt;")
-        .replace(">", "&gt;")
-    )
-    for char in "|*`":
-        line = line.replace(char, f"\\{char}")
-    return line.replace("](", "]\\(")
+    return " ".join(str(text).split()).translate(_MARKS).replace("](", "]\\(")

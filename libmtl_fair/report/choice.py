@@ -10,9 +10,10 @@ import pandas as pd
 
 from libmtl_fair.errors import CheckpointError, RecipeError, unknown
 from libmtl_fair.report.run_folder import RunFolder
-from libmtl_fair.report.tables import summary_values
+from libmtl_fair.report.summary import summary_values
 
 CHOSEN = "chosen on validation"
+_UTILITIES = ("macro AUC", "macro accuracy", "macro R²")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,49 +60,32 @@ def choose(run: RunFolder, rule: Rule) -> pd.DataFrame:
     RecipeError : an unknown measure, one that is better when higher, or patterns that fit no method.
     CheckpointError : the run has no validation results.
     """
-    values = summary_values(run, "val")
+    values = summary_values(dataclasses.replace(run, on="val"))
     if values.empty:
         raise CheckpointError(f"{run.path} holds no validation results; run again to make them")
-    utility = rule.utility or next((c for c in _UTILITIES if c in set(values["column"])), _UTILITIES[0])
+    higher: dict[str, bool] = dict(zip(values["column"], values["higher"]))
+    utility = rule.utility or next((c for c in _UTILITIES if c in higher), _UTILITIES[0])
     for column in (utility, *rule.measures):
-        if column not in set(values["column"]):
-            raise RecipeError(unknown("measure", column, dict.fromkeys(values["column"])))
-    higher = dict(zip(values["column"], values["higher"]))
-    wrong = next((c for c in rule.measures if higher[c]), None)
-    if wrong is not None:
+        if column not in higher:
+            raise RecipeError(unknown("measure", column, higher))
+    if wrong := next((c for c in rule.measures if higher[c]), None):
         raise RecipeError(f"measure {wrong!r} is better when higher; choose by a disparity, such as 'EO diff sex'")
     methods = [m for m in run.methods if any(fnmatchcase(m, pattern) for pattern in rule.among)]
     if not methods:
         raise RecipeError(f"no method fits {', '.join(rule.among)}; there are: {', '.join(run.methods)}")
     wide = values.pivot_table(index=["seed", "method"], columns="column", values="value")
     signed = wide[utility] if higher[utility] else -wide[utility]
-    disparity = wide[list(rule.measures)].mean(axis=1, skipna=False)
-    scores = pd.DataFrame({"utility": signed, "disparity": disparity})
+    scores = pd.DataFrame({"utility": signed, "disparity": wide[list(rule.measures)].mean(axis=1, skipna=False)})
     if rule.pooled:
         scores = scores.groupby("method").transform("mean")
-    candidates = list(dict.fromkeys([run.reference, *methods]))
-    return pd.DataFrame(
-        [{"seed": seed, **_of_seed(scores.loc[[seed]].droplevel("seed"), candidates, rule)} for seed in run.seeds]
-    )
-
-
-_UTILITIES = ("macro AUC", "macro accuracy", "macro R²")
-
-
-def _of_seed(scores: pd.DataFrame, methods: Sequence[str], rule: Rule) -> dict[str, object]:
-    """Return what the rule takes of one seed's utility (higher is better) and disparity by method; the first is the reference."""
-    utility, disparity = ({str(m): float(v) for m, v in scores[c].items()} for c in ("utility", "disparity"))
-    reference = methods[0]
-    floor = utility[reference] - rule.within / 100
-    allowed = [m for m in methods if m in utility and utility[m] >= floor and disparity[m] == disparity[m]]
-    taken = min(allowed, key=lambda m: disparity[m], default=reference)
-    return {
-        "method": taken,
-        "utility": utility[taken],
-        "disparity": disparity[taken],
-        "reference_utility": utility[reference],
-        "reference_disparity": disparity[reference],
-    }
+    found = []
+    for seed in run.seeds:
+        own = scores.xs(seed, level="seed").reindex(list(dict.fromkeys([run.reference, *methods])))
+        reference = own.loc[run.reference]
+        allowed = own[own["utility"] >= reference["utility"] - rule.within / 100]["disparity"].dropna()
+        taken = str(allowed.idxmin()) if len(allowed) else run.reference
+        found.append({"seed": seed, "method": taken, **own.loc[taken], **reference.add_prefix("reference_")})
+    return pd.DataFrame(found)
 
 
 def with_choice(run: RunFolder, rule: Rule, name: str = CHOSEN) -> tuple[RunFolder, pd.DataFrame]:
@@ -117,14 +101,3 @@ def with_choice(run: RunFolder, rule: Rule, name: str = CHOSEN) -> tuple[RunFold
     at = {(item.method, item.seed): item for item in run.runs}
     taken = [dataclasses.replace(at[method, seed], method=name) for seed, method in zip(made["seed"], made["method"])]
     return dataclasses.replace(run, runs=(*run.runs, *taken)), made
-
-
-def describe(rule: Rule, made: pd.DataFrame) -> str:
-    """Say in one sentence how the choice was made and what it took."""
-    counts = made["method"].value_counts()
-    taken = ", ".join(f"{method} ({count} of {len(made)})" for method, count in counts.items())
-    where = "for all seeds" if rule.pooled else "in each seed"
-    return (
-        f"{CHOSEN}: {where} the lowest {' and '.join(rule.measures)} on validation data among methods that lose at most "
-        f"{rule.within:g} points of {rule.utility or 'utility'} there; it took {taken}."
-    )

@@ -1,40 +1,57 @@
-"""Limits of a run, said plainly: small groups, missing values, few seeds, gains that shrinking scores would give too."""
+"""Every sentence that judges or explains: limits of a run, said plainly, verdicts, how a choice was made, what tables show."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from libmtl_fair.report.frames import audit_frame, groups_frame, rows, shrinkage_frame
-from libmtl_fair.report.plots import SUMMARIES
-from libmtl_fair.report.run_folder import RunFolder
-from libmtl_fair.report.shrinkage import fits, shrinkage_verdict
+import pandas as pd
 
-_AT_MOST = 12
+from libmtl_fair.report.choice import CHOSEN, Rule
+from libmtl_fair.report.run_folder import Json, RunFolder, rows
+from libmtl_fair.report.summary import NO_GROUP, shrinkage_curves, shrinkage_verdict, single_task_methods
+
+FAIRNESS = (
+    "EO: equalised-odds difference, mean over classification tasks. DP: demographic-parity difference, mean over "
+    "classification tasks. Lower is better."
+)
+STANDING = (
+    "By each task's main metric (AUC, else accuracy, else R²); with fairness, the differences between groups in equalised "
+    "odds, equal opportunity and AUC (regression: MAE) of each attribute count as one metric each. "
+    "Δm: mean relative loss to the reference; below 0 is better."
+)
+DRIFT = "Robust: the fixed order against every other method outlasts both drift budgets."
+EVENTS = (
+    "Similarity is linear CKA of the weights one layer above the block; pairs at or above the threshold share a copy."
+)
+INTENDED = (
+    "This card reports how well each method does, for whom, and how that was measured. It is no approval of any use: "
+    "whether a model may decide about people is not settled by these numbers."
+)
+_AT_MOST, _FEW_SEEDS = 12, 5
 
 
 def notes(run: RunFolder) -> list[str]:
     """Return the notes of a run, the most important first."""
-    return [*_gains(run), *_small_groups(run), *_missing(run), *_method(run), *_data_notes(run)]
+    return [*_gains(run), *_small_groups(run), *_data(run.data_card), *_method(run), *_source(run.data_card)]
 
 
 def _gains(run: RunFolder) -> Iterator[str]:
-    for row in rows(shrinkage_verdict(run)):
-        if row.below:
-            continue
-        yield (
-            f"{row.method}: at its Brier of {row.brier:.4f}, shrinking the scores of {run.reference} alone gives Bias@"
-            f"{row.delta_name} {row.curve_bias:.4f}; the method has {row.bias:.4f}. Its lower Bias is no gain in consistency."
-        )
-    if len(audit_frame(run)) and shrinkage_frame(run).empty:
+    verdicts = list(rows(shrinkage_verdict(run)))
+    for row in verdicts:
+        if not row.below:
+            yield (
+                f"{row.method}: at its Brier of {row.brier:.4f}, shrinking the scores of {run.reference} alone gives Bias@"
+                f"{row.delta_name} {row.curve_bias:.4f}; the method has {row.bias:.4f}. Its lower Bias is no gain in consistency."
+            )
+    curves = run.frame("shrinkage")
+    if len(run.frame("audit")) and curves.empty:
         yield (
             "No score-shrinkage curve was made: it needs classification tasks only, and audit.shrinkage. A lower Bias may be "
             "no more than what shrinking all scores towards a constant would give."
         )
-    if not fits(run):
+    if len(curves) and not shrinkage_curves(run):
         yield "The score-shrinkage curve covers other tasks than the audit, so no method is compared with it."
-    frame = shrinkage_verdict(run)
-    good = [f"{r.method} (Bias@{r.delta_name}; {r.seeds_below} of {r.seeds} seeds)" for r in rows(frame) if r.below]
+    good = [f"{r.method} (Bias@{r.delta_name}; {r.seeds_below} of {r.seeds} seeds)" for r in verdicts if r.below]
     if good:
         yield (
             f"Below the score-shrinkage curve of {run.reference} at equal Brier, in the mean over seeds: {', '.join(good)}. "
@@ -43,23 +60,22 @@ def _gains(run: RunFolder) -> Iterator[str]:
 
 
 def _small_groups(run: RunFolder) -> Iterator[str]:
-    frame = groups_frame(run)
-    flagged = frame[~frame["flag"].isin(["", "undefined", "dropped"]) & ~frame["group"].isin(SUMMARIES)]
-    found = dict.fromkeys((row.attribute, row.group, row.flag) for row in rows(flagged))
-    names = [f"{attribute} = {group} ({flag})" for attribute, group, flag in list(found)[:_AT_MOST]]
-    if names:
+    frame = run.frame("groups")
+    flagged = frame[~frame["flag"].isin(["", "undefined", "dropped"]) & ~frame["group"].isin(NO_GROUP)]
+    found = list(dict.fromkeys(f"{row.attribute} = {row.group} ({row.flag})" for row in rows(flagged)))
+    if found:
         more = f" and {len(found) - _AT_MOST} more" if len(found) > _AT_MOST else ""
-        yield f"Flagged, their rates are mostly noise: {', '.join(names)}{more}."
-    gaps = frame[frame["value"].isna()]
-    if len(gaps):
-        yield f"{len(gaps)} group metrics are undefined (empty denominator): shown as –, left out of differences, never 0."
+        yield f"Flagged, their rates are mostly noise: {', '.join(found[:_AT_MOST])}{more}."
+    gaps = int(frame["value"].isna().sum())
+    if gaps:
+        yield f"{gaps} group metrics are undefined (empty denominator): shown as –, left out of differences, never 0."
 
 
-def _missing(run: RunFolder) -> Iterator[str]:
-    for name, task in _mappings(run.data_card.get("tasks")):
+def _data(card: Json) -> Iterator[str]:
+    for name, task in (card.get("tasks") or {}).items():
         if task.get("missing"):
             yield f"Task {name}: {task['missing']:,} labels are missing; losses and metrics leave them out."
-    for name, group in _mappings(run.data_card.get("groups")):
+    for name, group in (card.get("groups") or {}).items():
         gone, out = group.get("missing") or 0, group.get("left_out") or 0
         if gone or out:
             rule = group.get("missing_rule") or "drop"
@@ -69,7 +85,7 @@ def _missing(run: RunFolder) -> Iterator[str]:
 
 
 def _method(run: RunFolder) -> Iterator[str]:
-    if len(run.seeds) < 5:
+    if len(run.seeds) < _FEW_SEEDS:
         count = f"{len(run.seeds)} seeds" if len(run.seeds) > 1 else "one seed"
         yield f"Only {count}: differences of the size of the standard deviation between seeds are not established."
     if run.split == "val":
@@ -85,13 +101,64 @@ def _method(run: RunFolder) -> Iterator[str]:
     )
 
 
-def _data_notes(run: RunFolder) -> Iterator[str]:
-    found = run.data_card.get("notes")
-    yield from (str(note) for note in (found if isinstance(found, list) else []))
-    if not run.data_card:
+def _source(card: Json) -> Iterator[str]:
+    yield from map(str, card.get("notes") or [])
+    if not card:
         yield "The run has no data card: sources, group sizes and missing values are not recorded."
 
 
-def _mappings(value: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if isinstance(value, Mapping):
-        yield from ((str(name), item) for name, item in value.items() if isinstance(item, Mapping))
+def gain_verdict(found: pd.DataFrame) -> str:
+    """Return one sentence that says which methods gain on average over tasks, and which do not."""
+    gained: list[str] = []
+    short: list[str] = []
+    for row in rows(found[found["task"] == "mean"]):
+        less = {"knowledge": row.knowledge < 0, "EP": row.ep > 0, "EO": row.eo > 0}
+        lacks = ", ".join(name for name, true in less.items() if true)
+        (short if lacks else gained).append(f"{row.method} ({lacks})" if lacks else str(row.method))
+    return (
+        f"Mean knowledge gain at least 0 and mean discrimination gain at most 0: {', '.join(gained) or 'none'}. "
+        f"Short of it (in what): {'; '.join(short) or 'none'}."
+    )
+
+
+def comparison_notes(run: RunFolder, lacking: str, strangers: Sequence[str], first: str) -> Iterator[str]:
+    """Yield the limits of a comparison; ``lacking``: why there is no drift; ``strangers``: runs of other data than ``first``."""
+    seeds = min(len(run.of(method)) for method in run.methods)
+    yield (
+        "± is the standard deviation between seeds. Intervals are 95 % bootstrap intervals of the mean paired difference to "
+        f"{run.reference}: seeds are resampled, the {run.split} rows are not, so they do not cover another sample of people."
+    )
+    if seeds < 2:
+        yield "One seed: no intervals."
+    elif seeds < _FEW_SEEDS:
+        yield f"With {seeds} seeds an interval never leaves the range of the differences seen: it is too narrow."
+    yield (
+        "Ranks under raw thresholds use each method's own thresholds and are a diagnostic; those under the fixed tolerance "
+        "compare. An order is robust where the difference in Bias exceeds the two drift budgets together."
+    )
+    yield from filter(None, [publication(run)])
+    if not single_task_methods(run):
+        yield "No method trains each task alone (single_task: true), so there is no knowledge or discrimination gain."
+    if lacking:
+        yield f"No drift diagnostics: {lacking}."
+    if strangers:
+        yield f"{', '.join(strangers)}: other data or another split than {first}; differences mix both."
+
+
+def publication(run: RunFolder) -> str:
+    """Say where published numbers come from, where the protocols differ, which methods the run lacks; "" without any."""
+    section = run.recipe.get("published")
+    if not section:
+        return ""
+    lacking = [method for method in section.get("values") or {} if method not in run.methods]
+    also = f"Not in this run: {', '.join(lacking)}." if lacking else ""
+    return " ".join(filter(None, [f"Published numbers: {section.get('source')}.", section.get("note"), also]))
+
+
+def choice_sentence(rule: Rule, made: pd.DataFrame) -> str:
+    """Say in one sentence how a choice on validation data was made and what it took."""
+    taken = ", ".join(f"{method} ({count} of {len(made)})" for method, count in made["method"].value_counts().items())
+    return (
+        f"{CHOSEN}: {'for all seeds' if rule.pooled else 'in each seed'} the lowest {' and '.join(rule.measures)} on validation data "
+        f"among methods that lose at most {rule.within:g} points of {rule.utility or 'utility'} there; it took {taken}."
+    )

@@ -1,211 +1,317 @@
-"""Plots of a run as matplotlib figures: utility against bias, the shrinkage curve, groups, traces."""
+"""Which pictures a run deserves, drawn with matplotlib: as files (PNG) and in the page (SVG)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import io
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
-from libmtl_fair.report.frames import audit_frame, groups_frame, rows, shrinkage_frame
-from libmtl_fair.report.run_folder import RunFolder
-from libmtl_fair.report.shrinkage import fits
-from libmtl_fair.report.tables import HIGHER_IS_BETTER, LABELS, summary_values
-from libmtl_fair.report.theme import HATCHES, INK, MARKERS, PALETTE, REFERENCE, colours, label
+from libmtl_fair.report.branches import branchings, conflict_plot, conflict_table
+from libmtl_fair.report.run_folder import RunFolder, number, read_run, rows
+from libmtl_fair.report.summary import HIGHER_IS_BETTER, LABELS, NO_GROUP, group_means, shrinkage_curves, summary_values
+from libmtl_fair.report.theme import (
+    GRID,
+    HATCHES,
+    INK,
+    MARKERS,
+    PALETTE,
+    REFERENCE,
+    Style,
+    canvas,
+    colours,
+    label,
+    save,
+    slug,
+    themed,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BAR_METRICS = (
-    "true_positive_rate",
-    "false_positive_rate",
-    "selection_rate",
-    "accuracy",
-    "auc",
-    "mae",
-    "rmse",
-    "r2",
-    "ccc",
+    *("true_positive_rate", "false_positive_rate", "selection_rate", "accuracy", "auc"),
+    *("mae", "rmse", "r2", "ccc"),
 )
-SUMMARIES = frozenset({"difference", "ratio", "overall", "mean", "worst", "difference_mean", "ratio_mean"})
+_STEP = re.compile(r"(.+?)[ _-]?(\d+(?:\.\d+)?)")
+_FEWEST = 3
 
 
-def points(run: RunFolder, x: str, y: str, split: str | None = None) -> pd.DataFrame:
+@dataclass(frozen=True)
+class Plot:
+    """A plot with the name of its file and its caption."""
+
+    name: str
+    section: str
+    caption: str
+    draw: Callable[[], Figure | None]
+
+    @cached_property
+    def figure(self) -> Figure | None:
+        """The figure, drawn once; None if there is nothing to draw."""
+        with themed(self.name):
+            return self.draw()
+
+    def svg(self) -> str:
+        """Return the plot as SVG for a page: colours of ink and grid follow the page's; '' if there is nothing."""
+        if self.figure is None:
+            return ""
+        stream = io.StringIO()
+        with themed(self.name):
+            self.figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        text = stream.getvalue()
+        text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
+        text = re.sub(r' id="(figure|axes|patch|line2d|text|xtick|ytick|matplotlib\.axis|legend)_\d+"', "", text)
+        wide = re.sub(r'<svg ([^>]*?)width="([\d.]+pt)"', r'<svg style="--natural: \2" \1width="\2"', text, count=1)
+        return wide.replace(INK, "var(--ink)").replace(GRID, "var(--grid)")
+
+    def save(self, folder: Path) -> Path | None:
+        """Write the plot as PNG and return its path, None if there is nothing to draw."""
+        with themed(self.name):
+            return save(self.figure, folder / f"{self.name}.png") if self.figure is not None else None
+
+
+class Scatter(NamedTuple):
+    """Methods by two columns of the summary; ``curve`` (a, brier, bias) is that of the shrunk reference, if there is one."""
+
+    x: str
+    y: str
+    points: pd.DataFrame
+    curve: pd.DataFrame
+
+
+def points(run: RunFolder, x: str, y: str) -> pd.DataFrame:
     """Return method, x, y, x_sd, y_sd: means and sd over seeds of two columns of the summary."""
-    values = summary_values(run, split)
-    parts = []
-    for axis, column in (("x", x), ("y", y)):
-        grouped = values[values["column"] == column].groupby("method", sort=False)["value"]
-        parts.append(pd.DataFrame({axis: grouped.mean(), f"{axis}_sd": grouped.std()}))
-    frame = parts[0].join(parts[1], how="inner").dropna(subset=["x", "y"])
-    return frame.reset_index()
+    grouped = summary_values(run).groupby(["column", "method"], sort=False)["value"].agg(["mean", "std"])
+    known = [grouped.loc[column] if column in grouped.index else grouped[:0].droplevel(0) for column in (x, y)]
+    parts = [part.set_axis([axis, f"{axis}_sd"], axis=1) for axis, part in zip("xy", known)]
+    return parts[0].join(parts[1], how="inner").dropna(subset=["x", "y"]).rename_axis("method").reset_index()
 
 
-def utility_columns(run: RunFolder, split: str | None = None) -> tuple[str | None, str | None]:
-    """Return the first macro utility and the first Bias column of the summary (None where there is none)."""
-    columns = list(dict.fromkeys(summary_values(run, split)["column"]))
-    utility = next((c for c in columns if c.startswith("macro ") and c != "macro Brier"), None)
-    return utility, next((c for c in columns if c.startswith("Bias@")), None)
+def main_utility(run: RunFolder) -> str | None:
+    """Return the first macro utility of the summary (None where there is none)."""
+    columns = summary_values(run)["column"]
+    return next((c for c in columns if c.startswith("macro ") and c != "macro Brier"), None)
 
 
-def utility_bias_plot(run: RunFolder, split: str | None = None) -> Figure | None:
-    """Utility (up) against Bias (right): upper left is better. None without both."""
-    utility, bias = utility_columns(run, split)
-    if utility is None or bias is None:
-        return None
-    figure = Figure(figsize=(5.2, 3.8), layout="constrained")
-    axes = figure.subplots()
-    _method_points(axes, run, points(run, bias, utility, split))
-    higher = utility.removeprefix("macro ") in {LABELS.get(name, name) for name in HIGHER_IS_BETTER}
-    axes.set(xlabel=bias, ylabel=utility, title=f"{'upper' if higher else 'lower'} left is better")
-    return figure
+def scatters(run: RunFolder) -> list[Scatter]:
+    """Return utility against the first Bias, and Bias against Brier for every tolerance, as far as the run has them."""
+    biases = {name: f"Bias@{name}" for name in run.frame("audit")["delta_name"]}
+    utility, curves, found = main_utility(run), shrinkage_curves(run), []
+    if utility is not None and biases:
+        bias = next(iter(biases.values()))
+        found.append(Scatter(bias, utility, points(run, bias, utility), pd.DataFrame()))
+    for name, bias in biases.items() if "macro Brier" in set(summary_values(run)["column"]) else []:
+        own = [curve for (_, tolerance), curve in curves.items() if tolerance == name]
+        curve = pd.concat(own).groupby("a", as_index=False)[["brier", "bias"]].mean() if own else pd.DataFrame()
+        found.append(Scatter("macro Brier", bias, points(run, "macro Brier", bias), curve.dropna()))
+    return found
 
 
-def shrinkage_curve(run: RunFolder, delta_name: str, split: str | None = None) -> pd.DataFrame:
-    """Return the mean curve of the shrunk reference over seeds for one tolerance: a, brier, bias."""
-    curve = shrinkage_frame(run, split)
-    curve = curve[curve["delta_name"].isin([delta_name, ""])] if fits(run, split) else curve[:0]
-    return curve.groupby("a", as_index=False)[["brier", "bias"]].mean().dropna().sort_values("a")
-
-
-def shrinkage_plot(run: RunFolder, delta_name: str | None = None, split: str | None = None) -> Figure | None:
-    """Bias (up) against Brier (right), methods beside the shrunk reference: below its curve is a real gain."""
-    names = list(dict.fromkeys(audit_frame(run, split)["delta_name"]))
-    if not names or "macro Brier" not in set(summary_values(run, split)["column"]):
-        return None
-    name = delta_name or str(names[0])
-    figure = Figure(figsize=(5.2, 3.8), layout="constrained")
-    axes = figure.subplots()
-    curve = shrinkage_curve(run, name, split)
-    if not curve.empty:
-        axes.plot(curve["brier"], curve["bias"], color=REFERENCE, label=label(f"{run.reference}, shrunk"), zorder=1)
-    _method_points(axes, run, points(run, "macro Brier", f"Bias@{name}", split))
-    axes.set(xlabel="macro Brier (lower is better)", ylabel=f"Bias@{name}", title="below the curve is a real gain")
-    return figure
-
-
-def _method_points(axes: Any, run: RunFolder, frame: pd.DataFrame) -> None:
+def scatter_plot(run: RunFolder, found: Scatter) -> Figure:
+    """Utility (up) against Bias: upper left is better; or Bias (up) against Brier: below the shrunk reference is a real gain."""
+    figure, (axes,) = canvas(5.2, 3.8)
+    if not found.curve.empty:
+        name = label(f"{run.reference}, shrunk")
+        axes.plot(found.curve["brier"], found.curve["bias"], color=REFERENCE, label=name, zorder=1)
     colour = colours(run.methods)
-    for row in rows(frame):
-        i = run.methods.index(row.method)
-        error = {"xerr": row.x_sd if row.x_sd > 0 else None, "yerr": row.y_sd if row.y_sd > 0 else None}
-        style = {"color": colour[row.method], "marker": MARKERS[i % len(MARKERS)], "markersize": 7, "linestyle": "none"}
-        axes.errorbar(row.x, row.y, **error, **style, elinewidth=1.2, capsize=2, label=label(row.method))
+    for row in rows(found.points):
+        look: Style = {"fmt": MARKERS[run.methods.index(row.method) % len(MARKERS)], "color": colour[row.method]}
+        look |= {f"{axis}err": sd for axis, sd in (("x", row.x_sd), ("y", row.y_sd)) if sd > 0}
+        axes.errorbar(row.x, row.y, **look, markersize=7, elinewidth=1.2, capsize=2, label=label(row.method))
     axes.margins(0.12)
-    if len(axes.get_legend_handles_labels()[0]):
+    if axes.get_legend_handles_labels()[0]:
         axes.legend()
-
-
-def bar_metrics(groups: pd.DataFrame, task: str, attribute: str, at_most: int = 4) -> list[str]:
-    """Return the per-group metrics worth drawing for a task and attribute."""
-    taken = groups[(groups["task"] == task) & (groups["attribute"] == attribute) & ~groups["group"].isin(SUMMARIES)]
-    found = set(taken.dropna(subset=["value"])["metric"])
-    return [metric for metric in BAR_METRICS if metric in found][:at_most]
-
-
-def group_means(groups: pd.DataFrame, task: str, attribute: str, metric: str) -> pd.DataFrame:
-    """Return method, group, value, low, high, n, flag, averaged over seeds (intervals too)."""
-    taken = groups[(groups["task"] == task) & (groups["attribute"] == attribute) & (groups["metric"] == metric)]
-    taken = taken[~taken["group"].isin(SUMMARIES)]
-    numbers = taken.groupby(["method", "group"], sort=False)[["value", "low", "high", "n"]].mean()
-    flags = taken.groupby(["method", "group"], sort=False)["flag"].max()
-    return numbers.join(flags).reset_index()
-
-
-def group_bars(run: RunFolder, task: str, attribute: str, split: str | None = None) -> Figure | None:
-    """Per-group rates with intervals, one panel a metric, one bar a method. None if there is nothing to draw."""
-    groups = groups_frame(run, split)
-    metrics = bar_metrics(groups, task, attribute)
-    if not metrics:
-        return None
-    frames = {metric: group_means(groups, task, attribute, metric) for metric in metrics}
-    names = list(dict.fromkeys(name for frame in frames.values() for name in frame["group"]))
-    columns = 2 if len(metrics) > 1 else 1
-    height = 1.3 + 0.22 * len(names) * max(2, len(run.methods))
-    figure = Figure(figsize=(4.2 * columns, height * -(-len(metrics) // columns)), layout="constrained")
-    panels = figure.subplots(-(-len(metrics) // columns), columns, squeeze=False, sharey=True).ravel()
-    for axes, metric in zip(panels, metrics):
-        _bars(axes, run.methods, names, frames[metric])
-        axes.set_title(metric.replace("_", " "))
-    for axes in panels[len(metrics) :]:
-        axes.set_visible(False)
-    figure.suptitle(f"{label(task)} by {label(attribute)}", fontsize=11)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(run.methods)))
+    better = "upper" if found.y.removeprefix("macro ") in {LABELS.get(m, m) for m in HIGHER_IS_BETTER} else "lower"
+    axes.set(xlabel=found.x, ylabel=found.y, title=f"{better} left is better")
+    if found.x == "macro Brier":
+        axes.set(xlabel="macro Brier (lower is better)", title="below the curve is a real gain")
     return figure
 
 
-def _bars(axes: Any, methods: Sequence[str], names: Sequence[str], frame: pd.DataFrame) -> None:
+def disparities(run: RunFolder) -> list[str]:
+    """Return the columns of the summary that compare groups: equalised odds of each attribute, KS for regression."""
+    return [c for c in dict.fromkeys(summary_values(run)["column"]) if c.startswith(("EO diff", "KS"))]
+
+
+def sweeps(methods: Sequence[str]) -> dict[str, list[str]]:
+    """Return name -> methods that differ in a number at their end, in its order: three or more make a sweep.
+
+    >>> sweeps(["plain", "glf_90", "glf_98", "glf_95", "gld_5"])
+    {'glf': ['glf_90', 'glf_95', 'glf_98']}
+    """
+    found: dict[str, list[tuple[float, str]]] = {}
+    for method in methods:
+        if match := _STEP.fullmatch(method):
+            found.setdefault(match[1], []).append((float(match[2]), method))
+    return {name: [method for _, method in sorted(steps)] for name, steps in found.items() if len(steps) >= _FEWEST}
+
+
+def front(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows that no other beats in both: ``x`` is better when lower, ``y`` when higher; by rising ``x``.
+
+    >>> front(pd.DataFrame({"x": [0.1, 0.2, 0.3], "y": [0.7, 0.6, 0.9]}))["x"].tolist()
+    [0.1, 0.3]
+    """
+    ordered = frame.sort_values(["x", "y"], ascending=[True, False])
+    best = ordered["y"].astype(float).cummax().shift(fill_value=float("-inf"))
+    return ordered[ordered["y"] > best]
+
+
+def pareto_plot(run: RunFolder, disparity: str) -> Figure | None:
+    """Utility (up) against a difference between groups (right), means over seeds: upper left is better.
+
+    Sweeps are lines with the number at their ends, other methods single points, named where there is room; the dashed line is
+    the Pareto front of the means, which favours lucky methods where there are many. None with fewer than three methods, or no utility.
+    """
+    utility = main_utility(run)
+    frame = points(run, disparity, utility) if utility is not None else pd.DataFrame()
+    if len(frame) < _FEWEST:
+        return None
+    figure, (axes,) = canvas(6.4, 4.2)
+    best = front(frame)
+    axes.plot(best["x"], best["y"], color=REFERENCE, linestyle="--", linewidth=1, zorder=1, label="Pareto front")
+    at = {row.method: (float(row.x), float(row.y)) for row in rows(frame)}
+    lines = sweeps([method for method in run.methods if method in at])
+    names = [(run.reference, label(run.reference, 24))]
+    for i, (name, methods) in enumerate(lines.items()):
+        line = list(zip(*(at[method] for method in methods)))
+        colour, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
+        axes.plot(*line, color=colour, marker=marker, markersize=5, label=label(name))
+        names += [(method, method.removeprefix(name).strip(" _-")) for method in (methods[0], methods[-1])]
+    swept = {method for methods in lines.values() for method in methods}
+    for method in (m for m in at if m not in swept):
+        reference = method == run.reference
+        axes.plot(*at[method], "*" if reference else "x", color=REFERENCE, markersize=11 if reference else 6)
+        names.append((method, label(method, 24)))
+    width, height = (max(np.ptp(frame[axis]), 1e-12) for axis in ("x", "y"))
+    named: list[tuple[float, float]] = []
+    for (x, y), text in ((at[method], text) for method, text in names if method in at):
+        if all(abs(x - a) >= width / 7 or abs(y - b) >= height / 25 for a, b in named):
+            named.append((x, y))
+            axes.annotate(text, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    axes.margins(0.1)
+    axes.set(xlabel=f"{disparity} (lower is better)", ylabel=utility, title="upper left is better")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def bars(run: RunFolder) -> dict[tuple[str, str], dict[str, pd.DataFrame]]:
+    """Return (task, attribute) -> up to four metrics worth drawing -> their :func:`group_means`."""
+    means = group_means(run)
+    means = means[~means["group"].isin(NO_GROUP)]
+    found: dict[tuple[str, str], dict[str, pd.DataFrame]] = {}
+    for (task, attribute), part in means.groupby(["task", "attribute"], sort=False):
+        known = set(part.dropna(subset=["value"])["metric"])
+        shown = [metric for metric in BAR_METRICS if metric in known][:4]
+        found[str(task), str(attribute)] = {metric: part[part["metric"] == metric] for metric in shown}
+    return {key: metrics for key, metrics in found.items() if metrics}
+
+
+def group_bars(methods: Sequence[str], title: str, frames: Mapping[str, pd.DataFrame]) -> Figure:
+    """Per-group rates with intervals, one panel a metric, one bar a method."""
+    names = list(dict.fromkeys(name for frame in frames.values() for name in frame["group"]))
+    columns = 2 if len(frames) > 1 else 1
+    lines = -(-len(frames) // columns)
+    height = 1.3 + 0.22 * len(names) * max(2, len(methods))
+    figure, panels = canvas(4.2 * columns, height * lines, lines, columns, sharey=True)
+    for axes, (metric, frame) in zip(panels, frames.items()):
+        _bars(axes, methods, names, frame)
+        axes.set_title(metric.replace("_", " "))
+    for axes in panels[len(frames) :]:
+        axes.set_visible(False)
+    figure.suptitle(title, fontsize=11)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(methods)))
+    return figure
+
+
+def _bars(axes: Axes, methods: Sequence[str], names: Sequence[str], frame: pd.DataFrame) -> None:
     colour, thick = colours(methods), 0.8 / len(methods)
     for i, method in enumerate(methods):
         own = frame[frame["method"] == method].set_index("group").reindex(list(names))
         value = own["value"].to_numpy(float)
         spread = np.clip([value - own["low"].to_numpy(float), own["high"].to_numpy(float) - value], 0, None)
         at = np.arange(len(names)) + (i - (len(methods) - 1) / 2) * thick
-        style = {"color": colour[method], "hatch": HATCHES[i % len(HATCHES)], "edgecolor": INK, "linewidth": 0.4}
-        axes.barh(at, np.nan_to_num(value), thick, label=label(method), **style)
+        hatch = HATCHES[i % len(HATCHES)]
+        style: Style = {
+            "color": colour[method],
+            "hatch": hatch,
+            "edgecolor": INK,
+            "linewidth": 0.4,
+            "label": label(method),
+        }
+        axes.barh(at, np.nan_to_num(value), thick, **style)
         known = np.isfinite(value) & np.isfinite(spread).all(axis=0)
-        error = {"xerr": spread[:, known], "fmt": "none", "ecolor": INK, "elinewidth": 1, "capsize": 2}
         if known.any():
-            axes.errorbar(value[known], at[known], **error)
-    n = frame.groupby("group")["n"].max()
-    flagged = set(frame[frame["flag"] != ""]["group"])
-    notes = {name: f"n {n[name]:.0f}" if np.isfinite(n.get(name, np.nan)) else "n ?" for name in names}
-    texts = [f"{label(name, 24)} ({notes[name]}{', small' if name in flagged else ''})" for name in names]
+            error = spread[:, known]
+            axes.errorbar(value[known], at[known], xerr=error, fmt="none", ecolor=INK, elinewidth=1, capsize=2)
+    n, flagged = frame.groupby("group")["n"].max(), set(frame[frame["flag"] != ""]["group"])
+    counts = [f"n {n[name]:.0f}" if np.isfinite(n.get(name, np.nan)) else "n ?" for name in names]
+    texts = [f"{label(name, 24)} ({count}{', small' if name in flagged else ''})" for name, count in zip(names, counts)]
     axes.set_yticks(range(len(names)), texts)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
 
 
-def thin(history: pd.DataFrame, column: str, bins: int = 200) -> tuple[Any, Any]:
+def thin(history: pd.DataFrame, column: str, bins: int = 200) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return steps and values of a column without gaps, as means of at most ``bins`` bins."""
-    values = history[column].to_numpy(float)
-    steps = history["step"].to_numpy(float) if "step" in history else np.arange(len(values), dtype=float)
-    known = np.isfinite(values)
-    values, steps = values[known], steps[known]
-    size = -(-len(values) // bins)
-    if size > 1:
-        starts = np.arange(0, len(values), size)
-        counts = np.diff([*starts, len(values)])
-        values, steps = np.add.reduceat(values, starts) / counts, np.add.reduceat(steps, starts) / counts
-    return steps, values
+    steps = history["step"].to_numpy(float) if "step" in history else np.arange(len(history), dtype=float)
+    known = np.stack([steps, history[column].to_numpy(float)])[:, np.isfinite(history[column].to_numpy(float))]
+    starts = np.arange(0, known.shape[1], max(1, -(-known.shape[1] // bins)))
+    if not len(starts):
+        return known[0], known[1]
+    sums = np.add.reduceat(known, starts, axis=1)
+    means = sums / np.diff([*starts, known.shape[1]])
+    return means[0], means[1]
 
 
 def trace_plot(
     histories: Mapping[str, pd.DataFrame] | pd.DataFrame,
-    columns: Sequence[str],
+    columns: Mapping[str, str] | Sequence[str],
     targets: Mapping[str, float] | None = None,
-    titles: Mapping[str, str] | None = None,
 ) -> Figure | None:
-    """One panel a column of the history, one line a run; a dashed line at a column's target.
+    """One panel a column of the history (column -> title), one line a run; a dashed line at a column's target.
 
     None if no history has any of the columns.
     """
     runs = {"": histories} if isinstance(histories, pd.DataFrame) else dict(histories)
-    shown = [c for c in columns if any(c in frame and frame[c].notna().any() for frame in runs.values())]
+    titles = columns if isinstance(columns, Mapping) else {column: column for column in columns}
+    shown = [c for c in titles if _has(runs, c)]
     if not shown:
         return None
-    figure = Figure(figsize=(6.4, 0.6 + 1.7 * len(shown)), layout="constrained")
-    panels = figure.subplots(len(shown), 1, squeeze=False, sharex=True).ravel()
+    figure, panels = canvas(6.4, 0.6 + 1.7 * len(shown), len(shown), sharex=True)
     for axes, column in zip(panels, shown):
         for i, (name, frame) in enumerate(runs.items()):
-            if column in frame and frame[column].notna().any():
+            if _has({name: frame}, column):
                 axes.plot(*thin(frame, column), color=PALETTE[i % len(PALETTE)], label=label(name), linewidth=1.3)
         if targets and column in targets:
             axes.axhline(targets[column], color=INK, linestyle="--", linewidth=1)
-        axes.set_ylabel(label((titles or {}).get(column, column), 24))
+        axes.set_ylabel(label(titles[column], 24))
     panels[-1].set_xlabel("step")
     if len(runs) > 1:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(5, len(runs)))
     return figure
 
 
+def _has(histories: Mapping[str, pd.DataFrame], *columns: str) -> bool:
+    return any(column in frame and frame[column].notna().any() for frame in histories.values() for column in columns)
+
+
 def dual_plot(history: pd.DataFrame, epsilon: float | None = None) -> Figure | None:
     """FairMT: eta over time, and Phi - epsilon over time, above its zero line. None without both columns."""
-    if not {"eta", "phi"} <= set(history.columns) or history[["eta", "phi"]].isna().all().any():
+    if not all(_has({"": history}, column) for column in ("eta", "phi")):
         return None
     frame = history.assign(gap=history["phi"] - (epsilon or 0.0))
-    titles = {"eta": "dual variable η", "gap": "Φ − ε" if epsilon is not None else "Φ"}
-    targets = {"gap": 0.0} if epsilon is not None else None
-    return trace_plot(frame, ["eta", "gap"], targets, titles)
+    titles = {"eta": "dual variable η", "gap": "Φ" if epsilon is None else "Φ − ε"}
+    return trace_plot(frame, titles, None if epsilon is None else {"gap": 0.0})
 
 
 def weight_plot(history: pd.DataFrame, prefix: str = "w/") -> Figure | None:
@@ -214,10 +320,8 @@ def weight_plot(history: pd.DataFrame, prefix: str = "w/") -> Figure | None:
     frame = history.dropna(subset=columns)
     if not columns or frame.empty:
         return None
-    steps = thin(frame, columns[0], 100)[0]
-    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
-    axes = figure.subplots()
-    values = [thin(frame, column, 100)[1] for column in columns]
+    figure, (axes,) = canvas(6.4, 3.2)
+    (steps, _), values = thin(frame, columns[0], 100), [thin(frame, column, 100)[1] for column in columns]
     shades = [PALETTE[i % len(PALETTE)] for i in range(len(columns))]
     names = [label(column.removeprefix(prefix)) for column in columns]
     axes.stackplot(steps, values, labels=names, colors=shades, alpha=0.85, linewidth=0)
@@ -226,20 +330,98 @@ def weight_plot(history: pd.DataFrame, prefix: str = "w/") -> Figure | None:
     return figure
 
 
-def heat_map(table: pd.DataFrame, title: str = "", unit: str = "") -> Figure:
-    """A matrix with its numbers written in it, such as conflicts per layer and epoch, or similarity of tasks."""
-    values = table.to_numpy(float)
-    figure = Figure(figsize=(1.6 + 0.6 * table.shape[1], 1.2 + 0.4 * table.shape[0]), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(np.ma.masked_invalid(values), cmap="cividis", aspect="auto")
-    axes.set_xticks(range(table.shape[1]), [label(c, 16) for c in table.columns], rotation=45, ha="right")
-    axes.set_yticks(range(table.shape[0]), [label(i, 24) for i in table.index])
-    axes.set_title(label(title, 60))
-    axes.grid(visible=False)
-    middle = np.nanmean(values) if np.isfinite(values).any() else 0.0
-    for (i, j), value in np.ndenumerate(values):
-        if np.isfinite(value) and values.size <= 400:
-            ink = "white" if value < middle else "black"
-            axes.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=8, color=ink)
-    figure.colorbar(image, ax=axes, label=unit)
-    return figure
+def plots_of(run: RunFolder) -> Iterator[Plot]:
+    """Every plot that the run's numbers and traces allow, each under a name of its own."""
+    taken: set[str] = set()
+    for plot in _plots(run):
+        name, count = plot.name, 1
+        while name.lower() in taken:
+            count += 1
+            name = f"{plot.name}_{count}"
+        taken.add(name.lower())
+        yield replace(plot, name=name)
+
+
+def _plots(run: RunFolder) -> Iterator[Plot]:
+    seen: set[str] = set()
+    for found in scatters(run):
+        brier = found.x == "macro Brier"
+        name = "shrinkage" if brier else "utility_bias"
+        caption = "Bias against Brier; the line is the reference with its scores shrunk towards a constant."
+        if name not in seen:  # the curve of the first tolerance
+            caption = caption if brier else "Utility against Bias, mean ± sd over seeds."
+            yield Plot(name, "audit", caption, partial(scatter_plot, run, found))
+        seen.add(name)
+    for column in disparities(run):
+        caption = f"Utility against {column}, means over seeds; numbers are those at the end of the methods' names."
+        yield Plot(f"pareto_{slug(column)}", "groups", caption, partial(pareto_plot, run, column))
+    for (task, attribute), frames in bars(run).items():
+        draw = partial(group_bars, run.methods, f"{label(task)} by {label(attribute)}", frames)
+        yield Plot(f"groups_{slug(task)}_{slug(attribute)}", "groups", f"{task} by {attribute}", draw)
+    for method in run.methods:
+        if trees := branchings(run, method):
+            others = f"; {len(trees) - 1} more below as text" if len(trees) > 1 else ""
+            caption = f"{method}: branch tree as it ended, seed {trees[0].seed}{others}."
+            yield Plot(f"tree_{slug(method)}", "branches", caption, trees[0].last.plot)
+    for method in run.methods:
+        yield from _conflict_plots(run, method)
+    for method in run.methods:
+        yield from _trace_plots(run, method)
+
+
+def _conflict_plots(run: RunFolder, method: str) -> Iterator[Plot]:
+    table = conflict_table(run, method)
+    if table is None:
+        return
+    seeds = sum(item.conflicts() is not None for item in run.of(method))
+    rest = f"the first batch of each epoch{f', all {seeds} seeds' if seeds > 1 else ''}; empty: no two tasks share it"
+    titles = ("share of task pairs whose gradients conflict", "mean angle between two tasks' gradients")
+    for value, title in zip(("share", "angle"), titles):
+        caption = f"{method}: {title}, by layer and epoch ({rest})."
+        yield Plot(f"conflicts_{value}_{slug(method)}", "branches", caption, partial(conflict_plot, table, value))
+
+
+def _trace_plots(run: RunFolder, method: str) -> Iterator[Plot]:
+    found = {f"seed {item.seed}": item.history() for item in run.of(method)}
+    histories = {name: frame for name, frame in found.items() if frame is not None and len(frame)}
+    if not histories:
+        return
+    settings, first, stem = (
+        run.of(method)[0].metrics.get("settings") or {},
+        next(iter(histories.values())),
+        slug(method),
+    )
+    target, epsilon = number(settings.get("target")), number(settings.get("epsilon"))
+    if _has(histories, "lambda", "r_smooth"):
+        titles, targets = (
+            {"lambda": "λ", "r_smooth": "violation rate r̃"},
+            {"r_smooth": target} if target == target else {},
+        )
+        dashed = f" (dashed: target {target:g})" if targets else ""
+        caption = f"{method}: λ and the smoothed violation rate{dashed}."
+        yield Plot(f"controller_{stem}", "traces", caption, partial(trace_plot, histories, titles, targets))
+    if _has(histories, "eta", "phi"):
+        known = epsilon if epsilon == epsilon else None
+        against = f"Φ − ε (ε = {epsilon:g})" if known is not None else "Φ"
+        caption = f"{method}: dual variable against {against}, first seed."
+        yield Plot(f"dual_{stem}", "traces", caption, partial(dual_plot, first, known))
+    for prefix, what in (("w/", "disparity weights w*"), ("alpha/", "task weights α")):
+        if any(str(column).startswith(prefix) for column in first):
+            caption = f"{method}: {what}, first seed."
+            yield Plot(f"{slug(prefix)}_{stem}", "traces", caption, partial(weight_plot, first, prefix))
+    losses = {str(c): str(c).removeprefix("loss/") for c in [c for c in first if str(c).startswith("loss/")][:6]}
+    if losses:
+        caption = f"{method}: training loss of each task."
+        yield Plot(f"losses_{stem}", "losses", caption, partial(trace_plot, histories, losses))
+
+
+def write_plots(run: RunFolder | str | Path, plots: Iterable[Plot] | None = None) -> list[Path]:
+    """Write every plot of a run (or those given) as PNG into ``RUN/plots`` and return the paths.
+
+    Raises
+    ------
+    CheckpointError : the run folder is incomplete or damaged, or the folder cannot be written.
+    """
+    run = run if isinstance(run, RunFolder) else read_run(run)
+    found = plots_of(run) if plots is None else plots
+    return [path for plot in found if (path := plot.save(run.path / "plots")) is not None]

@@ -1,164 +1,100 @@
-"""The audit's protocol as the ReLiF reporting checklist wants it (methods.md 1.1): every item, or "not recorded"."""
+"""Short facts about a run, and the audit's protocol as the ReLiF reporting checklist wants it (methods.md 1.1)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-from libmtl_fair.report.frames import audit_frame, number
-from libmtl_fair.report.run_folder import RunFolder
+import numpy as np
+import pandas as pd
+
+from libmtl_fair.report.run_folder import Json, RunFolder, number
 
 MISSING = "not recorded"
+Facts = list[tuple[str, str]]
 
 
-def checklist(run: RunFolder) -> list[tuple[str, str]]:
-    """Return (item, what was done) for every item that a complete report states."""
-    return [
-        ("Reference tolerance", _tolerance(run)),
-        ("Reference model", _reference(run)),
-        ("Representation of the reference distances", _at(run, "representation")),
-        ("Pair distribution", _pairs(run)),
-        ("Pools and seeds", _pools(run)),
-        ("Score of each task", _scores(run)),
-        ("Fixed-delta Bias and VR", "in the audit table; lower is better; same pools and pairs for every method"),
-        ("Thresholds of the methods themselves", _drift(run)),
-        ("Utility, Brier and group metrics", "of the same checkpoints and split, in the tables of this report"),
-        ("Controller settings", _settings(run)),
-        ("Choice of the checkpoint", _checkpoints(run)),
-    ]
-
-
-def _find(value: Any, key: str) -> Any:
-    """The first value under ``key``, however deep."""
-    if isinstance(value, Mapping):
-        if value.get(key) not in (None, "", []):
-            return value[key]
-        value = list(value.values())
-    if isinstance(value, list):
-        return next((found for item in value if (found := _find(item, key)) is not None), None)
-    return None
-
-
-def _at(run: RunFolder, key: str, default: str = MISSING) -> str:
-    found = _find(run.protocol, key)
-    return default if found is None else words(found)
-
-
-def words(value: Any) -> str:
+def words(value: object) -> str:
     """Write plain data for a reader.
 
     >>> words({"method": "plain", "seeds": [0, 1], "exact": True})
     'method: plain; seeds: 0, 1; exact: yes'
     """
-    if isinstance(value, Mapping | list | tuple) and not value:
-        return "none"
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and value:
         return "; ".join(f"{key}: {words(item)}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(words(item) for item in value)
+    if isinstance(value, list | tuple) and value:
+        return ", ".join(map(words, value))
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if value is None:
+    if value is None or isinstance(value, Mapping | list | tuple):
         return "none"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _tolerance(run: RunFolder) -> str:
-    sources = run.protocol.get("deltas")
-    named: dict[str, str] = {}
-    for entry in sources if isinstance(sources, list) else []:
-        if isinstance(entry, Mapping) and "name" in entry:
-            named[str(entry["name"])] = words(entry.get("source") or entry.get("delta_source") or MISSING)
-    if isinstance(sources, Mapping):
-        named = {str(name): words(source) for name, entry in sources.items() if (source := _find(entry, "source"))}
-    frame = audit_frame(run)
-    if frame.empty:
-        return "no audit was made (it needs at least two tasks)"
-    values = frame.groupby("delta_name", sort=False)["delta"].mean()
-    return "; ".join(
-        f"{name} = {value:.4g} ({named.get(str(name)) or _source(str(name))})" for name, value in values.items()
-    )
+def checklist(run: RunFolder) -> Facts:
+    """Return (item, what was done) for every item that a complete report states, or "not recorded"."""
+    audit, protocol = run.frame("audit"), run.protocol
+    deltas = audit.groupby("delta_name", sort=False)["delta"].mean()
+    exact = protocol.get("exact", set(audit["exact"]) == {True})
+    reference = _recorded(protocol, "model", "seed", "data", prefix="reference_")
+    if reference["model"] == MISSING:
+        reference = f"{run.reference} (the recipe's first method); seed and split {MISSING}"
+    scores = "number in [0, 1] by kind of task, the same mapping in training and audit, for every method"
+    if ranges := protocol.get("score_ranges"):
+        scores += f"; regression squashed by the reference's 10 % and 90 % quantiles: {words(ranges)}"
+    own = [text for method in run.methods if (text := _own_thresholds(run, method, deltas))]
+    pools = "exact: the expectation over all pairs of all valid examples; no pools, no seeds, no sampling error"
+    if not exact:
+        pools = "sampled; " + words(_recorded(protocol, "pool_size", "n_pairs", "eval_seed", "pair_seed"))
+    tolerances = [f"{name} = {value:.4g} ({_source(str(name))})" for name, value in deltas.items()]
+    return [
+        ("Reference tolerance", "; ".join(tolerances) or "no audit was made (it needs at least two tasks)"),
+        ("Reference model", words(reference)),
+        ("Representation of the reference distances", words(protocol.get("representation", MISSING))),
+        ("Pair distribution", words(protocol.get("pair_distribution", MISSING))),
+        ("Pools and seeds", pools),
+        ("Score of each task", scores),
+        ("Fixed-delta Bias and VR", "in the audit table; lower is better; same pools and pairs for every method"),
+        (
+            "Thresholds of the methods themselves",
+            f"diagnostics only, never used to rank: {'; '.join(own)}" if own else MISSING,
+        ),
+        ("Utility, Brier and group metrics", "of the same checkpoints and split, in the tables of this report"),
+        ("Controller settings", " | ".join(_settings(run, method) for method in run.methods)),
+        ("Choice of the checkpoint", _checkpoints(run)),
+    ]
+
+
+def _recorded(protocol: Json, *keys: str, prefix: str = "") -> Json:
+    return {key: MISSING if protocol.get(prefix + key) is None else protocol[prefix + key] for key in keys}
 
 
 def _source(name: str) -> str:
-    if name.startswith("p") and name[1:].replace(".", "", 1).isdigit():
+    if name.startswith("p"):
         return f"{name[1:]} % quantile of the reference model's pair distances"
-    if name.startswith("conformal:"):
-        return f"split-conformal at alpha = {name.split(':', 1)[1]} on the reference model's pair distances"
-    return "fixed number"
+    alpha = name.removeprefix("conformal:")
+    conformal = f"split-conformal at alpha = {alpha} on the reference model's pair distances"
+    return "fixed number" if alpha == name else conformal
 
 
-def _reference(run: RunFolder) -> str:
-    found = run.protocol.get("reference")
-    if found:
-        return words(found)
-    parts = {key: run.protocol.get(f"reference_{key}") for key in ("model", "seed", "data")}
-    if parts["model"] is None:
-        return f"{run.reference} (the recipe's first method); seed and split {MISSING}"
-    return words({key: MISSING if value is None else value for key, value in parts.items()})
+def _own_thresholds(run: RunFolder, method: str, deltas: pd.Series[float]) -> str:
+    """Mean of a method's own thresholds over task pairs and seeds, and what part of the tolerances it is; "" without any."""
+    found = [
+        matrix[np.triu_indices(len(matrix), 1)]
+        for item in run.of(method)
+        if (matrix := item.thresholds(run.split)) is not None
+    ]
+    means = [upper[np.isfinite(upper)].mean() for upper in found if np.isfinite(upper).any()]
+    if not means:
+        return ""
+    mean = np.mean(means)
+    ratios = ", ".join(f"{mean / delta:.2f} of δ {name}" for name, delta in deltas.items() if delta > 0)
+    return f"{method}: mean {mean:.4g}" + (f" ({ratios})" if ratios else "")
 
 
-def _scores(run: RunFolder) -> str:
-    ranges = run.protocol.get("score_ranges")
-    text = "number in [0, 1] by kind of task, the same mapping in training and audit, for every method"
-    return (
-        f"{text}; regression squashed by the reference's 10 % and 90 % quantiles: {words(ranges)}" if ranges else text
-    )
-
-
-def _pairs(run: RunFolder) -> str:
-    stated = _find(run.protocol, "pair_distribution")
-    audit = words(stated) if stated is not None else _at(run, "pairs")
-    reference = _find(run.protocol.get("reference"), "pairs")
-    return audit if reference in (None, audit) else f"reference: {words(reference)}; audit: {audit}"
-
-
-def _pools(run: RunFolder) -> str:
-    exact = _find(run.protocol, "exact")
-    exact = set(audit_frame(run)["exact"].dropna()) == {True} if exact is None else exact
-    if exact:
-        return "exact: the expectation over all pairs of all valid examples; no pools, no seeds, no sampling error"
-    found = {key: _find(run.protocol, key) for key in ("pool_size", "n_pairs", "eval_seed", "pair_seed")}
-    return "sampled; " + words({key: MISSING if value is None else value for key, value in found.items()})
-
-
-def _drift(run: RunFolder) -> str:
-    frame = audit_frame(run)
-    deltas = dict(zip(frame["delta_name"], frame["delta"]))
-    parts = []
-    for method in run.methods:
-        means = [
-            mean for item in run.of(method) if (mean := induced_mean(item.metrics.get("drift"), run.split)) is not None
-        ]
-        if means:
-            mean = sum(means) / len(means)
-            ratios = ", ".join(f"{mean / delta:.2f} of δ {name}" for name, delta in deltas.items() if delta > 0)
-            parts.append(f"{method}: mean {mean:.4g}" + (f" ({ratios})" if ratios else ""))
-    return f"diagnostics only, never used to rank: {'; '.join(parts)}" if parts else MISSING
-
-
-def induced_mean(drift: Any, split: str) -> float | None:
-    """Mean of a method's own thresholds over task pairs, from ``{split: {"induced": [T, T]}}``; None if not there.
-
-    >>> induced_mean({"test": {"induced": [[0.0, 0.2], [0.2, 0.0]]}}, "test")
-    0.2
-    """
-    matrix = (drift.get(split) or {}).get("induced") if isinstance(drift, Mapping) else None
-    if not isinstance(matrix, list) or not all(isinstance(row, list) for row in matrix):
-        return None
-    upper = [number(value) for i, row in enumerate(matrix) for value in row[i + 1 :]]
-    known = [value for value in upper if value == value]
-    return sum(known) / len(known) if known else None
-
-
-def _settings(run: RunFolder) -> str:
-    parts = []
-    for method in run.methods:
-        metrics = run.of(method)[0].metrics
-        settings = metrics.get("settings") or {}
-        known = words(settings) if settings else "no settings"
-        parts.append(f"{method} ({metrics.get('weighting') or 'weighting ' + MISSING}): {known}")
-    return " | ".join(parts)
+def _settings(run: RunFolder, method: str) -> str:
+    metrics = run.of(method)[0].metrics
+    weighting = metrics.get("weighting") or f"weighting {MISSING}"
+    return f"{method} ({weighting}): {words(metrics.get('settings') or 'no settings')}"
 
 
 def _checkpoints(run: RunFolder) -> str:
@@ -169,3 +105,50 @@ def _checkpoints(run: RunFolder) -> str:
         epochs = ", ".join(str(checkpoint.get("epoch", "?")) for checkpoint in checkpoints)
         chosen.setdefault(by, []).append(f"{method} {epochs}")
     return "; ".join(f"{by} (epochs by seed: {'; '.join(epochs)})" for by, epochs in chosen.items())
+
+
+def run_facts(run: RunFolder) -> Facts:
+    """Return data, methods, seeds, split and training time."""
+    times = [number((item.metrics.get("timing") or {}).get("train_s")) for item in run.runs]
+    found = [
+        ("Data", str(run.data_card.get("title") or words((run.recipe.get("data") or {}).get("name")))),
+        ("Methods", f"{', '.join(run.methods)} (reference: {run.reference})"),
+        ("Seeds", ", ".join(map(str, run.seeds))),
+        ("Reported split", run.split),
+        ("Training time", f"{np.nansum(times):.0f} s in all" if np.isfinite(times).any() else ""),
+    ]
+    return [(name, value) for name, value in found if value]
+
+
+def comparison_facts(run: RunFolder) -> Facts:
+    """Return methods, reference, seeds and split of a comparison."""
+    seeds = ", ".join(map(str, run.seeds))
+    return [("Methods", ", ".join(run.methods)), ("Reference", run.reference), ("Seeds", seeds), ("Split", run.split)]
+
+
+_CARD = {
+    "Source": "source",
+    "Licence": "licence",
+    "Rows": "rows",
+    "Filter": "filter",
+    "Split": "split",
+    "Inputs": "inputs",
+}
+_CARD |= {"Sensitive attributes among the inputs": "sensitive_inputs", "Missing input values": "missing_inputs"}
+_CARD |= {"Left out of the inputs": "dropped"}
+
+
+def card_facts(card: Json) -> Facts:
+    """Return source, licence, rows, split and inputs of a data card; what it lacks is left out."""
+    found = [(name, card[key]) for name, key in _CARD.items() if card.get(key)]
+    return [(name, f"{value:,}" if name == "Rows" else words(value)) for name, value in found]
+
+
+def method_facts(run: RunFolder) -> list[tuple[str, str, str, str]]:
+    """Return method, weighting, settings and how the checkpoint was chosen."""
+    found = []
+    for name in run.methods:
+        metrics = run.of(name)[0].metrics
+        settings, chosen = metrics.get("settings"), (metrics.get("checkpoint") or {}).get("chosen_by")
+        found.append((name, str(metrics.get("weighting") or "–"), words(settings or "defaults"), words(chosen or "–")))
+    return found

@@ -6,10 +6,10 @@ import dataclasses
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from rich.table import Table
 from rich.text import Text
 
@@ -17,13 +17,12 @@ from libmtl_fair.errors import CheckpointError, RecipeError
 from libmtl_fair.files import write_json
 from libmtl_fair.metrics import FixedDeltaAudit, conformal_delta, pair_distances, quantile_delta, utility
 from libmtl_fair.predictions import Predictions
-from libmtl_fair.recipe.run import rescore
-from libmtl_fair.report.frames import mean_sd, number, rows
-from libmtl_fair.report.run_folder import RunFolder, SeedRun, read_run
-from libmtl_fair.report.sections import in_order
-from libmtl_fair.report.tables import show
+from libmtl_fair.report.run_folder import Json, RunFolder, SeedRun, number, read_run, records, rows
+from libmtl_fair.report.summary import with_sd
+from libmtl_fair.report.tables import in_order, show
 from libmtl_fair.tasks import Task
 
+Floats = NDArray[np.float64]
 _PAIRS = {"pool_size": 256, "n_pairs": 4096, "eval_seed": 0, "pair_seed": 42}
 _AGAIN = "keep output.predictions and output.embeddings in the recipe and run it again"
 
@@ -42,10 +41,8 @@ def tolerances(reference: RunFolder, deltas: Sequence[str]) -> list[Tolerance]:
 
     Parameters
     ----------
-    reference
-        The run whose reference model (that of ``audit_protocol.json``) quantiles and conformal levels are taken from.
-    deltas
-        Numbers in [0, 1], ``"p75"`` (a quantile of the reference's validation pair distances) or ``"conformal:0.1"``;
+    reference : the run whose reference model (that of ``audit_protocol.json``) they are taken from.
+    deltas : numbers in [0, 1], ``"p75"`` (a quantile of the reference's validation pair distances) or ``"conformal:0.1"``;
         none: those of the run's own protocol.
 
     Raises
@@ -53,91 +50,55 @@ def tolerances(reference: RunFolder, deltas: Sequence[str]) -> list[Tolerance]:
     RecipeError : a tolerance that is none of these.
     CheckpointError : no saved embeddings of the reference model, or damaged ones.
     """
+    held = reference.protocol.get("deltas") or {}
+    if not deltas and not held:
+        raise CheckpointError(f"{reference.path}/audit_protocol.json names no tolerance; give one with --delta")
     if not deltas:
-        held = reference.protocol.get("deltas")
-        if not isinstance(held, dict) or not held:
-            raise CheckpointError(f"{reference.path}/audit_protocol.json names no tolerance; give one with --delta")
         return [Tolerance(str(name), number(value), "the run's protocol") for name, value in held.items()]
     return [_tolerance(reference, str(name)) for name in deltas]
 
 
 def _tolerance(run: RunFolder, name: str) -> Tolerance:
-    kind, level = _parsed(name)
-    if kind == "number":
-        return Tolerance(name, level, "fixed number")
-    distances = reference_distances(run)
-    model, seed = _reference(run)
-    where = f"of {len(distances):,} validation pair distances of {model}, seed {seed}, in {run.path}"
-    if kind == "conformal":
-        return Tolerance(name, conformal_delta(distances, level), f"split-conformal bound at alpha = {level:g} {where}")
-    return Tolerance(name, quantile_delta(distances, level), f"{level:.4g} quantile {where}")
-
-
-def _parsed(name: str) -> tuple[str, float]:
-    kind, _, level = name.partition(":")
+    kind, _, rest = name.rpartition(":")
+    quantile = not kind and rest.startswith("p")
     try:
-        if kind == "conformal" and 0 < float(level) < 1:
-            return "conformal", float(level)
-        if name.startswith("p") and 0 <= float(name[1:]) <= 100:
-            return "quantile", float(name[1:]) / 100
-        if 0 <= float(name) <= 1:
-            return "number", float(name)
+        level = float(rest[1:]) / 100 if quantile else float(rest)
     except ValueError:
-        pass
-    raise RecipeError(f"--delta {name}: expected a number in [0, 1], a quantile such as p75, or conformal:0.1")
+        level = -1.0
+    if kind not in ("", "conformal") or not 0 <= level <= 1 or (kind and level in (0, 1)):
+        raise RecipeError(f"--delta {name}: expected a number in [0, 1], a quantile such as p75, or conformal:0.1")
+    if not kind and not quantile:
+        return Tolerance(name, level, "fixed number")
+    distances, whose = _reference_distances(run)
+    where = f"of {len(distances):,} validation pair distances of {whose}, in {run.path}"
+    if quantile:
+        return Tolerance(name, quantile_delta(distances, level), f"{level:.4g} quantile {where}")
+    return Tolerance(name, conformal_delta(distances, level), f"split-conformal bound at alpha = {level:g} {where}")
 
 
-def _reference(run: RunFolder) -> tuple[str, int]:
-    model, seed = run.protocol.get("reference_model"), run.protocol.get("reference_seed")
-    if isinstance(model, str) and isinstance(seed, int):
-        return model, seed
-    return run.reference, run.of(run.reference)[0].seed
-
-
-def reference_distances(run: RunFolder) -> Any:
-    """Return the distances of the reference model's validation pairs, drawn as the run drew them.
-
-    Raises
-    ------
-    CheckpointError : no embeddings were saved, or the file is damaged.
-    """
-    model, seed = _reference(run)
+def _reference_distances(run: RunFolder) -> tuple[Floats, str]:
+    """Return the distances of the reference model's validation pairs, drawn as the run drew them, and whose they are."""
+    model = run.protocol.get("reference_model", run.reference)
+    seed = run.protocol.get("reference_seed", run.runs[0].seed)
     item = next((r for r in run.of(model) if r.seed == seed), None)
     if item is None:
         raise CheckpointError(f"{run.path}: its protocol names {model}, seed {seed} as reference, which is not there")
     tasks = [task.name for task in load_predictions(item, "val").tasks]
-    drawn = _draws(run)
-    # The file holds the pool that the run drew: all of it is the pool now.
-    return pair_distances(
-        load_embeddings(item, "val", tasks),
-        tasks,
-        pool_size=None,
-        n_pairs=drawn["n_pairs"],
-        pair_seed=drawn["pair_seed"],
-    )
-
-
-def _draws(run: RunFolder) -> dict[str, int]:
-    return {name: int(run.protocol.get(name) or default) for name, default in _PAIRS.items()}
-
-
-def load_embeddings(item: SeedRun, part: str, tasks: Sequence[str]) -> Any:
-    """Return the embeddings of a part's audit pool, [n, d], or one per task where each has a model of its own.
-
-    Raises
-    ------
-    CheckpointError : not saved, or damaged.
-    """
-    path = item.folder / "embeddings.npz"
+    path, drawn = item.folder / "embeddings.npz", _draws(run)
     try:
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as held:
-            if f"{part}/h" in held:
-                return held[f"{part}/h"]
-            return {task: held[f"{part}/h/{task}"] for task in tasks}
+            h = held["val/h"] if "val/h" in held else {task: held[f"val/h/{task}"] for task in tasks}
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is not there, so there are no reference pairs; {_AGAIN}") from error
     except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} is damaged ({error}); {_AGAIN}") from error
+    # The file holds the pool that the run drew: all of it is the pool now.
+    distances = pair_distances(h, tasks, pool_size=None, n_pairs=drawn["n_pairs"], pair_seed=drawn["pair_seed"])
+    return distances, f"{model}, seed {seed}"
+
+
+def _draws(run: RunFolder) -> dict[str, int]:
+    return {name: int(run.protocol.get(name) or default) for name, default in _PAIRS.items()}
 
 
 def load_predictions(item: SeedRun, part: str) -> Predictions:
@@ -171,15 +132,18 @@ class Reaudit:
     per_pair: pd.DataFrame
     split: str
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Return plain values for JSON."""
-        return {
-            "format": 1,
-            "split": self.split,
-            "tolerances": [dataclasses.asdict(item) for item in self.tolerances],
-            "audit": self.frame.to_dict("records"),
-            "per_pair": self.per_pair.to_dict("records"),
-        }
+        tables = {"audit": records(self.frame), "per_pair": records(self.per_pair)}
+        return {"format": 1, "split": self.split, "tolerances": [vars(item) for item in self.tolerances], **tables}
+
+    def entries(self, run: str, item: SeedRun) -> list[Json]:
+        """Return what ``metrics.json`` holds of an audit, for one method and seed of a run."""
+        keys = pd.Series({"run": run, "method": item.method, "seed": item.seed})
+        frame, pairs = (f[(f[keys.index] == keys).all(axis=1)] for f in (self.frame, self.per_pair))
+        found = frame.drop(columns=[*keys.index, "brier"])
+        names = pairs["delta_name"]
+        return [{**row, "per_pair": records(pairs[names == row["delta_name"]])} for row in records(found)]
 
 
 def reaudit(
@@ -191,14 +155,10 @@ def reaudit(
 
     Parameters
     ----------
-    run_dirs
-        Run folders.
-    deltas
-        See :func:`tolerances`.
-    split
-        ``"test"`` or ``"val"``; None takes what the first run reports.
-    exact
-        All pairs of all examples, or the run's sampled protocol; None takes what the first run's protocol says.
+    run_dirs : run folders.
+    deltas : see :func:`tolerances`.
+    split : ``"test"`` or ``"val"``; None takes what the first run reports.
+    exact : all pairs of all examples, or the run's sampled protocol; None takes what the first run's protocol says.
 
     Raises
     ------
@@ -208,29 +168,24 @@ def reaudit(
     runs = [read_run(path) for path in run_dirs]
     if not runs:
         raise RecipeError("audit needs at least one run folder")
-    split = split or runs[0].split
+    first, split = runs[0], split or runs[0].split
     if split not in ("test", "val"):
         raise RecipeError(f"split must be 'test' or 'val', found {split!r}")
-    chosen = tolerances(runs[0], deltas)
-    protocol = runs[0].protocol
-    exact = bool(protocol.get("exact", True)) if exact is None else exact
-    draws = _draws(runs[0])
-    tasks = load_predictions(runs[0].runs[0], split).tasks
-    found: list[dict[str, Any]] = []
-    pairs: list[dict[str, Any]] = []
+    chosen = tolerances(first, deltas)
+    exact = bool(first.protocol.get("exact", True)) if exact is None else exact
+    tasks = load_predictions(first.runs[0], split).tasks
+    found: list[Json] = []
+    pairs: list[Json] = []
     for run, name in zip(runs, run_names(runs)):
         for item in run.runs:
             predictions = common_scores(item, split, tasks)
             brier = number(utility(predictions)["macro"].get("brier"))
-            key = {"run": name, "method": item.method, "seed": item.seed}
             for tolerance in chosen:
-                report = FixedDeltaAudit(tolerance.value, **draws, exact=exact).run(predictions.scores)
-                where = {**key, "delta_name": tolerance.name}
+                report = FixedDeltaAudit(tolerance.value, **_draws(first), exact=exact).run(predictions.scores)
+                key: Json = {"run": name, "method": item.method, "seed": item.seed, "delta_name": tolerance.name}
                 numbers = {"delta": tolerance.value, "bias": report.bias, "violation_rate": report.violation_rate}
-                found.append({**where, **numbers, "brier": brier, "exact": exact})
-                pairs += [
-                    {**where, **{str(k): v for k, v in row.items()}} for row in report.per_pair.to_dict("records")
-                ]
+                found.append({**key, **numbers, "brier": brier, "exact": exact})
+                pairs += [key | row for row in records(report.per_pair)]
     return Reaudit(tuple(chosen), pd.DataFrame(found), pd.DataFrame(pairs), split)
 
 
@@ -242,17 +197,13 @@ def common_scores(item: SeedRun, split: str, tasks: tuple[Task, ...]) -> Predict
     RecipeError : the run has other tasks.
     """
     held = load_predictions(item, split)
-    here, there = [(t.name, t.kind) for t in held.tasks], [(t.name, t.kind) for t in tasks]
+    here, there = (", ".join(f"{t.name} ({t.kind})" for t in each) for each in (held.tasks, tasks))
     if here != there:
         raise RecipeError(
-            f"{item.folder} has the tasks {_words(here)}, the first run {_words(there)}; audit and compare runs of the "
+            f"{item.folder} has the tasks {here}, the first run {there}; audit and compare runs of the "
             "same tasks, in the same order"
         )
-    return rescore(held, tasks)
-
-
-def _words(tasks: list[tuple[str, str]]) -> str:
-    return ", ".join(f"{name} ({kind})" for name, kind in tasks)
+    return held.rescored(tasks)
 
 
 def run_names(runs: Sequence[RunFolder]) -> list[str]:
@@ -270,9 +221,8 @@ def write_reaudit(found: Reaudit, path: str | Path) -> Path:
 
 def reaudit_table(found: Reaudit) -> Table:
     """Return the table for the console: mean ± sd over seeds of Bias and VR, with the Brier beside them."""
-    keys = ["delta_name", "run", "method"]
-    columns = ("bias", "violation_rate", "brier")
-    means = {name: in_order(mean_sd(found.frame, keys, name), *keys) for name in columns}
+    columns, keys = ["bias", "violation_rate", "brier"], ["delta_name", "run", "method"]
+    means = with_sd(found.frame, keys, columns)
     table = Table(title=f"Fixed-delta audit: {found.split}, mean ± sd over seeds", title_justify="left")
     table.add_column("tolerance, method")
     for head in ("Bias", "VR", "macro Brier"):
@@ -281,8 +231,7 @@ def reaudit_table(found: Reaudit) -> Table:
     for tolerance in found.tolerances:
         table.add_section()
         table.add_row(Text(f"{tolerance.name} = {tolerance.value:.4f}", style="bold"))
-        parts = (rows(frame[frame["delta_name"] == tolerance.name]) for frame in means.values())
-        for lines in zip(*parts):
-            name = f"{lines[0].run}/{lines[0].method}" if several else lines[0].method
-            table.add_row(Text(f"  {name}"), *(show(line.mean, line.sd, 4) for line in lines))
+        for row in rows(in_order(means[means["delta_name"] == tolerance.name], *keys)):
+            name = f"{row.run}/{row.method}" if several else row.method
+            table.add_row(Text(f"  {name}"), *(show(getattr(row, c), getattr(row, f"{c}_sd"), 4) for c in columns))
     return table

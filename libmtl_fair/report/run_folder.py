@@ -1,78 +1,88 @@
-"""A finished run as the report reads it: checked once, with a clear error for what is missing or damaged."""
+"""A finished run as the report reads it: checked once, with a clear error for what is missing or damaged; its numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from libmtl_fair.errors import CheckpointError, RecipeError
 from libmtl_fair.files import read_json
 from libmtl_fair.recipe.yaml_source import read_yaml
 
-_CARDS = ("data_card", "audit_protocol", "environment")
-_SPLIT_PARTS: dict[str, type] = {"utility": dict, "audit": list, "groups": list, "shrinkage": list}
+Json = dict[str, Any]
+"""An object of a JSON file."""
+_SPLIT_PARTS: Mapping[str, type] = {"utility": dict, "audit": list, "groups": list, "shrinkage": list}
+_FRAMES: Mapping[str, tuple[list[str], list[str], list[str]]] = {
+    "utility": (["task", "metric"], ["value"], []),
+    "audit": (["delta_name"], ["delta", "bias", "violation_rate"], ["exact"]),
+    "pairs": (["delta_name", "task_a", "task_b"], ["bias", "violation_rate", "delta"], []),
+    "shrinkage": (["delta_name"], ["a", "bias", "brier"], []),
+    "groups": (["task", "attribute", "metric", "group", "flag"], ["value", "n", "low", "high"], []),
+}
+"""The texts, the numbers and what else each table has; ``pairs`` is the audit by task pair."""
+_TEXTS = {"layer": str, "kind": str, "task_a": str, "task_b": str}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class SeedRun:
-    """One method trained with one seed: its folder and what ``metrics.json`` says."""
+    """One method trained with one seed: its folder and what ``metrics.json`` says; a damaged file is a CheckpointError."""
 
     method: str
     seed: int
     folder: Path
-    metrics: dict[str, Any]
+    metrics: Json
 
-    def part(self, name: str, split: str) -> Any:
-        """Return one part of the metrics for a split (None if it was not recorded)."""
-        return (self.metrics.get(name) or {}).get(split)
+    def entries(self, part: str, split: str) -> list[Json]:
+        """Return the rows of a table, see :meth:`RunFolder.frame`, as the file has them."""
+        if part == "pairs":
+            audits = self.entries("audit", split)
+            return [{**pair, "delta_name": e["delta_name"]} for e in audits for pair in e.get("per_pair") or []]
+        found = (self.metrics.get(part) or {}).get(split) or []
+        if part == "utility":
+            return [{"task": t, "metric": m, "value": v} for t, each in dict(found).items() for m, v in each.items()]
+        return list(found)
+
+    def thresholds(self, split: str) -> NDArray[np.float64] | None:
+        """Return the method's own thresholds [T, T], NaN where it has none; None if not recorded."""
+        found = ((self.metrics.get("drift") or {}).get(split) or {}).get("induced")
+        return None if found is None else np.array(found, dtype=float)
 
     def history(self) -> pd.DataFrame | None:
-        """Return the training history, or None if none was kept.
-
-        Raises
-        ------
-        CheckpointError : ``history.csv`` is damaged.
-        """
+        """Return the training history, or None if none was kept."""
         return _table(self.folder / "history.csv")
 
-    def structure(self) -> dict[str, Any] | None:
-        """Return the branches of a branching model, ``{"last": ..., "chosen": ...}``, or None for any other model.
-
-        Raises
-        ------
-        CheckpointError : ``structure.json`` is damaged.
-        """
+    def structure(self) -> Json | None:
+        """Return the branches of a branching model, ``{"last": ..., "chosen": ...}``, or None for any other model."""
         path = self.folder / "structure.json"
         return _mapping(path) if path.exists() else None
 
     def conflicts(self) -> pd.DataFrame | None:
-        """Return epoch, layer, kind, task_a, task_b, cosine, angle of the tasks' gradients; None if not recorded.
-
-        Raises
-        ------
-        CheckpointError : ``conflicts.csv`` is damaged.
-        """
+        """Return epoch, layer, kind, task_a, task_b, cosine, angle of the tasks' gradients; None if not recorded."""
         path = self.folder / "conflicts.csv"
-        frame = _table(path, {"layer": str, "kind": str, "task_a": str, "task_b": str})
+        frame = _table(path)
         if frame is not None and not {"epoch", "layer", "kind", "cosine", "angle"} <= set(frame.columns):
             raise CheckpointError(f"{path} is damaged: columns {list(frame.columns)}; run again to make it anew")
         return frame
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """A run: recipe, cards, and every method and seed, in the recipe's order."""
+    """A run: recipe, cards, and every method and seed, in the recipe's order; ``on`` is the split that was asked for."""
 
     path: Path
-    recipe: dict[str, Any]
-    data_card: dict[str, Any]
-    protocol: dict[str, Any]
-    environment: dict[str, Any]
+    recipe: Json
+    data_card: Json
+    protocol: Json
+    environment: Json
     runs: tuple[SeedRun, ...]
+    on: str = ""
 
     @property
     def methods(self) -> list[str]:
@@ -96,12 +106,47 @@ class RunFolder:
 
     @property
     def split(self) -> str:
-        """The split to report: test where it was recorded, else validation."""
-        return "test" if any(run.part("utility", "test") for run in self.runs) else "val"
+        """The split to report: the one asked for; else test where it was recorded, else validation."""
+        tested = any(run.metrics["utility"].get("test") for run in self.runs)
+        return self.on or ("test" if tested else "val")
 
     def of(self, method: str) -> list[SeedRun]:
         """Return the runs of one method, by seed."""
         return [run for run in self.runs if run.method == method]
+
+    def frame(self, part: str) -> pd.DataFrame:
+        """Return a table of the split: method, seed, then texts ("" where missing) and numbers (NaN where missing).
+
+        ``utility`` (task ``macro`` too), ``audit``, ``pairs`` (the audit by task pair), ``shrinkage`` (the curve of the shrunk
+        reference) or ``groups``.
+        """
+        texts, numbers, plain = _FRAMES[part]
+        found = [
+            [item.method, item.seed, *(str(row.get(k) or "") for k in texts), *(number(row.get(k)) for k in numbers)]
+            + [row.get(k) for k in plain]
+            for item in self.runs
+            for row in item.entries(part, self.split)
+        ]
+        return pd.DataFrame(found, columns=["method", "seed", *texts, *numbers, *plain])
+
+
+def number(value: object) -> float:
+    """A float; what is missing or no number is NaN.
+
+    >>> number(None), number("x"), number(2)
+    (nan, nan, 2.0)
+    """
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def rows(frame: pd.DataFrame) -> Iterator[Any]:
+    """Rows of a frame as named tuples, whose fields are of any type."""
+    yield from frame.itertuples(index=False)
+
+
+def records(frame: pd.DataFrame) -> list[Json]:
+    """Rows of a frame as plain objects."""
+    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
 
 
 def read_run(path: str | Path) -> RunFolder:
@@ -120,7 +165,8 @@ def read_run(path: str | Path) -> RunFolder:
             f"{path} is no run folder: no such directory. Give the folder that 'libmtl-fair run' made"
         )
     recipe = _recipe(path / "recipe.yaml")
-    found = _found(path)
+    each = {(file.parent.parent.name, file.parent.name): file for file in sorted(path.glob("*/seed*/metrics.json"))}
+    found = {(method, int(seed[4:])): file for (method, seed), file in each.items() if seed[4:].isdecimal()}
     methods = list(recipe["methods"]) if isinstance(recipe.get("methods"), dict) else sorted({m for m, _ in found})
     seeds = recipe["seeds"] if isinstance(recipe.get("seeds"), list) else sorted({s for _, s in found})
     wanted = [(method, seed) for method in methods for seed in seeds]
@@ -130,67 +176,49 @@ def read_run(path: str | Path) -> RunFolder:
         raise CheckpointError(f"{path} is incomplete: missing {shown}. Finish it with 'libmtl-fair run --resume'")
     if not wanted:
         raise CheckpointError(f"{path} holds no results: expected METHOD/seedK/metrics.json")
-    runs = tuple(_seed_run(method, seed, found[(method, seed)]) for method, seed in wanted)
-    card, protocol, environment = (_optional(path / f"{name}.json") for name in _CARDS)
+    runs = tuple(_seed_run(method, seed, found[method, seed]) for method, seed in wanted)
+    files = (path / f"{name}.json" for name in ("data_card", "audit_protocol", "environment"))
+    card, protocol, environment = (_mapping(file) if file.exists() else {} for file in files)
     return RunFolder(path, recipe, card, protocol, environment, runs)
 
 
-def _recipe(path: Path) -> dict[str, Any]:
+def _recipe(path: Path) -> Json:
     try:
-        data = read_yaml(path).data
+        return _checked(path, read_yaml(path).data)
     except RecipeError as error:
         raise CheckpointError(f"not a readable run folder: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is damaged: expected a mapping, found {type(data).__name__}")
-    return data
 
 
-def _found(path: Path) -> dict[tuple[str, int], Path]:
-    found: dict[tuple[str, int], Path] = {}
-    for file in sorted(path.glob("*/seed*/metrics.json")):
-        seed = file.parent.name.removeprefix("seed")
-        if seed.isdecimal():
-            found[(file.parent.parent.name, int(seed))] = file
-    return found
+def _mapping(path: Path) -> Json:
+    return _checked(path, read_json(path))
+
+
+def _checked(path: Path, value: object, where: str = "") -> Json:
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is damaged: expected a mapping{where}, found {type(value).__name__}")
+    return value
 
 
 def _seed_run(method: str, seed: int, file: Path) -> SeedRun:
     metrics = _mapping(file)
     for part in (*_SPLIT_PARTS, "settings", "checkpoint"):
-        value = metrics.get(part)
-        if value is not None and not isinstance(value, dict):
-            raise CheckpointError(f"{file} is damaged: expected a mapping under {part!r}, found {type(value).__name__}")
+        _checked(file, metrics.get(part) or {}, f" under {part!r}")
     if not metrics.get("utility"):
         raise CheckpointError(f"{file} is damaged: it has no 'utility'; run again to make it anew")
     for part, kind in _SPLIT_PARTS.items():
         for split, value in (metrics.get(part) or {}).items():
-            _check_rows(file, f"{part}.{split}", value, kind)
+            inner = value.values() if isinstance(value, dict) else value
+            if not isinstance(value, kind) or not all(isinstance(row, dict) for row in inner):
+                raise CheckpointError(
+                    f"{file} is damaged: {part}.{split} is not what a run writes; run again to make it anew"
+                )
     return SeedRun(method, seed, file.parent, metrics)
 
 
-def _check_rows(file: Path, where: str, value: Any, kind: type) -> None:
-    rows = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
-    if not isinstance(value, kind) or not all(isinstance(row, Mapping) for row in rows):
-        raise CheckpointError(f"{file} is damaged: {where} is not what a run writes; run again to make it anew")
-
-
-def _table(path: Path, types: Mapping[str, type] | None = None) -> pd.DataFrame | None:
-    if not path.exists():
-        return None
+def _table(path: Path) -> pd.DataFrame | None:
     try:
-        return pd.read_csv(path, dtype=dict(types or {}), keep_default_na=False, na_values=[""])
+        return pd.read_csv(path, dtype=_TEXTS, keep_default_na=False, na_values=[""]) if path.exists() else None
     except pd.errors.EmptyDataError:
         return None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); run again to make it anew") from error
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is damaged: expected a mapping, found {type(value).__name__}")
-    return value
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    return _mapping(path) if path.exists() else {}

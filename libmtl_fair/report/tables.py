@@ -1,10 +1,10 @@
-"""Tables of a run: one summary for the console and the report, mean ± sd over seeds, differences, best marks."""
+"""Tables of a run: for the page and the card as plain rows of text, so that both show the same; and for the console."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -12,125 +12,34 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from libmtl_fair.files import write_json
-from libmtl_fair.report.frames import audit_frame, groups_frame, mean_sd, rows, utility_frame
-from libmtl_fair.report.run_folder import RunFolder, read_run
+from libmtl_fair.report import notes
+from libmtl_fair.report import summary as numbers
+from libmtl_fair.report.run_folder import Json, RunFolder, records, rows
 
-HIGHER_IS_BETTER = frozenset(
-    {"auc", "accuracy", "balanced_accuracy", "f1", "macro_f1", "r2", "ccc", "average_precision"}
-)
-LABELS = {
-    "auc": "AUC",
-    "accuracy": "accuracy",
-    "brier": "Brier",
-    "log_loss": "log loss",
-    "f1": "F1",
-    "macro_f1": "macro F1",
-    "rmse": "RMSE",
-    "mae": "MAE",
-    "r2": "R²",
-    "ccc": "CCC",
-}
-_DISPARITIES = {
-    "EO diff": {"equalized_odds", "equalized_odds_difference"},
-    "DP diff": {"demographic_parity", "demographic_parity_difference"},
-    "KS": {"ks", "ks_distance", "kolmogorov_smirnov"},
-}
-_FURTHER = {
-    "EOP diff": {"equal_opportunity", "equal_opportunity_difference"},
-    "AUC diff": {"auc", "auc_difference"},
-    "MAE diff": {"mae", "mae_difference"},
-}
-MEANINGS = {
-    "EO diff": "equalised-odds difference, mean over classification tasks",
-    "DP diff": "demographic-parity difference, mean over classification tasks",
-    "EOP diff": "equal-opportunity difference, mean over classification tasks",
-    "AUC diff": "largest difference between groups' AUC, mean over classification tasks",
-    "MAE diff": "largest difference between groups' mean absolute error, mean over regression tasks",
-    "KS": "largest Kolmogorov-Smirnov distance between groups' predictions, mean over regression tasks",
-    "Bias": "mean excess of cross-task score gaps over the fixed tolerance",
-    "VR": "share of cross-task pairs whose gap exceeds the fixed tolerance",
-}
+GAPS = ("EO diff", "DP diff", "KS")
+"""Columns of the summary that compare groups."""
 
 
-def summary_values(run: RunFolder, split: str | None = None, further: bool = False) -> pd.DataFrame:
-    """Return one row per method, seed and column of the summary: method, seed, column, value, higher.
+@dataclass(frozen=True)
+class Cell:
+    """Text of a cell, smaller text below it, and whether it is the best of its column."""
 
-    ``further`` adds differences between groups that the summary leaves out: equal opportunity, AUC and mean absolute error.
-    """
-    found: list[tuple[str, int, str, float, bool]] = []
-    utility = utility_frame(run, split)
-    for row in rows(utility[utility["task"] == "macro"]):
-        found.append((row.method, row.seed, _label(row.metric), row.value, row.metric in HIGHER_IS_BETTER))
-    audit = audit_frame(run, split)
-    for column, name in (("bias", "Bias"), ("violation_rate", "VR")):
-        for row in rows(audit):
-            found.append((row.method, row.seed, f"{name}@{row.delta_name}", getattr(row, column), False))
-    found.extend(_disparities(run, split, {**_DISPARITIES, **(_FURTHER if further else {})}))
-    return pd.DataFrame(found, columns=["method", "seed", "column", "value", "higher"])
+    text: str
+    small: str = ""
+    best: bool = False
 
 
-def _label(metric: object) -> str:
-    return f"macro {LABELS.get(str(metric), str(metric).replace('_', ' '))}"
+@dataclass(frozen=True)
+class Sheet:
+    """A table: title, column heads, rows of cells (the first one names the row)."""
+
+    title: str
+    heads: tuple[str, ...]
+    body: tuple[tuple[Cell, ...], ...]
+    note: str = ""
 
 
-def _disparities(
-    run: RunFolder, split: str | None, measures: Mapping[str, set[str]]
-) -> Iterator[tuple[str, int, str, float, bool]]:
-    groups = groups_frame(run, split)
-    for name, metrics in measures.items():
-        taken = groups[
-            groups["metric"].isin(metrics)
-            & (groups["group"].eq("difference") | groups["metric"].str.endswith("_difference"))
-        ]
-        means = taken.groupby(["attribute", "method", "seed"], sort=False)["value"].mean()
-        for row in rows(means.reset_index()):
-            yield row.method, row.seed, f"{name} {row.attribute}", row.value, False
-
-
-def summary(run: RunFolder, split: str | None = None, further: bool = False) -> pd.DataFrame:
-    """Return method, column, mean, sd, n, higher, difference, best: one row a cell of the summary.
-
-    ``difference`` is the mean of paired differences to the reference over the seeds that both have; ``best`` marks the
-    best mean of each column (none where all methods are equal).
-    """
-    values = summary_values(run, split, further)
-    cells = mean_sd(values, ["method", "column", "higher"])
-    wide = values.pivot_table(index=["column", "seed"], columns="method", values="value", dropna=False)
-    if run.reference in wide:
-        paired = wide.sub(wide[run.reference], axis=0).groupby(level="column").mean()
-        cells["difference"] = [_at(paired, column, method) for column, method in zip(cells["column"], cells["method"])]
-    else:
-        cells["difference"] = math.nan
-    cells.loc[cells["method"] == run.reference, "difference"] = math.nan
-    signed = cells["mean"].where(~cells["higher"].astype(bool), -cells["mean"])
-    grouped = signed.groupby(cells["column"])
-    cells["best"] = (signed == grouped.transform("min")) & (signed.round(9) < grouped.transform("max").round(9))
-    return cells
-
-
-def write_summary(run_dir: str | Path) -> Path:
-    """Write ``summary.json``: mean, sd, n and paired difference to the reference of every method and column.
-
-    Raises
-    ------
-    CheckpointError : the run folder is incomplete or damaged, or cannot be written.
-    """
-    run = read_run(run_dir)
-    content: dict[str, Any] = {"format": 1, "name": run.name, "split": run.split, "seeds": run.seeds}
-    methods: dict[str, dict[str, Any]] = {method: {} for method in run.methods}
-    for row in rows(summary(run)):
-        numbers = {"mean": row.mean, "sd": row.sd, "n": int(row.n), "difference": row.difference}
-        methods[row.method][row.column] = {**numbers, "higher_is_better": bool(row.higher)}
-    return write_json(run.path / "summary.json", {**content, "reference": run.reference, "methods": methods})
-
-
-def _at(frame: pd.DataFrame, row: object, column: object) -> float:
-    known = row in frame.index and column in frame.columns
-    return float(frame.to_dict()[column][row]) if known else math.nan
-
-
-def show(mean: float, sd: float = math.nan, digits: int = 3) -> str:
+def show(mean: float, sd: float = math.nan, digits: int = 3, sign: str = "") -> str:
     """Write a number, with its sd where there is one.
 
     >>> show(0.83251, 0.0021), show(0.5), show(float("nan"))
@@ -139,54 +48,220 @@ def show(mean: float, sd: float = math.nan, digits: int = 3) -> str:
     if not math.isfinite(mean):
         return "–"
     digits = digits if abs(mean) < 100 else 1
-    return f"{mean:.{digits}f}" + (f" ± {sd:.{digits}f}" if math.isfinite(sd) else "")
+    return f"{mean:{sign}.{digits}f}" + (f" ± {sd:.{digits}f}" if math.isfinite(sd) else "")
 
 
-def show_difference(value: float) -> str:
-    """Write a difference with its sign; nothing where there is none."""
-    return f"{value:+.3f}" if math.isfinite(value) else ""
+def sheet(
+    title: str, heads: Sequence[str], frame: pd.DataFrame, note: str = "", digits: int = 4, sign: str = ""
+) -> Sheet:
+    """Make a table of a frame's columns, in their order.
+
+    Numbers have ``digits``, those with a column ``<name>_sd`` their sd behind them; True is "yes"; cells and texts stay.
+    """
+
+    def cell(row: Json, name: str) -> Cell:
+        value = row[name]
+        if isinstance(value, Cell):
+            return value
+        if isinstance(value, float):
+            return Cell(show(value, row.get(f"{name}_sd", math.nan), digits, sign))
+        return Cell(("yes" if value else "no") if isinstance(value, bool) else str(value))
+
+    names = [str(name) for name in frame if not str(name).endswith("_sd")]
+    body = (tuple(cell(row, name) for name in names) for row in records(frame))
+    return Sheet(title, tuple(heads), tuple(body), note)
 
 
-def summary_table(run: RunFolder, split: str | None = None, width: int | None = None) -> Table | Group:
+def summary_sheet(
+    run: RunFolder, title: str, prefixes: tuple[str, ...], note: str = "", cells: pd.DataFrame | None = None
+) -> Sheet | None:
+    """Columns of the summary that start with one of ``prefixes``: a row a method, small the difference; None if none do.
+
+    ``cells`` of a comparison show the difference's interval too.
+    """
+    taken = numbers.summary(run) if cells is None else cells
+    taken = taken[taken["column"].str.startswith(prefixes)]
+    columns = list(dict.fromkeys(taken["column"]))
+    small = [show_difference(r) if cells is not None else show(r.difference, sign="+") for r in rows(taken)]
+    made = [Cell(show(r.mean, r.sd), text.strip("–"), bool(r.best)) for r, text in zip(rows(taken), small)]
+    wide = taken.assign(cell=pd.Series(made, index=taken.index, dtype=object)).pivot(
+        index="method", columns="column", values="cell"
+    )
+    wide = wide.reindex(index=run.methods, columns=columns).reset_index()
+    return sheet(title, ["method", *columns], wide, note) if columns else None
+
+
+def show_difference(row: Any) -> str:
+    """Write a paired difference to the reference with its interval; nothing where there is none."""
+    interval = f" [{row.low:+.4f}, {row.high:+.4f}]" if row.low == row.low else ""
+    return f"{row.difference:+.4f}{interval}" if row.difference == row.difference else ""
+
+
+def task_sheet(run: RunFolder) -> Sheet:
+    """Utility of every task."""
+    frame = run.frame("utility")
+    means = numbers.with_sd(frame[frame["task"] != "macro"], ["task", "method", "metric"], ["value"])
+    tasks, names = list(dict.fromkeys(means["task"])), list(dict.fromkeys(means["metric"]))
+    texts = means.assign(text=[show(r.value, r.value_sd) for r in rows(means)])
+    wide = texts.pivot(index=["task", "method"], columns="metric", values="text").reindex(columns=names)
+    wide = wide.reindex(pd.MultiIndex.from_product([tasks, run.methods], names=["task", "method"]))
+    heads = [f"{numbers.LABELS.get(m, m)} {'↑' if m in numbers.HIGHER_IS_BETTER else '↓'}" for m in names]
+    return sheet("Utility by task", ["task", "method", *heads], wide.reset_index())
+
+
+def gain_sheet(run: RunFolder, found: pd.DataFrame | None = None) -> Sheet | None:
+    """Knowledge and discrimination gain by task; None without a single-task method."""
+    found = numbers.gains(run) if found is None else found
+    if found.empty:
+        return None
+    title = f"Against {numbers.single_task_methods(run)[0]} (each task alone)"
+    heads = ["method", "task", *numbers.GAINS.values()]
+    return sheet(title, heads, found.drop(columns="seeds"), notes.gain_verdict(found), sign="+")
+
+
+def audit_sheet(run: RunFolder) -> Sheet | None:
+    """Bias and VR under each tolerance, the Brier beside it, and the place relative to the shrinkage curve."""
+    keys, verdict = ["delta_name", "method"], numbers.shrinkage_verdict(run)
+    below = [f"{'yes' if r.below else 'no'} ({r.seeds_below} of {r.seeds} seeds)" for r in rows(verdict)]
+    means = numbers.with_sd(run.frame("audit"), keys, ["delta", "bias", "violation_rate"]).drop(columns="delta_sd")
+    means.insert(1, "delta", means.pop("delta"))
+    frame = means.merge(verdict.assign(words=below)[[*keys, "curve_bias", "words"]], "left", keys)
+    heads = ["tolerance", "δ", "method", "Bias ↓", "VR ↓", f"{run.reference} shrunk to equal Brier", "below it"]
+    return sheet("Bias and violation rate", heads, in_order(frame, "delta_name")) if len(frame) else None
+
+
+def pair_sheet(run: RunFolder) -> Sheet | None:
+    """Bias and VR of every task pair under the first tolerance."""
+    frame = run.frame("pairs")
+    if frame.empty:
+        return None
+    first = frame["delta_name"].iloc[0]
+    grouped = frame[frame["delta_name"] == first].groupby(["task_a", "task_b", "method"], sort=False)
+    means = in_order(grouped[["bias", "violation_rate"]].mean().reset_index(), "task_a", "task_b")
+    return sheet(f"By task pair, tolerance {first}", ["task", "task", "method", "Bias ↓", "VR ↓"], means)
+
+
+def group_sheet(run: RunFolder, between: bool = False) -> Sheet | None:
+    """Every metric of every group, or every difference and ratio ``between`` groups, with the mean of its intervals."""
+    means = numbers.group_means(run).rename(columns={"sd": "value_sd"})
+    means = in_order(
+        means[means["group"].isin(numbers.BETWEEN_GROUPS) == between], "task", "attribute", "metric", "group"
+    )
+    means["metric"] = means["metric"].str.replace("_", " ")
+    means["n"] = [show(n, digits=0) for n in means["n"]]
+    means.insert(
+        6,
+        "interval",
+        [f"[{r.low:.3f}, {r.high:.3f}]" if r.low + r.high == r.low + r.high else "–" for r in rows(means)],
+    )
+    title, head = ("Differences and ratios between groups", "statistic") if between else ("Groups", "group")
+    heads = ["task", "attribute", "metric", head, "method", "value", "interval", "n", "flag"]
+    return sheet(title, heads, means.drop(columns=["low", "high"]), digits=3) if len(means) else None
+
+
+def standing_sheet(overview: pd.DataFrame) -> Sheet:
+    """Return mean rank and Delta_m of every method, by utility alone and with the differences between groups."""
+    texts = {name: [f"{rank:.2f}" for rank in overview[name]] for name in ("mean_rank", "fair_rank")}
+    texts |= {name: [f"{loss:+.2f} %" for loss in overview[name]] for name in ("delta_m", "fair_delta_m")}
+    heads = ["method", "mean rank ↓", "Δm ↓", "mean rank, fairness too ↓", "Δm, fairness too ↓"]
+    frame = overview.assign(**texts)[["method", "mean_rank", "delta_m", "fair_rank", "fair_delta_m"]]
+    return sheet("Ranks and Δm", heads, frame, notes.STANDING)
+
+
+def published_sheet(run: RunFolder, published: pd.DataFrame) -> Sheet | None:
+    """Return a source's numbers beside ours; None where the recipe holds none."""
+    heads = ["method", "measure", "published", "ours", "ours − published"]
+    frame = published.assign(gap=[f"{r.ours - r.published:+.4f}" for r in rows(published)])
+    return sheet("Beside published numbers", heads, frame, notes.publication(run)) if len(frame) else None
+
+
+def drift_sheet(drift: pd.DataFrame) -> Sheet | None:
+    """Return ranks under raw and fixed thresholds, drift budgets and robustness."""
+    heads = ["tolerance", "method", "raw Bias", "rank", "fixed Bias", "rank", "own threshold", "drift budget", "robust"]
+    columns = ["delta_name", "method", "raw_bias", "rank_raw", "fixed_bias", "rank_fixed", "mean_threshold", "budget"]
+    return sheet("Threshold drift", heads, drift[[*columns, "robust"]], notes.DRIFT) if len(drift) else None
+
+
+def in_order(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """Rows sorted by columns, each in its order of appearance, so that equal things stand together."""
+    ranks = pd.DataFrame({column: pd.factorize(frame[column])[0] for column in columns}, index=frame.index)
+    return frame.loc[ranks.sort_values(list(columns), kind="stable").index]
+
+
+def data_sheets(run: RunFolder) -> Iterator[Sheet]:
+    """Tasks and groups of the data card with sizes and base rates."""
+    tasks: Mapping[str, Json] = run.data_card.get("tasks") or {}
+    if tasks:
+        heads = ["task", "kind", "definition", "labelled", "missing", "base rate"]
+        body = [
+            (name, t["kind"], t["definition"], f"{t['labelled']:,}", f"{t['missing']:,}", base_rate(t))
+            for name, t in tasks.items()
+        ]
+        yield sheet("Tasks", heads, pd.DataFrame(body))
+    for attribute, entry in (run.data_card.get("groups") or {}).items():
+        lines = []
+        for name, group in entry["groups"].items():
+            rates = [base_rate(task["per_group"].get(attribute, {}).get(name, {})) for task in tasks.values()]
+            lines.append([name, f"{group['rows']:,}", f"{group['share']:.1%}", f"{group['split']['test']:,}", *rates])
+        yield sheet(f"Groups of {attribute}", ["group", "rows", "share", "test rows", *tasks], pd.DataFrame(lines))
+
+
+def base_rate(entry: Mapping[str, Any]) -> str:
+    """Base rate, mean or class shares of a task in the data card.
+
+    >>> base_rate({"rate": 0.239}), base_rate({"mean": 40.4, "std": 12.4})
+    ('23.9%', '40.4 ± 12.4')
+    """
+    if entry.get("rate") is not None:
+        return f"{entry['rate']:.1%}"
+    if entry.get("mean") is not None:
+        return f"{entry['mean']:.4g} ± {entry.get('std') or 0:.3g}"
+    classes = entry.get("classes") or {}
+    total = entry.get("n") or sum(classes.values())
+    return ", ".join(f"{name} {count / total:.0%}" for name, count in classes.items()) if classes and total else "–"
+
+
+def summary_table(run: RunFolder, width: int | None = None) -> Table | Group:
     """Build the table that ends a run on the console.
 
     One row a method. Where that needs more than ``width`` characters, one row a column instead; where that does not fit
     either, several tables below each other, so that a narrow terminal shows whole numbers. Best mean with a star,
     difference to the reference below it, dim.
     """
-    cells = summary(run, split)
-    columns = list(dict.fromkeys(cells["column"]))
-    found = {(row.method, row.column): _cell(row) for row in rows(cells)}
-    if width is None or _width(run.methods, columns) <= width:
-        return _table(run, split, found, run.methods, columns)
-    if _width(columns, run.methods) <= width:
-        return _table(run, split, {(c, m): text for (m, c), text in found.items()}, columns, run.methods)
-    per_part = max(1, (width - 4 - max(map(len, run.methods))) // (max(16, *map(len, columns)) + 3))
-    parts = [columns[i : i + per_part] for i in range(0, len(columns), per_part)]
-    return Group(*(_table(run, split, found, run.methods, part) for part in parts))
+    cells = numbers.summary(run)
+    methods, columns = run.methods, list(dict.fromkeys(cells["column"]))
+    found = {(row.method, row.column): starred(row) for row in rows(cells)}
+    for row in rows(cells[cells["difference"].notna()]):
+        found[row.method, row.column].append(f"\n{row.difference:+.3f}", style="not bold dim")
+
+    def width_of(heads: Sequence[str], names: Sequence[str]) -> int:
+        return 4 + max(map(len, heads)) + sum(max(16, len(name)) + 3 for name in names)
+
+    def table(heads: Sequence[str], names: Sequence[str]) -> Table:
+        made = titled(f"{run.name}: {run.split}", run)
+        made.add_column("method" if heads == methods else "", no_wrap=True)
+        for name in names:
+            made.add_column(Text(name), justify="right", no_wrap=True)
+        for head in heads:
+            made.add_row(Text(head), *(found.get((head, n)) or found.get((n, head)) or Text("–") for n in names))
+        caption = f"* best mean; small: difference to {run.reference}"
+        made.caption = Text(caption, style="dim") if len(methods) > 1 else None
+        return made
+
+    if width is None or width_of(methods, columns) <= width:
+        return table(methods, columns)
+    if width_of(columns, methods) <= width:
+        return table(columns, methods)
+    per_part = max(1, (width - 4 - max(map(len, methods))) // (max(16, *map(len, columns)) + 3))
+    return Group(*(table(methods, columns[i : i + per_part]) for i in range(0, len(columns), per_part)))
 
 
-def _width(heads: list[str], columns: list[str]) -> int:
-    """Characters that a table needs whose rows are named by ``heads``."""
-    return 4 + max(map(len, heads)) + sum(max(16, len(column)) + 3 for column in columns)
-
-
-def _table(
-    run: RunFolder, split: str | None, found: dict[tuple[str, str], Text], heads: list[str], columns: list[str]
-) -> Table:
+def titled(title: str, run: RunFolder) -> Table:
+    """Return an empty table for the console."""
     seeds = f"{len(run.seeds)} seeds" if len(run.seeds) > 1 else "1 seed"
-    table = Table(title=f"{run.name}: {split or run.split}, mean ± sd over {seeds}", title_justify="left")
-    table.add_column("method" if heads == run.methods else "", no_wrap=True)
-    for column in columns:
-        table.add_column(Text(column), justify="right", no_wrap=True)
-    for head in heads:
-        table.add_row(Text(head), *(found.get((head, column), Text("–")) for column in columns))
-    caption = "* best mean; small: difference to " + run.reference if len(run.methods) > 1 else ""
-    table.caption = Text(caption, style="dim") if caption else None
-    return table
+    return Table(title=f"{title}, mean ± sd over {seeds}", title_justify="left")
 
 
-def _cell(row: Any) -> Text:
-    difference = show_difference(row.difference)
-    text = Text(show(row.mean, row.sd) + ("*" if row.best else ""), style="bold" if row.best else "")
-    return text.append(f"\n{difference}", style="not bold dim") if difference else text
+def starred(row: Any) -> Text:
+    """Write a cell of the summary; the best mean is bold and has a star."""
+    return Text(show(row.mean, row.sd) + ("*" if row.best else ""), style="bold" if row.best else "")

@@ -410,9 +410,9 @@ def record_of(epochs: int) -> ConflictRecord:
 def test_heat_maps() -> None:
     for value, epochs in itertools.product(("conflicts", "angle"), (1, 3)):
         figure = record_of(epochs).plot(value)
-        maps = [axes for axes in figure.axes if axes.images]
+        maps = [axes for axes in figure.axes if axes.get_title()]
         assert [axes.get_title() for axes in maps] == ["accuracy gradients", "fairness gradients"]
-        assert maps[0].images[0].get_array().shape == (2, epochs)
+        assert maps[0].collections[0].get_array().shape == (2, epochs)
     frame = record_of(2).counts()
     assert frame.query("layer == 'block 2'")["pairs"].unique().tolist() == [2]
 

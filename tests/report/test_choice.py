@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from libmtl_fair.cli import app
 from libmtl_fair.errors import CheckpointError, RecipeError
 from libmtl_fair.report import read_run
-from libmtl_fair.report.choice import CHOSEN, Rule, choose, describe, with_choice
+from libmtl_fair.report.choice import Rule, choose, with_choice
 from libmtl_fair.report.compare import compare
+from libmtl_fair.report.notes import CHOSEN, choice_sentence
 
 AUC = {"plain": 0.90, "relif": 0.896, "fairmt": 0.88}
 
@@ -65,7 +66,7 @@ def test_a_pooled_rule_takes_one_method_by_means(builder: Any) -> None:
     made = choose(run, Rule(["EO diff sex"], pooled=True))
     assert list(made["method"]) == ["relif"] * 3
     assert list(made["reference_disparity"]) == pytest.approx([0.7 / 3] * 3)
-    assert "for all seeds" in describe(Rule(["EO diff sex"], pooled=True), made)
+    assert "for all seeds" in choice_sentence(Rule(["EO diff sex"], pooled=True), made)
 
 
 def test_test_data_has_no_say(builder: Any) -> None:
@@ -85,7 +86,7 @@ def test_the_choice_is_one_method_more(builder: Any) -> None:
     row = found.cells.set_index(["column", "method"]).loc[("EO diff sex", CHOSEN)]
     assert row["mean"] == pytest.approx((0.8 + 0.7 + 0.9) / 3)
     assert row["difference"] == pytest.approx((0.1 + 0 + 0) / 3)
-    assert found.notes[0] == describe(Rule(["EO diff sex"]), taken)
+    assert found.notes[0] == choice_sentence(Rule(["EO diff sex"]), taken)
     assert "plain (2 of 3), relif (1 of 3)" in found.notes[0]
     assert [row["method"] for row in found.to_dict()["choice"]] == ["relif", "plain", "plain"]
     assert "choice" not in compare([made]).to_dict()

@@ -15,9 +15,10 @@ from libmtl_fair.cli import app
 from libmtl_fair.errors import CheckpointError, RecipeError
 from libmtl_fair.report import read_run
 from libmtl_fair.report.compare import compare
-from libmtl_fair.report.compare_page import comparison_table, render, write_comparison
-from libmtl_fair.report.gains import delta_m, gain_verdict, gains, main_metrics, mean_rank
-from libmtl_fair.report.html import render as render_report
+from libmtl_fair.report.notes import gain_verdict
+from libmtl_fair.report.page import comparison_table, render_comparison, write_comparison
+from libmtl_fair.report.page import render as render_report
+from libmtl_fair.report.summary import delta_m, gains, main_metrics, mean_rank
 
 
 class Tags(HTMLParser):
@@ -152,7 +153,7 @@ def test_several_runs_get_one_yardstick(finished_run, tmp_path):
 
 
 def test_the_page_is_self_contained_and_escapes_names(run_dir):
-    text = render(compare([run_dir]))
+    text = render_comparison(compare([run_dir]))
     page = Tags(text)
     assert page.sources == []
     assert "<script>alert(1)</script>" not in text

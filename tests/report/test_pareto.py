@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from libmtl_fair.report import read_run, write_plots
-from libmtl_fair.report.pareto import disparities, front, pareto_plot, sweeps
+from libmtl_fair.report.plots import disparities, front, pareto_plot, sweeps
 
 SWEEP = {
     "plain": "EW",

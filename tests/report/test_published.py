@@ -8,7 +8,7 @@ import pytest
 
 from libmtl_fair.report import read_run
 from libmtl_fair.report.compare import compare
-from libmtl_fair.report.compare_page import render
+from libmtl_fair.report.page import render_comparison
 
 SECTION = """
 published:
@@ -35,7 +35,7 @@ def test_published_numbers_stand_beside_ours(run_dir: Path) -> None:
     note = next(text for text in found.notes if "A paper, table 2" in text)
     assert "preprocessing is not published" in note
     assert "Not in this run: missing." in note
-    page = render(found)
+    page = render_comparison(found)
     assert "Beside published numbers" in page
     assert "0.8834" in page
     assert len(found.to_dict()["published"]) == 3
@@ -45,4 +45,4 @@ def test_without_published_numbers(run_dir: Path) -> None:
     found = compare([run_dir])
     assert found.published.empty
     assert "published" not in found.to_dict()
-    assert "Beside published numbers" not in render(found)
+    assert "Beside published numbers" not in render_comparison(found)

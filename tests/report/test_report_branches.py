@@ -14,8 +14,8 @@ from libmtl_fair.recipe import Recipe
 from libmtl_fair.recipe.run import run_recipe
 from libmtl_fair.report import read_run, write_report
 from libmtl_fair.report.branches import branchings, conflict_plot, conflict_table, event_sheet, tree_texts
-from libmtl_fair.report.gallery import plots_of
-from libmtl_fair.report.html import render
+from libmtl_fair.report.page import render
+from libmtl_fair.report.plots import plots_of
 
 TASKS = ["income", "hours", "<script>alert(1)</script>"]
 

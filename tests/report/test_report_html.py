@@ -8,8 +8,8 @@ import pytest
 
 from libmtl_fair.errors import CheckpointError
 from libmtl_fair.report import read_run, write_report
-from libmtl_fair.report.html import render
 from libmtl_fair.report.notes import notes
+from libmtl_fair.report.page import render
 from libmtl_fair.report.protocol import checklist
 
 VOID = {"meta", "br", "img", "input", "hr", "link"}

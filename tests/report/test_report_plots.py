@@ -9,10 +9,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from libmtl_fair.errors import CheckpointError
-from libmtl_fair.report import dual_plot, heat_map, read_run, trace_plot, weight_plot, write_plots
-from libmtl_fair.report.gallery import plots_of
-from libmtl_fair.report.plots import thin
-from libmtl_fair.report.theme import label, themed
+from libmtl_fair.report import dual_plot, read_run, trace_plot, weight_plot, write_plots
+from libmtl_fair.report.plots import plots_of, thin
+from libmtl_fair.report.theme import conflict_map, label, themed
 
 
 def test_every_plot_of_a_run_is_written(run_dir):
@@ -87,10 +86,13 @@ def test_dual_plot_draws_the_gap_to_epsilon():
 
 
 def test_heat_map_with_missing_cells(tmp_path):
-    table = pd.DataFrame([[0.1, np.nan], [0.9, 0.5]], index=["layer 1", "_x"], columns=["$e1", "e2"])
+    rows = [("accuracy", "layer $1", 0, 0.1), ("accuracy", "layer $1", 1, np.nan), ("fairness", "_x", 0, 0.9)]
+    table = pd.DataFrame(rows, columns=["kind", "layer", "epoch", "share"])
     with themed():
-        heat_map(table, "conflicts", "share").savefig(tmp_path / "map.png")
-        heat_map(table * np.nan).savefig(tmp_path / "empty.png")
+        figure = conflict_map(table, "share", ["layer $1", "_x"], [0, 1])
+        figure.savefig(tmp_path / "map.png")
+        conflict_map(table.assign(angle=np.nan), "angle", ["layer $1"], [0, 1]).savefig(tmp_path / "empty.png")
+    assert [text.get_text() for axes in figure.axes for text in axes.texts] == ["10%", "90%"]
     assert (tmp_path / "map.png").stat().st_size > 1000
 
 

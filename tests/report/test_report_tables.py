@@ -10,18 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from libmtl_fair.report import (
-    groups_frame,
-    mean_sd,
-    read_run,
-    shrinkage_verdict,
-    summary,
-    summary_table,
-    utility_frame,
-    write_summary,
-)
+from libmtl_fair.report import read_run, shrinkage_verdict, summary, summary_table, write_summary
 from libmtl_fair.report.notes import notes
-from libmtl_fair.report.shrinkage import curve_bias
+from libmtl_fair.report.summary import curve_bias, with_sd
 from libmtl_fair.report.tables import show
 
 
@@ -101,12 +92,12 @@ def test_console_table_shows_every_number(run_dir, width, tmp_path):
 
 def test_tidy_frames(run_dir):
     run = read_run(run_dir)
-    utility = utility_frame(run)
+    utility = run.frame("utility")
     assert set(utility["task"]) == {"income", "hours", "<script>alert(1)</script>", "macro"}
     assert utility[(utility["task"] == "hours") & (utility["metric"] == "r2")]["value"].isna().all()
-    groups = groups_frame(run)
+    groups = run.frame("groups")
     assert set(groups[groups["flag"] != ""]["group"]) == {"Other & <b>x</b>"}
-    means = mean_sd(utility, ["method", "task", "metric"])
+    means = with_sd(utility, ["method", "task", "metric"], ["value"])
     assert len(means) == len(utility) / 3
 
 

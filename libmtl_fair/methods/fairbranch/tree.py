@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -131,12 +131,21 @@ class BranchTree:
         return cls(tuple(content["tasks"]), levels, content["depth"])
 
     def __str__(self) -> str:
-        from libmtl_fair.methods.fairbranch.drawing import draw
+        """Draw the tree as lines of text, from the input (top) to the heads."""
+        trunk = "input" if not self.depth else f"block{'s 1-' if self.depth > 1 else ' '}{self.depth}: all tasks"
+        if self.depth == self.n_blocks:
+            return f"{trunk} (not branched)"
+        return "\n".join([trunk, *self._below(self.depth, self.tasks, "")])
 
-        return draw(self)
+    def _below(self, level: int, within: Group, indent: str) -> Iterator[str]:
+        children = [group for group in self.levels[level] if set(group) <= set(within)] if level < self.n_blocks else []
+        for group in children:
+            last = group == children[-1]
+            yield f"{indent}{'└─' if last else '├─'} block {level + 1}: {', '.join(group)}"
+            yield from self._below(level + 1, group, indent + ("   " if last else "│  "))
 
     def plot(self) -> Figure:
         """Return a matplotlib figure: trunk at the bottom, tasks at the top."""
-        from libmtl_fair.methods.fairbranch.drawing import plot
+        from libmtl_fair.report.theme import tree_figure
 
-        return plot(self)
+        return tree_figure(self.tasks, self.levels, self.depth)

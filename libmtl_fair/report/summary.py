@@ -1,0 +1,265 @@
+"""What a run's numbers amount to: the summary, and each method beside its reference, a shrunk one, and single tasks."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from libmtl_fair import metrics
+from libmtl_fair.files import write_json
+from libmtl_fair.report.run_folder import Json, RunFolder, number, read_run, rows
+
+HIGHER_IS_BETTER = frozenset(
+    ("auc", "accuracy", "balanced_accuracy", "f1", "macro_f1", "r2", "ccc", "average_precision")
+)
+LABELS = {"auc": "AUC", "brier": "Brier", "log_loss": "log loss", "f1": "F1", "macro_f1": "macro F1"}
+LABELS |= {"rmse": "RMSE", "mae": "MAE", "r2": "R²", "ccc": "CCC"}
+_GAPS = {"EO diff": "equalized_odds", "DP diff": "demographic_parity", "KS": "ks"}
+_FURTHER = {"EOP diff": "equal_opportunity", "AUC diff": "auc", "MAE diff": "mae"}
+_VALUES = ["method", "seed", "column", "value", "higher"]
+BETWEEN_GROUPS = frozenset({"difference", "ratio"})
+NO_GROUP = BETWEEN_GROUPS | {"overall"}
+"""Names that stand where a group's name would, for what compares groups and for all of them together."""
+_MAIN = ("auc", "accuracy", "r2")
+
+
+def summary_values(run: RunFolder, further: bool = False) -> pd.DataFrame:
+    """Return one row per method, seed and column of the summary: method, seed, column, value, higher.
+
+    ``further`` adds differences between groups that the summary leaves out: equal opportunity, AUC and mean absolute error.
+    """
+    utility, audit, groups = (run.frame(part) for part in ("utility", "audit", "groups"))
+    macro = utility[utility["task"] == "macro"]
+    columns = [f"macro {LABELS.get(name, name.replace('_', ' '))}" for name in macro["metric"]]
+    parts = [macro.assign(column=columns, higher=macro["metric"].isin(HIGHER_IS_BETTER))]
+    for name, source in (("Bias", "bias"), ("VR", "violation_rate")):
+        parts.append(audit.assign(column=f"{name}@" + audit["delta_name"], value=audit[source], higher=False))
+    gaps = groups[groups["group"] == "difference"]
+    for name, metric in (_GAPS | (_FURTHER if further else {})).items():
+        means = gaps[gaps["metric"] == metric].groupby(["attribute", "method", "seed"], sort=False)["value"].mean()
+        frame = means.reset_index()
+        parts.append(frame.assign(column=f"{name} " + frame["attribute"], higher=False))
+    return pd.DataFrame([row for part in parts for row in rows(part[_VALUES])], columns=_VALUES)
+
+
+def summary(run: RunFolder, further: bool = False) -> pd.DataFrame:
+    """Return one row a cell of the summary: method, column, higher, mean, sd, n, difference, low, high, pairs, best.
+
+    ``difference`` is the mean of paired differences to the reference over the seeds that both have, ``pairs`` their number,
+    low and high their 95 % bootstrap interval (NaN with one pair); ``best`` marks the best mean of each column (none where all
+    methods are equal).
+    """
+    values = summary_values(run, further)
+    cells = (
+        values.groupby(["method", "column", "higher"], sort=False)["value"]
+        .agg(mean="mean", sd="std", n="count")
+        .reset_index()
+    )
+    wide = values.pivot(index="seed", columns=["column", "method"], values="value").astype(float)
+    nothing = pd.Series(math.nan, index=wide.index)
+    found = []
+    for row in rows(cells):
+        reference = wide.get((row.column, run.reference), nothing) if row.method != run.reference else nothing
+        found.append(metrics.paired_difference(wide[row.column, row.method], reference))
+    paired = pd.DataFrame(found, columns=["mean", "low", "high", "n"])
+    cells[["difference", "low", "high", "pairs"]] = paired.astype({"n": int})
+    signed = cells["mean"].where(~cells["higher"].astype(bool), -cells["mean"])
+    grouped = signed.groupby(cells["column"])
+    cells["best"] = (signed == grouped.transform("min")) & (signed.round(9) < grouped.transform("max").round(9))
+    return cells
+
+
+def with_sd(frame: pd.DataFrame, by: list[str], values: list[str]) -> pd.DataFrame:
+    """Return means over seeds, each with its sd beside it as ``<name>_sd``, in order of appearance."""
+    grouped = frame.groupby(by, sort=False)[values]
+    return grouped.mean().join(grouped.std().add_suffix("_sd")).reset_index()
+
+
+def write_summary(run_dir: str | Path) -> Path:
+    """Write ``summary.json``: mean, sd, n and paired difference to the reference of every method and column.
+
+    Raises
+    ------
+    CheckpointError : the run folder is incomplete or damaged, or cannot be written.
+    """
+    run = read_run(run_dir)
+    methods: dict[str, Json] = {method: {} for method in run.methods}
+    for row in rows(summary(run)):
+        numbers = {"mean": row.mean, "sd": row.sd, "n": int(row.n), "difference": row.difference}
+        methods[row.method][row.column] = {**numbers, "higher_is_better": bool(row.higher)}
+    about = {"format": 1, "name": run.name, "split": run.split, "seeds": run.seeds, "reference": run.reference}
+    return write_json(run.path / "summary.json", {**about, "methods": methods})
+
+
+def group_means(run: RunFolder) -> pd.DataFrame:
+    """Return task, attribute, metric, group, method, and over seeds the mean value, low, high, n, the sd, and the flag."""
+    grouped = run.frame("groups").groupby(["task", "attribute", "metric", "group", "method"], sort=False)
+    means = grouped[["value", "low", "high", "n"]].mean()
+    return means.assign(sd=grouped["value"].std(), flag=grouped["flag"].max()).reset_index()
+
+
+def curve_bias(curve: pd.DataFrame, brier: float) -> float:
+    """Least Bias that shrinking the reference reaches at a Brier of at most ``brier`` (linear between its points).
+
+    NaN where every point of the curve has a larger Brier: no shrinking is as good.
+
+    >>> curve_bias(pd.DataFrame({"brier": [0.10, 0.20], "bias": [0.08, 0.04]}), 0.15)
+    0.06
+    """
+    points = curve.dropna(subset=["brier", "bias"]).sort_values("brier")
+    if points.empty or not math.isfinite(brier) or brier < points["brier"].iloc[0]:
+        return math.nan
+    x, y = points["brier"].to_numpy(float), points["bias"].to_numpy(float)
+    return float(round(min(y[x <= brier].min(), np.interp(brier, x, y)), 12))
+
+
+def shrinkage_verdict(run: RunFolder) -> pd.DataFrame:
+    """Return method, delta_name, brier, bias, curve_bias, below, seeds_below, seeds: means, each seed's own curve.
+
+    ``below`` says whether the method has less Bias than the shrunk reference at equal Brier, in the mean over seeds; where
+    no shrunk reference reaches the method's Brier (``curve_bias`` NaN) it is below by being better calibrated. A curve of
+    other tasks than the audit's is not used: at a = 1 it must be the reference itself.
+    """
+    curves, brier = shrinkage_curves(run), _macro_brier(run)
+    found = []
+    for row in rows(run.frame("audit")):
+        curve, own = curves.get((row.seed, row.delta_name)), brier.get((row.method, row.seed), math.nan)
+        if row.method != run.reference and curve is not None and own == own:
+            found.append((row.method, row.delta_name, own, row.bias, curve_bias(curve, own)))
+    frame = pd.DataFrame(found, columns=["method", "delta_name", "brier", "bias", "curve_bias"])
+    frame["seeds_below"] = (frame["bias"] < frame["curve_bias"]) | frame["curve_bias"].isna()
+    grouped = frame.groupby(["method", "delta_name"], sort=False)
+    means = grouped[["brier", "bias", "curve_bias"]].mean()
+    counts = grouped["seeds_below"].agg(seeds_below="sum", seeds="count")
+    means["below"] = (means["bias"] < means["curve_bias"]) | means["curve_bias"].isna()
+    return means.join(counts).reset_index()
+
+
+def shrinkage_curves(run: RunFolder) -> dict[tuple[int, str], pd.DataFrame]:
+    """Curves by seed and tolerance, without those whose unshrunk end is not the reference's own point."""
+    found, brier, curves, audit = {}, _macro_brier(run), run.frame("shrinkage"), run.frame("audit")
+    for row in rows(audit[audit["method"] == run.reference]):
+        curve = curves[(curves["seed"] == row.seed) & curves["delta_name"].isin([row.delta_name, ""])]
+        end = curve[curve["a"] == 1]
+        own = brier.get((row.method, row.seed), math.nan)
+        near = (end["bias"] - row.bias).abs().le(0.1 * row.bias + 1e-6) & (end["brier"] - own).abs().le(2e-3)
+        if len(curve) and near.all():
+            found[row.seed, row.delta_name] = curve
+    return found
+
+
+def _macro_brier(run: RunFolder) -> dict[tuple[str, int], float]:
+    frame = run.frame("utility").dropna(subset=["value"])
+    taken = frame[(frame["task"] == "macro") & (frame["metric"] == "brier")]
+    return {(row.method, row.seed): row.value for row in rows(taken)}
+
+
+def main_metrics(run: RunFolder) -> pd.DataFrame:
+    """Return method, seed, task, metric, value of each task's main metric: AUC, else accuracy, else R2."""
+    frame = run.frame("utility")
+    frame = frame[(frame["task"] != "macro") & frame["metric"].isin(_MAIN) & frame["value"].notna()]
+    order = frame["metric"].map({name: i for i, name in enumerate(_MAIN)})
+    return frame[order == order.groupby(frame["task"]).transform("min")]
+
+
+def delta_m(run: RunFolder, fair: bool = False) -> dict[str, float]:
+    """Return method -> Delta_m in percent of the tasks' main metrics against the reference; below 0 is better.
+
+    ``fair`` counts the differences between groups too: equalised odds, equal opportunity and AUC (regression: mean absolute
+    error) of every attribute, each as one more metric. Source: Navon et al., ICML 2022; GLF compares methods so.
+    """
+    results, higher = _results(run, fair)
+    return metrics.delta_m(results, results[run.reference], higher) if run.reference in results else {}
+
+
+def mean_rank(run: RunFolder, fair: bool = False) -> dict[str, float]:
+    """Return method -> its rank by the tasks' main metrics, averaged over tasks; 1 is the best. ``fair`` as in :func:`delta_m`."""
+    return metrics.mean_rank(*_results(run, fair))
+
+
+def _results(run: RunFolder, fair: bool) -> tuple[dict[str, dict[str, float]], dict[str, bool]]:
+    """Return method -> measure -> mean over seeds, NaN where a method lacks it, and whether higher is better."""
+    frame = main_metrics(run)
+    frame = frame.assign(name=frame["task"] + " " + frame["metric"], higher=frame["metric"].isin(HIGHER_IS_BETTER))
+    if fair:
+        values = summary_values(run, further=True).rename(columns={"column": "name"})
+        gaps = values[values["name"].str.startswith(("EO diff", "EOP diff", "AUC diff", "MAE diff"))]
+        frame = pd.concat([frame, gaps]) if len(gaps) else frame
+    wide = frame.pivot_table(index="name", columns="method", values="value", sort=False)
+    results = {m: {str(k): float(v) for k, v in wide[m].items()} for m in dict.fromkeys(frame["method"])}
+    return results, dict(zip(frame["name"], frame["higher"].astype(bool)))
+
+
+def single_task_methods(run: RunFolder) -> list[str]:
+    """Return the methods that train each task alone, as their recipes say."""
+    return [m for m in run.methods if (run.of(m)[0].metrics.get("settings") or {}).get("single_task")]
+
+
+GAINS = {"knowledge": "knowledge gain ↑", "ep": "discrimination gain, EP ↓", "eo": "discrimination gain, EO ↓"}
+"""Columns of :func:`gains` and what they are called."""
+
+
+def gains(run: RunFolder) -> pd.DataFrame:
+    """Return what training together gains against the first single-task method, paired by seed.
+
+    Knowledge gain: accuracy (R2 of a regression task) minus that of the single-task model; above 0 is better. Discrimination
+    gain: the violation minus that of the single-task model, below 0 is better; EP takes the differences of true positive
+    rates summed over pairs of groups and over attributes, EO adds those of false positive rates; a multiclass task is the
+    mean of its classes one against the rest (ours). Source: FairBranch, arXiv:2310.13746.
+
+    Returns
+    -------
+    One row a method and task, and one for ``"mean"`` over tasks: method, task, seeds, and for each of knowledge, ep and eo
+    its mean over seeds and ``<name>_sd``. Empty without a single-task method.
+    """
+    alone, keys = single_task_methods(run), ["method", "seed", "task"]
+    columns = ["method", "task", "seeds", *(f"{name}{end}" for name in GAINS for end in ("", "_sd"))]
+    if not alone:
+        return pd.DataFrame(columns=columns)
+    utility = run.frame("utility")
+    utility = utility[(utility["task"] != "macro") & utility["metric"].isin(["accuracy", "r2"])]
+    found = {"knowledge": utility.sort_values("metric").drop_duplicates(keys).set_index(keys)["value"]}
+    frame = pd.DataFrame(found | _violations(run)).reindex(columns=list(GAINS)).reset_index()
+    single = frame[frame["method"] == alone[0]].drop(columns="method")
+    both = frame[~frame["method"].isin(alone)].merge(single, on=["seed", "task"], suffixes=("", "_alone"))
+    for name in GAINS:
+        both[name] -= both[f"{name}_alone"]
+    overall = both.groupby(["method", "seed"], sort=False)[list(GAINS)].mean().reset_index().assign(task="mean")
+    groups = pd.concat([both, overall]).groupby(["method", "task"], sort=False)
+    means = groups[list(GAINS)].mean().join(groups[list(GAINS)].std().add_suffix("_sd"))
+    means = means.assign(seeds=groups["seed"].nunique()).reset_index()
+    place = means["method"].map(run.methods.index)
+    return means.iloc[place.argsort(kind="stable")].reset_index(drop=True)[columns]
+
+
+def _violations(run: RunFolder) -> dict[str, pd.Series[float]]:
+    """Return EP and EO by method, seed and task: summed over single attributes, mean over classes."""
+    frame = run.frame("groups")
+    parts = frame["metric"].str.extract(r"^(true_positive_rate|false_positive_rate)(\[.*\])?$")
+    frame = frame.assign(rate=parts[0], label=parts[1].fillna(""))
+    single = ~frame["attribute"].str.contains(" & ", regex=False)
+    frame = frame[frame["rate"].notna() & ~frame["group"].isin(NO_GROUP) & single]
+    keys = ["method", "seed", "task"]
+    each = frame.groupby([*keys, "label", "rate", "attribute"], sort=False)["value"]
+    violated = each.agg(lambda rates: metrics.violation({"rate": list(rates)}))
+    true_only = violated[violated.index.isin(["true_positive_rate"], level="rate")]
+    of_class = {name: one.groupby(level=[*keys, "label"]).sum() for name, one in (("ep", true_only), ("eo", violated))}
+    return {name: one.groupby(level=keys).mean() for name, one in of_class.items()}
+
+
+def beside_published(run: RunFolder, cells: pd.DataFrame, overview: pd.DataFrame) -> pd.DataFrame:
+    """Return method, measure, published, ours (mean over seeds): one row for each published number of a method of the run.
+
+    A measure is a column of the comparison's ``cells`` or of its ``overview``; ``ours`` is NaN where it is neither.
+    """
+    ours = overview.set_index("method").join(cells.pivot(index="method", columns="column", values="mean"))
+    values = (run.recipe.get("published") or {}).get("values") or {}
+    found = [
+        (method, name, number(value), float(ours.loc[method, name]) if name in ours else math.nan)
+        for method in run.methods
+        for name, value in (values.get(method) or {}).items()
+    ]
+    return pd.DataFrame(found, columns=["method", "measure", "published", "ours"])
