@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +15,7 @@ from libmtl_fair.methods.fairbranch.tree import BranchTree
 from libmtl_fair.report.notes import EVENTS
 from libmtl_fair.report.run_folder import Json, RunFolder
 from libmtl_fair.report.tables import Sheet, sheet
-from libmtl_fair.report.theme import conflict_map
+from libmtl_fair.report.theme import Plot, conflict_map, slug
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,3 +106,27 @@ def conflict_plot(table: pd.DataFrame, value: str = "share") -> Figure:
     """Heat maps of what :func:`conflict_table` gave, blocks by number; see :func:`~libmtl_fair.report.theme.conflict_map`."""
     layers = sorted(set(table["layer"]), key=lambda name: (int("".join(filter(str.isdecimal, name)) or 0), name))
     return conflict_map(table, value, layers, sorted(set(table["epoch"])))
+
+
+def branch_plots(run: RunFolder) -> Iterator[Plot]:
+    """The first seed's tree of every method that branches, and the heat maps of every method that recorded conflicts."""
+    for method in run.methods:
+        if trees := branchings(run, method):
+            others = f"; {len(trees) - 1} more below as text" if len(trees) > 1 else ""
+            caption = f"{method}: branch tree as it ended, seed {trees[0].seed}{others}."
+            yield Plot(f"tree_{slug(method)}", "branches", caption, trees[0].last.plot)
+    titles = {
+        "share": "share of task pairs whose gradients conflict",
+        "angle": "mean angle between two tasks' gradients",
+    }
+    for method in run.methods:
+        table = conflict_table(run, method)
+        if table is None:
+            continue
+        seeds = sum(item.conflicts() is not None for item in run.of(method))
+        rest = (
+            f"the first batch of each epoch{f', all {seeds} seeds' if seeds > 1 else ''}; empty: no two tasks share it"
+        )
+        for value, title in titles.items():
+            caption = f"{method}: {title}, by layer and epoch ({rest})."
+            yield Plot(f"conflicts_{value}_{slug(method)}", "branches", caption, partial(conflict_plot, table, value))

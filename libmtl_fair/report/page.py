@@ -15,9 +15,9 @@ from libmtl_fair.files import write_json, write_text
 from libmtl_fair.report import notes, protocol, tables
 from libmtl_fair.report.branches import event_sheet, tree_texts
 from libmtl_fair.report.compare import Comparison
-from libmtl_fair.report.plots import Plot, bars, plots_of, scatters, write_plots
+from libmtl_fair.report.plots import bars, plots_of, scatters, write_plots
 from libmtl_fair.report.run_folder import Json, RunFolder, read_run, rows
-from libmtl_fair.report.theme import REFERENCE, colours, label
+from libmtl_fair.report.theme import REFERENCE, Plot, colours, label
 
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star", "hexagon")
 _PATTERNS = ("", "/", ".", "x", "\\", "+", "-", "|")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,69 +14,30 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from libmtl_fair.report.branches import branchings, conflict_plot, conflict_table
+from libmtl_fair.report.branches import branch_plots
 from libmtl_fair.report.run_folder import RunFolder, number, read_run, rows
 from libmtl_fair.report.summary import HIGHER_IS_BETTER, LABELS, NO_GROUP, group_means, shrinkage_curves, summary_values
 from libmtl_fair.report.theme import (
-    GRID,
     HATCHES,
     INK,
     MARKERS,
     PALETTE,
     REFERENCE,
+    Plot,
     Style,
     canvas,
     colours,
     label,
-    save,
     slug,
-    themed,
 )
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BAR_METRICS = (
-    *("true_positive_rate", "false_positive_rate", "selection_rate", "accuracy", "auc"),
-    *("mae", "rmse", "r2", "ccc"),
-)
+_RATES = ("true_positive_rate", "false_positive_rate", "selection_rate", "accuracy", "auc", "mae", "rmse", "r2", "ccc")
 _STEP = re.compile(r"(.+?)[ _-]?(\d+(?:\.\d+)?)")
 _FEWEST = 3
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A plot with the name of its file and its caption."""
-
-    name: str
-    section: str
-    caption: str
-    draw: Callable[[], Figure | None]
-
-    @cached_property
-    def figure(self) -> Figure | None:
-        """The figure, drawn once; None if there is nothing to draw."""
-        with themed(self.name):
-            return self.draw()
-
-    def svg(self) -> str:
-        """Return the plot as SVG for a page: colours of ink and grid follow the page's; '' if there is nothing."""
-        if self.figure is None:
-            return ""
-        stream = io.StringIO()
-        with themed(self.name):
-            self.figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        text = stream.getvalue()
-        text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
-        text = re.sub(r' id="(figure|axes|patch|line2d|text|xtick|ytick|matplotlib\.axis|legend)_\d+"', "", text)
-        wide = re.sub(r'<svg ([^>]*?)width="([\d.]+pt)"', r'<svg style="--natural: \2" \1width="\2"', text, count=1)
-        return wide.replace(INK, "var(--ink)").replace(GRID, "var(--grid)")
-
-    def save(self, folder: Path) -> Path | None:
-        """Write the plot as PNG and return its path, None if there is nothing to draw."""
-        with themed(self.name):
-            return save(self.figure, folder / f"{self.name}.png") if self.figure is not None else None
 
 
 class Scatter(NamedTuple):
@@ -90,10 +51,13 @@ class Scatter(NamedTuple):
 
 def points(run: RunFolder, x: str, y: str) -> pd.DataFrame:
     """Return method, x, y, x_sd, y_sd: means and sd over seeds of two columns of the summary."""
-    grouped = summary_values(run).groupby(["column", "method"], sort=False)["value"].agg(["mean", "std"])
-    known = [grouped.loc[column] if column in grouped.index else grouped[:0].droplevel(0) for column in (x, y)]
-    parts = [part.set_axis([axis, f"{axis}_sd"], axis=1) for axis, part in zip("xy", known)]
-    return parts[0].join(parts[1], how="inner").dropna(subset=["x", "y"]).rename_axis("method").reset_index()
+    values = summary_values(run)
+    wide = (
+        values.pivot(index=["method", "seed"], columns="column", values="value").reindex(columns=[x, y]).astype(float)
+    )
+    grouped = wide.set_axis(["x", "y"], axis=1).groupby(level="method")
+    means = grouped.mean().join(grouped.std().add_suffix("_sd")).dropna(subset=["x", "y"])
+    return means.reindex([method for method in run.methods if method in means.index]).reset_index()
 
 
 def main_utility(run: RunFolder) -> str | None:
@@ -211,7 +175,7 @@ def bars(run: RunFolder) -> dict[tuple[str, str], dict[str, pd.DataFrame]]:
     found: dict[tuple[str, str], dict[str, pd.DataFrame]] = {}
     for (task, attribute), part in means.groupby(["task", "attribute"], sort=False):
         known = set(part.dropna(subset=["value"])["metric"])
-        shown = [metric for metric in BAR_METRICS if metric in known][:4]
+        shown = [metric for metric in _RATES if metric in known][:4]
         found[str(task), str(attribute)] = {metric: part[part["metric"] == metric] for metric in shown}
     return {key: metrics for key, metrics in found.items() if metrics}
 
@@ -274,30 +238,28 @@ def thin(history: pd.DataFrame, column: str, bins: int = 200) -> tuple[NDArray[n
 
 
 def trace_plot(
-    histories: Mapping[str, pd.DataFrame] | pd.DataFrame,
-    columns: Mapping[str, str] | Sequence[str],
-    targets: Mapping[str, float] | None = None,
+    histories: Mapping[str, pd.DataFrame], columns: Mapping[str, str], targets: Mapping[str, float] | None = None
 ) -> Figure | None:
-    """One panel a column of the history (column -> title), one line a run; a dashed line at a column's target.
+    """One panel a column of the histories (column -> title), one line a run; a dashed line at a column's target.
 
     None if no history has any of the columns.
     """
-    runs = {"": histories} if isinstance(histories, pd.DataFrame) else dict(histories)
-    titles = columns if isinstance(columns, Mapping) else {column: column for column in columns}
-    shown = [c for c in titles if _has(runs, c)]
+    shown = [column for column in columns if _has(histories, column)]
     if not shown:
         return None
     figure, panels = canvas(6.4, 0.6 + 1.7 * len(shown), len(shown), sharex=True)
     for axes, column in zip(panels, shown):
-        for i, (name, frame) in enumerate(runs.items()):
+        for i, (name, frame) in enumerate(histories.items()):
             if _has({name: frame}, column):
                 axes.plot(*thin(frame, column), color=PALETTE[i % len(PALETTE)], label=label(name), linewidth=1.3)
-        if targets and column in targets:
-            axes.axhline(targets[column], color=INK, linestyle="--", linewidth=1)
-        axes.set_ylabel(label(titles[column], 24))
+        target = (targets or {}).get(column, math.nan)
+        if target == target:
+            axes.axhline(target, color=INK, linestyle="--", linewidth=1)
+        axes.set_ylabel(label(columns[column], 24))
     panels[-1].set_xlabel("step")
-    if len(runs) > 1:
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(5, len(runs)))
+    if len(histories) > 1:
+        handles = panels[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside upper center", ncols=min(5, len(histories)))
     return figure
 
 
@@ -305,13 +267,14 @@ def _has(histories: Mapping[str, pd.DataFrame], *columns: str) -> bool:
     return any(column in frame and frame[column].notna().any() for frame in histories.values() for column in columns)
 
 
-def dual_plot(history: pd.DataFrame, epsilon: float | None = None) -> Figure | None:
-    """FairMT: eta over time, and Phi - epsilon over time, above its zero line. None without both columns."""
+def dual_plot(history: pd.DataFrame, epsilon: float = math.nan) -> Figure | None:
+    """FairMT: eta over time, and Phi - epsilon (Phi where it is NaN) over time, above its zero line; None without both."""
     if not all(_has({"": history}, column) for column in ("eta", "phi")):
         return None
-    frame = history.assign(gap=history["phi"] - (epsilon or 0.0))
-    titles = {"eta": "dual variable η", "gap": "Φ" if epsilon is None else "Φ − ε"}
-    return trace_plot(frame, titles, None if epsilon is None else {"gap": 0.0})
+    known = epsilon == epsilon
+    frame = history.assign(gap=history["phi"] - (epsilon if known else 0.0))
+    titles = {"eta": "dual variable η", "gap": "Φ − ε" if known else "Φ"}
+    return trace_plot({"": frame}, titles, {"gap": 0.0} if known else None)
 
 
 def weight_plot(history: pd.DataFrame, prefix: str = "w/") -> Figure | None:
@@ -343,42 +306,22 @@ def plots_of(run: RunFolder) -> Iterator[Plot]:
 
 
 def _plots(run: RunFolder) -> Iterator[Plot]:
-    seen: set[str] = set()
-    for found in scatters(run):
-        brier = found.x == "macro Brier"
-        name = "shrinkage" if brier else "utility_bias"
-        caption = "Bias against Brier; the line is the reference with its scores shrunk towards a constant."
-        if name not in seen:  # the curve of the first tolerance
-            caption = caption if brier else "Utility against Bias, mean ± sd over seeds."
-            yield Plot(name, "audit", caption, partial(scatter_plot, run, found))
-        seen.add(name)
+    found = {("utility_bias", "shrinkage")[one.x == "macro Brier"]: one for one in reversed(scatters(run))}
+    for name, caption in (
+        ("utility_bias", "Utility against Bias, mean ± sd over seeds."),
+        ("shrinkage", "Bias against Brier; the line is the reference with its scores shrunk towards a constant."),
+    ):
+        if name in found:  # that of the first tolerance
+            yield Plot(name, "audit", caption, partial(scatter_plot, run, found[name]))
     for column in disparities(run):
         caption = f"Utility against {column}, means over seeds; numbers are those at the end of the methods' names."
         yield Plot(f"pareto_{slug(column)}", "groups", caption, partial(pareto_plot, run, column))
     for (task, attribute), frames in bars(run).items():
         draw = partial(group_bars, run.methods, f"{label(task)} by {label(attribute)}", frames)
         yield Plot(f"groups_{slug(task)}_{slug(attribute)}", "groups", f"{task} by {attribute}", draw)
-    for method in run.methods:
-        if trees := branchings(run, method):
-            others = f"; {len(trees) - 1} more below as text" if len(trees) > 1 else ""
-            caption = f"{method}: branch tree as it ended, seed {trees[0].seed}{others}."
-            yield Plot(f"tree_{slug(method)}", "branches", caption, trees[0].last.plot)
-    for method in run.methods:
-        yield from _conflict_plots(run, method)
+    yield from branch_plots(run)
     for method in run.methods:
         yield from _trace_plots(run, method)
-
-
-def _conflict_plots(run: RunFolder, method: str) -> Iterator[Plot]:
-    table = conflict_table(run, method)
-    if table is None:
-        return
-    seeds = sum(item.conflicts() is not None for item in run.of(method))
-    rest = f"the first batch of each epoch{f', all {seeds} seeds' if seeds > 1 else ''}; empty: no two tasks share it"
-    titles = ("share of task pairs whose gradients conflict", "mean angle between two tasks' gradients")
-    for value, title in zip(("share", "angle"), titles):
-        caption = f"{method}: {title}, by layer and epoch ({rest})."
-        yield Plot(f"conflicts_{value}_{slug(method)}", "branches", caption, partial(conflict_plot, table, value))
 
 
 def _trace_plots(run: RunFolder, method: str) -> Iterator[Plot]:
@@ -386,33 +329,26 @@ def _trace_plots(run: RunFolder, method: str) -> Iterator[Plot]:
     histories = {name: frame for name, frame in found.items() if frame is not None and len(frame)}
     if not histories:
         return
-    settings, first, stem = (
-        run.of(method)[0].metrics.get("settings") or {},
-        next(iter(histories.values())),
-        slug(method),
-    )
+    first, stem = next(iter(histories.values())), slug(method)
+    settings = run.of(method)[0].metrics.get("settings") or {}
     target, epsilon = number(settings.get("target")), number(settings.get("epsilon"))
     if _has(histories, "lambda", "r_smooth"):
-        titles, targets = (
-            {"lambda": "λ", "r_smooth": "violation rate r̃"},
-            {"r_smooth": target} if target == target else {},
-        )
-        dashed = f" (dashed: target {target:g})" if targets else ""
+        titles, targets = {"lambda": "λ", "r_smooth": "violation rate r̃"}, {"r_smooth": target}
+        dashed = f" (dashed: target {target:g})" if target == target else ""
         caption = f"{method}: λ and the smoothed violation rate{dashed}."
         yield Plot(f"controller_{stem}", "traces", caption, partial(trace_plot, histories, titles, targets))
     if _has(histories, "eta", "phi"):
-        known = epsilon if epsilon == epsilon else None
-        against = f"Φ − ε (ε = {epsilon:g})" if known is not None else "Φ"
+        against = f"Φ − ε (ε = {epsilon:g})" if epsilon == epsilon else "Φ"
         caption = f"{method}: dual variable against {against}, first seed."
-        yield Plot(f"dual_{stem}", "traces", caption, partial(dual_plot, first, known))
+        yield Plot(f"dual_{stem}", "traces", caption, partial(dual_plot, first, epsilon))
     for prefix, what in (("w/", "disparity weights w*"), ("alpha/", "task weights α")):
         if any(str(column).startswith(prefix) for column in first):
             caption = f"{method}: {what}, first seed."
             yield Plot(f"{slug(prefix)}_{stem}", "traces", caption, partial(weight_plot, first, prefix))
-    losses = {str(c): str(c).removeprefix("loss/") for c in [c for c in first if str(c).startswith("loss/")][:6]}
+    losses = {str(c): str(c).removeprefix("loss/") for c in first if str(c).startswith("loss/")}
     if losses:
-        caption = f"{method}: training loss of each task."
-        yield Plot(f"losses_{stem}", "losses", caption, partial(trace_plot, histories, losses))
+        draw = partial(trace_plot, histories, dict([*losses.items()][:6]))
+        yield Plot(f"losses_{stem}", "losses", f"{method}: training loss of each task.", draw)
 
 
 def write_plots(run: RunFolder | str | Path, plots: Iterable[Plot] | None = None) -> list[Path]:

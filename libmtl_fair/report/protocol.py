@@ -35,8 +35,8 @@ def checklist(run: RunFolder) -> Facts:
     audit, protocol = run.frame("audit"), run.protocol
     deltas = audit.groupby("delta_name", sort=False)["delta"].mean()
     exact = protocol.get("exact", set(audit["exact"]) == {True})
-    reference = _recorded(protocol, "model", "seed", "data", prefix="reference_")
-    if reference["model"] == MISSING:
+    reference: Json | str = _recorded(protocol, "model", "seed", "data", prefix="reference_")
+    if protocol.get("reference_model") is None:
         reference = f"{run.reference} (the recipe's first method); seed and split {MISSING}"
     scores = "number in [0, 1] by kind of task, the same mapping in training and audit, for every method"
     if ranges := protocol.get("score_ranges"):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +76,40 @@ def save(figure: Figure, path: str | Path) -> Path:
             temporary, format=kind, facecolor="white", metadata={"Software": None} if kind == "png" else None
         )
     return Path(path)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot with the name of its file and its caption."""
+
+    name: str
+    section: str
+    caption: str
+    draw: Callable[[], Figure | None]
+
+    @cached_property
+    def figure(self) -> Figure | None:
+        """The figure, drawn once; None if there is nothing to draw."""
+        with themed(self.name):
+            return self.draw()
+
+    def svg(self) -> str:
+        """Return the plot as SVG for a page: colours of ink and grid follow the page's; '' if there is nothing."""
+        if self.figure is None:
+            return ""
+        stream = io.StringIO()
+        with themed(self.name):
+            self.figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        text = stream.getvalue()
+        text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
+        text = re.sub(r' id="(figure|axes|patch|line2d|text|xtick|ytick|matplotlib\.axis|legend)_\d+"', "", text)
+        wide = re.sub(r'<svg ([^>]*?)width="([\d.]+pt)"', r'<svg style="--natural: \2" \1width="\2"', text, count=1)
+        return wide.replace(INK, "var(--ink)").replace(GRID, "var(--grid)")
+
+    def save(self, folder: Path) -> Path | None:
+        """Write the plot as PNG and return its path, None if there is nothing to draw."""
+        with themed(self.name):
+            return save(self.figure, folder / f"{self.name}.png") if self.figure is not None else None
 
 
 def colours(methods: Sequence[str]) -> dict[str, str]:

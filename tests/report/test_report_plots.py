@@ -70,8 +70,8 @@ def test_traces_keep_gaps_out_and_means_in():
 
 def test_trace_plots_of_nothing_are_none():
     empty = pd.DataFrame({"step": [], "lambda": []})
-    assert trace_plot(empty, ["lambda"]) is None
-    assert trace_plot({}, ["lambda"]) is None
+    assert trace_plot({"": empty}, {"lambda": "λ"}) is None
+    assert trace_plot({}, {"lambda": "λ"}) is None
     assert dual_plot(pd.DataFrame({"step": [0], "eta": [np.nan], "phi": [1.0]})) is None
     assert weight_plot(empty) is None
 
