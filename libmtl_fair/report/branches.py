@@ -33,12 +33,7 @@ class Branching:
 
 
 def branchings(run: RunFolder, *methods: str) -> list[Branching]:
-    """Return the branches of every seed of some methods (none: all); those that do not branch have none.
-
-    Raises
-    ------
-    CheckpointError : a ``structure.json`` is damaged.
-    """
+    """Return the branches of every seed of some methods (none: all); CheckpointError where a ``structure.json`` is damaged."""
     found = []
     for item in (item for method in methods or run.methods for item in run.of(method)):
         content = item.structure()
@@ -88,12 +83,7 @@ def _names(group: Iterable[object]) -> str:
 
 
 def conflict_table(run: RunFolder, method: str) -> pd.DataFrame | None:
-    """Return kind, layer, epoch, pairs, ``share`` in conflict, mean ``angle``, over all seeds; None if not recorded.
-
-    Raises
-    ------
-    CheckpointError : a ``conflicts.csv`` is damaged.
-    """
+    """Return kind, layer, epoch, pairs, ``share`` in conflict, mean ``angle``, over all seeds; None if not recorded."""
     frames = [frame for item in run.of(method) if (frame := item.conflicts()) is not None]
     joined = pd.concat(frames, ignore_index=True).dropna(subset=["cosine"]) if frames else pd.DataFrame()
     if joined.empty:

@@ -89,12 +89,7 @@ def choose(run: RunFolder, rule: Rule) -> pd.DataFrame:
 
 
 def with_choice(run: RunFolder, rule: Rule, name: str = CHOSEN) -> tuple[RunFolder, pd.DataFrame]:
-    """Return the run with one method more, ``name``: in each seed that of :func:`choose`; and what was chosen.
-
-    Raises
-    ------
-    RecipeError : see :func:`choose`; or the run has a method of that name.
-    """
+    """Return the run with one method more, ``name``: in each seed that of :func:`choose`; and what was chosen."""
     if name in run.methods:
         raise RecipeError(f"the run has a method {name!r} already; give the choice another name")
     made = choose(run, rule)

@@ -6,6 +6,7 @@ import html
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from rich.table import Table
@@ -14,10 +15,12 @@ from rich.text import Text
 from libmtl_fair.files import write_json, write_text
 from libmtl_fair.report import notes, protocol, tables
 from libmtl_fair.report.branches import event_sheet, tree_texts
-from libmtl_fair.report.compare import Comparison
 from libmtl_fair.report.plots import bars, plots_of, scatters, write_plots
 from libmtl_fair.report.run_folder import Json, RunFolder, read_run, rows
 from libmtl_fair.report.theme import REFERENCE, Plot, colours, label
+
+if TYPE_CHECKING:
+    from libmtl_fair.report.compare import Comparison
 
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star", "hexagon")
 _PATTERNS = ("", "/", ".", "x", "\\", "+", "-", "|")
@@ -87,12 +90,7 @@ def comparison_table(found: Comparison) -> Table:
 
 
 def write_comparison(found: Comparison, folder: str | Path) -> tuple[Path, Path]:
-    """Write ``comparison.html`` and ``comparison.json`` and return their paths.
-
-    Raises
-    ------
-    CheckpointError : the folder cannot be written.
-    """
+    """Write ``comparison.html`` and ``comparison.json`` and return their paths; CheckpointError where that cannot be."""
     data = write_json(Path(folder) / "comparison.json", found.to_dict())
     return write_text(Path(folder) / "comparison.html", render_comparison(found)), data
 

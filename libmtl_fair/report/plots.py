@@ -49,34 +49,33 @@ class Scatter(NamedTuple):
     curve: pd.DataFrame
 
 
-def points(run: RunFolder, x: str, y: str) -> pd.DataFrame:
-    """Return method, x, y, x_sd, y_sd: means and sd over seeds of two columns of the summary."""
-    values = summary_values(run)
+def points(values: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
+    """Return method, x, y, x_sd, y_sd: means and sd over seeds of two columns of the summary's values."""
     wide = (
         values.pivot(index=["method", "seed"], columns="column", values="value").reindex(columns=[x, y]).astype(float)
     )
     grouped = wide.set_axis(["x", "y"], axis=1).groupby(level="method")
     means = grouped.mean().join(grouped.std().add_suffix("_sd")).dropna(subset=["x", "y"])
-    return means.reindex([method for method in run.methods if method in means.index]).reset_index()
+    return means.reindex([method for method in dict.fromkeys(values["method"]) if method in means.index]).reset_index()
 
 
-def main_utility(run: RunFolder) -> str | None:
-    """Return the first macro utility of the summary (None where there is none)."""
-    columns = summary_values(run)["column"]
-    return next((c for c in columns if c.startswith("macro ") and c != "macro Brier"), None)
+def main_utility(values: pd.DataFrame) -> str | None:
+    """Return the first macro utility of the summary's values (None where there is none)."""
+    return next((c for c in values["column"] if c.startswith("macro ") and c != "macro Brier"), None)
 
 
 def scatters(run: RunFolder) -> list[Scatter]:
     """Return utility against the first Bias, and Bias against Brier for every tolerance, as far as the run has them."""
     biases = {name: f"Bias@{name}" for name in run.frame("audit")["delta_name"]}
-    utility, curves, found = main_utility(run), shrinkage_curves(run), []
+    values, curves, found = summary_values(run), shrinkage_curves(run), []
+    utility = main_utility(values)
     if utility is not None and biases:
         bias = next(iter(biases.values()))
-        found.append(Scatter(bias, utility, points(run, bias, utility), pd.DataFrame()))
-    for name, bias in biases.items() if "macro Brier" in set(summary_values(run)["column"]) else []:
+        found.append(Scatter(bias, utility, points(values, bias, utility), pd.DataFrame()))
+    for name, bias in biases.items() if "macro Brier" in set(values["column"]) else []:
         own = [curve for (_, tolerance), curve in curves.items() if tolerance == name]
         curve = pd.concat(own).groupby("a", as_index=False)[["brier", "bias"]].mean() if own else pd.DataFrame()
-        found.append(Scatter("macro Brier", bias, points(run, "macro Brier", bias), curve.dropna()))
+        found.append(Scatter("macro Brier", bias, points(values, "macro Brier", bias), curve.dropna()))
     return found
 
 
@@ -136,8 +135,9 @@ def pareto_plot(run: RunFolder, disparity: str) -> Figure | None:
     Sweeps are lines with the number at their ends, other methods single points, named where there is room; the dashed line is
     the Pareto front of the means, which favours lucky methods where there are many. None with fewer than three methods, or no utility.
     """
-    utility = main_utility(run)
-    frame = points(run, disparity, utility) if utility is not None else pd.DataFrame()
+    values = summary_values(run)
+    utility = main_utility(values)
+    frame = points(values, disparity, utility) if utility is not None else pd.DataFrame()
     if len(frame) < _FEWEST:
         return None
     figure, (axes,) = canvas(6.4, 4.2)

@@ -102,12 +102,7 @@ def _draws(run: RunFolder) -> dict[str, int]:
 
 
 def load_predictions(item: SeedRun, part: str) -> Predictions:
-    """Return the saved predictions of one method and seed.
-
-    Raises
-    ------
-    CheckpointError : not saved, or damaged.
-    """
+    """Return the saved predictions of one method and seed; CheckpointError where they were not saved, or are damaged."""
     path = item.folder / f"predictions_{part}.parquet"
     if not path.exists():
         raise CheckpointError(f"{path} is not there, so this run cannot be audited again; {_AGAIN}")
@@ -190,12 +185,7 @@ def reaudit(
 
 
 def common_scores(item: SeedRun, split: str, tasks: tuple[Task, ...]) -> Predictions:
-    """Return saved predictions with the scores that ``tasks`` of the first run give: one score mapping for all.
-
-    Raises
-    ------
-    RecipeError : the run has other tasks.
-    """
+    """Return saved predictions with the scores that ``tasks`` give: one mapping for all; RecipeError for other tasks."""
     held = load_predictions(item, split)
     here, there = (", ".join(f"{t.name} ({t.kind})" for t in each) for each in (held.tasks, tasks))
     if here != there:

@@ -64,12 +64,7 @@ def canvas(
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Write a figure on white paper, atomically; the file's ending says in which format, PNG where it has none.
-
-    Raises
-    ------
-    CheckpointError : the folder cannot be written.
-    """
+    """Write a figure on white paper, atomically; the file's ending says in which format, PNG where it has none."""
     kind = Path(path).suffix.lstrip(".") or "png"
     with atomic_path(path) as temporary:
         figure.savefig(
