@@ -1,6 +1,5 @@
 """Encoders and heads."""
 
-from libmtl_fair.models.heads import linear_heads
-from libmtl_fair.models.mlp import MLP
+from libmtl_fair.models.mlp import MLP, linear_heads
 
 __all__ = ["MLP", "linear_heads"]

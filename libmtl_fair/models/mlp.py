@@ -1,13 +1,14 @@
-"""A multilayer perceptron encoder, as an ordered list of blocks."""
+"""A multilayer perceptron as an ordered list of blocks, and linear heads."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
 from libmtl_fair.errors import RecipeError, unknown
+from libmtl_fair.tasks import Task
 
 _NORMS = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
 
@@ -57,3 +58,8 @@ def _block(width_in: int, width_out: int, dropout: float, norm: str | None) -> n
     if dropout:
         layers.append(nn.Dropout(dropout))
     return nn.Sequential(*layers)
+
+
+def linear_heads(tasks: Iterable[Task], in_features: int) -> nn.ModuleDict:
+    """Return task name -> ``nn.Linear(in_features, task.out_features)``."""
+    return nn.ModuleDict({task.name: nn.Linear(in_features, task.out_features) for task in tasks})

@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
-from libmtl_fair.errors import RecipeError, unknown
+from libmtl_fair.errors import RecipeError, near, unknown
 from libmtl_fair.recipe.fields import FolderName, OptionalText, Section, Seeds
-from libmtl_fair.recipe.overrides import apply_overrides
-from libmtl_fair.recipe.problems import problem, to_recipe_error
+from libmtl_fair.recipe.problems import known_fields, problem, to_recipe_error
 from libmtl_fair.recipe.sections import Audit, Data, Method, Metrics, Model, Output, Published, Train, Tune
-from libmtl_fair.recipe.yaml_source import Location, Source, emit_yaml, read_yaml
+from libmtl_fair.recipe.yaml_source import Location, Source, emit_yaml, parse_yaml, read_yaml
 
 _Section = TypeVar("_Section", bound=Section)
 _RESERVED = {"plots"}
@@ -108,7 +109,7 @@ class Recipe(Section):
 
     def changed(self, overrides: Sequence[str]) -> Recipe:
         """Return this recipe with changes such as ``train.epochs=3``, validated anew."""
-        source = apply_overrides(Source(file=self._source.file, data=self.to_dict()), overrides, Recipe)
+        source = apply_overrides(Source(file=self._source.file, data=self.to_dict()), overrides)
         return Recipe.from_dict(source.data, source)
 
     @classmethod
@@ -141,6 +142,76 @@ def _canonical(value: Any) -> Any:
     return [_canonical(item) for item in value] if isinstance(value, list) else value
 
 
+def apply_overrides(source: Source, overrides: Sequence[str]) -> Source:
+    """Return ``source`` with every ``a.b=value`` set; later ones win.
+
+    Raises
+    ------
+    RecipeError
+        No ``=``, a value that is not YAML, or a path that does not exist, with the near name.
+    """
+    data, marks = deepcopy(source.data), dict(source.overrides)
+    for text in overrides:
+        path, sign, value = text.partition("=")
+        keys = path.strip().split(".")
+        try:
+            if not sign or not all(keys):
+                raise RecipeError("expected path=value, such as train.epochs=3")
+            location = _set(data, keys, _value(value.strip()))
+        except RecipeError as error:
+            raise RecipeError(f"--set {text}: {error}") from error
+        marks = {where: mark for where, mark in marks.items() if where[: len(location)] != location}
+        marks[location] = text
+    return replace(source, data=data, overrides=marks)
+
+
+def _value(text: str) -> Any:
+    try:
+        data = parse_yaml(f"value: {text}\n", "value").data
+    except RecipeError as error:
+        raise RecipeError(f"expected a YAML value: {str(error).split(': ', 1)[1]}") from error
+    if not isinstance(data, dict) or list(data) != ["value"]:
+        raise RecipeError("expected one YAML value after '=', found several")
+    return data["value"]
+
+
+def _set(data: Any, keys: list[str], value: Any) -> Location:
+    """Put the value in its place; the longest run of keys that names an entry is one, as names of methods have dots."""
+    location: Location = ()
+    while keys:
+        key: str | int = keys[0]
+        end = 1
+        if isinstance(data, list):
+            if not keys[0].isdecimal() or int(keys[0]) >= len(data):
+                raise RecipeError(f"expected a position from 0 to {len(data) - 1} in the list, found {keys[0]!r}")
+            key = int(keys[0])
+        elif not isinstance(data, dict):
+            raise RecipeError(f"{'.'.join(map(str, location))} holds a single value, not a section")
+        else:
+            end = next((n for n in range(len(keys), 1, -1) if ".".join(keys[:n]) in data), 1)
+            key = ".".join(keys[:end])
+            if key not in data and (location != ("methods",) or keys[end:] or not isinstance(value, dict)):
+                _may_add(data, location, key)
+        keys, location = keys[end:], (*location, key)
+        if not keys:
+            data[key] = value
+        elif isinstance(data, dict) and data.get(key) is None:
+            data[key] = {}
+        data = data[key]
+    return location
+
+
+def _may_add(data: dict[str, Any], location: Location, key: str) -> None:
+    """Refuse a path that does not exist: a misspelt field, or a method that the recipe does not have."""
+    known = list(data) if location == ("methods",) else known_fields(Recipe, location)
+    free = len(location) > 1 and location[0] in ("methods", "data", "tune", "model")
+    if free or (key in known and location != ("methods",)):
+        return
+    guess = near(key, known)
+    hint = f"did you mean {guess!r}?" if guess else f"expected one of {', '.join(known)}"
+    raise RecipeError(f"unknown field {key!r} in {'.'.join(map(str, location)) or 'the recipe'}; {hint}")
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override and validate a recipe.
 
@@ -158,7 +229,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(
             f"{path}:1: expected a mapping with name, data and methods, found {type(source.data).__name__}"
         )
-    source = apply_overrides(source, overrides, Recipe)
+    source = apply_overrides(source, overrides)
     return Recipe.from_dict(source.data, source)
 
 

@@ -57,25 +57,17 @@ class Data(Section):
         if (self.name is None) == (self.table is None):
             found = "both" if self.name is not None else "neither"
             raise ValueError(f"expected either 'name' (a built-in data set) or 'table' (a file), found {found}")
-        if self.table is not None:
-            self._declared()
-        elif (
-            isinstance(self.tasks, dict)
-            or isinstance(self.sensitive, dict)
-            or self.features is not None
-            or self.categorical is not None
-        ):
+        declared = isinstance(self.tasks, dict) or isinstance(self.sensitive, dict)
+        if self.name is not None and (declared or self.features is not None or self.categorical is not None):
             raise ValueError(
                 "a built-in data set declares its own columns: expected 'tasks' and 'sensitive' as lists of names and no "
                 "'features' or 'categorical' (they belong to 'table')"
             )
-        return self
-
-    def _declared(self) -> None:
-        if not isinstance(self.tasks, dict):
+        if self.table is not None and not isinstance(self.tasks, dict):
             raise ValueError("a table needs 'tasks' as a mapping, such as tasks: {income: {kind: binary}}")
-        if self.sensitive is None:
+        if self.table is not None and self.sensitive is None:
             raise ValueError("a table needs 'sensitive': the columns that hold the groups")
+        return self
 
     @property
     def task_names(self) -> tuple[str, ...] | None:
@@ -140,17 +132,14 @@ class Scheduler(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Scheduler:
-        needed, allowed = {
-            "step": ({"step_size"}, {"step_size", "gamma"}),
-            "exp": ({"gamma"}, {"gamma"}),
-            "cos": ({"T_max"}, {"T_max", "eta_min"}),
-        }[self.scheduler]
-        given = {name for name, value in self if value is not None} - {"scheduler"}
-        if needed - given or given - allowed:
+        needed, other = {"step": ("step_size", "gamma"), "exp": ("gamma", ""), "cos": ("T_max", "eta_min")}[
+            self.scheduler
+        ]
+        given = sorted(name for name, value in self if value is not None and name != "scheduler")
+        if needed not in given or set(given) - {needed, other}:
+            also = f" (and may have {other})" if other else ""
             raise ValueError(
-                f"scheduler {self.scheduler} expects {', '.join(sorted(needed))}"
-                + (f" (and may have {', '.join(sorted(allowed - needed))})" if allowed - needed else "")
-                + f", found {', '.join(sorted(given)) or 'nothing'}"
+                f"scheduler {self.scheduler} expects {needed}{also}, found {', '.join(given) or 'nothing'}"
             )
         return self
 

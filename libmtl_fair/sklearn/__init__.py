@@ -7,8 +7,7 @@ mini-batches, and a row of weight 2 is drawn twice an epoch, in other batches th
 
 from __future__ import annotations
 
-from libmtl_fair.sklearn.classifier import FairMTLClassifier
-from libmtl_fair.sklearn.estimator import FairMTLEstimator
+from libmtl_fair.sklearn.estimators import FairMTLClassifier, FairMTLEstimator
 from libmtl_fair.sklearn.methods import method_names
 
 __all__ = ["FairMTLClassifier", "FairMTLEstimator", "method_names"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -26,7 +26,7 @@ from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.build import EVAL_BATCH, build_trainer
 from libmtl_fair.recipe.sections import Model, Optimizer, Train
 from libmtl_fair.sklearn.groups import Groups, read_groups
-from libmtl_fair.sklearn.inputs import check_inputs, check_weights, encode_inputs, fit_inputs
+from libmtl_fair.sklearn.inputs import Rows, check_inputs, check_weights, encode_inputs, fit_inputs
 from libmtl_fair.sklearn.methods import Method, check_method, find_method
 from libmtl_fair.sklearn.targets import Target, make_targets
 
@@ -89,11 +89,11 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
 
     def _fit(
         self,
-        x: Any,
+        x: Rows,
         y: pd.DataFrame,
-        sensitive_features: Any,
-        declared: Mapping[Any, str] | None,
-        sample_weight: Any = None,
+        sensitive_features: object,
+        declared: Mapping[Hashable, str] | None,
+        sample_weight: object,
     ) -> None:
         method = self._checked()
         check_consistent_length(x, y)
@@ -178,14 +178,14 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
         self.model_.double().eval()
 
     @torch.no_grad()
-    def _outputs(self, x: Any) -> dict[str, Tensor]:
+    def _outputs(self, x: object) -> dict[str, Tensor]:
         """Return task -> raw outputs of all rows."""
         check_is_fitted(self)
         rows = torch.from_numpy(encode_inputs(self.encoder_, check_inputs(self, x, reset=False)))
         parts = [self.model_(part.double()) for part in torch.split(rows, EVAL_BATCH)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def _predictions(self, x: Any, y: pd.DataFrame | None, sensitive_features: Any) -> Predictions:
+    def _predictions(self, x: object, y: pd.DataFrame | None, sensitive_features: object) -> Predictions:
         found = {name: value.float() for name, value in self._outputs(x).items()}
         n_rows = len(next(iter(found.values())))
         groups = read_groups(sensitive_features, n_rows, self.groups_)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from libmtl_fair.errors import RecipeError
 from libmtl_fair.recipe import Recipe
-from libmtl_fair.recipe.overrides import apply_overrides
+from libmtl_fair.recipe.schema import apply_overrides
 from libmtl_fair.recipe.yaml_source import Source, parse_yaml
 
 FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -116,7 +116,7 @@ def test_mutated_values_and_round_trip(recipe_text, data):
 )
 def test_any_override(recipe_text, path, value):
     source = parse_yaml(recipe_text)
-    changed, message = attempt(apply_overrides, source, [f"{path}={value}"], Recipe)
+    changed, message = attempt(apply_overrides, source, [f"{path}={value}"])
     assert message.startswith("--set ") or changed is not None
     if changed is not None:
         build(changed)
