@@ -1,21 +1,108 @@
-"""FairBatch: what a fairness method may see of one training step."""
+"""What a training step hands on: outputs and labels as one matrix where they are one, and what a fairness method may see."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from libmtl_fair import functional as F
 from libmtl_fair.errors import HostError
-from libmtl_fair.tasks import Binary, Task
+from libmtl_fair.tasks import IGNORE_INDEX, Task
+
+
+class Columns(Mapping[str, Tensor]):
+    """Tensors that are columns of one matrix, by name; they are taken apart only when somebody asks for one.
+
+    Parameters
+    ----------
+    names, matrix : [B, C], in the order of the columns.
+    widths : how many columns each has, [B, width]; None is one each, as [B].
+    others : further tensors, which are not in the matrix.
+
+    >>> labels = Columns(("a", "b"), torch.tensor([[0.0, 1.0], [2.0, 3.0]]))
+    >>> labels["b"].tolist(), list(labels)
+    ([1.0, 3.0], ['a', 'b'])
+    """
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        matrix: Tensor,
+        widths: Sequence[int] | None = None,
+        others: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.names, self.matrix, self.widths, self.others = names, matrix, widths, others or {}
+
+    @cached_property
+    def _parts(self) -> dict[str, Tensor]:
+        parts = self.matrix.unbind(1) if self.widths is None else self.matrix.split(list(self.widths), -1)
+        return {**dict(zip(self.names, parts)), **self.others}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._parts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self.names, *self.others))
+
+    def __len__(self) -> int:
+        return len(self.names) + len(self.others)
+
+    def __reversed__(self) -> Iterator[str]:
+        return reversed((*self.names, *self.others))
+
+    def matrix_of(self, names: tuple[str, ...]) -> Tensor | None:
+        """Return the columns [B, T] of these names if they lie side by side, one each; else None."""
+        if names == self.names and self.matrix.dim() == 2 and self.matrix.shape[1] == len(names):
+            return self.matrix
+        if self.matrix.dim() != 2 or names[0] not in self.names:
+            return None
+        first = self.names.index(names[0])
+        widths = self.widths or [1] * len(self.names)
+        last = first + len(names)
+        if self.names[first:last] != names or any(width != 1 for width in widths[first:last]):
+            return None
+        return self.matrix.narrow(1, sum(widths[:first]), len(names))
+
+
+def beside(values: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return ``values`` and ``others`` together; columns of a matrix stay that."""
+    if isinstance(values, Columns):
+        return Columns(values.names, values.matrix, values.widths, {**values.others, **others})
+    return {**values, **others}
+
+
+def joined(values: Mapping[str, Tensor], names: tuple[str, ...]) -> Tensor | None:
+    """Return the tensors of these names, [B] or [B, 1], as one matrix [B, T]: as it lies there, or stacked; else None."""
+    found = values.matrix_of(names) if isinstance(values, Columns) else None
+    if found is not None:
+        return found
+    parts = [values[name] for name in names]
+    shapes = {part.shape if isinstance(part, Tensor) else torch.Size() for part in parts}
+    if not all(len(shape) == 1 or shape[1:] == (1,) for shape in shapes) or len({shape[0] for shape in shapes}) > 1:
+        return None
+    if len(shapes) > 1:
+        parts = [part.reshape(-1) for part in parts]
+    return torch.stack(parts, 1) if parts[0].dim() == 1 else torch.cat(parts, 1)
+
+
+def with_nan(labels: Tensor) -> Tensor:
+    """Return labels as floats, NaN where missing."""
+    if labels.is_floating_point():
+        return labels
+    return torch.where(labels == IGNORE_INDEX, torch.nan, labels.to(torch.get_default_dtype()))
 
 
 class Matrices(NamedTuple):
-    """Binary tasks of one logit each as matrices [B, T], and how many labels each has, [T]."""
+    """Main tasks that are all binary, of one logit each and of the same examples.
+
+    ``logits`` [B, T], which ``outputs`` are columns of; ``labels`` [B, T], NaN where missing; ``labelled`` [T], how many.
+    """
 
     logits: Tensor
     labels: Tensor
@@ -23,8 +110,7 @@ class Matrices(NamedTuple):
 
     def loss_gradient(self, probabilities: Tensor) -> Tensor:
         """Return the gradient of each task's mean cross-entropy to its logits, [B, T]; 0 where there is no label."""
-        wrong = (probabilities - self.labels).nan_to_num_(0.0, 0.0, 0.0)
-        return wrong.div_(self.labelled.clamp(min=1)).to(self.logits.dtype)
+        return F.mean_cross_entropy_gradient(probabilities, self.labels, self.labelled).to(self.logits.dtype)
 
 
 @dataclass
@@ -42,7 +128,7 @@ class FairBatch:
     n_groups : attribute -> number of groups.
     epoch, step : 0-based; ``step`` counts over the whole training.
     standard_losses : whether every loss is its task's own ``Task.loss``, so that its gradient may be written out.
-    matrices : where all tasks are binary ones of a single logit and ``outputs`` and ``labels`` are columns of matrices.
+    matrices : of the main tasks, where all are binary ones of a single logit; the losses hang on its ``logits``.
     """
 
     tasks: Mapping[str, Task | None]
@@ -97,51 +183,42 @@ class FairBatch:
         """Task -> audit score of each example [B], attached to the graph."""
         return {name: self.task(name).score(self.outputs[name]) for name in self.main}
 
-    @cached_property
-    def main_matrices(self) -> Matrices | None:
-        """:attr:`matrices` if their columns are the main tasks."""
-        return self.matrices if self.matrices is not None and len(self.main) == self.matrices.logits.shape[1] else None
-
     def loss_gradient(self, losses: Tensor, share: float = 1.0) -> tuple[Tensor, Tensor]:
         """Return where the gradient of ``share`` times the sum of the losses starts, and the gradient there.
 
         That is at the logits, where the losses' derivative is written out; else at the losses themselves.
         """
-        if self.main_matrices is None or not self.standard_losses or len(self.main) < len(self.tasks):
+        if self.matrices is None or not self.standard_losses or len(losses) > len(self.main):
             return losses, torch.full_like(losses, share)
-        grad = self.main_matrices.loss_gradient(self.score_matrix.detach().T)
-        return self.main_matrices.logits, grad if share == 1 else grad.mul_(share)
+        grad = self.matrices.loss_gradient(self.score_matrix.detach().T)
+        return self.matrices.logits, grad if share == 1 else grad.mul_(share)
 
     @property
     def row_scores(self) -> Tensor:
         """Values of :attr:`score_matrix` with a row an example, [B, T], contiguous, without graph."""
-        if self.main_matrices is not None:
-            return torch.sigmoid(self.main_matrices.logits.detach())
+        if self.matrices is not None:
+            return torch.sigmoid(self.matrices.logits.detach()).contiguous()
         return self.score_matrix.detach().T.contiguous()
 
     @cached_property
     def score_matrix(self) -> Tensor:
         """Audit scores of all main tasks, [T, B]; NaN past the end of a task that has fewer examples in this step."""
-        if self.main_matrices is not None:
-            return torch.sigmoid(self.main_matrices.logits).T
-        logits = [self.outputs[name] for name in self.main]
-        single = all(isinstance(self.tasks[t], Binary) for t in self.main) and all(z.shape[1:] == (1,) for z in logits)
-        if single and len({z.shape[0] for z in logits}) == 1:
-            return torch.sigmoid(torch.cat(logits, dim=1)).T
+        if self.matrices is not None:
+            return torch.sigmoid(self.matrices.logits).T
         rows = list(self.scores.values())
         longest = max(len(r) for r in rows)
-        return torch.stack([torch.nn.functional.pad(r, (0, longest - len(r)), value=float("nan")) for r in rows])
+        return torch.stack([pad(r, (0, longest - len(r)), value=float("nan")) for r in rows])
 
     @cached_property
     def embedding(self) -> Tensor:
         """Representations as [B, d] where all tasks share one, else [T, B, d] of main tasks (zeros past a task's end)."""
         if isinstance(self.h, Tensor):
             return self.h.flatten(1)
-        rows = [self.h[name].flatten(1) for name in self.main]
-        longest = max(len(r) for r in rows)
-        if len({r.shape[1] for r in rows}) > 1:
-            widths = {name: self.h[name].flatten(1).shape[1] for name in self.main}
+        rows = {name: self.h[name].flatten(1) for name in self.main}
+        widths = {name: row.shape[1] for name, row in rows.items()}
+        if len(set(widths.values())) > 1:
             raise HostError(
                 f"the tasks' representations differ in width {widths}; distances between them need one width"
             )
-        return torch.stack([torch.nn.functional.pad(r, (0, 0, 0, longest - len(r))) for r in rows])
+        longest = max(map(len, rows.values()))
+        return torch.stack([pad(row, (0, 0, 0, longest - len(row))) for row in rows.values()])
