@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from libmtl_fair import data, functional, metrics, report, sklearn, tune
     from libmtl_fair.data import Dataset, ResidentLoader, load_dataset
     from libmtl_fair.libmtl import DivergenceError, FairTrainer, FairWeighting, heal, register
+    from libmtl_fair.libmtl.losses import task_dict
     from libmtl_fair.methods import FairMT, FBGrad, GroupRegulariser, LambdaMix, ReLiF
     from libmtl_fair.methods.fairbranch.fairbranch import FairBranch
     from libmtl_fair.methods.heads.auxiliary import add_fairness_heads, drop_fairness_heads
     from libmtl_fair.predictions import Predictions
-    from libmtl_fair.tasks import Binary, Multiclass, Multilabel, Regression, Task, task_dict
+    from libmtl_fair.tasks import Binary, Multiclass, Multilabel, Regression, Task
 
 __version__ = "0.1.0"
 
@@ -59,12 +60,13 @@ _HOMES = {
     "data.catalogue": "load_dataset",
     "data.dataset": "Dataset",
     "data.loader": "ResidentLoader",
+    "libmtl.losses": "task_dict",
     "libmtl": "DivergenceError FairTrainer FairWeighting heal register",
     "methods": "FBGrad FairMT GroupRegulariser LambdaMix ReLiF",
     "methods.fairbranch.fairbranch": "FairBranch",
     "methods.heads.auxiliary": "add_fairness_heads drop_fairness_heads",
     "predictions": "Predictions",
-    "tasks": "Binary Multiclass Multilabel Regression Task task_dict",
+    "tasks": "Binary Multiclass Multilabel Regression Task",
 }
 __getattr__, __dir__ = lazy(__name__, _HOMES)
 

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from libmtl_fair import functional as F
 from libmtl_fair.errors import HostError
-from libmtl_fair.tasks import IGNORE_INDEX, Task
+from libmtl_fair.tasks import Task
 
 
 class Columns(Mapping[str, Tensor]):
@@ -41,7 +41,7 @@ class Columns(Mapping[str, Tensor]):
 
     @cached_property
     def _parts(self) -> dict[str, Tensor]:
-        parts = self.matrix.unbind(1) if self.widths is None else self.matrix.split(list(self.widths), -1)
+        parts = self.matrix.unbind(1) if self.widths is None else torch.split(self.matrix, list(self.widths), -1)
         return {**dict(zip(self.names, parts)), **self.others}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -52,9 +52,6 @@ class Columns(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.names) + len(self.others)
-
-    def __reversed__(self) -> Iterator[str]:
-        return reversed((*self.names, *self.others))
 
     def matrix_of(self, names: tuple[str, ...]) -> Tensor | None:
         """Return the columns [B, T] of these names if they lie side by side, one each; else None."""
@@ -89,13 +86,6 @@ def joined(values: Mapping[str, Tensor], names: tuple[str, ...]) -> Tensor | Non
     if len(shapes) > 1:
         parts = [part.reshape(-1) for part in parts]
     return torch.stack(parts, 1) if parts[0].dim() == 1 else torch.cat(parts, 1)
-
-
-def with_nan(labels: Tensor) -> Tensor:
-    """Return labels as floats, NaN where missing."""
-    if labels.is_floating_point():
-        return labels
-    return torch.where(labels == IGNORE_INDEX, torch.nan, labels.to(torch.get_default_dtype()))
 
 
 class Matrices(NamedTuple):

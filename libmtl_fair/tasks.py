@@ -7,14 +7,15 @@ shows, the probabilities that group metrics read, and the score in [0, 1] that t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from libmtl_fair import functional as F
 from libmtl_fair.errors import DataError, RecipeError
 
 IGNORE_INDEX = -100
@@ -24,6 +25,13 @@ AUXILIARY_PREFIX = "fair:"
 """Names of auxiliary fairness tasks start with this; names of other tasks must not."""
 
 _NORMAL_Q10 = -1.2815515655446004
+
+
+def with_nan(labels: Tensor) -> Tensor:
+    """Return labels as floats, NaN where missing."""
+    if labels.is_floating_point():
+        return labels
+    return torch.where(labels == IGNORE_INDEX, torch.nan, labels.to(torch.get_default_dtype()))
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ class Task:
 
     def observed(self, labels: Tensor) -> Tensor:
         """Return which examples have a label: bool [B]."""
-        return _present(self.flat(labels))
+        return with_nan(self.flat(labels)).isfinite()
 
     def example_losses(self, output: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of each example, [B]; 0, with zero gradient, where the label is missing."""
@@ -72,8 +80,9 @@ class Task:
         raise NotImplementedError
 
     def score(self, output: Tensor) -> Tensor:
-        """Return the audit score of each example, [B], in [0, 1] (methods.md, section 0)."""
-        raise NotImplementedError
+        """Return the audit score of each example, [B], in [0, 1]: its highest probability (methods.md, section 0)."""
+        p = self.probabilities(output)
+        return p if p.dim() == 1 else p.amax(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -96,16 +105,11 @@ class Binary(Task):
 
     def example_losses(self, output: Tensor, labels: Tensor) -> Tensor:
         """Return binary cross-entropy from logits, [B]."""
-        labels = self.flat(labels)
-        logit, seen = self.logit(output), self.observed(labels)
-        target = torch.where(seen, labels, 0).to(logit.dtype)
-        return torch.where(seen, nnf.binary_cross_entropy_with_logits(logit, target, reduction="none"), 0.0)
+        return F.example_cross_entropy(self.logit(output), with_nan(self.flat(labels)))[0]
 
     def probabilities(self, output: Tensor) -> Tensor:
         """Return the probability of the positive class, [B]."""
         return torch.sigmoid(self.logit(output))
-
-    score = probabilities
 
 
 @dataclass(frozen=True)
@@ -143,10 +147,6 @@ class Multiclass(Task):
         """Return softmax probabilities, [B, C]."""
         return torch.softmax(output, dim=-1)
 
-    def score(self, output: Tensor) -> Tensor:
-        """Return the highest softmax probability, [B]."""
-        return self.probabilities(output).amax(dim=-1)
-
 
 @dataclass(frozen=True)
 class Multilabel(Task):
@@ -170,7 +170,7 @@ class Multilabel(Task):
 
     def observed(self, labels: Tensor) -> Tensor:
         """Return which examples have at least one label: bool [B]."""
-        return _present(self.flat(labels)).any(dim=-1)
+        return with_nan(self.flat(labels)).isfinite().any(dim=-1)
 
     def flat(self, labels: Tensor) -> Tensor:
         """Return the labels as they are, [B, C].
@@ -187,18 +187,12 @@ class Multilabel(Task):
 
     def example_losses(self, output: Tensor, labels: Tensor) -> Tensor:
         """Return the mean binary cross-entropy over the observed labels of each example, [B]."""
-        seen = _present(self.flat(labels))
-        target = torch.where(seen, labels, 0).to(output.dtype)
-        losses = nnf.binary_cross_entropy_with_logits(output, target, reduction="none")
-        return torch.where(seen, losses, 0.0).sum(-1) / seen.sum(-1).clamp(min=1)
+        losses, seen = F.example_cross_entropy(output, with_nan(self.flat(labels)))
+        return losses.sum(-1) / seen.sum(-1).clamp(min=1)
 
     def probabilities(self, output: Tensor) -> Tensor:
         """Return the probability of each label, [B, C]."""
         return torch.sigmoid(output)
-
-    def score(self, output: Tensor) -> Tensor:
-        """Return the highest label probability, [B]."""
-        return self.probabilities(output).amax(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -225,9 +219,11 @@ class Regression(Task):
         if not self.std > 0:
             raise RecipeError(f"task {self.name!r}: std must be above 0, found {self.std}")
 
-    def value(self, output: Tensor) -> Tensor:
+    def probabilities(self, output: Tensor) -> Tensor:
         """Return the predicted value in standardised units, [B]."""
         return output.reshape(output.shape[0])
+
+    value = probabilities
 
     def example_losses(self, output: Tensor, labels: Tensor) -> Tensor:
         """Return the squared error in standardised units, [B]."""
@@ -238,10 +234,6 @@ class Regression(Task):
             )
         seen = self.observed(labels)
         return torch.where(seen, (value - torch.where(seen, labels, 0).to(value.dtype)) ** 2, 0.0)
-
-    def probabilities(self, output: Tensor) -> Tensor:
-        """Return the predicted value in standardised units, [B]."""
-        return self.value(output)
 
     def score(self, output: Tensor) -> Tensor:
         """Return the output squashed to [0, 1] by the reference range, [B]."""
@@ -258,10 +250,6 @@ class Regression(Task):
         return replace(self, score_range=(low, high))
 
 
-def _present(labels: Tensor) -> Tensor:
-    return torch.isfinite(labels) if labels.is_floating_point() else labels != IGNORE_INDEX
-
-
 def _need_count(task: str, field: str, found: object, least: int) -> None:
     if isinstance(found, bool) or not isinstance(found, int) or found < least:
         raise RecipeError(f"task {task!r}: {field} must be an integer of at least {least}, found {found!r}")
@@ -269,31 +257,3 @@ def _need_count(task: str, field: str, found: object, least: int) -> None:
 
 KINDS: Mapping[str, type[Task]] = {cls.kind: cls for cls in (Binary, Multiclass, Multilabel, Regression)}
 """Task kinds by name, as recipes spell them."""
-
-
-def task_dict(tasks: Iterable[Task]) -> dict[str, dict[str, Any]]:
-    """Return LibMTL's ``task_dict`` for these tasks: masked losses and metrics, in the order given.
-
-    Each entry also carries the task itself under ``"task"``, which LibMTL ignores and :class:`FairTrainer` reads.
-
-    Raises
-    ------
-    RecipeError : no task, or two of one name.
-
-    >>> list(task_dict([Binary("income"), Regression("hours")]))
-    ['income', 'hours']
-    """
-    from libmtl_fair.libmtl.losses import entry
-
-    entries: dict[str, dict[str, Any]] = {}
-    for task in tasks:
-        if not isinstance(task, Task):
-            raise RecipeError(
-                f"task_dict takes tasks such as lf.Binary('income'), found {type(task).__name__}: {task!r}"
-            )
-        if task.name in entries:
-            raise RecipeError(f"two tasks are named {task.name!r}; names must differ")
-        entries[task.name] = entry(task)
-    if not entries:
-        raise RecipeError("task_dict needs at least one task, for example lf.task_dict([lf.Binary('income')])")
-    return entries

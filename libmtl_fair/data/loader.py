@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from libmtl_fair.batch import Columns
 from libmtl_fair.data.rows import SENSITIVE, Array, Batch, TableDataset, as_tensor
 from libmtl_fair.errors import DataError, near
+
+
+class Packed(NamedTuple):
+    """A batch taken apart: inputs, task -> labels, attribute -> group ids; columns of one matrix where they are that."""
+
+    x: Any
+    labels: Mapping[str, Tensor]
+    groups: Mapping[str, Tensor]
 
 
 class ResidentLoader:
@@ -97,7 +106,7 @@ class ResidentLoader:
         """Start an epoch of its own."""
         order = self._order(self.epoch) if self.shuffle else None
         self.epoch += 1
-        return _Epoch(self, order)
+        return Epoch(self, order)
 
     def state_dict(self) -> dict[str, int]:
         """Return what the order of the coming epochs depends on. An epoch under way is not part of it."""
@@ -129,7 +138,7 @@ class ResidentLoader:
         return systematic(self._weights, start).index_select(0, order)
 
 
-class _Epoch:
+class Epoch:
     """One pass over a loader's rows, in the given order or, without one, their own."""
 
     def __init__(self, loader: ResidentLoader, order: Tensor | None) -> None:
@@ -138,10 +147,19 @@ class _Epoch:
         self._next = 0
         self._end = len(loader)
 
-    def __iter__(self) -> _Epoch:
+    def __iter__(self) -> Epoch:
         return self
 
     def __next__(self) -> Batch:
+        x, labels, groups = self._take()
+        return x, {**labels, SENSITIVE: dict(groups)}
+
+    def packed(self) -> Iterator[Packed]:
+        """Yield the batches that are left with labels and groups as the matrices that they are."""
+        while self._next < self._end:
+            yield self._take()
+
+    def _take(self) -> Packed:
         if self._next >= self._end:
             raise StopIteration
         loader = self._loader
@@ -149,14 +167,7 @@ class _Epoch:
         stop = min(start + loader.batch_size, loader.n_rows)
         self._next += 1
         rows = slice(start, stop) if self._order is None else self._order[start:stop]
-        labels: dict[str, Any] = {}
-        for pack in loader._labels:
-            pack.put(labels, rows)
-        sensitive: dict[str, Tensor] = {}
-        for pack in loader._groups:
-            pack.put(sensitive, rows)
-        labels[SENSITIVE] = sensitive
-        return _take(loader._x, rows), labels
+        return Packed(_take(loader._x, rows), _columns(loader._labels, rows), _columns(loader._groups, rows))
 
     next = __next__  # LibMTL's Trainer calls it
 
@@ -168,12 +179,14 @@ class _Pack:
     names: tuple[str, ...]
     values: Tensor
 
-    def put(self, into: dict[str, Any], rows: Tensor | slice) -> None:
-        taken = _take(self.values, rows)
-        if len(self.names) == 1:
-            into[self.names[0]] = taken
-        else:
-            into.update(zip(self.names, taken.unbind(1)))
+
+def _columns(packs: Sequence[_Pack], rows: Tensor | slice) -> Mapping[str, Tensor]:
+    """Return name -> rows of its column; columns of one matrix where there is one only."""
+    found: list[Mapping[str, Tensor]] = []
+    for pack in packs:
+        taken = _take(pack.values, rows)
+        found.append({pack.names[0]: taken} if len(pack.names) == 1 else Columns(pack.names, taken))
+    return found[0] if len(found) == 1 else {name: column for part in found for name, column in part.items()}
 
 
 def _shares(weights: Array, n_rows: int) -> Tensor:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from libmtl_fair.batch import Columns
+from libmtl_fair.data.rows import SENSITIVE
+from libmtl_fair.data.loader import Epoch, Packed
 from libmtl_fair.errors import DataError, unknown
+from libmtl_fair.libmtl.state import Loader, Loaders, TrainingState
 from libmtl_fair.tasks import Task
-
-SENSITIVE = "sensitive"
-"""Key of the labels under which a loader hands over group ids."""
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:
@@ -26,45 +27,69 @@ def to_device(inputs: Any, device: torch.device) -> Any:
     return inputs
 
 
-def batches(
-    loader: Any, device: torch.device, tasks: Sequence[str]
-) -> Iterator[tuple[Any, dict[str, Tensor], dict[str, Tensor]]]:
-    """Yield (inputs, labels of the tasks, attribute -> group ids) on the device, once through the loader.
+def drawn(loader: Loader) -> Iterator[Any]:
+    """Yield a loader's batches; those of a resident loader as the matrices that they are."""
+    found = iter(loader)
+    return found.packed() if isinstance(found, Epoch) else found
+
+
+def split(batch: Any, device: torch.device, tasks: Sequence[str]) -> Packed:
+    """Take one batch apart: inputs, labels of the tasks, attribute -> group ids, on the device.
+
+    A bare label tensor belongs to the one task in ``tasks``.
 
     Raises
     ------
     DataError : a batch that is no ``(x, labels)`` pair, or lacks a task.
     """
-    for batch in loader:
-        yield split(batch, device, tasks)
-
-
-def split(batch: Any, device: torch.device, tasks: Sequence[str]) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
-    """Take one batch apart. A bare label tensor belongs to the one task in ``tasks``."""
-    if not isinstance(batch, (list, tuple)) or len(batch) != 2:
-        raise DataError(f"a loader must yield pairs (x, labels), found {type(batch).__name__}")
-    inputs, labels = batch
-    if not isinstance(labels, Mapping):
-        if len(tasks) != 1 or not isinstance(labels, Tensor):
-            raise DataError(
-                f"labels must be a dict task -> tensor, found {type(labels).__name__}; tasks: {', '.join(tasks)}"
-            )
-        labels = {tasks[0]: labels}
+    if not isinstance(batch, Packed):
+        if not isinstance(batch, (list, tuple)) or len(batch) != 2:
+            raise DataError(f"a loader must yield pairs (x, labels), found {type(batch).__name__}")
+        inputs, labels = batch
+        if not isinstance(labels, Mapping):
+            if len(tasks) != 1 or not isinstance(labels, Tensor):
+                raise DataError(
+                    f"labels must be a dict task -> tensor, found {type(labels).__name__}; tasks: {', '.join(tasks)}"
+                )
+            labels = {tasks[0]: labels}
+        batch = Packed(inputs, labels, labels.get(SENSITIVE, {}))
+    groups = {name: ids.to(device, non_blocking=True) for name, ids in batch.groups.items()}
+    labels = batch.labels
+    if isinstance(labels, Columns) and labels.names == tuple(tasks):
+        return Packed(to_device(batch.x, device), Columns(labels.names, to_device(labels.matrix, device)), groups)
     missing = [task for task in tasks if task not in labels]
     if missing:
         found = [key for key in labels if key != SENSITIVE]
         raise DataError(f"the loader's labels have no task {missing[0]!r}; {unknown('task', missing[0], found)}")
-    groups = {name: ids.to(device, non_blocking=True) for name, ids in labels.get(SENSITIVE, {}).items()}
-    return to_device(inputs, device), {task: to_device(labels[task], device) for task in tasks}, groups
+    return Packed(to_device(batch.x, device), {task: to_device(labels[task], device) for task in tasks}, groups)
 
 
-def flat_labels(labels: Mapping[str, Any], tasks: Mapping[str, Task | None]) -> Mapping[str, Any]:
+def flat_labels(labels: Mapping[str, Tensor], tasks: Mapping[str, Task | None]) -> Mapping[str, Tensor]:
     """Return the labels as fairness methods expect them: [B] where a loader gives [B, 1]."""
-    odd = [name for name, y in labels.items() if isinstance(y, Tensor) and y.dim() > 1 and tasks[name] is not None]
-    return labels if not odd else {**labels, **{name: tasks[name].flat(labels[name]) for name in odd}}  # type: ignore[union-attr]
+    if isinstance(labels, Columns) and labels.matrix.dim() == 2:
+        return labels
+    found = {name: (tasks[name], y) for name, y in labels.items() if isinstance(y, Tensor) and y.dim() > 1}
+    odd = {name: task.flat(y) for name, (task, y) in found.items() if task is not None}
+    return {**labels, **odd} if odd else labels
 
 
-def endless(loader: Any) -> Iterator[Any]:
+def per_task(trainer: TrainingState, loaders: Loaders) -> Mapping[str, Loader]:
+    """Return task -> loader, or one loader under an empty name.
+
+    Raises
+    ------
+    DataError : ``multi_input`` and a task without a loader.
+    """
+    if not trainer.multi_input:
+        return {"": loaders}
+    assert isinstance(loaders, Mapping)
+    missing = [task for task in trainer.main_tasks if task not in loaders]
+    if missing:
+        raise DataError(f"multi_input=True needs one loader a task; there is none for {missing[0]!r}")
+    return {task: loaders[task] for task in trainer.main_tasks}
+
+
+def endless(loader: Loader) -> Iterator[Any]:
     """Yield the loader's batches again and again, each pass through a new iterator.
 
     Raises
@@ -73,7 +98,7 @@ def endless(loader: Any) -> Iterator[Any]:
     """
     while True:
         empty = True
-        for batch in loader:
+        for batch in drawn(loader):
             empty = False
             yield batch
         if empty:
@@ -82,20 +107,24 @@ def endless(loader: Any) -> Iterator[Any]:
             )
 
 
-def group_counts(loaders: Sequence[Any]) -> dict[str, int]:
+def declared(loader: Loader, name: str) -> Mapping[str, Any]:
+    """Return what the loader, or its data set, says of each attribute; empty if nothing."""
+    return getattr(loader, name, None) or getattr(getattr(loader, "dataset", None), name, None) or {}
+
+
+def group_counts(loaders: Sequence[Loader]) -> dict[str, int]:
     """Return attribute -> number of groups: as the loaders declare it, else by one look through them.
 
     Ids are never counted anew from a batch, so that a group that a batch lacks does not shift the others.
     """
     counts: dict[str, int] = {}
     for loader in loaders:
-        declared = getattr(loader, "n_groups", None) or getattr(getattr(loader, "dataset", None), "n_groups", None)
-        for name, count in (declared or _scan(loader)).items():
+        for name, count in (declared(loader, "n_groups") or _scan(loader)).items():
             counts[name] = max(int(count), counts.get(name, 0))
     return counts
 
 
-def _scan(loader: Any) -> dict[str, int]:
+def _scan(loader: Loader) -> dict[str, int]:
     highest: dict[str, int] = {}
     for batch in loader:
         labels = batch[1] if isinstance(batch, (list, tuple)) and len(batch) == 2 else None
@@ -105,9 +134,3 @@ def _scan(loader: Any) -> dict[str, int]:
         for name, ids in groups.items():
             highest[name] = max(highest.get(name, -1), int(ids.max()))
     return {name: top + 1 for name, top in highest.items()}
-
-
-def group_names(loader: Any) -> dict[str, list[str]]:
-    """Return attribute -> names of its groups, as the loader or its data set declares them."""
-    found = getattr(loader, "group_names", None) or getattr(getattr(loader, "dataset", None), "group_names", None)
-    return {name: list(values) for name, values in (found or {}).items()}

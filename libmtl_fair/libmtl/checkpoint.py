@@ -5,6 +5,7 @@ A checkpoint is data: it is read with ``weights_only=True``, and written whole o
 
 from __future__ import annotations
 
+import json
 import pickle
 import random
 import struct
@@ -16,27 +17,32 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from libmtl_fair.errors import CheckpointError
-from libmtl_fair.files import atomic_path
+from libmtl_fair.files import atomic_path, remove_leftovers, write_text
+from libmtl_fair.libmtl.batches import per_task
+from libmtl_fair.libmtl.history import History
+from libmtl_fair.libmtl.state import Loader, Loaders, Plain, TrainingState
 
 FORMAT = 1
+LAST, BEST, HISTORY = "last.pt", "best.pt", "history.csv"
+_FIELDS = {
+    "fingerprint", "structure", "method", "tasks", "settings", "epoch", "step", "model", "attributes", "optimizer",
+    "scheduler", "random", "loaders", "history", "best", "first",
+}  # fmt: skip
 _NOT_STATE = {
-    "training",
-    "task_num",
-    "task_name",
-    "rep_grad",
-    "multi_input",
-    "keeps_weights_on_device",
-    "fair_watchers",
+    *("training", "task_num", "task_name", "rep_grad", "multi_input", "keeps_weights_on_device", "fair_watchers"),
+    *("grad_dim", "grad_index"),  # counted anew
 }
-_NOT_STATE |= {"grad_dim", "grad_index"}  # counted anew
 _DAMAGE = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, RuntimeError, EOFError, OSError, ValueError),
     *(LookupError, TypeError, AttributeError, AssertionError, OverflowError, MemoryError),
 )
 """What reading a file of any bytes was seen to raise."""
-_Plain = (bool, int, float, str, np.ndarray, np.generic, torch.Tensor)
+
+
+# -- random generators, and what a model keeps outside its state_dict ---------------------------------------------
 
 
 def random_state() -> dict[str, Any]:
@@ -53,7 +59,7 @@ def random_state() -> dict[str, Any]:
     return state
 
 
-def set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: Mapping[str, Any]) -> None:
     """Put back what :func:`random_state` gave."""
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys.tolist()), gauss))
@@ -71,11 +77,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def attributes(model: Any) -> dict[str, Any]:
+def attributes(model: nn.Module) -> dict[str, Plain]:
     """Return what a LibMTL weighting keeps outside its state_dict: tensors, arrays, numbers, optimisers of its own."""
-    state: dict[str, Any] = {}
+    state: dict[str, Plain] = {}
     for name, value in vars(model).items():
-        if name.startswith("_") or name in _NOT_STATE or not _is_state(value):
+        if name.startswith("_") or name in _NOT_STATE:
             continue
         if isinstance(value, torch.optim.Optimizer):
             state[name] = {"optimizer": value.state_dict()}
@@ -83,38 +89,34 @@ def attributes(model: Any) -> dict[str, Any]:
             state[name] = {"array": torch.from_numpy(value.copy())}
         elif isinstance(value, np.generic):
             state[name] = value.item()
-        elif isinstance(value, torch.Tensor):
-            state[name] = value.detach().clone() if value.is_leaf else None
-        else:
+        elif isinstance(value, Tensor):
+            if value.is_leaf:
+                state[name] = value.detach().clone()
+        elif all(isinstance(v, (bool, int, float, str)) for v in (value if isinstance(value, list) else [value])):
             state[name] = value
-    return {name: value for name, value in state.items() if value is not None}
+    return state
 
 
-def _is_state(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(isinstance(v, (bool, int, float, str)) for v in value)
-    return isinstance(value, (*_Plain, torch.optim.Optimizer))
-
-
-def set_attributes(model: Any, state: dict[str, Any]) -> None:
+def set_attributes(model: Any, state: Mapping[str, Plain]) -> None:
     """Put back what :func:`attributes` gave, into tensors and optimisers that exist where they do."""
     if state.get("step") and hasattr(model, "_init_optim_problem"):
         model._init_optim_problem()  # git main's Nash_MTL makes its problem in its first step only
     for name, value in state.items():
         held = getattr(model, name, None)
         if isinstance(value, dict) and "optimizer" in value:
-            held.load_state_dict(value["optimizer"])  # type: ignore[union-attr]
+            assert held is not None
+            held.load_state_dict(value["optimizer"])
         elif isinstance(value, dict):
             setattr(model, name, value["array"].numpy().copy())
-        elif isinstance(value, torch.Tensor) and isinstance(held, torch.Tensor):
+        elif isinstance(value, Tensor) and isinstance(held, Tensor):
             held.data = value.to(held.device, held.dtype)
         else:
-            setattr(model, name, value.to(model.device) if isinstance(value, torch.Tensor) else value)
+            setattr(model, name, value.to(model.device) if isinstance(value, Tensor) else value)
 
 
-def loader_states(loaders: Mapping[str, Any]) -> dict[str, Any]:
+def loader_states(loaders: Mapping[str, Loader]) -> dict[str, Plain]:
     """Return what the order of the coming epochs depends on, for loaders that say: ours, and those with a generator."""
-    states: dict[str, Any] = {}
+    states: dict[str, Plain] = {}
     for task, loader in loaders.items():
         generator = getattr(loader, "generator", None)
         if hasattr(loader, "state_dict"):
@@ -124,7 +126,7 @@ def loader_states(loaders: Mapping[str, Any]) -> dict[str, Any]:
     return states
 
 
-def set_loader_states(loaders: Mapping[str, Any], states: dict[str, Any]) -> None:
+def set_loader_states(loaders: Mapping[str, Any], states: Mapping[str, Plain]) -> None:
     """Put back what :func:`loader_states` gave."""
     for task, state in states.items():
         if hasattr(loaders[task], "load_state_dict"):
@@ -133,7 +135,10 @@ def set_loader_states(loaders: Mapping[str, Any], states: dict[str, Any]) -> Non
             loaders[task].generator.set_state(state["generator"].cpu())
 
 
-def save(path: Path, content: dict[str, Any]) -> None:
+# -- files --------------------------------------------------------------------------------------------------------
+
+
+def save(path: Path, content: Mapping[str, Plain]) -> None:
     """Write a checkpoint whole or not at all.
 
     Raises
@@ -147,7 +152,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
             raise OSError(str(error).splitlines()[0]) from error
 
 
-def load(path: Path, device: torch.device, *, state_dict_too: bool = False) -> dict[str, Any]:
+def load(path: Path, device: torch.device, *, state_dict_too: bool = False) -> dict[str, Plain]:
     """Read a checkpoint: tensors and plain values only, never code.
 
     ``state_dict_too`` also takes a plain state_dict, as LibMTL's git main saves it; it comes back under ``"model"``.
@@ -167,28 +172,142 @@ def load(path: Path, device: torch.device, *, state_dict_too: bool = False) -> d
         raise CheckpointError(
             f"checkpoint {path} is damaged or not ours ({first}); delete it to start afresh"
         ) from error
-    if state_dict_too and isinstance(content, dict) and content and _all_tensors(content):
-        return {"model": content}
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    known = content if isinstance(content, dict) else {}
+    if state_dict_too and known and all(isinstance(value, Tensor) for value in known.values()):
+        return {"model": known}
+    if known.get("format") != FORMAT:
         raise CheckpointError(f"checkpoint {path} is not of format {FORMAT}; delete it to start afresh")
-    return content
+    return known
 
 
-def _all_tensors(content: dict[str, Any]) -> bool:
-    return all(isinstance(value, torch.Tensor) for value in content.values())
+def fingerprint(state: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Return name -> shape of everything in a state_dict: what must agree for a checkpoint to fit."""
+    return {name: list(value.shape) for name, value in state.items() if hasattr(value, "shape")}
 
 
-def fingerprint(model: Any) -> dict[str, list[int]]:
-    """Return name -> shape of everything in the state_dict: what must agree for a checkpoint to fit."""
-    return {name: list(value.shape) for name, value in model.state_dict().items() if hasattr(value, "shape")}
-
-
-def check_fits(path: Path, model: Any, saved: dict[str, list[int]]) -> None:
+def check_fits(path: Path, model: nn.Module, saved: Mapping[str, list[int]]) -> None:
     """Raise a CheckpointError that names the first tensor that differs."""
-    here = fingerprint(model)
+    here = fingerprint(model.state_dict())
     for name in sorted(here.keys() | saved.keys()):
-        if list(here.get(name, ())) != list(saved.get(name, ())) or (name in here) != (name in saved):
+        if here.get(name) != (list(saved[name]) if name in saved else None):
             raise CheckpointError(
                 f"checkpoint {path} is of another model: {name} is {saved.get(name, 'absent')} there and "
                 f"{here.get(name, 'absent')} here; use the settings it was made with, or another run_dir"
             )
+
+
+# -- a whole training ---------------------------------------------------------------------------------------------
+
+
+def settings(trainer: TrainingState) -> dict[str, str]:
+    """Return what must agree for a checkpoint to be continued, as text."""
+    names = ("optim_param", "scheduler_param", "seed", "rep_grad", "multi_input", "select")
+    values = {**trainer.kwargs, **{name: getattr(trainer, name) for name in names}}
+    return {k: json.dumps(v, sort_keys=True, default=lambda other: type(other).__name__) for k, v in values.items()}
+
+
+def save_training(trainer: TrainingState, loaders: Loaders) -> None:
+    """Write ``last.pt`` and ``history.csv``, each whole or not at all."""
+    assert trainer.run_dir is not None
+    model = trainer.model.state_dict()
+    content = {
+        "fingerprint": fingerprint(model),
+        "structure": trainer.model.structure(),
+        "method": trainer.weighting,
+        "tasks": trainer.task_name,
+        "settings": settings(trainer),
+        "epoch": trainer.epoch,
+        "step": trainer.global_step,
+        "model": model,
+        "attributes": attributes(trainer.model),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scheduler": trainer.scheduler.state_dict() if trainer.scheduler else None,
+        "random": random_state(),
+        "loaders": loader_states(per_task(trainer, loaders)),
+        "history": trainer.steps.state_dict(),
+        "best": trainer.best,
+        "first": trainer.first_results,
+    }
+    save(trainer.run_dir / LAST, content)
+    write_text(trainer.run_dir / HISTORY, trainer.steps.to_csv())
+
+
+def resume(trainer: TrainingState, loaders: Loaders) -> None:
+    """Continue from ``last.pt`` if there is one.
+
+    Raises
+    ------
+    CheckpointError : damaged, no checkpoint of ours, or made with other tasks, settings or model.
+    """
+    assert trainer.run_dir is not None
+    remove_leftovers(trainer.run_dir)
+    if (trainer.run_dir / LAST).exists():
+        restore(trainer, loaders)
+
+
+def restore(trainer: TrainingState, loaders: Loaders | None) -> Path:
+    """Put everything back that :func:`save_training` wrote; ``loaders`` None leaves them alone. Return the file."""
+    assert trainer.run_dir is not None
+    path = trainer.run_dir / LAST
+    content = load(path, trainer.device)
+    _check(trainer, content, path)
+    reshape(trainer, content["structure"])
+    check_fits(path, trainer.model, content["fingerprint"])
+    try:
+        trainer.model.load_state_dict(content["model"])
+        set_attributes(trainer.model, content["attributes"])
+        trainer.optimizer.load_state_dict(content["optimizer"])
+        if trainer.scheduler is not None:
+            trainer.scheduler.load_state_dict(content["scheduler"])
+        trainer.steps = History.from_state(content["history"])
+        trainer.best, trainer.first_results = content["best"], content["first"]
+        trainer.epoch, trainer.global_step = content["epoch"], content["step"]
+        if loaders is not None:
+            set_loader_states(per_task(trainer, loaders), content["loaders"])
+        set_random_state(content["random"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} does not fit this run ({error}); use another run_dir, or delete it to start afresh"
+        ) from error
+    return path
+
+
+def _check(trainer: TrainingState, content: Mapping[str, Plain], path: Path) -> None:
+    lacking = sorted(_FIELDS - content.keys())
+    if lacking:
+        raise CheckpointError(
+            f"checkpoint {path} lacks {lacking[0]!r}: it is none of a whole run; delete it to start afresh"
+        )
+    if content["tasks"] != trainer.task_name or content["method"] != trainer.weighting:
+        raise CheckpointError(
+            f"checkpoint {path} was made with {content['method']} on tasks {content['tasks']}, this run is "
+            f"{trainer.weighting} on {trainer.task_name}; use another run_dir"
+        )
+    for name, here in settings(trainer).items():
+        there = content["settings"].get(name, "absent")
+        if there != here:
+            raise CheckpointError(
+                f"checkpoint {path} was made with {name} = {there}, this run has {here}; use the settings it was made "
+                "with, or another run_dir"
+            )
+
+
+def reshape(trainer: TrainingState, structure: Plain) -> None:
+    """Give a branching model the structure of a state; its optimiser and scheduler are made anew if that differs."""
+    if structure is not None and structure != trainer.model.structure():
+        trainer.model.restore_structure(structure)
+        trainer.prepare_optimizer()
+
+
+def load_weights(trainer: TrainingState, path: Path) -> None:
+    """Load a model's weights: ours, or a plain state_dict such as LibMTL's git main saves. A folder means its ``best.pt``.
+
+    Raises
+    ------
+    CheckpointError : missing, damaged, or of another model.
+    """
+    path = path / BEST if path.is_dir() else path
+    content = load(path, trainer.device, state_dict_too=True)
+    reshape(trainer, content.get("structure"))
+    check_fits(path, trainer.model, fingerprint(content["model"]))
+    trainer.model.load_state_dict(content["model"])

@@ -2,111 +2,126 @@
 
 from __future__ import annotations
 
-import copy
-from pathlib import Path
-from typing import Any
+import math
 
 import numpy as np
-import pandas as pd
 import torch
+from torch import Tensor
 
 from libmtl_fair.errors import FairMTLError
-from libmtl_fair.libmtl import checkpoint, saving
-from libmtl_fair.libmtl import evaluate as evaluation
+from libmtl_fair.libmtl import checkpoint
+from libmtl_fair.libmtl.history import Floats
+from libmtl_fair.libmtl.state import Plain, Results, TrainingState
 
 
 class DivergenceError(FairMTLError):
     """A loss was not finite; the model holds the last good state."""
 
 
-def snapshot(trainer: Any) -> dict[str, Any]:
-    """Return copies of everything that a training step changes, on the device."""
-    return {
-        "model": saving.model_state(trainer.model),
-        "attributes": checkpoint.attributes(trainer.model),
-        "optimizer": copy.deepcopy(trainer.optimizer.state_dict()),
-        "scheduler": copy.deepcopy(trainer.scheduler.state_dict()) if trainer.scheduler else None,
-        "structure": saving.structure(trainer.model),
-    }
+class Snapshot:
+    """A copy of everything that a training step changes, on the device; taken anew into the memory of the last one."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Plain] = {}
+
+    @torch.no_grad()
+    def take(self, trainer: TrainingState) -> None:
+        """Copy the trainer's state of now."""
+        live = {
+            "model": trainer.model.state_dict(),
+            "attributes": checkpoint.attributes(trainer.model),
+            "optimizer": trainer.optimizer.state_dict(),
+            "scheduler": trainer.scheduler.state_dict() if trainer.scheduler else None,
+            "structure": trainer.model.structure(),
+        }
+        into: list[Tensor] = []
+        values: list[Tensor] = []
+        self._held = _copied(live, self._held, into, values)
+        if into:
+            torch._foreach_copy_(into, values)
+
+    def put_back(self, trainer: TrainingState) -> None:
+        """Undo what was trained since :meth:`take`."""
+        held, self._held = self._held, {}  # the optimiser goes on with these very tensors
+        checkpoint.reshape(trainer, held["structure"])
+        trainer.model.load_state_dict(held["model"])
+        checkpoint.set_attributes(trainer.model, held["attributes"])
+        trainer.optimizer.load_state_dict(held["optimizer"])
+        if trainer.scheduler is not None:
+            trainer.scheduler.load_state_dict(held["scheduler"])
 
 
-def put_back(trainer: Any, state: dict[str, Any]) -> None:
-    """Undo what was trained since :func:`snapshot`."""
-    _reshape(trainer, state["structure"])
-    trainer.model.load_state_dict(state["model"])
-    checkpoint.set_attributes(trainer.model, state["attributes"])
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    if trainer.scheduler is not None:
-        trainer.scheduler.load_state_dict(state["scheduler"])
+def _copied(value: Plain, before: Plain, into: list[Tensor], values: list[Tensor]) -> Plain:
+    """Return a copy of nested dicts and lists of tensors and plain values; note which tensors go into which of ``before``."""
+    if isinstance(value, dict):
+        old = before if isinstance(before, dict) else {}
+        return {key: _copied(item, old.get(key), into, values) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_copied(item, None, into, values) for item in value]
+    if not isinstance(value, Tensor):
+        return value
+    if not isinstance(before, Tensor) or _kind(before) != _kind(value):
+        return value.detach().clone()
+    into.append(before)
+    values.append(value)
+    return before
 
 
-def _reshape(trainer: Any, structure: Any) -> None:
-    """Give a branching model the structure of a state; its optimiser and scheduler are made anew if that differs."""
-    if structure is not None and structure != saving.structure(trainer.model):
-        trainer.model.restore_structure(structure)
-        trainer._prepare_optimizer(trainer.optim_param, trainer.scheduler_param)
+def _kind(value: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return value.shape, value.dtype, value.device
 
 
-def check_finite(trainer: Any, epoch: int, steps: pd.DataFrame, before: dict[str, Any] | None) -> None:
-    """Stop with the last good state if a loss of the epoch, or a parameter after it, is not finite.
-
-    Raises
-    ------
-    DivergenceError : says epoch, step and task, and where the last good state is.
-    """
-    losses = steps[[f"loss/{task}" for task in trainer.task_name]].to_numpy()
+def fault(trainer: TrainingState, epoch: int, losses: Floats) -> str | None:
+    """Return what is not finite in an epoch's ``losses`` [steps, T], or in the model after it; None if all is."""
     good = np.isfinite(losses)
-    if good.all() and _finite_parameters(trainer.model):
-        return
-    kept = _go_back(trainer, before)
-    advice = "Lower the learning rate, or look for values that are not finite in the inputs"
-    if good.all():
-        raise DivergenceError(f"epoch {epoch}: a parameter is not finite after the last step; {kept}. {advice}")
-    step = int((~good).any(axis=1).argmax())
-    column = int((~good[step]).argmax())
-    raise DivergenceError(
-        f"the loss of task {trainer.task_name[column]!r} is {losses[step, column]} in epoch {epoch}, step {step} of the "
-        f"epoch; {kept}. {advice}"
-    )
+    if not good.all():
+        step = int((~good).any(axis=1).argmax())
+        column = int((~good[step]).argmax())
+        where = f"epoch {epoch}, step {step} of the epoch"
+        return f"the loss of task {trainer.task_name[column]!r} is {losses[step, column]} in {where}"
+    largest = torch._foreach_norm([p.detach() for p in trainer.model.parameters() if p.numel()], math.inf)
+    if not largest or bool(torch.stack(largest).isfinite().all()):
+        return None
+    return f"epoch {epoch}: a parameter is not finite after the last step"
 
 
-def _finite_parameters(model: torch.nn.Module) -> bool:
-    parameters = list(model.parameters())
-    return not parameters or bool(torch.stack([p.detach().isfinite().all() for p in parameters]).all())
+def improvement(results: Results, first: Results, weights: dict[str, list[int]]) -> float:
+    """Return LibMTL's selection score: the mean relative improvement of all metrics over the first epoch.
+
+    Metrics that are not finite in either are left out; with none left it is minus infinity.
+    """
+    gains = []
+    for task, scores in results.items():
+        names = [n for n in scores if n != "loss"]
+        for name, weight in zip(names, weights[task]):
+            new, base = scores[name], first[task][name]
+            gains.append((new - base) / max(abs(base), 1e-8) * (1 if weight else -1))
+    known = [gain for gain in gains if np.isfinite(gain)]
+    return sum(known) / len(known) if known else float("-inf")
 
 
-def _go_back(trainer: Any, before: dict[str, Any] | None) -> str:
-    if before is not None:
-        put_back(trainer, before)
-        return "the model is as it was before this epoch"
-    path = Path(trainer.run_dir) / saving.LAST
-    saving.restore(trainer, checkpoint.load(path, trainer.device), None, path)
-    return f"the last good checkpoint is {path}, and the model is as it says"
-
-
-def judge(trainer: Any, epoch: int, results: evaluation.Results) -> float:
+def judge(trainer: TrainingState, epoch: int, results: Results) -> float:
     """Return the epoch's score on validation data, and keep its weights if it is the best so far."""
-    if trainer._first is None:
-        trainer._first = results
+    if trainer.first_results is None:
+        trainer.first_results = results
     if trainer.select_by is not None:
         score = float(trainer.select_by(results))
     else:
         weights = {task: entry["weight"] for task, entry in trainer.task_dict.items()}
-        score = evaluation.improvement(results, trainer._first, weights)
+        score = improvement(results, trainer.first_results, weights)
     if score > trainer.best["score"] or trainer.best["epoch"] is None:
-        trainer.best = {
-            "epoch": epoch,
-            "score": score,
-            "results": results,
-            "state": saving.model_state(trainer.model),
-            "structure": saving.structure(trainer.model),
-        }
-        saving.save_best(trainer)
+        state = _copied(trainer.model.state_dict(), None, [], [])
+        structure = trainer.model.structure()
+        trainer.best = {"epoch": epoch, "score": score, "results": results, "state": state, "structure": structure}
+        if trainer.run_dir is not None:
+            content = {"model": state, "structure": structure, "epoch": epoch}
+            checkpoint.save(trainer.run_dir / checkpoint.BEST, content)
     return score
 
 
-def hold_best(trainer: Any) -> None:
+def hold_best(trainer: TrainingState) -> None:
     """Give the model the weights of its best epoch; what its branches were before is kept as ``last_structure``."""
-    trainer.last_structure = saving.structure(trainer.model)
-    _reshape(trainer, trainer.best["structure"])
+    trainer.last_structure = trainer.model.structure()
+    checkpoint.reshape(trainer, trainer.best["structure"])
+    assert trainer.best["state"] is not None
     trainer.model.load_state_dict(trainer.best["state"])

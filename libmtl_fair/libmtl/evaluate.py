@@ -2,41 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from libmtl_fair.batch import Columns, beside
 from libmtl_fair.errors import DataError, HostError
-from libmtl_fair.libmtl.batches import batches, group_names
+from libmtl_fair.libmtl import batches
 from libmtl_fair.libmtl.model import RepresentationHook
+from libmtl_fair.libmtl.state import Loaders, Results, TrainingState
 from libmtl_fair.predictions import Predictions
-
-Results = dict[str, dict[str, float]]
+from libmtl_fair.tasks import Task
 
 
 def forward(
-    trainer: Any, inputs: Any, task: str | None = None, groups: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
+    trainer: TrainingState, inputs: Any, task: str | None = None, groups: Mapping[str, Tensor] | None = None
+) -> Mapping[str, Tensor]:
     """Return outputs of all tasks, or of one that has inputs of its own, through the user's ``process_preds``.
 
     Outputs of auxiliary tasks are raw, and there in training only. ``groups`` go to heads that take them.
     """
     for module in trainer.group_modules:
         module.take_groups(groups)
-    if task is None:
-        found = _run(trainer, inputs)
-        extra = {name: found.pop(name) for name in trainer.auxiliary if name in found}
-        preds: dict[str, Tensor] = trainer.process_preds(found)
-        return {**preds, **extra} if trainer.model.training else preds
-    one = _run(trainer, inputs, task)[task]
-    return {task: one if task in trainer.auxiliary else trainer.process_preds(one, task)}
+    if task is not None:
+        one = _run(trainer, inputs, task)[task]
+        return {task: one if task in trainer.auxiliary else trainer.process_preds(one, task)}
+    found = _run(trainer, inputs)
+    training = trainer.model.training
+    if not trainer.own_outputs and (training or not trainer.auxiliary):
+        return found
+    main = {name: found[name] for name in trainer.main_tasks}
+    processed: Mapping[str, Tensor] = trainer.process_preds(dict(main))
+    extra = {name: found[name] for name in trainer.auxiliary if training}
+    if isinstance(found, Columns) and all(processed.get(name) is output for name, output in main.items()):
+        return found
+    return beside(processed, extra) if extra else processed
 
 
-def _run(trainer: Any, *inputs: Any) -> dict[str, Tensor]:
+def _run(trainer: TrainingState, *inputs: Any) -> Mapping[str, Tensor]:
     try:
-        found: dict[str, Tensor] = trainer.model(*inputs)
+        found: Mapping[str, Tensor] = trainer.model(*inputs)
         return found
     except RuntimeError as error:
         if not str(error).startswith("mat1 and mat2"):
@@ -48,118 +56,86 @@ def _run(trainer: Any, *inputs: Any) -> dict[str, Tensor]:
         ) from error
 
 
-def _passes(trainer: Any, loader: Any) -> list[tuple[Any, list[str], str | None]]:
-    """Return (loader, its tasks, the task to name) for one loader, or one a task."""
-    if not trainer.multi_input:
-        return [(loader, trainer.main_tasks, None)]
-    missing = [task for task in trainer.main_tasks if task not in loader]
-    if missing:
-        raise DataError(f"multi_input=True needs one loader a task; there is none for {missing[0]!r}")
-    return [(loader[task], [task], task) for task in trainer.main_tasks]
+def _run_over(
+    trainer: TrainingState, loaders: Loaders
+) -> Iterator[tuple[str, list[str], Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]]]:
+    """Yield (whose loader, its tasks, outputs, labels, groups) of every batch, in evaluation mode."""
+    trainer.model.eval()
+    for name, loader in batches.per_task(trainer, loaders).items():
+        tasks = [name] if name else trainer.main_tasks
+        for batch in batches.drawn(loader):
+            inputs, labels, groups = batches.split(batch, trainer.device, tasks)
+            yield name, tasks, forward(trainer, inputs, name or None, groups), labels, groups
 
 
 @torch.no_grad()
-def evaluate(trainer: Any, loader: Any) -> Results:
+def evaluate(trainer: TrainingState, loaders: Loaders) -> Results:
     """Return task -> metric -> value over the loader; ``loss`` is the mean over observed labels."""
-    trainer.model.eval()
-    totals = {
-        task: [torch.zeros((), dtype=torch.float64, device=trainer.device) for _ in range(2)]
-        for task in trainer.main_tasks
-    }
+    zero = torch.zeros((), dtype=torch.float64, device=trainer.device)
+    total, count = dict.fromkeys(trainer.main_tasks, zero), dict.fromkeys(trainer.main_tasks, zero)
     for task in trainer.main_tasks:
         trainer.task_dict[task]["metrics_fn"].reinit()
-    for part, tasks, named in _passes(trainer, loader):
-        for inputs, labels, groups in batches(part, trainer.device, tasks):
-            preds = forward(trainer, inputs, named, groups)
-            for task in tasks:
-                kind = trainer.tasks[task]
-                count = kind.observed(labels[task]).sum() if kind else torch.tensor(len(preds[task]))
-                totals[task][0] += trainer.losses.one(task, preds[task], labels[task]) * count
-                totals[task][1] += count
-                trainer.task_dict[task]["metrics_fn"].update_fun(preds[task], labels[task])
-    return {task: _scores(trainer.task_dict[task], totals[task]) for task in trainer.main_tasks}
-
-
-def _scores(entry: dict[str, Any], total: list[Tensor]) -> dict[str, float]:
-    scores = entry["metrics_fn"].score_fun()
-    entry["metrics_fn"].reinit()
-    entry["loss_fn"]._reinit()
-    mean = float(total[0] / total[1].clamp(min=1)) if total[1] > 0 else float("nan")
-    return {"loss": mean, **{name: float(score) for name, score in zip(entry["metrics"], scores)}}
+    for _, tasks, outputs, labels, _ in _run_over(trainer, loaders):
+        for task in tasks:
+            kind, output, label = trainer.tasks[task], outputs[task], labels[task]
+            seen = kind.observed(label).sum() if kind else torch.tensor(len(output))
+            total[task] = total[task] + trainer.losses.one(task, output, label) * seen
+            count[task] = count[task] + seen
+            trainer.task_dict[task]["metrics_fn"].update_fun(output, label)
+    found: Results = {}
+    for task in trainer.main_tasks:
+        entry, labelled = trainer.task_dict[task], float(count[task])
+        scores = zip(entry["metrics"], entry["metrics_fn"].score_fun())
+        found[task] = {"loss": float(total[task]) / labelled if labelled else float("nan")}
+        found[task] |= {name: float(score) for name, score in scores}
+        entry["metrics_fn"].reinit()
+        entry["loss_fn"]._reinit()
+    return found
 
 
 @torch.no_grad()
-def predict(trainer: Any, loader: Any, embeddings: bool = False) -> Predictions:
+def predict(trainer: TrainingState, loaders: Loaders, embeddings: bool = False) -> Predictions:
     """Return what the model says about every example of the loader, on the CPU.
 
     Raises
     ------
     HostError : a task whose kind is not known.
+    DataError : no batch for a task.
     """
     unknown_kind = [name for name, task in trainer.tasks.items() if task is None]
     if unknown_kind:
         raise HostError(
             f"task {unknown_kind[0]!r} has no known kind, so its outputs have no score: build task_dict with lf.task_dict"
         )
-    trainer.model.eval()
-    outputs: dict[str, list[Tensor]] = {task: [] for task in trainer.main_tasks}
-    labels: dict[str, list[Tensor]] = {task: [] for task in trainer.main_tasks}
-    groups: dict[str, list[Tensor]] = {}
-    h: dict[str, list[Tensor]] = {}
+    parts: dict[str, dict[str, list[Tensor]]] = {key: defaultdict(list) for key in ("out", "label", "group", "h")}
     hook = RepresentationHook(trainer.model) if embeddings else None
     try:
-        for part, tasks, named in _passes(trainer, loader):
-            for inputs, truth, ids in batches(part, trainer.device, tasks):
-                preds = forward(trainer, inputs, named, ids)
-                for task in tasks:
-                    outputs[task].append(preds[task])
-                    labels[task].append(truth[task])
-                for name, values in ids.items():
-                    groups.setdefault(name, []).append(values)
-                if hook is not None:
-                    _keep(h, hook.take(), named)
+        for name, tasks, outputs, labels, groups in _run_over(trainer, loaders):
+            for task in tasks:
+                parts["out"][task].append(outputs[task])
+                parts["label"][task].append(labels[task])
+            for attribute, ids in groups.items():
+                parts["group"][attribute].append(ids)
+            if hook is not None:
+                seen = hook.take()
+                for task, h in (seen if isinstance(seen, dict) else {name: seen}).items():
+                    parts["h"][task].append(h.detach().flatten(1))
     finally:
         if hook is not None:
             hook.remove()
-    return _gather(trainer, loader, outputs, labels, groups, h)
-
-
-def _keep(h: dict[str, list[Tensor]], seen: Tensor | dict[str, Tensor], named: str | None) -> None:
-    parts = {named or "": seen} if isinstance(seen, Tensor) else seen
-    for name, value in parts.items():
-        h.setdefault(name, []).append(value.detach().flatten(1))
-
-
-def _gather(trainer: Any, loader: Any, outputs: Any, labels: Any, groups: Any, h: Any) -> Predictions:
-    empty = [task for task, parts in outputs.items() if not parts]
+    empty = [task for task in trainer.main_tasks if task not in parts["out"]]
     if empty:
         raise DataError(f"the loader has no batch for task {empty[0]!r}; nothing to predict")
-    joined = {task: torch.cat(parts) for task, parts in outputs.items()}
-    first = loader if not trainer.multi_input else next(iter(loader.values()))
-    vectors = {name: torch.cat(parts).cpu() for name, parts in h.items() if name not in trainer.auxiliary}
-    main = {name: trainer.tasks[name] for name in trainer.main_tasks}
+    found = {key: {name: torch.cat(values) for name, values in part.items()} for key, part in parts.items()}
+    main: dict[str, Task] = {name: task for name, task in trainer.tasks.items() if task and name in trainer.main_tasks}
+    first = next(iter(batches.per_task(trainer, loaders).values()))
+    vectors = {name: h.cpu() for name, h in found["h"].items() if name not in trainer.auxiliary}
     return Predictions(
         tasks=tuple(main.values()),
-        scores={name: task.score(joined[name]).cpu() for name, task in main.items()},
-        outputs={name: value.cpu() for name, value in joined.items()},
-        labels={task: trainer.tasks[task].flat(torch.cat(parts)).cpu() for task, parts in labels.items()},
-        groups={} if trainer.multi_input else {name: torch.cat(parts).cpu() for name, parts in groups.items()},
-        group_names=group_names(first),
+        scores={name: task.score(found["out"][name]).cpu() for name, task in main.items()},
+        outputs={name: found["out"][name].cpu() for name in main},
+        labels={name: task.flat(found["label"][name]).cpu() for name, task in main.items()},
+        groups={} if trainer.multi_input else {name: ids.cpu() for name, ids in found["group"].items()},
+        group_names={name: list(names) for name, names in batches.declared(first, "group_names").items()},
         embeddings=vectors.get("", vectors) if vectors else None,
     )
-
-
-def improvement(results: Results, first: Results, weights: dict[str, list[int]]) -> float:
-    """Return LibMTL's selection score: the mean relative improvement of all metrics over the first epoch.
-
-    Metrics that are not finite in either are left out; with none left it is minus infinity.
-    """
-    gains = []
-    for task, scores in results.items():
-        names = [n for n in scores if n != "loss"]
-        for name, weight in zip(names, weights[task]):
-            new, base = scores[name], first[task][name]
-            gain = (new - base) / max(abs(base), 1e-8) * (1 if weight else -1)
-            if gain == gain and abs(gain) != float("inf"):
-                gains.append(gain)
-    return sum(gains) / len(gains) if gains else float("-inf")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -11,52 +11,54 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+Floats: TypeAlias = npt.NDArray[np.float64]
+
 
 class StepLog:
     """Values of the steps of one epoch, on the device."""
 
     def __init__(self) -> None:
-        self._values: dict[str, list[Tensor | float]] = {}
-        self._steps: dict[str, list[int]] = {}
-        self._rows: list[Sequence[int]] = []
-        self.steps = 0
+        self._values: dict[str, list[tuple[int, Tensor | float]]] = {}
+        self._rows: list[int | Sequence[int]] = []
 
-    def add(self, values: Mapping[str, Tensor | float], rows: Sequence[int]) -> None:
+    def __len__(self) -> int:
+        """Number of steps."""
+        return len(self._rows)
+
+    def add(self, values: Mapping[str, Tensor | float], rows: int | Sequence[int]) -> None:
         """Keep a step's values, numbers or tensors of any shape, and its rows for each task. Nothing is copied to the CPU."""
         for name, value in values.items():
-            self._values.setdefault(name, []).append(value.detach() if isinstance(value, Tensor) else value)
-            self._steps.setdefault(name, []).append(self.steps)
+            kept = value.detach() if isinstance(value, Tensor) else value
+            self._values.setdefault(name, []).append((len(self._rows), kept))
         self._rows.append(rows)
-        self.steps += 1
 
-    def read(self, tasks: Sequence[str]) -> pd.DataFrame:
-        """Return one row a step; a vector with a number a task becomes columns ``<name>/<task>``. One transfer a name."""
-        columns: dict[str, Any] = {}
-        for name, values in self._values.items():
+    def read(self, tasks: Sequence[str]) -> dict[str, Floats]:
+        """Return name -> a value a step; a vector with a number a task becomes ``<name>/<task>``. One transfer a name."""
+        columns: dict[str, Floats] = {}
+        for name, kept in self._values.items():
+            steps, values = zip(*kept)
             block = _block(values)
-            full = np.full((self.steps, block.shape[1]), np.nan)
-            full[self._steps[name]] = block
+            full = np.full((len(self), block.shape[1]), np.nan)
+            full[list(steps)] = block
             if not isinstance(values[0], Tensor) or values[0].dim() == 0:
                 columns[name] = full[:, 0]
                 continue
             labels = tasks if len(tasks) == block.shape[1] else [str(i) for i in range(block.shape[1])]
             columns.update({f"{name}/{label}": full[:, i] for i, label in enumerate(labels)})
-        return pd.DataFrame(columns, index=range(self.steps))
+        return columns
 
-    def means(self, losses: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    def means(self, losses: Floats) -> Floats:
         """Return the means [T] of ``losses`` [steps, T] over the epoch's rows, as LibMTL's ``train_loss_buffer`` holds them."""
-        rows = np.asarray(self._rows, dtype=np.float64)
-        means: npt.NDArray[np.float64] = (losses * rows).sum(0) / rows.sum(0)
+        rows = np.array([np.broadcast_to(count, losses.shape[1]) for count in self._rows], dtype=np.float64)
+        means: Floats = (losses * rows).sum(0) / rows.sum(0)
         return means
 
 
-def _block(values: Sequence[Tensor | float]) -> npt.NDArray[np.float64]:
+def _block(values: Sequence[Tensor | float]) -> Floats:
     """Return values of one shape, flattened, as rows; a name's may be numbers in some steps and tensors in others."""
     if all(isinstance(value, float) for value in values):
         return np.array(values)[:, None]
-    block: npt.NDArray[np.float64] = (
-        torch.stack([torch.as_tensor(v).reshape(-1) for v in values]).double().cpu().numpy()
-    )
+    block: Floats = torch.stack([torch.as_tensor(v).reshape(-1) for v in values]).double().cpu().numpy()
     return block
 
 
@@ -64,23 +66,25 @@ class History:
     """All steps so far. Columns ``epoch, step, loss/<task>``, a weighting's traces; epoch results on an epoch's last row."""
 
     def __init__(self, frame: pd.DataFrame | None = None) -> None:
-        self._parts = [] if frame is None else [frame]
+        self._frames = [] if frame is None else [frame]
+        self._new: list[dict[str, npt.NDArray[Any]]] = []
+        self._steps = 0 if frame is None else len(frame)
 
-    def add_epoch(self, epoch: int, steps: pd.DataFrame, results: Mapping[str, float]) -> None:
-        """Append an epoch's steps; ``results`` go on its last row."""
-        first = sum(len(part) for part in self._parts)
-        rows = pd.DataFrame({"epoch": epoch, "step": range(first, first + len(steps))})
-        part = pd.concat([rows, steps.reset_index(drop=True)], axis=1)
-        last = part.index == len(part) - 1
-        extra = {name: np.where(last, value, np.nan) for name, value in results.items()}
-        self._parts.append(pd.concat([part, pd.DataFrame(extra, index=part.index)], axis=1))
+    def add_epoch(self, epoch: int, steps: Mapping[str, Floats], results: Mapping[str, float]) -> None:
+        """Append an epoch's steps, name -> [steps]; ``results`` go on its last row."""
+        count = len(next(iter(steps.values())))
+        last = {name: np.append(np.full(count - 1, np.nan), value) for name, value in results.items()}
+        numbers = np.arange(self._steps, self._steps + count)
+        self._new.append({"epoch": np.full(count, epoch), "step": numbers, **steps, **last})
+        self._steps += count
 
     @property
     def frame(self) -> pd.DataFrame:
         """One row a step."""
-        if len(self._parts) > 1:
-            self._parts = [pd.concat(self._parts, ignore_index=True)]
-        return self._parts[0].copy() if self._parts else pd.DataFrame({"epoch": [], "step": []})
+        if self._new:
+            self._frames = [pd.concat([*self._frames, *map(pd.DataFrame, self._new)], ignore_index=True)]
+            self._new = []
+        return self._frames[0].copy() if self._frames else pd.DataFrame({"epoch": [], "step": []}).astype(np.int64)
 
     @property
     def epochs(self) -> pd.DataFrame:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from libmtl_fair.batch import Columns
+
 _OURS = ("LibMTL", "libmtl_fair", "torch", "abc", "builtins")
 
 
@@ -30,9 +32,7 @@ class JointHeads:
 
     def __init__(self, heads: Mapping[str, nn.Linear]) -> None:
         self.tasks, self.sizes = tuple(heads), [head.out_features for head in heads.values()]
-        weights: list[Tensor] = [head.weight for head in heads.values()]
-        biases: list[Tensor] = [head.bias for head in heads.values()]
-        own = [weights, biases]
+        own: list[list[Tensor]] = [[head.weight for head in heads.values()], [head.bias for head in heads.values()]]
         self._memory = [[p.data for p in part] for part in own]
         self.weight, self.bias = (nn.Parameter(torch.cat(memory)) for memory in self._memory)
         self.pairs: list[tuple[nn.Parameter, list[Tensor]]] = [(self.weight, own[0]), (self.bias, own[1])]
@@ -45,10 +45,9 @@ class JointHeads:
             for p, values, its in zip(part, torch.split(joint.data, self.sizes), torch.split(grad, self.sizes)):
                 p.data, p.grad = values, its
 
-    def run(self, h: Tensor) -> dict[str, Tensor]:
-        """Return task -> outputs [..., C_t] for representations [..., d]: columns of one matrix."""
-        z = nn.functional.linear(h, self.weight, self.bias)
-        return dict(zip(self.tasks, torch.split(z, self.sizes, dim=-1)))
+    def run(self, h: Tensor) -> Columns:
+        """Return task -> outputs [..., C_t] for representations [..., d]."""
+        return Columns(self.tasks, nn.functional.linear(h, self.weight, self.bias), self.sizes)
 
     def zero_grad(self) -> None:
         """Set all gradients to 0, in the memory that the heads see."""
@@ -66,8 +65,8 @@ class JointHeads:
     def release(self) -> None:
         """Give the heads the memory that they had, with the values of now."""
         for (_, part), memory in zip(self.pairs, self._memory):
+            torch._foreach_copy_(memory, [p.data for p in part])
             for p, held in zip(part, memory):
-                held.copy_(p.data)
                 p.data = held
 
 
@@ -84,28 +83,34 @@ def joint_weights(model: Any, tasks: tuple[str, ...]) -> Tensor | None:
 
 
 @contextmanager
-def joined_heads(model: Any, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def joined_heads(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[JointHeads | None]:
     """Within it the model runs, and the optimiser trains, its plain linear heads as one, where that changes no number.
 
     Heads that are frozen, hooked, shared, of unequal kind or in several groups of the optimiser stay as they are, and so do
     all where somebody's own weighting may look at their gradients.
     """
     heads = _joinable(model)
-    group = _group_of(optimizer, heads)
-    if group is None or not _same_state(optimizer, heads):
-        yield
+    own = [p for head in heads.values() for p in (head.weight, head.bias)]
+    wanted = {id(p) for p in own}
+    places = [i for i, group in enumerate(optimizer.param_groups) if wanted <= {id(p) for p in group["params"]}]
+    if not heads or not places or not _same_state(optimizer, own):
+        yield None
         return
     joint = JointHeads(heads)
-    before = group["params"]
+    before = optimizer.param_groups[places[0]]["params"]
     try:
-        group["params"] = [*(p for p in before if id(p) not in joint.replaced), joint.weight, joint.bias]
+        optimizer.param_groups[places[0]]["params"] = [
+            *(p for p in before if id(p) not in joint.replaced),
+            joint.weight,
+            joint.bias,
+        ]
         for whole, parts in joint.pairs:
             _join_state(optimizer, whole, parts)
-        model.fair_joint = joint
-        yield
+        vars(model)["fair_joint"] = joint
+        yield joint
     finally:
         vars(model).pop("fair_joint", None)
-        group["params"] = before
+        optimizer.param_groups[places[0]]["params"] = before  # of a group that may have been loaded anew
         for whole, parts in joint.pairs:
             _split_state(optimizer, whole, parts, joint.sizes)
         joint.release()
@@ -118,48 +123,34 @@ def _joinable(model: Any) -> dict[str, nn.Linear]:
         return {}
     if any(vars(base).get("looks_at_heads") or base.__name__ == "MoDo" for base in bases):
         return {}
-    heads: dict[str, nn.Linear] = model.plain_heads()
-    found = _parameters(heads)
+    decoders = model.decoders
+    heads: dict[str, nn.Linear] = {task: decoders[task] for task in model.plain_heads()}
+    found = [p for head in heads.values() for p in (head.weight, head.bias)]
     kinds = {(p.dtype, p.device, p.shape[1:]) for p in found}
     plain = all(p.requires_grad and not p._backward_hooks and not p._post_accumulate_grad_hooks for p in found)
     wanted = {id(p) for p in found}
-    places = sum(id(p) in wanted for _, p in nn.Module.named_parameters(model, remove_duplicate=False))
+    places = sum(id(p) in wanted for module in model.modules() for p in module._parameters.values())
     return heads if len(heads) > 1 and plain and len(kinds) == 2 and places == len(found) == len(wanted) else {}
 
 
-def _parameters(heads: Mapping[str, nn.Linear]) -> list[Tensor]:
-    return [p for head in heads.values() for p in (head.weight, head.bias)]
-
-
-def _group_of(optimizer: torch.optim.Optimizer, heads: Mapping[str, nn.Linear]) -> dict[str, Any] | None:
-    """Return the optimiser's group that holds all these heads, None if none does."""
-    wanted = {id(p) for p in _parameters(heads)}
-    for group in optimizer.param_groups:
-        if wanted and wanted <= {id(p) for p in group["params"]}:
-            return group
-    return None
-
-
-def _same_state(optimizer: torch.optim.Optimizer, heads: Mapping[str, nn.Linear]) -> bool:
+def _same_state(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> bool:
     """Whether the optimiser holds for each head tensors of its shape and equal counts (of steps), and nothing else."""
-    states = [(p, optimizer.state.get(p, {})) for p in _parameters(heads)]
-    if any(state.keys() != states[0][1].keys() for _, state in states):
+    states = [optimizer.state.get(p, {}) for p in parameters]
+    if any(state.keys() != states[0].keys() for state in states):
         return False
-    for name in states[0][1]:
-        values = [state[name] for _, state in states]
-        if all(_is_like(value, p) for value, (p, _) in zip(values, states)):
+    for name in states[0]:
+        values = [state[name] for state in states]
+        if all(_is_like(value, p) for value, p in zip(values, parameters)) or all(value is None for value in values):
             continue
-        if all(isinstance(value, Tensor) and value.dim() == 0 for value in values):
-            counts = torch.stack(values)
-            if bool((counts == counts[0]).all()):
-                continue
-        elif all(value is None for value in values):
-            continue
-        return False
+        if not all(isinstance(value, Tensor) and value.dim() == 0 for value in values):
+            return False
+        counts = torch.stack(values)
+        if not bool((counts == counts[0]).all()):
+            return False
     return True
 
 
-def _is_like(value: Any, parameter: Tensor) -> bool:
+def _is_like(value: object, parameter: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == parameter.shape
 
 
@@ -173,8 +164,13 @@ def _join_state(optimizer: torch.optim.Optimizer, whole: Tensor, parts: Sequence
 
 
 def _split_state(optimizer: torch.optim.Optimizer, whole: Tensor, parts: Sequence[Tensor], sizes: list[int]) -> None:
+    """Give each head its rows of what the optimiser holds for all."""
     state = optimizer.state.pop(whole, {})
+    rows: dict[str, Sequence[Tensor | None]] = {}
     for name, value in state.items():
-        values = torch.split(value, sizes) if _is_like(value, whole) else [value] * len(parts)
-        for p, own in zip(parts, values):
-            optimizer.state[p][name] = own.clone() if isinstance(own, Tensor) else own
+        if _is_like(value, whole):
+            rows[name] = torch.split(value, sizes)
+        else:
+            rows[name] = [None] * len(parts) if value is None else value.repeat(len(parts)).unbind()
+    for i, p in enumerate(parts if rows else ()):
+        optimizer.state[p] = {name: values[i] for name, values in rows.items()}

@@ -1,20 +1,21 @@
-"""LibMTL's losses and metrics for our tasks, and the losses of one step for all tasks at once."""
+"""LibMTL's ``task_dict`` of our tasks: losses and metrics, and the losses of one step for all tasks at once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor
 
 from libmtl_fair import functional as F
-from libmtl_fair.batch import Matrices
-from libmtl_fair.errors import HostError
-from libmtl_fair.libmtl.columns import joint_columns
+from libmtl_fair.batch import joined
+from libmtl_fair.errors import HostError, RecipeError
 from libmtl_fair.libmtl.loading import AbsLoss, AbsMetric
-from libmtl_fair.tasks import Binary, Multiclass, Regression, Task
+from libmtl_fair.tasks import Binary, Multiclass, Regression, Task, with_nan
+
+Entry: TypeAlias = "dict[str, Any]"
+"""A task's entry of LibMTL's ``task_dict``: ``metrics``, ``metrics_fn``, ``loss_fn``, ``weight``, and our ``task``."""
 
 
 class TaskLoss(AbsLoss):  # type: ignore[misc]
@@ -75,16 +76,42 @@ _SHOWN: Mapping[str, Mapping[str, tuple[str, int]]] = {
 """Kind of task -> metric as LibMTL shows it -> name of the score, and 1 where higher is better."""
 
 
-def entry(task: Task) -> dict[str, Any]:
+def entry(task: Task) -> Entry:
     """Return LibMTL's ``task_dict`` entry of a task."""
     metric = TaskMetric(task)
     return {
-        "metrics": list(metric.names),
+        "metrics": metric.names,
         "metrics_fn": metric,
         "loss_fn": TaskLoss(task),
-        "weight": list(metric.weights),
+        "weight": metric.weights,
         "task": task,
     }
+
+
+def task_dict(tasks: Iterable[Task]) -> dict[str, Entry]:
+    """Return LibMTL's ``task_dict`` for these tasks: masked losses and metrics, in the order given.
+
+    Each entry also carries the task itself under ``"task"``, which LibMTL ignores and :class:`FairTrainer` reads.
+
+    Raises
+    ------
+    RecipeError : no task, or two of one name.
+
+    >>> list(task_dict([Binary("income"), Regression("hours")]))
+    ['income', 'hours']
+    """
+    entries: dict[str, Entry] = {}
+    for task in tasks:
+        if not isinstance(task, Task):
+            raise RecipeError(
+                f"task_dict takes tasks such as lf.Binary('income'), found {type(task).__name__}: {task!r}"
+            )
+        if task.name in entries:
+            raise RecipeError(f"two tasks are named {task.name!r}; names must differ")
+        entries[task.name] = entry(task)
+    if not entries:
+        raise RecipeError("task_dict needs at least one task, for example lf.task_dict([lf.Binary('income')])")
+    return entries
 
 
 def tasks_of(task_dict: Mapping[str, Mapping[str, Any]]) -> dict[str, Task | None]:
@@ -92,67 +119,50 @@ def tasks_of(task_dict: Mapping[str, Mapping[str, Any]]) -> dict[str, Task | Non
     return {name: values.get("task") or _infer(name, values["loss_fn"]) for name, values in task_dict.items()}
 
 
-def _infer(name: str, loss_fn: Any) -> Task | None:
-    kind = type(loss_fn).__name__
+def _infer(name: str, loss_fn: object) -> Task | None:
+    kind, inner = type(loss_fn).__name__, getattr(loss_fn, "loss_fn", None)
     if kind in ("MSELoss", "L1Loss"):
         return Regression(name)
-    inner = getattr(loss_fn, "loss_fn", None)
     if kind == "CELoss" or isinstance(inner, torch.nn.CrossEntropyLoss):
         return Multiclass(name)
-    if isinstance(inner, torch.nn.BCEWithLogitsLoss):
-        return Binary(name)
-    return None
+    return Binary(name) if isinstance(inner, torch.nn.BCEWithLogitsLoss) else None
 
 
 class LossBank:
     """The losses of all tasks in one step, [T]: single-logit binary tasks in one call, the rest one by one.
 
-    Attributes
-    ----------
-    matrices : those of the last call, where all tasks are such ones and columns of one matrix.
-    standard : whether every loss is its task's own.
+    ``standard`` says whether every loss is its task's own.
     """
-
-    matrices: Matrices | None = None
 
     def __init__(self, task_dict: Mapping[str, Mapping[str, Any]]) -> None:
         self._loss_fns = {name: values["loss_fn"] for name, values in task_dict.items()}
-        self._binary = [
-            name for name, fn in self._loss_fns.items() if type(fn) is TaskLoss and isinstance(fn.task, Binary)
-        ]
-        self._together = len(self._binary) > 1
-        ordered = [*self._binary, *(name for name in self._loss_fns if name not in self._binary)]
-        position = {name: i for i, name in enumerate(ordered)}
-        self._order = [position[name] for name in self._loss_fns]
-        self._in_order = self._order == sorted(self._order)
-        self.standard = all(type(fn) is TaskLoss for fn in self._loss_fns.values())
+        ours = {name: fn.task for name, fn in self._loss_fns.items() if type(fn) is TaskLoss}
+        self.standard = len(ours) == len(self._loss_fns)
+        self._binary = tuple(name for name, task in ours.items() if isinstance(task, Binary))
+        self._rest = [name for name in self._loss_fns if name not in self._binary]
+        ordered = [*self._binary, *self._rest]
+        self._order = None if ordered == list(self._loss_fns) else [ordered.index(name) for name in self._loss_fns]
 
     def __call__(self, preds: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
         """Return the loss of every task, [T], in ``task_dict`` order."""
-        self.matrices = None
-        if not self._together:
-            return self._each(preds, labels)
-        outputs, truth = [preds[n] for n in self._binary], [labels[n] for n in self._binary]
-        logits, target = joint_columns(outputs), joint_columns(truth)
-        if logits is None or target is None or logits.shape != target.shape or not target.is_floating_point():
-            if not _stackable(outputs, truth):
-                return self._each(preds, labels)
-            if logits is None:
-                logits = torch.cat([p if p.dim() == 2 else p[:, None] for p in outputs], 1)
-            joint, _ = _binary_losses(logits, torch.stack(truth, 1) if target is None else target)
-        else:
-            joint, labelled = _binary_losses(logits, target)
-            if len(self._binary) == len(self._loss_fns):
-                self.matrices = Matrices(logits, target, labelled)
-        rest = [self.one(n, preds[n], labels[n]) for n in self._loss_fns if n not in self._binary]
-        losses = torch.cat([joint, torch.stack(rest)]) if rest else joint
-        return losses if self._in_order else losses[self._order]
-
-    def _each(self, preds: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
-        return torch.stack([self.one(name, preds[name], labels[name]) for name in self._loss_fns])
+        logits = joined(preds, self._binary) if len(self._binary) > 1 else None
+        target = None if logits is None else joined(labels, self._binary)
+        if logits is None or target is None or logits.shape != target.shape:
+            return torch.stack([self.one(name, preds[name], labels[name]) for name in self._loss_fns])
+        losses, _ = F.mean_cross_entropy(logits, with_nan(target))
+        if self._rest:
+            losses = torch.cat(
+                [losses, torch.stack([self.one(name, preds[name], labels[name]) for name in self._rest])]
+            )
+        return losses if self._order is None else losses[self._order]
 
     def one(self, name: str, pred: Tensor, label: Tensor) -> Tensor:
-        """Return the loss of one task (scalar)."""
+        """Return the loss of one task (scalar).
+
+        Raises
+        ------
+        HostError : the loss cannot take these tensors, or gives more than one number.
+        """
         try:
             loss = self._loss_fns[name].compute_loss(pred, label)
         except (RuntimeError, ValueError, IndexError) as error:
@@ -163,21 +173,3 @@ class LossBank:
         if loss.numel() != 1:
             raise HostError(f"task {name!r}: its loss must be one number, found shape {tuple(loss.shape)}")
         return loss.reshape(())
-
-
-def _stackable(preds: Sequence[Tensor], labels: Sequence[Tensor]) -> bool:
-    rows = preds[0].shape[:1]
-    return all(
-        p.shape[1:] in ((), (1,)) and y.is_floating_point() and p.shape[:1] == rows == y.shape
-        for p, y in zip(preds, labels)
-    )
-
-
-def _binary_losses(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean binary cross-entropy over observed labels for each column, [T], and how many there are, [T]."""
-    target = target.to(torch.promote_types(logits.dtype, torch.float32))
-    # 1 where finite, else 0: as a float, which multiplies and sums twice as fast as a bool
-    seen = (target - target).eq_(0)
-    labelled = seen.sum(0)
-    losses = nnf.binary_cross_entropy_with_logits(logits, target.nan_to_num(0.0).to(logits.dtype), reduction="none")
-    return (losses * seen).sum(0) / labelled.clamp(min=1), labelled

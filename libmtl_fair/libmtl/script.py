@@ -12,9 +12,9 @@ from typing import Any
 
 from libmtl_fair.errors import RecipeError
 from libmtl_fair.libmtl.compat import heal
-from libmtl_fair.libmtl.evaluate import Results
 from libmtl_fair.libmtl.loading import libmtl, trainer_module
 from libmtl_fair.libmtl.registry import OUR_ARCHITECTURES, OUR_WEIGHTINGS
+from libmtl_fair.libmtl.state import Results
 from libmtl_fair.libmtl.trainer import FairTrainer
 
 

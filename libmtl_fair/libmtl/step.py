@@ -2,120 +2,163 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from libmtl_fair.batch import FairBatch, Matrices
-from libmtl_fair.errors import DataError
+from libmtl_fair import functional as F
+from libmtl_fair.batch import Columns, FairBatch, Matrices, beside, joined
 from libmtl_fair.libmtl import batches
-from libmtl_fair.libmtl import evaluate as evaluation
+from libmtl_fair.libmtl.evaluate import forward
 from libmtl_fair.libmtl.history import StepLog
+from libmtl_fair.libmtl.joint_heads import JointHeads
+from libmtl_fair.libmtl.state import Loaders, TrainingState
+from libmtl_fair.methods.base import FairWeighting
+from libmtl_fair.tasks import Task, with_nan
 
 SAMPLES = {"MoDo": 3, "SDMGrad": 3}
 """Batches that one step of a LibMTL weighting takes, where it is more than one."""
 
-Made = tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Any]
+
+class Made(NamedTuple):
+    """What one batch gave: losses [T], outputs, labels, groups, and the matrices of outputs and labels where there are."""
+
+    losses: Tensor
+    outputs: Mapping[str, Tensor]
+    labels: Mapping[str, Tensor]
+    groups: Mapping[str, Any]
+    matrices: Matrices | None = None
 
 
-def draw(trainer: Any, loaders: Any) -> Iterator[Any]:
+def draw(trainer: TrainingState, loaders: Loaders) -> Iterator[Any]:
     """Yield what each step of an epoch needs: a batch, a batch a task, or several batches for MoDo and SDMGrad.
 
     The longest loader sets the number of steps; shorter ones start again.
     """
-    samples = trainer._samples
-    if not trainer.multi_input and samples == 1:
-        yield from loaders
+    found = batches.per_task(trainer, loaders)
+    if not trainer.multi_input and trainer.samples == 1:
+        yield from batches.drawn(found[""])
         return
-    per_task = loaders if trainer.multi_input else {"": loaders}
-    missing = [task for task in trainer.main_tasks if task not in per_task] if trainer.multi_input else []
-    if missing:
-        raise DataError(f"multi_input=True needs one loader a task; there is none for {missing[0]!r}")
-    names = trainer.main_tasks if trainer.multi_input else [""]
-    streams = {name: batches.endless(per_task[name]) for name in names}
-    for _ in range(max(len(per_task[name]) for name in names)):
-        drawn = [{name: next(stream) for name, stream in streams.items()} for _ in range(samples)]
-        parts = drawn if trainer.multi_input else [d[""] for d in drawn]
-        yield parts if samples > 1 else parts[0]
+    streams = {name: batches.endless(loader) for name, loader in found.items()}
+    lengths: list[Any] = list(found.values())
+    for _ in range(max(map(len, lengths))):
+        taken = [{name: next(stream) for name, stream in streams.items()} for _ in range(trainer.samples)]
+        parts = taken if trainer.multi_input else [each[""] for each in taken]
+        yield parts if trainer.samples > 1 else parts[0]
 
 
-def step(trainer: Any, batch: Any, epoch: int, log: StepLog) -> None:
+def step(trainer: TrainingState, batch: Any, epoch: int, log: StepLog, joint: JointHeads | None = None) -> None:
     """Train one step and note what happened in ``log``."""
-    model, several = trainer.model, trainer._samples > 1
-    made = [losses_of(trainer, part) for part in batch] if several else [losses_of(trainer, batch)]
-    losses = torch.stack([m[0] for m in made]) if several else made[0][0]
+    model, several = trainer.model, trainer.samples > 1
+    made = [losses_of(trainer, part) for part in (batch if several else [batch])]
+    losses = torch.stack([m.losses for m in made]) if several else made[0].losses
     trainer.optimizer.zero_grad()  # after the forward pass, where LibMTL does it
-    joint = getattr(model, "fair_joint", None)
     if joint is not None:
         joint.zero_grad()
-    if trainer._is_fair:
-        vars(model)["fair_batch"] = fair_batch(trainer, made[0], epoch)
-    weights = model.backward(losses, **trainer._weight_args)
+    if isinstance(model, FairWeighting):
+        model.__dict__["fair_batch"] = fair_batch(trainer, made[0], epoch)
+    weights = model.backward(losses, **trainer.weight_args)
     if joint is not None:
         joint.collect_grad()
     trainer.optimizer.step()
     if hasattr(model, "update_w"):  # FAMO looks at the losses after the step
-        renewed = losses_of(trainer, batch)[0].detach()
+        renewed = losses_of(trainer, batch).losses.detach()
         with torch.no_grad():
             model.update_w(renewed)
     trainer.global_step += 1
-    values: dict[str, Tensor] = {"loss": losses[-1] if several else losses}
+    values: dict[str, Tensor | float] = {"loss": losses[-1] if several else losses}
     if weights is not None:
         values["weight"] = torch.as_tensor(weights)
-    if trainer._is_fair:
+    if isinstance(model, FairWeighting):
         values.update(model.trace)
-    preds = made[-1][1]
-    log.add(values, [len(preds[task]) for task in trainer.task_name])
-    if hasattr(model, "after_step"):
-        model.after_step(trainer, trainer.global_step)
+    log.add(values, _rows(trainer, made[-1]))
+    model.after_step(trainer, trainer.global_step)
 
 
-def losses_of(trainer: Any, part: Any) -> Made:
-    """Return (losses [T], outputs, labels, groups) of one batch, or of one batch a task."""
-    labels: dict[str, Any]
+def _rows(trainer: TrainingState, made: Made) -> int | Sequence[int]:
+    """Return how many examples each task had, or all of them."""
+    if made.matrices is not None:
+        return len(made.matrices.logits)
+    return [len(made.outputs[task]) for task in trainer.task_name]
+
+
+def losses_of(trainer: TrainingState, part: Any) -> Made:
+    """Return what one batch gives, or one batch a task."""
     if not trainer.multi_input:
         inputs, labels, groups = batches.split(part, trainer.device, trainer.main_tasks)
-        preds = evaluation.forward(trainer, inputs, None, groups)
-        flat = batches.flat_labels(labels, trainer.tasks) if trainer.auxiliary else labels
-        for name in trainer.auxiliary:
-            labels[name] = trainer.tasks[name].labels_from(flat, groups, trainer._n_groups)
-        return trainer._compute_losses(preds, labels), preds, labels, groups
-    preds, labels, by_task = {}, {}, {}
-    inputs = {}
+        return made_of(trainer, forward(trainer, inputs, None, groups), labels, groups)
+    outputs: dict[str, Tensor] = {}
+    truth: dict[str, Tensor] = {}
+    by_task, inputs = {}, {}
     for task in trainer.main_tasks:
-        inputs[task], truth, by_task[task] = batches.split(part[task], trainer.device, [task])
-        preds.update(evaluation.forward(trainer, inputs[task], task, by_task[task]))
-        labels.update(truth)
-    flat = batches.flat_labels(labels, trainer.tasks) if trainer.auxiliary else labels
+        inputs[task], labels, by_task[task] = batches.split(part[task], trainer.device, [task])
+        outputs.update(forward(trainer, inputs[task], task, by_task[task]))
+        truth.update(labels)
     for name in trainer.auxiliary:  # on the examples of its main task
-        ids = by_task[trainer.tasks[name].source]
-        preds.update(evaluation.forward(trainer, inputs[trainer.tasks[name].source], name, ids))
-        labels[name] = trainer.tasks[name].labels_from(flat, ids, trainer._n_groups)
-    return trainer._compute_losses(preds, labels), preds, labels, by_task
+        task = _auxiliary(trainer, name).source
+        outputs.update(forward(trainer, inputs[task], name, by_task[task]))
+    return made_of(trainer, outputs, truth, by_task)
 
 
-def fair_batch(trainer: Any, made: Made, epoch: int, h: Tensor | None = None) -> FairBatch:
+def made_of(
+    trainer: TrainingState, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor], groups: Mapping[str, Any]
+) -> Made:
+    """Return the losses of these outputs and labels of the main tasks; the labels of auxiliary tasks are made here."""
+    matrices = _matrices(trainer, outputs, labels)
+    if matrices is not None and not (isinstance(outputs, Columns) and outputs.matrix is matrices.logits):
+        others = {name: outputs[name] for name in trainer.auxiliary}
+        outputs = Columns(trainer.binary, matrices.logits, [1] * len(trainer.binary), others)
+    if matrices is not None and trainer.own_losses and trainer.losses.standard and not trainer.auxiliary:
+        losses, labelled = F.mean_cross_entropy(matrices.logits, matrices.labels)
+        return Made(losses, outputs, labels, groups, matrices._replace(labelled=labelled))
+    if trainer.auxiliary:
+        flat = batches.flat_labels(labels, trainer.tasks)
+        made = {}
+        for name in trainer.auxiliary:
+            task = _auxiliary(trainer, name)
+            ids = groups[task.source] if trainer.multi_input else groups
+            made[name] = task.labels_from(flat, ids, trainer.n_groups)
+        labels = beside(labels, made)
+    losses = trainer.compute_losses(outputs, labels)
+    if matrices is not None:
+        matrices = matrices._replace(labelled=(matrices.labels - matrices.labels).eq_(0).sum(0))
+    return Made(losses, outputs, labels, groups, matrices)
+
+
+def _auxiliary(trainer: TrainingState, name: str) -> Any:
+    task: Task | None = trainer.tasks[name]
+    return task
+
+
+def _matrices(trainer: TrainingState, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Matrices | None:
+    """Return logits and labels of the main tasks as matrices, where they can be; not yet how many labels there are."""
+    logits = joined(outputs, trainer.binary) if trainer.binary else None
+    truth = None if logits is None else joined(labels, trainer.binary)
+    if logits is None or truth is None or logits.shape != truth.shape:
+        return None
+    return Matrices(logits, with_nan(truth), truth)
+
+
+def fair_batch(
+    trainer: TrainingState, made: Made, epoch: int, h: Tensor | dict[str, Tensor] | None = None
+) -> FairBatch:
     """Return the step as a fairness method may see it; ``h`` where something else than the model made it."""
-    losses, preds, labels, groups = made
+    if h is None:
+        assert trainer.representation is not None
+        h = trainer.representation.take()
     return FairBatch(
         tasks={name: trainer.tasks[name] for name in trainer.main_tasks} if trainer.auxiliary else trainer.tasks,
-        h=trainer._hook.take() if h is None else h,
-        outputs=preds,
-        labels=batches.flat_labels(labels, trainer.tasks),
-        losses=losses,
-        groups=groups,
-        n_groups=trainer._n_groups,
+        h=h,
+        outputs=made.outputs,
+        labels=batches.flat_labels(made.labels, trainer.tasks),
+        losses=made.losses,
+        groups=made.groups,
+        n_groups=trainer.n_groups,
         multi_input=trainer.multi_input,
         epoch=epoch,
         step=trainer.global_step,
-        standard_losses=trainer._own_losses and trainer.losses.standard,
-        matrices=_matrices(trainer, preds),
+        standard_losses=trainer.own_losses and trainer.losses.standard,
+        matrices=made.matrices,
     )
-
-
-def _matrices(trainer: Any, preds: dict[str, Tensor]) -> Matrices | None:
-    """Return the matrices that the losses were made from, if they were made from these outputs."""
-    found: Matrices | None = trainer.losses.matrices if trainer._own_losses else None
-    return found if found is not None and preds[trainer.task_name[0]]._base is found.logits else None

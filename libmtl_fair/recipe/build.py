@@ -12,14 +12,15 @@ from libmtl_fair.data import Dataset, Split, dataset_names, load_dataset, load_t
 from libmtl_fair.data.loader import ResidentLoader
 from libmtl_fair.errors import HostError, RecipeError
 from libmtl_fair.libmtl.checkpoint import seed_everything
-from libmtl_fair.libmtl.evaluate import Results
+from libmtl_fair.libmtl.losses import task_dict
 from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS, architecture_names, resolve_weighting, weighting_names
+from libmtl_fair.libmtl.state import Results
 from libmtl_fair.libmtl.trainer import FairTrainer
 from libmtl_fair.methods.heads.auxiliary import add_fairness_heads
 from libmtl_fair.models import MLP, linear_heads
 from libmtl_fair.recipe.schema import Recipe, check_names
 from libmtl_fair.recipe.sections import Model, Train
-from libmtl_fair.tasks import Task, task_dict
+from libmtl_fair.tasks import Task
 
 EVAL_BATCH = 8192
 _UTILITY = {"binary": "AUC", "multiclass": "Acc", "multilabel": "AUC", "regression": "R2"}

@@ -1,4 +1,4 @@
-"""Columns of one matrix are found again, and nothing else is taken for one."""
+"""Outputs and labels as one matrix: handed on where it is one, stacked once where it is not, never another's."""
 
 from __future__ import annotations
 
@@ -9,57 +9,71 @@ import pytest
 import torch
 
 import libmtl_fair as lf
-from libmtl_fair.libmtl import losses as objectives
+from libmtl_fair.batch import Columns, joined
+from libmtl_fair.libmtl import batches
 from libmtl_fair.libmtl import step as stepping
-from libmtl_fair.libmtl.columns import joint_columns
 from libmtl_fair.libmtl.losses import LossBank
 
-
-def test_splits_and_unbound_columns_are_found() -> None:
-    matrix = torch.arange(12.0).view(3, 4).clone()
-    assert joint_columns(matrix.unbind(1)) is matrix
-    assert joint_columns(torch.split(matrix, [1, 3], 1)) is matrix
-    assert joint_columns([matrix[:, 0], matrix[:, 1:3], matrix[:, 3]]) is matrix
+NAMES = ("a", "b", "c", "d")
 
 
-def test_anything_else_is_not() -> None:
-    matrix = torch.arange(12.0).view(3, 4).clone()
-    a, b, c, d = matrix.unbind(1)
-    for parts in (
-        [a, b, c],
-        [a, c, b, d],
-        [a, b, c, d.clone()],
-        [a, b, c, d, d],
-        [matrix.view(-1)[:3], b, c, d],
-        [a[:2], b[:2], c[:2], d[:2]],
-        [matrix],
-        [torch.zeros(3)],
-        list(matrix.T.contiguous().T.unbind(1)),
-        list(torch.zeros(2, 3, 4).unbind(2)),
-    ):
-        assert joint_columns(parts) is None
+def test_columns_are_a_mapping_that_is_taken_apart_on_demand() -> None:
+    matrix = torch.arange(12.0).view(3, 4)
+    labels = Columns(NAMES, matrix)
+    assert not vars(labels).keys() & {"_parts"}
+    assert (list(labels), len(labels), "b" in labels, "e" in labels) == (list(NAMES), 4, True, False)
+    assert [labels[name].tolist() for name in NAMES] == matrix.T.tolist()
+    assert labels["b"] is labels["b"]
+    wide = Columns(("a", "b"), matrix, [1, 3], {"e": torch.zeros(3)})
+    assert {name: tuple(value.shape) for name, value in wide.items()} == {"a": (3, 1), "b": (3, 3), "e": (3,)}
+    with pytest.raises(KeyError, match="'f'"):
+        wide["f"]
 
 
-@pytest.mark.parametrize("joint", ["outputs", "labels"])
-def test_one_matrix_is_used_where_the_other_has_to_be_made(joint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    bank = LossBank(lf.task_dict([lf.Binary(name) for name in "abc"]))
-    z, y = torch.randn(8, 3), (torch.rand(8, 3) > 0.5).float()
-    apart = [column.clone() for column in (z.split(1, 1) if joint == "labels" else y.unbind(1))]
-    outputs, labels = (apart, y.unbind(1)) if joint == "labels" else (z.split(1, 1), apart)
-    seen: list[Any] = []
-    made = objectives._binary_losses
-    monkeypatch.setattr(objectives, "_binary_losses", lambda *given: seen.append(given) or made(*given))
-    losses = bank(dict(zip("abc", outputs)), dict(zip("abc", labels)))
-    torch.testing.assert_close(
-        losses, torch.nn.functional.binary_cross_entropy_with_logits(z, y, reduction="none").mean(0)
-    )
-    assert seen[0][0 if joint == "outputs" else 1] is (z if joint == "outputs" else y)
-    assert bank.matrices is None
+def test_the_matrix_of_all_or_neighbouring_columns_is_no_copy() -> None:
+    matrix = torch.arange(12.0).view(3, 4)
+    assert Columns(NAMES, matrix).matrix_of(NAMES) is matrix
+    part = Columns(NAMES, matrix, [1, 1, 1, 1]).matrix_of(("b", "c"))
+    assert part is not None
+    assert part.data_ptr() == matrix[:, 1:].data_ptr()
+    assert torch.equal(part, matrix[:, 1:3])
+    after_a_wide_one = Columns(("x", "b"), matrix, [3, 1]).matrix_of(("b",))
+    assert after_a_wide_one is not None
+    assert torch.equal(after_a_wide_one, matrix[:, 3:])
 
 
-def test_a_matrix_of_width_one() -> None:
-    matrix = torch.zeros(3, 1)
-    assert joint_columns([matrix[:, 0]]) is matrix
+@pytest.mark.parametrize(
+    ("columns", "names"),
+    [
+        (Columns(NAMES, torch.zeros(3, 4)), ("a", "c")),
+        (Columns(NAMES, torch.zeros(3, 4)), ("b", "a")),
+        (Columns(NAMES, torch.zeros(3, 4)), ("e",)),
+        (Columns(("x", "b"), torch.zeros(3, 4), [3, 1]), ("x", "b")),
+        (Columns(NAMES, torch.zeros(3, 4, 2)), NAMES),
+        (Columns(NAMES, torch.zeros(3, 4, 2)), ("a",)),
+    ],
+)
+def test_other_columns_are_no_matrix(columns: Columns, names: tuple[str, ...]) -> None:
+    assert columns.matrix_of(names) is None
+
+
+def test_separate_columns_are_stacked() -> None:
+    flat, tall = torch.arange(3.0), torch.arange(3.0).view(3, 1)
+    expected = torch.stack([flat, flat], 1)
+    for parts in ([flat, flat], [tall, tall], [flat, tall]):
+        found = joined(dict(zip("ab", parts)), ("a", "b"))
+        assert found is not None
+        assert torch.equal(found, expected)
+    found = joined(Columns(NAMES, torch.arange(12.0).view(3, 4)), ("c", "a"))
+    assert found is not None
+    assert found.tolist() == [[2, 0], [6, 4], [10, 8]]
+
+
+@pytest.mark.parametrize(
+    "other", [torch.zeros(2), torch.zeros(3, 2), torch.zeros(3, 1, 1), torch.tensor(0.0), [0, 0, 0]]
+)
+def test_what_is_no_column_of_as_many_rows_is_not(other: Any) -> None:
+    assert joined({"a": torch.zeros(3), "b": other}, ("a", "b")) is None
 
 
 def test_losses_and_gradients_are_those_of_separate_tensors() -> None:
@@ -70,32 +84,73 @@ def test_losses_and_gradients_are_those_of_separate_tensors() -> None:
     y[2, 1] = torch.nan
     joint = z.clone().requires_grad_()
     apart = [column.clone().requires_grad_() for column in z.split(1, 1)]
-    views = joint * 1
-    found = bank(dict(zip("abc", views.split(1, 1))), dict(zip("abc", y.unbind(1))))
-    expected = bank(dict(zip("abc", apart)), {name: y[:, i].clone() for i, name in enumerate("abc")})
+    names = ("a", "b", "c")
+    found = bank(Columns(names, joint, [1, 1, 1]), Columns(names, y))
+    truth = {name: y[:, i].clone() for i, name in enumerate(names)}
+    expected = torch.stack([task.loss(z, truth[task.name]) for task, z in zip(tasks, apart)])
     torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(bank(dict(zip(names, apart)), truth), expected)
     weights = torch.tensor([1.0, 2.0, 3.0])
     (found * weights).sum().backward()
     (expected * weights).sum().backward()
     torch.testing.assert_close(joint.grad, torch.cat([p.grad for p in apart], 1))
 
 
-def test_a_bank_says_which_matrices_it_used() -> None:
-    tasks = [lf.Binary(name) for name in "abc"]
-    bank = LossBank(lf.task_dict(tasks))
-    z, y = torch.randn(8, 3), (torch.rand(8, 3) > 0.5).float()
-    y[2, 1] = torch.nan
-    bank(dict(zip("abc", z.split(1, 1))), dict(zip("abc", y.unbind(1))))
-    assert bank.matrices is not None
-    assert bank.matrices.logits is z
-    assert bank.matrices.labels is y
-    assert bank.matrices.labelled.tolist() == [8, 7, 8]
-    bank(dict(zip("abc", z.split(1, 1))), {name: y[:, i].clone() for i, name in enumerate("abc")})
-    assert bank.matrices is None
-    with_other = LossBank(lf.task_dict([*tasks, lf.Regression("d")]))
-    rest = {"d": torch.zeros(8, 1)}
-    with_other({**dict(zip("abc", z.split(1, 1))), **rest}, {**dict(zip("abc", y.unbind(1))), "d": torch.zeros(8)})
-    assert with_other.matrices is None
+@pytest.mark.parametrize("order", ["abcd", "dcba", "dabc"])
+def test_a_bank_of_several_kinds_keeps_the_order_of_its_tasks(order: str) -> None:
+    kinds = {"a": lf.Binary("a"), "b": lf.Regression("b"), "c": lf.Binary("c"), "d": lf.Multiclass("d", 3)}
+    bank = LossBank(lf.task_dict([kinds[name] for name in order]))
+    z = {name: torch.randn(6, task.out_features) for name, task in kinds.items()}
+    y = {"a": torch.ones(6), "b": torch.randn(6), "c": torch.tensor([0, 1, -100, 1, 0, 1]), "d": torch.arange(6) % 3}
+    expected = torch.stack([kinds[name].loss(z[name], y[name]) for name in order])
+    torch.testing.assert_close(bank(z, y), expected)
+
+
+@pytest.mark.parametrize("kind", ["resident", "resident, other order", "ordinary", "integers"])
+@pytest.mark.parametrize("joined_heads", [False, True])
+def test_a_step_of_binary_tasks_has_its_matrices_from_any_loader(
+    kit: SimpleNamespace, kind: str, joined_heads: bool
+) -> None:
+    tasks = (lf.Binary("a"), lf.Binary("b"))
+    trainer = kit.trainer("EW", tasks, rep_grad=not joined_heads)
+    x, labels, groups = kit.data()
+    labels["b"][::7] = torch.nan
+    both = {name: labels[name] for name in ("ba" if "order" in kind else "ab")}
+    if kind == "integers":
+        both = {name: torch.where(y.isnan(), -100, y).long() for name, y in both.items()}
+    loader: Any = lf.ResidentLoader(x, both, groups, batch_size=32, shuffle=False, device="cpu")
+    if kind == "ordinary":
+        loader = [(x[:32], {name: y[:32] for name, y in both.items()})]
+    made = stepping.losses_of(trainer, next(batches.drawn(loader)))
+    assert made.matrices is not None
+    assert isinstance(made.outputs, Columns)
+    assert made.outputs.matrix is made.matrices.logits
+    truth = torch.stack([labels[name][:32] for name in "ab"], 1)
+    torch.testing.assert_close(made.matrices.labels, truth, equal_nan=True)
+    assert made.matrices.labelled.tolist() == truth.isfinite().sum(0).tolist()
+    expected = [task.loss(made.outputs[task.name], truth[:, i]) for i, task in enumerate(tasks)]
+    torch.testing.assert_close(made.losses, torch.stack(expected))
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        (lf.Binary("a"), lf.Regression("c")),
+        (
+            lf.Binary("a"),
+            lf.Binary(
+                "b",
+            ),
+        ),
+    ],
+)
+def test_other_tasks_or_inputs_have_none(kit: SimpleNamespace, tasks: tuple[lf.Task, ...]) -> None:
+    apart = all(isinstance(task, lf.Binary) for task in tasks)
+    trainer = kit.trainer("EW", tasks, multi_input=apart)
+    batch: Any = next(iter(kit.loader()))
+    made = stepping.losses_of(trainer, {task.name: batch for task in tasks} if apart else batch)
+    assert made.matrices is None
+    assert made.losses.isfinite().all()
 
 
 @pytest.mark.parametrize("change", ["nothing", "order", "a value", "all values", "loss"])
@@ -119,12 +174,15 @@ def test_a_fairness_method_never_gets_matrices_of_other_outputs(kit: SimpleNames
     both = {name: labels[name] for name in "ab"}
     loader = lf.ResidentLoader(x, both, groups, batch_size=32, shuffle=True, seed=1, device="cpu")
     made = stepping.losses_of(trainer, next(iter(loader)))
-    matrices = stepping.fair_batch(trainer, made, 0).matrices
-    assert (matrices is not None) == (change in ("nothing", "order"))
-    if matrices is not None:
-        for i, name in enumerate(trainer.task_name):
-            assert torch.equal(matrices.logits[:, i : i + 1], made[1][name])
-            assert torch.equal(matrices.labels[:, i], made[2][name])
+    fair = stepping.fair_batch(trainer, made, 0)
+    matrices = fair.matrices
+    assert matrices is not None
+    for i, name in enumerate(trainer.task_name):
+        assert torch.equal(matrices.logits[:, i : i + 1], made[1][name])
+        assert torch.equal(matrices.labels[:, i], made[2][name])
+    assert fair.standard_losses == (change != "loss")
+    (through,) = torch.autograd.grad(made.losses.sum(), matrices.logits)  # the losses hang on the matrix
+    assert (through != 0).any(0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
@@ -137,5 +195,3 @@ def test_a_loss_has_the_type_of_its_logits_or_better(dtype: torch.dtype) -> None
     losses = bank({"a": z[:, :1], "b": z[:, 1:]}, {"a": y[:, 0], "b": y[:, 1]})
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses, torch.full((2,), 2.0).log())
-    assert bank.matrices is not None
-    assert bank.matrices.labelled.tolist() == [3000, 2998]

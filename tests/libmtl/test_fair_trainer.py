@@ -203,7 +203,7 @@ class TestValidation:
         kit.assert_same(kit.parameters(trainer), states[1])
 
     def test_libmtls_relative_improvement_is_the_default(self, kit: Any) -> None:
-        from libmtl_fair.libmtl.evaluate import improvement
+        from libmtl_fair.libmtl.checkpoint_selection import improvement
 
         first = {"a": {"loss": 1.0, "AUC": 0.5, "Acc": 0.8}, "c": {"loss": 1.0, "MAE": 2.0}}
         new = {"a": {"loss": 9.0, "AUC": 0.6, "Acc": 0.8}, "c": {"loss": 9.0, "MAE": 1.0}}

@@ -53,7 +53,7 @@ class Step:
 
     def backward(self) -> Any:
         self.model.zero_grad()
-        return self.model.backward(self.losses, **self.trainer._weight_args)
+        return self.model.backward(self.losses, **self.trainer.weight_args)
 
     @property
     def shared_grad(self) -> Tensor:

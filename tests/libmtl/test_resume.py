@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import libmtl_fair as lf
 from libmtl_fair.errors import CheckpointError, DataError
-from libmtl_fair.libmtl import checkpoint, saving, weighting_names
+from libmtl_fair.libmtl import checkpoint, weighting_names
 from libmtl_fair.libmtl.loading import LINEAGE
 
 TORTURE = Path(__file__).with_name("kill_and_resume.py")
@@ -348,5 +348,5 @@ def test_random_state_comes_back() -> None:
 
 
 def test_settings_are_text_that_does_not_depend_on_the_process(kit: Any) -> None:
-    found = saving.settings(kit.trainer(arch_args={"f": len, "x": object()} if LINEAGE else {}))
+    found = checkpoint.settings(kit.trainer(arch_args={"f": len, "x": object()} if LINEAGE else {}))
     assert "0x" not in found["arch_args"]

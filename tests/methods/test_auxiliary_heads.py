@@ -64,7 +64,7 @@ def make_trainer(weighting: Any = "EW", tasks: tuple[lf.Task, ...] = TASKS, **op
 def losses_of(trainer: Any, loader: Any) -> dict[str, Tensor]:
     from libmtl_fair.libmtl.step import losses_of
 
-    trainer._prepare_groups(loader, None)
+    trainer.prepare_groups(loader)
     trainer.model.train()
     return dict(zip(trainer.task_name, losses_of(trainer, next(iter(loader)))[0]))
 

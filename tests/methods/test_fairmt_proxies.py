@@ -76,7 +76,7 @@ def trainer(head: Any = linear, tasks: tuple[lf.Task, ...] = TASKS, arch: str = 
 
 def products(made: Any) -> tuple[Tensor, Tensor]:
     """Return (K, b) of the first step of a trainer."""
-    made._n_groups = {"sex": 2}
+    made.n_groups = {"sex": 2}
     torch.manual_seed(5)
     batch = stepping.fair_batch(made, stepping.losses_of(made, next(iter(loader(tuple(made.tasks.values()))))), 0)
     outputs = Outputs([batch.outputs[name] for name in made.task_name])

@@ -78,9 +78,9 @@ def batch_of(trainer: Any) -> tuple[FairBatch, Tensor]:
     x, labels, groups = problem()
     trainer.model.train()
     outputs = trainer.model(x)
-    losses = trainer._compute_losses(outputs, labels)
+    losses = trainer.compute_losses(outputs, labels)
     sizes = {"sex": 2, "race": 3}
-    return FairBatch(trainer.tasks, trainer._hook.take(), outputs, labels, losses, groups, sizes), losses
+    return FairBatch(trainer.tasks, trainer.representation.take(), outputs, labels, losses, groups, sizes), losses
 
 
 # -- robust log losses -------------------------------------------------------------------------------------------------

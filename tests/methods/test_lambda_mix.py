@@ -55,15 +55,15 @@ def make_trainer(weighting: str, heads: dict[str, Any] | None = None, **options:
 
 def one_step(trainer: Any, loader: Any) -> tuple[Tensor, dict[str, Tensor], Any]:
     """Return the losses, the gradients that the weighting left, and its weights."""
-    trainer._prepare_groups(loader, None)
+    trainer.prepare_groups(loader)
     trainer._train_buffer(1)
     trainer.model.epoch = 0
     trainer.model.train()
     made = losses_of(trainer, next(iter(loader)))
     trainer.optimizer.zero_grad()
-    if trainer._is_fair:
+    if trainer.representation is not None:
         trainer.model.fair_batch = fair_batch(trainer, made, 0)
-    weights = trainer.model.backward(made[0], **trainer._weight_args)
+    weights = trainer.model.backward(made[0], **trainer.weight_args)
     grads = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
     return made[0].detach(), grads, weights
 

@@ -168,11 +168,11 @@ def one_backward(trainer: Any, batch: Any, epoch: int = 0) -> dict[str, Tensor]:
     import random
 
     random.seed(11)
-    if trainer._is_fair:
+    if trainer.representation is not None:
         trainer.model.fair_batch = stepping.fair_batch(trainer, made, epoch)
         trainer.model.backward(made[0])
     else:
-        trainer.model.backward(made[0], **trainer._weight_args)
+        trainer.model.backward(made[0], **trainer.weight_args)
     return {n: p.grad.double() for n, p in trainer.model.named_parameters() if p.grad is not None}
 
 

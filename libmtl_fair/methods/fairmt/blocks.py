@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from libmtl_fair.batch import Matrices
-from libmtl_fair.libmtl.columns import joint_columns
 from libmtl_fair.methods.fairmt.rates import Lift
-from libmtl_fair.tasks import IGNORE_INDEX, Multiclass, Multilabel, Regression, Task
+from libmtl_fair.tasks import Multiclass, Multilabel, Regression, Task
 
 
 class Block(ABC):
@@ -120,16 +119,3 @@ def _errors(task: Task, output: Tensor, labels: Tensor, lift: Lift) -> tuple[Ten
         return torch.stack([f, y, f * f, y * y, wrong.square()], 1), mask.expand(-1, 5)
     size = (wrong.abs() if lift.error == "absolute" else wrong.square()).unsqueeze(1)
     return (torch.cat([size, size.detach().square()], 1), mask.expand(-1, 2)) if lift.moments > 1 else (size, mask)
-
-
-def stacked_labels(labels: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-    """Return the labels of the named binary tasks as [B, T], NaN where missing; without a copy where they are such a matrix."""
-    parts = [labels[name] for name in names]
-    joint = joint_columns(parts)
-    return torch.stack([_with_nan(part) for part in parts], 1) if joint is None else _with_nan(joint)
-
-
-def _with_nan(labels: Tensor) -> Tensor:
-    if labels.is_floating_point():
-        return labels
-    return torch.where(labels == IGNORE_INDEX, torch.nan, labels.to(torch.get_default_dtype()))

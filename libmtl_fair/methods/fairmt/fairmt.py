@@ -14,13 +14,13 @@ from libmtl_fair.errors import RecipeError, unknown
 from libmtl_fair.libmtl.gradients import add_gradients, carry_representation_gradients, extra_gradients
 from libmtl_fair.methods.base import FairWeighting, Settings
 from libmtl_fair.methods.fairmt import host
-from libmtl_fair.methods.fairmt.blocks import BinaryBlock, Block, MixedBlock, stacked_labels
+from libmtl_fair.methods.fairmt.blocks import BinaryBlock, Block, MixedBlock
 from libmtl_fair.methods.fairmt.proxies import Outputs
 from libmtl_fair.methods.fairmt.rates import Layout, disparity
 from libmtl_fair.methods.fairmt.settings import FairMTSettings
 from libmtl_fair.methods.fairmt.task_weights import Fairness, TaskWeights
 from libmtl_fair.methods.relif import LipschitzScales
-from libmtl_fair.tasks import AUXILIARY_PREFIX, Regression, Task
+from libmtl_fair.tasks import AUXILIARY_PREFIX, Regression, Task, with_nan
 
 __all__ = ["FairMT", "FairMTSettings"]
 
@@ -66,7 +66,7 @@ class FairMT(FairWeighting):
 
     def step(self, batch: FairBatch, losses: Tensor) -> Any:
         """Descend the Lagrangian with one backward pass through the encoder, then raise or lower eta."""
-        outputs = Outputs([batch.outputs[name] for name in self._main], batch.matrices if self._rows is None else None)
+        outputs = Outputs([batch.outputs[name] for name in self._main], batch.matrices)
         lipschitz = self._lipschitz(batch)
         with torch.no_grad():
             fairness = self.fairness(batch, outputs, lipschitz)
@@ -222,7 +222,7 @@ class FairMT(FairWeighting):
                     joint = (
                         outputs.tensors[0] if outputs.joined else torch.cat([z.reshape(len(z), 1) for z in values], 1)
                     )
-                    truth = stacked_labels(batch.labels, [names[t] for t in index])
+                    truth = torch.stack([with_nan(batch.labels[names[t]]) for t in index], 1)
                     matrices = Matrices(joint, truth, (truth - truth).eq_(0).sum(0))
                 blocks.append(BinaryBlock(matrices, layout.lift.sharpness))
             else:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from libmtl_fair import functional as F
 from libmtl_fair.batch import Matrices
 from libmtl_fair.functional._device import on_cpu
-from libmtl_fair.libmtl.columns import joint_columns
 from libmtl_fair.libmtl.gradients import flatten, shared_parameters
 
 
@@ -28,8 +27,6 @@ class Outputs:
     def __init__(self, outputs: Sequence[Tensor], matrices: Matrices | None = None) -> None:
         self.outputs, self.matrices = list(outputs), matrices
         base = None if matrices is None else matrices.logits
-        if base is None and all(z.dim() == 2 for z in self.outputs):
-            base = joint_columns(self.outputs)
         self.joined = base is not None
         self.tensors = self.outputs if base is None else [base]
         self.single = base is not None and base.shape[1] == len(self.outputs)

@@ -83,7 +83,7 @@ class Stack:
             self._adam = Adam(group["betas"], group["eps"], self._weights.flat)
         kept = [m for m, trainer in enumerate(self.trainers) if not any(trainer is gone for gone in drop)]
         for trainer in add:
-            trainer._prepare_groups(self.rows.val, None)
+            trainer.prepare_groups(self.rows.val)
         self.members = [self.members[m] for m in kept] + [Member(trainer) for trainer in add]
         self._weights.change(kept, self.trainers, add)
         self._adam.change(kept, add)

@@ -30,8 +30,8 @@ def key(member: Member) -> tuple[Any, ...] | None:
     unusual = s.symmetric or s.lipschitz or s.rank_one or s.intersectional
     if unusual or s.reference != "max" or s.solver != "exact" or s.weighing == "base":
         return None
-    attributes = tuple(s.attributes or trainer._n_groups)
-    if any(name not in trainer._n_groups for name in attributes):
+    attributes = tuple(s.attributes or trainer.n_groups)
+    if any(name not in trainer.n_groups for name in attributes):
         return None
     return ("FairMT", s.normalise, s.ema_gradient, s.weighing, attributes)
 
@@ -43,7 +43,7 @@ class FairMTPart(Part):
         super().__init__(places, members)
         models = [member.trainer.model for member in members]
         self.settings, self.device = models[0].settings, members[0].device
-        counts = members[0].trainer._n_groups
+        counts = members[0].trainer.n_groups
         self.attributes = tuple(self.settings.attributes or counts)
         self.n_groups = max(counts[name] for name in self.attributes)
         self.tasks = len(members[0].trainer.task_name)

@@ -28,7 +28,7 @@ class HeadsPart(Part):
         trainer = members[0].trainer
         self.mains = list(trainer.main_tasks)
         self.tasks: list[Any] = [trainer.tasks[name] for name in trainer.auxiliary]
-        self.n_groups = dict(trainer._n_groups)
+        self.n_groups = dict(trainer.n_groups)
         lam = [float(member.trainer.model.settings.lam) for member in members]
         self.lam = torch.tensor(lam, dtype=torch.get_default_dtype(), device=members[0].device).view(-1, 1, 1)
         own = [name for name in trainer.task_name if type(trainer.model.decoders[name]) is nn.Linear]

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from libmtl_fair.batch import Columns
 from libmtl_fair.libmtl import FairTrainer
 from libmtl_fair.libmtl import step as stepping
 from libmtl_fair.libmtl.optimizers import make_scheduler
+from libmtl_fair.methods.base import FairWeighting
 
 
 class Member:
@@ -51,28 +53,20 @@ class Member:
         """
         trainer, model = self.trainer, self.trainer.model
         z, h = z.clone().requires_grad_(), h.detach().requires_grad_()
-        own = [name for name in trainer.task_name if type(model.decoders[name]) is nn.Linear]
-        preds = dict(zip(own, torch.split(z, 1, 1)))
-        for name in trainer.auxiliary:
-            task: Any = trainer.tasks[name]
-            labels[name] = task.labels_from(labels, groups, trainer._n_groups)
-            if name not in preds:
-                preds[name] = model.decoders[name](h)
-        preds = {name: preds[name] for name in trainer.task_name}
-        losses = trainer._compute_losses(preds, labels)
-        if trainer._is_fair:
-            model.fair_batch = stepping.fair_batch(trainer, (losses, preds, labels, groups), trainer.epoch, h)
+        own = tuple(name for name in trainer.task_name if type(model.decoders[name]) is nn.Linear)
+        others = {name: model.decoders[name](h) for name in trainer.auxiliary if name not in own}
+        made = stepping.made_of(trainer, Columns(own, z, [1] * len(own), others), labels, groups)
+        if isinstance(model, FairWeighting):
+            model.fair_batch = stepping.fair_batch(trainer, made, trainer.epoch, h)
         with self.drawing():
-            model.backward(losses, **trainer._weight_args)
+            model.backward(made.losses, **trainer.weight_args)
         trainer.global_step += 1
         return torch.zeros_like(z) if z.grad is None else z.grad, h.grad
 
     def end_epoch(self) -> float:
         """Count an epoch; return the learning rate of the next."""
         trainer = self.trainer
-        after = getattr(trainer.model, "after_epoch", None)
-        if after is not None:
-            after(trainer, trainer.epoch)
+        trainer.model.after_epoch(trainer, trainer.epoch)
         trainer.epoch += 1
         if self._schedule is None:
             return float(trainer.optimizer.param_groups[0]["lr"])
