@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from libmtl_fair import functional as F
 from libmtl_fair.errors import HostError
-from libmtl_fair.tasks import Task
+from libmtl_fair.tasks import Task, with_nan
 
 
 class Columns(Mapping[str, Tensor]):
@@ -75,16 +75,18 @@ def beside(values: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Mappin
 
 
 def joined(values: Mapping[str, Tensor], names: tuple[str, ...]) -> Tensor | None:
-    """Return the tensors of these names, [B] or [B, 1], as one matrix [B, T]: as it lies there, or stacked; else None."""
+    """Return the outputs or labels of these names, [B] or [B, 1] each, as one matrix [B, T]; None where they are no such.
+
+    As it lies there, or stacked. A missing label is NaN, also among integers.
+    """
     found = values.matrix_of(names) if isinstance(values, Columns) else None
     if found is not None:
-        return found
+        return with_nan(found)
     parts = [values[name] for name in names]
     shapes = {part.shape if isinstance(part, Tensor) else torch.Size() for part in parts}
     if not all(len(shape) == 1 or shape[1:] == (1,) for shape in shapes) or len({shape[0] for shape in shapes}) > 1:
         return None
-    if len(shapes) > 1:
-        parts = [part.reshape(-1) for part in parts]
+    parts = [with_nan(part) if len(shapes) == 1 else with_nan(part.reshape(-1)) for part in parts]
     return torch.stack(parts, 1) if parts[0].dim() == 1 else torch.cat(parts, 1)
 
 
@@ -111,7 +113,7 @@ class FairBatch:
     ----------
     tasks : task name -> task, in ``task_dict`` order; None where its kind is not known.
     h : what the heads received, [B, d], or task -> [B, d] where the tasks' representations differ.
-    outputs : task -> head output after ``process_preds``.
+    outputs : task -> head output after ``process_preds``; without ``matrices`` the losses hang on each.
     labels : task -> labels, NaN or -100 where missing; what an auxiliary task trains on is its own (``AuxiliaryLabels``).
     losses : [T], attached to the graph.
     groups : attribute -> int64 [B], -1 unknown. With one input per task: task -> attribute -> int64 [B].

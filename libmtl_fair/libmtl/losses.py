@@ -149,7 +149,7 @@ class LossBank:
         target = None if logits is None else joined(labels, self._binary)
         if logits is None or target is None or logits.shape != target.shape:
             return torch.stack([self.one(name, preds[name], labels[name]) for name in self._loss_fns])
-        losses, _ = F.mean_cross_entropy(logits, with_nan(target))
+        losses, _ = F.mean_cross_entropy(logits, target)
         if self._rest:
             losses = torch.cat(
                 [losses, torch.stack([self.one(name, preds[name], labels[name]) for name in self._rest])]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -168,11 +167,14 @@ class RepresentationHook:
         self._own: Callable[[], Tensor | dict[str, Tensor]] | None = getattr(model, "take_representation", None)
         self._seen: dict[str, Tensor] = {}
         watched = [] if self._own else model.task_name
-        self._handles = [model.decoders[t].register_forward_pre_hook(partial(self._keep, t)) for t in watched]
+        self._handles = [model.decoders[t].register_forward_pre_hook(self._keeper(t)) for t in watched]
         model.fair_watchers += 1
 
-    def _keep(self, task: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._seen[task] = inputs[0]
+    def _keeper(self, task: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:  # a function, which copies of a head share
+            self._seen[task] = inputs[0]
+
+        return keep
 
     def take(self) -> Tensor | dict[str, Tensor]:
         """Return the representation [B, d] where the heads shared one, else one per task; forget it."""

@@ -16,7 +16,7 @@ from libmtl_fair.libmtl.history import StepLog
 from libmtl_fair.libmtl.joint_heads import JointHeads
 from libmtl_fair.libmtl.state import Loaders, TrainingState
 from libmtl_fair.methods.base import FairWeighting
-from libmtl_fair.tasks import Task, with_nan
+from libmtl_fair.tasks import Task
 
 SAMPLES = {"MoDo": 3, "SDMGrad": 3}
 """Batches that one step of a LibMTL weighting takes, where it is more than one."""
@@ -121,7 +121,9 @@ def made_of(
             ids = groups[task.source] if trainer.multi_input else groups
             made[name] = task.labels_from(flat, ids, trainer.n_groups)
         labels = beside(labels, made)
-    losses = trainer.compute_losses(outputs, labels)
+    # a method may ask for gradients to the matrix, or without one to each output: the losses must have gone through it
+    apart = matrices is None and trainer.representation is not None
+    losses = trainer.compute_losses(dict(outputs) if apart else outputs, labels)
     if matrices is not None:
         matrices = matrices._replace(labelled=(matrices.labels - matrices.labels).eq_(0).sum(0))
     return Made(losses, outputs, labels, groups, matrices)
@@ -138,7 +140,7 @@ def _matrices(trainer: TrainingState, outputs: Mapping[str, Tensor], labels: Map
     truth = None if logits is None else joined(labels, trainer.binary)
     if logits is None or truth is None or logits.shape != truth.shape:
         return None
-    return Matrices(logits, with_nan(truth), truth)
+    return Matrices(logits, truth, truth)
 
 
 def fair_batch(

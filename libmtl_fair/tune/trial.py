@@ -13,7 +13,7 @@ import numpy as np
 
 from libmtl_fair.data.loader import resolve_device
 from libmtl_fair.libmtl import FairTrainer
-from libmtl_fair.libmtl.evaluate import Results
+from libmtl_fair.libmtl.state import Results
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.build import loaders, make_trainer
 from libmtl_fair.recipe.measure import Protocol

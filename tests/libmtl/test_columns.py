@@ -195,3 +195,18 @@ def test_a_loss_has_the_type_of_its_logits_or_better(dtype: torch.dtype) -> None
     losses = bank({"a": z[:, :1], "b": z[:, 1:]}, {"a": y[:, 0], "b": y[:, 1]})
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses, torch.full((2,), 2.0).log())
+
+
+@pytest.mark.parametrize(
+    "tasks", [(lf.Binary("a"), lf.Binary("b"), lf.Regression("c")), (lf.Binary("a"), lf.Binary("b"))]
+)
+def test_a_fairness_method_gets_outputs_that_its_losses_hang_on(
+    kit: SimpleNamespace, tasks: tuple[lf.Task, ...]
+) -> None:
+    trainer = kit.trainer("FairMT", tasks)
+    trainer.model.train()
+    made = stepping.losses_of(trainer, next(iter(kit.loader())))
+    batch = stepping.fair_batch(trainer, made, 0)
+    through = [batch.outputs[task.name] for task in tasks] if batch.matrices is None else [batch.matrices.logits]
+    assert (batch.matrices is None) == (len(tasks) == 3)
+    assert all((grad != 0).any() for grad in torch.autograd.grad(made.losses.sum(), through))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from libmtl_fair import functional as F
-from libmtl_fair.batch import FairBatch, Matrices
+from libmtl_fair.batch import Columns, FairBatch, Matrices
 from libmtl_fair.errors import RecipeError, unknown
 from libmtl_fair.libmtl.gradients import add_gradients, carry_representation_gradients, extra_gradients
 from libmtl_fair.methods.base import FairWeighting, Settings
@@ -66,7 +66,9 @@ class FairMT(FairWeighting):
 
     def step(self, batch: FairBatch, losses: Tensor) -> Any:
         """Descend the Lagrangian with one backward pass through the encoder, then raise or lower eta."""
-        outputs = Outputs([batch.outputs[name] for name in self._main], batch.matrices)
+        parts = batch.outputs
+        whole = parts.matrix if isinstance(parts, Columns) and parts.names == tuple(self._main) else None
+        outputs = Outputs([parts[name] for name in self._main], batch.matrices, whole)
         lipschitz = self._lipschitz(batch)
         with torch.no_grad():
             fairness = self.fairness(batch, outputs, lipschitz)

@@ -24,9 +24,11 @@ class Outputs:
     joined : whether it is the one matrix.
     """
 
-    def __init__(self, outputs: Sequence[Tensor], matrices: Matrices | None = None) -> None:
+    def __init__(
+        self, outputs: Sequence[Tensor], matrices: Matrices | None = None, whole: Tensor | None = None
+    ) -> None:
         self.outputs, self.matrices = list(outputs), matrices
-        base = None if matrices is None else matrices.logits
+        base = whole if matrices is None else matrices.logits
         self.joined = base is not None
         self.tensors = self.outputs if base is None else [base]
         self.single = base is not None and base.shape[1] == len(self.outputs)
