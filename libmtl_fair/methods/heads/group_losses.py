@@ -11,7 +11,7 @@ from torch import Tensor
 from libmtl_fair import functional as F
 from libmtl_fair.errors import RecipeError, unknown
 from libmtl_fair.methods.base import Declared, setting
-from libmtl_fair.tasks import Binary, Multiclass, Multilabel, Task
+from libmtl_fair.tasks import Binary, Multiclass, Multilabel, Task, with_nan
 
 _OF_LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "glf": F.glf,
@@ -164,8 +164,7 @@ class GroupLoss(Declared):
 def yes_no(tasks: Sequence[Task], outputs: Sequence[Tensor], labels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return logits and labels of binary tasks as matrices [B, M], NaN where a label is missing; no copy of what is one."""
     logits = torch.cat([task.logit(z)[:, None] for task, z in zip(tasks, outputs) if isinstance(task, Binary)], 1)
-    truth = torch.stack([y.reshape(len(y)) for y in labels], 1)
-    return logits, truth if truth.is_floating_point() else torch.where(truth < 0, torch.nan, truth)
+    return logits, torch.stack([with_nan(y.reshape(len(y))) for y in labels], 1)
 
 
 def class_indicator(task: Task, labels: Tensor, bins: int = 4) -> Tensor:
