@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -81,6 +83,8 @@ class History:
     @property
     def frame(self) -> pd.DataFrame:
         """One row a step."""
+        import pandas as pd
+
         if self._new:
             self._frames = [pd.concat([*self._frames, *map(pd.DataFrame, self._new)], ignore_index=True)]
             self._new = []
@@ -103,5 +107,7 @@ class History:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> History:
         """Read what :meth:`state_dict` gave."""
+        import pandas as pd
+
         frame = pd.DataFrame(state["values"].cpu().numpy(), columns=state["columns"])
         return cls(frame.astype({"epoch": np.int64, "step": np.int64}))

@@ -12,7 +12,7 @@ from libmtl_fair import functional as F
 from libmtl_fair.batch import joined
 from libmtl_fair.errors import HostError, RecipeError
 from libmtl_fair.libmtl.loading import AbsLoss, AbsMetric
-from libmtl_fair.tasks import Binary, Multiclass, Regression, Task, with_nan
+from libmtl_fair.tasks import Binary, Multiclass, Regression, Task
 
 Entry: TypeAlias = "dict[str, Any]"
 """A task's entry of LibMTL's ``task_dict``: ``metrics``, ``metrics_fn``, ``loss_fn``, ``weight``, and our ``task``."""

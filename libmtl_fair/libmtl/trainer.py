@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from libmtl_fair.data.loader import resolve_device
 from libmtl_fair.errors import DataError, HostError, RecipeError
@@ -329,7 +329,7 @@ class FairTrainer(TrainingState):
         return predict(self, loader, embeddings)
 
     def audit(
-        self, loader: Loaders, delta: float | Mapping[str, float], *, exact: bool = True, **options: Any
+        self, loader: Loaders, delta: float | Tensor | Floats, *, exact: bool = True, **options: Any
     ) -> AuditReport:
         """Return the fixed-delta audit (methods.md, 1.1) of the model's scores on a loader."""
         from libmtl_fair.metrics import FixedDeltaAudit
