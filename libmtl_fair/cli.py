@@ -331,7 +331,7 @@ def dashboard(
     port: Annotated[int, Option(help="port to listen on; 0 takes a free one")] = 8080,
 ) -> None:
     """Show a study in optuna-dashboard, in the browser, until Ctrl-C."""
-    from libmtl_fair.tune.dashboard import serve
+    from libmtl_fair.tune.artifacts import serve
 
     serve(study, host, port, lambda url: _say(f"dashboard: {url} (Ctrl-C ends it)"))
 

@@ -7,25 +7,15 @@ from typing import TYPE_CHECKING
 from libmtl_fair._imports import lazy
 
 if TYPE_CHECKING:
-    from libmtl_fair.tune.fingerprint import study_recipe
+    from libmtl_fair.tune.plan import study_recipe
     from libmtl_fair.tune.selection import chosen, front, knee, select, to_recipe, trial_by_number
     from libmtl_fair.tune.storage import open_storage
     from libmtl_fair.tune.study import tune
 
-__all__ = [
-    "chosen",
-    "front",
-    "knee",
-    "open_storage",
-    "select",
-    "study_recipe",
-    "to_recipe",
-    "trial_by_number",
-    "tune",
-]
+__all__ = ["chosen", "front", "knee", "open_storage", "select", "study_recipe", "to_recipe", "trial_by_number", "tune"]
 
 _HOMES = {
-    "tune.fingerprint": "study_recipe",
+    "tune.plan": "study_recipe",
     "tune.selection": "chosen front knee select to_recipe trial_by_number",
     "tune.storage": "open_storage",
     "tune.study": "tune",

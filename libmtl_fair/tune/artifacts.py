@@ -1,4 +1,4 @@
-"""What optuna-dashboard shows beside the numbers: a note on the study, and each trial's files as artifacts."""
+"""optuna-dashboard on a study of ours: notes, each trial's files as artifacts, and the server."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import optuna
 import torch
+from matplotlib.figure import Figure
+from optuna.artifacts import FileSystemArtifactStore
 
+from libmtl_fair.errors import CheckpointError, RecipeError
 from libmtl_fair.files import write_text
 from libmtl_fair.libmtl import FairTrainer
 from libmtl_fair.recipe.schema import Recipe
-from libmtl_fair.tune.fingerprint import DESCRIBED
-from libmtl_fair.tune.plan import ROLE
-from libmtl_fair.tune.trial import Outcome
+from libmtl_fair.report.theme import themed
+from libmtl_fair.tune.plan import DESCRIBED, ROLE, Outcome
+from libmtl_fair.tune.storage import open_storage, storage_errors
 
 ARTIFACTS = "artifacts"
 
@@ -27,7 +31,7 @@ class Keeper:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._store = optuna.artifacts.FileSystemArtifactStore(str(folder))
+        self._store = FileSystemArtifactStore(str(folder))
 
     @classmethod
     def beside(cls, storage: object) -> Keeper | None:
@@ -67,10 +71,6 @@ class Keeper:
 
 
 def _plot(trainer: FairTrainer, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    from libmtl_fair.report.theme import themed
-
     losses = trainer.epochs.set_index("epoch").filter(regex="^loss/").rename(columns=lambda c: c.removeprefix("loss/"))
     with themed():
         figure = Figure(figsize=(5, 3), layout="constrained")
@@ -96,3 +96,47 @@ def _note(where: optuna.Study | optuna.Trial, text: str) -> None:
             return
         if get_note(where) != text:
             save_note(where, text)
+
+
+# -- the server ---------------------------------------------------------------------------------------------------------
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing about requests."""
+
+
+def make_server_for(study: str, host: str, port: int) -> WSGIServer:
+    """Return a server, listening already, of the dashboard of a study: a journal, a folder of ``tune``, or a URL.
+
+    Raises
+    ------
+    RecipeError : no such study, or optuna-dashboard is not installed.
+    CheckpointError : the address is taken.
+    """
+    path = Path(study) / "study.journal" if Path(study).is_dir() else Path(study)
+    if "://" not in study and not path.is_file():
+        raise RecipeError(f"there is no study at {study}: expected a journal file, or the folder that tune wrote")
+    try:
+        from optuna_dashboard import wsgi
+    except ImportError as error:
+        raise RecipeError("the dashboard needs optuna-dashboard; install libmtl_fair[dashboard]") from error
+    where, artifacts = study if "://" in study else str(path), path.parent / ARTIFACTS
+    store = FileSystemArtifactStore(str(artifacts)) if artifacts.is_dir() and path.is_file() else None
+    with storage_errors(where), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        app = wsgi(open_storage(where), artifact_store=store)
+    try:
+        return make_server(host, port, app, handler_class=_Quiet)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot listen on {host}:{port}: {error.strerror}; give another --port (0: a free one)"
+        ) from error
+
+
+def serve(study: str, host: str, port: int, say: Callable[[str], None]) -> None:
+    """Serve until interrupted; ``say`` is given the address once the server listens."""
+    with make_server_for(study, host, port) as server, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        say(f"http://{host}:{server.server_port}")
+        server.serve_forever()

@@ -2,17 +2,32 @@
 
 Slots are queued as waiting trials. A worker claims one, which the storage grants to one worker only; slots without a trial
 that counts (a dead worker's, or new ones after a raised total) are queued again.
+
+Optuna 5 has heartbeats and retries for databases and ``optimize`` only, not for journals, proxies, or trials that are asked
+and told. Here a worker writes its address and a growing counter into its trial. A trial is stale when its worker was on this
+machine and is gone, or when its counter has not moved for ``grace`` seconds of the observer's own clock, so that clocks of
+different machines need not agree. A stale trial is marked ``lost`` and failed, and its slot queued with the same parameters.
 """
 
 from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from pathlib import Path
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from libmtl_fair.tune.plan import SLOT, Plan
+from libmtl_fair.tune.storage import storage_failures
 
-LOST = "lost"
+GRACE = 60.0
+"""Seconds without a sign of life after which a worker on another machine counts as dead."""
+LOST, WORKER, BEAT = "lost", "worker", "heartbeat"
+_PROC = Path("/proc")
 
 
 def slots(study: optuna.Study) -> dict[int, FrozenTrial]:
@@ -73,3 +88,95 @@ def give_up(study: optuna.Study, trial: FrozenTrial | optuna.Trial, why: str) ->
     except UpdateFinishedTrialError:
         return False
     return True
+
+
+# -- signs of life ----------------------------------------------------------------------------------------------------
+
+
+def machine() -> str:
+    """Return a name of this machine and its process table, the same in all processes that can see each other's ids."""
+    boot, table = _PROC / "sys/kernel/random/boot_id", _PROC / "self/ns/pid"
+    found = boot.read_text(encoding="utf-8").strip() if boot.exists() else ""
+    return " ".join(filter(None, [socket.gethostname(), found, os.readlink(table) if table.exists() else ""]))
+
+
+def started(pid: int) -> str | None:
+    """Return when a process of this machine began, in the kernel's own count; None if it is gone or nothing says."""
+    try:
+        stat = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = stat.rsplit(")", 1)[-1].split()
+    return None if fields[0] == "Z" else fields[19]
+
+
+def alive(pid: int, since: str | None) -> bool:
+    """Whether the process that began at ``since`` still runs on this machine."""
+    if (_PROC / "self/stat").exists():
+        now = started(pid)
+        return now is not None and since in (None, now)
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def address() -> dict[str, object]:
+    """Return who works here: machine, process, and when it began."""
+    return {"machine": machine(), "pid": os.getpid(), "started": started(os.getpid())}
+
+
+class Heartbeat:
+    """Signs of life of one running trial, written by a thread until left."""
+
+    def __init__(self, study: optuna.Study, trial: optuna.Trial, grace: float = GRACE) -> None:
+        self._storage, self._id = study._storage, trial._trial_id
+        self._every, self._stop = grace / 5, threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> Heartbeat:
+        self._storage.set_trial_user_attr(self._id, WORKER, address())
+        self._thread.start()
+        return self
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._stop.wait(self._every):
+            count += 1
+            try:
+                self._storage.set_trial_user_attr(self._id, BEAT, count)
+            except (UpdateFinishedTrialError, KeyError):
+                return
+            except storage_failures():
+                continue  # the training thread meets the storage's trouble itself and reports it
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=30)
+
+
+class Reaper:
+    """Finds stale trials of a study and gives them up."""
+
+    def __init__(self, grace: float = GRACE) -> None:
+        self.grace, self._here = grace, machine()
+        self._seen: dict[int, tuple[int | None, float]] = {}
+
+    def __call__(self, study: optuna.Study) -> list[int]:
+        """Give up every stale trial; return their numbers."""
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return [trial.number for trial in running if self._is_stale(trial) and give_up(study, trial, "its worker died")]
+
+    def _is_stale(self, trial: FrozenTrial) -> bool:
+        worker, beat, now = trial.user_attrs.get(WORKER), trial.user_attrs.get(BEAT), time.monotonic()
+        if SLOT not in trial.user_attrs:
+            return False
+        if worker is not None and worker["machine"] == self._here:
+            return not alive(worker["pid"], worker["started"])
+        last, since = self._seen.setdefault(trial.number, (beat, now))
+        if beat != last:
+            self._seen[trial.number] = (beat, now)
+        return beat == last and now - since > self.grace

@@ -1,18 +1,22 @@
-"""What a study asks: recipe, objectives, constraints, search space, and the settings that are tried first."""
+"""What a study asks, the settings that it tries first, and its fingerprint: a changed question does not go on with old trials."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import optuna
 
 from libmtl_fair.data import Dataset
-from libmtl_fair.errors import RecipeError, unknown
+from libmtl_fair.errors import CheckpointError, RecipeError, unknown
 from libmtl_fair.recipe.build import check, make_dataset
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.recipe.sections import Train, Tune
+from libmtl_fair.recipe.yaml_source import Source
 from libmtl_fair.tune.objectives import Constraint, Measure, parse_constraint, parse_measure
 from libmtl_fair.tune.space import Parameter, changed, current, label, make_space
 
@@ -20,6 +24,9 @@ OBJECTIVES = ("macro_auc", "eo_difference")
 """Objectives where neither the recipe nor the caller names some."""
 
 SLOT, ROLE, METHOD, ARGS, FIXED = "slot", "role", "method", "args", "fixed"
+"""Attributes of trials."""
+FINGERPRINT, DESCRIBED, RECIPE = "fingerprint", "about", "recipe"
+"""Attributes of studies."""
 Queued = tuple[dict[str, Any], dict[str, Any]]
 """Parameters and attributes that a trial starts with."""
 
@@ -36,6 +43,19 @@ class Candidate:
     def train(self) -> Train:
         """How it trains."""
         return self.recipe.train_for(self.method)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a trial found: measure -> value for each seed, on validation (or test) data; seconds of training."""
+
+    found: dict[str, list[float]]
+    seeds: list[int]
+    train_s: float
+
+    def mean(self, name: str) -> float:
+        """Return the mean over seeds."""
+        return float(np.mean(self.found[name]))
 
 
 @dataclass(frozen=True)
@@ -85,7 +105,7 @@ class Plan:
         for method, parameters in self.space.items():
             for end in (0, 1):
                 try:
-                    check(changed(self.recipe, method, {p.path: p.ends()[end] for p in parameters}))
+                    check(changed(self.recipe, method, {p.path: p.ends[end] for p in parameters}))
                 except RecipeError as error:
                     raise RecipeError(
                         f"the search space of {method} leads to settings that do not make sense: {error}"
@@ -95,11 +115,6 @@ class Plan:
     def tune(self) -> Tune:
         """The recipe's ``tune`` section."""
         return self.recipe.tune or Tune()
-
-    @property
-    def sampler(self) -> str:
-        """Name of the sampler."""
-        return self.tune.sampler or "tpe"
 
     @property
     def pruner(self) -> str | None:
@@ -120,7 +135,7 @@ class Plan:
             "objectives": {m.name: m.direction for m in self.objectives},
             "constraints": [c.text for c in self.constraints],
             "space": {p.name: p.described() for parameters in self.space.values() for p in parameters},
-            "sampler": self.sampler,
+            "sampler": self.tune.sampler or "tpe",
             "pruner": self.pruner,
             "seeds_per_trial": self.tune.seeds_per_trial,
             **({"enqueue": list(self.tune.enqueue)} if self.tune.enqueue else {}),
@@ -210,3 +225,56 @@ class Plan:
 def _fixed(role: str, method: str, args: dict[str, Any] | None = None) -> Queued:
     """Return a method's settings as they stand, without parameters."""
     return {}, {ROLE: role, METHOD: method, FIXED: True, **({} if args is None else {ARGS: args})}
+
+
+def fingerprint(described: Mapping[str, Any]) -> str:
+    """Return sha256 (hex) of a plan's description."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> Iterator[str]:
+    """Yield a line for every entry that differs.
+
+    >>> list(differences({"a": {"b": 1}}, {"a": {"b": 2}, "c": 3}))
+    ['a.b: 1 -> 2', 'c: (none) -> 3']
+    """
+    for key in dict.fromkeys([*old, *new]):
+        was, now = old.get(key, ...), new.get(key, ...)
+        if isinstance(was, dict) and isinstance(now, dict):
+            yield from differences(was, now, f"{where}{key}.")
+        elif was != now:
+            texts = ("(none)" if value is ... else json.dumps(value) for value in (was, now))
+            yield f"{where}{key}: {' -> '.join(texts)}"
+
+
+def stamp(study: optuna.Study, plan: Plan) -> None:
+    """Write into a new study what it is about; refuse one of others' trials, or about something else: says what differs."""
+    held, described = study.user_attrs, plan.described()
+    if FINGERPRINT not in held:
+        # Trials with a slot are those of a worker that has begun on another machine just now.
+        if any(SLOT not in trial.user_attrs for trial in study.get_trials(deepcopy=False)):
+            raise CheckpointError(
+                f"study {study.study_name!r} has trials that libmtl-fair tune did not make; choose another name with --study"
+            )
+        study.set_user_attr(DESCRIBED, described)
+        study.set_user_attr(RECIPE, {"recipe": plan.recipe.to_dict(), "file": plan.recipe._source.file})
+        study.set_user_attr(FINGERPRINT, fingerprint(described))
+    elif held[FINGERPRINT] != fingerprint(described):
+        lines = "\n".join(f"  {line}" for line in differences(held[DESCRIBED], json.loads(json.dumps(described))))
+        raise RecipeError(
+            f"study {study.study_name!r} was made with other settings (study -> now):\n{lines}\n"
+            "Undo the change, or begin another study with --new-study (its trials are kept) or --study NAME"
+        )
+
+
+def study_recipe(study: optuna.Study) -> Recipe:
+    """Return the recipe that a study is about.
+
+    Raises
+    ------
+    CheckpointError : the study was not made by this package.
+    """
+    held = study.user_attrs.get(RECIPE)
+    if held is None:
+        raise CheckpointError(f"study {study.study_name!r} holds no recipe: it was not made by libmtl-fair tune")
+    return Recipe.from_dict(held["recipe"], Source(file=held["file"], data=held["recipe"]))

@@ -16,9 +16,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from libmtl_fair.files import atomic_path, write_text
 from libmtl_fair.report.theme import PALETTE, REFERENCE, themed
-from libmtl_fair.tune.fingerprint import DESCRIBED
-from libmtl_fair.tune.plan import FIXED, ROLE
-from libmtl_fair.tune.selection import complete, disparity, front, need_disparity, validated
+from libmtl_fair.tune.plan import DESCRIBED, FIXED, ROLE
+from libmtl_fair.tune.selection import complete, disparity, front, validated
 
 _MARKS = {
     "baseline": (REFERENCE, 14, "x", "X"),
@@ -32,13 +31,8 @@ _OUTSIDE = "trials outside of the constraints"
 
 
 def points(study: optuna.Study) -> pd.DataFrame:
-    """Return one row a complete trial: x (the disparity), y (the first objective), number, role, feasible, front.
-
-    Raises
-    ------
-    RecipeError : the study has no disparity.
-    """
-    x, y = need_disparity(study), next(iter(study.user_attrs[DESCRIBED]["objectives"]))
+    """Return one row a complete trial: x (the disparity), y (the first objective), number, role, feasible, front."""
+    x, y = disparity(study) or "", next(iter(study.user_attrs[DESCRIBED]["objectives"]))
     on_front = {trial.number for trial in front(study)[0]}
     rows = [
         {
@@ -130,12 +124,7 @@ def _value(index: int, trial: FrozenTrial) -> float:
 
 
 def image(study: optuna.Study, path: str | Path) -> Path:
-    """Write the front as an image (the kind by the file's ending); trials outside of the constraints are left out.
-
-    Raises
-    ------
-    RecipeError : the study has no disparity to draw against.
-    """
+    """Write the front of a study with a disparity as an image; trials outside of the constraints are left out."""
     every = points(study)
     with themed():
         figure = Figure(figsize=(6.4, 4.4), layout="constrained")

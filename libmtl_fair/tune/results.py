@@ -23,45 +23,61 @@ from libmtl_fair.errors import FairMTLError
 from libmtl_fair.files import read_json, write_json, write_text
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.schema import Recipe, load_recipe
-from libmtl_fair.tune.fingerprint import study_protocol, study_recipe
 from libmtl_fair.tune.objectives import parse_measure, value_of
-from libmtl_fair.tune.plan import ROLE, Candidate, Plan
+from libmtl_fair.tune.plan import ROLE, Candidate, Outcome, Plan, study_recipe
 from libmtl_fair.tune.plots import image, page, trials_table
 from libmtl_fair.tune.selection import complete, disparity, front, to_recipe
 from libmtl_fair.tune.study import quiet
-from libmtl_fair.tune.trial import Outcome, choose_protocol, run_trial
+from libmtl_fair.tune.worker import protocol_of, run_trial
 
 _FOLDS = 10
 
 
-def front_table(study: optuna.Study, chosen: FrozenTrial | None = None) -> Table:
+def hand_back(
+    study: optuna.Study, trial: FrozenTrial, recipe: Recipe, folder: Path, device: str
+) -> Iterator[Table | str]:
+    """Measure the chosen trial and the baseline on test data, write the results, and yield what to show of them."""
+    yield _front_table(study, trial)
+    method = trial.user_attrs["method"]
+    values = trial.params or trial.user_attrs["recipe"]["methods"][method]
+    text = ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
+    yield f"chosen: {escape(f'trial {trial.number} ({method}): {text}')}\n"
+    plan, own = Plan.make(recipe, list(study.metric_names or []) or None), device.split(",")[0]
+    protocol, outcomes = protocol_of(study, plan, own), {}
+    title = "chosen trial on test data (measured once)"
+    table = Table("trial", "", *(m.name for m in plan.measures), title=title, title_justify="left")
+    for each in [
+        trial,
+        *(t for t in complete(study) if t.user_attrs.get(ROLE) == "baseline" and t.number != trial.number),
+    ]:
+        again, marks = to_recipe(each), each.user_attrs
+        candidate = Candidate(again, again.reference, marks["seeds"])
+        found = outcomes[each.number] = run_trial(plan, candidate, protocol, device=own, part="test")
+        validation = (_cell(marks["validation"][name]) for name in found.found)
+        table.add_row(str(each.number), f"{marks.get(ROLE) or 'chosen'}: validation", *validation)
+        table.add_row("", "test", *map(_cell, found.found.values()))
+    yield table
+    with quiet():
+        yield from (f"{path.stem}: {path}" for path in _write(study, trial, outcomes, folder))
+
+
+def _front_table(study: optuna.Study, chosen: FrozenTrial) -> Table:
     """Return the Pareto front as a table, with the baseline and the chosen trial marked."""
     trials, feasible = front(study)
     title = "Pareto front" if len(study.directions) > 1 else "best trial"
     if not feasible:
         title = "no trial meets the constraints; those that violate them least"
-    on_front, taken = {t.number for t in trials}, chosen.number if chosen else None
-    others = [t for t in complete(study) if t.user_attrs.get(ROLE) == "baseline" or t.number == taken]
+    on_front = {t.number for t in trials}
+    others = [t for t in complete(study) if t.user_attrs.get(ROLE) == "baseline" or t.number == chosen.number]
     shown = {t.number: t for t in [*trials, *others]}
     names = list(dict.fromkeys(name for t in shown.values() for name in t.user_attrs["validation"]))
     table = Table("trial", "", *names, title=f"{title} (validation)", title_justify="left")
-    for trial in sorted(shown.values(), key=lambda t: tuple(t.values)):
-        marks = [
-            trial.user_attrs.get(ROLE),
-            "chosen" if trial.number == taken else None,
-            None if trial.number in on_front else "not on the front",
-        ]
+    for number, trial in sorted(shown.items(), key=lambda item: tuple(item[1].values)):
+        marks = [trial.user_attrs.get(ROLE), "chosen" if number == chosen.number else None]
+        marks += [None if number in on_front else "not on the front"]
         cells = [_cell(trial.user_attrs["validation"].get(name, [])) for name in names]
-        table.add_row(str(trial.number), ", ".join(filter(None, marks)), *cells)
+        table.add_row(str(number), ", ".join(filter(None, marks)), *cells)
     return table
-
-
-def described(trial: FrozenTrial) -> str:
-    """Return what a trial trained, in one line: its method, and its parameters, or its settings where those are fixed."""
-    method = trial.user_attrs["method"]
-    values = trial.params or trial.user_attrs["recipe"]["methods"][method]
-    text = ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
-    return f"trial {trial.number} ({method}): {text}"
 
 
 def _cell(values: Sequence[float]) -> str:
@@ -71,27 +87,6 @@ def _cell(values: Sequence[float]) -> str:
     return f"{np.mean(values):.4f}" + (f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else "")
 
 
-def outcome_on_test(study: optuna.Study, plan: Plan, trial: FrozenTrial, device: str = "auto") -> Outcome:
-    """Train a trial again, with its own seeds, and measure it on test data."""
-    recipe = to_recipe(trial)
-    candidate = Candidate(recipe, recipe.reference, trial.user_attrs["seeds"])
-    protocol = study_protocol(study) or choose_protocol(plan, device)
-    return run_trial(plan, candidate, protocol, device=device, part="test")
-
-
-def table_on_test(study: optuna.Study, outcomes: Mapping[int, Outcome]) -> Table:
-    """Return validation and test values of some trials, side by side."""
-    trials = {t.number: t for t in complete(study)}
-    names = list(next(iter(outcomes.values())).found)
-    table = Table("trial", "", *names, title="chosen trial on test data (measured once)", title_justify="left")
-    for number, outcome in outcomes.items():
-        marks = trials[number].user_attrs
-        validation = [_cell(marks["validation"][name]) for name in names]
-        table.add_row(str(number), f"{marks.get(ROLE) or 'chosen'}: validation", *validation)
-        table.add_row("", "test", *(_cell(outcome.found[name]) for name in names))
-    return table
-
-
 def best_recipe(study: optuna.Study, trial: FrozenTrial) -> Recipe:
     """Return the recipe that compares a trial with the reference over the seeds of the study's recipe."""
     recipe = study_recipe(study)
@@ -99,11 +94,9 @@ def best_recipe(study: optuna.Study, trial: FrozenTrial) -> Recipe:
     return Recipe.from_dict({**made.to_dict(), "name": f"{recipe.name}-trial{trial.number}"[:80]}, recipe._source)
 
 
-def write_results(
-    study: optuna.Study, trial: FrozenTrial, outcomes: Mapping[int, Outcome], folder: str | Path
-) -> list[Path]:
+def _write(study: optuna.Study, trial: FrozenTrial, outcomes: Mapping[int, Outcome], folder: Path) -> list[Path]:
     """Write ``best.yaml``, ``study.html``, ``front.png``, ``trials.csv`` and ``result.json``; return their paths."""
-    folder, trials = Path(folder), study.get_trials(deepcopy=False)
+    trials = study.get_trials(deepcopy=False)
     content = {
         "study": study.study_name,
         "chosen": trial.number,
@@ -121,21 +114,6 @@ def write_results(
         write_text(folder / "trials.csv", trials_table(study).to_csv(index=False)),
         write_json(folder / "result.json", content),
     ]
-
-
-def hand_back(
-    study: optuna.Study, trial: FrozenTrial, recipe: Recipe, folder: Path, device: str
-) -> Iterator[Table | str]:
-    """Measure the chosen trial and the baseline on test data, write the results, and yield what to show of them."""
-    yield front_table(study, trial)
-    yield f"chosen: {escape(described(trial))}\n"
-    plan = Plan.make(recipe, list(study.metric_names or []) or None)
-    baseline = [t for t in complete(study) if t.user_attrs.get(ROLE) == "baseline"]
-    measured = {t.number: outcome_on_test(study, plan, t, device.split(",")[0]) for t in [trial, *baseline]}
-    yield table_on_test(study, measured)
-    with quiet():
-        paths = write_results(study, trial, measured, folder)
-    yield from (f"{path.stem}: {path}" for path in paths)
 
 
 # -- do validation and test agree? ------------------------------------------------------------------------------------

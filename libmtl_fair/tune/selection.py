@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from libmtl_fair.errors import FairMTLError, RecipeError
 from libmtl_fair.recipe.schema import Recipe
-from libmtl_fair.tune.fingerprint import DESCRIBED
+from libmtl_fair.tune.plan import DESCRIBED
 
 TUNED = "tuned"
 
@@ -52,7 +52,12 @@ def select(study: optuna.Study, max_disparity: float = 0.05) -> FrozenTrial:
     number = isinstance(max_disparity, int | float) and not isinstance(max_disparity, bool)
     if not number or not math.isfinite(max_disparity):
         raise RecipeError(f"max_disparity must be a number, found {max_disparity!r}")
-    trials, name, sign = complete(study), need_disparity(study), _signs(study)[0]
+    trials, sign = complete(study), _signs(study)[0]
+    name = disparity(study)
+    if name is None:
+        raise RecipeError(
+            f"study {study.study_name!r} has no disparity among objectives and constraints; choose a trial by number"
+        )
     feasible = [t for t in trials if validated(t, name) <= max_disparity]
     if not feasible:
         return min(trials, key=lambda t: (validated(t, name), t.number))
@@ -69,16 +74,6 @@ def disparity(study: optuna.Study) -> str | None:
     about = study.user_attrs.get(DESCRIBED, {})
     names = [name for name, sign in zip(about.get("objectives", {}), _signs(study)) if sign > 0]
     return next(iter([*names, *(text.split(" ")[0] for text in about.get("constraints", []))]), None)
-
-
-def need_disparity(study: optuna.Study) -> str:
-    """Return the name of the study's disparity; a RecipeError says that it has none."""
-    name = disparity(study)
-    if name is None:
-        raise RecipeError(
-            f"study {study.study_name!r} has no disparity among objectives and constraints; choose a trial by number"
-        )
-    return name
 
 
 def validated(trial: FrozenTrial, name: str) -> float:
@@ -124,24 +119,18 @@ def trial_by_number(study: optuna.Study, number: int) -> FrozenTrial:
 def selection(how: str) -> int | float | None:
     """Return what a text asks for: a trial's number, a bound on the disparity, or None for ``knee`` and ``best``.
 
-    Raises
-    ------
-    RecipeError : none of these.
-
     >>> selection("max_disparity=0.05"), selection("12"), selection("knee")
     (0.05, 12, None)
     """
     text = how.strip()
-    if text in ("knee", "best"):
-        return None
-    if text.isdigit():
-        return int(text)
+    if text in ("knee", "best") or text.isdigit():
+        return int(text) if text.isdigit() else None
     name, _, value = text.partition("=")
     try:
-        bound = float(value)
+        bound = float(value) if name.strip() == "max_disparity" else math.nan
     except ValueError:
         bound = math.nan
-    if name.strip() != "max_disparity" or not math.isfinite(bound):
+    if not math.isfinite(bound):
         raise RecipeError(f"--select expects max_disparity=0.05, knee, best, or the number of a trial, found {how!r}")
     return bound
 
@@ -157,10 +146,8 @@ def chosen(study: optuna.Study, how: str = "best") -> FrozenTrial:
     RecipeError : none of these, or no such trial.
     """
     wanted = selection(how)
-    if isinstance(wanted, int):
-        return trial_by_number(study, wanted)
     if wanted is not None:
-        return select(study, wanted)
+        return trial_by_number(study, wanted) if isinstance(wanted, int) else select(study, wanted)
     return front(study)[0][0] if how.strip() == "best" and len(study.directions) == 1 else knee(study)
 
 

@@ -15,12 +15,10 @@ from libmtl_fair.errors import FairMTLError
 from libmtl_fair.libmtl import FairTrainer
 from libmtl_fair.libmtl import checkpoint_selection as judging
 from libmtl_fair.recipe.build import make_trainer
-from libmtl_fair.tune.budget import give_up
-from libmtl_fair.tune.heartbeat import Heartbeat
-from libmtl_fair.tune.plan import Candidate
+from libmtl_fair.tune.budget import Heartbeat, give_up
+from libmtl_fair.tune.plan import Candidate, Outcome
 from libmtl_fair.tune.stacked import Rows, Stack, obstacle, shape
-from libmtl_fair.tune.trial import Outcome, measured
-from libmtl_fair.tune.worker import Worker
+from libmtl_fair.tune.worker import Worker, measured
 
 _ALONE = "is trained alone: "
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import mmap
 import os
 import sys
 import warnings
@@ -23,7 +24,6 @@ from optuna.storages.journal._file import get_lock_file
 from libmtl_fair.errors import CheckpointError, RecipeError, unknown
 
 _HINT = "; trials that were finished are kept. Repeat the same command to go on"
-_BLOCK = 1 << 16
 
 
 def open_storage(where: str | Path | BaseStorage | None) -> BaseStorage:
@@ -39,10 +39,8 @@ def open_storage(where: str | Path | BaseStorage | None) -> BaseStorage:
     RecipeError : an address that does not make sense, or whose driver is not installed.
     CheckpointError : the file cannot be written, or nothing answers there.
     """
-    if where is None:
-        return InMemoryStorage()
-    if isinstance(where, BaseStorage):
-        return where
+    if where is None or isinstance(where, BaseStorage):
+        return where or InMemoryStorage()
     if str(where).startswith("grpc://"):
         return _proxy(str(where))
     with storage_errors(where):
@@ -56,9 +54,8 @@ def open_storage(where: str | Path | BaseStorage | None) -> BaseStorage:
 
 
 def _proxy(text: str) -> BaseStorage:
-    parts = urlsplit(text)
     try:
-        host, port = parts.hostname, parts.port
+        host, port = urlsplit(text).hostname, urlsplit(text).port
     except ValueError:
         host = port = None
     if not host or not port:
@@ -81,19 +78,20 @@ def _proxy(text: str) -> BaseStorage:
 
 def _database(url: str) -> BaseStorage:
     scheme, rest = url.split("://", 1)
-    driver = "its driver"
-    if scheme in ("postgresql", "postgres"):
-        driver = "psycopg2; install libmtl_fair[postgresql]"
-        if importlib.util.find_spec("psycopg2") is not None:  # SQLAlchemy's own choice differs by version
-            url = f"postgresql+psycopg2://{rest}"
+    postgresql = scheme in ("postgresql", "postgres")
+    if postgresql and importlib.util.find_spec("psycopg2") is not None:  # SQLAlchemy's own choice differs by version
+        url = f"postgresql+psycopg2://{rest}"
     try:
         return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
     except (ImportError, AttributeError) as error:
+        driver = "psycopg2; install libmtl_fair[postgresql]" if postgresql else "its driver"
         raise RecipeError(f"storage {_shown(url)} needs {driver} ({error})") from error
 
 
-def _shown(where: str | Path) -> str:
-    """Return an address without its password."""
+def _shown(where: object) -> str:
+    """Return an address without its password; a storage that is not named is in memory."""
+    if not isinstance(where, str | Path):
+        return "memory"
     password = urlsplit(str(where)).password
     return str(where).replace(f":{password}@", ":***@") if password else str(where)
 
@@ -111,10 +109,9 @@ def storage_errors(where: object) -> Iterator[None]:
     try:
         yield
     except storage_failures() as error:
-        place = _shown(where) if isinstance(where, str | Path) else "memory"
         reason = error.strerror if isinstance(error, OSError) else None
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CheckpointError(f"cannot use the study in {place}: {reason or first}{_HINT}") from error
+        raise CheckpointError(f"cannot use the study in {_shown(where)}: {reason or first}{_HINT}") from error
 
 
 def load_study(where: str, name: str | None = None) -> optuna.Study:
@@ -149,7 +146,10 @@ class JournalFile(JournalFileBackend):
         """Append the entries, or none of them; an OSError leaves the file as it was."""
         text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
         with get_lock_file(self._lock), FileIO(self._file_path, "r+") as file:
-            end = _end_of_lines(file)
+            end = 0
+            if file.seek(0, os.SEEK_END):
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
+                    end = held.rfind(b"\n") + 1
             try:
                 file.truncate(end)
                 file.seek(end)
@@ -160,16 +160,3 @@ class JournalFile(JournalFileBackend):
             except OSError:
                 file.truncate(end)
                 raise
-
-
-def _end_of_lines(file: FileIO) -> int:
-    """Return the position after the last whole line."""
-    stop = file.seek(0, os.SEEK_END)
-    while stop:
-        start = max(stop - _BLOCK, 0)
-        file.seek(start)
-        found = file.read(stop - start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
-        stop = start
-    return 0

@@ -28,17 +28,13 @@ from libmtl_fair.recipe.schema import Recipe, load_recipe
 from libmtl_fair.recipe.sections import Tune
 from libmtl_fair.recipe.yaml_source import Source
 from libmtl_fair.tune.artifacts import Keeper, describe
-from libmtl_fair.tune.budget import fill, finished
-from libmtl_fair.tune.fingerprint import FINGERPRINT, PROTOCOL, fingerprint, stamp, study_protocol
-from libmtl_fair.tune.heartbeat import GRACE
-from libmtl_fair.tune.plan import FIXED, Plan
+from libmtl_fair.tune.budget import GRACE, fill, finished
+from libmtl_fair.tune.plan import FINGERPRINT, FIXED, Plan, fingerprint, stamp
 from libmtl_fair.tune.stacking import Places, aloud
 from libmtl_fair.tune.storage import open_storage, storage_errors
-from libmtl_fair.tune.trial import choose_protocol
-from libmtl_fair.tune.worker import Worker
+from libmtl_fair.tune.worker import Worker, protocol_of
 
 Note = Callable[[str], None]
-SAMPLER = "sampler"
 ON_GPU = 16
 """Trials trained at once on a GPU, which one small model leaves idle."""
 
@@ -144,16 +140,13 @@ def _work(
     recipe: Recipe, job: Job, note: Note, workers: int = 1, resume: bool = True, new: bool = False
 ) -> optuna.Study:
     """Open the study and work, here and in processes of one's own, until every slot is finished or the time is over."""
-    deadline = float("inf") if job.timeout is None else time.monotonic() + job.timeout
     plan, device = Plan.make(recipe, job.objectives), job.device.split(",")[0]
     stacked = at_once(job.stacked, device)
     with storage_errors(job.storage), quiet():
         study = open_study(plan, open_storage(job.storage), job.study, resume=resume, new=new, worker=job.worker)
-        protocol = study_protocol(study)
-        if protocol is None:
-            protocol = choose_protocol(plan, device)
-            study.set_user_attr(PROTOCOL, protocol.to_dict())
+        protocol = protocol_of(study, plan, device)
         fill(study, plan, job.total)
+        deadline = float("inf") if job.timeout is None else time.monotonic() + job.timeout
         if workers > 1:
             _run_workers(recipe, replace(job, study=study.study_name, stacked=stacked), workers, study, note)
         if not job.worker:
@@ -211,8 +204,9 @@ def open_study(
     if not study.metric_names:
         study.set_metric_names([m.name for m in plan.objectives])
     study.sampler = _sampler(plan, plan.recipe.seeds[0] + 7919 * worker + done)
-    if SAMPLER not in study.user_attrs:
-        study.set_user_attr(SAMPLER, {"name": plan.sampler, **SAMPLERS[plan.sampler], "optuna": optuna.__version__})
+    if "sampler" not in study.user_attrs:
+        name = plan.tune.sampler or "tpe"
+        study.set_user_attr("sampler", {"name": name, **SAMPLERS[name], "optuna": optuna.__version__})
     if plan.pruner not in PRUNERS:
         raise RecipeError(f"tune.pruner: {unknown('pruner', plan.pruner, filter(None, PRUNERS))}")
     study.pruner = PRUNERS[plan.pruner]()
@@ -220,18 +214,19 @@ def open_study(
 
 
 def _sampler(plan: Plan, seed: int) -> optuna.samplers.BaseSampler:
-    if plan.sampler not in SAMPLERS:
-        raise RecipeError(f"tune.sampler: {unknown('sampler', plan.sampler, SAMPLERS)}")
-    if plan.sampler == "random":
+    name = plan.tune.sampler or "tpe"
+    if name not in SAMPLERS:
+        raise RecipeError(f"tune.sampler: {unknown('sampler', name, SAMPLERS)}")
+    if name == "random":
         return optuna.samplers.RandomSampler(seed=seed)
-    if plan.sampler == "tpe":
+    if name == "tpe":
         return optuna.samplers.TPESampler(**SAMPLERS["tpe"], seed=seed)
     if len(plan.space) > 1:
         methods = ", ".join(plan.space)
         raise RecipeError(
             f"tune.sampler: nsga2 crosses the settings of one method, and tune.methods has {methods}; take tpe"
         )
-    return Evolution({p.name: p.distribution() for p in next(iter(plan.space.values()))}, seed)
+    return Evolution({p.name: p.distribution for p in next(iter(plan.space.values()))}, seed)
 
 
 class Evolution(optuna.samplers.NSGAIISampler):

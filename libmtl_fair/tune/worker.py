@@ -1,27 +1,36 @@
-"""A worker: claims slots of a study, trains them one at a time, and watches for colleagues that died."""
+"""One trial: trained once a seed and measured. And a worker, which claims slots of a study and trains them one at a time."""
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import itertools
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Literal
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
+from libmtl_fair.data.loader import resolve_device
 from libmtl_fair.errors import CheckpointError, FairMTLError
+from libmtl_fair.libmtl import FairTrainer
+from libmtl_fair.libmtl.state import Results
+from libmtl_fair.predictions import Predictions
+from libmtl_fair.recipe.build import loaders, make_trainer
 from libmtl_fair.recipe.measure import Protocol
+from libmtl_fair.tasks import Regression, Task
 from libmtl_fair.tune.artifacts import Keeper
-from libmtl_fair.tune.budget import claim, fill, give_up, slots
-from libmtl_fair.tune.heartbeat import GRACE, Heartbeat, Reaper
-from libmtl_fair.tune.plan import Candidate, Plan
-from libmtl_fair.tune.trial import Outcome, run_trial
+from libmtl_fair.tune.budget import GRACE, Heartbeat, Reaper, claim, fill, give_up, slots
+from libmtl_fair.tune.objectives import value_of
+from libmtl_fair.tune.plan import Candidate, Outcome, Plan
 
+PROTOCOL = "protocol"
 _FAILURES = (
     ArithmeticError,
     AttributeError,
@@ -35,6 +44,88 @@ _FAILURES = (
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _HOPELESS = 5
 """So many failures and no success: the study stops instead of spending its budget."""
+
+
+def protocol_of(study: optuna.Study, plan: Plan, device: str) -> Protocol:
+    """Return a study's tolerances and score ranges; where it has none, those of the plan, which it then has.
+
+    Where the recipe asks for quantiles, or a task is a regression, the reference model is trained for them.
+    """
+    if PROTOCOL in study.user_attrs:
+        return Protocol.from_dict(study.user_attrs[PROTOCOL])
+    made, recipe, seed = _plain_protocol(plan), plan.recipe, plan.seeds(0)[0]
+    if made is None:
+        data = plan.dataset(seed)
+        trainer = _train(plan, Candidate(recipe, recipe.reference, [seed]), seed, data.tasks, device, None)
+        predictions = trainer.predict(data.val.loader(8192, device=trainer.device), embeddings=True)
+        made = Protocol.choose(recipe, recipe.reference, seed, predictions)
+    study.set_user_attr(PROTOCOL, made.to_dict())
+    return made
+
+
+def _plain_protocol(plan: Plan) -> Protocol | None:
+    """Return the tolerances that need no model, None where an objective needs others."""
+    levels, tasks = {m.level for m in plan.measures if m.level is not None}, next(iter(plan.data.values())).tasks
+    fixed = {}
+    for delta in map(str, plan.recipe.audit.deltas):
+        with suppress(ValueError):
+            fixed[delta] = float(delta)
+    needed = not levels <= set(fixed) or (levels and any(isinstance(task, Regression) for task in tasks))
+    return None if needed else Protocol(fixed, {})
+
+
+def run_trial(
+    plan: Plan,
+    candidate: Candidate,
+    protocol: Protocol,
+    *,
+    device: str = "auto",
+    part: Literal["val", "test"] = "val",
+    on_epoch: Callable[[int, float], None] | None = None,
+    on_trained: Callable[[int, FairTrainer], None] | None = None,
+) -> Outcome:
+    """Train a candidate once a seed and measure it; ``on_epoch`` is given each validation score of the first seed."""
+    found: dict[str, list[float]] = {m.name: [] for m in plan.measures}
+    began = time.perf_counter()
+    for i, seed in enumerate(candidate.seeds):
+        data = plan.dataset(seed)
+        tasks = protocol.freeze(data.tasks)
+        trainer = _train(plan, candidate, seed, tasks, device, on_epoch if i == 0 else None)
+        rows = data.val if part == "val" else data.test
+        for name, value in measured(plan, trainer.predict(rows.loader(8192, device=trainer.device)), protocol).items():
+            found[name].append(value)
+        if on_trained is not None:
+            on_trained(seed, trainer)
+    return Outcome(found, candidate.seeds, time.perf_counter() - began)
+
+
+def measured(plan: Plan, predictions: Predictions, protocol: Protocol) -> dict[str, float]:
+    """Return measure -> value of one model's predictions."""
+    return {m.name: value_of(m, predictions, protocol.deltas, plan.recipe) for m in plan.measures}
+
+
+def _train(
+    plan: Plan,
+    candidate: Candidate,
+    seed: int,
+    tasks: tuple[Task, ...],
+    device: str,
+    on_epoch: Callable[[int, float], None] | None,
+) -> FairTrainer:
+    data = dataclasses.replace(plan.dataset(seed), tasks=tasks)
+    trainer = make_trainer(candidate.recipe, candidate.method, data, tasks, seed, device=resolve_device(device))
+    judge, epochs = trainer.select_by, itertools.count()
+    if on_epoch is not None and judge is not None:
+
+        def judged(results: Results) -> float:
+            score = judge(results)
+            on_epoch(next(epochs), score)  # it may raise TrialPruned
+            return score
+
+        trainer.select_by = judged
+    sources = loaders(data, candidate.train.batch_size, seed, resolve_device(device))
+    trainer.train(sources["train"], None, candidate.train.epochs, sources["val"])
+    return trainer
 
 
 @dataclass

@@ -16,7 +16,7 @@ from libmtl_fair import tune
 from libmtl_fair.errors import CheckpointError, RecipeError
 
 pytest.importorskip("optuna_dashboard")
-from libmtl_fair.tune.dashboard import make_server_for, place
+from libmtl_fair.tune.artifacts import make_server_for
 
 
 @contextmanager
@@ -81,7 +81,7 @@ def test_a_browser_shows_the_pareto_points(folder):
 
 def test_no_study_and_a_taken_port(folder):
     with pytest.raises(RecipeError, match="there is no study at nowhere"):
-        place("nowhere")
+        make_server_for("nowhere", "127.0.0.1", 0)
     with served(folder) as url:
         port = int(url.rsplit(":", 1)[1])
         with pytest.raises(CheckpointError, match=f"cannot listen on 127.0.0.1:{port}"):

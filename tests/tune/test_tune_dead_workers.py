@@ -17,13 +17,12 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from libmtl_fair.tune import heartbeat
+from libmtl_fair.tune import budget
 from libmtl_fair.tune.budget import claim, fill
-from libmtl_fair.tune.fingerprint import PROTOCOL
 from libmtl_fair.tune.plan import Plan
 from libmtl_fair.tune.storage import open_storage
 from libmtl_fair.tune.study import Job, open_study, quiet
-from libmtl_fair.tune.trial import choose_protocol
+from libmtl_fair.tune.worker import protocol_of
 
 TOTAL = 5
 WORK = """
@@ -58,7 +57,7 @@ def prepared(recipe, storage: str, grace: float) -> dict:
     with quiet():
         plan = Plan.make(recipe)
         study = open_study(plan, open_storage(storage), recipe.name)
-        study.set_user_attr(PROTOCOL, choose_protocol(plan, "cpu").to_dict())
+        protocol_of(study, plan, "cpu")
         fill(study, plan, TOTAL)
     job = Job(None, storage, recipe.name, TOTAL, None, "cpu", grace, 1, worker=1)
     return {"recipe": recipe.to_dict(), "file": recipe._source.file, "job": job.__dict__}
@@ -177,14 +176,14 @@ def test_a_worker_on_another_machine_is_dead_when_its_counter_stands_still(small
     study = optuna.create_study(directions=["maximize", "minimize"])
     fill(study, plan, 1)
     trial = claim(study, 1)
-    trial.set_user_attr(heartbeat.WORKER, {"machine": "elsewhere", "pid": 1, "started": "1"})
+    trial.set_user_attr(budget.WORKER, {"machine": "elsewhere", "pid": 1, "started": "1"})
     now = [100.0]
-    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now[0])
-    reaper = heartbeat.Reaper(grace=10)
+    monkeypatch.setattr(budget.time, "monotonic", lambda: now[0])
+    reaper = budget.Reaper(grace=10)
     assert reaper(study) == []
     for beat in range(3):
         now[0] += 9
-        trial.set_user_attr(heartbeat.BEAT, beat)
+        trial.set_user_attr(budget.BEAT, beat)
         assert reaper(study) == []
     now[0] += 9
     assert reaper(study) == []
@@ -198,18 +197,18 @@ def test_heartbeats_are_written_and_stop_with_the_trial(small):
     study = optuna.create_study(directions=["maximize", "minimize"])
     fill(study, plan, 1)
     trial = claim(study, 1)
-    with heartbeat.Heartbeat(study, trial, grace=0.1):
-        wait_until(lambda: study.get_trials()[0].user_attrs.get(heartbeat.BEAT, 0) >= 2)
-    before = study.get_trials()[0].user_attrs[heartbeat.BEAT]
+    with budget.Heartbeat(study, trial, grace=0.1):
+        wait_until(lambda: study.get_trials()[0].user_attrs.get(budget.BEAT, 0) >= 2)
+    before = study.get_trials()[0].user_attrs[budget.BEAT]
     time.sleep(0.1)
-    assert study.get_trials()[0].user_attrs[heartbeat.BEAT] == before
-    assert study.get_trials()[0].user_attrs[heartbeat.WORKER] == heartbeat.address()
+    assert study.get_trials()[0].user_attrs[budget.BEAT] == before
+    assert study.get_trials()[0].user_attrs[budget.WORKER] == budget.address()
 
 
 def test_this_process_lives_and_a_reused_number_does_not():
-    assert heartbeat.alive(os.getpid(), heartbeat.started(os.getpid()))
-    if heartbeat.started(os.getpid()) is not None:
-        assert not heartbeat.alive(os.getpid(), "1")
+    assert budget.alive(os.getpid(), budget.started(os.getpid()))
+    if budget.started(os.getpid()) is not None:
+        assert not budget.alive(os.getpid(), "1")
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    assert not heartbeat.alive(ended.pid, "1")
+    assert not budget.alive(ended.pid, "1")

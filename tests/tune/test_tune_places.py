@@ -10,7 +10,7 @@ from libmtl_fair.tune import study
 from libmtl_fair.tune.plan import Candidate, Plan
 from libmtl_fair.tune.stacked import Stack
 from libmtl_fair.tune.storage import open_storage
-from libmtl_fair.tune.trial import choose_protocol, run_trial
+from libmtl_fair.tune.worker import protocol_of, run_trial
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def assert_as_alone(recipe, found):
         candidate = tune.to_recipe(trial)
         (method,) = candidate.methods
         again = Candidate(candidate, method, trial.user_attrs["seeds"])
-        alone = run_trial(plan, again, choose_protocol(plan))
+        alone = run_trial(plan, again, protocol_of(optuna.create_study(), plan, "cpu"))
         assert [alone.mean(m.name) for m in plan.objectives] == pytest.approx(trial.values, abs=2e-3)
 
 
