@@ -88,17 +88,13 @@ def describe(study: optuna.Study) -> None:
 
 
 def _note(where: optuna.Study | optuna.Trial, text: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         try:
             from optuna_dashboard import get_note, save_note
         except ImportError:
             return
         if get_note(where) != text:
             save_note(where, text)
-
-
-# -- the server ---------------------------------------------------------------------------------------------------------
 
 
 class _Quiet(WSGIRequestHandler):
@@ -123,8 +119,7 @@ def make_server_for(study: str, host: str, port: int) -> WSGIServer:
         raise RecipeError("the dashboard needs optuna-dashboard; install libmtl_fair[dashboard]") from error
     where, artifacts = study if "://" in study else str(path), path.parent / ARTIFACTS
     store = FileSystemArtifactStore(str(artifacts)) if artifacts.is_dir() and path.is_file() else None
-    with storage_errors(where), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with storage_errors(where), warnings.catch_warnings(action="ignore"):
         app = wsgi(open_storage(where), artifact_store=store)
     try:
         return make_server(host, port, app, handler_class=_Quiet)
@@ -136,7 +131,6 @@ def make_server_for(study: str, host: str, port: int) -> WSGIServer:
 
 def serve(study: str, host: str, port: int, say: Callable[[str], None]) -> None:
     """Serve until interrupted; ``say`` is given the address once the server listens."""
-    with make_server_for(study, host, port) as server, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with make_server_for(study, host, port) as server, warnings.catch_warnings(action="ignore"):
         say(f"http://{host}:{server.server_port}")
         server.serve_forever()

@@ -90,9 +90,6 @@ def give_up(study: optuna.Study, trial: FrozenTrial | optuna.Trial, why: str) ->
     return True
 
 
-# -- signs of life ----------------------------------------------------------------------------------------------------
-
-
 def machine() -> str:
     """Return a name of this machine and its process table, the same in all processes that can see each other's ids."""
     boot, table = _PROC / "sys/kernel/random/boot_id", _PROC / "self/ns/pid"

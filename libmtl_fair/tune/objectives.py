@@ -143,8 +143,9 @@ def value_of(measure: Measure, predictions: Predictions, deltas: Mapping[str, fl
         found, why = _phi(measure, predictions), "no task has two groups"
     elif measure.level is not None:
         audit, why = recipe.audit, "no two tasks have finite scores"
-        protocol = (audit.pool_size, audit.n_pairs, audit.eval_seed, audit.pair_seed)
-        report = metrics.FixedDeltaAudit(deltas[measure.level], *protocol, exact=audit.exact).run(predictions.scores)
+        report = metrics.FixedDeltaAudit(deltas[measure.level], **audit.draws, exact=audit.exact).run(
+            predictions.scores
+        )
         found = report.bias if measure.metric == "bias" else report.violation_rate
     else:
         why = "its labels have one class only, or the task's kind does not define it"

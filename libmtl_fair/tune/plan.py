@@ -117,6 +117,11 @@ class Plan:
         return self.recipe.tune or Tune()
 
     @property
+    def sampler(self) -> str:
+        """Name of the sampler."""
+        return self.tune.sampler or "tpe"
+
+    @property
     def pruner(self) -> str | None:
         """Name of the pruner."""
         return self.tune.pruner
@@ -135,7 +140,7 @@ class Plan:
             "objectives": {m.name: m.direction for m in self.objectives},
             "constraints": [c.text for c in self.constraints],
             "space": {p.name: p.described() for parameters in self.space.values() for p in parameters},
-            "sampler": self.tune.sampler or "tpe",
+            "sampler": self.sampler,
             "pruner": self.pruner,
             "seeds_per_trial": self.tune.seeds_per_trial,
             **({"enqueue": list(self.tune.enqueue)} if self.tune.enqueue else {}),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import html
 import warnings
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pandas as pd
 import plotly.graph_objects as go
@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from libmtl_fair.files import atomic_path, write_text
 from libmtl_fair.report.theme import PALETTE, REFERENCE, themed
 from libmtl_fair.tune.plan import DESCRIBED, FIXED, ROLE
-from libmtl_fair.tune.selection import complete, disparity, front, validated
+from libmtl_fair.tune.selection import complete, disparity, front
 
 _MARKS = {
     "baseline": (REFERENCE, 14, "x", "X"),
@@ -30,45 +30,31 @@ _MARKS = {
 _OUTSIDE = "trials outside of the constraints"
 
 
-def points(study: optuna.Study) -> pd.DataFrame:
-    """Return one row a complete trial: x (the disparity), y (the first objective), number, role, feasible, front."""
+Layer = tuple[str, pd.DataFrame, tuple[str, int, str, str]]
+
+
+def _front(study: optuna.Study) -> tuple[str, str, list[Layer]]:
+    """Return the names of the disparity and of the first objective, and what to draw: label, points, looks."""
     x, y = disparity(study) or "", next(iter(study.user_attrs[DESCRIBED]["objectives"]))
-    on_front = {trial.number for trial in front(study)[0]}
-    rows = [
-        {
-            "x": validated(trial, x),
-            "y": validated(trial, y),
-            "number": trial.number,
-            "role": _role(trial.user_attrs.get(ROLE)),
-            "feasible": all(v <= 0 for v in trial.constraints.values()),
-            "front": trial.number in on_front,
-        }
-        for trial in complete(study)
+    every = trials_table(study).query("state == 'COMPLETE'")
+    roles = every["role"].map(lambda role: role if role in _MARKS or not isinstance(role, str) else "tried first")
+    every = every.assign(x=every[x], y=every[y], role=roles.fillna(""))
+    allowed = np.array([all(value <= 0 for value in trial.constraints.values()) for trial in complete(study)])
+    plain = every["role"] == ""
+    best = every[every["number"].isin([trial.number for trial in front(study)[0]])].sort_values(["x", "y"])
+    layers = [
+        ("trials", every[plain & allowed], (PALETTE[0], 7, "circle", "o")),
+        (_OUTSIDE, every[plain & ~allowed], ("#bbbbbb", 7, "circle", "o")),
+        ("front", best, (PALETTE[1], 10, "circle", "o")),
+        *((role, every[every["role"] == role], look) for role, look in _MARKS.items()),
     ]
-    frame = pd.DataFrame(rows)
-    frame.attrs.update(x=x, y=y)
-    return frame
-
-
-def _role(role: str | None) -> str:
-    return "" if role is None else role if role in _MARKS else "tried first"
-
-
-def _layers(every: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, tuple[str, int, str, str]]]:
-    """Yield (label, its points, how they look) in the order of drawing."""
-    plain, best = every[every["role"] == ""], every[every["front"]].sort_values(["x", "y"])
-    layers = [("trials", plain[plain["feasible"]], (PALETTE[0], 7, "circle", "o"))]
-    layers += [(_OUTSIDE, plain[~plain["feasible"]], ("#bbbbbb", 7, "circle", "o"))]
-    layers += [("front", best, (PALETTE[1], 10, "circle", "o"))]
-    layers += [(role, every[every["role"] == role], look) for role, look in _MARKS.items()]
-    yield from (layer for layer in layers if len(layer[1]))
+    return x, y, [layer for layer in layers if len(layer[1])]
 
 
 def page(study: optuna.Study, path: str | Path) -> Path:
     """Write the plots of a study as one HTML page that needs no network."""
     name = html.escape(study.study_name)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         figures = [*([_front_figure(study)] if disparity(study) is not None else []), *_parameter_figures(study)]
         parts = [
             figure.to_html(include_plotlyjs=i == 0, full_html=False, default_height="520px")
@@ -80,8 +66,8 @@ def page(study: optuna.Study, path: str | Path) -> Path:
 
 
 def _front_figure(study: optuna.Study) -> go.Figure:
-    every, figure = points(study), go.Figure()
-    for name, some, (colour, size, symbol, _) in _layers(every):
+    (x, y, layers), figure = _front(study), go.Figure()
+    for name, some, (colour, size, symbol, _) in layers:
         figure.add_scatter(
             x=some["x"],
             y=some["y"],
@@ -91,7 +77,6 @@ def _front_figure(study: optuna.Study) -> go.Figure:
             text=[f"trial {number}" for number in some["number"]],
             hovertemplate="%{text}: %{x:.4f}, %{y:.4f}",
         )
-    x, y = every.attrs["x"], every.attrs["y"]
     return figure.update_layout(
         title="Front on validation data", xaxis_title=x, yaxis_title=y, template="plotly_white", legend_title=None
     )
@@ -125,15 +110,15 @@ def _value(index: int, trial: FrozenTrial) -> float:
 
 def image(study: optuna.Study, path: str | Path) -> Path:
     """Write the front of a study with a disparity as an image; trials outside of the constraints are left out."""
-    every = points(study)
+    x, y, layers = _front(study)
     with themed():
         figure = Figure(figsize=(6.4, 4.4), layout="constrained")
         axis = figure.subplots()
-        for name, some, (colour, size, _, marker) in _layers(every):
+        for name, some, (colour, size, _, marker) in layers:
             if name != _OUTSIDE:
                 line = "-" if name == "front" else ""
                 axis.plot(some["x"], some["y"], color=colour, marker=marker, ms=0.65 * size, linestyle=line, label=name)
-        axis.set(xlabel=f"{every.attrs['x']} (validation)", ylabel=f"{every.attrs['y']} (validation)")
+        axis.set(xlabel=f"{x} (validation)", ylabel=f"{y} (validation)")
         axis.legend()
         with atomic_path(path) as temporary:
             figure.savefig(temporary, format=Path(path).suffix.lstrip(".") or "png")

@@ -64,8 +64,7 @@ def _proxy(text: str) -> BaseStorage:
         grpc = importlib.import_module("grpc")
     except ImportError as error:
         raise RecipeError(f"storage {text} needs grpcio; install libmtl_fair[grpc]") from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
         storage = optuna.storages.GrpcStorageProxy(host=host, port=port)
         try:
             storage.wait_server_ready(timeout=10)

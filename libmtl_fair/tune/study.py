@@ -103,17 +103,13 @@ def tune(
     limit = settings.timeout if timeout is None else timeout
     where = str(storage) if isinstance(storage, Path) else storage
     job = Job(objectives, where, study_name or recipe.name, total, limit, device, grace, stacked)
-    return _work(recipe, job, note or _silent, workers, resume, new_study)
+    return _work(recipe, job, note or (lambda text: None), workers, resume, new_study)
 
 
 def _whole(what: str, value: object, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise RecipeError(f"{what} must be a whole number of at least {least}, found {value!r}")
     return value
-
-
-def _silent(text: str) -> None:
-    pass
 
 
 def at_once(asked: int, device: str) -> int:
@@ -168,8 +164,7 @@ def quiet() -> Iterator[None]:
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
             yield
     finally:
         optuna.logging.set_verbosity(level)
@@ -178,13 +173,7 @@ def quiet() -> Iterator[None]:
 def open_study(
     plan: Plan, storage: BaseStorage, name: str, *, resume: bool = True, new: bool = False, worker: int = 0
 ) -> optuna.Study:
-    """Open or make the study of a plan; a study of that name about something else is refused, or left alone with ``new``.
-
-    Raises
-    ------
-    RecipeError : it is about something else: says what differs.
-    CheckpointError : it has trials, and ``resume`` is False.
-    """
+    """Open or make the study of a plan; a study of that name about something else is refused, or left alone with ``new``."""
     names, first, number = set(optuna.get_all_study_names(storage)), name, 1
     while new and name in names:
         held = optuna.load_study(study_name=name, storage=storage).user_attrs
@@ -205,8 +194,8 @@ def open_study(
         study.set_metric_names([m.name for m in plan.objectives])
     study.sampler = _sampler(plan, plan.recipe.seeds[0] + 7919 * worker + done)
     if "sampler" not in study.user_attrs:
-        name = plan.tune.sampler or "tpe"
-        study.set_user_attr("sampler", {"name": name, **SAMPLERS[name], "optuna": optuna.__version__})
+        pinned = {"name": plan.sampler, **SAMPLERS[plan.sampler], "optuna": optuna.__version__}
+        study.set_user_attr("sampler", pinned)
     if plan.pruner not in PRUNERS:
         raise RecipeError(f"tune.pruner: {unknown('pruner', plan.pruner, filter(None, PRUNERS))}")
     study.pruner = PRUNERS[plan.pruner]()
@@ -214,13 +203,11 @@ def open_study(
 
 
 def _sampler(plan: Plan, seed: int) -> optuna.samplers.BaseSampler:
-    name = plan.tune.sampler or "tpe"
-    if name not in SAMPLERS:
-        raise RecipeError(f"tune.sampler: {unknown('sampler', name, SAMPLERS)}")
-    if name == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    if name == "tpe":
-        return optuna.samplers.TPESampler(**SAMPLERS["tpe"], seed=seed)
+    if plan.sampler not in SAMPLERS:
+        raise RecipeError(f"tune.sampler: {unknown('sampler', plan.sampler, SAMPLERS)}")
+    if plan.sampler != "nsga2":
+        kind = optuna.samplers.TPESampler if plan.sampler == "tpe" else optuna.samplers.RandomSampler
+        return kind(**SAMPLERS[plan.sampler], seed=seed)
     if len(plan.space) > 1:
         methods = ", ".join(plan.space)
         raise RecipeError(
@@ -296,7 +283,7 @@ def main() -> int:
     try:
         told = json.load(sys.stdin)
         recipe = Recipe.from_dict(told["recipe"], Source(file=told["file"], data=told["recipe"]))
-        _work(recipe, Job(**told["job"]), aloud(complain, _silent))
+        _work(recipe, Job(**told["job"]), aloud(complain, lambda text: None))
     except FairMTLError as error:
         complain(f"worker: {error}")
         return 1

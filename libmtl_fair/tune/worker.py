@@ -17,7 +17,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
-from libmtl_fair.data.loader import resolve_device
+from libmtl_fair.data.loader import ResidentLoader, resolve_device
 from libmtl_fair.errors import CheckpointError, FairMTLError
 from libmtl_fair.libmtl import FairTrainer
 from libmtl_fair.libmtl.state import Results
@@ -30,6 +30,7 @@ from libmtl_fair.tune.budget import GRACE, Heartbeat, Reaper, claim, fill, give_
 from libmtl_fair.tune.objectives import value_of
 from libmtl_fair.tune.plan import Candidate, Outcome, Plan
 
+OnEpoch = Callable[[int, float], None]
 PROTOCOL = "protocol"
 _FAILURES = (
     ArithmeticError,
@@ -55,10 +56,9 @@ def protocol_of(study: optuna.Study, plan: Plan, device: str) -> Protocol:
         return Protocol.from_dict(study.user_attrs[PROTOCOL])
     made, recipe, seed = _plain_protocol(plan), plan.recipe, plan.seeds(0)[0]
     if made is None:
-        data = plan.dataset(seed)
-        trainer = _train(plan, Candidate(recipe, recipe.reference, [seed]), seed, data.tasks, device, None)
-        predictions = trainer.predict(data.val.loader(8192, device=trainer.device), embeddings=True)
-        made = Protocol.choose(recipe, recipe.reference, seed, predictions)
+        reference = Candidate(recipe, recipe.reference, [seed])
+        trainer, sources = _train(plan, reference, seed, plan.dataset(seed).tasks, device)
+        made = Protocol.choose(recipe, reference.method, seed, trainer.predict(sources["val"], embeddings=True))
     study.set_user_attr(PROTOCOL, made.to_dict())
     return made
 
@@ -81,18 +81,16 @@ def run_trial(
     *,
     device: str = "auto",
     part: Literal["val", "test"] = "val",
-    on_epoch: Callable[[int, float], None] | None = None,
+    on_epoch: OnEpoch | None = None,
     on_trained: Callable[[int, FairTrainer], None] | None = None,
 ) -> Outcome:
     """Train a candidate once a seed and measure it; ``on_epoch`` is given each validation score of the first seed."""
     found: dict[str, list[float]] = {m.name: [] for m in plan.measures}
     began = time.perf_counter()
     for i, seed in enumerate(candidate.seeds):
-        data = plan.dataset(seed)
-        tasks = protocol.freeze(data.tasks)
-        trainer = _train(plan, candidate, seed, tasks, device, on_epoch if i == 0 else None)
-        rows = data.val if part == "val" else data.test
-        for name, value in measured(plan, trainer.predict(rows.loader(8192, device=trainer.device)), protocol).items():
+        tasks = protocol.freeze(plan.dataset(seed).tasks)
+        trainer, sources = _train(plan, candidate, seed, tasks, device, on_epoch if i == 0 else None)
+        for name, value in measured(plan, trainer.predict(sources[part]), protocol).items():
             found[name].append(value)
         if on_trained is not None:
             on_trained(seed, trainer)
@@ -105,13 +103,8 @@ def measured(plan: Plan, predictions: Predictions, protocol: Protocol) -> dict[s
 
 
 def _train(
-    plan: Plan,
-    candidate: Candidate,
-    seed: int,
-    tasks: tuple[Task, ...],
-    device: str,
-    on_epoch: Callable[[int, float], None] | None,
-) -> FairTrainer:
+    plan: Plan, candidate: Candidate, seed: int, tasks: tuple[Task, ...], device: str, on_epoch: OnEpoch | None = None
+) -> tuple[FairTrainer, dict[str, ResidentLoader]]:
     data = dataclasses.replace(plan.dataset(seed), tasks=tasks)
     trainer = make_trainer(candidate.recipe, candidate.method, data, tasks, seed, device=resolve_device(device))
     judge, epochs = trainer.select_by, itertools.count()
@@ -125,7 +118,7 @@ def _train(
         trainer.select_by = judged
     sources = loaders(data, candidate.train.batch_size, seed, resolve_device(device))
     trainer.train(sources["train"], None, candidate.train.epochs, sources["val"])
-    return trainer
+    return trainer, sources
 
 
 @dataclass
@@ -223,8 +216,7 @@ class Worker:
                 with suppress(OSError):  # another worker, or the same command later, runs it again
                     give_up(study, trial, "no room for its results")
                 raise
-            with suppress(UpdateFinishedTrialError), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with suppress(UpdateFinishedTrialError), warnings.catch_warnings(action="ignore"):
                 trial.set_user_attr("error", f"{type(error).__name__}: {error}")
                 trial.set_user_attr("traceback", traceback.format_exc())
                 study.tell(trial, state=TrialState.FAIL)
