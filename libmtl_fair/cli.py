@@ -297,7 +297,11 @@ def methods(name: Annotated[str | None, Argument(help="show one with its setting
         if name is None or name in names:
             _table(title, ("name", "from", "what it does"), [row for row in rows if name in (None, row[0])])
     if name in ours and hasattr(ours[name], "settings_class"):
-        described = ours[name].settings_class.described()
+        paper = getattr(ours[name], "source", "") or "source"
+        described = [
+            {**row, "source": paper if row["source"] == "source" else row["source"]}
+            for row in ours[name].settings_class.described()
+        ]
         _table("settings", list(described[0]), [row.values() for row in described])
         _say(f"cost: {escape(getattr(ours[name], 'cost', '') or 'not stated')}")
 

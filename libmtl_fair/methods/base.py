@@ -193,8 +193,8 @@ def _range(field: FieldInfo) -> str:
         return f"a whole number{'' if low is None else f' of at least {low:g}'}{null}"
     if "float" in kind:
         return ("finite" if low is None else f"finite and {'>' if 'gt' in bounds else '>='} {low:g}") + null
-    names = {"bool": "true or false", "str": "a text", "tuple": "a list of names", "Sequence": "a list of names"}
-    return next((text for key, text in names.items() if key in kind), "a mapping") + null
+    names = {"Mapping": "a mapping", "tuple": "a list of names", "Sequence": "a list of names", "bool": "true or false"}
+    return next((text for key, text in names.items() if key in kind), "a text") + null
 
 
 class Settings(Declared):
