@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import ndtr, stdtrit
 
 from libmtl_fair.errors import DataError
-from libmtl_fair.metrics.arrays import Floats, as_floats
+from libmtl_fair.metrics.arrays import Floats, Values, as_floats, divide
 
 Results = Mapping[str, Mapping[str, float]]
 """method -> metric (one per task, or several) -> value."""
+HigherIsBetter = Mapping[str, bool] | bool
 
 
 def delta_m(
-    results: Results, baseline: Mapping[str, float], higher_is_better: Mapping[str, bool] | bool = True
+    results: Results, baseline: Mapping[str, float], higher_is_better: HigherIsBetter = True
 ) -> dict[str, float]:
     """Return each method's mean relative change against ``baseline`` in per cent; lower is better (Navon et al., ICML 2022).
 
@@ -31,17 +30,12 @@ def delta_m(
     >>> {m: round(v, 9) for m, v in delta_m({"fair": {"auc": 0.81}}, {"auc": 0.9}).items()}
     {'fair': 10.0}
     """
-    base = as_floats(list(baseline.values()))
-    sign = _signs(baseline, higher_is_better)
-    found = {}
-    for method, values in _table(results, list(baseline)).items():
-        with np.errstate(invalid="ignore", divide="ignore"):
-            change = -sign * (values - base) / base
-        found[method] = _mean(100 * np.where(base == 0, np.nan, change))
-    return found
+    table, base = _table(results, baseline, higher_is_better), _table({"": baseline}, baseline, higher_is_better)
+    change = divide(base - table, as_floats(list(baseline.values()))) * 100
+    return dict(zip(results, map(_mean, change)))
 
 
-def mean_rank(results: Results, higher_is_better: Mapping[str, bool] | bool = True) -> dict[str, float]:
+def mean_rank(results: Results, higher_is_better: HigherIsBetter = True) -> dict[str, float]:
     """Return each method's rank, averaged over metrics; 1 is best, ties share their mean (Navon et al., ICML 2022).
 
     A method without a value for a metric ranks last there.
@@ -51,20 +45,16 @@ def mean_rank(results: Results, higher_is_better: Mapping[str, bool] | bool = Tr
     """
     if not results:
         return {}
-    metrics = list(next(iter(results.values())))
-    values = np.stack(list(_table(results, metrics).values()))
-    frame = pd.DataFrame(-values * _signs(dict.fromkeys(metrics, 0.0), higher_is_better))
-    ranks = frame.rank(method="average", na_option="bottom").mean(axis=1)
-    return dict(zip(results, ranks.astype(float)))
+    frame = pd.DataFrame(-_table(results, next(iter(results.values())), higher_is_better))
+    return dict(zip(results, frame.rank(na_option="bottom").mean(axis=1).astype(float)))
 
 
-def worst_and_macro(results: Results, higher_is_better: Mapping[str, bool] | bool = True) -> pd.DataFrame:
+def worst_and_macro(results: Results, higher_is_better: HigherIsBetter = True) -> pd.DataFrame:
     """Return each method's worst and mean normalised score over metrics, 0 for the worst method and 1 for the best.
 
     A metric on which all methods agree counts 1 for all (ours).
     """
-    metrics = list(next(iter(results.values())))
-    values = np.stack(list(_table(results, metrics).values())) * _signs(dict.fromkeys(metrics, 0.0), higher_is_better)
+    values = _table(results, next(iter(results.values())), higher_is_better)
     low, high = values.min(0), values.max(0)
     scaled = np.where(high > low, (values - low) / np.where(high > low, high - low, 1), 1.0)
     return pd.DataFrame({"worst": scaled.min(1), "macro": scaled.mean(1)}, index=list(results))
@@ -80,11 +70,14 @@ def knowledge_gain(multi: Mapping[str, float], single: Mapping[str, float]) -> d
 
 
 def discrimination_gain(multi: Mapping[str, float], single: Mapping[str, float]) -> dict[str, float]:
-    """Return DG_t = violation of task t in the multi-task model - in its single-task model (FairBranch); <= 0 is good.
-
-    A violation is :func:`violation`'s EP or EO.
-    """
+    """Return DG_t = :func:`violation` (EP or EO) of task t in the multi-task model - in its single-task model; <= 0 is good."""
     return _gain("discrimination_gain", multi, single)
+
+
+def _gain(what: str, multi: Mapping[str, float], single: Mapping[str, float]) -> dict[str, float]:
+    if set(multi) != set(single):
+        raise DataError(f"{what} needs both models of the same tasks, found {sorted(multi)} and {sorted(single)}")
+    return {task: float(multi[task]) - float(single[task]) for task in multi}
 
 
 def violation(rates: Mapping[str, Sequence[float]]) -> float:
@@ -96,16 +89,12 @@ def violation(rates: Mapping[str, Sequence[float]]) -> float:
     >>> round(violation({"true_positive_rate": [0.9, 0.7], "false_positive_rate": [0.1, 0.2]}), 9)
     0.3
     """
-    total = 0.0
-    for values in rates.values():
-        known = as_floats(list(values))
-        known = known[~np.isnan(known)]
-        total += float(np.abs(known[:, None] - known).sum() / 2)
-    return total
+    tables = (as_floats(list(values)) for values in rates.values())
+    return float(sum(np.nansum(np.abs(table[:, None] - table)) / 2 for table in tables))
 
 
 def paired_difference(
-    method: Any, baseline: Any, *, confidence: float = 0.95, n_bootstrap: int = 10_000, seed: int = 0
+    method: Values, baseline: Values, *, confidence: float = 0.95, n_bootstrap: int = 10_000, seed: int = 0
 ) -> dict[str, float]:
     """Return the mean difference method - baseline over paired seeds, with a bootstrap interval.
 
@@ -129,15 +118,16 @@ def paired_difference(
             f"paired differences need one value a seed of both methods, found shapes {a.shape} and {b.shape}"
         )
     change = (a - b)[~np.isnan(a - b)]
-    n = len(change)
-    if n < 2:
-        return {"mean": _mean(change), "low": np.nan, "high": np.nan, "sd": np.nan, "n": float(n)}
-    mean, sd = float(change.mean()), float(change.std(ddof=1))
-    low, high = _expanded_percentile(change, confidence, n_bootstrap, seed)
-    return {"mean": mean, "low": low, "high": high, "sd": sd, "n": float(n)}
+    low, high, sd, n = np.nan, np.nan, np.nan, len(change)
+    if n > 1:
+        low, high = _expanded_percentile(change, confidence, n_bootstrap, seed)
+        sd = float(change.std(ddof=1))
+    return {"mean": _mean(change), "low": low, "high": high, "sd": sd, "n": float(n)}
 
 
 def _expanded_percentile(change: Floats, confidence: float, n_bootstrap: int, seed: int) -> tuple[float, float]:
+    from scipy.special import ndtr, stdtrit
+
     n = len(change)
     means = change[np.random.default_rng(seed).integers(0, n, (n_bootstrap, n))].mean(1)
     # Few seeds: the plain percentiles are too narrow; take those that Student's t and n / (n - 1) ask for.
@@ -146,27 +136,18 @@ def _expanded_percentile(change: Floats, confidence: float, n_bootstrap: int, se
     return float(low), float(high)
 
 
-def _gain(what: str, multi: Mapping[str, float], single: Mapping[str, float]) -> dict[str, float]:
-    if set(multi) != set(single):
-        raise DataError(f"{what} needs both models of the same tasks, found {sorted(multi)} and {sorted(single)}")
-    return {task: float(multi[task]) - float(single[task]) for task in multi}
-
-
-def _table(results: Results, metrics: Sequence[str]) -> dict[str, Floats]:
+def _table(results: Results, metrics: Mapping[str, float], higher_is_better: HigherIsBetter) -> Floats:
+    """Return the methods' metrics [methods, metrics], negative where lower is better."""
     for method, values in results.items():
         lacking = [m for m in metrics if m not in values]
         if lacking:
             raise DataError(f"method {method!r} lacks {', '.join(lacking)}; every method needs the same metrics")
-    return {method: as_floats([values[m] for m in metrics]) for method, values in results.items()}
-
-
-def _signs(metrics: Mapping[str, Any], higher_is_better: Mapping[str, bool] | bool) -> Floats:
-    if isinstance(higher_is_better, bool):
-        return np.full(len(metrics), 1.0 if higher_is_better else -1.0)
-    lacking = [m for m in metrics if m not in higher_is_better]
+    better = dict.fromkeys(metrics, higher_is_better) if isinstance(higher_is_better, bool) else higher_is_better
+    lacking = [m for m in metrics if m not in better]
     if lacking:
         raise DataError(f"higher_is_better does not say which way {', '.join(lacking)} goes")
-    return np.array([1.0 if higher_is_better[m] else -1.0 for m in metrics])
+    signs = [1.0 if better[m] else -1.0 for m in metrics]
+    return as_floats([[values[m] for m in metrics] for values in results.values()]) * signs
 
 
 def _mean(values: Floats) -> float:

@@ -66,37 +66,35 @@ class GroupTable:
     def __init__(self, names: Sequence[str], counts: Floats, options: Options, rng: np.random.Generator) -> None:
         self.names, self.counts, self.options, self.rng = names, counts, options, rng
         self.small = counts < options.min_group_size
-        self.blocks: list[tuple[list[str], list[str], Array, Array, Array, Array, Array]] = []
+        self.blocks: list[tuple[list[str] | Array, ...]] = []
 
     def add(
         self,
         metrics: list[str],
         groups: list[str],
         values: Array,
-        n: Array,
-        flags: Array,
-        low: Array | None = None,
-        high: Array | None = None,
+        n: Array | float,
+        flags: Array | int,
+        ends: Sequence[Array | float] = (np.nan, np.nan),
     ) -> None:
-        """Add rows; ``flags`` are positions in the list of flags, before that of undefined values."""
-        low, high = (np.full(len(metrics), np.nan) if end is None else end for end in (low, high))
-        self.blocks.append((metrics, groups, values, n, low, high, flags))
+        """Add rows with the ``ends`` of their intervals; ``flags`` are places in the list of flags, before undefined values."""
+        many = len(metrics)
+        numbers = (v if isinstance(v, np.ndarray) and v.ndim else np.full(many, v) for v in (values, n, *ends, flags))
+        self.blocks.append((metrics, groups, *numbers))
 
-    def values(
-        self, metrics: Sequence[str], values: Floats, low: Floats | None = None, high: Floats | None = None
-    ) -> None:
+    def values(self, metrics: Sequence[str], values: Floats, ends: Sequence[Array | float] = (np.nan, np.nan)) -> None:
         """Add a row per metric and group, ``values`` [M, G + 1] with their intervals: the last is that of all known groups."""
         groups, many = [*self.names, "overall"], len(metrics)
         n, flags = np.append(self.counts, self.counts.sum()), np.append(self.small, False)
-        ends = (None if end is None else end.ravel() for end in (low, high))
         shown = [metric for metric in metrics for _ in groups]
-        self.add(shown, groups * many, values.ravel(), np.tile(n, many), np.tile(flags, many), *ends)
+        flat = [end.ravel() if isinstance(end, np.ndarray) else end for end in ends]
+        self.add(shown, groups * many, values.ravel(), np.tile(n, many), np.tile(flags, many), flat)
 
     def normal(self, metric: str, values: Floats, errors: Floats, counts: Array, bounds: tuple[float, float]) -> None:
         """Add values [G + 1] whose standard errors are normal, and their gaps; ``counts`` [G] weigh the groups."""
         confidence = self.options.confidence
         z = np.nan if confidence is None else normal_quantile(confidence)
-        self.values([metric], values, *(np.clip(values + side * errors, *bounds) for side in (-z, z)))
+        self.values([metric], values, [np.clip(values + side * errors, *bounds) for side in (-z, z)])
         shares = np.where(np.isnan(values[:-1]), 0.0, counts)
         shares = shares / max(shares.sum(), 1)
         known = np.where(np.isnan(errors[:-1]), 0.0, errors[:-1])
@@ -117,8 +115,8 @@ class GroupTable:
         to_overall = self.options.method == "to_overall"
         found = gaps(data.values[:, 0], data.centre[:, 0] if to_overall else None)
         for k, kind in enumerate(RESERVED[:2]):
-            ends = (end[at] for end in self._interval(data, Gap(k == 1, to_overall)))
-            self.gap_rows([name for _, name in shown], kind, found[k][at], used, *ends)
+            ends = [end[at] for end in self._interval(data, Gap(k == 1, to_overall))]
+            self.gap_rows([name for _, name in shown], kind, found[k][at], used, ends)
         return found
 
     def joined(
@@ -143,8 +141,8 @@ class GroupTable:
             if agg == "mean" and inner > 1:
                 parts = combine(parts.reshape(-1, inner), "worst_case", worst)
             gap = Gap(k == 1, self.options.method == "to_overall", agg == "mean", inner)
-            ends = (np.full(1, np.nan),) * 2 if many is None else self._interval(many, gap)
-            self.gap_rows([name], kind, combine(parts, agg, worst).reshape(1), seen.any(0)[None], *ends)
+            ends = (np.nan, np.nan) if many is None else self._interval(many, gap)
+            self.gap_rows([name], kind, combine(parts, agg, worst), seen.any(0)[None], ends)
 
     def _interval(self, data: GroupNoise, gap: Gap) -> tuple[Floats, Floats]:
         if self.options.level is None:
@@ -152,13 +150,10 @@ class GroupTable:
             return missing, missing
         return gap_interval(data, gap, self.options.level)
 
-    def gap_rows(self, names: list[str], kind: str, values: Floats, used: Array, low: Floats, high: Floats) -> None:
+    def gap_rows(self, names: list[str], kind: str, values: Floats, used: Array, ends: Sequence[Array | float]) -> None:
         """Add differences or ratios; ``used`` [M, G] are the groups that they were taken from."""
         flags = np.where(used.sum(-1) < 2, 2, (used & self.small).any(-1))
-        n = np.full(len(names), self.counts.sum())
-        undefined = np.isnan(values)
-        low, high = (np.where(undefined, np.nan, end) for end in (low, high))
-        self.add(names, [kind] * len(names), values, n, flags, low, high)
+        self.add(names, [kind] * len(names), values, self.counts.sum(), flags, ends)
 
 
 def to_frame(tables: Iterable[tuple[str, str, GroupTable]]) -> pd.DataFrame:
@@ -172,8 +167,8 @@ def to_frame(tables: Iterable[tuple[str, str, GroupTable]]) -> pd.DataFrame:
         "group": [group for *_, block in blocks for group in block[1]],
         "value": value,
         "n": n.astype(np.int64),
-        "low": low,
-        "high": high,
+        "low": np.where(np.isnan(value), np.nan, low),
+        "high": np.where(np.isnan(value), np.nan, high),
         "flag": _FLAGS[np.where(np.isnan(value), 4, flag)],
     }
     return pd.DataFrame(columns)
@@ -220,10 +215,10 @@ def _add_rates(
     every = np.concatenate([cells, cells.sum(2, keepdims=True)], axis=2)
     rates = table_rates(every[1], every[0].sum(-1), table.options.empty)
     names = [f"{RATES[i]}{suffix}" for suffix in suffixes for i in keep]
-    shown = [rates]
-    if table.options.confidence is not None:
-        shown += wilson(rates, effective_sizes(every), table.options.confidence)
-    table.values(names, *(part[..., list(keep)].swapaxes(1, 2) for part in shown))
+    level = table.options.confidence
+    found = () if level is None else wilson(rates, effective_sizes(every), level)
+    shown, *ends = (part[..., list(keep)].swapaxes(1, 2) for part in (rates, *found))
+    table.values(names, shown, ends or (np.nan, np.nan))
     data = rate_noise(cells, rates[:, :-1], rates[:, -1], table.noise(1))
     if len(keep) < _N:
         data = data.joined(np.array(keep), data.noise)
@@ -314,8 +309,7 @@ def _add_ks(table: GroupTable, prediction: Floats, group: Ints, counts: Ints) ->
         # The bins see a little less than the whole distance: the interval moves with the estimate.
         moved = value - float(np.nanmax(np.nanmax(shares, 1) - np.nanmin(shares, 1)))
         low, high = max(float(ends[0][0]), 0.0), min(float(ends[1][0]) + moved, 1.0)
-    rows = np.array([[value], [low], [high]])
-    table.gap_rows(["ks"], "difference", rows[0], (counts > 0)[None], rows[1], rows[2])
+    table.gap_rows(["ks"], "difference", np.array([value]), (counts > 0)[None], (low, high))
 
 
 def _ks_noise(shares: Floats, counts: Ints, n_bootstrap: int, rng: np.random.Generator) -> GroupNoise:

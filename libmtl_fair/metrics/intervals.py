@@ -114,13 +114,14 @@ def rate_noise(tables: Floats, rates: Floats, overall: Floats, noise: Floats) ->
     """Return the noise of all rates: one problem for each label and rate (:data:`RATES`), one component each.
 
     ``tables`` [3, (L,) G, 4] hold rows, weights and squared weights; ``rates`` [(L,) G, 8] and ``overall`` [(L,) 8] are what
-    :func:`table_rates` gives; ``noise`` [1, 1, G, R] are standard normal.
+    :func:`table_rates` gives; ``noise`` [1, 1, G, R] are standard normal. Without replicates, shares and sizes are not made.
     """
-    weight = tables[1] @ DENOMINATOR.T
-    shares = np.nan_to_num(divide(weight, weight.sum(-2, keepdims=True)))
-    values, shares, sizes = (
-        part.swapaxes(-1, -2).reshape(-1, 1, part.shape[-2]) for part in (rates, shares, effective_sizes(tables))
-    )
+    shares = sizes = rates
+    if noise.shape[-1]:
+        weight = tables[1] @ DENOMINATOR.T
+        shares = np.nan_to_num(divide(weight, weight.sum(-2, keepdims=True)))
+        sizes = effective_sizes(tables)
+    values, shares, sizes = (part.swapaxes(-1, -2).reshape(-1, 1, part.shape[-2]) for part in (rates, shares, sizes))
     return GroupNoise(values, noise, overall.reshape(-1, 1), shares, sizes)
 
 
