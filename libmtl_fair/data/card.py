@@ -116,18 +116,17 @@ def _group_card(
     groups: Groups, parts: Mapping[str, Rows], choice: Choice, used: Rows, table: Table, inputs: list[str]
 ) -> Card:
     """Say where an attribute comes from, how many values are missing, and every group's rows and shares in each part."""
-    ids, spec = groups.ids, groups.spec
+    in_use, spec = groups.take(used), groups.spec
     entries = {}
     for index, name in enumerate(groups.names):
-        total = int((ids[used] == index).sum())
-        count = {part: int((ids[rows] == index).sum()) for part, rows in parts.items()}
+        count = {part: int((groups.ids[rows] == index).sum()) for part, rows in parts.items()}
+        total = sum(count.values())
         entries[name] = {
             "rows": total,
             "share": round(total / len(used), 6),
             "split": count,
             "split_share": {part: round(count[part] / len(rows), 6) for part, rows in parts.items()},
         }
-    in_use = groups.take(used)
     return {
         "column": spec.column,
         "intersection_of": list(spec.of),
@@ -143,14 +142,13 @@ def _group_card(
 
 def _small_groups(cards: Mapping[str, Card]) -> list[str]:
     """Return a note for every group that training lacks, or that is too small in the test part for rates to mean much."""
-    splits = {
-        f"sensitive attribute {attribute}: group {name} has": entry["split"]
-        for attribute, card in cards.items()
-        for name, entry in card["groups"].items()
-    }
-    absent = [f"{group} no training row" for group, rows in splits.items() if rows["train"] == 0]
-    small = {group: rows["test"] for group, rows in splits.items() if rows["test"] < SMALL_GROUP}
-    return absent + [f"{group} {rows} test rows; its rates are noise" for group, rows in small.items()]
+    absent, small = [], []
+    for attribute, card in cards.items():
+        for name, entry in card["groups"].items():
+            where, rows = f"sensitive attribute {attribute}: group {name} has", entry["split"]
+            absent += [f"{where} no training row"] if rows["train"] == 0 else []
+            small += [f"{where} {rows['test']} test rows; its rates are noise"] if rows["test"] < SMALL_GROUP else []
+    return absent + small
 
 
 def card_markdown(card: Mapping[str, Any]) -> str:
