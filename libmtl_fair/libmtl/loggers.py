@@ -19,10 +19,11 @@ from libmtl_fair.errors import HostError, RecipeError, unknown
 from libmtl_fair.files import write_text
 
 EPOCHS = "epochs.jsonl"
+_NOT_MLFLOW = re.compile(r"[^\w\-. :/]")
 
 
 class Training(Protocol):
-    """What a tracker may see of a trainer when training starts or goes on."""
+    """What a tracker sees of a trainer when training starts or goes on."""
 
     epoch: int
     seed: int | None
@@ -76,15 +77,9 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Scalars for TensorBoard; needs the extra ``libmtl_fair[tensorboard]``.
+    """Scalars for TensorBoard; needs the extra ``libmtl_fair[tensorboard]`` (HostError without it).
 
-    Parameters
-    ----------
-    log_dir : folder of the event files; None takes ``tensorboard`` in the trainer's ``run_dir``, else ``runs/tensorboard``.
-
-    Raises
-    ------
-    HostError : TensorBoard is not installed.
+    ``log_dir`` takes the event files; None is ``tensorboard`` in the trainer's ``run_dir``, else ``runs/tensorboard``.
     """
 
     def __init__(self, log_dir: str | Path | None = None) -> None:
@@ -109,15 +104,9 @@ class TensorBoard:
 
 
 class MLflow:
-    """A run of MLflow; needs the extra ``libmtl_fair[mlflow]``. The tracking server is that of MLflow's own settings.
+    """A run of MLflow, on its own settings' server; needs the extra ``libmtl_fair[mlflow]`` (HostError without it).
 
-    Parameters
-    ----------
-    experiment, run_name : as in MLflow; None takes its defaults. A run that is already active is used, and left active.
-
-    Raises
-    ------
-    HostError : MLflow is not installed.
+    ``experiment`` and ``run_name`` are as in MLflow; None takes its defaults. An active run is used, and left active.
     """
 
     def __init__(self, experiment: str | None = None, run_name: str | None = None) -> None:
@@ -132,11 +121,11 @@ class MLflow:
             self._mlflow.start_run(run_name=self.run_name)
             self._own = True
         settings = {"weighting": trainer.weighting, "seed": trainer.seed, **trainer.kwargs["weight_args"]}
-        self._mlflow.log_params({_mlflow_name(name): value for name, value in settings.items()})
+        self._mlflow.log_params({_NOT_MLFLOW.sub("_", name): value for name, value in settings.items()})
 
     def log_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """Log the numbers that are finite."""
-        found = {_mlflow_name(name): float(value) for name, value in values.items() if math.isfinite(value)}
+        found = {_NOT_MLFLOW.sub("_", name): float(value) for name, value in values.items() if math.isfinite(value)}
         self._mlflow.log_metrics(found, step=epoch)
 
     def finish(self) -> None:
@@ -144,10 +133,6 @@ class MLflow:
         if self._own:
             self._mlflow.end_run()
             self._own = False
-
-
-def _mlflow_name(name: str) -> str:
-    return re.sub(r"[^\w\-. :/]", "_", name)
 
 
 _BY_NAME = {"tensorboard": TensorBoard, "mlflow": MLflow}

@@ -71,13 +71,15 @@ def drift(reports: Mapping[str, AuditReport], induced: Mapping[str, Values], ref
         raise DataError(
             f"drift needs reports and the induced thresholds of the same methods; missing: {missing or 'all'}"
         )
-    frame = pd.DataFrame([_row(m, report, as_floats(induced[m]), reference) for m, report in reports.items()])
-    for kind in ("raw", "fixed"):
-        frame[f"rank_{kind}"] = frame[f"{kind}_bias"].rank(method="min").astype(int)
-    frame["rank_shift"] = frame["rank_raw"] - frame["rank_fixed"]
+    return ranked(pd.DataFrame([_row(m, report, as_floats(induced[m]), reference) for m, report in reports.items()]))
+
+
+def ranked(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return rows of :func:`drift`, or means of such, with their ranks and whether each one's fixed order is robust."""
+    ranks = {kind: frame[f"{kind}_bias"].rank(method="min").astype(int) for kind in ("raw", "fixed")}
     pairs = robust_pairs(frame).to_numpy() | np.eye(len(frame), dtype=bool)
-    frame["robust"] = pd.Series(pairs.all(axis=1), index=frame.index)
-    return frame
+    found = frame.assign(rank_raw=ranks["raw"], rank_fixed=ranks["fixed"], rank_shift=ranks["raw"] - ranks["fixed"])
+    return found.assign(robust=pd.Series(pairs.all(axis=1), index=frame.index))
 
 
 def _row(method: str, report: AuditReport, own: Floats, reference: Values) -> dict[str, str | float]:

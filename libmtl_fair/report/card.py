@@ -16,10 +16,7 @@ from libmtl_fair.report.tables import GAPS, Sheet, audit_sheet, data_sheets, gro
 def write_card(run_dir: str | Path) -> tuple[Path, Path]:
     """Write ``fairness_card.md`` and ``fairness_card.json`` into a run folder and return both paths.
 
-    Raises
-    ------
-    CheckpointError
-        The folder is incomplete or damaged (it says which file), or the card cannot be written.
+    CheckpointError where the folder is incomplete or damaged (it says which file), or the card cannot be written.
     """
     run = read_run(run_dir)
     markdown = write_text(run.path / "fairness_card.md", card_markdown(run))

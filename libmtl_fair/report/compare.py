@@ -6,12 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from libmtl_fair.errors import CheckpointError, RecipeError
 from libmtl_fair.metrics import FixedDeltaAudit
-from libmtl_fair.metrics.drift import drift, robust_pairs
+from libmtl_fair.metrics.drift import drift, ranked
 from libmtl_fair.report.choice import Rule, with_choice
 from libmtl_fair.report.notes import choice_sentence, comparison_notes
 from libmtl_fair.report.reaudit import Reaudit, common_scores, load_predictions, reaudit, run_names
@@ -132,11 +131,7 @@ def _drift(run: RunFolder) -> tuple[pd.DataFrame, str]:
     for name, delta in deltas.items() if whole else ():
         found = pd.concat([drift(reports, own, float(delta)) for reports, own in whole])
         keep = ["raw_bias", "fixed_bias", "mean_threshold", "ratio_to_reference", "budget"]
-        means = found.groupby("method", sort=False)[keep].mean().reset_index()
-        for kind in ("raw", "fixed"):
-            means[f"rank_{kind}"] = means[f"{kind}_bias"].rank(method="min").astype(int)
-        means["rank_shift"] = means["rank_raw"] - means["rank_fixed"]
-        means["robust"] = [bool(row.all()) for row in robust_pairs(means).to_numpy() | np.eye(len(means), dtype=bool)]
+        means = ranked(found.groupby("method", sort=False)[keep].mean().reset_index())
         means.insert(0, "delta_name", name)
         frames.append(means.assign(seeds=len(whole)))
     return (pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()), ""

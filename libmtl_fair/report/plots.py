@@ -354,9 +354,7 @@ def _trace_plots(run: RunFolder, method: str) -> Iterator[Plot]:
 def write_plots(run: RunFolder | str | Path, plots: Iterable[Plot] | None = None) -> list[Path]:
     """Write every plot of a run (or those given) as PNG into ``RUN/plots`` and return the paths.
 
-    Raises
-    ------
-    CheckpointError : the run folder is incomplete or damaged, or the folder cannot be written.
+    CheckpointError where the run folder is incomplete or damaged, or cannot be written.
     """
     run = run if isinstance(run, RunFolder) else read_run(run)
     found = plots_of(run) if plots is None else plots

@@ -81,9 +81,7 @@ def with_sd(frame: pd.DataFrame, by: list[str], values: list[str]) -> pd.DataFra
 def write_summary(run_dir: str | Path) -> Path:
     """Write ``summary.json``: mean, sd, n and paired difference to the reference of every method and column.
 
-    Raises
-    ------
-    CheckpointError : the run folder is incomplete or damaged, or cannot be written.
+    CheckpointError where the run folder is incomplete or damaged, or cannot be written.
     """
     run = read_run(run_dir)
     methods: dict[str, Json] = {method: {} for method in run.methods}
