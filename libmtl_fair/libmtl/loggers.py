@@ -13,23 +13,14 @@ from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Protocol
 
 from libmtl_fair.errors import HostError, RecipeError, unknown
 from libmtl_fair.files import write_text
+from libmtl_fair.libmtl.state import TrainingState
 
 EPOCHS = "epochs.jsonl"
 _NOT_MLFLOW = re.compile(r"[^\w\-. :/]")
-
-
-class Training(Protocol):
-    """What a tracker sees of a trainer when training starts or goes on."""
-
-    epoch: int
-    seed: int | None
-    run_dir: Path | None
-    weighting: Any
-    kwargs: Any
 
 
 class Tracker(Protocol):
@@ -60,7 +51,7 @@ class JsonLines:
         self.path = Path(path)
         self._lines: dict[int, str] = {}
 
-    def start(self, trainer: Training) -> None:
+    def start(self, trainer: TrainingState) -> None:
         """Keep what a run that is continued has logged; a fresh run starts afresh."""
         self._lines = {}
         if trainer.epoch > 0 and self.path.exists():
@@ -86,7 +77,7 @@ class TensorBoard:
         self.log_dir = log_dir
         self._writer_class = _import("torch.utils.tensorboard", "TensorBoard").SummaryWriter
 
-    def start(self, trainer: Training) -> None:
+    def start(self, trainer: TrainingState) -> None:
         """Open the event file; epochs that a resumed run trains again are purged."""
         folder = self.log_dir or (trainer.run_dir or Path("runs")) / "tensorboard"
         self._writer = self._writer_class(log_dir=str(folder), purge_step=trainer.epoch or None)
@@ -113,7 +104,7 @@ class MLflow:
         self.experiment, self.run_name, self._own = experiment, run_name, False
         self._mlflow = _import("mlflow", "MLflow")
 
-    def start(self, trainer: Training) -> None:
+    def start(self, trainer: TrainingState) -> None:
         """Start a run, unless one is active, and log the method's settings."""
         if self._mlflow.active_run() is None:
             if self.experiment is not None:
@@ -153,7 +144,7 @@ class Trackers:
                 raise RecipeError(f"a logger needs log_epoch(epoch, values), found {type(item).__name__}: {item!r}")
             self._all.append(made)
 
-    def start(self, trainer: Training) -> None:
+    def start(self, trainer: TrainingState) -> None:
         """Say that training starts, or goes on, at ``trainer.epoch``."""
         for tracker in self._all:
             getattr(tracker, "start", lambda trainer: None)(trainer)
