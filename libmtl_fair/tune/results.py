@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import optuna
 import torch
+from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
 
 from libmtl_fair.errors import FairMTLError
 from libmtl_fair.files import read_json, write_json, write_text
@@ -46,10 +46,8 @@ def hand_back(
     protocol, outcomes = protocol_of(study, plan, own), {}
     title = "chosen trial on test data (measured once)"
     table = Table("trial", "", *(m.name for m in plan.measures), title=title, title_justify="left")
-    for each in [
-        trial,
-        *(t for t in complete(study) if t.user_attrs.get(ROLE) == "baseline" and t.number != trial.number),
-    ]:
+    baseline = {t.number: t for t in complete(study) if t.user_attrs.get(ROLE) == "baseline"}
+    for each in {trial.number: trial, **baseline}.values():
         again, marks = to_recipe(each), each.user_attrs
         candidate = Candidate(again, again.reference, marks["seeds"])
         found = outcomes[each.number] = run_trial(plan, candidate, protocol, device=own, part="test")
@@ -80,9 +78,9 @@ def _front_table(study: optuna.Study, chosen: FrozenTrial) -> Table:
     return table
 
 
-def _cell(values: Sequence[float]) -> str:
+def _cell(values: Sequence[float] | NDArray[np.float64]) -> str:
     """Return the mean, and after several values their standard deviation."""
-    if not values:
+    if not len(values):
         return ""
     return f"{np.mean(values):.4f}" + (f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else "")
 
@@ -118,7 +116,6 @@ def _write(study: optuna.Study, trial: FrozenTrial, outcomes: Mapping[int, Outco
 
 # -- do validation and test agree? ------------------------------------------------------------------------------------
 
-Held = Mapping[str, Any]
 Statistic = Callable[[Predictions], float]
 
 
@@ -137,26 +134,19 @@ def agreement_table(folder: Path) -> Table:
         table.add_section()
         table.add_row(f"[bold]{method}")
         deltas = {str(entry["delta_name"]): float(entry["delta"]) for entry in held[0]["audit"]["val"]}
-        names = [
-            *(f"macro {name}" for name in held[0]["utility"]["val"]["macro"]),
-            *(f"bias@{name}" for name in deltas),
-        ]
-        for name in [*names, "eo difference, worst"]:
-            measure = "eo_difference" if name.startswith("eo") else name.replace(" ", "_")
-            pairs = [(_read(h, "val", name), _read(h, "test", name)) for h in held]
-            known = [b - a for a, b in pairs if a is not None and b is not None]
+        names = {f"macro {name}": f"macro_{name}" for name in held[0]["utility"]["val"]["macro"]}
+        names |= {f"bias@{name}": f"bias@{name}" for name in deltas} | {"eo difference, worst": "eo_difference"}
+        for name, measure in names.items():
+            values = np.array([[_read(each, part, name) for part in ("val", "test")] for each in held])
+            known = (values[:, 1] - values[:, 0])[~np.isnan(values).any(1)]
             spread = _deviation(seeds[0], partial(_statistic, measure, deltas, recipe))
-            gap = (
-                f"{math.fsum(known) / len(known):+.4f}" + ("" if spread is None else f" ± {spread:.4f}")
-                if known
-                else ""
-            )
-            table.add_row(name, *(_cell([v for v in part if v is not None]) for part in zip(*pairs)), gap)
+            gap = f"{known.mean():+.4f}{'' if spread is None else f' ± {spread:.4f}'}" if len(known) else ""
+            table.add_row(name, *(_cell(part[~np.isnan(part)]) for part in values.T), gap)
     return table
 
 
-def _read(held: Held, part: str, name: str) -> float | None:
-    """Return a number of ``metrics.json``, None where it is missing or undefined."""
+def _read(held: Mapping[str, Any], part: str, name: str) -> float:
+    """Return a number of ``metrics.json``, NaN where it is missing or undefined."""
     if name.startswith("macro "):
         found = [held["utility"][part]["macro"].get(name.removeprefix("macro "))]
     elif name.startswith("bias@"):
@@ -164,7 +154,7 @@ def _read(held: Held, part: str, name: str) -> float | None:
     else:
         rows = [row for row in held["groups"][part] if row["group"] == "difference"]
         found = [row["value"] for row in rows if row["metric"].startswith("equalized_odds")]
-    return max((float(value) for value in found if value is not None and not math.isnan(value)), default=None)
+    return max((value for value in found if value is not None and value == value), default=math.nan)
 
 
 def _statistic(name: str, deltas: Mapping[str, float], recipe: Recipe, predictions: Predictions) -> float:
@@ -189,13 +179,11 @@ def sampling_deviation(predictions: Predictions, statistic: Statistic, folds: in
 
     ``sqrt((g - 1) / g sum_i (s_i - mean s)^2)`` for g folds of the rows in their own order, every g-th row in one fold.
     """
-    fold = torch.arange(len(predictions)) % folds
-    left = np.array([statistic(_part(predictions, fold != i)) for i in range(folds)])
-    return float(math.sqrt(folds - 1) * left.std())
 
+    def without(fold: int) -> Predictions:
+        p, rows = predictions, torch.arange(len(predictions)) % folds != fold
+        parts = (p.scores, p.outputs, p.labels, p.groups)
+        scores, outputs, labels, groups = ({name: value[rows] for name, value in part.items()} for part in parts)
+        return Predictions(p.tasks, scores, outputs, labels, groups, p.group_names)
 
-def _part(p: Predictions, rows: Tensor) -> Predictions:
-    def some(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value[rows] for name, value in values.items()}
-
-    return Predictions(p.tasks, some(p.scores), some(p.outputs), some(p.labels), some(p.groups), p.group_names)
+    return float(math.sqrt(folds - 1) * np.std([statistic(without(fold)) for fold in range(folds)]))

@@ -54,24 +54,18 @@ def protocol_of(study: optuna.Study, plan: Plan, device: str) -> Protocol:
     """
     if PROTOCOL in study.user_attrs:
         return Protocol.from_dict(study.user_attrs[PROTOCOL])
-    made, recipe, seed = _plain_protocol(plan), plan.recipe, plan.seeds(0)[0]
-    if made is None:
+    recipe, seed, made = plan.recipe, plan.seeds(0)[0], Protocol({}, {})
+    for delta in map(str, recipe.audit.deltas):
+        with suppress(ValueError):
+            made.deltas[delta] = float(delta)
+    levels = {m.level for m in plan.measures if m.level is not None}
+    scaled = any(isinstance(task, Regression) for task in plan.dataset(recipe.seeds[0]).tasks)
+    if levels - set(made.deltas) or (levels and scaled):
         reference = Candidate(recipe, recipe.reference, [seed])
         trainer, sources = _train(plan, reference, seed, plan.dataset(seed).tasks, device)
         made = Protocol.choose(recipe, reference.method, seed, trainer.predict(sources["val"], embeddings=True))
     study.set_user_attr(PROTOCOL, made.to_dict())
     return made
-
-
-def _plain_protocol(plan: Plan) -> Protocol | None:
-    """Return the tolerances that need no model, None where an objective needs others."""
-    levels, tasks = {m.level for m in plan.measures if m.level is not None}, next(iter(plan.data.values())).tasks
-    fixed = {}
-    for delta in map(str, plan.recipe.audit.deltas):
-        with suppress(ValueError):
-            fixed[delta] = float(delta)
-    needed = not levels <= set(fixed) or (levels and any(isinstance(task, Regression) for task in tasks))
-    return None if needed else Protocol(fixed, {})
 
 
 def run_trial(
