@@ -70,10 +70,19 @@ class JointHeads:
                 p.data = held
 
 
+def listeners_of(module: nn.Module) -> tuple[Mapping[int, object], ...]:
+    """Return a module's hooks by kind; mappings that see later ones too."""
+    return (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+
+
 def is_plain_linear(head: nn.Module) -> bool:
     """Whether a head is ``nn.Linear`` with a bias and nobody listens to it, so that it may be run as part of a larger product."""
-    hooked = head._forward_pre_hooks or head._forward_hooks or head._backward_hooks or head._backward_pre_hooks
-    return type(head) is nn.Linear and head.bias is not None and not hooked
+    return type(head) is nn.Linear and head.bias is not None and not any(listeners_of(head))
 
 
 def joint_weights(model: Any, tasks: tuple[str, ...]) -> Tensor | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from libmtl_fair.errors import HostError
-from libmtl_fair.libmtl.joint_heads import is_plain_linear
+from libmtl_fair.libmtl.joint_heads import listeners_of
 from libmtl_fair.methods.fairbranch.tree import BranchTree
 
 _RESNET_STEM = ("conv1", "bn1", "relu", "maxpool")
@@ -153,6 +153,7 @@ class BranchedEncoder(nn.Module):
         modules = [module for block in blocks for module in block]
         self._unchecked = [] if type(encoder).forward is nn.Sequential.forward else modules
         self._places = _take(encoder, modules)
+        self._known: dict[int, tuple[list[list[nn.Module]], bool, list[Any]]] = {}
         self.frame = encoder
 
     def forward(self, x: Any, tasks: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -179,15 +180,15 @@ class BranchedEncoder(nn.Module):
 
     def _run(self, x: Any, wanted: Sequence[str], together: bool = False) -> tuple[dict[str, Tensor], Tensor | None]:
         below: list[Any] = [self._before(x)]
-        joint = None
+        joint: Tensor | None = None
         for level, groups in enumerate(self.tree.levels):
             copies, parents = self.copies(level), self.tree.parents[level]
-            layers = _joinable(copies) if together else []
-            if layers and all(isinstance(h, Tensor) and h.dim() == 2 for h in below):
-                joint = _run_joint(layers, below, joint, parents)
-                below = list(joint.unbind())
+            chains = self._chains(level, copies) if together and len(copies) > 1 else []
+            if chains and (joint is not None or all(isinstance(h, Tensor) and h.dim() == 2 for h in below)):
+                joint = _run_joint(chains, below, joint, parents)
                 continue
-            above, joint = [None] * len(copies), None
+            below, joint = (below if joint is None else list(joint.unbind())), None
+            above: list[Any] = [None] * len(copies)
             for index, group in enumerate(groups):
                 if any(task in wanted for task in group):
                     source = below[parents[index]]
@@ -198,10 +199,24 @@ class BranchedEncoder(nn.Module):
                             f"block {level + 1} changes its input in place, which its other copies need too: use inplace=False"
                         )
             below = above
+        below = below if joint is None else list(joint.unbind())
         after = getattr(self.frame, "after_blocks", None)
         if after is not None:
             below, joint = [out if out is None else after(out) for out in below], None
         return {task: below[i] for i, group in enumerate(self.tree.leaves) for task in group if task in wanted}, joint
+
+    def _chains(self, level: int, copies: Sequence[nn.Module]) -> list[list[nn.Module]]:
+        """Return the layers of each copy if one product may run them: a linear one first, and nobody listens to any."""
+        chains = [[*m.children()] if type(m) in (nn.Sequential, _Chain) else [m] for m in copies]
+        if level not in self._known or self._known[level][0] != chains:
+            layers = [(place, m) for chain in chains for place, m in enumerate(chain)]
+            fits = all(
+                (type(m) is nn.Linear and m.bias is not None) or (i and type(m) in _ELEMENTWISE) for i, m in layers
+            )
+            listeners = [hooks for m in (*copies, *(m for _, m in layers)) for hooks in listeners_of(m)]
+            self._known[level] = chains, fits, listeners
+        _, fits, listeners = self._known[level]
+        return chains if fits and not any(listeners) else []
 
     def _before(self, x: Any) -> Any:
         before = getattr(self.frame, "before_blocks", None)
@@ -292,32 +307,18 @@ def _version(x: Any) -> int:
     return x._version if isinstance(x, Tensor) and not x.is_inference() else 0
 
 
-def _joinable(copies: Sequence[nn.Module]) -> list[list[nn.Module]]:
-    """Return the layers of each copy if one product may run them: a linear one first, and nobody listens to any."""
-    chains = [[*m.children()] if type(m) in (nn.Sequential, _Chain) and not _listened(m) else [m] for m in copies]
-    fits = (
-        is_plain_linear(m) or (i and type(m) in _ELEMENTWISE and not _listened(m))
-        for c in chains
-        for i, m in enumerate(c)
-    )
-    return chains if len(copies) > 1 and all(fits) else []
-
-
-def _listened(module: nn.Module) -> bool:
-    return bool(
-        module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 def _run_joint(chains: list[list[nn.Module]], below: list[Tensor], joint: Tensor | None, parents: list[int]) -> Tensor:
     """Run all copies of a block at once; return their outputs [n, B, d]. ``joint`` are the outputs below, if they are one."""
-    if joint is None or parents != [*range(len(below))]:
-        one, shape = len(set(parents)) == 1, (len(parents), *below[0].shape)
-        joint = below[parents[0]].expand(shape) if one else torch.stack([below[parent] for parent in parents])
+    if joint is not None:
+        x = joint if parents == [*range(len(joint))] else joint[parents]
+    elif len(set(parents)) == 1:
+        x = below[parents[0]].expand(len(parents), *below[0].shape)
+    else:
+        x = torch.stack([below[parent] for parent in parents])
     for layers in zip(*chains):
         linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
-        joint = joint_linear(linear, joint) if linear else layers[0](joint)
-    return joint
+        x = joint_linear(linear, x) if linear else layers[0](x)
+    return x
 
 
 def joint_linear(layers: Sequence[nn.Linear], x: Tensor) -> Tensor:
