@@ -23,9 +23,6 @@ from libmtl_fair.tasks import Binary, Multiclass, Multilabel
 if TYPE_CHECKING:
     from libmtl_fair.metrics.conflicts import ConflictRecord
 
-Found = dict[int, Tensor | None]
-"""id of a parameter -> its gradient."""
-
 
 def robust_losses(batch: FairBatch, tasks: Sequence[str], attributes: Sequence[str] | None = None) -> Tensor:
     r"""Return :math:`F_t = \sum_y \max_g L_t | y, g` for each of ``tasks``, [M], attached to the graph.
@@ -109,10 +106,9 @@ class Plan:
     ----------
     corrected : sets that several tasks share, where each task's fairness gradient is needed apart.
     joined : parameters that take the tasks' fairness gradients as a sum: sets of one task, or all of them.
-    heads, head_parameters : parameters of each task's head, and all of them in task order.
-    common : what the sum of the accuracy losses is derived by on its own: all but the joined ones.
-    passes : positions of the tasks of each pass for fairness gradients on heads and corrected sets.
-    owner : which task each number in the joined parameters of the heads belongs to.
+    heads : parameters of all heads, in task order; ``owner`` is which task each number in them belongs to.
+    common : what the sum of the accuracy losses is derived by on its own, heads first: all but the joined ones.
+    passes : positions of the tasks of each pass for fairness gradients in corrected sets.
     """
 
     def __init__(
@@ -120,10 +116,12 @@ class Plan:
     ) -> None:
         self.corrected = [s for s in sets if correct and len(s.tasks) > 1]
         self.joined = [p for s in sets if not correct or len(s.tasks) == 1 for p in s.parameters]
-        self.heads, self.head_parameters = heads, [p for head in heads for p in head]
+        self.heads = [p for head in heads for p in head]
+        sizes = torch.tensor([sum(p.numel() for p in head) for head in heads])
+        self.owner = torch.arange(len(heads)).repeat_interleave(sizes).to(self.heads[0].device if self.heads else "cpu")
         corrected = [p for s in self.corrected for p in s.parameters]
-        taken = {id(p) for p in (*self.head_parameters, *self.joined, *corrected)}
-        self.common = [*self.head_parameters, *(p for p in parameters if id(p) not in taken), *corrected]
+        taken = {id(p) for p in (*self.heads, *self.joined, *corrected)}
+        self.common = [*self.heads, *(p for p in parameters if id(p) not in taken), *corrected]
         self.passes: list[list[int]] = []
         for task in range(len(heads)):  # each goes into the first pass that holds none of its rivals
             rivals = {other for s in self.corrected if task in s.tasks for other in s.tasks}
@@ -132,33 +130,28 @@ class Plan:
                 self.passes.append([task])
             else:
                 home.append(task)
-        sizes = torch.tensor([sum(p.numel() for p in head) for head in heads])
-        device = next((p.device for p in self.head_parameters), None)
-        self.owner = torch.arange(len(heads)).repeat_interleave(sizes).to(device)
-        self._inputs = [
-            [p for t in tasks for p in heads[t]]
-            + [p for s in self.corrected if not set(tasks).isdisjoint(s.tasks) for p in s.parameters]
-            for tasks in self.passes
-        ]
 
-    def gradients(self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> dict[int, Found]:
-        """Return task -> id of parameter -> gradient there of the one task of its pass that has it; keeps the graph.
+    def rows(self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[tuple[list[Shared], Tensor]]:
+        """Return the tasks' gradients in the corrected sets [n, tasks, P], for all n sets of one size; keeps the graph.
 
         ``cotangents`` are the gradients of each task's fairness loss to its own output.
         """
-        found: dict[int, Found] = {}
-        for tasks, inputs in zip(self.passes, self._inputs):
-            grads = gradients([outputs[t] for t in tasks], inputs, [cotangents[t] for t in tasks])
-            by_parameter = dict(zip(map(id, inputs), grads))
-            found |= {task: by_parameter for task in tasks}
-        return found
-
-    def buckets(self) -> list[list[Shared]]:
-        """Return the corrected sets, those of one number of tasks and parameters together: they are projected at once."""
-        found: dict[tuple[int, int], list[Shared]] = {}
-        for s in self.corrected:
-            found.setdefault((len(s.tasks), sum(p.numel() for p in s.parameters)), []).append(s)
-        return list(found.values())
+        own: dict[tuple[int, int], Tensor] = {}
+        for tasks in self.passes:
+            served = [(k, t, s.parameters) for k, s in enumerate(self.corrected) for t in s.tasks if t in tasks]
+            inputs = [p for _, _, parameters in served for p in parameters]
+            found = iter(gradients([outputs[t] for t in tasks], inputs, [cotangents[t] for t in tasks]))
+            own |= {(k, t): flatten([next(found) for _ in ps], ps) for k, t, ps in served}
+        alike: dict[tuple[int, int], list[int]] = {}
+        for k, s in enumerate(self.corrected):
+            alike.setdefault((len(s.tasks), len(own[k, s.tasks[0]])), []).append(k)
+        return [
+            (
+                [self.corrected[k] for k in places],
+                torch.stack([torch.stack([own[k, t] for t in self.corrected[k].tasks]) for k in places]),
+            )
+            for places in alike.values()
+        ]
 
 
 class FBGradSettings(Settings):
@@ -201,14 +194,6 @@ class FBGrad(FairWeighting):
     Made for :class:`~libmtl_fair.FairBranch`. On an architecture without branches, ``where="branches"``
     corrects nothing and reaches the heads only: it says so once.
 
-    Cost: tasks without a common branch are served by the same backward pass, so a step takes as many partial passes (heads
-    and shared branches, not the trunk) as the largest branch has tasks: two for any number of pairs, four after a second
-    merge, T for ``where="everywhere"``. Tasks alone on their branches take one for all of them together, in which, with equal
-    weights, accuracy and fairness are one sum. Beside them there is the ordinary backward, and for another base one to the
-    heads. MLP 100-128-64-32, batch 256, CPU: .80 to .86 of a PCGrad step in LibMTL's own Trainer with 5 tasks, .31 to .36
-    with 20; of PCGrad in FairTrainer 1.05 to 1.15 and .61 to .72 (benchmarks/fairbranch_step.py). Batching the passes with
-    ``is_grads_batched`` was 4 to 15 % slower than one after the other.
-
     Records each step: ``robust/<task>`` (F_t), ``lambda/<task>``, ``conflicts`` (pairs of tasks in conflict in a branch).
 
     Raises
@@ -222,6 +207,10 @@ class FBGrad(FairWeighting):
     looks_at_heads = True
     takes_branches_apart = True
     source = "arXiv:2310.13746"
+    cost = (
+        "beside the ordinary backward pass as many partial ones (heads and shared branches, not the trunk) as the largest "
+        "branch has tasks: tasks without a common branch share one; T for where=everywhere"
+    )
     settings: FBGradSettings
     conflict_cosines: Tensor | None
     conflict_epochs: Tensor
@@ -250,9 +239,9 @@ class FBGrad(FairWeighting):
             self._record(batch, main, robust)
         plan = self._planned(batch.main)
         equal = self.settings.base == "EW" and main is losses
-        to = plan.common if equal else plan.head_parameters
+        to = plan.common if equal else plan.heads
         accuracy = gradients(main.sum(), to)
-        fairness = self._fairness_gradients(plan, batch, robust, accuracy[: len(plan.head_parameters)])
+        fairness = self._fairness_gradients(plan, batch, robust, accuracy[: len(plan.heads)])
         joined = self.trace["lambda"] * robust
         if equal:  # the base's sum of losses, derived by each parameter once
             joined = main + joined
@@ -299,24 +288,19 @@ class FBGrad(FairWeighting):
         ``accuracy`` are the accuracy gradients of the heads.
         """
         outputs = [batch.outputs[task] for task in batch.main]
-        grads = plan.gradients(outputs, torch.autograd.grad(robust.sum(), outputs, retain_graph=True))
-        strength = torch.full_like(robust.detach(), self.settings.strength)
+        cotangents = torch.autograd.grad(robust.sum(), outputs, retain_graph=True)
+        strength, conflicts = torch.full_like(robust.detach(), self.settings.strength), robust.new_zeros(())
         pairs: list[tuple[Tensor, Tensor | None]] = []
-        parameters = plan.head_parameters
-        if parameters:
-            own = [grads[t][id(p)] for t, head in enumerate(plan.heads) for p in head]
-            fairness = flatten(own, parameters)
+        if plan.heads:
+            fairness = flatten(gradients(outputs, plan.heads, cotangents), plan.heads)
             if self.settings.intra_task:
-                product = fairness * flatten(accuracy, parameters)
+                product = fairness * flatten(accuracy, plan.heads)
                 inner = product.new_zeros(len(strength)).index_add(0, plan.owner, product)
                 strength = strength.where(inner >= 0, 0.0)
-            pairs += _split(fairness * strength[plan.owner], parameters)
-        conflicts = robust.new_zeros(())
-        for sets in plan.buckets():
-            each = [[flatten([grads[t][id(p)] for p in s.parameters], s.parameters) for t in s.tasks] for s in sets]
-            rows = torch.stack([torch.stack(own) for own in each])
+            pairs += _split(fairness * strength[plan.owner], plan.heads)
+        for sets, rows in plan.rows(outputs, cotangents):
             gram = rows @ rows.mT
-            conflicts = conflicts + (gram < 0).triu(1).sum()
+            conflicts = conflicts + F.conflict_count(gram).sum()
             weights = torch.stack([strength[list(s.tasks)] for s in sets]).unsqueeze(1) @ F.conflict_coefficients(gram)
             for s, total in zip(sets, (weights @ rows).squeeze(1)):
                 pairs += _split(total, s.parameters)
