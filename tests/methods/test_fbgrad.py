@@ -194,7 +194,7 @@ def brute_step(trainer: Any, where: str, strength: float, intra: bool = True) ->
                 total[n] = total[n] + strengths[t] * fairness[t][n]
     sets: list[tuple[tuple[str, ...], list[Tensor]]] = list(model.branch_parameters()) if hasattr(model, "tree") else []
     if where == "everywhere":
-        trunk = model.trunk_parameters() if hasattr(model, "tree") else list(model.encoder.parameters())
+        trunk = model.encoder.trunk_parameters() if hasattr(model, "tree") else list(model.encoder.parameters())
         sets.append((tuple(model.task_name), list(trunk)))
     names = {id(p): n for n, p in named.items()}
     for group, parameters in sets:

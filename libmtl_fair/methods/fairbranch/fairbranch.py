@@ -6,9 +6,11 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import Any, ClassVar, Protocol
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from libmtl_fair import functional as F
@@ -118,8 +120,6 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
         self._seen_by_heads: dict[str, Tensor] = {}
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
 
-    # -- what LibMTL asks of an architecture --------------------------------------------------------------------
-
     def forward(self, inputs: Any, task_name: str | None = None) -> dict[str, Tensor]:
         """Return task -> output. Every block copy runs once."""
         wanted = self.task_name if task_name is None else [task_name]
@@ -168,23 +168,17 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
 
     def get_share_params(self) -> Iterator[nn.Parameter]:
         """Yield the parameters that at least two tasks have in common: trunk first, then branches."""
-        yield from self.trunk_parameters()
+        yield from self.encoder.trunk_parameters()
         for group, parameters in self.branch_parameters():
             if len(group) > 1:
                 yield from parameters
 
     zero_grad_share_params = zero_grad_share_params
 
-    # -- branches ------------------------------------------------------------------------------------------------
-
     @property
     def tree(self) -> BranchTree:
         """Which tasks share which block."""
         return self.encoder.tree
-
-    def trunk_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that no event has reached."""
-        return self.encoder.trunk_parameters()
 
     def branch_parameters(self) -> list[tuple[Group, list[nn.Parameter]]]:
         """Return (task group, the parameters that are its own) for every branch, single tasks included."""
@@ -211,15 +205,10 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
     def _compared(self) -> list[nn.Module]:
         if self.tree.depth == self.tree.n_blocks:
             return head_layers(self.decoders, self.task_name)
-        found: list[nn.Module] = self.encoder.copies(self.tree.depth)
-        return found
+        return self.encoder.copies(self.tree.depth)
 
     def branch(
-        self,
-        optimizer: torch.optim.Optimizer | None = None,
-        *,
-        epoch: int | None = None,
-        step: int | None = None,
+        self, optimizer: torch.optim.Optimizer | None = None, *, epoch: int | None = None, step: int | None = None
     ) -> BranchEvent | None:
         """Make one branch event now; return it, or None if there is nothing to branch.
 
@@ -236,17 +225,14 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
             return None
         likeness = similarity(compared)
         before, groups = list(self.get_share_params()), self.tree.groups
-        pairs = F.pair_by_similarity(likeness, self.branching.threshold)
-        copies = self.encoder.grow(self.tree.branch(pairs))
-        if optimizer is None and self._optimizer is not None:
-            optimizer = self._optimizer()
+        copies = self.encoder.grow(self.tree.branch(F.pair_by_similarity(likeness, self.branching.threshold)))
+        optimizer = self._optimizer() if optimizer is None and self._optimizer is not None else optimizer
         if optimizer is not None:
             adopt(optimizer, copies, list(self.named_parameters()))
         self._move_cached_gradients(before, copies)
-        rows = tuple(tuple(row) for row in likeness.tolist())
-        event = BranchEvent(self.tree.depth + 1, groups, rows, self.tree.groups, epoch, step)
-        self.events.append(event)
-        return event
+        rows = tuple(map(tuple, likeness.tolist()))
+        self.events.append(BranchEvent(self.tree.depth + 1, groups, rows, self.tree.groups, epoch, step))
+        return self.events[-1]
 
     def _move_cached_gradients(
         self, before: list[nn.Parameter], copies: list[tuple[nn.Parameter, nn.Parameter]]
@@ -263,8 +249,6 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
                 parts = dict(zip(map(id, old), torch.split(value.detach(), sizes, dim=-1)))
                 setattr(self, name, torch.cat([parts[p] for p in now] or [value[..., :0].detach()], dim=-1))
         self._compute_grad_dim()
-
-    # -- what FairTrainer asks -----------------------------------------------------------------------------------
 
     def bind_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Remember (weakly) which optimiser new parameters have to join."""
@@ -292,7 +276,7 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
         HostError : a tree of other tasks, or of another encoder.
         """
         self.encoder.grow(BranchTree.from_dict(structure["tree"]))
-        self.events = [BranchEvent(**_tuples(event)) for event in structure["events"]]
+        self.events = TypeAdapter(list[BranchEvent]).validate_python(structure["events"])
 
     def take_representation(self) -> Tensor | dict[str, Tensor]:
         """Return what the heads received in the last forward, one tensor where they share it; forget it.
@@ -322,26 +306,14 @@ def adopt(
     copies : (origin, copy).
     order : the model's ``named_parameters()`` after branching.
     """
-    rank = {id(p): i for i, (_, p) in enumerate(order)}
-    names = {id(p): name for name, p in order}
+    rank = {id(p): (i, name) for i, (name, p) in enumerate(order)}
     for group in optimizer.param_groups:
-        members = {id(p) for p in group["params"]}
-        joined = [*group["params"], *(new for old, new in copies if id(old) in members)]
+        known = {id(p): (len(rank), name) for p, name in zip_longest(group["params"], group.get("param_names", ()))}
+        place = {**known, **rank}
+        joined = [*group["params"], *(new for old, new in copies if id(old) in known)]
+        group["params"] = sorted(joined, key=lambda p: place[id(p)][0])
         if "param_names" in group:
-            known = dict(zip((id(p) for p in group["params"]), group["param_names"]))
-            names = {**known, **names}
-        group["params"] = sorted(joined, key=lambda p: rank.get(id(p), len(rank)))
-        if "param_names" in group:
-            group["param_names"] = [names[id(p)] for p in group["params"]]
+            group["param_names"] = [place[id(p)][1] for p in group["params"]]
     for old, new in copies:
         if old in optimizer.state:
             optimizer.state[new] = copy.deepcopy(optimizer.state[old])
-
-
-def _tuples(event: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an event's fields with lists made tuples: checkpoints and JSON know both."""
-
-    def frozen(value: Any) -> Any:
-        return tuple(frozen(v) for v in value) if isinstance(value, (list, tuple)) else value
-
-    return {name: frozen(value) for name, value in event.items()}

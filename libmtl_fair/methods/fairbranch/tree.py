@@ -113,8 +113,11 @@ class BranchTree:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
-        levels = [[list(group) for group in level] for level in self.levels]
-        return {"tasks": list(self.tasks), "levels": levels, "depth": self.depth}
+        return {
+            "tasks": list(self.tasks),
+            "levels": [[*map(list, level)] for level in self.levels],
+            "depth": self.depth,
+        }
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> BranchTree:
@@ -127,7 +130,7 @@ class BranchTree:
         missing = {"tasks", "levels", "depth"} - set(content)
         if missing:
             raise HostError(f"branch tree: {sorted(missing)[0]!r} is missing, found {sorted(content)}")
-        levels = tuple(tuple(tuple(group) for group in level) for level in content["levels"])
+        levels = tuple(tuple(map(tuple, level)) for level in content["levels"])
         return cls(tuple(content["tasks"]), levels, content["depth"])
 
     def __str__(self) -> str:
