@@ -101,7 +101,8 @@ class TrainingState(Trainer):  # type: ignore[misc]
     task_name: list[str]
     tasks: dict[str, Task | None]
     main_tasks: list[str]
-    auxiliary: list[str]
+    auxiliary: dict[str, Any]
+    """Name -> auxiliary task; there in training only."""
     binary: tuple[str, ...]
     """The main tasks where all are binary and have one input, else empty."""
     losses: LossBank

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from libmtl_fair import functional as F
 from libmtl_fair.batch import Columns, FairBatch, Matrices, beside, joined
 from libmtl_fair.libmtl import batches
 from libmtl_fair.libmtl.evaluate import forward
@@ -16,14 +15,13 @@ from libmtl_fair.libmtl.history import StepLog
 from libmtl_fair.libmtl.joint_heads import JointHeads
 from libmtl_fair.libmtl.state import Loaders, TrainingState
 from libmtl_fair.methods.base import FairWeighting
-from libmtl_fair.tasks import Task
 
 SAMPLES = {"MoDo": 3, "SDMGrad": 3}
 """Batches that one step of a LibMTL weighting takes, where it is more than one."""
 
 
 class Made(NamedTuple):
-    """What one batch gave: losses [T], outputs, labels, groups, and the matrices of outputs and labels where there are."""
+    """What one batch gave: losses [T], outputs, labels, groups, and for fairness methods their matrices."""
 
     losses: Tensor
     outputs: Mapping[str, Tensor]
@@ -73,15 +71,15 @@ def step(trainer: TrainingState, batch: Any, epoch: int, log: StepLog, joint: Jo
         values["weight"] = torch.as_tensor(weights)
     if isinstance(model, FairWeighting):
         values.update(model.trace)
-    log.add(values, _rows(trainer, made[-1]))
+    log.add(values, _rows(trainer, made[-1].outputs))
     model.after_step(trainer, trainer.global_step)
 
 
-def _rows(trainer: TrainingState, made: Made) -> int | Sequence[int]:
+def _rows(trainer: TrainingState, outputs: Mapping[str, Tensor]) -> int | Sequence[int]:
     """Return how many examples each task had, or all of them."""
-    if made.matrices is not None:
-        return len(made.matrices.logits)
-    return [len(made.outputs[task]) for task in trainer.task_name]
+    if isinstance(outputs, Columns) and not outputs.others:
+        return len(outputs.matrix)
+    return [len(outputs[task]) for task in trainer.task_name]
 
 
 def losses_of(trainer: TrainingState, part: Any) -> Made:
@@ -96,51 +94,41 @@ def losses_of(trainer: TrainingState, part: Any) -> Made:
         inputs[task], labels, by_task[task] = batches.split(part[task], trainer.device, [task])
         outputs.update(forward(trainer, inputs[task], task, by_task[task]))
         truth.update(labels)
-    for name in trainer.auxiliary:  # on the examples of its main task
-        task = _auxiliary(trainer, name).source
-        outputs.update(forward(trainer, inputs[task], name, by_task[task]))
+    for name, auxiliary in trainer.auxiliary.items():  # on the examples of its main task
+        outputs.update(forward(trainer, inputs[auxiliary.source], name, by_task[auxiliary.source]))
     return made_of(trainer, outputs, truth, by_task)
 
 
 def made_of(
     trainer: TrainingState, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor], groups: Mapping[str, Any]
 ) -> Made:
-    """Return the losses of these outputs and labels of the main tasks; the labels of auxiliary tasks are made here."""
-    matrices = _matrices(trainer, outputs, labels)
-    if matrices is not None and not (isinstance(outputs, Columns) and outputs.matrix is matrices.logits):
+    """Return the losses of these outputs and labels of the main tasks; the labels of auxiliary tasks are made here.
+
+    A fairness method may ask for gradients to the matrix of logits or, where there is none, to each output: the losses
+    have to go through it.
+    """
+    fair, through = trainer.representation is not None, outputs
+    matrices = _matrices(trainer, outputs, labels) if fair else None
+    if matrices is not None:
         others = {name: outputs[name] for name in trainer.auxiliary}
-        outputs = Columns(trainer.binary, matrices.logits, [1] * len(trainer.binary), others)
-    if matrices is not None and trainer.own_losses and trainer.losses.standard and not trainer.auxiliary:
-        losses, labelled = F.mean_cross_entropy(matrices.logits, matrices.labels)
-        return Made(losses, outputs, labels, groups, matrices._replace(labelled=labelled))
+        outputs = through = Columns(trainer.binary, matrices.logits, [1] * len(trainer.binary), others)
+        labels = Columns(trainer.binary, matrices.labels) if trainer.own_losses else labels
+    elif fair:
+        through = dict(outputs)
     if trainer.auxiliary:
         flat = batches.flat_labels(labels, trainer.tasks)
-        made = {}
-        for name in trainer.auxiliary:
-            task = _auxiliary(trainer, name)
-            ids = groups[task.source] if trainer.multi_input else groups
-            made[name] = task.labels_from(flat, ids, trainer.n_groups)
+        ids = {name: groups[task.source] if trainer.multi_input else groups for name, task in trainer.auxiliary.items()}
+        made = {n: task.labels_from(flat, ids[n], trainer.n_groups) for n, task in trainer.auxiliary.items()}
         labels = beside(labels, made)
-    # a method may ask for gradients to the matrix, or without one to each output: the losses must have gone through it
-    apart = matrices is None and trainer.representation is not None
-    losses = trainer.compute_losses(dict(outputs) if apart else outputs, labels)
-    if matrices is not None:
-        matrices = matrices._replace(labelled=(matrices.labels - matrices.labels).eq_(0).sum(0))
-    return Made(losses, outputs, labels, groups, matrices)
-
-
-def _auxiliary(trainer: TrainingState, name: str) -> Any:
-    task: Task | None = trainer.tasks[name]
-    return task
+    return Made(trainer.compute_losses(through, labels), outputs, labels, groups, matrices)
 
 
 def _matrices(trainer: TrainingState, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Matrices | None:
-    """Return logits and labels of the main tasks as matrices, where they can be; not yet how many labels there are."""
     logits = joined(outputs, trainer.binary) if trainer.binary else None
     truth = None if logits is None else joined(labels, trainer.binary)
     if logits is None or truth is None or logits.shape != truth.shape:
         return None
-    return Matrices(logits, truth, truth)
+    return Matrices(logits, truth, (truth - truth).eq_(0).sum(0))
 
 
 def fair_batch(

@@ -31,7 +31,7 @@ from libmtl_fair.libmtl.optimizers import make_optimizer, make_scheduler
 from libmtl_fair.libmtl.state import Loaders, Results, TakesGroups, TrainingState
 from libmtl_fair.methods.base import FairWeighting
 from libmtl_fair.predictions import Predictions
-from libmtl_fair.tasks import AUXILIARY_PREFIX, Binary, Task
+from libmtl_fair.tasks import AUXILIARY_PREFIX, Binary
 
 if TYPE_CHECKING:
     from libmtl_fair.metrics import AuditReport
@@ -102,8 +102,6 @@ class FairTrainer(TrainingState):
             raise RecipeError(f"select must be 'best' or 'last', found {select!r}")
         if resume and folder is None:
             raise RecipeError("resume=True needs run_dir, the folder to continue from")
-        if not task_dict:
-            raise HostError("task_dict is empty; it needs at least one task")
         self.device = resolve_device(device)
         self.run_dir = Path(folder) if folder else None
         self.rep_grad, self.multi_input = rep_grad, multi_input
@@ -125,13 +123,22 @@ class FairTrainer(TrainingState):
             checkpoint.load_weights(self, Path(load_path))
 
     def _take_tasks(self, task_dict: Mapping[str, Mapping[str, Any]]) -> None:
+        if not task_dict:
+            raise HostError("task_dict is empty; it needs at least one task")
         self.task_dict = {name: dict(entry) for name, entry in task_dict.items()}
         self.task_name, self.task_num = list(task_dict), len(task_dict)
-        self.tasks = tasks_of(self.task_dict)
-        self.auxiliary, self.main_tasks = _kinds(self.tasks)
+        self.tasks, self.losses = tasks_of(self.task_dict), LossBank(self.task_dict)
+        self.auxiliary = {name: task for name, task in self.tasks.items() if task is not None and task.auxiliary}
+        self.main_tasks = [name for name in self.tasks if name not in self.auxiliary]
+        reserved = [name for name in self.main_tasks if name.startswith(AUXILIARY_PREFIX)]
+        if reserved:
+            raise HostError(
+                f"task {reserved[0]!r}: names that start with {AUXILIARY_PREFIX!r} are for auxiliary fairness heads; rename it"
+            )
+        if not self.main_tasks:
+            raise HostError("task_dict has auxiliary tasks only; it needs at least one main task")
         binary = not self.multi_input and all(isinstance(self.tasks[name], Binary) for name in self.main_tasks)
         self.binary = tuple(self.main_tasks) if binary else ()
-        self.losses = LossBank(self.task_dict)
 
     def _start_afresh(self) -> None:
         self.steps = History()
@@ -284,7 +291,7 @@ class FairTrainer(TrainingState):
         HostError : loaders that give no groups.
         """
         if self.auxiliary:
-            who = f"auxiliary task {self.auxiliary[0]!r} needs"
+            who = f"auxiliary task {next(iter(self.auxiliary))!r} needs"
         elif self.group_modules:
             who = "group-specific heads need"
         elif isinstance(self.model, FairWeighting) and self.model.needs_groups:
@@ -343,17 +350,3 @@ def _means(columns: Mapping[str, Floats]) -> dict[str, float]:
     count = (~np.isnan(values)).sum(1)
     means = np.where(count > 0, np.nansum(values, 1) / np.maximum(count, 1), np.nan)
     return dict(zip(columns, means.tolist()))
-
-
-def _kinds(tasks: Mapping[str, Task | None]) -> tuple[list[str], list[str]]:
-    """Return the names of auxiliary tasks and of the others."""
-    auxiliary = [name for name, task in tasks.items() if task is not None and task.auxiliary]
-    main = [name for name in tasks if name not in auxiliary]
-    reserved = [name for name in main if name.startswith(AUXILIARY_PREFIX)]
-    if reserved:
-        raise HostError(
-            f"task {reserved[0]!r}: names that start with {AUXILIARY_PREFIX!r} are for auxiliary fairness heads; rename it"
-        )
-    if not main:
-        raise HostError("task_dict has auxiliary tasks only; it needs at least one main task")
-    return auxiliary, main

@@ -112,7 +112,7 @@ def test_a_step_of_binary_tasks_has_its_matrices_from_any_loader(
     kit: SimpleNamespace, kind: str, joined_heads: bool
 ) -> None:
     tasks = (lf.Binary("a"), lf.Binary("b"))
-    trainer = kit.trainer("EW", tasks, rep_grad=not joined_heads)
+    trainer = kit.trainer("ReLiF", tasks, rep_grad=not joined_heads)
     x, labels, groups = kit.data()
     labels["b"][::7] = torch.nan
     both = {name: labels[name] for name in ("ba" if "order" in kind else "ab")}
@@ -146,7 +146,7 @@ def test_a_step_of_binary_tasks_has_its_matrices_from_any_loader(
 )
 def test_other_tasks_or_inputs_have_none(kit: SimpleNamespace, tasks: tuple[lf.Task, ...]) -> None:
     apart = all(isinstance(task, lf.Binary) for task in tasks)
-    trainer = kit.trainer("EW", tasks, multi_input=apart)
+    trainer = kit.trainer("ReLiF", tasks, multi_input=apart)
     batch: Any = next(iter(kit.loader()))
     made = stepping.losses_of(trainer, {task.name: batch for task in tasks} if apart else batch)
     assert made.matrices is None
