@@ -185,13 +185,6 @@ class FairBatch:
         grad = self.matrices.loss_gradient(self.score_matrix.detach().T)
         return self.matrices.logits, grad if share == 1 else grad.mul_(share)
 
-    @property
-    def row_scores(self) -> Tensor:
-        """Values of :attr:`score_matrix` with a row an example, [B, T], contiguous, without graph."""
-        if self.matrices is not None:
-            return torch.sigmoid(self.matrices.logits.detach()).contiguous()
-        return self.score_matrix.detach().T.contiguous()
-
     @cached_property
     def score_matrix(self) -> Tensor:
         """Audit scores of all main tasks, [T, B]; NaN past the end of a task that has fewer examples in this step."""

@@ -12,8 +12,7 @@ from torch import Tensor
 from libmtl_fair.batch import Columns, beside
 from libmtl_fair.errors import DataError, HostError
 from libmtl_fair.libmtl import batches
-from libmtl_fair.libmtl.model import RepresentationHook
-from libmtl_fair.libmtl.state import Loaders, Results, TrainingState
+from libmtl_fair.libmtl.state import Loaders, RepresentationHook, Results, TrainingState
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.tasks import Task
 

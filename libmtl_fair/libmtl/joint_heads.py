@@ -147,16 +147,14 @@ def _same_state(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) 
     states = [optimizer.state.get(p, {}) for p in parameters]
     if any(state.keys() != states[0].keys() for state in states):
         return False
-    for name in states[0]:
-        values = [state[name] for state in states]
-        if all(_is_like(value, p) for value, p in zip(values, parameters)) or all(value is None for value in values):
-            continue
-        if not all(isinstance(value, Tensor) and value.dim() == 0 for value in values):
-            return False
-        counts = torch.stack(values)
-        if not bool((counts == counts[0]).all()):
-            return False
-    return True
+    return all(_fits([state[name] for state in states], parameters) for name in states[0])
+
+
+def _fits(values: Sequence[object], parameters: Sequence[Tensor]) -> bool:
+    if all(_is_like(value, p) for value, p in zip(values, parameters)) or all(value is None for value in values):
+        return True
+    counts = [value for value in values if isinstance(value, Tensor) and value.dim() == 0]
+    return len(counts) == len(values) and bool((torch.stack(counts) == counts[0]).all())
 
 
 def _is_like(value: object, parameter: Tensor) -> bool:
@@ -173,13 +171,10 @@ def _join_state(optimizer: torch.optim.Optimizer, whole: Tensor, parts: Sequence
 
 
 def _split_state(optimizer: torch.optim.Optimizer, whole: Tensor, parts: Sequence[Tensor], sizes: list[int]) -> None:
-    """Give each head its rows of what the optimiser holds for all."""
-    state = optimizer.state.pop(whole, {})
-    rows: dict[str, Sequence[Tensor | None]] = {}
-    for name, value in state.items():
-        if _is_like(value, whole):
-            rows[name] = torch.split(value, sizes)
-        else:
-            rows[name] = [None] * len(parts) if value is None else value.repeat(len(parts)).unbind()
-    for i, p in enumerate(parts if rows else ()):
-        optimizer.state[p] = {name: values[i] for name, values in rows.items()}
+    for name, value in optimizer.state.pop(whole, {}).items():
+        shared = (
+            value.repeat(len(parts)).unbind() if isinstance(value, Tensor) and not value.dim() else [value] * len(parts)
+        )
+        rows = torch.split(value, sizes) if _is_like(value, whole) else shared
+        for p, own in zip(parts, rows):
+            optimizer.state[p][name] = own

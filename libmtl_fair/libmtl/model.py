@@ -18,8 +18,6 @@ from libmtl_fair.libmtl.state import Model, TrainingState
 from libmtl_fair.methods.base import FairWeighting, Settings
 from libmtl_fair.tasks import AUXILIARY_PREFIX
 
-_NOT_SEEN = "no head was called in the forward pass, so there is no representation to look at"
-
 
 class FusedHeads(Model):
     """Run linear heads on one shared representation as one matrix product.
@@ -65,11 +63,9 @@ class FusedHeads(Model):
         yield from (p for p in super().parameters(recurse) if id(p) not in joint.replaced)
         yield from (joint.weight, joint.bias)
 
-    def take_representation(self) -> Tensor:
+    def take_representation(self) -> Tensor | None:
         """Return what the heads received in the last forward pass, [B, d]; forget it."""
         h, vars(self)["fair_h"] = self.fair_h, None
-        if h is None:
-            raise HostError(_NOT_SEEN)
         return h
 
     def _wanted(self, task: str) -> bool:
@@ -157,40 +153,3 @@ def _can_fuse(arch: type[Any], trainer: TrainingState) -> bool:
     """Whether the architecture is plain hard sharing, whose forward we know."""
     hard_sharing = issubclass(arch, architecture_namespace.HPS) and arch.forward in (forward, AbsArchitecture.forward)
     return hard_sharing and not trainer.rep_grad and not trainer.multi_input
-
-
-class RepresentationHook:
-    """Keeps what each head received in the last forward pass; some models do so themselves while somebody watches."""
-
-    def __init__(self, model: Model) -> None:
-        self._model = model
-        self._own: Callable[[], Tensor | dict[str, Tensor]] | None = getattr(model, "take_representation", None)
-        self._seen: dict[str, Tensor] = {}
-        watched = [] if self._own else model.task_name
-        self._handles = [model.decoders[t].register_forward_pre_hook(self._keeper(t)) for t in watched]
-        model.fair_watchers += 1
-
-    def _keeper(self, task: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:  # a function, which copies of a head share
-            self._seen[task] = inputs[0]
-
-        return keep
-
-    def take(self) -> Tensor | dict[str, Tensor]:
-        """Return the representation [B, d] where the heads shared one, else one per task; forget it."""
-        if self._own is not None:
-            return self._own()
-        if self._model.rep_grad:
-            rep = self._model.rep
-            return dict(rep) if isinstance(rep, dict) else rep
-        seen, self._seen = self._seen, {}
-        if not seen:
-            raise HostError(_NOT_SEEN)
-        first = next(iter(seen.values()))
-        return first if all(h is first for h in seen.values()) and len(seen) > 1 else seen
-
-    def remove(self) -> None:
-        """Take the hooks off the heads."""
-        self._model.fair_watchers -= 1
-        for handle in self._handles:
-            handle.remove()

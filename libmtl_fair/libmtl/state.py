@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict, runtime_checkable
 
@@ -11,10 +11,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from libmtl_fair.errors import HostError
 from libmtl_fair.libmtl.history import History
 from libmtl_fair.libmtl.loading import Trainer
-from libmtl_fair.libmtl.losses import Entry, LossBank
-from libmtl_fair.tasks import Task
+from libmtl_fair.libmtl.losses import LossBank, tasks_of
+from libmtl_fair.tasks import AUXILIARY_PREFIX, Binary
 
 Loader: TypeAlias = Iterable[Any]
 """Yields ``(x, labels)``; labels are a dict task -> tensor, with group ids under ``"sensitive"``."""
@@ -24,7 +25,6 @@ Results: TypeAlias = dict[str, dict[str, float]]
 """Task -> metric -> value; ``loss`` is the mean over observed labels."""
 Plain: TypeAlias = Any
 """What a checkpoint may hold: tensors, numbers, texts, lists and dicts of them."""
-Scheduler: TypeAlias = "torch.optim.lr_scheduler.LRScheduler | torch.optim.lr_scheduler.ReduceLROnPlateau"
 
 
 class Model(nn.Module):
@@ -76,11 +76,42 @@ class TakesGroups(Protocol):
         """Keep attribute -> group ids [B] until the next forward pass."""
 
 
-class Representation(Protocol):
-    """Keeps what each head received in the last forward pass."""
+class RepresentationHook:
+    """Keeps what each head received in the last forward pass; some models do so themselves while somebody watches."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._own: Callable[[], Tensor | dict[str, Tensor] | None] | None = getattr(model, "take_representation", None)
+        self._seen: dict[str, Tensor] = {}
+        watched = [] if self._own else model.task_name
+        self._handles = [model.decoders[t].register_forward_pre_hook(self._keeper(t)) for t in watched]
+        model.fair_watchers += 1
+
+    def _keeper(self, task: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:  # a function, which copies of a head share
+            self._seen[task] = inputs[0]
+
+        return keep
 
     def take(self) -> Tensor | dict[str, Tensor]:
         """Return the representation [B, d] where the heads shared one, else one per task; forget it."""
+        own = self._own() if self._own is not None else None
+        if own is not None:
+            return own
+        if self._model.rep_grad:
+            rep = self._model.rep
+            return dict(rep) if isinstance(rep, dict) else rep
+        seen, self._seen = self._seen, {}
+        if not seen:
+            raise HostError("no head was called in the forward pass, so there is no representation to look at")
+        first = next(iter(seen.values()))
+        return first if all(h is first for h in seen.values()) and len(seen) > 1 else seen
+
+    def remove(self) -> None:
+        """Take the hooks off the heads."""
+        self._model.fair_watchers -= 1
+        for handle in self._handles:
+            handle.remove()
 
 
 class Best(TypedDict):
@@ -94,48 +125,66 @@ class Best(TypedDict):
 
 
 class TrainingState(Trainer):  # type: ignore[misc]
-    """What steps, evaluation, checkpoints and selection may read of a trainer, and change."""
+    """What steps, evaluation, checkpoints and selection read of a trainer, and change.
 
-    # what is trained
-    task_dict: dict[str, Entry]
-    task_name: list[str]
-    tasks: dict[str, Task | None]
-    main_tasks: list[str]
-    auxiliary: dict[str, Any]
-    """Name -> auxiliary task; there in training only."""
-    binary: tuple[str, ...]
-    """The main tasks where all are binary and have one input, else empty."""
-    losses: LossBank
+    Attributes
+    ----------
+    auxiliary : name -> auxiliary task, there in training only; ``main_tasks`` are the others' names.
+    binary : the main tasks where all are binary and have one input, else empty.
+    samples : batches that a step takes.
+    weight_args : what ``model.backward`` is called with.
+    representation : what the heads received, where the weighting asks for it.
+    """
+
     model: Model
     optimizer: torch.optim.Optimizer
-    scheduler: Scheduler | None
-    # how
+    scheduler: torch.optim.lr_scheduler.LRScheduler | torch.optim.lr_scheduler.ReduceLROnPlateau | None
+    representation: RepresentationHook | None
+    group_modules: list[TakesGroups]
     weighting: str
     weight_args: dict[str, Any]
-    """What ``model.backward`` is called with."""
     kwargs: dict[str, dict[str, Any]]
-    optim_param: dict[str, Any]
-    scheduler_param: Mapping[str, Any] | None
+    samples: int
     device: torch.device
+    run_dir: Path | None
     rep_grad: bool
     multi_input: bool
-    seed: int | None
-    run_dir: Path | None
     select: str
     select_by: Callable[[Results], float] | None
-    representation: Representation | None
-    """What the heads received, where the weighting asks for it."""
-    samples: int
-    """Batches that a step takes."""
-    group_modules: Sequence[TakesGroups]
-    # where it stands
-    epoch: int
-    global_step: int
-    n_groups: dict[str, int]
-    steps: History
-    best: Best
-    first_results: Results | None
-    last_structure: Plain
+    prepare_optimizer: Callable[[], None]
+
+    def take_tasks(self, task_dict: Mapping[str, Mapping[str, Any]]) -> None:
+        """Learn what is trained.
+
+        Raises
+        ------
+        HostError : no main task, or one with a name that is not for it.
+        """
+        if not task_dict:
+            raise HostError("task_dict is empty; it needs at least one task")
+        self.task_dict = {name: dict(entry) for name, entry in task_dict.items()}
+        self.task_name, self.task_num = list(task_dict), len(task_dict)
+        self.tasks, self.losses = tasks_of(self.task_dict), LossBank(self.task_dict)
+        self.auxiliary: dict[str, Any] = {name: task for name, task in self.tasks.items() if task and task.auxiliary}
+        self.main_tasks = [name for name in self.tasks if name not in self.auxiliary]
+        reserved = [name for name in self.main_tasks if name.startswith(AUXILIARY_PREFIX)]
+        if reserved:
+            raise HostError(
+                f"task {reserved[0]!r}: names that start with {AUXILIARY_PREFIX!r} are for auxiliary fairness heads; rename it"
+            )
+        if not self.main_tasks:
+            raise HostError("task_dict has auxiliary tasks only; it needs at least one main task")
+        binary = not self.multi_input and all(isinstance(self.tasks[name], Binary) for name in self.main_tasks)
+        self.binary = tuple(self.main_tasks) if binary else ()
+
+    def start_afresh(self) -> None:
+        """Forget all training."""
+        self.epoch = self.global_step = 0
+        self.n_groups: dict[str, int] = {}
+        self.steps = History()
+        self.best: Best = {"epoch": None, "score": float("-inf"), "results": None, "state": None, "structure": None}
+        self.first_results: Results | None = None
+        self.last_structure: Plain = None
 
     @property
     def own_losses(self) -> bool:
@@ -153,12 +202,6 @@ class TrainingState(Trainer):  # type: ignore[misc]
 
     def compute_losses(self, preds: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
         """Return the losses of all tasks, [T]."""
-        if not self.multi_input:
+        if not self.multi_input or self.own_losses:
             return self._compute_loss(preds, labels)
-        if self.own_losses:
-            return self.losses(preds, labels)
         return torch.stack([self._compute_loss(preds[t], labels[t], t) for t in self.task_name])
-
-    def prepare_optimizer(self) -> None:
-        """Make optimiser and scheduler for the model as it is now."""
-        raise NotImplementedError

@@ -22,16 +22,14 @@ from libmtl_fair.libmtl import step as stepping
 from libmtl_fair.libmtl.batches import group_counts, per_task
 from libmtl_fair.libmtl.checkpoint_selection import DivergenceError
 from libmtl_fair.libmtl.evaluate import evaluate, predict
-from libmtl_fair.libmtl.history import Floats, History, StepLog
+from libmtl_fair.libmtl.history import Floats, StepLog
 from libmtl_fair.libmtl.joint_heads import joined_heads
 from libmtl_fair.libmtl.loggers import Trackers
-from libmtl_fair.libmtl.losses import LossBank, tasks_of
-from libmtl_fair.libmtl.model import RepresentationHook, compose
+from libmtl_fair.libmtl.model import compose
 from libmtl_fair.libmtl.optimizers import make_optimizer, make_scheduler
-from libmtl_fair.libmtl.state import Loaders, Results, TakesGroups, TrainingState
+from libmtl_fair.libmtl.state import Loaders, RepresentationHook, Results, TakesGroups, TrainingState
 from libmtl_fair.methods.base import FairWeighting
 from libmtl_fair.predictions import Predictions
-from libmtl_fair.tasks import AUXILIARY_PREFIX, Binary
 
 if TYPE_CHECKING:
     from libmtl_fair.metrics import AuditReport
@@ -110,7 +108,7 @@ class FairTrainer(TrainingState):
         self.optim_param, self.scheduler_param = dict(optim_param), scheduler_param
         self.kwargs = {"weight_args": dict(weight_args or {}), "arch_args": dict(arch_args or {})}
         self._trackers = Trackers(loggers, self.run_dir)
-        self._take_tasks(task_dict)
+        self.take_tasks(task_dict)
         if seed is not None:
             checkpoint.seed_everything(seed)
         self.model = compose(self, weighting, architecture, encoder_class, decoders)
@@ -118,40 +116,14 @@ class FairTrainer(TrainingState):
         self.representation = RepresentationHook(self.model) if isinstance(self.model, FairWeighting) else None
         self.samples = stepping.SAMPLES.get(self.weighting, 1)
         self.prepare_optimizer()
-        self._start_afresh()
-        if load_path is not None:
-            checkpoint.load_weights(self, Path(load_path))
-
-    def _take_tasks(self, task_dict: Mapping[str, Mapping[str, Any]]) -> None:
-        if not task_dict:
-            raise HostError("task_dict is empty; it needs at least one task")
-        self.task_dict = {name: dict(entry) for name, entry in task_dict.items()}
-        self.task_name, self.task_num = list(task_dict), len(task_dict)
-        self.tasks, self.losses = tasks_of(self.task_dict), LossBank(self.task_dict)
-        self.auxiliary = {name: task for name, task in self.tasks.items() if task is not None and task.auxiliary}
-        self.main_tasks = [name for name in self.tasks if name not in self.auxiliary]
-        reserved = [name for name in self.main_tasks if name.startswith(AUXILIARY_PREFIX)]
-        if reserved:
-            raise HostError(
-                f"task {reserved[0]!r}: names that start with {AUXILIARY_PREFIX!r} are for auxiliary fairness heads; rename it"
-            )
-        if not self.main_tasks:
-            raise HostError("task_dict has auxiliary tasks only; it needs at least one main task")
-        binary = not self.multi_input and all(isinstance(self.tasks[name], Binary) for name in self.main_tasks)
-        self.binary = tuple(self.main_tasks) if binary else ()
-
-    def _start_afresh(self) -> None:
-        self.steps = History()
-        self.epoch = self.global_step = 0
-        self.best = {"epoch": None, "score": float("-inf"), "results": None, "state": None, "structure": None}
-        self.last_structure: Any = None
+        self.start_afresh()
         self.validation: Loaders | None = None
         self.test_results: Results | None = None
-        self.first_results = None
-        self.n_groups = {}
         self._before_epoch = selection.Snapshot()
         self._before_best: selection.Snapshot | None = None
         self._warned = False
+        if load_path is not None:
+            checkpoint.load_weights(self, Path(load_path))
 
     def prepare_optimizer(self) -> None:
         """Make optimiser and scheduler for the model as it is now."""

@@ -1,0 +1,57 @@
+"""A step of every method on torch's ``meta`` device: no value is ever read back; and what a step counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import libmtl_fair as lf
+from libmtl_fair.libmtl import step as stepping
+from libmtl_fair.libmtl.history import StepLog
+from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS
+from libmtl_fair.models import MLP, linear_heads
+
+BINARY = (lf.Binary("a"), lf.Binary("b"))
+MIXED = (*BINARY, lf.Regression("c"), lf.Multiclass("d", 3))
+METHODS: list[tuple[str, dict[str, Any]]] = [
+    ("EW", {}),
+    ("ReLiF", {}),
+    ("ReLiF", {"prototypes": "confident"}),
+    ("ReLiF", {"base": "UW"}),
+    ("FairMT", {}),
+    ("FairMT", {"alpha": "uniform"}),
+    ("FBGrad", {}),
+    ("GroupRegulariser", {"tasks": ("a", "b")}),
+    ("LambdaMix", {}),
+]
+
+
+@pytest.mark.parametrize("tasks", [BINARY, MIXED], ids=["binary", "mixed"])
+@pytest.mark.parametrize(("method", "args"), METHODS)
+def test_a_step_reads_no_value(method: str, args: dict[str, Any], tasks: tuple[lf.Task, ...]) -> None:
+    entries, heads = lf.task_dict(tasks), linear_heads(tasks, 8)
+    if method == "LambdaMix":
+        entries, heads = lf.add_fairness_heads(entries, heads, sensitive=("sex",))
+    trainer = lf.FairTrainer(
+        entries, method, "FairBranch" if method == "FBGrad" else "HPS", lambda: MLP(6, (12, 8)), heads, False, False,
+        {"optim": "adam", "lr": 1e-3}, None, device="meta", progress=False, select="last", weight_args=args,
+    )  # fmt: skip
+    trainer.n_groups, trainer.model.epoch = {"sex": 2}, 0
+    trainer.model.train_loss_buffer = torch.ones(len(tasks), 1).numpy()
+    trainer.model.train()
+    labels: dict[str, Any] = {
+        t.name: torch.zeros(16, device="meta", dtype=torch.long if t.kind == "multiclass" else torch.float)
+        for t in tasks
+    }
+    labels["sensitive"] = {"sex": torch.zeros(16, dtype=torch.long, device="meta")}
+    log = StepLog()
+    for _ in range(2):
+        stepping.step(trainer, (torch.zeros(16, 6, device="meta"), labels), 0, log)
+    assert (len(log), trainer.global_step) == (2, 2)
+    assert all(p.grad is not None for p in trainer.model.encoder.parameters())
+
+
+def test_every_method_of_ours_is_among_them() -> None:
+    assert {method for method, _ in METHODS} >= set(OUR_WEIGHTINGS)
