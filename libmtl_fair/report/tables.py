@@ -148,7 +148,7 @@ def group_sheet(run: RunFolder, between: bool = False) -> Sheet | None:
         means[means["group"].isin(numbers.BETWEEN_GROUPS) == between], "task", "attribute", "metric", "group"
     )
     means["metric"] = means["metric"].str.replace("_", " ")
-    means["n"] = [show(n, digits=0) for n in means["n"]]
+    means["n"] = [f"{n:.0f}" if n == n else "–" for n in means["n"]]
     means.insert(
         6,
         "interval",

@@ -13,7 +13,7 @@ from rich.console import Console
 from libmtl_fair.report import read_run, shrinkage_verdict, summary, summary_table, write_summary
 from libmtl_fair.report.notes import notes
 from libmtl_fair.report.summary import curve_bias, with_sd
-from libmtl_fair.report.tables import show
+from libmtl_fair.report.tables import audit_sheet, group_sheet, show
 
 
 def raw(run_dir, method, seed):
@@ -126,6 +126,25 @@ def test_a_curve_of_other_tasks_is_not_used(run_dir):
         notes(run)[0]
         == "The score-shrinkage curve covers other tasks than the audit, so no method is compared with it."
     )
+
+
+def test_cells_of_the_sheets_are_numbers_as_a_reader_wants_them(run_dir):
+    run = read_run(run_dir)
+    rows = {between: [[c.text for c in line] for line in group_sheet(run, between).body] for between in (True, False)}
+    value = statistics.mean(
+        row["value"]
+        for seed in range(3)
+        for row in raw(run_dir, "relif", seed)["groups"]["test"]
+        if (row["task"], row["attribute"], row["metric"]) == ("income", "sex", "equalized_odds")
+    )
+    whole = [line for line in rows[True] if line[:5] == ["income", "sex", "equalized odds", "difference", "relif"]]
+    assert whole == [[*whole[0][:5], f"{value:.3f} ± 0.000", f"[{value - 0.03:.3f}, {value + 0.03:.3f}]", "9769", ""]]
+    small = [line for line in rows[False] if line[3] == "Other & <b>x</b>"]
+    assert {tuple(line[-2:]) for line in small} == {("21", "small")}
+    audit = [[c.text for c in line] for line in audit_sheet(run).body]
+    bias = [raw(run_dir, "relif", s)["audit"]["test"][1]["bias"] for s in range(3)]
+    shown = [f"{statistics.mean(bias):.4f} ± {statistics.stdev(bias):.4f}", "yes (3 of 3 seeds)"]
+    assert [[line[3], line[-1]] for line in audit if line[:3] == ["p75", "0.2120", "relif"]] == [shown]
 
 
 def test_summary_file(run_dir):
