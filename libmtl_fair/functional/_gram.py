@@ -41,23 +41,41 @@ def head_gram(logit_grads: Sequence[Tensor], head_weights: Sequence[Tensor], ran
     _check(logit_grads, head_weights)
     sizes = tuple(grad.shape[1] for grad in logit_grads)
     grads, weights = torch.cat(list(logit_grads), dim=1), torch.cat(list(head_weights))
+    owner = None if all(size == 1 for size in sizes) else column_owner(sizes, grads.dtype, grads.device)
+    gram, _ = head_products(grads, grads, weights, owner, rank_one)
+    return gram / len(grads) if rank_one else gram
+
+
+def head_products(
+    grads: Tensor, other: Tensor, weights: Tensor, owner: Tensor | None = None, rank_one: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return (K [..., T, T], b [..., T]): inner products of the tasks' representation gradients, and with another objective's.
+
+    Parameters
+    ----------
+    grads, other : [..., B, C] gradients of the losses and of the other objective to all logits.
+    weights : [..., C, d] of the heads.
+    owner : [C, T] one-hot, which task a logit belongs to; None where each task has one.
+    rank_one : the source's form: the norm of each logit's gradient in place of the gradient, so that the diagonal is that of
+        the exact form (the root mean square times sqrt(B)).
+    """
+    overlap, c = weights @ weights.mT, grads.shape[-1]
+    both = torch.cat([grads, other], -1)
     if rank_one:
-        sensitivity = grads.square().mean(0).sqrt()
-        per_logit = torch.outer(sensitivity, sensitivity) * (weights @ weights.T)
+        size = both.norm(dim=-2)
+        cross = size[..., :c, None] * size[..., None, :]
     else:
-        per_logit = (grads.T @ grads) * (weights @ weights.T)
-    if all(size == 1 for size in sizes):
-        return per_logit
-    member = _membership(sizes, grads.dtype, grads.device)
-    return member @ per_logit @ member.T
+        cross = grads.mT @ both
+    gram, linear = cross[..., :c] * overlap, (cross[..., c:] * overlap).sum(-1)
+    return (gram, linear) if owner is None else (owner.mT @ gram @ owner, linear @ owner)
 
 
 @lru_cache(maxsize=64)
-def _membership(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Indicator [T, sum C] of each task's logits; kept, as building it on a device each step would wait for a copy."""
+def column_owner(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Indicator [sum C, T] of each task's logits; kept, as building it on a device each step would wait for a copy."""
     with torch.inference_mode(False):
         task = torch.tensor([t for t, size in enumerate(sizes) for _ in range(size)])
-        return (task == torch.arange(len(sizes)).unsqueeze(1)).to(device, dtype)
+        return (task.unsqueeze(1) == torch.arange(len(sizes))).to(device, dtype)
 
 
 def _check(logit_grads: Sequence[Tensor], head_weights: Sequence[Tensor]) -> None:

@@ -19,7 +19,14 @@ _ENUMERATED = 6
 _SHRINK = 0.7
 
 
-def min_norm_weights(gram: Tensor, linear: Tensor | None = None, *, iters: int = 20, solver: str = "auto") -> Tensor:
+def min_norm_weights(
+    gram: Tensor,
+    linear: Tensor | None = None,
+    present: Tensor | None = None,
+    *,
+    iters: int = 20,
+    solver: str = "auto",
+) -> Tensor:
     """Task weights ``argmin over the simplex of a'Ka + 2 linear'a``; no gradient.
 
     With ``K`` the Gram matrix of the tasks' gradients and no linear term this is MGDA's minimum-norm point. K is taken as
@@ -28,10 +35,12 @@ def min_norm_weights(gram: Tensor, linear: Tensor | None = None, *, iters: int =
 
     Parameters
     ----------
-    gram : Tensor [T, T] or [..., T, T]
-        Symmetric; a batch goes the device's way on the CPU too.
-    linear : Tensor [T] or [..., T], optional
+    gram : Tensor [..., T, T]
+        Symmetric.
+    linear : Tensor [..., T], optional
         Linear term.
+    present : Tensor [..., T] of bool, optional
+        Tasks that take part; the others have weight 0, and so have all where none does.
     iters : int
         Steps of the interior point, of fixed number so as never to wait for the device.
     solver : {"auto", "active-set", "enumeration", "interior-point"}
@@ -56,16 +65,37 @@ def min_norm_weights(gram: Tensor, linear: Tensor | None = None, *, iters: int =
     _check(gram, linear, iters, solver)
     gram = gram.detach()
     linear = gram.new_zeros(gram.shape[:-1]) if linear is None else linear.detach()
-    readable = gram.dim() == 2 and on_cpu(gram, linear)
+    readable = on_cpu(gram, linear) and (present is None or on_cpu(present))
     if solver == "active-set" and not readable:
-        raise RecipeError("min_norm_weights: solver 'active-set' needs one [T, T] matrix on the CPU; use 'auto'.")
+        raise RecipeError("min_norm_weights: solver 'active-set' needs a problem on the CPU; use 'auto'.")
+    if readable and gram.dim() > 2:
+        options = {"iters": iters, "solver": solver}
+        flags = [None] * len(gram) if present is None else present
+        return torch.stack([min_norm_weights(g, b, p, **options) for g, b, p in zip(gram, linear, flags)])  # type: ignore[arg-type]
+    if present is not None:
+        return _among(gram, linear, present, readable, iters, solver)
     ridge = max(2 * torch.finfo(gram.dtype).eps, 1e-13)
     if readable and solver in ("auto", "active-set"):
-        found = _solve_host(gram.numpy(), linear.numpy(), ridge)
+        found = _solve_cpu(gram.numpy(), linear.numpy(), ridge)
         if found is not None:
             return torch.as_tensor(found, dtype=gram.dtype)
     enumerate_supports = solver == "enumeration" or (solver == "auto" and gram.shape[-1] <= _ENUMERATED)
     return _solve_device(gram, linear, ridge, iters, enumerate_supports)
+
+
+def _among(gram: Tensor, linear: Tensor, present: Tensor, readable: bool, iters: int, solver: str) -> Tensor:
+    """Solve among the tasks that are present: a smaller problem where values may be read, else behind a barrier."""
+    if readable:
+        index = present.nonzero().squeeze(1)
+        weights = torch.zeros_like(linear)
+        if len(index):
+            weights[index] = min_norm_weights(gram[index][:, index], linear[index], iters=iters, solver=solver)
+        return weights
+    seen = present.to(gram.dtype)
+    largest = gram.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True) + linear.abs().amax(-1, keepdim=True) + 1
+    barrier = torch.diag_embed((1 - seen) * 1e12 * largest)
+    weights = min_norm_weights(gram + barrier, linear * seen, iters=iters, solver=solver) * seen
+    return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
 def _check(gram: Tensor, linear: Tensor | None, iters: int, solver: str) -> None:
@@ -83,7 +113,7 @@ def _check(gram: Tensor, linear: Tensor | None, iters: int, solver: str) -> None
         )
 
 
-def _solve_host(gram: np.ndarray, linear: np.ndarray, ridge: float) -> list[float] | np.ndarray | None:
+def _solve_cpu(gram: np.ndarray, linear: np.ndarray, ridge: float) -> list[float] | np.ndarray | None:
     """Solve on the CPU; None where block pivoting has not settled."""
     n = len(linear)
     if n == 2:

@@ -1,11 +1,13 @@
 """Disparity between groups of one task, psi >= 0: only the groups behind the best are lifted (FairMT, arXiv:2512.00469).
 
-Every measure is a function of sufficient statistics per group (rates or means, and counts), so that they may come from one
-batch or from decayed sums over many. A measure returns its value and whether it is present (two groups to compare);
-an absent value is 0 with zero gradient.
+Every measure is :func:`lift` of a cost per group, made from sufficient statistics (rates or means, and counts), so that they
+may come from one batch or from decayed sums over many. A measure returns its value and whether it is present (two groups to
+compare); an absent value is 0 with zero gradient.
 """
 
 from __future__ import annotations
+
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -18,16 +20,79 @@ REFERENCES = ("max", "lcb")
 _Z95 = 1.959963984540054
 
 
-def aeod(
-    scores: Tensor,
-    labels: Tensor,
-    groups: Tensor,
-    n_groups: int,
+class LiftOptions(TypedDict, total=False):
+    """How a disparity is measured.
+
+    symmetric : bool
+        The ablation: largest minus smallest cost, gradient to both sides.
+    normalise : bool
+        Divide the sum by (groups observed - 1) **(ours)**.
+    reference : {"max", "lcb"}
+        The best observed group, or the one with the best 95 % bound, so that a tiny, lucky group does not set the bar
+        **(ours)**.
+    min_count : float
+        Groups with fewer examples are absent **(ours)**.
+    """
+
+    symmetric: bool
+    normalise: bool
+    reference: str
+    min_count: float
+
+
+def lift(
+    cost: Tensor,
+    count: Tensor,
+    bound: Tensor | None = None,
     *,
     symmetric: bool = False,
     normalise: bool = False,
-    reference: str = "max",
-    min_count: float = 0.0,
+    min_count: float | Tensor = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the groups' costs exceed the best group's by, summed; the best is detached, so that only the others are moved.
+
+    Parameters
+    ----------
+    cost, count : Tensor [..., G, C]
+        Cost of each group (a rate or an error) and the examples behind it, which may be fractions (decayed sums).
+    bound : Tensor [..., G, C], optional
+        The best group is the one whose bound is least, in place of the one whose cost is.
+    symmetric, normalise, min_count
+        As in :class:`LiftOptions`; a group counts where its count is positive and at least ``min_count``.
+
+    Returns
+    -------
+    (value [..., C], present bool [..., C], slope [..., G, C]): the slope is the value's derivative to the cost; the value is
+    differentiable by autograd too.
+
+    >>> value, present, slope = lift(torch.tensor([[0.1], [0.6]]), torch.ones(2, 1))
+    >>> value, slope.squeeze(1)
+    (tensor([0.5000]), tensor([0., 1.]))
+    """
+    fixed = cost.detach()
+    known = (count > 0) & (count >= min_count)
+    observed = known.sum(-2)
+    present = observed >= 2
+    low = torch.where(known, fixed, torch.inf)
+    if symmetric:
+        high = torch.where(known, fixed, -torch.inf)
+        top, bottom = high == high.amax(-2, keepdim=True), low == low.amin(-2, keepdim=True)
+        # groups that tie share the slope, as autograd's amax has it
+        top, bottom = (x & known & present.unsqueeze(-2) for x in (top, bottom))
+        slope = top / top.sum(-2, keepdim=True).clamp(min=1) - bottom / bottom.sum(-2, keepdim=True).clamp(min=1)
+        return (slope * cost).sum(-2), present, slope.to(cost.dtype)
+    best = low.amin(-2, keepdim=True)
+    if bound is not None:
+        best = fixed.gather(-2, torch.where(known, bound, torch.inf).argmin(-2, keepdim=True))
+    excess = torch.where(known, cost - best, 0.0)  # with one group known it is the best, with none all is masked
+    slope = (excess.detach() > 0).to(cost.dtype)
+    if normalise:
+        slope = slope / (observed - 1).clamp(min=1).unsqueeze(-2)
+    return (slope * excess).sum(-2), present, slope
+
+
+def aeod(
+    scores: Tensor, labels: Tensor, groups: Tensor, n_groups: int, **options: Unpack[LiftOptions]
 ) -> tuple[Tensor, Tensor]:
     """Asymmetric equalised odds disparity of soft rates: ``sum_g relu(tau - TPR_g) + relu(FPR_g - phi)``.
 
@@ -42,15 +107,9 @@ def aeod(
         Group ids, -1 unknown.
     n_groups : int
         Number of groups G.
-    symmetric : bool
-        The ablation: largest minus smallest rate, gradient to both sides; in [0, 2].
-    normalise : bool
-        Divide each sum by (groups observed - 1), so that the value lies in [0, 2] **(ours)**.
-    reference : {"max", "lcb"}
-        The best observed rate, or the rate of the group with the best Wilson 95 % bound (highest lower bound of TPR,
-        lowest upper bound of FPR), so that a tiny, lucky group does not set the bar **(ours)**.
-    min_count : float
-        Groups with fewer positives (negatives) are absent from the TPR (FPR) part **(ours)**.
+    options
+        ``symmetric, normalise, reference, min_count``: see :class:`LiftOptions`. With ``normalise`` or ``symmetric`` the
+        value lies in [0, 2]; "lcb" takes Wilson's 95 % bounds (highest lower bound of TPR, lowest upper bound of FPR).
 
     Returns
     -------
@@ -65,56 +124,30 @@ def aeod(
     >>> value, present
     (tensor(0.5000), tensor(True))
     """
-    value, present = aeod_from_rates(
-        *soft_rates(scores, labels, groups, n_groups),
-        symmetric=symmetric,
-        normalise=normalise,
-        reference=reference,
-        min_count=min_count,
-    )
+    value, present = aeod_from_rates(*soft_rates(scores, labels, groups, n_groups), **options)
     return (value, present) if scores.dim() == 1 else (masked_mean(value, present), present.any())
 
 
 def aeod_from_rates(
-    tpr: Tensor,
-    fpr: Tensor,
-    n_pos: Tensor,
-    n_neg: Tensor,
-    *,
-    symmetric: bool = False,
-    normalise: bool = False,
-    reference: str = "max",
-    min_count: float = 0.0,
+    tpr: Tensor, fpr: Tensor, n_pos: Tensor, n_neg: Tensor, **options: Unpack[LiftOptions]
 ) -> tuple[Tensor, Tensor]:
     """:func:`aeod` from rates and counts [G], or [G, C] for a column a label or task: (value, present), scalars or [C].
-
-    Counts may be fractions (decayed sums); a group counts where its count is positive and at least ``min_count``.
 
     >>> ones = torch.ones(2)
     >>> aeod_from_rates(torch.tensor([0.9, 0.4]), torch.tensor([0.1, 0.1]), ones, ones)[0]
     tensor(0.5000)
     """
-    _check(reference, symmetric)
-    tpr, fpr, n_pos, n_neg = (x.movedim(0, -1) for x in (tpr, fpr, n_pos, n_neg))
-    bounds: tuple[Tensor | None, Tensor | None] = (None, None)
-    if reference == "lcb":
-        bounds = 1 - wilson_interval(tpr.detach(), n_pos)[0], wilson_interval(fpr.detach(), n_neg)[1]
     # a miss rate costs as a false positive rate does: 1 - TPR has the differences of TPR
-    missed, in_tpr = _lift(1 - tpr, _counts(n_pos, min_count), bounds[0], symmetric, normalise)
-    alarm, in_fpr = _lift(fpr, _counts(n_neg, min_count), bounds[1], symmetric, normalise)
-    return missed + alarm, in_tpr | in_fpr
+    cost, count = torch.stack([1 - tpr, fpr], -1), torch.stack([n_pos, n_neg], -1)
+    bound = rate_bound(cost, count) if _check(options) else None
+    value, present = _lifted(
+        cost.movedim(0, -2), count.movedim(0, -2), bound if bound is None else bound.movedim(0, -2), options
+    )
+    return value.sum(-1), present.any(-1)
 
 
 def caeod(
-    probs: Tensor,
-    labels: Tensor,
-    groups: Tensor,
-    n_groups: int,
-    *,
-    symmetric: bool = False,
-    normalise: bool = False,
-    reference: str = "max",
-    min_count: float = 0.0,
+    probs: Tensor, labels: Tensor, groups: Tensor, n_groups: int, **options: Unpack[LiftOptions]
 ) -> tuple[Tensor, Tensor]:
     """Class-wise AEOD of a multiclass task: :func:`aeod` of each class one-vs-rest, averaged over the classes present.
 
@@ -124,18 +157,8 @@ def caeod(
     >>> caeod(probs, torch.tensor([0, 0]), torch.tensor([0, 1]), 2)[0]
     tensor(0.5000)
     """
-    classes = torch.arange(probs.shape[1], device=probs.device)
-    one_vs_rest = one_hot_labels(labels, classes)
-    return aeod(
-        probs,
-        one_vs_rest,
-        groups,
-        n_groups,
-        symmetric=symmetric,
-        normalise=normalise,
-        reference=reference,
-        min_count=min_count,
-    )
+    one_vs_rest = one_hot_labels(labels, torch.arange(probs.shape[1], device=probs.device))
+    return aeod(probs, one_vs_rest, groups, n_groups, **options)
 
 
 def one_hot_labels(labels: Tensor, classes: Tensor) -> Tensor:
@@ -149,80 +172,25 @@ def one_hot_labels(labels: Tensor, classes: Tensor) -> Tensor:
     return member.long().where(member.any(-1, keepdim=True), -100)
 
 
-def aep(
-    errors: Tensor,
-    groups: Tensor,
-    n_groups: int,
-    *,
-    symmetric: bool = False,
-    normalise: bool = False,
-    reference: str = "max",
-    min_count: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+def aep(errors: Tensor, groups: Tensor, n_groups: int, **options: Unpack[LiftOptions]) -> tuple[Tensor, Tensor]:
     """Asymmetric error parity of a regression task: ``sum_g relu(e_g - min_g e_g)``, e_g the group's mean error.
 
     ``errors`` [B] are per-example errors >= 0 (squared or absolute, of the standardised target), NaN where unobserved.
     With ``reference="lcb"`` the best group is that of the lowest upper 95 % bound of a mean (normal, from the group's own
-    variance; **ours**). Other options, return and raises as :func:`aeod`. Source: FairMT.
+    variance; **ours**). Options, return and raises as :func:`aeod`. Source: FairMT.
 
     >>> aep(torch.tensor([1.0, 3.0, 4.0]), torch.tensor([0, 1, 1]), 2)[0]
     tensor(2.5000)
     """
     mean, count = group_mean(errors, groups, n_groups)
-    square = group_mean(errors.detach().square(), groups, n_groups)[0] if reference == "lcb" else None
-    return aep_from_means(
-        mean,
-        count,
-        square,
-        symmetric=symmetric,
-        normalise=normalise,
-        reference=reference,
-        min_count=min_count,
-    )
-
-
-def aep_from_means(
-    mean: Tensor,
-    count: Tensor,
-    square_mean: Tensor | None = None,
-    *,
-    symmetric: bool = False,
-    normalise: bool = False,
-    reference: str = "max",
-    min_count: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """:func:`aep` from the groups' mean errors and counts [G]; "lcb" also needs the mean squared errors [G].
-
-    Raises
-    ------
-    RecipeError
-        As :func:`aeod`, and for "lcb" without ``square_mean``.
-
-    >>> aep_from_means(torch.tensor([1.0, 3.5]), torch.tensor([1.0, 2.0]))[0]
-    tensor(2.5000)
-    """
-    _check(reference, symmetric)
     bound = None
-    if reference == "lcb":
-        if square_mean is None:
-            raise RecipeError("aep_from_means: reference 'lcb' needs the groups' mean squared errors (square_mean).")
-        variance = (square_mean - mean.square()).detach().clamp(min=0)
-        # one example has no variance of its own: it may not set the bar
-        bound = mean.detach() + _Z95 * (variance / (count - 1)).sqrt().where(count > 1, torch.inf)
-        bound = bound.clamp(max=torch.finfo(bound.dtype).max)
-    return _lift(mean, _counts(count, min_count), bound, symmetric, normalise)
+    if _check(options):
+        bound = mean_bound(mean, count, group_mean(errors.detach().square(), groups, n_groups)[0])
+    return _lifted(mean, count, bound, options)
 
 
 def aep_ccc(
-    predictions: Tensor,
-    targets: Tensor,
-    groups: Tensor,
-    n_groups: int,
-    *,
-    symmetric: bool = False,
-    normalise: bool = False,
-    reference: str = "max",
-    min_count: float = 0.0,
+    predictions: Tensor, targets: Tensor, groups: Tensor, n_groups: int, **options: Unpack[LiftOptions]
 ) -> tuple[Tensor, Tensor]:
     """:func:`aep` of ``1 - CCC_g``, each group's lack of concordance, from predictions and targets [B].
 
@@ -232,34 +200,13 @@ def aep_ccc(
     >>> aep_ccc(torch.tensor([0.0, 1.0, 1.0, 0.0]), y, torch.tensor([0, 0, 1, 1]), 2)[0]
     tensor(2.)
     """
-    _check(reference, symmetric)
     lack, count = ccc_lack_from_sums(ccc_sums(predictions, targets, groups, n_groups))
-    return aep_ccc_from_lack(
-        lack, count, symmetric=symmetric, normalise=normalise, reference=reference, min_count=min_count
-    )
+    bound = ccc_bound(lack, count) if _check(options) else None
+    return _lifted(lack, count, bound, {**options, "min_count": max(options.get("min_count", 0.0), CCC_COUNT)})
 
 
-def aep_ccc_from_lack(
-    lack: Tensor,
-    count: Tensor,
-    *,
-    symmetric: bool = False,
-    normalise: bool = False,
-    reference: str = "max",
-    min_count: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """:func:`aep_ccc` from ``1 - CCC`` and counts [G] (:func:`ccc_lack_from_sums`).
-
-    >>> aep_ccc_from_lack(torch.tensor([0.2, 0.5]), torch.tensor([9.0, 9.0]))[0]
-    tensor(0.3000)
-    """
-    _check(reference, symmetric)
-    bound = None
-    if reference == "lcb":
-        fisher = (1 - lack.detach()).clamp(-1 + 1e-6, 1 - 1e-6).atanh()
-        bound = 1 - (fisher - _Z95 / (count - 3).clamp(min=0.25).sqrt()).tanh()
-    # with one example a group has no variance, so no concordance
-    return _lift(lack, _counts(count, max(min_count, 2.0)), bound, symmetric, normalise)
+CCC_COUNT = 2.0
+"""With one example a group has no variance, so no concordance."""
 
 
 def ccc_sums(predictions: Tensor, targets: Tensor, groups: Tensor, n_groups: int) -> Tensor:
@@ -277,15 +224,15 @@ def ccc_sums(predictions: Tensor, targets: Tensor, groups: Tensor, n_groups: int
 
 
 def ccc_lack_from_sums(sums: Tensor) -> tuple[Tensor, Tensor]:
-    """``1 - CCC = mean (p - t)^2 / (var p + var t + (mean p - mean t)^2)`` and n, each [G], from :func:`ccc_sums`.
+    """``1 - CCC = mean (p - t)^2 / (var p + var t + (mean p - mean t)^2)`` and n, each [..., G], from :func:`ccc_sums`.
 
     In [0, 2]; 0 where predictions and targets are one and the same constant.
 
     >>> ccc_lack_from_sums(torch.tensor([[2.0, 3.0, 2.0, 5.0, 4.0, 1.0]]))
     (tensor([0.3333]), tensor([2.]))
     """
-    count = sums[:, 0]
-    p, t, pp, tt, error = (sums[:, 1:] / count.clamp(min=torch.finfo(sums.dtype).tiny).unsqueeze(1)).unbind(1)
+    count = sums[..., 0]
+    p, t, pp, tt, error = (sums[..., 1:] / count.clamp(min=torch.finfo(sums.dtype).tiny).unsqueeze(-1)).unbind(-1)
     total = (pp - p * p).clamp(min=0) + (tt - t * t).clamp(min=0) + (p - t).square()
     some = total > 0
     return (error / total.where(some, 1.0)).where(some, 0.0), count
@@ -304,33 +251,45 @@ def wilson_interval(rate: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     return (centre - half).clamp(0, 1), (centre + half).clamp(0, 1)
 
 
-def _lift(
-    cost: Tensor, present: Tensor, bound: Tensor | None, symmetric: bool, normalise: bool
-) -> tuple[Tensor, Tensor]:
-    """Sum over groups [..., G] of what their cost exceeds the best group's, detached; and whether there are two groups."""
-    count = present.sum(-1)
-    enough = count >= 2
-    if symmetric:
-        high = cost.masked_fill(~present, -torch.inf).amax(-1)
-        value = high - cost.masked_fill(~present, torch.inf).amin(-1)
-        return value.where(enough, 0.0), enough
-    if bound is None:
-        best = cost.detach().masked_fill(~present, torch.inf).amin(-1, keepdim=True)
-    else:
-        chosen = bound.masked_fill(~present, torch.inf).argmin(-1, keepdim=True)
-        best = cost.detach().gather(-1, chosen)
-    value = (cost - best).relu().where(present, 0.0).sum(-1)
-    if normalise:
-        value = value / (count - 1).clamp(min=1)
-    return value.where(enough, 0.0), enough
+def rate_bound(rate: Tensor, count: Tensor) -> Tensor:
+    """Upper 95 % bound of a rate that costs."""
+    return wilson_interval(rate.detach(), count)[1]
 
 
-def _counts(count: Tensor, min_count: float) -> Tensor:
-    return (count > 0) & (count >= min_count)
+def mean_bound(mean: Tensor, count: Tensor, square_mean: Tensor) -> Tensor:
+    """Upper 95 % bound of a mean error, from the mean squared errors; one example has no variance: it sets no bar."""
+    variance = (square_mean - mean.square()).detach().clamp(min=0)
+    bound = mean.detach() + _Z95 * (variance / (count - 1)).sqrt().where(count > 1, torch.inf)
+    return bound.clamp(max=torch.finfo(bound.dtype).max)
 
 
-def _check(reference: str, symmetric: bool) -> None:
+def ccc_bound(lack: Tensor, count: Tensor) -> Tensor:
+    """Upper 95 % bound of ``1 - CCC``, after Fisher's transform."""
+    fisher = (1 - lack.detach()).clamp(-1 + 1e-6, 1 - 1e-6).atanh()
+    return 1 - (fisher - _Z95 / (count - 3).clamp(min=0.25).sqrt()).tanh()
+
+
+def _lifted(cost: Tensor, count: Tensor, bound: Tensor | None, options: LiftOptions) -> tuple[Tensor, Tensor]:
+    """:func:`lift` of costs [G] or [..., G, C]."""
+    column = cost.dim() == 1
+    if column:
+        cost, count, bound = cost.unsqueeze(-1), count.unsqueeze(-1), None if bound is None else bound.unsqueeze(-1)
+    value, present, _ = lift(
+        cost,
+        count,
+        bound,
+        symmetric=options.get("symmetric", False),
+        normalise=options.get("normalise", False),
+        min_count=options.get("min_count", 0.0),
+    )
+    return (value.squeeze(-1), present.squeeze(-1)) if column else (value, present)
+
+
+def _check(options: LiftOptions) -> bool:
+    """Whether the reference is that of a bound."""
+    reference = options.get("reference", "max")
     if reference not in REFERENCES:
         raise RecipeError(unknown("reference of a disparity", reference, REFERENCES))
-    if symmetric and reference == "lcb":
+    if options.get("symmetric") and reference == "lcb":
         raise RecipeError("disparity: symmetric=True has no reference group; it excludes reference='lcb'.")
+    return reference == "lcb"

@@ -69,7 +69,7 @@ def _torch(x: Tensor) -> Any:
 C = TypeVar("C", bound=Controller)
 
 
-def stack(modules: Sequence[C]) -> C:
+def stack(modules: Sequence[C], device: torch.device | None = None) -> C:
     """Return one module that does what all of these do: numbers and buffers with a leading dimension.
 
     >>> both = stack([DualAscent(rho=0.5, epsilon=0.1), DualAscent(rho=0.1, epsilon=0.1)])
@@ -77,7 +77,7 @@ def stack(modules: Sequence[C]) -> C:
     tensor([0.1000, 0.0200])
     """
     made = copy.deepcopy(modules[0])
-    device = next(made.buffers()).device
+    device = device or next(made.buffers()).device
     for name in made.numbers:
         values = [getattr(module, name) for module in modules]
         dtype = widest(device) if any(isinstance(value, float) for value in values) else None

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -252,9 +251,3 @@ def test_measures_refuse_what_excludes_itself(measure: Callable[..., Tensor]) ->
         measure(torch.rand(8, dtype=D), reference="mex")
     with pytest.raises(RecipeError, match="symmetric=True has no reference group"):
         measure(torch.rand(8, dtype=D), symmetric=True, reference="lcb")
-
-
-def test_lcb_of_means_needs_squares() -> None:
-    with pytest.raises(RecipeError, match="needs the groups' mean squared errors"):
-        F.aep_from_means(torch.rand(2), torch.ones(2), reference="lcb")
-    assert math.isclose(F.aep_from_means(torch.tensor([1.0, 3.0]), torch.ones(2))[0].item(), 2.0)

@@ -15,7 +15,6 @@ import libmtl_fair as lf
 from libmtl_fair import functional as F
 from libmtl_fair.errors import HostError
 from libmtl_fair.libmtl import step as stepping
-from libmtl_fair.methods.fairmt.proxies import Outputs, head_products, min_norm_of
 from libmtl_fair.models import MLP
 
 FEATURES, WIDTH, N = 4, 5, 48
@@ -79,11 +78,8 @@ def products(made: Any) -> tuple[Tensor, Tensor]:
     made.n_groups = {"sex": 2}
     torch.manual_seed(5)
     batch = stepping.fair_batch(made, stepping.losses_of(made, next(iter(loader(tuple(made.tasks.values()))))), 0)
-    outputs = Outputs([batch.outputs[name] for name in made.task_name])
-    term = made.model.lipschitz(batch) if made.model.lipschitz is not None else None
-    with torch.no_grad():
-        fairness = made.model.fairness(batch, outputs, term)
-    return made.model._alpha._products(batch, outputs, outputs.gradients(batch.losses), fairness)  # type: ignore[no-any-return]
+    found = made.model._measure(batch)
+    return made.model._alpha._products(batch, made.model._gradients(batch, batch.losses, found))  # type: ignore[no-any-return]
 
 
 def flattened(task: lf.Task) -> nn.Module:
@@ -106,20 +102,6 @@ def test_head_equals_representation_on_linear_heads(head: Any, rep_grad: bool, l
     for mine, theirs in zip(closed, autograd):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
     assert float(closed[1].abs().max()) > 0
-
-
-def test_head_proxy_is_the_functional_gram() -> None:
-    g = torch.Generator().manual_seed(0)
-    sizes = (1, 3, 2)
-    grads = [torch.randn(9, c, generator=g) for c in sizes]
-    heads = [torch.randn(c, 4, generator=g) for c in sizes]
-    fair = [torch.randn(9, c, generator=g) for c in sizes]
-    owner = nn.functional.one_hot(torch.tensor([0, 1, 1, 1, 2, 2])).float()
-    for rank_one, scale in ((False, 1), (True, 9)):
-        gram, linear = head_products(torch.cat(grads, 1), torch.cat(fair, 1), torch.cat(heads), owner, rank_one)
-        theirs = F.head_gram([*grads, torch.cat(fair, 1)], [*heads, torch.cat(heads)], rank_one)
-        torch.testing.assert_close(gram, scale * theirs[:3, :3], rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(linear, scale * theirs[:3, 3], rtol=1e-5, atol=1e-4)
 
 
 def test_full_proxy_uses_all_shared_parameters() -> None:
@@ -273,7 +255,7 @@ def test_min_norm_of_observed_tasks_is_that_of_the_smaller_problem(n: int, seed:
     rows = torch.randn(n, 8, generator=g, dtype=torch.float64) * scale
     gram, linear = rows @ rows.T, torch.randn(n, generator=g, dtype=torch.float64) * scale
     observed = torch.rand(n, generator=g) > 0.4
-    alpha = min_norm_of(gram * observed * observed.unsqueeze(1), linear * observed, observed)
+    alpha = F.min_norm_weights(gram * observed * observed.unsqueeze(1), linear * observed, observed)
     assert (alpha[~observed] == 0).all()
     index = observed.nonzero().squeeze(1)
     if len(index):

@@ -5,11 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from libmtl_fair.methods.fairmt.proxies import min_norm_of
+from libmtl_fair import functional as F
 from libmtl_fair.recipe.build import loaders, make_dataset, make_trainer
 from libmtl_fair.tune.space import changed
 from libmtl_fair.tune.stacked import Rows, Stack, obstacle, shape
-from libmtl_fair.tune.stacked.fairmt import min_norm_rows
 from libmtl_fair.tune.stacked.weights import Adam
 
 CPU = torch.device("cpu")
@@ -222,7 +221,7 @@ def test_members_of_a_method_are_computed_together(world):
         ("gld",): "HeadsPart",
         ("uniform",): "FairMTPart",
         ("batchwise", "batchwise"): "FairMTPart",
-        ("lcb",): "Own",
+        ("lcb",): "FairMTPart",
         ("paper",): "ReLiFPart",
         ("rough",): "ReLiFPart",
         ("sampled",): "Own",
@@ -236,8 +235,8 @@ def test_task_weights_away_from_the_cpu_are_those_beside_it():
     seen = torch.rand((20, 3), generator=generator) < 0.7
     seen[:, 0] |= ~seen.any(1)
     gram = rows @ rows.mT
-    alone = torch.stack([min_norm_of(*own) for own in zip(gram, linear, seen)])
-    torch.testing.assert_close(min_norm_rows(gram, linear, seen.double()), alone, rtol=0, atol=1e-6)
+    alone = torch.stack([F.min_norm_weights(*own) for own in zip(gram, linear, seen)])
+    torch.testing.assert_close(torch.func.vmap(F.min_norm_weights)(gram, linear, seen), alone, rtol=0, atol=1e-6)
 
 
 def test_adam_of_all_rows_at_once_is_that_of_each_row(world):

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from libmtl_fair import functional as F
-from libmtl_fair.batch import Columns, FairBatch, Matrices
+from libmtl_fair.batch import Columns, FairBatch
 from libmtl_fair.errors import RecipeError, unknown
 from libmtl_fair.libmtl.gradients import add_gradients, carry_representation_gradients, extra_gradients
 from libmtl_fair.methods.base import FairWeighting, Settings
-from libmtl_fair.methods.fairmt import host
-from libmtl_fair.methods.fairmt.blocks import BinaryBlock, Block, MixedBlock
-from libmtl_fair.methods.fairmt.proxies import Outputs
-from libmtl_fair.methods.fairmt.rates import Layout, disparity
+from libmtl_fair.methods.fairmt.constraint import BinaryColumns, Constraint, Found, MixedColumns, evaluate
 from libmtl_fair.methods.fairmt.settings import FairMTSettings
-from libmtl_fair.methods.fairmt.task_weights import Fairness, TaskWeights
+from libmtl_fair.methods.fairmt.task_weights import Gradients, TaskWeights
 from libmtl_fair.methods.relif import LipschitzScales
-from libmtl_fair.tasks import AUXILIARY_PREFIX, Regression, Task, with_nan
+from libmtl_fair.tasks import AUXILIARY_PREFIX, Regression, Task
 
 __all__ = ["FairMT", "FairMTSettings"]
+
+
+@dataclass
+class Fairness:
+    """The constraint in one step: what was found, the gradient of Phi to each root, and w* times the Lipschitz term."""
+
+    found: Found
+    grads: list[Tensor]
+    roots: list[Tensor]
+    sizes: tuple[int, ...]
+    term: Tensor | None
 
 
 class FairMT(FairWeighting):
@@ -53,7 +62,7 @@ class FairMT(FairWeighting):
         self.dual = self.settings.dual()
         self.lipschitz = LipschitzScales(self.settings.relif()) if self.settings.lipschitz else None
         self.to(self.device)
-        self._layout: Layout | None = None
+        self._constraint: Constraint | None = None
         self._main = [name for name in self.task_name if not name.startswith(AUXILIARY_PREFIX)]
         self._rows: Tensor | None = None  # of the main tasks, where there are others
         if len(self._main) < len(self.task_name):
@@ -66,118 +75,96 @@ class FairMT(FairWeighting):
 
     def step(self, batch: FairBatch, losses: Tensor) -> Any:
         """Descend the Lagrangian with one backward pass through the encoder, then raise or lower eta."""
-        parts = batch.outputs
-        whole = parts.matrix if isinstance(parts, Columns) and parts.names == tuple(self._main) else None
-        outputs = Outputs([parts[name] for name in self._main], batch.matrices, whole)
-        lipschitz = self._lipschitz(batch)
-        with torch.no_grad():
-            fairness = self.fairness(batch, outputs, lipschitz)
+        found = self._measure(batch)
         eta = self.dual.value.clone()
         if self.settings.weighing == "base":
-            alpha, weights = None, self._with_base(losses, outputs, fairness, eta)
+            alpha, weights = None, self._with_base(losses, found, eta)
         else:
-            main = losses if self._rows is None else losses.index_select(0, self._rows)
-            grads = self._loss_gradients(batch, outputs, main, fairness)
-            others = None if self._rows is None else losses.index_select(0, self._others).sum()
-            alpha, weights = self._descend(batch, outputs, grads, fairness, eta, others)
-        self._record(fairness, alpha)
+            grads = self._gradients(batch, losses, found)
+            alpha, weights = self._descend(batch, losses, grads, eta)
+        self._record(found, alpha)
         return weights
 
-    def _lipschitz(self, batch: FairBatch) -> tuple[Tensor, Tensor] | None:
-        """Return ReLiF's term, attached to the graph, and whether it has a pair; None without it."""
-        if self.lipschitz is None:
-            return None
-        scores, embedding = batch.score_matrix, batch.embedding
-        term = self.lipschitz(scores, embedding, move=embedding.requires_grad).term
-        return F.written(term.value, (scores, term.to_scores), (embedding, term.to_embeddings)), (
-            torch.ones_like(term.rate, dtype=torch.bool) if term.some is None else term.some
-        )
-
-    def fairness(self, batch: FairBatch, outputs: Outputs, lipschitz: tuple[Tensor, Tensor] | None = None) -> Fairness:
-        """Move the running sums; return psi, Phi, w* and the gradient of Phi to each of ``outputs.tensors``."""
-        s = self.settings
-        layout = self._layout or self._make_layout(batch)
-        blocks, members = self._blocks(batch, outputs, layout)
-        now = _group_sums(layout, blocks, members)
-        if self.running is None or not s.ema:
-            self.running = now
-        else:
-            torch.add(now, self.running, alpha=s.ema, out=self.running)
-        sums, counts = self.running[:, : layout.n_summed], self.running[:, layout.n_summed :]
-        divisor = counts if s.ema_gradient == "decayed" else now[:, layout.n_summed :]
-        if lipschitz is None and host.fits(layout, sums):
-            psi, present, phi, w, slope = host.constraint(layout, sums, counts, divisor, s.mu, s.solver)
-            term = None
-        else:
-            found = disparity(layout, sums, counts)
-            psi, present = found.psi, found.present
-            if lipschitz is not None:
-                psi = torch.cat([psi, lipschitz[0].detach().to(psi.dtype).unsqueeze(0)])
-                present = torch.cat([present, lipschitz[1].unsqueeze(0)])
-            phi, w = F.aggregate_disparities(psi, s.mu, present, s.solver)
-            slope = found.slope(w[: len(self._main)], divisor)
-            term = None if lipschitz is None else (w[-1], lipschitz[0])
-        grads = self._pull_back(layout, blocks, members, slope, outputs)
-        return Fairness(psi, present, phi, w, grads, term, self._observed(batch, blocks), blocks)
-
-    def _loss_gradients(self, batch: FairBatch, outputs: Outputs, losses: Tensor, fairness: Fairness) -> list[Tensor]:
-        """Return the gradient of each task's loss to its output; written out where all are plain cross-entropies."""
-        block = fairness.blocks[0]
-        if batch.standard_losses and outputs.joined and isinstance(block, BinaryBlock):
-            with torch.no_grad():
-                return [block.loss_gradient()]
-        return outputs.gradients(losses, keep=self._rows is not None)
-
-    def _descend(
-        self,
-        batch: FairBatch,
-        outputs: Outputs,
-        grads: list[Tensor],
-        fairness: Fairness,
-        eta: Tensor,
-        others: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Leave the gradient of the Lagrangian and of the auxiliary tasks' losses; return alpha and all tasks' weights."""
-        alpha = self._alpha(batch, outputs, grads, fairness, eta)
+    def _measure(self, batch: FairBatch) -> Fairness:
+        """Move the running sums; return psi, Phi, w* and the gradient of Phi to the outputs."""
+        rule, lipschitz = self._constraint or self._make_constraint(batch), None
+        if self.lipschitz is not None:
+            scores, embedding = batch.score_matrix, batch.embedding
+            lipschitz = self.lipschitz(scores.detach(), embedding.detach(), move=embedding.requires_grad).term
         with torch.no_grad():
-            count = fairness.observed.sum().to(alpha.dtype)
+            blocks, members = self._blocks(batch, rule)
+            now = rule.sums(blocks, members)
+            found, self.running = evaluate(rule, now, self.running, lipschitz)
+            grads = rule.pull_back(blocks, members, found.to_sums)
+        term = None
+        if lipschitz is not None:
+            value = F.written(lipschitz.value, (scores, lipschitz.to_scores), (embedding, lipschitz.to_embeddings))
+            term = found.w[-1].to(value.dtype) * value
+        outputs = [batch.outputs[name] for name in self._main] if batch.matrices is None else []
+        if batch.matrices is not None:
+            roots = [batch.matrices.logits]
+        elif isinstance(batch.outputs, Columns) and batch.outputs.names == tuple(self._main):
+            roots, grads = [batch.outputs.matrix], [torch.cat([g.reshape(len(g), -1) for g in grads], 1)]
+        else:
+            roots = outputs
+        sizes = tuple(1 if z.dim() == 1 else z.shape[1] for z in outputs) or (1,) * len(self._main)
+        return Fairness(found, [g.reshape(z.shape) for g, z in zip(grads, roots, strict=True)], roots, sizes, term)
+
+    def _gradients(self, batch: FairBatch, losses: Tensor, found: Fairness) -> Gradients:
+        """Return the gradient of each task's loss to its output; written out where all are plain cross-entropies."""
+        if batch.matrices is None:
+            observed = torch.stack([batch.observed[name].any() for name in self._main])
+        else:
+            observed = batch.matrices.labelled > 0
+        if batch.matrices is not None and batch.standard_losses:
+            with torch.no_grad():
+                grads = [batch.matrices.loss_gradient(batch.score_matrix.detach().T)]
+        else:
+            main = losses if self._rows is None else losses.index_select(0, self._rows)
+            keep = self._rows is not None  # the losses of further tasks were stacked with these
+            each = torch.autograd.grad(main.sum(), found.roots, allow_unused=True, retain_graph=keep)
+            grads = [torch.zeros_like(z) if g is None else g for z, g in zip(found.roots, each, strict=True)]
+        return Gradients(found.roots, found.sizes, grads, found.grads, observed, found.term)
+
+    def _descend(self, batch: FairBatch, losses: Tensor, grads: Gradients, eta: Tensor) -> tuple[Tensor, Tensor]:
+        """Leave the gradient of the Lagrangian and of the auxiliary tasks' losses; return alpha and all tasks' weights."""
+        alpha = self._alpha(batch, grads, eta)
+        with torch.no_grad():
+            count = grads.observed.sum().to(alpha.dtype)
             weights, strength = alpha * count, eta * count
-            total = self._combine(outputs, grads, fairness.grads, weights, strength)
-        term = fairness.lipschitz(strength)
-        extra = extra_gradients(self, term) if term is not None and self.rep_grad else []
-        further = [t for t in (others, None if self.rep_grad else term) if t is not None]
-        torch.autograd.backward([*outputs.tensors, *further], [*total, *map(torch.ones_like, further)])
+            shares = grads.spread(weights)
+            each = zip(grads.losses, grads.fairness, shares, strict=True)
+            total = [torch.addcmul(g * share, f, strength.to(g.dtype)) for g, f, share in each]
+        further = [] if self._rows is None else [losses.index_select(0, self._others).sum()]
+        extra = []
+        if grads.term is not None:
+            term = strength.to(grads.term.dtype) * grads.term
+            extra = extra_gradients(self, term) if self.rep_grad else []
+            further += [] if self.rep_grad else [term]
+        torch.autograd.backward([*grads.roots, *further], [*total, *map(torch.ones_like, further)])
         carry_representation_gradients(self)
         add_gradients(extra)
         if self._rows is not None:
-            weights = torch.ones_like(batch.losses).index_copy(0, self._rows, weights.to(batch.losses.dtype))
+            weights = torch.ones_like(losses).index_copy(0, self._rows, weights.to(losses.dtype))
         return alpha, weights
 
-    def _combine(
-        self, outputs: Outputs, grads: list[Tensor], fairness: list[Tensor], weights: Tensor, strength: Tensor
-    ) -> list[Tensor]:
-        """Return weights . grads + strength * fairness for each of ``outputs.tensors``."""
-        if outputs.joined:
-            index = self._alpha.column_task(outputs.widths)
-            per_column = weights if index is None else weights[index]
-            return [torch.addcmul(grads[0] * per_column, fairness[0], strength)]
-        return [weights[t] * g + strength * f for t, (g, f) in enumerate(zip(grads, fairness, strict=True))]
-
-    def _with_base(self, losses: Tensor, outputs: Outputs, fairness: Fairness, eta: Tensor) -> Any:
+    def _with_base(self, losses: Tensor, found: Fairness, eta: Tensor) -> Any:
         """Let the base weighting balance the losses, and add the gradient of T eta Phi."""
         strength = eta * len(self._main)
-        pairs = zip(outputs.tensors, fairness.grads, strict=True)
-        terms = [(z * (strength * g)).sum() for z, g in pairs]
-        term = fairness.lipschitz(strength)
-        extra = extra_gradients(self, torch.stack([*terms, *([] if term is None else [term])]).sum())
+        roots, grads = list(found.roots), [strength.to(g.dtype) * g for g in found.grads]
+        if found.term is not None:
+            roots.append(found.term)
+            grads.append(strength.to(found.term.dtype))
+        extra = extra_gradients(self, roots, grads)
         weights = self.base_backward(losses)
         add_gradients(extra)
         return weights
 
     def _record(self, fairness: Fairness, alpha: Tensor | None) -> None:
         assert self.presence is not None
-        psi, w, present = torch.where(fairness.present, fairness.psi, torch.nan), fairness.w, fairness.present
-        trace = {"phi": fairness.phi, "eta": self.dual.update(fairness.phi, present.any())}
+        found = fairness.found
+        psi, w, present = torch.where(found.present, found.psi, torch.nan), found.w, found.present
+        trace = {"phi": found.phi, "eta": self.dual.update(found.phi, present.any())}
         if self.lipschitz is not None:
             tasks = len(self._main)
             trace |= {"psi/lipschitz": psi[-1], "w/lipschitz": w[-1]}
@@ -188,70 +175,31 @@ class FairMT(FairWeighting):
             traces = {f"{key}/{name}": v[t] for key, v in traces.items() for t, name in enumerate(self._main)}
         self.trace = trace | traces
 
-    # -- from batches to sums and back ----------------------------------------------------------------------------
+    # -- what a batch gives the constraint -------------------------------------------------------------------------
 
-    def _make_layout(self, batch: FairBatch) -> Layout:
+    def _make_constraint(self, batch: FairBatch) -> Constraint:
         tasks = [batch.task(name) for name in self._main]
-        self._attributes = self._chosen_attributes(batch)
-        counts = [batch.n_groups[name] for name in self._attributes]
-        self._crossed = counts if self.settings.intersectional and len(counts) > 1 else []
-        total = [torch.Size(self._crossed).numel()] if self._crossed else counts
-        widths = [_width(task, batch.outputs[task.name]) for task in tasks]
-        blocks = [[t] for t in range(len(tasks))] if batch.multi_input else [list(range(len(tasks)))]
-        self._layout = Layout(tasks, widths, total, blocks, self.settings.lift(), self.device)
-        if self.presence is None:
-            self.presence = torch.zeros(len(tasks), device=self.device)
-        return self._layout
-
-    def _chosen_attributes(self, batch: FairBatch) -> list[str]:
         for name in self.settings.attributes or ():
             if name not in batch.n_groups:
                 raise RecipeError(f"FairMT: {unknown('attribute', name, batch.n_groups)}")
-        return list(self.settings.attributes or batch.n_groups)
+        n_groups = {name: batch.n_groups[name] for name in self.settings.attributes or batch.n_groups}
+        widths = [_width(task, batch.outputs[task.name]) for task in tasks]
+        blocks = [[t] for t in range(len(tasks))] if batch.multi_input else [list(range(len(tasks)))]
+        self._constraint = Constraint(self.settings, tasks, widths, n_groups, blocks, self.device)
+        if self.presence is None:
+            self.presence = torch.zeros(len(tasks), device=self.device)
+        return self._constraint
 
-    def _blocks(self, batch: FairBatch, outputs: Outputs, layout: Layout) -> tuple[list[Block], list[Tensor]]:
-        blocks: list[Block] = []
-        members = []
-        names = self._main
-        for index in layout.blocks:
-            tasks = [layout.tasks[t] for t in index]
-            values = [outputs.outputs[t] for t in index]
-            groups = batch.task_groups(names[index[0]])
-            members.append(layout.membership(groups, self._attributes, self._crossed))
-            if layout.single_logits and outputs.single:
-                matrices = outputs.matrices
-                if matrices is None:
-                    joint = (
-                        outputs.tensors[0] if outputs.joined else torch.cat([z.reshape(len(z), 1) for z in values], 1)
-                    )
-                    truth = torch.stack([with_nan(batch.labels[names[t]]) for t in index], 1)
-                    matrices = Matrices(joint, truth, (truth - truth).eq_(0).sum(0))
-                blocks.append(BinaryBlock(matrices, layout.lift.sharpness))
-            else:
-                labels = [batch.labels[names[t]] for t in index]
-                blocks.append(MixedBlock(tasks, values, labels, layout.lift, layout.owner.dtype))
+    def _blocks(self, batch: FairBatch, rule: Constraint) -> tuple[list[BinaryColumns | MixedColumns], list[Tensor]]:
+        blocks: list[BinaryColumns | MixedColumns] = []
+        members = [rule.membership(batch.task_groups(self._main[block[0]])) for block in rule.blocks]
+        if batch.matrices is not None:
+            return [BinaryColumns(batch.matrices.logits.detach(), batch.matrices.labels, rule.sharpness)], members
+        for block in rule.blocks:
+            names = [self._main[t] for t in block]
+            values, labels = [batch.outputs[name] for name in names], [batch.labels[name] for name in names]
+            blocks.append(MixedColumns(rule, [rule.tasks[t] for t in block], values, labels))
         return blocks, members
-
-    def _pull_back(
-        self, layout: Layout, blocks: list[Block], members: list[Tensor], slope: Tensor, outputs: Outputs
-    ) -> list[Tensor]:
-        """Return the gradient to each of ``outputs.tensors`` from that to the sums [A * G, M]."""
-        parts: list[Tensor] = []
-        for b, (block, member) in enumerate(zip(blocks, members, strict=True)):
-            columns = slope if layout.order is None else slope[:, layout.columns[b]]
-            found = block.pull_back(member @ columns)
-            if isinstance(block, BinaryBlock) and not outputs.joined:
-                found = list(torch.split(found[0], 1, 1))
-            parts += found
-        if outputs.joined:
-            return [parts[0] if len(parts) == 1 else torch.cat(parts, 1)]
-        return [g.reshape(z.shape) for g, z in zip(parts, outputs.tensors, strict=True)]
-
-    def _observed(self, batch: FairBatch, blocks: list[Block]) -> Tensor:
-        """Return which tasks have a label in this batch: bool [T]."""
-        if len(blocks) == 1 and isinstance(blocks[0], BinaryBlock):
-            return blocks[0].labelled > 0
-        return torch.stack([batch.observed[name].any() for name in self._main])
 
     def after_epoch(self, trainer: Any, epoch: int) -> None:
         """Say once which tasks had no two groups to compare in any step of an epoch."""
@@ -278,13 +226,3 @@ def _width(task: Task, output: Tensor) -> int:
         return 0
     probabilities = task.probabilities(output.detach())
     return 1 if probabilities.dim() == 1 else probabilities.shape[1]
-
-
-def _group_sums(layout: Layout, blocks: list[Block], members: list[Tensor]) -> Tensor:
-    """Return sums and counts by group of all blocks, [A * G, 2M]."""
-    parts = [member.T @ block.summed for block, member in zip(blocks, members, strict=True)]
-    if len(parts) == 1:
-        return parts[0]
-    assert layout.order is not None
-    halves = [part.view(len(part), 2, -1) for part in parts]
-    return torch.cat(halves, 2)[:, :, layout.order].flatten(1)

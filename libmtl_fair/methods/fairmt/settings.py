@@ -9,7 +9,6 @@ from libmtl_fair.errors import unknown
 from libmtl_fair.functional.simplex import AGGREGATION_SOLVERS
 from libmtl_fair.methods.base import Names, Settings, setting
 from libmtl_fair.methods.controllers import DualAscent
-from libmtl_fair.methods.fairmt.rates import Lift
 from libmtl_fair.methods.relif import ReLiFSettings
 
 _LIPSCHITZ = ("prototypes", "k", "beta", "mu", "quantile", "scaling", "scale_ema", "detach_distance", "task_pairs")
@@ -130,12 +129,6 @@ class FairMTSettings(Settings):
     def dual(self) -> DualAscent:
         """Return the controller of eta."""
         return DualAscent(self.rho, self.epsilon, initial=self.eta_0, maximum=self.eta_max)
-
-    def lift(self) -> Lift:
-        """Return how disparities are measured."""
-        return Lift(
-            self.symmetric, self.normalise, self.reference, self.min_count, self.error, self.fpr_weight, self.sharpness
-        )
 
     def relif(self) -> ReLiFSettings:
         """Return the settings of the Lipschitz term."""

@@ -1,53 +1,68 @@
-"""FairMT's task weights alpha, from the proxy that a model allows (methods.md, 2.4), and what one step's constraint is."""
+"""FairMT's task weights alpha, from the proxy that a model allows (METHODS.md, 2.4)."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from libmtl_fair import functional as F
 from libmtl_fair.batch import FairBatch
 from libmtl_fair.errors import HostError
+from libmtl_fair.functional._gram import column_owner, head_products
+from libmtl_fair.libmtl.gradients import flatten, shared_parameters
 from libmtl_fair.libmtl.joint_heads import joint_weights
-from libmtl_fair.methods.fairmt.blocks import Block
-from libmtl_fair.methods.fairmt.proxies import (
-    LastInputs,
-    Outputs,
-    autograd_products,
-    head_linear,
-    head_products,
-    last_linear,
-    min_norm_of,
-    shared_anchors,
-)
 from libmtl_fair.methods.fairmt.settings import FairMTSettings
 
 _OWN = "the tasks do not share one representation"
 
 
 @dataclass
-class Fairness:
-    """The constraint in one step: psi and presence [T] (and the Lipschitz term's), Phi, w*, its gradient to the outputs."""
+class Gradients:
+    """What one step's Lagrangian is made of, at the tasks' outputs.
 
-    psi: Tensor
-    present: Tensor
-    phi: Tensor
-    w: Tensor
-    grads: list[Tensor]
-    term: tuple[Tensor, Tensor] | None
+    Attributes
+    ----------
+    roots : the one matrix [B, C] that all outputs are columns of, or each task's own output; ``sizes``: columns of each task.
+    losses, fairness : gradients of each task's loss to its output, and of Phi, in the shape of the roots.
+    observed : bool [T], tasks with a label in this batch.
+    term : w* times ReLiF's term, attached to the graph; None without it.
+    """
+
+    roots: list[Tensor]
+    sizes: tuple[int, ...]
+    losses: list[Tensor]
+    fairness: list[Tensor]
     observed: Tensor
-    blocks: list[Block]
+    term: Tensor | None
 
-    def lipschitz(self, strength: Tensor | None) -> Tensor | None:
-        """Return strength (1 if None) times w* times the Lipschitz term, attached to the graph; None without it."""
-        if self.term is None:
-            return None
-        w, value = self.term
-        return (w if strength is None else w * strength).to(value.dtype) * value
+    def per_task(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Split gradients into one a task."""
+        return list(parts) if len(parts) == len(self.sizes) else list(torch.split(parts[0], list(self.sizes), 1))
+
+    def matrix(self, parts: Sequence[Tensor]) -> Tensor:
+        """Join gradients to one [B, C] matrix, zero past the end of a task that has fewer examples."""
+        if len(parts) == 1:
+            return parts[0].reshape(len(parts[0]), -1)
+        longest = max(len(g) for g in parts)
+        rows = [g.reshape(len(g), -1) for g in parts]
+        return torch.cat([nn.functional.pad(g, (0, 0, 0, longest - len(g))) for g in rows], 1)
+
+    def spread(self, weights: Tensor) -> list[Tensor]:
+        """Return what each root is multiplied by: the weight of its task, or of each column's task."""
+        if len(self.roots) == len(self.sizes):
+            return list(weights)
+        return [weights if self.owner is None else self.owner.to(weights.dtype) @ weights]
+
+    @property
+    def owner(self) -> Tensor | None:
+        """Which task a column is of, one-hot [C, T]; None where each task has one column."""
+        like = self.losses[0]
+        return None if max(self.sizes) == 1 else column_owner(self.sizes, like.dtype, like.device)
 
 
 class TaskWeights:
@@ -62,44 +77,62 @@ class TaskWeights:
         self.model, self.settings, self.tasks = model, settings, tuple(tasks)
         self._last_inputs = LastInputs({name: model.decoders[name] for name in tasks})
         self._heads: list[nn.Module] = []
-        self._columns: tuple[tuple[int, ...], Tensor | None] = ((), None)
         self._said: set[str] = set()
         if settings.proxy == "full" and settings.weighing == "proxy" and model.rep_grad:
             raise HostError("FairMT: proxy='full' needs gradients of the shared parameters: set rep_grad=False")
 
-    def __call__(
-        self, batch: FairBatch, outputs: Outputs, grads: list[Tensor], fairness: Fairness, eta: Tensor
-    ) -> Tensor:
+    def __call__(self, batch: FairBatch, grads: Gradients, eta: Tensor) -> Tensor:
         """Return alpha [T] on the simplex of the tasks that have a label in this batch."""
-        observed = fairness.observed
-        if self.settings.weighing == "uniform" or len(observed) == 1:
-            seen = observed.to(grads[0].dtype)
-            return seen / seen.sum().clamp(min=1)
-        gram, linear = self._products(batch, outputs, grads, fairness)
+        if self.settings.weighing == "uniform" or len(grads.observed) == 1:
+            return uniform(grads.observed, grads.losses[0].dtype)
+        gram, linear = self._products(batch, grads)
         with torch.no_grad():
-            return min_norm_of(gram, eta * linear, observed)
+            return F.min_norm_weights(gram, eta * linear, grads.observed)
 
-    def _products(
-        self, batch: FairBatch, outputs: Outputs, grads: list[Tensor], fairness: Fairness
-    ) -> tuple[Tensor, Tensor]:
+    def _products(self, batch: FairBatch, grads: Gradients) -> tuple[Tensor, Tensor]:
         """Return (K [T, T], b [T]); b holds the Lipschitz term too, but not in the rank-one form, which has no signs."""
         weights = joint_weights(self.model, self.tasks) if self.settings.proxy == "head" else None
         proxy, rank_one = self._usable_proxy(batch) if weights is None else ("head", self.settings.rank_one)
-        term = fairness.lipschitz(None) if not rank_one else None
+        term = None if rank_one else grads.term
         if proxy != "head":
-            return autograd_products(
-                outputs, grads, fairness.grads, shared_anchors(self.model, self.tasks, batch.h, proxy), term
-            )
-        index = self.column_task(outputs.widths)
+            return self._by_autograd(batch, grads, self._anchors(batch, proxy), term)
         with torch.no_grad():
             if weights is None:
                 weights = torch.cat([layer.weight for layer in self._head_layers().values() if layer is not None])
-            owner = None if index is None else nn.functional.one_hot(index, len(self.tasks)).to(weights.dtype)
-            g, f = outputs.matrix(grads), outputs.matrix(fairness.grads)
-            gram, linear = head_products(g, f, weights, owner, rank_one)
+            owner, g = grads.owner, grads.matrix(grads.losses)
+            gram, linear = head_products(g, grads.matrix(grads.fairness), weights, owner, rank_one)
         if term is not None:
-            linear = linear + head_linear(g, term, batch.h, weights, owner)
+            assert isinstance(batch.h, Tensor)
+            (to_h,) = torch.autograd.grad(term, batch.h, retain_graph=True)
+            per_column = (g * (to_h.flatten(1) @ weights.detach().T)).sum(0)
+            linear = linear + (per_column if owner is None else owner.T @ per_column)
         return gram, linear
+
+    def _by_autograd(
+        self, batch: FairBatch, grads: Gradients, anchors: Sequence[Sequence[Tensor]], term: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return (K, b) by autograd from the outputs to each task's anchors; the graph is kept."""
+        outputs = [batch.outputs[name] for name in self.tasks]
+        losses, fairness = (
+            [g.reshape(z.shape) for g, z in zip(grads.per_task(parts), outputs)]
+            for parts in (grads.losses, grads.fairness)
+        )
+        matrix = torch.stack([_pulled([z], [g], to) for z, g, to in zip(outputs, losses, anchors)])
+        shared = all(to is anchors[0] for to in anchors)
+        if shared:
+            phi = _pulled(outputs, fairness, anchors[0])
+        else:
+            phi = torch.stack([_pulled([z], [g], to) for z, g, to in zip(outputs, fairness, anchors)]).sum(0)
+        if term is not None:
+            phi = phi + sum(_pulled([term], [torch.ones_like(term)], to) for to in (anchors[:1] if shared else anchors))
+        return matrix @ matrix.T, matrix @ phi
+
+    def _anchors(self, batch: FairBatch, proxy: str) -> list[list[Tensor]]:
+        """Return, for each task, the tensors whose gradients are compared: shared parameters, or representations."""
+        if proxy != "full" and self.model.rep_grad:
+            return [[self.model.rep_tasks[name]] for name in self.tasks]
+        anchors: list[Any] = shared_parameters(self.model) if proxy == "full" else [batch.h]
+        return [anchors] * len(self.tasks)
 
     def _usable_proxy(self, batch: FairBatch) -> tuple[str, bool]:
         """Return the proxy that this model allows, and whether in its rank-one form; says once why it is another."""
@@ -146,10 +179,45 @@ class TaskWeights:
             )
         return proxy, False
 
-    def column_task(self, widths: tuple[int, ...]) -> Tensor | None:
-        """Return which task an output column belongs to, [C]; None where each task has one."""
-        if self._columns[0] != widths:
-            tasks = [t for t, width in enumerate(widths) for _ in range(width)]
-            several = any(width != 1 for width in widths)
-            self._columns = widths, torch.tensor(tasks, device=self.model.device) if several else None
-        return self._columns[1]
+
+def uniform(observed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return equal weights [..., T] on the tasks observed, summing to 1."""
+    seen = observed.to(dtype)
+    return seen / seen.sum(-1, keepdim=True).clamp(min=1)
+
+
+def last_linear(head: nn.Module) -> nn.Linear | None:
+    """Return the linear layer that makes a head's output, or None."""
+    last = head[-1] if isinstance(head, nn.Sequential) and len(head) else head
+    return last if isinstance(last, nn.Linear) else None
+
+
+class LastInputs:
+    """What the last linear layer of each composed head received in the last forward pass."""
+
+    def __init__(self, heads: Mapping[str, nn.Module]) -> None:
+        self._seen: dict[str, Tensor] = {}
+        for name, head in heads.items():
+            layer = last_linear(head)
+            if layer is not None and layer is not head:
+                layer.register_forward_pre_hook(self._keeper(name))
+
+    def _keeper(self, name: str) -> Callable[[nn.Module, Any], None]:
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._seen[name] = inputs[0].detach()
+
+        return keep
+
+    def shared(self, names: Sequence[str], h: Tensor) -> bool:
+        """Say whether all these layers received ``h`` itself (or a view of all of it); forgets what was seen."""
+        seen, self._seen = self._seen, {}
+        return all(name not in seen or _same_data(seen[name], h) for name in names)
+
+
+def _same_data(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.numel() == b.numel() and a.is_contiguous() and b.is_contiguous()
+
+
+def _pulled(outputs: Sequence[Tensor], grads: Sequence[Tensor], to: Sequence[Tensor]) -> Tensor:
+    found = torch.autograd.grad(list(outputs), list(to), list(grads), retain_graph=True, allow_unused=True)
+    return flatten(list(found), list(to))
