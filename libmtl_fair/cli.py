@@ -286,24 +286,23 @@ def methods(name: Annotated[str | None, Argument(help="show one with its setting
 
     ours = {**OUR_WEIGHTINGS, **OUR_ARCHITECTURES}
     known = {"weightings": weighting_names(), "architectures": architecture_names()}
-    if name is not None and not any(name in names for names in known.values()):
-        raise RecipeError(unknown("method", name, [each for names in known.values() for each in names]))
+    every = [each for names in known.values() for each in names]
+    if name is not None and name not in every:
+        raise RecipeError(unknown("method", name, every))
     for title, names in known.items():
         rows = []
-        for each in sorted(names, key=lambda n: (n not in ours, n)):
+        for each in sorted(set(names) & {name or each for each in names}, key=lambda n: (n not in ours, n)):
             cls = ours.get(each)
             what = (cls.__doc__ or "").strip().splitlines()[0] if cls else ""
             rows.append((each, getattr(cls, "source", "") or "libmtl_fair" if cls else "LibMTL", what))
-        if name is None or name in names:
-            _table(title, ("name", "from", "what it does"), [row for row in rows if name in (None, row[0])])
-    if name in ours and hasattr(ours[name], "settings_class"):
-        paper = getattr(ours[name], "source", "") or "source"
-        described = [
-            {**row, "source": paper if row["source"] == "source" else row["source"]}
-            for row in ours[name].settings_class.described()
-        ]
-        _table("settings", list(described[0]), [row.values() for row in described])
-        _say(f"cost: {escape(getattr(ours[name], 'cost', '') or 'not stated')}")
+        if rows:
+            _table(title, ("name", "from", "what it does"), rows)
+    shown = ours.get(name or "")
+    if shown is not None:
+        described, paper = shown.settings_class.described(), getattr(shown, "source", "") or "source"
+        cells = [({**row, "source": paper} if row["source"] == "source" else row).values() for row in described]
+        _table("settings", list(described[0]), cells)
+        _say(f"cost: {escape(getattr(shown, 'cost', '') or 'not stated')}")
 
 
 @_command()

@@ -165,22 +165,24 @@ class _Composer(Composer):
         return node
 
 
+def _need_tag(node: Node, allowed: str) -> None:
+    if node.ctag not in (_PLAIN, Tag(suffix=f"tag:yaml.org,2002:{allowed}")):
+        raise _RefusedError(node, f"expected plain data, found the tag {node.tag!r}: a recipe cannot name types")
+
+
 class _Reader:
-    """Nodes into plain values and their lines, counted so that aliases cannot explode."""
+    """Nodes into plain values and their lines, counted so that aliases and merges cannot explode."""
 
     def __init__(self) -> None:
         self.lines: dict[Location, int] = {(): 1}
         self.count = 0
 
     def value(self, node: Node, at: Location) -> Any:
-        self.count += 1
-        if self.count > MAX_VALUES:
-            raise _RefusedError(node, f"expected at most {MAX_VALUES:,} values, found more (aliases count each time)")
+        self._counted(node, 1)
         if isinstance(node, ScalarNode):
             return _scalar(node)
         if isinstance(node, MappingNode):
-            items = [(key, line, inner) for key, (line, inner) in _items(node).items()]
-            return {key: self._child(inner, (*at, key), line) for key, line, inner in items}
+            return {key: self._child(inner, (*at, key), line) for key, (line, inner) in self._items(node).items()}
         _need_tag(node, "seq")
         return [self._child(inner, (*at, i), inner.start_mark.line + 1) for i, inner in enumerate(node.value)]
 
@@ -188,32 +190,32 @@ class _Reader:
         self.lines[at] = line
         return self.value(node, at)
 
+    def _counted(self, node: Node, size: int) -> None:
+        self.count += size
+        if self.count > MAX_VALUES:
+            raise _RefusedError(node, f"expected at most {MAX_VALUES:,} values, found more (aliases count each time)")
 
-def _need_tag(node: Node, allowed: str) -> None:
-    if node.ctag not in (_PLAIN, Tag(suffix=f"tag:yaml.org,2002:{allowed}")):
-        raise _RefusedError(node, f"expected plain data, found the tag {node.tag!r}: a recipe cannot name types")
-
-
-def _items(node: MappingNode) -> dict[str, tuple[int, Node]]:
-    """Return key -> (its line, value), with what ``<<`` brings in under what is given."""
-    _need_tag(node, "map")
-    own: dict[str, tuple[int, Node]] = {}
-    merged: dict[str, tuple[int, Node]] = {}
-    for key, value in node.value:
-        line = key.start_mark.line + 1
-        if not isinstance(key, ScalarNode):
-            raise _RefusedError(key, "expected a name as key, found a list or mapping")
-        _need_tag(key, "str")
-        name = _text(key)
-        if name == "<<" and key.ctag == _PLAIN:
-            if not isinstance(value, MappingNode):
-                raise _RefusedError(key, "expected a mapping after '<<' (such as *defaults)")
-            merged = {inner: (line, item) for inner, (_, item) in _items(value).items()} | merged
-        elif name in own:
-            raise _RefusedError(key, f"duplicate key {name!r}; first given on line {own[name][0]}")
-        else:
-            own[name] = (line, value)
-    return own | {name: item for name, item in merged.items() if name not in own}
+    def _items(self, node: MappingNode) -> dict[str, tuple[int, Node]]:
+        """Return key -> (its line, value), with what ``<<`` brings in under what is given."""
+        _need_tag(node, "map")
+        own: dict[str, tuple[int, Node]] = {}
+        merged: dict[str, tuple[int, Node]] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, ScalarNode):
+                raise _RefusedError(key, "expected a name as key, found a list or mapping")
+            _need_tag(key, "str")
+            name = _text(key)
+            if name == "<<" and key.ctag == _PLAIN:
+                if not isinstance(value, MappingNode):
+                    raise _RefusedError(key, "expected a mapping after '<<' (such as *defaults)")
+                self._counted(key, 1 + len(value.value))
+                merged = {inner: (line, item) for inner, (_, item) in self._items(value).items()} | merged
+            elif name in own:
+                raise _RefusedError(key, f"duplicate key {name!r}; first given on line {own[name][0]}")
+            else:
+                own[name] = (line, value)
+        return own | {name: item for name, item in merged.items() if name not in own}
 
 
 def _text(node: ScalarNode) -> str:

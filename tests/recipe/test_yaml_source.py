@@ -106,6 +106,12 @@ def test_alias_bomb_is_refused_without_expanding_it():
         parse_yaml("\n".join(lines))
 
 
+def test_merge_bomb_is_refused_without_expanding_it():
+    lines = ["l0: &l0 {}"] + [f"l{i}: &l{i} {{<<: *l{i - 1}, <<: *l{i - 1}}}" for i in range(1, 60)]
+    with pytest.raises(RecipeError, match=r"recipe:\d+: expected at most 20,000 values, found more"):
+        parse_yaml("\n".join(lines))
+
+
 def test_files_that_cannot_be_read(tmp_path, write):
     with pytest.raises(RecipeError, match=r"none\.yaml: no such file; expected a recipe in YAML"):
         read_yaml(tmp_path / "none.yaml")
