@@ -15,11 +15,10 @@ from libmtl_fair.metrics.comparison import (
 from libmtl_fair.metrics.drift import below_curve, drift, induced_thresholds, robust_pairs, shrinkage_curve
 from libmtl_fair.metrics.fairlearn_bridge import FairlearnInputs, metric_frame, to_fairlearn
 from libmtl_fair.metrics.group_metrics import GroupMetrics
-from libmtl_fair.metrics.group_scores import group_auc, group_regression, ks_distance
 from libmtl_fair.metrics.post_processing import PostProcessed, post_process
 from libmtl_fair.metrics.rates import GroupRates, group_rates
+from libmtl_fair.metrics.scores import auc_score, group_auc, group_regression, ks_distance, task_utility, utility
 from libmtl_fair.metrics.tolerance import conformal_delta, pair_distances, quantile_delta, reference_pairs
-from libmtl_fair.metrics.utility import auc_score, task_utility, utility
 
 __all__ = [
     "AuditReport",

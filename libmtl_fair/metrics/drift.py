@@ -10,19 +10,14 @@ import pandas as pd
 from libmtl_fair.errors import DataError
 from libmtl_fair.metrics.arrays import Floats, Values, as_floats
 from libmtl_fair.metrics.audit import AuditReport, FixedDeltaAudit, delta_matrix
+from libmtl_fair.metrics.scores import auc_score
 from libmtl_fair.metrics.tolerance import Embeddings, cosine_distances, draw_pool, normalise, task_embedding
-from libmtl_fair.metrics.utility import auc_score
 
 GRID = tuple(np.round(np.linspace(1.0, 0.05, 20), 10))
 
 
 def induced_thresholds(
-    embeddings: Embeddings,
-    scores: Mapping[str, Values],
-    k: int = 8,
-    *,
-    pool_size: int | None = 256,
-    eval_seed: int = 0,
+    embeddings: Embeddings, scores: Mapping[str, Values], k: int = 8, *, pool_size: int | None = 256, eval_seed: int = 0
 ) -> Floats:
     """Return a method's own thresholds: distances between the tasks' prototypes, [T, T], zeros on the diagonal.
 

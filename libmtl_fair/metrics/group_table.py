@@ -9,13 +9,6 @@ import numpy as np
 import pandas as pd
 
 from libmtl_fair.metrics.arrays import Array, Floats, Ints
-from libmtl_fair.metrics.group_scores import (
-    REGRESSION,
-    binned_shares,
-    group_auc,
-    group_regression,
-    ks_distance,
-)
 from libmtl_fair.metrics.group_state import Rows, TaskState
 from libmtl_fair.metrics.intervals import (
     Gap,
@@ -27,6 +20,7 @@ from libmtl_fair.metrics.intervals import (
     wilson,
 )
 from libmtl_fair.metrics.rates import ALIASES, FPR, RATES, TPR, combine, gaps, table_rates
+from libmtl_fair.metrics.scores import REGRESSION, binned_shares, group_auc, group_regression, ks_distance
 from libmtl_fair.tasks import Regression
 
 RESERVED = ("difference", "ratio", "overall")
@@ -120,13 +114,7 @@ class GroupTable:
         return found
 
     def joined(
-        self,
-        name: str,
-        data: GroupNoise,
-        found: tuple[Floats, Floats],
-        components: Array,
-        agg: str,
-        inner: int = 1,
+        self, name: str, data: GroupNoise, found: tuple[Floats, Floats], components: Array, agg: str, inner: int = 1
     ) -> None:
         """Add difference and ratio of several components as one: the worst (``worst_case``) or the mean of them.
 

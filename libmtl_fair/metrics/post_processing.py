@@ -32,33 +32,20 @@ class Predictor(Protocol):
 
 
 class ScorePassThrough:
-    """A fitted scikit-learn classifier whose input is its answer: ``X`` [n, 1] holds the probability of the positive class."""
-
-    classes_ = np.array([0, 1])
+    """A fitted scikit-learn estimator whose input is its answer: ``X`` [n, 1] holds the probability of the positive class."""
 
     def __sklearn_tags__(self) -> Tags:
-        """Return those of a classifier that needs no fit."""
-        from sklearn.utils import ClassifierTags, Tags, TargetTags
+        from sklearn.utils import Tags, TargetTags
 
-        return Tags(
-            estimator_type="classifier",
-            target_tags=TargetTags(required=True),
-            classifier_tags=ClassifierTags(),
-            requires_fit=False,
-        )
+        return Tags(estimator_type=None, target_tags=TargetTags(required=False), requires_fit=False)
 
     def fit(self, X: Array, y: Array | None = None) -> ScorePassThrough:
         """Do nothing."""
         return self
 
-    def predict_proba(self, X: Array) -> Floats:
-        """Return [n, 2] probabilities."""
-        positive = as_floats(X).reshape(-1)
-        return np.stack([1 - positive, positive], axis=1)
-
-    def predict(self, X: Array) -> Array:
-        """Return probability > 0.5."""
-        return (self.predict_proba(X)[:, 1] > 0.5).astype(int)
+    def predict(self, X: Array) -> Floats:
+        """Return the probabilities, [n]."""
+        return as_floats(X).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -168,7 +155,7 @@ def post_process(
                 f"post_process of task {task!r}: group {group!r} has only labels {seen.tolist()}; thresholds need "
                 "positives and negatives in every group: merge small groups or take another attribute"
             )
-    how = {"prefit": True, "predict_method": "predict_proba", **options}
+    how = {"prefit": True, "predict_method": "predict", **options}
     optimizer = ThresholdOptimizer(estimator=ScorePassThrough(), constraints=constraint, objective=objective, **how)
     optimizer.fit(found.y_score[:, None], found.y_true, sensitive_features=shown)
     return PostProcessed(optimizer, task, tuple(map(str, found.sensitive_features)), tuple(groups), trainer)

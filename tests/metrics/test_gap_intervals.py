@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from libmtl_fair.metrics.group_scores import REGRESSION, group_auc, group_regression
 from libmtl_fair.metrics.intervals import Gap, GroupNoise, effective_sizes, gap_interval, rate_noise
 from libmtl_fair.metrics.rates import FPR, RATES, TPR, table_rates
+from libmtl_fair.metrics.scores import REGRESSION, group_auc, group_regression
 
 SELECTION = RATES.index("selection_rate")
 SIMULATIONS, REPLICATES = 1000, 300
