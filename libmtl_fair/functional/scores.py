@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,14 +20,15 @@ def auc(scores: Tensor, positive: Tensor) -> Tensor:
     >>> auc(torch.tensor([0.1, 0.4, 0.4, 0.8]), torch.tensor([False, False, True, True]))
     tensor(0.8750, dtype=torch.float64)
     """
-    return group_auc(scores, positive)[0][0]
+    held, truth = _on_cpu(scores), positive.cpu().numpy()
+    return torch.tensor(_one_auc(_side(held[~truth]), _side(held[truth]))[0], dtype=torch.float64)
 
 
 def group_auc(
     scores: Tensor,
     positive: Tensor,
-    groups: Tensor | None = None,
-    n_groups: int = 1,
+    groups: Tensor,
+    n_groups: int,
     *,
     weight: Tensor | None = None,
     errors: bool = False,
@@ -41,7 +42,7 @@ def group_auc(
     ----------
     scores : [N], finite, of any dtype.
     positive : bool [N].
-    groups : ids [N] in 0..G-1; all one group where not given.
+    groups : ids [N] in 0..G-1.
     errors : DeLong's standard errors, too; with weights by weighted placements.
 
     Returns
@@ -53,45 +54,42 @@ def group_auc(
     >>> group_auc(scores, positive, torch.tensor([0, 0, 1, 1]), 2)[0].tolist()
     [1.0, 0.5]
     """
-    held, code = scores.detach().cpu(), positive.cpu().to(torch.int16 if n_groups < 1 << 14 else torch.int64)
-    if held.dtype is torch.bfloat16:
-        held = held.float()
-    if groups is not None:
-        code.add_(groups.cpu(), alpha=2)
-    order = np.argsort(code.numpy(), kind="stable")  # linear in n for 16-bit codes
-    sizes = np.bincount(code.numpy(), minlength=2 * n_groups)
-    ordered = held.numpy()[order]
-    weights = None if weight is None else weight.detach().cpu().double().numpy()[order]
-    found, end = np.full((2, n_groups), np.nan), 0
-    with np.errstate(invalid="ignore", divide="ignore"):
-        for g, (n_neg, n_pos) in enumerate(sizes.reshape(-1, 2).tolist()):
-            start, middle, end = end, end + n_neg, end + n_neg + n_pos
-            if n_neg and n_pos:
-                negatives = _side(ordered, weights, start, middle)
-                found[:, g] = _one_auc(negatives, _side(ordered, weights, middle, end), errors)
+    code = positive.cpu().to(torch.int16 if n_groups < 1 << 14 else torch.int64).add_(groups.cpu(), alpha=2).numpy()
+    order = np.argsort(code, kind="stable")  # linear in n for 16-bit codes
+    sizes = np.bincount(code, minlength=2 * n_groups)
+    held, weights = _on_cpu(scores)[order], None if weight is None else _on_cpu(weight.double())[order]
+    found, ends = np.full((2, n_groups), np.nan), [0, *sizes.cumsum().tolist()]
+    for g in range(n_groups):
+        parts = (slice(*ends[k : k + 2]) for k in (2 * g, 2 * g + 1))
+        sides = [_side(held[part], None if weights is None else weights[part]) for part in parts]
+        found[:, g] = _one_auc(sides[0], sides[1], errors)
     value, error = torch.from_numpy(found)
     negatives, positives = torch.from_numpy(sizes).reshape(-1, 2).T
     return value, error, positives, negatives
 
 
+def _on_cpu(values: Tensor) -> NDArray[Any]:
+    values = values.detach().cpu()
+    found: NDArray[Any] = (values.float() if values.dtype is torch.bfloat16 else values).numpy()
+    return found
+
+
 class _Side(NamedTuple):
     """Scores of one group and label, ascending; their weights and the weight below each place, [n + 1] (None: 1 each)."""
 
-    scores: NDArray[np.generic]
+    scores: NDArray[Any]
     total: np.float64
     weight: NDArray[np.float64] | None = None
     before: NDArray[np.float64] | None = None
 
 
-def _side(scores: NDArray[np.generic], weights: NDArray[np.float64] | None, start: int, end: int) -> _Side:
-    part = scores[start:end]
-    if weights is None:
-        part.sort()
-        return _Side(part, np.float64(end - start))
-    order = np.argsort(part)
-    weight = weights[start:end][order]
-    before = np.append(0.0, weight.cumsum())
-    return _Side(part[order], before[-1], weight, before)
+def _side(scores: NDArray[Any], weight: NDArray[np.float64] | None = None) -> _Side:
+    if weight is None:
+        scores.sort()
+        return _Side(scores, np.float64(len(scores)))
+    order = np.argsort(scores)
+    before = np.append(0.0, weight[order].cumsum())
+    return _Side(scores[order], before[-1], weight[order], before)
 
 
 def _below(side: _Side, other: _Side) -> NDArray[np.float64]:
@@ -106,7 +104,10 @@ def _below(side: _Side, other: _Side) -> NDArray[np.float64]:
     return below
 
 
-def _one_auc(negatives: _Side, positives: _Side, errors: bool) -> tuple[float, float]:
+def _one_auc(negatives: _Side, positives: _Side, errors: bool = False) -> tuple[float, float]:
+    """Return the AUC and, where asked for, its standard error."""
+    if not negatives.total or not positives.total:
+        return np.nan, np.nan
     below = _below(positives, negatives)
     won = below.sum() if positives.weight is None else below @ positives.weight
     value = won / (positives.total * negatives.total)
@@ -119,7 +120,7 @@ def _one_auc(negatives: _Side, positives: _Side, errors: bool) -> tuple[float, f
 
 def _variance(side: _Side, off: NDArray[np.float64]) -> float:
     if side.weight is None:
-        return float(off @ off / np.float64(len(off) * (len(off) - 1)))
+        return float(off @ off) / (len(off) * (len(off) - 1)) if len(off) > 1 else np.nan
     return float(((off * side.weight) ** 2).sum() / side.total**2)
 
 

@@ -36,28 +36,21 @@ def layer_cosines(losses: Tensor, layers: Sequence[Mapping[str, Sequence[Tensor]
     tensor([[[ 1., -1.],
              [-1.,  1.]]])
     """
-    grads: list[dict[int, Tensor | None]] = []
-    for loss, task in zip(losses, tasks):
-        inputs = [p for layer in layers for p in layer[task] if p.requires_grad]
-        found = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True) if inputs else ()
-        grads.append(dict(zip(map(id, inputs), found)))
-    return torch.stack([_cosines(layer, grads, tasks) for layer in layers])
+    inputs = list({p: None for layer in layers for owned in layer.values() for p in owned if p.requires_grad})
+    grads: dict[str, dict[Tensor, Tensor]] = {task: {} for task in tasks}
+    for loss, found in zip(losses, grads.values() if inputs else ()):
+        gradient = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True, materialize_grads=True)
+        found.update(zip(inputs, gradient))
+    return torch.stack([_cosines(layer, grads) for layer in layers])
 
 
-def _cosines(
-    layer: Mapping[str, Sequence[Tensor]], grads: Sequence[Mapping[int, Tensor | None]], tasks: Sequence[str]
-) -> Tensor:
-    rows, owners = [], []
-    for task, found in zip(tasks, grads):
-        parts = [(p, found.get(id(p))) for p in layer[task]]
-        flat = [(torch.zeros_like(p) if g is None else g).flatten() for p, g in parts]
+def _cosines(layer: Mapping[str, Sequence[Tensor]], grads: Mapping[str, Mapping[Tensor, Tensor]]) -> Tensor:
+    rows, owners = [], [tuple(map(id, layer[task])) for task in grads]
+    for task, found in grads.items():
+        flat = [found.get(p, torch.zeros_like(p)).flatten() for p in layer[task]]
         rows.append(torch.cat(flat) if flat else torch.zeros(0))
-        owners.append(tuple(id(p) for p in layer[task]))
-    shared = torch.tensor([[a == b and bool(a) for b in owners] for a in owners], device=rows[0].device)
-    if len({len(r) for r in rows}) > 1:  # layers of different size share nothing
-        longest = max(len(r) for r in rows)
-        rows = [torch.nn.functional.pad(r, (0, longest - len(r))) for r in rows]
-    stacked = torch.stack(rows)
+    stacked = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # layers of different size share nothing
+    shared = torch.tensor([[a == b and bool(a) for b in owners] for a in owners], device=stacked.device)
     alive = (stacked != 0).any(1)
     return gradient_cosines(stacked).masked_fill(~(shared & alive[:, None] & alive), torch.nan)
 
