@@ -7,7 +7,7 @@ ratios, since absolute times on a shared machine say little.
 The second table is against a loop written by hand with one fused head: a plain step's share of its step, and what an epoch
 costs beside its steps (from epochs of 2 and of 60 steps).
 
-    python benchmarks/epoch.py            # the table of the README, some minutes
+    python benchmarks/epoch.py            # the tables of docs/RESULTS.md, some minutes
     python benchmarks/epoch.py --smoke    # seconds, on small data: checks that it runs, its numbers mean nothing
 """
 
