@@ -18,10 +18,11 @@ from torch import Tensor
 from libmtl_fair.libmtl.compat_weightings import UNCARRIED, gradvac_backward
 from libmtl_fair.libmtl.gradients import PATCHES, Method, carry_representation_gradients, mends
 from libmtl_fair.libmtl.loading import LINEAGE, Trainer, architecture_namespace, trainer_module, weighting_namespace
+from libmtl_fair.libmtl.state import Model, TrainingState
 
 
 @mends("AbsArchitecture.forward", "took one representation for several, and the other way round")
-def forward(self: Any, inputs: Tensor, task_name: str | None = None) -> dict[str, Tensor]:
+def forward(self: Model, inputs: Tensor, task_name: str | None = None) -> dict[str, Tensor]:
     """Run the encoder and the heads; one shared representation is kept once, several are kept per task."""
     out = {}
     s_rep = self.encoder(inputs)
@@ -35,7 +36,7 @@ def forward(self: Any, inputs: Tensor, task_name: str | None = None) -> dict[str
 
 @mends("MTAN.zero_grad_share_params", "erased the attention modules' gradients too")
 @mends("AbsArchitecture.zero_grad_share_params", "parameters without a gradient")
-def zero_grad_share_params(self: Any) -> None:
+def zero_grad_share_params(self: Model) -> None:
     """Forget the gradients of the shared parameters."""
     for parameter in self.get_share_params():
         parameter.grad = None
@@ -47,7 +48,7 @@ if LINEAGE == "package":
 
 def _carrying(original: Method) -> Method:
     @wraps(original)
-    def backward(self: Any, losses: Tensor, **kwargs: Any) -> Any:
+    def backward(self: Model, losses: Tensor, **kwargs: Any) -> Any:
         weights = original(self, losses, **kwargs)
         carry_representation_gradients(self)
         return weights
@@ -99,7 +100,7 @@ class _TorchForTrainer(ModuleType):
         return torch.load(*args, **{"weights_only": True, **place, **kwargs})
 
 
-def _process_data(self: Any, loader: list[Any]) -> tuple[Tensor, Any]:
+def _process_data(self: TrainingState, loader: list[Any]) -> tuple[Tensor, Any]:
     """Take the next batch; a loader that has run out starts again, and its own errors are seen."""
     try:
         data, label = next(loader[1])
@@ -114,7 +115,9 @@ def _process_data(self: Any, loader: list[Any]) -> tuple[Tensor, Any]:
 
 def _returning_weights(original: Method) -> Method:
     @wraps(original)
-    def train(self: Any, train_dataloaders: Any, test_dataloaders: Any, epochs: int, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self: TrainingState, train_dataloaders: Any, test_dataloaders: Any, epochs: int, *args: Any, **kwargs: Any
+    ) -> Any:
         wanted = kwargs.get("return_weight", args[1] if len(args) > 1 else False)
         result = original(self, train_dataloaders, test_dataloaders, epochs, *args, **kwargs)
         return self.batch_weight if wanted and result is None and hasattr(self, "batch_weight") else result

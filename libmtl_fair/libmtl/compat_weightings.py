@@ -9,7 +9,7 @@ import math
 import random
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,26 +21,29 @@ from torch import Tensor
 from libmtl_fair import functional as F
 from libmtl_fair.errors import HostError
 from libmtl_fair.libmtl.gradients import carry_representation_gradients, mends
+from libmtl_fair.libmtl.state import Model
 
-Array = npt.NDArray[np.float64]
+Array: TypeAlias = npt.NDArray[np.float64]
+Record: TypeAlias = Tensor | Array
+"""The step's task weights [T]: on the device for FairTrainer, as numpy for LibMTL's own Trainer."""
 _TINY = 1e-12
 UNCARRIED = "rep_grad=True left the encoder without a gradient"
 _SYNC = "one device transfer a pair, and parameters without a gradient failed"
 
 
-def recorded(self: Any, weights: Tensor) -> Any:
-    """Return the step's task weights: on the device for FairTrainer, as numpy for LibMTL's own Trainer."""
+def recorded(self: Model, weights: Tensor) -> Record:
+    """Return task weights as the trainer wants them."""
     weights = weights.detach()
     return weights if getattr(self, "keeps_weights_on_device", False) else weights.cpu().numpy()
 
 
-def _descend(self: Any, loss: Tensor, weights: Tensor) -> Any:
+def _descend(self: Model, loss: Tensor, weights: Tensor) -> Record:
     torch.autograd.backward(loss)
     carry_representation_gradients(self)
     return recorded(self, weights)
 
 
-def _weigh(self: Any, losses: Tensor, solve: Callable[[Tensor], Tensor]) -> Any:
+def _weigh(self: Model, losses: Tensor, solve: Callable[[Tensor], Tensor]) -> Record:
     """Weigh the tasks by what ``solve`` says of their gradients [T, P], or [T, d] of the representation."""
     found = self._get_grads(losses, mode="backward")
     per_grads, grads = found if self.rep_grad else (None, found)
@@ -49,7 +52,7 @@ def _weigh(self: Any, losses: Tensor, solve: Callable[[Tensor], Tensor]) -> Any:
     return recorded(self, weights)
 
 
-def _parameter_gradients(self: Any, losses: Tensor, name: str) -> Tensor:
+def _parameter_gradients(self: Model, losses: Tensor, name: str) -> Tensor:
     if self.rep_grad:
         raise HostError(f"{name} works on parameter gradients: use rep_grad=False")
     grads: Tensor = self._get_grads(losses, mode="backward")
@@ -66,27 +69,27 @@ def _on_device(weights: Array, grads: Tensor) -> Tensor:
 
 
 @mends("EW.backward", UNCARRIED)
-def ew_backward(self: Any, losses: Tensor, **_: Any) -> Any:
+def ew_backward(self: Model, losses: Tensor, **_: object) -> Record:
     """Equal weights."""
     return _descend(self, losses.sum(), torch.ones_like(losses))
 
 
 @mends("UW.backward", UNCARRIED)
-def uw_backward(self: Any, losses: Tensor, **_: Any) -> Any:
+def uw_backward(self: Model, losses: Tensor, **_: object) -> Record:
     """Uncertainty weights (Kendall et al. 2018)."""
     weights = 0.5 * torch.exp(-self.loss_scale)
     return _descend(self, (losses * weights + self.loss_scale / 2).sum(), weights)
 
 
 @mends("GLS.backward", f"{UNCARRIED}; the product of many losses underflowed")
-def gls_backward(self: Any, losses: Tensor, **_: Any) -> Any:
+def gls_backward(self: Model, losses: Tensor, **_: object) -> Record:
     """Geometric loss strategy, through logarithms: the product of many small losses underflows."""
     loss = losses.clamp(min=_TINY).log().mean().exp()
     return _descend(self, loss, loss / (self.task_num * losses.clamp(min=_TINY)))
 
 
 @mends("DWA.backward", UNCARRIED)
-def dwa_backward(self: Any, losses: Tensor, **kwargs: Any) -> Any:
+def dwa_backward(self: Model, losses: Tensor, **kwargs: Any) -> Record:
     """Dynamic weight average (Liu et al. 2019)."""
     weights = torch.ones_like(losses)
     if self.epoch > 1:
@@ -97,7 +100,7 @@ def dwa_backward(self: Any, losses: Tensor, **kwargs: Any) -> Any:
 
 
 @mends("GradNorm.backward", "rep_grad=True froze the encoder in the first epoch")
-def gradnorm_backward(self: Any, losses: Tensor, **kwargs: Any) -> Any:
+def gradnorm_backward(self: Model, losses: Tensor, **kwargs: Any) -> Record:
     """GradNorm (Chen et al. 2018); the first epoch sums the losses and sets the reference."""
 
     def solve(grads: Tensor) -> Tensor:
@@ -115,7 +118,7 @@ def gradnorm_backward(self: Any, losses: Tensor, **kwargs: Any) -> Any:
 
 
 @mends("GradDrop.backward", "failed where tasks have batches of their own")
-def graddrop_backward(self: Any, losses: Tensor, **kwargs: Any) -> None:
+def graddrop_backward(self: Model, losses: Tensor, **kwargs: Any) -> None:
     """GradDrop (Chen et al. 2020); the tasks' batches may differ in size, since the sign is that of the batch's sum."""
     if not self.rep_grad:
         raise HostError("GradDrop works on gradients of the representation: use rep_grad=True")
@@ -131,7 +134,7 @@ def graddrop_backward(self: Any, losses: Tensor, **kwargs: Any) -> None:
 
 
 @mends("MGDA._find_min_norm_element", "its loop never counted, and could run for ever")
-def mgda_solution(self: Any, grads: Tensor) -> Tensor:
+def mgda_solution(self: Model, grads: Tensor) -> Tensor:
     """Return the weights [T] of the smallest vector in the convex hull of ``grads`` [T, P].
 
     Two tasks: LibMTL's closed form with its bounds .001 and .999. More: the exact optimum; LibMTL's own loop does not
@@ -150,7 +153,7 @@ def mgda_solution(self: Any, grads: Tensor) -> Tensor:
 
 
 @mends("MGDA.backward", "one device transfer a task")
-def mgda_backward(self: Any, losses: Tensor, **kwargs: Any) -> Any:
+def mgda_backward(self: Model, losses: Tensor, **kwargs: Any) -> Record:
     """MGDA (Sener and Koltun 2018)."""
 
     def solve(grads: Tensor) -> Tensor:
@@ -162,7 +165,7 @@ def mgda_backward(self: Any, losses: Tensor, **kwargs: Any) -> Any:
 
 
 @mends("PCGrad.backward", _SYNC)
-def pcgrad_backward(self: Any, losses: Tensor, **_: Any) -> Any:
+def pcgrad_backward(self: Model, losses: Tensor, **_: object) -> Record:
     """PCGrad (Yu et al. 2020), in the order that Python's ``random`` gives, as LibMTL does."""
 
     def share(pair: tuple[int, int], inner: float, own: float, other: float) -> float:
@@ -171,10 +174,10 @@ def pcgrad_backward(self: Any, losses: Tensor, **_: Any) -> Any:
     return _surgery(self, _parameter_gradients(self, losses, "PCGrad"), share, itself=True)
 
 
-def gradvac_backward(self: Any, losses: Tensor, **kwargs: Any) -> Any:
+def gradvac_backward(self: Model, losses: Tensor, **kwargs: Any) -> Record:
     """GradVac (Wang et al. 2021), as in LibMTL's package."""
     if not isinstance(getattr(self, "rho_T", None), np.ndarray):
-        self.rho_T = np.zeros((self.task_num, self.task_num))
+        vars(self)["rho_T"] = np.zeros((self.task_num, self.task_num))
     goals, beta = self.rho_T, kwargs["beta"]
 
     def share(pair: tuple[int, int], inner: float, own: float, other: float) -> float:
@@ -191,7 +194,7 @@ def gradvac_backward(self: Any, losses: Tensor, **kwargs: Any) -> Any:
 
 
 def _surgery(
-    self: Any, grads: Tensor, share: Callable[[tuple[int, int], float, float, float], float], itself: bool
+    self: Model, grads: Tensor, share: Callable[[tuple[int, int], float, float, float], float], itself: bool
 ) -> Array:
     """Add to each task's gradient a share of each other's, in random order; set and return the weights of their sum.
 
@@ -214,7 +217,7 @@ def _surgery(
 
 
 @mends("CAGrad.backward", "was written for exactly three tasks")
-def cagrad_backward(self: Any, losses: Tensor, **kwargs: Any) -> Any:
+def cagrad_backward(self: Model, losses: Tensor, **kwargs: Any) -> Record:
     """CAGrad (Liu et al. 2021) for any number of tasks; LibMTL's package reshapes to three."""
     calpha, rescale = kwargs["calpha"], int(kwargs["rescale"])
     if rescale not in (0, 1, 2):
@@ -230,7 +233,7 @@ def cagrad_backward(self: Any, losses: Tensor, **kwargs: Any) -> Any:
     simplex = {"type": "eq", "fun": lambda x: 1 - x.sum()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # values a rounding error outside of the bounds
-        weights = minimize(objective, start, bounds=[(0, 1)] * self.task_num, constraints=simplex).x
+        weights: Array = minimize(objective, start, bounds=[(0, 1)] * self.task_num, constraints=simplex).x
     mixed = _on_device(weights, grads) @ grads
     new = grads.mean(0) + bound / (torch.linalg.vector_norm(mixed) + 1e-8) * mixed
     self._reset_grad(new / (1.0, 1 + calpha**2, 1 + calpha)[rescale])
@@ -238,7 +241,7 @@ def cagrad_backward(self: Any, losses: Tensor, **kwargs: Any) -> Any:
 
 
 @mends("IMTL.backward", "linearly dependent gradients raised")
-def imtl_backward(self: Any, losses: Tensor, **_: Any) -> Any:
+def imtl_backward(self: Model, losses: Tensor, **_: object) -> Record:
     """IMTL (Liu et al. 2021); linearly dependent gradients get the least-squares solution instead of an error."""
 
     def solve(grads: Tensor) -> Tensor:
@@ -253,7 +256,7 @@ def imtl_backward(self: Any, losses: Tensor, **_: Any) -> Any:
 
 
 @mends("Aligned_MTL.backward", "torch.symeig is gone")
-def aligned_backward(self: Any, losses: Tensor, **_: Any) -> Any:
+def aligned_backward(self: Model, losses: Tensor, **_: object) -> Record:
     """Aligned-MTL (Senushkin et al. 2023), which calls an eigensolver that is gone; without a gradient, equal weights."""
 
     def solve(grads: Tensor) -> Tensor:
@@ -268,7 +271,7 @@ def aligned_backward(self: Any, losses: Tensor, **_: Any) -> Any:
 
 
 @mends("SDMGrad.euclidean_proj_simplex", "numpy.alltrue is gone")
-def project_numpy(self: Any, v: Array, s: float = 1) -> Array:
+def project_numpy(self: Model, v: Array, s: float = 1) -> Array:
     """Euclidean projection on the simplex of radius ``s`` (SDMGrad calls a numpy function that is gone)."""
     scaled = torch.as_tensor(np.asarray(v, dtype=np.float64) / s)
     return s * F.project_to_simplex(scaled).numpy()

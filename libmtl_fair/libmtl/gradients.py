@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from libmtl_fair.errors import HostError
+from libmtl_fair.libmtl.state import Model
 
 Method = Callable[..., Any]
 AnyMethod = TypeVar("AnyMethod", bound=Method)
@@ -44,7 +45,7 @@ def mends(where: str, why: str) -> Callable[[AnyMethod], AnyMethod]:
     return note
 
 
-def shared_parameters(model: Any) -> list[Tensor]:
+def shared_parameters(model: Model) -> list[Tensor]:
     """Return the shared parameters that can be trained, as a list."""
     return [p for p in model.get_share_params() if p.requires_grad]
 
@@ -57,20 +58,21 @@ def flatten(grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Ten
 
 
 @mends("AbsWeighting._compute_grad_dim", "counted sizes once, or for frozen weights too")
-def compute_grad_dim(self: Any) -> None:
+def compute_grad_dim(self: Model) -> None:
     """Set the sizes of the shared parameters; anew each time, since a branching model changes them."""
-    self.grad_index = [p.numel() for p in shared_parameters(self)]
-    self.grad_dim = sum(self.grad_index)
+    sizes: Any = [p.numel() for p in shared_parameters(self)]
+    self.grad_index, self.grad_dim = sizes, sum(sizes)
 
 
 @mends("AbsWeighting._grad2vec", "went through the CPU")
-def grad2vec(self: Any) -> Tensor:
+def grad2vec(self: Model) -> Tensor:
     """Return the gradients of the shared parameters as one vector [P], zeros where there is none."""
-    return flatten([p.grad for p in shared_parameters(self)], shared_parameters(self))
+    parameters = shared_parameters(self)
+    return flatten([p.grad for p in parameters], parameters)
 
 
 @mends("AbsWeighting._reset_grad", "zero_grad() leaves None since PyTorch 2.0")
-def reset_grad(self: Any, new_grads: Tensor) -> None:
+def reset_grad(self: Model, new_grads: Tensor) -> None:
     """Put the vector ``new_grads`` [P] into the gradients of the shared parameters."""
     parameters = shared_parameters(self)
     for parameter, part in zip(parameters, torch.split(new_grads.clone(), [p.numel() for p in parameters])):
@@ -78,7 +80,7 @@ def reset_grad(self: Any, new_grads: Tensor) -> None:
 
 
 @mends("AbsWeighting._compute_grad", "went through the CPU; erased gradients of other modules")
-def compute_grad(self: Any, losses: Tensor, mode: str, rep_grad: bool = False) -> Tensor | list[Tensor]:
+def compute_grad(self: Model, losses: Tensor, mode: str, rep_grad: bool = False) -> Tensor | list[Tensor]:
     """Return each task's gradient of the shared parameters [T, P], or of the representation if ``rep_grad``.
 
     With ``mode="backward"`` every other parameter (heads, gates) accumulates its own gradient, as LibMTL does: that of
@@ -108,37 +110,36 @@ _batched: WeakKeyDictionary[torch.nn.Module, tuple[int, bool]] = WeakKeyDictiona
 """Model -> number of shared parameters when it was tried, and whether its passes can be batched."""
 
 
-def _task_rows(self: Any, losses: Tensor, shared: list[Tensor], keep: bool) -> Tensor:
+def _task_rows(self: Model, losses: Tensor, shared: list[Tensor], keep: bool) -> Tensor:
     """Return the gradient of each loss by the shared parameters, [T, P]: some tasks a pass, or one where torch has no rule."""
-    each = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
     tried, works = _batched.get(self, (-1, True))
-    if len(losses) > 1 and works and tried == len(shared):
-        return _rows_in_chunks(losses, shared, each, keep)
-    if len(losses) > 1 and tried != len(shared):
-        with warnings.catch_warnings(), contextlib.suppress(RuntimeError, UserWarning):
-            warnings.simplefilter("error")
-            _batched[self] = len(shared), False
-            rows = _rows_in_chunks(losses, shared, each, keep=True)
-            _batched[self] = len(shared), True
-            return rows
-    return torch.stack(
-        [flatten(gradients(losses, shared, one, keep or t + 1 < len(losses)), shared) for t, one in enumerate(each)]
-    )
+    if tried == len(shared) or len(losses) == 1:
+        return _rows(losses, shared, keep, works and len(losses) > 1)
+    _batched[self] = len(shared), False
+    with warnings.catch_warnings(), contextlib.suppress(RuntimeError, UserWarning):
+        warnings.simplefilter("error")
+        rows = _rows(losses, shared, True, True)
+        _batched[self] = len(shared), True
+        return rows
+    return _rows(losses, shared, keep, False)
 
 
-def _rows_in_chunks(losses: Tensor, shared: list[Tensor], each: Tensor, keep: bool) -> Tensor:
-    chunks = torch.split(each, _CHUNK)
+def _rows(losses: Tensor, shared: list[Tensor], keep: bool, batched: bool) -> Tensor:
+    each = torch.eye(len(losses), dtype=losses.dtype, device=losses.device)
+    chunks = torch.split(each, _CHUNK) if batched else each.unbind()
     rows = []
     for i, some in enumerate(chunks):
-        found = torch.autograd.grad(
-            losses, shared, some, keep or i + 1 < len(chunks), allow_unused=True, is_grads_batched=True
-        )
-        parts = [p.new_zeros(len(some), p.numel()) if g is None else g.flatten(1) for g, p in zip(found, shared)]
-        rows.append(torch.cat(parts, dim=1))
+        last = i + 1 == len(chunks)
+        found = torch.autograd.grad(losses, shared, some, keep or not last, allow_unused=True, is_grads_batched=batched)
+        if batched:
+            parts = [p.new_zeros(len(some), p.numel()) if g is None else g.flatten(1) for g, p in zip(found, shared)]
+            rows.append(torch.cat(parts, dim=1))
+        else:
+            rows.append(flatten(found, shared).unsqueeze(0))
     return torch.cat(rows)
 
 
-def _draws_several_batches(model: Any) -> bool:
+def _draws_several_batches(model: Model) -> bool:
     """Whether the losses of several batches hang on one graph (LibMTL's git main): freeing one would free all."""
     return any(base.__name__ in ("MoDo", "SDMGrad") for base in type(model).__mro__)
 
@@ -156,7 +157,7 @@ def gradients(
 
 
 @mends("AbsWeighting._get_grads", "failed where tasks have batches of their own")
-def get_grads(self: Any, losses: Tensor, mode: str = "backward") -> Any:
+def get_grads(self: Model, losses: Tensor, mode: str = "backward") -> Any:
     """Return [per-example gradients, gradients [T, d]] of the representation, or gradients [T, P] of the parameters."""
     if not self.rep_grad:
         self._compute_grad_dim()
@@ -172,7 +173,7 @@ def get_grads(self: Any, losses: Tensor, mode: str = "backward") -> Any:
 
 
 @mends("AbsWeighting._backward_new_grads", "one encoder pass a task instead of one")
-def backward_new_grads(self: Any, batch_weight: Tensor, per_grads: Any = None, grads: Tensor | None = None) -> None:
+def backward_new_grads(self: Model, batch_weight: Tensor, per_grads: Any = None, grads: Tensor | None = None) -> None:
     """Give the shared parameters the sum of the tasks' gradients, weighted by ``batch_weight`` [T]."""
     if not self.rep_grad:
         assert grads is not None
@@ -181,23 +182,23 @@ def backward_new_grads(self: Any, batch_weight: Tensor, per_grads: Any = None, g
         _carry(self, {task: w * g for task, w, g in zip(self.task_name, batch_weight, per_grads)})
 
 
-def carry_representation_gradients(self: Any) -> None:
+def carry_representation_gradients(self: Model) -> None:
     """After a plain ``loss.backward()`` under ``rep_grad=True``: carry what reached the representation to the encoder."""
     if self.rep_grad:
         leaves = {task: self.rep_tasks[task].grad for task in self.task_name}
         _carry(self, {task: grad for task, grad in leaves.items() if grad is not None})
 
 
-def _carry(self: Any, grads: dict[str, Tensor]) -> None:
+def _carry(self: Model, grads: dict[str, Tensor]) -> None:
     """Send gradients by the tasks' representations on to the encoder."""
     if isinstance(self.rep, dict):
         torch.autograd.backward([self.rep[task] for task in grads], list(grads.values()))
     elif grads:
-        self.rep.backward(torch.stack(list(grads.values())).sum(0))
+        torch.autograd.backward(self.rep, torch.stack(list(grads.values())).sum(0))
 
 
 def extra_gradients(
-    model: Any, roots: Tensor | Sequence[Tensor], grads_of_roots: Sequence[Tensor] | None = None
+    model: Model, roots: Tensor | Sequence[Tensor], grads_of_roots: Sequence[Tensor] | None = None
 ) -> list[tuple[Tensor, Tensor]]:
     """Return (parameter, gradient) of a term that is added to the tasks' losses, or of what reaches ``roots``; keeps the graph.
 

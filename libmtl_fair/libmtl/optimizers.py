@@ -73,7 +73,7 @@ def prepare_forgotten(params: argparse.Namespace) -> dict[str, dict[str, Any]]:
         found["optim"] = {"optim": optim, "lr": params.lr, "weight_decay": params.weight_decay}
     if scheduler == "exp":
         found["scheduler"] = {"scheduler": "exp", "gamma": params.gamma}
-    if scheduler == "cos":
+    elif scheduler == "cos":
         over = getattr(params, "T_max", None) or getattr(params, "epochs", None)
         if not over:
             raise RecipeError(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from libmtl_fair.libmtl.checkpoint import attributes, set_attributes
 from libmtl_fair.libmtl.compat import healed
+from libmtl_fair.libmtl.compat_weightings import Record
 from libmtl_fair.libmtl.gradients import gradients
 from libmtl_fair.libmtl.registry import resolve_weighting, weight_args
+from libmtl_fair.libmtl.state import Model
 
 
 class Part(nn.Module):
@@ -21,35 +25,29 @@ class Part(nn.Module):
     (UW's and GradNorm's scales) are its own; the model's are reached, not owned.
     """
 
-    _model: tuple[Any]
+    _model: tuple[Model]
     _rows: list[int]
     task_name: list[str]
     task_num: int
+    device: torch.device
+    rep_grad = False
+    multi_input: bool
+    keeps_weights_on_device = True
+    args: dict[str, Any]
+    init_param: Callable[[], None]
+    backward: Callable[..., Record | None]
 
     @property
-    def epoch(self) -> int:
-        """Epoch of the model."""
-        return int(self._model[0].epoch)
-
-    @property
-    def train_loss_buffer(self) -> Any:
+    def train_loss_buffer(self) -> npt.NDArray[np.float64]:
         """Mean training losses of these tasks, [tasks, epochs]."""
         return self._model[0].train_loss_buffer[self._rows]
 
-    @property
-    def encoder(self) -> Any:
-        """The model's encoder."""
-        return self._model[0].encoder
+    epoch = property(lambda self: self._model[0].epoch)
+    encoder = property(lambda self: self._model[0].encoder)
+    get_share_params = property(lambda self: self._model[0].get_share_params)
+    zero_grad_share_params = property(lambda self: self._model[0].zero_grad_share_params)
 
-    def get_share_params(self) -> Any:
-        """Return the model's shared parameters."""
-        return self._model[0].get_share_params()
-
-    def zero_grad_share_params(self) -> None:
-        """Forget the gradients of the model's shared parameters."""
-        self._model[0].zero_grad_share_params()
-
-    def parameters(self, recurse: bool = True) -> Any:
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """Yield the model's parameters, which include this part's."""
         return self._model[0].parameters(recurse)
 
@@ -62,15 +60,14 @@ class Part(nn.Module):
         set_attributes(self, state)
 
 
-def part_of(model: Any, weighting: str, tasks: Sequence[str], args: Mapping[str, Any]) -> Any:
+def part_of(model: Model, weighting: str, tasks: Sequence[str], args: Mapping[str, Any]) -> Part:
     """Return a module whose ``backward(losses of these tasks, **part.args)`` is that weighting's, for these tasks alone."""
     base = resolve_weighting(weighting)
-    part: Any = type(base.__name__, (Part, healed(base)), {})()
+    part: Part = type(base.__name__, (Part, healed(base)), {})()
     part._model = (model,)
     part._rows = [model.task_name.index(task) for task in tasks]
     part.task_name, part.task_num = list(tasks), len(tasks)
-    part.device, part.rep_grad, part.multi_input = model.device, False, model.multi_input
-    part.keeps_weights_on_device = True
+    part.device, part.multi_input = model.device, model.multi_input
     part.args = weight_args(base, args)
     part.init_param()
     return part

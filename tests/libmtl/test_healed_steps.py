@@ -419,3 +419,41 @@ def test_a_users_override_is_never_touched(method: str) -> None:
     assert getattr(found, method) is own
     assert found.__name__ == "Mine"
     assert found._compute_grad_dim is not weighting_namespace.AbsWeighting._compute_grad_dim
+
+
+class Doubled(torch.autograd.Function):
+    """Has no rule for several gradients at once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return 2 * grads[0]
+
+
+@pytest.mark.parametrize("n_tasks", [1, 3, 11])  # one pass serves eight tasks
+@pytest.mark.parametrize("own_rule", [False, True])
+def test_gradients_of_tasks_are_those_of_one_pass_each(kit: Any, n_tasks: int, own_rule: bool) -> None:
+    step = Step(kit, "EW", n_tasks)
+    if own_rule:
+        step.model.encoder.register_forward_hook(lambda _, __, out: Doubled.apply(out))  # type: ignore[no-untyped-call]
+    for turn in range(3):  # tried, known, and with a layer frozen tried anew
+        if turn == 2:
+            next(step.model.encoder.parameters()).requires_grad_(False)
+        step.forward()
+        shared = [p for p in step.model.encoder.parameters() if p.requires_grad]
+        rows = [torch.autograd.grad(loss, shared, retain_graph=True) for loss in step.losses]
+        expected = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+        heads = [
+            torch.autograd.grad(v, step.model.decoders[t.name].weight, retain_graph=True)[0]
+            for v, t in zip(step.losses, step.tasks)
+        ]
+        step.model.zero_grad()
+        close(step.model._compute_grad(step.losses, "backward").double(), expected.double(), 1e-5)
+        for found, head in zip(step.head_grads, heads):
+            close(found, head.double(), 1e-5)
+        if turn == 1:  # the graph is freed, so that its memory is not held until the next step
+            with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+                step.model._compute_grad(step.losses, "autograd")

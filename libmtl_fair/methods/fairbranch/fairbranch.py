@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from pydantic import TypeAdapter
@@ -18,6 +18,7 @@ from libmtl_fair.errors import HostError
 from libmtl_fair.libmtl.compat import zero_grad_share_params
 from libmtl_fair.libmtl.joint_heads import is_plain_linear
 from libmtl_fair.libmtl.loading import AbsArchitecture
+from libmtl_fair.libmtl.state import TrainingState
 from libmtl_fair.methods.base import Declared, setting
 from libmtl_fair.methods.fairbranch.blocks import BranchedEncoder, joint_linear
 from libmtl_fair.methods.fairbranch.similarity import head_layers, identical, similarity
@@ -62,12 +63,6 @@ class BranchEvent:
     groups: tuple[Group, ...]
     epoch: int | None = None
     step: int | None = None
-
-
-class Counting(Protocol):
-    """What a trainer tells a branch event."""
-
-    global_step: int
 
 
 class FairBranch(AbsArchitecture):  # type: ignore[misc]
@@ -254,12 +249,12 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
         """Remember (weakly) which optimiser new parameters have to join."""
         self._optimizer = weakref.ref(optimizer)
 
-    def after_epoch(self, trainer: Counting, epoch: int) -> None:
+    def after_epoch(self, trainer: TrainingState, epoch: int) -> None:
         """Branch at the end of every ``branch_every``-th epoch."""
         if self.branching.unit == "epochs" and (epoch + 1) % self.branching.branch_every == 0:
             self.branch(epoch=epoch, step=trainer.global_step)
 
-    def after_step(self, trainer: Counting, step: int) -> None:
+    def after_step(self, trainer: TrainingState, step: int) -> None:
         """Branch after every ``branch_every``-th step."""
         if self.branching.unit == "steps" and step % self.branching.branch_every == 0:
             self.branch(epoch=self.epoch, step=step)

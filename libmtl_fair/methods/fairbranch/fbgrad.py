@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from libmtl_fair import functional as F
 from libmtl_fair.batch import FairBatch
 from libmtl_fair.errors import HostError, RecipeError, unknown
-from libmtl_fair.libmtl.compat_weightings import recorded
 from libmtl_fair.libmtl.gradients import add_gradients, flatten, gradients
 from libmtl_fair.methods.base import FairWeighting, Names, Settings, setting
 from libmtl_fair.methods.fairbranch.blocks import find_blocks
@@ -247,11 +246,9 @@ class FBGrad(FairWeighting):
             joined = main + joined
             add_gradients(zip(to, accuracy))
         fairness += zip(plan.joined, gradients(joined.sum(), plan.joined))
-        weights: Tensor | None = recorded(self, torch.ones_like(losses)) if equal else self.base_backward(losses)
+        weights: Tensor | None = torch.ones_like(losses) if equal else self.base_backward(losses)
         add_gradients(fairness)
         return weights
-
-    # -- which parameters ----------------------------------------------------------------------------------------
 
     def _planned(self, tasks: tuple[str, ...]) -> Plan:
         """Return the plan for the current tree; made anew when a branch event, or freezing, changed it."""
@@ -277,8 +274,6 @@ class FBGrad(FairWeighting):
                 sets.append(Shared(members, trainable))
         heads = [[p for p in self.decoders[task].parameters() if p.requires_grad] for task in tasks]
         return Plan(sets, heads, [p for p in self.parameters() if p.requires_grad], self.settings.where != "none")
-
-    # -- gradients -----------------------------------------------------------------------------------------------
 
     def _fairness_gradients(
         self, plan: Plan, batch: FairBatch, robust: Tensor, accuracy: Sequence[Tensor | None]
@@ -306,8 +301,6 @@ class FBGrad(FairWeighting):
                 pairs += _split(total, s.parameters)
         self.trace = {"robust": robust.detach(), "lambda": strength, "conflicts": conflicts}
         return pairs
-
-    # -- what is recorded ----------------------------------------------------------------------------------------
 
     @property
     def conflicts(self) -> ConflictRecord:
