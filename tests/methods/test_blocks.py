@@ -256,6 +256,16 @@ class TestAllCopiesAtOnce:
         for one, other in zip(self.gradients(encoder, reps), self.gradients(encoder, alone)):
             torch.testing.assert_close(one, other)
 
+    def test_an_activation_that_stands_twice_runs_twice(self) -> None:
+        torch.manual_seed(0)
+        tanh = nn.Tanh()
+        encoder = BranchedEncoder(nn.Sequential(nn.Linear(3, 4), tanh, tanh, nn.Linear(4, 4), tanh, tanh), list("ab"))
+        split_all(encoder, 0)
+        x = torch.randn(5, 3)
+        reps, joint = encoder.run(x)
+        assert joint is not None
+        torch.testing.assert_close(reps["b"], encoder.run(x, together=False)[0]["b"])
+
     @pytest.mark.parametrize("options", [{"norm": "batch"}, {"norm": "layer"}, {"dropout": 0.5}])
     def test_other_layers_run_one_by_one(self, options: Any) -> None:
         assert self.branched(**options).run(torch.randn(7, 3))[1] is None

@@ -207,7 +207,8 @@ class BranchedEncoder(nn.Module):
 
     def _chains(self, level: int, copies: Sequence[nn.Module]) -> list[list[nn.Module]]:
         """Return the layers of each copy if one product may run them: a linear one first, and nobody listens to any."""
-        chains = [[*m.children()] if type(m) in (nn.Sequential, _Chain) else [m] for m in copies]
+        plain = (nn.Sequential.forward, _Chain.forward)
+        chains = [[*m] if isinstance(m, nn.Sequential) and type(m).forward in plain else [m] for m in copies]
         if level not in self._known or self._known[level][0] != chains:
             layers = [(place, m) for chain in chains for place, m in enumerate(chain)]
             fits = all(
