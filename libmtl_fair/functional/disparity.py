@@ -92,7 +92,15 @@ def lift(
 
 
 def aeod(
-    scores: Tensor, labels: Tensor, groups: Tensor, n_groups: int, **options: Unpack[LiftOptions]
+    scores: Tensor,
+    labels: Tensor,
+    groups: Tensor,
+    n_groups: int,
+    *,
+    symmetric: bool = False,
+    normalise: bool = False,
+    reference: str = "max",
+    min_count: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Asymmetric equalised odds disparity of soft rates: ``sum_g relu(tau - TPR_g) + relu(FPR_g - phi)``.
 
@@ -107,8 +115,8 @@ def aeod(
         Group ids, -1 unknown.
     n_groups : int
         Number of groups G.
-    options
-        ``symmetric, normalise, reference, min_count``: see :class:`LiftOptions`. With ``normalise`` or ``symmetric`` the
+    symmetric, normalise, reference, min_count
+        See :class:`LiftOptions`. With ``normalise`` or ``symmetric`` the
         value lies in [0, 2]; "lcb" takes Wilson's 95 % bounds (highest lower bound of TPR, lowest upper bound of FPR).
 
     Returns
@@ -124,6 +132,7 @@ def aeod(
     >>> value, present
     (tensor(0.5000), tensor(True))
     """
+    options = LiftOptions(symmetric=symmetric, normalise=normalise, reference=reference, min_count=min_count)
     value, present = aeod_from_rates(*soft_rates(scores, labels, groups, n_groups), **options)
     return (value, present) if scores.dim() == 1 else (masked_mean(value, present), present.any())
 
@@ -147,7 +156,15 @@ def aeod_from_rates(
 
 
 def caeod(
-    probs: Tensor, labels: Tensor, groups: Tensor, n_groups: int, **options: Unpack[LiftOptions]
+    probs: Tensor,
+    labels: Tensor,
+    groups: Tensor,
+    n_groups: int,
+    *,
+    symmetric: bool = False,
+    normalise: bool = False,
+    reference: str = "max",
+    min_count: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Class-wise AEOD of a multiclass task: :func:`aeod` of each class one-vs-rest, averaged over the classes present.
 
@@ -158,6 +175,7 @@ def caeod(
     tensor(0.5000)
     """
     one_vs_rest = one_hot_labels(labels, torch.arange(probs.shape[1], device=probs.device))
+    options = LiftOptions(symmetric=symmetric, normalise=normalise, reference=reference, min_count=min_count)
     return aeod(probs, one_vs_rest, groups, n_groups, **options)
 
 
@@ -172,7 +190,16 @@ def one_hot_labels(labels: Tensor, classes: Tensor) -> Tensor:
     return member.long().where(member.any(-1, keepdim=True), -100)
 
 
-def aep(errors: Tensor, groups: Tensor, n_groups: int, **options: Unpack[LiftOptions]) -> tuple[Tensor, Tensor]:
+def aep(
+    errors: Tensor,
+    groups: Tensor,
+    n_groups: int,
+    *,
+    symmetric: bool = False,
+    normalise: bool = False,
+    reference: str = "max",
+    min_count: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """Asymmetric error parity of a regression task: ``sum_g relu(e_g - min_g e_g)``, e_g the group's mean error.
 
     ``errors`` [B] are per-example errors >= 0 (squared or absolute, of the standardised target), NaN where unobserved.
@@ -182,6 +209,7 @@ def aep(errors: Tensor, groups: Tensor, n_groups: int, **options: Unpack[LiftOpt
     >>> aep(torch.tensor([1.0, 3.0, 4.0]), torch.tensor([0, 1, 1]), 2)[0]
     tensor(2.5000)
     """
+    options = LiftOptions(symmetric=symmetric, normalise=normalise, reference=reference, min_count=min_count)
     mean, count = group_mean(errors, groups, n_groups)
     bound = None
     if _check(options):
@@ -190,7 +218,15 @@ def aep(errors: Tensor, groups: Tensor, n_groups: int, **options: Unpack[LiftOpt
 
 
 def aep_ccc(
-    predictions: Tensor, targets: Tensor, groups: Tensor, n_groups: int, **options: Unpack[LiftOptions]
+    predictions: Tensor,
+    targets: Tensor,
+    groups: Tensor,
+    n_groups: int,
+    *,
+    symmetric: bool = False,
+    normalise: bool = False,
+    reference: str = "max",
+    min_count: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """:func:`aep` of ``1 - CCC_g``, each group's lack of concordance, from predictions and targets [B].
 
@@ -200,9 +236,10 @@ def aep_ccc(
     >>> aep_ccc(torch.tensor([0.0, 1.0, 1.0, 0.0]), y, torch.tensor([0, 0, 1, 1]), 2)[0]
     tensor(2.)
     """
+    options = LiftOptions(symmetric=symmetric, normalise=normalise, reference=reference, min_count=min_count)
     lack, count = ccc_lack_from_sums(ccc_sums(predictions, targets, groups, n_groups))
     bound = ccc_bound(lack, count) if _check(options) else None
-    return _lifted(lack, count, bound, {**options, "min_count": max(options.get("min_count", 0.0), CCC_COUNT)})
+    return _lifted(lack, count, bound, {**options, "min_count": max(min_count, CCC_COUNT)})
 
 
 CCC_COUNT = 2.0

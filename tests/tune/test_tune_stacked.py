@@ -25,6 +25,7 @@ METHODS = (
     "methods.paper={weighting: ReLiF, preset: paper, lambda_0: 0.5, warmup: 1, eta: 0.3}",
     "methods.rough={weighting: ReLiF, scaling: false, detach_distance: false, control: false, lambda_0: 2.0}",
     "methods.sampled={weighting: ReLiF, lambda_0: 2.0, lipschitz: false}",
+    "methods.regulariser={weighting: GroupRegulariser, loss: tprl, lam: 0.8}",
     f"methods.own={HEADS % 'glf, target: label+accuracy'}",
 )
 MEMBERS = [
@@ -43,6 +44,7 @@ MEMBERS = [
     ("paper", {DROPOUT: 0.1}, 11),
     ("rough", {}, 12),
     ("sampled", {}, 13),
+    ("regulariser", {}, 18),
 ]
 OWN_HEADS = [("own", {("lam",): 0.6}, 3), ("own", {LR: 0.02, ("lam",): 0.9}, 4)]
 
@@ -225,6 +227,7 @@ def test_members_of_a_method_are_computed_together(world):
         ("paper",): "ReLiFPart",
         ("rough",): "ReLiFPart",
         ("sampled",): "Own",
+        ("regulariser",): "Own",
     }
 
 

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from libmtl_fair.tune.stacked.inputs import Dense, Inputs, Sparse
-from libmtl_fair.tune.stacked.room import Room
-from libmtl_fair.tune.stacked.weights import Layer
+from libmtl_fair.tune.stacked.weights import Layer, Room
 
 N, F = 40, 20
 

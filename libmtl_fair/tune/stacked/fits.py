@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS
+from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS, resolve_weighting
+from libmtl_fair.methods.base import Penalty
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.tasks import Task
 
-WEIGHTINGS = ("EW", "ReLiF", "FairMT", "LambdaMix")
-SUPPORTED = f"an MLP without norm, hard sharing, binary tasks, Adam, {', '.join(WEIGHTINGS)}, linear fairness heads"
+WEIGHTINGS = ("EW", "ReLiF", "FairMT", "LambdaMix", "GroupRegulariser")
+SUPPORTED = f"an MLP without norm, hard sharing, binary tasks, Adam, {', '.join(WEIGHTINGS)} and any Penalty, linear fairness heads"
 
 
 def obstacle(recipe: Recipe, method: str, tasks: Sequence[Task]) -> str | None:
@@ -18,7 +19,7 @@ def obstacle(recipe: Recipe, method: str, tasks: Sequence[Task]) -> str | None:
     spec, model, train = recipe.methods[method], recipe.model_for(method), recipe.train_for(method)
     heads = spec.heads
     checks = (
-        (spec.weighting in WEIGHTINGS, f"weighting {spec.weighting}"),
+        (_at_logits(spec.weighting), f"weighting {spec.weighting}"),
         (spec.args.get("base", "EW") == "EW", f"base {spec.args.get('base')}"),
         (_needs_logits_only(recipe, method), f"proxy {spec.args.get('proxy')}"),
         (model.encoder == "mlp" and model.norm is None, f"encoder {model.encoder} with norm {model.norm}"),
@@ -31,6 +32,11 @@ def obstacle(recipe: Recipe, method: str, tasks: Sequence[Task]) -> str | None:
         (all(task.kind == "binary" for task in tasks), "tasks that are not binary"),
     )
     return next((f"{why} (stacked: {SUPPORTED})" for fits, why in checks if not fits), None)
+
+
+def _at_logits(weighting: str) -> bool:
+    """Whether a method's gradient starts at logits and representations: a term's does, whoever wrote it."""
+    return weighting in WEIGHTINGS or issubclass(resolve_weighting(weighting), Penalty)
 
 
 def _needs_logits_only(recipe: Recipe, method: str) -> bool:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from libmtl_fair.tune.stacked.room import Room
-from libmtl_fair.tune.stacked.weights import Layer
+from libmtl_fair.tune.stacked.weights import Layer, Room
 
 FEW = 0.15
 """Share of the features that a row may have as entries: there, bags take as long as products with 32 outputs, half with 128."""

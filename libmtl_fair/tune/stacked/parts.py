@@ -1,15 +1,28 @@
-"""What the members of a stack ask for in a step: gradients to their logits and representations, for many at once or one."""
+"""What the members of a stack ask for in a step: gradients to their logits and representations, for many at once or one.
+
+A method that many members share is computed once for all of them, by its own formulas with one dimension more; any other is
+what each member's own weighting leaves.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from libmtl_fair import functional as F
+from libmtl_fair.functional._gram import head_products
+from libmtl_fair.methods.controllers import stack, unstack
+from libmtl_fair.methods.fairmt.constraint import BinaryColumns, Constraint, evaluate
+from libmtl_fair.methods.fairmt.task_weights import uniform
+from libmtl_fair.tasks import Binary
 from libmtl_fair.tune.stacked.members import Member
+
+Key = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,11 @@ class Step:
     groups: Mapping[str, Tensor]
     complete: bool
 
+    def loss_gradient(self) -> Tensor:
+        """Return the gradient of the main tasks' losses to their logits, [M, B, T]."""
+        labelled = None if self.complete else (self.y == self.y).sum(1)
+        return F.mean_cross_entropy_gradient(torch.sigmoid(self.z[:, :, : self.y.shape[2]]), self.y, labelled)
+
     def of(self, places: Sequence[int]) -> Step:
         """Return the step of some members only; of all, without a copy."""
         if len(places) == len(self.z):
@@ -43,6 +61,11 @@ class Step:
 
 class Part(ABC):
     """Members whose gradients are computed together; ``places`` are theirs in the stack."""
+
+    @staticmethod
+    def key(member: Member) -> Key | None:
+        """Return what members of one part have in common; None where this part is not made for a member."""
+        return None
 
     def __init__(self, places: Sequence[int], members: Sequence[Member]) -> None:
         self.places, self.members = list(places), list(members)
@@ -58,9 +81,14 @@ class Part(ABC):
 class Plain(Part):
     """Equal weighting of the tasks' losses."""
 
+    @staticmethod
+    def key(member: Member) -> Key | None:
+        """Return the same for all."""
+        return ("EW",) if member.plain else None
+
     def gradients(self, step: Step) -> tuple[Tensor, Tensor | None]:
         """Return the losses' gradient."""
-        return loss_gradient(step), None
+        return step.loss_gradient(), None
 
 
 class Own(Part):
@@ -76,11 +104,168 @@ class Own(Part):
         return to_z.unsqueeze(0), None if to_h is None else to_h.unsqueeze(0)
 
 
-def loss_gradient(step: Step) -> Tensor:
-    """Gradient to the main tasks' logits [M, B, T] of their binary cross-entropies, means over rows with a label."""
-    y = step.y
-    wrong = torch.sigmoid(step.z[:, :, : y.shape[2]]).sub_(y)
-    if step.complete:
-        return wrong.div_(y.shape[1])
-    seen = y == y
-    return torch.where(seen, wrong.div_(seen.sum(1, keepdim=True).clamp_(min=1)), 0.0)
+class ReLiFPart(Part):
+    """Members under ReLiF that compare all pairs of tasks."""
+
+    @staticmethod
+    def key(member: Member) -> Key | None:
+        """Return what members of one part have in common; None where a member's own weighting has to do it."""
+        trainer = member.trainer
+        if trainer.weighting != "ReLiF" or trainer.auxiliary:
+            return None
+        s, tasks = trainer.model.settings, len(trainer.task_name)
+        if not s.lipschitz or tasks < 2 or (s.task_pairs is not None and s.task_pairs < tasks * (tasks - 1) // 2):
+            return None
+        return ("ReLiF", s.prototypes, s.quantile, s.scaling, s.detach_distance)
+
+    def __init__(self, places: Sequence[int], members: Sequence[Member]) -> None:
+        super().__init__(places, members)
+        self.models = [member.trainer.model for member in members]
+        self.term = stack([model.term for model in self.models])
+        self.controller = stack([model.controller for model in self.models])
+        self.generators = [member.generator for member in members]
+
+    def save(self) -> None:
+        """Give the members' modules their controllers and scales."""
+        unstack(self.term, [model.term for model in self.models])
+        unstack(self.controller, [model.controller for model in self.models])
+
+    def gradients(self, step: Step) -> tuple[Tensor, Tensor | None]:
+        """Return the gradients of the losses plus lambda times the Lipschitz term."""
+        scores = torch.sigmoid(step.z.mT)
+        term = self.term(scores, step.h, generator=self.generators).term
+        strength = self.controller.update(term.rate, term.some).to(scores.dtype).view(-1, 1, 1)
+        to_z = torch.ops.aten.sigmoid_backward(term.to_scores.mul_(strength), scores).mT
+        to_h = None if term.to_embeddings is None else term.to_embeddings.mul_(strength)
+        return step.loss_gradient().add_(to_z), to_h
+
+
+class FairMTPart(Part):
+    """Members under FairMT with linear heads."""
+
+    @staticmethod
+    def key(member: Member) -> Key | None:
+        """Return what members of one part have in common; None where a member's own weighting has to do it."""
+        trainer = member.trainer
+        if trainer.weighting != "FairMT" or trainer.auxiliary:
+            return None
+        s = trainer.model.settings
+        if s.lipschitz or s.weighing == "base" or any(name not in trainer.n_groups for name in s.attributes or ()):
+            return None
+        same = (
+            "normalise",
+            "symmetric",
+            "reference",
+            "solver",
+            "intersectional",
+            "ema_gradient",
+            "weighing",
+            "rank_one",
+        )
+        return ("FairMT", tuple(s.attributes or trainer.n_groups), *(getattr(s, name) for name in same))
+
+    def __init__(self, places: Sequence[int], members: Sequence[Member]) -> None:
+        super().__init__(places, members)
+        trainer, device = members[0].trainer, members[0].device
+        self.models = [member.trainer.model for member in members]
+        self.settings = self.models[0].settings
+        tasks = [Binary(name) for name in trainer.task_name]
+        counts = {name: trainer.n_groups[name] for name in self.settings.attributes or trainer.n_groups}
+        layout = (tasks, [1] * len(tasks), counts, [range(len(tasks))], device)
+        self.rule = stack([Constraint(model.settings, *layout) for model in self.models], device)
+        self.dual = stack([model.dual for model in self.models])
+        empty = torch.zeros((self.rule.n_attributes * self.rule.n_groups, 4 * len(tasks)), device=device)
+        self.running = torch.stack([empty if model.running is None else model.running for model in self.models])
+        self.presence = torch.zeros((len(members), len(tasks)), device=device)
+        self._members: Tensor | None = None
+
+    def save(self) -> None:
+        """Give the members' modules their dual variables, running sums, and how often tasks were compared."""
+        unstack(self.dual, [model.dual for model in self.models])
+        for m, model in enumerate(self.models):
+            model.running, model.presence = self.running[m].clone(), self.presence[m].clone()
+        self.presence.zero_()
+
+    def gradients(self, step: Step) -> tuple[Tensor, Tensor | None]:
+        """Return the gradient of the Lagrangian; move the running sums and the dual variables."""
+        if self._members is None:
+            self._members = self.rule.membership(step.groups)
+        member = self._members.index_select(0, step.rows.flatten()).view(*step.rows.shape, -1)
+        sharpness: Any = self.rule.sharpness
+        block = BinaryColumns(step.z, step.y, sharpness.to(step.z.dtype).view(-1, 1, 1))
+        found, self.running = evaluate(self.rule, self.rule.sums([block], [member]), self.running)
+        (fairness,) = self.rule.pull_back([block], [member], found.to_sums)
+        losses, observed = step.loss_gradient(), (step.y == step.y).any(1)
+        eta = self.dual.value.clone().to(losses.dtype).unsqueeze(1)
+        if self.settings.weighing == "uniform" or observed.shape[1] == 1:
+            alpha = uniform(observed, losses.dtype)
+        else:
+            gram, linear = head_products(losses, fairness, step.heads.mT, rank_one=self.settings.rank_one)
+            alpha = F.min_norm_weights(gram, eta * linear, observed)
+        count = observed.sum(1, keepdim=True).to(losses.dtype)
+        self.dual.update(found.phi, found.present.any(1))
+        self.presence += found.present
+        return torch.addcmul(losses * (alpha * count).unsqueeze(1), fairness, (eta * count).unsqueeze(1)), None
+
+
+class HeadsPart(Part):
+    """Members under LambdaMix whose fairness heads repeat the main heads, or are linear heads of their own."""
+
+    @staticmethod
+    def key(member: Member) -> Key | None:
+        """Return what members of one part have in common; None where a member's own weighting has to do it."""
+        trainer = member.trainer
+        if trainer.weighting != "LambdaMix":
+            return None
+        return ("LambdaMix", *(trainer.tasks[name] for name in trainer.auxiliary))
+
+    def __init__(self, places: Sequence[int], members: Sequence[Member]) -> None:
+        super().__init__(places, members)
+        trainer = members[0].trainer
+        self.mains = list(trainer.main_tasks)
+        self.tasks: list[Any] = [trainer.tasks[name] for name in trainer.auxiliary]
+        self.n_groups = dict(trainer.n_groups)
+        lam = [float(member.trainer.model.settings.lam) for member in members]
+        self.lam = torch.tensor(lam, dtype=torch.get_default_dtype(), device=members[0].device).view(-1, 1, 1)
+        own = [name for name in trainer.task_name if type(trainer.model.decoders[name]) is nn.Linear]
+        self.columns = [
+            [own.index(task.name)] if task.name in own else [own.index(main.name) for main in task.mains]
+            for task in self.tasks
+        ]
+        self.detached = len(own) == len(self.mains)
+        self._fair = torch.func.vmap(torch.func.grad(self._disparity))
+
+    def gradients(self, step: Step) -> tuple[Tensor, Tensor | None]:
+        """Return lambda times the losses' gradient and (1 - lambda) times that of the disparities.
+
+        Heads that repeat the main heads hold them fixed: their gradient goes on to the representation only.
+        """
+        groups = {name: ids[step.rows] for name, ids in step.groups.items()}
+        fair = self._fair(step.z, step.y, groups).mul_(1 - self.lam)
+        main = step.loss_gradient().mul_(self.lam)
+        if self.detached:
+            return main, fair @ step.heads.mT
+        fair[:, :, : len(self.mains)] += main
+        return fair, None
+
+    def _disparity(self, z: Tensor, y: Tensor, groups: Mapping[str, Tensor]) -> Tensor:
+        """Return the sum of one member's fairness losses from its logits [B, C]."""
+        labels = dict(zip(self.mains, y.unbind(1)))
+        terms = [
+            task.loss(z[:, columns], task.labels_from(labels, groups, self.n_groups))
+            for task, columns in zip(self.tasks, self.columns)
+        ]
+        return torch.stack(terms).sum()
+
+
+KINDS: Sequence[type[Part]] = (Plain, ReLiFPart, FairMTPart, HeadsPart)
+
+
+def parts_of(members: Sequence[Member]) -> list[Part]:
+    """Return the parts of a stack, each with the places of its members."""
+    groups: dict[Key, tuple[type[Part], list[int]]] = {}
+    for place, member in enumerate(members):
+        found = ((kind.key(member), kind) for kind in KINDS)
+        key, kind = next(((k, kind) for k, kind in found if k is not None), (("own", place), Own))
+        groups.setdefault(key, (kind, []))[1].append(place)
+    return [kind(places, [members[m] for m in places]) for kind, places in groups.values()]

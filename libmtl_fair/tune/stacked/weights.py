@@ -1,4 +1,4 @@
-"""The weights of all members as one matrix [M, P], and Adam on it."""
+"""The weights of all members as one matrix [M, P], Adam on it, and memory that steps use again."""
 
 from __future__ import annotations
 
@@ -9,6 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from libmtl_fair.libmtl import FairTrainer
+
+
+class Room:
+    """Tensors that are written anew in each step, kept: memory of that size costs more to get than to fill."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return the tensor of a name and shape; its values are those of its last use."""
+        if (name, shape) not in self._held:
+            self._held[name, shape] = like.new_empty(shape)
+        return self._held[name, shape]
 
 
 @dataclass(frozen=True)
