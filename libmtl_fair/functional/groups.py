@@ -191,6 +191,9 @@ def _worst(v: Tensor, present: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _spread(v: Tensor, present: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    if v.shape[-1] == 2:
+        gap = v.diff(dim=-1)
+        return gap.abs(), torch.cat([-gap.sign(), gap.sign()], -1)
     (high, up), (low, down) = _worst(v, present, count), _worst(-v, present, count)
     return high + low, up - down
 

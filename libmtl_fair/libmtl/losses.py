@@ -129,7 +129,7 @@ def _infer(name: str, loss_fn: object) -> Task | None:
 
 
 class LossBank:
-    """The losses of all tasks in one step, [T]: single-logit binary tasks in one call, the rest one by one.
+    """The losses of all tasks in one step, [T]: single-logit binary tasks and fairness heads in one call each, the rest one by one.
 
     ``standard`` says whether every loss is its task's own.
     """
@@ -139,21 +139,24 @@ class LossBank:
         ours = {name: fn.task for name, fn in self._loss_fns.items() if type(fn) is TaskLoss}
         self.standard = len(ours) == len(self._loss_fns)
         self._binary = tuple(name for name, task in ours.items() if isinstance(task, Binary))
-        self._rest = [name for name in self._loss_fns if name not in self._binary]
-        ordered = [*self._binary, *self._rest]
+        self._fair = {name: task for name, task in ours.items() if hasattr(task, "losses")}  # fairness heads
+        self._rest = [name for name in self._loss_fns if name not in self._fair and name not in self._binary]
+        ordered = [*self._binary, *self._fair, *self._rest]
         self._order = None if ordered == list(self._loss_fns) else [ordered.index(name) for name in self._loss_fns]
 
     def __call__(self, preds: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
         """Return the loss of every task, [T], in ``task_dict`` order."""
         logits = joined(preds, self._binary) if len(self._binary) > 1 else None
         target = None if logits is None else joined(labels, self._binary)
-        if logits is None or target is None or logits.shape != target.shape:
-            return torch.stack([self.one(name, preds[name], labels[name]) for name in self._loss_fns])
-        losses, _ = F.mean_cross_entropy(logits, target)
-        if self._rest:
-            losses = torch.cat(
-                [losses, torch.stack([self.one(name, preds[name], labels[name]) for name in self._rest])]
-            )
+        if logits is not None and target is not None and logits.shape == target.shape:
+            blocks = [F.mean_cross_entropy(logits, target)[0]]
+        else:
+            blocks = [self.one(name, preds[name], labels[name]).unsqueeze(0) for name in self._binary]
+        if self._fair:
+            tasks: list[Any] = list(self._fair.values())
+            blocks.append(tasks[0].losses(tasks, [preds[n] for n in self._fair], [labels[n] for n in self._fair]))
+        blocks += [self.one(name, preds[name], labels[name]).unsqueeze(0) for name in self._rest]
+        losses = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
         return losses if self._order is None else losses[self._order]
 
     def one(self, name: str, pred: Tensor, label: Tensor) -> Tensor:

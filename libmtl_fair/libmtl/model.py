@@ -39,16 +39,25 @@ class FusedHeads(Model):
         joint = self.fair_joint if task_name is None and self.training else None
         names = self.task_name if joint else [t for t in self.task_name if task_name in (None, t) and self._wanted(t)]
         heads = () if joint else self.plain_heads(names)
-        out: Mapping[str, Tensor] = {}
+        out: Columns | None = None
         if joint is not None:
-            heads, out = joint.tasks, joint.run(h)
+            heads, weight, bias, sizes = joint.tasks, joint.weight.data, joint.bias.data, joint.sizes
+            out = joint.run(h)
         elif len(heads) > 1:
             found: list[Any] = [self.decoders[task] for task in heads]
             weight, bias = (torch.cat([getattr(head, part) for head in found]) for part in ("weight", "bias"))
-            out = Columns(heads, nn.functional.linear(h, weight, bias), [head.out_features for head in found])
-        if len(out) < len(names):
-            out = beside(out, {task: self.decoders[task](h) for task in names if not out or task not in heads})
-        return out if self.training else {task: out[task] for task in names}
+            sizes = [head.out_features for head in found]
+            out = Columns(heads, nn.functional.linear(h, weight, bias), sizes)
+        known = frozenset(heads if out is not None else ())
+        others: dict[str, Any] = {task: self.decoders[task] for task in names if task not in known}
+        made: Mapping[str, Tensor] = {}
+        if others:
+            repeat = {task: head.follows for task, head in others.items() if _repeats(head, known)}
+            if repeat:  # what main heads say, with their parameters held fixed
+                fixed = Columns(heads, nn.functional.linear(h, weight.detach(), bias.detach()), sizes)
+            made = {t: _joined(fixed, repeat[t]) if t in repeat else head(h) for t, head in others.items()}
+        outputs = made if out is None else beside(out, made) if made else out
+        return outputs if self.training else {task: outputs[task] for task in names}
 
     def plain_heads(self, names: Sequence[str] | None = None) -> tuple[str, ...]:
         """Return the tasks whose heads one product may run."""
@@ -70,6 +79,16 @@ class FusedHeads(Model):
 
     def _wanted(self, task: str) -> bool:
         return self.training or not task.startswith(AUXILIARY_PREFIX)
+
+
+def _repeats(head: nn.Module, known: frozenset[str]) -> bool:
+    """Whether an auxiliary head says what the heads of ``known`` tasks do, and nobody listens to it."""
+    follows = getattr(head, "follows", ())
+    return bool(follows) and known.issuperset(follows) and not (head._forward_hooks or head._forward_pre_hooks)
+
+
+def _joined(outputs: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    return outputs[names[0]] if len(names) == 1 else torch.cat([outputs[name] for name in names], -1)
 
 
 def compose(

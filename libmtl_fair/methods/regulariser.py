@@ -75,13 +75,11 @@ class GroupRegulariser(Penalty):
         for name in set(names).difference(batch.main):
             raise RecipeError(f"GroupRegulariser: {unknown('task', name, batch.main)}")
         terms = []
-        for together in [[name] for name in names] if batch.multi_input else [names]:
+        for together in [(name,) for name in names] if batch.multi_input else [names]:
             tasks = [batch.task(name) for name in together]
             for task in tasks:
                 self.settings.check_task(task)
-            compared = self.settings.columns(
-                tasks, [batch.outputs[name] for name in together], [batch.labels[name] for name in together]
-            )
+            compared = self.settings.columns(tasks, batch.outputs, batch.labels)
             terms += [self.settings.compare(compared, *groups).sum() for groups in self._groups(batch, together[0])]
         total = torch.stack(terms).sum()
         self.trace = {"regulariser": total.detach()}

@@ -35,9 +35,9 @@ TaskDict = dict[str, dict[str, Any]]
 
 
 class AuxiliaryLabels(NamedTuple):
-    """What an auxiliary task is trained on in one step: its main tasks' labels; ids [B] and number of groups by attribute."""
+    """What an auxiliary task is trained on in one step: the main tasks' labels, ids [B] and number of groups of its attributes."""
 
-    labels: tuple[Tensor, ...]
+    labels: Mapping[str, Tensor]
     groups: tuple[Tensor, ...]
     n_groups: tuple[int, ...]
 
@@ -88,8 +88,9 @@ class AuxiliaryTask(Task):
         for name in self.attributes:
             if name not in groups:
                 raise DataError(f"auxiliary task {self.name!r}: {unknown('sensitive attribute', name, groups)}")
-        ids, counts = tuple(groups[a] for a in self.attributes), tuple(n_groups[a] for a in self.attributes)
-        return AuxiliaryLabels(tuple(labels[task.name] for task in self.mains), ids, counts)
+        return AuxiliaryLabels(
+            labels, tuple([groups[a] for a in self.attributes]), tuple([n_groups[a] for a in self.attributes])
+        )
 
 
 @dataclass(frozen=True)
@@ -115,26 +116,27 @@ class DisparityTask(AuxiliaryTask):
     @staticmethod
     def losses(tasks: Sequence[DisparityTask], outputs: Sequence[Tensor], labels: Sequence[AuxiliaryLabels]) -> Tensor:
         """Return the losses of several such tasks, [S]; those of one disparity and the same groups are computed at once."""
-        alike: dict[object, list[int]] = {}
-        for i, task in enumerate(tasks):
-            alike.setdefault((task.disparity, task.accuracy, *map(id, labels[i].groups)), []).append(i)
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for i, (task, known) in enumerate(zip(tasks, labels)):
+            alike.setdefault((id(task.disparity), task.accuracy, *map(id, known.groups)), []).append(i)
         found: dict[int, Tensor] = {}
-        made: dict[object, Compared] = {}  # heads that repeat the main heads say the same for every attribute
+        made: dict[tuple[int, ...], Compared] = {}  # heads that repeat the main heads say the same for every attribute
         for places in alike.values():
+            first, many = tasks[places[0]], [len(tasks[i].mains) for i in places]
             mains = [main for i in places for main in tasks[i].mains]
             parts = [part for i in places for part in tasks[i]._split(outputs[i])]
-            truth = [y for i in places for y in labels[i].labels]
-            disparity = tasks[places[0]].disparity
-            key = (disparity, *map(id, parts), *map(id, truth))
+            truth = labels[places[0]].labels
+            key = (id(first.disparity), id(truth), *map(id, parts))
             if key not in made:
-                made[key] = disparity.columns(mains, parts, truth)
-            values = disparity.compare(made[key], *labels[places[0]].crossed())
-            if tasks[places[0]].accuracy:
+                made[key] = first.disparity.columns(mains, parts, truth)
+            values = first.disparity.compare(made[key], *labels[places[0]].crossed())
+            if first.accuracy:
                 values = values + mean_losses(mains, parts, truth)
-            if len(alike) == 1 and len(places) == len(mains):
+            if len(alike) == 1 and max(many) == 1:
                 return values
-            sums = [part.sum() for part in torch.split(values, [len(tasks[i].mains) for i in places])]
-            found |= zip(places, sums)
+            found |= zip(
+                places, [part.sum() for part in torch.split(values, many)] if max(many) > 1 else values.unbind()
+            )
         return torch.stack([found[i] for i in range(len(tasks))])
 
     def _split(self, output: Tensor) -> Sequence[Tensor]:
@@ -185,7 +187,7 @@ class AdversaryTask(AuxiliaryTask):
         weight = member.sum(1, keepdim=True)
         if self.conditional:
             weight = weight * torch.cat(
-                [class_indicator(t, y, self.bins) for t, y in zip(self.mains, labels.labels)], 1
+                [class_indicator(task, labels.labels[task.name], self.bins) for task in self.mains], 1
             )
         weight = weight / weight.sum().clamp(min=1) * ((member.sum(0) > 0).sum() >= 2)
         logits = output.reshape(len(output), -1, self.n_groups).transpose(1, 2)

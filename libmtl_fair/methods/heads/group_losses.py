@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 
 from libmtl_fair import functional as F
-from libmtl_fair.errors import RecipeError, unknown
+from libmtl_fair.batch import joined
+from libmtl_fair.errors import DataError, RecipeError, unknown
 from libmtl_fair.methods.base import Declared, setting
-from libmtl_fair.tasks import Binary, Multiclass, Multilabel, Task, with_nan
+from libmtl_fair.tasks import Binary, Multiclass, Multilabel, Task
 
 _OF_LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "glf": F.glf,
@@ -23,6 +25,10 @@ GROUP_LOSSES: tuple[str, ...] = (*_OF_LOSSES, *_OF_SCORES)
 """Names of the disparities."""
 GAP_SHARPNESS = 6.0
 """Sharpness of ``"gap"`` unless told **(ours)**: chosen on adult among 1, 3, 6 and 12."""
+
+
+Outputs: TypeAlias = "Mapping[str, Tensor] | Sequence[Tensor]"
+"""Outputs of tasks by name, or in order."""
 
 
 class Compared(NamedTuple):
@@ -95,14 +101,13 @@ class GroupLoss(Declared):
                 f"loss {self.loss!r} needs classes, and task {task.name!r} is a regression; use 'glf', 'gld', 'bgl' or 'dpl'"
             )
 
-    def columns(self, tasks: Sequence[Task], outputs: Sequence[Tensor], labels: Sequence[Tensor]) -> Compared:
+    def columns(self, tasks: Sequence[Task], outputs: Outputs, labels: Mapping[str, Tensor]) -> Compared:
         """Return what is compared of tasks that share the rows of a batch: outputs [B] or [B, C_t], labels [B] or [B, C_t]."""
         binary = [t for t, task in enumerate(tasks) if isinstance(task, Binary)]
         others = [t for t, task in enumerate(tasks) if not isinstance(task, Binary)]
-        parts = [self._of_task(tasks[t], outputs[t], labels[t]) for t in others]
+        parts = [self._of_task(tasks[t], _output(outputs, tasks, t), labels[tasks[t].name]) for t in others]
         if binary:
-            chosen = [outputs[t] for t in binary], [labels[t] for t in binary]
-            parts.insert(0, self._yes_no(*yes_no([tasks[t] for t in binary], *chosen)))
+            parts.insert(0, self._yes_no(*yes_no(tasks, outputs, labels)))
         sizes = [max(values.shape[1], condition.shape[1]) for values, condition in parts]
         values, condition = parts[0]
         if len(parts) > 1:
@@ -130,18 +135,21 @@ class GroupLoss(Declared):
 
     def _yes_no(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return values and condition of columns of logits and labels [B, M] (0, 1, else missing): every no, then every yes."""
-        if self.loss in _OF_LOSSES:
-            values, seen = F.example_cross_entropy(logits, labels)
-            if not self.within_classes:
-                return values, seen
-        else:
-            middle = F.base_rate_threshold(logits, labels) if self.loss == "gap" else 0
+        yes = (labels == 1).to(logits.dtype)
+        if self.loss in _OF_SCORES:
+            middle = F.base_rate_threshold(logits, labels) if self.loss == "gap" else 0.0
             values = torch.sigmoid(self.scale * (logits - middle))
             if not self.within_classes:
-                return values, torch.ones_like(values[:, :1])
+                return values, torch.ones_like(yes[:, :1])
+        elif self.within_classes:
+            values = nnf.binary_cross_entropy_with_logits(
+                logits, yes, reduction="none"
+            )  # a missing label is in no class
+        else:
+            return F.example_cross_entropy(logits, labels)
         if self.loss in ("tprl", "fprl"):
-            return values, labels == (self.loss == "tprl")
-        return torch.cat([values, values], 1), torch.cat([labels == 0, labels == 1], 1)
+            return values, yes if self.loss == "tprl" else labels == 0
+        return torch.cat([values, values], 1), torch.cat([labels == 0, yes], 1)
 
     def _of_task(self, task: Task, output: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return values and condition of a task that is not binary."""
@@ -161,10 +169,23 @@ class GroupLoss(Declared):
         return values, seen & ~classes if self.loss == "fprl" else classes
 
 
-def yes_no(tasks: Sequence[Task], outputs: Sequence[Tensor], labels: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return logits and labels of binary tasks as matrices [B, M], NaN where a label is missing; no copy of what is one."""
-    logits = torch.cat([task.logit(z)[:, None] for task, z in zip(tasks, outputs) if isinstance(task, Binary)], 1)
-    return logits, torch.stack([with_nan(y.reshape(len(y))) for y in labels], 1)
+def yes_no(tasks: Sequence[Task], outputs: Outputs, labels: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return logits and labels of the binary ones of these tasks as matrices [B, M], NaN where a label is missing."""
+    binary = {t: task for t, task in enumerate(tasks) if isinstance(task, Binary)}
+    names = tuple(task.name for task in binary.values())
+    logits = joined(outputs, names) if isinstance(outputs, Mapping) else None
+    if logits is None:
+        found = {t: _output(outputs, tasks, t) for t in binary}
+        columns = [z if z.shape[1:] == (1,) else binary[t].logit(z).unsqueeze(1) for t, z in found.items()]
+        logits = columns[0] if len(columns) == 1 else torch.cat(columns, 1)
+    truth = joined(labels, names)
+    if truth is None:
+        raise DataError(f"tasks {', '.join(names)}: expected labels [B] of the same examples")
+    return logits, truth
+
+
+def _output(outputs: Outputs, tasks: Sequence[Task], place: int) -> Tensor:
+    return outputs[tasks[place].name] if isinstance(outputs, Mapping) else outputs[place]
 
 
 def class_indicator(task: Task, labels: Tensor, bins: int = 4) -> Tensor:
@@ -188,8 +209,8 @@ def class_count(task: Task, bins: int = 4) -> int:
     return {"binary": 2, "regression": bins, "multilabel": 2 * task.out_features}.get(task.kind, task.out_features)
 
 
-def mean_losses(tasks: Sequence[Task], outputs: Sequence[Tensor], labels: Sequence[Tensor]) -> Tensor:
+def mean_losses(tasks: Sequence[Task], outputs: Outputs, labels: Mapping[str, Tensor]) -> Tensor:
     """Return each task's own mean loss, [T]; all at once where all are binary."""
     if all(isinstance(task, Binary) for task in tasks):
         return F.mean_cross_entropy(*yes_no(tasks, outputs, labels))[0]
-    return torch.stack([task.loss(z, y) for task, z, y in zip(tasks, outputs, labels)])
+    return torch.stack([task.loss(_output(outputs, tasks, t), labels[task.name]) for t, task in enumerate(tasks)])

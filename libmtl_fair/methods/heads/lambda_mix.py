@@ -95,10 +95,9 @@ class LambdaMix(FairWeighting):
 
     def step(self, batch: FairBatch, losses: Tensor) -> Tensor:
         """Leave the gradient of the mix; return the tasks' weights, lambda times those of the base."""
-        main, fair = losses.index_select(0, self.main), losses.index_select(0, self.fair)
-        self.trace = {"main": main.detach().sum(), "fair": fair.detach().sum()}
+        self.trace = {name: losses.detach().index_select(0, getattr(self, name)).sum() for name in ("main", "fair")}
         if self.settings.base != "EW":
-            return self._mixed(main, fair)
+            return self._mixed(losses[self.main], losses[self.fair])
         self.base_backward(losses * self.scale.to(losses.dtype))
         return self.scale
 
