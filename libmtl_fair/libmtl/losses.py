@@ -141,7 +141,7 @@ class LossBank:
         self._binary = tuple(name for name, task in ours.items() if isinstance(task, Binary))
         self._fair = {name: task for name, task in ours.items() if hasattr(task, "losses")}  # fairness heads
         self._rest = [name for name in self._loss_fns if name not in self._fair and name not in self._binary]
-        ordered = [*self._binary, *self._fair, *self._rest]
+        ordered = [*self._binary, *self._rest, *self._fair]
         self._order = None if ordered == list(self._loss_fns) else [ordered.index(name) for name in self._loss_fns]
 
     def __call__(self, preds: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
@@ -152,10 +152,13 @@ class LossBank:
             blocks = [F.mean_cross_entropy(logits, target)[0]]
         else:
             blocks = [self.one(name, preds[name], labels[name]).unsqueeze(0) for name in self._binary]
+        blocks += [self.one(name, preds[name], labels[name]).unsqueeze(0) for name in self._rest]
         if self._fair:
             tasks: list[Any] = list(self._fair.values())
-            blocks.append(tasks[0].losses(tasks, [preds[n] for n in self._fair], [labels[n] for n in self._fair]))
-        blocks += [self.one(name, preds[name], labels[name]).unsqueeze(0) for name in self._rest]
+            try:
+                blocks.append(tasks[0].losses(tasks, [preds[n] for n in self._fair], [labels[n] for n in self._fair]))
+            except (RuntimeError, ValueError, IndexError):  # one by one it says which
+                blocks += [self.one(name, preds[name], labels[name]).unsqueeze(0) for name in self._fair]
         losses = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
         return losses if self._order is None else losses[self._order]
 

@@ -76,6 +76,11 @@ class AuxiliaryTask(Task):
             )
         return self.mains[0].name
 
+    @property
+    def most_groups(self) -> float:
+        """Number of groups that its head tells apart."""
+        return math.inf
+
     def labels_from(
         self, labels: Mapping[str, Tensor], groups: Mapping[str, Tensor], n_groups: Mapping[str, int]
     ) -> AuxiliaryLabels:
@@ -83,14 +88,18 @@ class AuxiliaryTask(Task):
 
         Raises
         ------
-        DataError : an attribute that the loader does not give.
+        DataError : an attribute that the loader does not give, or more groups than the head tells apart.
         """
         for name in self.attributes:
             if name not in groups:
                 raise DataError(f"auxiliary task {self.name!r}: {unknown('sensitive attribute', name, groups)}")
-        return AuxiliaryLabels(
-            labels, tuple([groups[a] for a in self.attributes]), tuple([n_groups[a] for a in self.attributes])
-        )
+        ids, sizes = tuple([groups[a] for a in self.attributes]), tuple([n_groups[a] for a in self.attributes])
+        if math.prod(sizes) > self.most_groups:
+            raise DataError(
+                f"auxiliary task {self.name!r}: its head tells {self.most_groups} groups apart, and the loader has "
+                f"{math.prod(sizes)}; give their number to add_fairness_heads"
+            )
+        return AuxiliaryLabels(labels, ids, sizes)
 
 
 @dataclass(frozen=True)
@@ -158,27 +167,15 @@ class AdversaryTask(AuxiliaryTask):
     n_groups: int = 2
 
     @property
+    def most_groups(self) -> int:
+        """Number of groups."""
+        return self.n_groups
+
+    @property
     def out_features(self) -> int:
         """Number of classes times number of groups."""
         classes = sum(class_count(task, self.bins) for task in self.mains) if self.conditional else 1
         return classes * self.n_groups
-
-    def labels_from(
-        self, labels: Mapping[str, Tensor], groups: Mapping[str, Tensor], n_groups: Mapping[str, int]
-    ) -> AuxiliaryLabels:
-        """Return the labels of a step, as every auxiliary task.
-
-        Raises
-        ------
-        DataError : an attribute that the loader does not give, or more groups than the head tells apart.
-        """
-        made = super().labels_from(labels, groups, n_groups)
-        if math.prod(made.n_groups) > self.n_groups:
-            raise DataError(
-                f"auxiliary task {self.name!r}: its head tells {self.n_groups} groups apart, and the loader has "
-                f"{math.prod(made.n_groups)}; give their number to add_fairness_heads"
-            )
-        return made
 
     def loss(self, output: Tensor, labels: AuxiliaryLabels) -> Tensor:  # type: ignore[override]
         """Return the mean cross-entropy over known groups (scalar); 0 with zero gradient with fewer than two groups."""
