@@ -37,10 +37,6 @@ def split(batch: Any, device: torch.device, tasks: Sequence[str]) -> Packed:
     """Take one batch apart: inputs, labels of the tasks, attribute -> group ids, on the device.
 
     A bare label tensor belongs to the one task in ``tasks``.
-
-    Raises
-    ------
-    DataError : a batch that is no ``(x, labels)`` pair, or lacks a task.
     """
     if not isinstance(batch, Packed):
         if not isinstance(batch, (list, tuple)) or len(batch) != 2:
@@ -74,12 +70,7 @@ def flat_labels(labels: Mapping[str, Tensor], tasks: Mapping[str, Task | None]) 
 
 
 def per_task(trainer: TrainingState, loaders: Loaders) -> Mapping[str, Loader]:
-    """Return task -> loader, or one loader under an empty name.
-
-    Raises
-    ------
-    DataError : ``multi_input`` and a task without a loader.
-    """
+    """Return task -> loader, or one loader under an empty name."""
     if not trainer.multi_input:
         return {"": loaders}
     assert isinstance(loaders, Mapping)
@@ -90,12 +81,7 @@ def per_task(trainer: TrainingState, loaders: Loaders) -> Mapping[str, Loader]:
 
 
 def endless(loader: Loader) -> Iterator[Any]:
-    """Yield the loader's batches again and again, each pass through a new iterator.
-
-    Raises
-    ------
-    DataError : the loader has no batch.
-    """
+    """Yield the loader's batches again and again, each pass through a new iterator."""
     while True:
         empty = True
         for batch in drawn(loader):

@@ -139,12 +139,7 @@ def set_loader_states(loaders: Mapping[str, Any], states: Mapping[str, Plain]) -
 
 
 def save(path: Path, content: Mapping[str, Plain]) -> None:
-    """Write a checkpoint whole or not at all.
-
-    Raises
-    ------
-    CheckpointError : the folder cannot be written, or the disk is full.
-    """
+    """Write a checkpoint whole or not at all."""
     with atomic_path(path) as temporary:
         try:
             torch.save({"format": FORMAT, **content}, temporary)
@@ -156,10 +151,6 @@ def load(path: Path, device: torch.device, *, state_dict_too: bool = False) -> d
     """Read a checkpoint: tensors and plain values only, never code.
 
     ``state_dict_too`` also takes a plain state_dict, as LibMTL's git main saves it; it comes back under ``"model"``.
-
-    Raises
-    ------
-    CheckpointError : missing, damaged, of another format, or holding anything but data.
     """
     try:
         with warnings.catch_warnings():
@@ -233,12 +224,7 @@ def save_training(trainer: TrainingState, loaders: Loaders) -> None:
 
 
 def resume(trainer: TrainingState, loaders: Loaders) -> None:
-    """Continue from ``last.pt`` if there is one.
-
-    Raises
-    ------
-    CheckpointError : damaged, no checkpoint of ours, or made with other tasks, settings or model.
-    """
+    """Continue from ``last.pt`` if there is one."""
     assert trainer.run_dir is not None
     remove_leftovers(trainer.run_dir)
     if (trainer.run_dir / LAST).exists():
@@ -300,12 +286,7 @@ def reshape(trainer: TrainingState, structure: Plain) -> None:
 
 
 def load_weights(trainer: TrainingState, path: Path) -> None:
-    """Load a model's weights: ours, or a plain state_dict such as LibMTL's git main saves. A folder means its ``best.pt``.
-
-    Raises
-    ------
-    CheckpointError : missing, damaged, or of another model.
-    """
+    """Load a model's weights: ours, or a plain state_dict such as LibMTL's git main saves. A folder means its ``best.pt``."""
     path = path / BEST if path.is_dir() else path
     content = load(path, trainer.device, state_dict_too=True)
     reshape(trainer, content.get("structure"))

@@ -94,13 +94,7 @@ def evaluate(trainer: TrainingState, loaders: Loaders) -> Results:
 
 @torch.no_grad()
 def predict(trainer: TrainingState, loaders: Loaders, embeddings: bool = False) -> Predictions:
-    """Return what the model says about every example of the loader, on the CPU.
-
-    Raises
-    ------
-    HostError : a task whose kind is not known.
-    DataError : no batch for a task.
-    """
+    """Return what the model says about every example of the loader, on the CPU."""
     unknown_kind = [name for name, task in trainer.tasks.items() if task is None]
     if unknown_kind:
         raise HostError(

@@ -163,12 +163,7 @@ class LossBank:
         return losses if self._order is None else losses[self._order]
 
     def one(self, name: str, pred: Tensor, label: Tensor) -> Tensor:
-        """Return the loss of one task (scalar).
-
-        Raises
-        ------
-        HostError : the loss cannot take these tensors, or gives more than one number.
-        """
+        """Return the loss of one task (scalar)."""
         try:
             loss = self._loss_fns[name].compute_loss(pred, label)
         except (RuntimeError, ValueError, IndexError) as error:

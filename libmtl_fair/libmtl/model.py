@@ -98,13 +98,7 @@ def compose(
     encoder_class: Callable[[], nn.Module],
     decoders: Mapping[str, nn.Module],
 ) -> Model:
-    """Return the model of a trainer, whose ``weighting`` and ``weight_args`` are set.
-
-    Raises
-    ------
-    HostError : heads missing, or an architecture that does not fit its encoder.
-    RecipeError : a hyperparameter that the weighting does not take.
-    """
+    """Return the model of a trainer, whose ``weighting`` and ``weight_args`` are set."""
     wanted, shared = resolve_weighting(weighting), resolve_architecture(architecture)
     trainer.weighting = wanted.__name__
     missing = [name for name in trainer.task_name if name not in decoders]

@@ -154,12 +154,7 @@ class TrainingState(Trainer):  # type: ignore[misc]
     prepare_optimizer: Callable[[], None]
 
     def take_tasks(self, task_dict: Mapping[str, Mapping[str, Any]]) -> None:
-        """Learn what is trained.
-
-        Raises
-        ------
-        HostError : no main task, or one with a name that is not for it.
-        """
+        """Learn what is trained."""
         if not task_dict:
             raise HostError("task_dict is empty; it needs at least one task")
         self.task_dict = {name: dict(entry) for name, entry in task_dict.items()}
