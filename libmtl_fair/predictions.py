@@ -32,7 +32,7 @@ class Predictions:
     Attributes
     ----------
     tasks : the tasks, in ``task_dict`` order.
-    scores : task -> audit score in [0, 1], [N] (methods.md, section 0).
+    scores : task -> audit score in [0, 1], [N] (METHODS.md, section 0).
     outputs : task -> raw head output, [N], [N, 1] or [N, C].
     labels : task -> labels as the loader gave them (NaN or -100 where missing).
     groups : attribute -> group ids int64 [N], -1 unknown.

@@ -2,7 +2,7 @@
 
 A task says what its labels and outputs mean. From that follow the masked loss that LibMTL trains on, the metric it
 shows, the probabilities that group metrics read, and the score in [0, 1] that the fixed-delta audit compares
-(methods.md, section 0). Labels that are missing are ``NaN`` (float labels) or ``-100`` (integer labels).
+(METHODS.md, section 0). Labels that are missing are ``NaN`` (float labels) or ``-100`` (integer labels).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Task:
         raise NotImplementedError
 
     def score(self, output: Tensor) -> Tensor:
-        """Return the audit score of each example, [B], in [0, 1]: its highest probability (methods.md, section 0)."""
+        """Return the audit score of each example, [B], in [0, 1]: its highest probability (METHODS.md, section 0)."""
         p = self.probabilities(output)
         return p if p.dim() == 1 else p.amax(dim=-1)
 

@@ -15,7 +15,7 @@ from libmtl_fair.data.spec import TableSpec, TaskSpec
 
 Card = dict[str, Any]
 SMALL_GROUP = 30
-"""Groups with fewer test rows than this are named in the card (methods.md 5: they are flagged in every table)."""
+"""Groups with fewer test rows than this are named in the card (METHODS.md 5: they are flagged in every table)."""
 
 
 def dataset_card(

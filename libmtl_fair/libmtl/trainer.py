@@ -310,7 +310,7 @@ class FairTrainer(TrainingState):
     def audit(
         self, loader: Loaders, delta: float | Tensor | Floats, *, exact: bool = True, **options: Any
     ) -> AuditReport:
-        """Return the fixed-delta audit (methods.md, 1.1) of the model's scores on a loader."""
+        """Return the fixed-delta audit (METHODS.md, 1.1) of the model's scores on a loader."""
         from libmtl_fair.metrics import FixedDeltaAudit
 
         return FixedDeltaAudit(delta, exact=exact, **options).run(self.predict(loader).scores)

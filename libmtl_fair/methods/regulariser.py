@@ -16,7 +16,7 @@ from libmtl_fair.methods.heads.group_losses import GroupLoss
 
 
 class GroupRegulariserSettings(Settings, GroupLoss):
-    """Hyperparameters of :class:`GroupRegulariser` (methods.md, 4): a :class:`GroupLoss`, and of whom."""
+    """Hyperparameters of :class:`GroupRegulariser` (METHODS.md, 4): a :class:`GroupLoss`, and of whom."""
 
     aliases: ClassVar[Mapping[str, str]] = {"lambda": "lam"}
 

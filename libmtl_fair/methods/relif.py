@@ -32,7 +32,7 @@ PAPER: Mapping[str, Any] = {
 
 
 class ReLiFSettings(Settings):
-    """Hyperparameters of :class:`ReLiF` (methods.md, 1.2)."""
+    """Hyperparameters of :class:`ReLiF` (METHODS.md, 1.2)."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": PAPER}
 

@@ -1,4 +1,4 @@
-"""What may move Bias but fairness: a method's own tolerance (drift, methods.md 1.1), and scores merely pulled together."""
+"""What may move Bias but fairness: a method's own tolerance (drift, METHODS.md 1.1), and scores merely pulled together."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def shrinkage_curve(
     """Return what ``p -> c + a (p - c)`` does to binary tasks: a row per ``a``, with Bias, violation rate, Brier, AUC.
 
     AUC does not change with ``a > 0``, nor does accuracy at ``centre``: a method has gained consistency only where its
-    (Brier, Bias) lies below this curve of the *plain* model. Bias is exact, over all pairs. Source: ours (methods 1.1).
+    (Brier, Bias) lies below this curve of the *plain* model. Bias is exact, over all pairs. Source: ours (METHODS.md, 1.1).
 
     Parameters
     ----------

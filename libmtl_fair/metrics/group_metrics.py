@@ -1,4 +1,4 @@
-"""Group metrics of several tasks and sensitive attributes, streamed on the device (methods.md, section 5)."""
+"""Group metrics of several tasks and sensitive attributes, streamed on the device (METHODS.md, section 5)."""
 
 from __future__ import annotations
 

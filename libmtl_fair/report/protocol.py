@@ -1,4 +1,4 @@
-"""Short facts about a run, and the audit's protocol as the ReLiF reporting checklist wants it (methods.md 1.1)."""
+"""Short facts about a run, and the audit's protocol as the ReLiF reporting checklist wants it (METHODS.md 1.1)."""
 
 from __future__ import annotations
 

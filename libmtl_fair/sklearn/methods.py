@@ -43,7 +43,7 @@ METHODS: dict[str, Method] = {
     "adversarial": Method("LambdaMix", heads="adversarial", defaults={"lam": 0.5}),
     **{name: Method("GroupRegulariser", defaults={"loss": name}) for name in ("bgl", "dpl", "fprl", "tprl")},
 }
-"""Methods by name; ``"none"`` is plain equal weighting. Shares ``lam`` of glf and gld are ours (methods.md, 4)."""
+"""Methods by name; ``"none"`` is plain equal weighting. Shares ``lam`` of glf and gld are ours (METHODS.md, 4)."""
 
 
 def method_names() -> list[str]:

@@ -1,4 +1,4 @@
-"""ReLiF (methods.md, 1.2): steps replayed by hand in float64, composition with every base, ablations, edge cases."""
+"""ReLiF (METHODS.md, 1.2): steps replayed by hand in float64, composition with every base, ablations, edge cases."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def make_trainer(
 
 
 def replay(scores: Array, h: Array, order: Array, k: int, state: dict[str, Any], s: ReLiFSettings) -> dict[str, float]:
-    """One step of methods.md, 1.2, read aloud: ``order`` [T, B] ranks the examples of each task, best first."""
+    """One step of METHODS.md, 1.2, read aloud: ``order`` [T, B] ranks the examples of each task, best first."""
     tasks, gaps, distances = len(scores), [], []
     length = np.linalg.norm(h, axis=1, keepdims=True)
     unit = h / np.where(length > 0, length, np.inf)  # a zero vector has cosine 0

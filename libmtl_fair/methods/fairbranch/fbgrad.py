@@ -154,7 +154,7 @@ class Plan:
 
 
 class FBGradSettings(Settings):
-    """Hyperparameters of :class:`FBGrad` (methods.md, 3)."""
+    """Hyperparameters of :class:`FBGrad` (METHODS.md, 3)."""
 
     aliases: ClassVar[Mapping[str, str]] = {"lambda": "strength"}
 

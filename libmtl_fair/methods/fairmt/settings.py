@@ -15,7 +15,7 @@ _LIPSCHITZ = ("prototypes", "k", "beta", "mu", "quantile", "scaling", "scale_ema
 
 
 class FairMTSettings(Settings):
-    """Hyperparameters of :class:`FairMT` (methods.md, 2)."""
+    """Hyperparameters of :class:`FairMT` (METHODS.md, 2)."""
 
     epsilon: float = setting(
         0.05,

@@ -1,4 +1,4 @@
-"""Auxiliary fairness heads: ordinary LibMTL tasks that exist in training only (methods.md, section 4).
+"""Auxiliary fairness heads: ordinary LibMTL tasks that exist in training only (METHODS.md, section 4).
 
 Their labels follow from a main task's labels and the groups.
 """

@@ -46,7 +46,7 @@ class Compared(NamedTuple):
 
 
 class GroupLoss(Declared):
-    """A disparity between the groups of one sensitive attribute (methods.md, 4).
+    """A disparity between the groups of one sensitive attribute (METHODS.md, 4).
 
     ``glf``, ``gld`` and ``bgl`` are of the groups' mean losses; ``dpl``, ``fprl`` and ``tprl`` the largest gap between the groups'
     mean scores over all examples, over negatives, over positives; ``gap`` **(ours)** is dpl within classes of sharpened scores,

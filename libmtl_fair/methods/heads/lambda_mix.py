@@ -16,7 +16,7 @@ from libmtl_fair.tasks import AUXILIARY_PREFIX
 
 
 class LambdaMixSettings(Settings):
-    """Hyperparameters of :class:`LambdaMix` (methods.md, 4); the base is the weighting inside each of the two sums."""
+    """Hyperparameters of :class:`LambdaMix` (METHODS.md, 4); the base is the weighting inside each of the two sums."""
 
     aliases: ClassVar[Mapping[str, str]] = {"lambda": "lam"}
 

@@ -119,7 +119,7 @@ def fresh_copy(*heads: nn.Module) -> nn.Module:
 
 
 class GroupHeads(nn.Module):
-    """Group-specific decomposition: one head per group, in training and in prediction (baseline of methods.md, section 4).
+    """Group-specific decomposition: one head per group, in training and in prediction (baseline of METHODS.md, section 4).
 
     An example of unknown group gets the mean of the heads' outputs **(ours)**. Prediction needs the groups, which
     :class:`FairTrainer` hands over by :meth:`take_groups`; without them every example counts as unknown.

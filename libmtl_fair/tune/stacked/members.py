@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from libmtl_fair.batch import Columns
+from libmtl_fair.errors import HostError
 from libmtl_fair.libmtl import FairTrainer
 from libmtl_fair.libmtl import step as stepping
 from libmtl_fair.libmtl.optimizers import make_scheduler
@@ -64,8 +65,17 @@ class Member:
         return torch.zeros_like(z) if z.grad is None else z.grad, h.grad
 
     def end_epoch(self) -> float:
-        """Count an epoch; return the learning rate of the next."""
+        """Count an epoch; return the learning rate of the next.
+
+        Raises
+        ------
+        HostError : the method asked for a gradient to the weights themselves.
+        """
         trainer = self.trainer
+        if any(p.grad is not None for p in trainer.model.parameters()):
+            raise HostError(
+                f"{trainer.weighting} uses the model's weights, and a stack has gradients of the batch alone: leave --stacked out"
+            )
         trainer.model.after_epoch(trainer, trainer.epoch)
         trainer.epoch += 1
         if self._schedule is None:
