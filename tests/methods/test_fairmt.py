@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import libmtl_fair as lf
 from libmtl_fair import functional as F
+from libmtl_fair.methods.fairmt.constraint import Constraint
+from libmtl_fair.methods.fairmt.settings import FairMTSettings
 from libmtl_fair.models import MLP, linear_heads
 
 N, BATCH, FEATURES, WIDTH, LR = 240, 60, 5, 6, 0.1
@@ -300,3 +302,9 @@ def test_returned_weights_are_what_multiplies_each_loss() -> None:
     weights = trainer.train(loader(BINARY), epochs=1, return_weight=True)
     assert weights.shape == (3, N // BATCH)
     assert weights.sum(0) == pytest.approx(3)
+
+
+def test_rates_that_are_no_numbers_stay_so() -> None:
+    tasks = [lf.Binary("a"), lf.Binary("b")]
+    rule = Constraint(FairMTSettings(), tasks, [1, 1], {"sex": 2}, [[0, 1]], torch.device("cpu"))
+    assert rule.psi(torch.full((2, 4), torch.nan), torch.full((2, 4), 20.0)).value.isnan().all()
