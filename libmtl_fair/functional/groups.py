@@ -130,8 +130,8 @@ def _of_two(formula: _Formula, values: Tensor, present: Tensor) -> tuple[Tensor,
     """Value [...] and slope [..., G] of a formula; 0 with fewer than two groups."""
     count = present.to(values.dtype).sum(-1, keepdim=True)
     value, slope = formula(values, present, count)
-    enough = count >= 2
-    return value.where(enough, 0.0).squeeze(-1), slope.where(enough, 0.0)
+    few = count < 2
+    return value.masked_fill(few, 0.0).squeeze(-1), slope.masked_fill(few, 0.0)
 
 
 def _disparity(formula: _Formula, values: Tensor, present: Tensor) -> Tensor:
@@ -192,8 +192,9 @@ def _worst(v: Tensor, present: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
 
 def _spread(v: Tensor, present: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     if v.shape[-1] == 2:
-        gap = v.diff(dim=-1)
-        return gap.abs(), torch.cat([-gap.sign(), gap.sign()], -1)
+        gap = v[..., 1:] - v[..., :1]
+        up = gap.sign()
+        return gap.abs(), torch.cat([-up, up], -1)
     (high, up), (low, down) = _worst(v, present, count), _worst(-v, present, count)
     return high + low, up - down
 

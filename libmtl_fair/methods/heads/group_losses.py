@@ -124,8 +124,9 @@ class GroupLoss(Declared):
         gaps = _OF_LOSSES.get(self.loss, F.spread)(mean, count > 0)
 
         def by_task(columns: Tensor) -> Tensor:
-            blocks = [part.view(-1, m).sum(0) for part, m in zip(torch.split(columns, sizes), many)]
-            return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+            if len(many) == 1:
+                return columns.view(-1, many[0]).sum(0)
+            return torch.cat([part.view(-1, m).sum(0) for part, m in zip(torch.split(columns, sizes), many)])
 
         found = by_task(gaps)
         if self.loss in _OF_SCORES and not (self.loss in ("dpl", "gap") and self.within_classes):
@@ -149,7 +150,8 @@ class GroupLoss(Declared):
             return F.example_cross_entropy(logits, labels)
         if self.loss in ("tprl", "fprl"):
             return values, yes if self.loss == "tprl" else labels == 0
-        return torch.cat([values, values], 1), torch.cat([labels == 0, yes], 1)
+        both = values if values.shape[1] == 1 else torch.cat([values, values], 1)
+        return both, torch.cat([labels == 0, yes], 1)
 
     def _of_task(self, task: Task, output: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return values and condition of a task that is not binary."""
