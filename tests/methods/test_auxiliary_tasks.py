@@ -234,6 +234,41 @@ def test_mapped_over_trials_it_is_the_same(kind: str, loss: str, conditional: bo
         torch.testing.assert_close(slope, torch.autograd.grad(expected, output)[0])
 
 
+@pytest.mark.parametrize(("kind", "loss", "conditional"), cases())
+def test_no_value_is_read_back(kind: str, loss: str, conditional: bool) -> None:
+    task = DisparityTask("fair:t/sex", (KINDS[kind],), ("sex",), GroupLoss(loss, conditional))
+    output, labels, groups = (x.to("meta") for x in example(kind))
+    task.loss(output.requires_grad_(), task.labels_from({"t": labels}, {"sex": groups}, {"sex": 3})).backward()
+    assert output.grad is not None
+
+
+def test_many_heads_at_once_are_each_by_itself() -> None:
+    """Of several main tasks, attributes, disparities and kinds; one shared, some that also learn the task."""
+    labels = {"a": example("binary")[1], "b": example("multiclass")[1], "c": example("binary", 4)[1]}
+    mains = {"a": lf.Binary("a"), "b": lf.Multiclass("b", 3), "c": lf.Binary("c")}
+    groups, sizes = {"sex": example("binary")[2], "race": example("binary", 7)[2]}, {"sex": 3, "race": 3}
+    plain, gap = GroupLoss("glf"), GroupLoss("gap")
+    tasks = [
+        DisparityTask(f"fair:{'+'.join(names)}/{attribute}", tuple(mains[n] for n in names), (attribute,), *rest)
+        for attribute in ("race", "sex")
+        for names, *rest in (
+            ("a", plain),
+            ("c", plain),
+            ("b", plain),
+            ("abc", gap),
+            ("a", plain, True),
+            ("b", gap, True),
+        )
+    ]
+    outputs = [torch.randn(N, task.out_features, dtype=torch.float64, requires_grad=True) for task in tasks]
+    packed = [task.labels_from(labels, groups, sizes) for task in tasks]
+    together = DisparityTask.losses(tasks, outputs, packed)
+    alone = torch.stack([task.loss(z, y) for task, z, y in zip(tasks, outputs, packed)])
+    torch.testing.assert_close(together, alone)
+    found = (torch.autograd.grad(values.square().sum(), outputs, retain_graph=True) for values in (together, alone))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_sharp_scores_are_those_of_larger_logits(kind: str) -> None:
     output, labels, groups = example(kind)
