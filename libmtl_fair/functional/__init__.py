@@ -47,7 +47,7 @@ from libmtl_fair.functional.lipschitz import (
     unit_vectors,
 )
 from libmtl_fair.functional.losses import example_cross_entropy, mean_cross_entropy, mean_cross_entropy_gradient
-from libmtl_fair.functional.quantiles import masked_mean, masked_quantile, sorted_quantiles
+from libmtl_fair.functional.quantiles import masked_mean, masked_quantile, masked_quantiles, sorted_quantiles
 from libmtl_fair.functional.scores import auc, group_auc, task_scores
 from libmtl_fair.functional.similarity import (
     linear_cka,
@@ -97,6 +97,7 @@ __all__ = [
     "lipschitz_term",
     "masked_mean",
     "masked_quantile",
+    "masked_quantiles",
     "mean_cross_entropy",
     "mean_cross_entropy_gradient",
     "min_norm_weights",

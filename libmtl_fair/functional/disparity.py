@@ -70,12 +70,14 @@ def lift(
     (tensor([0.5000]), tensor([0., 1.]))
     """
     fixed = cost.detach()
-    known = (count > 0) & (count >= min_count)
-    observed = known.sum(-2)
+    unknown = (
+        count < min_count if isinstance(min_count, float) and min_count > 0 else (count <= 0) | (count < min_count)
+    )
+    observed = cost.shape[-2] - unknown.sum(-2)
     present = observed >= 2
-    low = torch.where(known, fixed, torch.inf)
+    low = fixed.masked_fill(unknown, torch.inf)
     if symmetric:
-        high = torch.where(known, fixed, -torch.inf)
+        high, known = fixed.masked_fill(unknown, -torch.inf), ~unknown
         top, bottom = high == high.amax(-2, keepdim=True), low == low.amin(-2, keepdim=True)
         # groups that tie share the slope, as autograd's amax has it
         top, bottom = (x & known & present.unsqueeze(-2) for x in (top, bottom))
@@ -83,8 +85,8 @@ def lift(
         return (slope * cost).sum(-2), present, slope.to(cost.dtype)
     best = low.amin(-2, keepdim=True)
     if bound is not None:
-        best = fixed.gather(-2, torch.where(known, bound, torch.inf).argmin(-2, keepdim=True))
-    excess = torch.where(known, cost - best, 0.0)  # with one group known it is the best, with none all is masked
+        best = fixed.gather(-2, bound.masked_fill(unknown, torch.inf).argmin(-2, keepdim=True))
+    excess = (cost - best).masked_fill(unknown, 0.0)  # with one group known it is the best, with none all is masked
     slope = (excess.detach() > 0).to(cost.dtype)
     if normalise:
         slope = slope / (observed - 1).clamp(min=1).unsqueeze(-2)

@@ -238,11 +238,12 @@ def lipschitz_derivatives(
         flat = (*scores.shape[:-2], at.gap.shape[-3:].numel())
         gap, distance = at.gap.view(flat), at.distance.clamp_(min=min_distance).view(flat)
         mask = None if mask is None else mask.view(flat)
-        per_tau, per_kappa = (1 / _column(scale) for scale in scales(gap.abs(), distance, mask))
+        per_tau, per_kappa = (_reciprocal(scale) for scale in scales(gap.abs(), distance, mask))
         beta, mu = _column(beta), _column(mu)
         clipped = gap.clamp(-beta, beta)  # type: ignore[arg-type]
-        rise = per_tau / beta  # rho_beta(gap) / tau = clipped (gap - clipped / 2) rise
-        z = torch.add(gap, clipped, alpha=-0.5).mul_(clipped).mul_(rise).sub_(distance * per_kappa)
+        short = torch.add(gap, clipped, alpha=-0.5)
+        slope = clipped.mul_(per_tau / beta)  # of rho_beta(gap) / tau, which is short times slope
+        z = short.mul_(slope).sub_(distance * per_kappa)
         bent = torch.minimum(z.relu(), mu) if isinstance(mu, Tensor) else z.clamp(0, mu)  # mu phi'
         count: Tensor | int = flat[-1]
         if mask is not None:
@@ -250,11 +251,11 @@ def lipschitz_derivatives(
         share = 1 / (mu * _column(count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)))
         value = torch.linalg.vecdot(bent, z.sub_(bent, alpha=0.5)) * _scalar(share)
         rate = torch.count_nonzero(bent, -1).to(value.dtype) * _scalar(share * mu)
-        to_gap = clipped.mul_(bent).mul_(rise * share).view_as(at.gap)
+        to_gap = slope.mul_(bent).mul_(share).view_as(at.gap)
         to_scores, to_embeddings = pairs.to_scores(to_gap, scores), None
         if not detach_distance:
-            to_distance = _where_above(bent, distance, min_distance).mul_(per_kappa * -share)
-            to_embeddings = pairs.to_embeddings(to_distance.view_as(at.gap), at, embeddings)
+            to_distance = _where_above(bent, distance, min_distance).view_as(at.gap)
+            to_embeddings = pairs.to_embeddings(to_distance, per_kappa * share, at, embeddings)
     some = count > 0 if isinstance(count, Tensor) else None if count else torch.zeros_like(rate, dtype=torch.bool)
     return LipschitzTerm(value, rate, some, to_scores, to_embeddings)
 
@@ -351,7 +352,7 @@ class _Pairs(NamedTuple):
         units = rows / norm
         (first, second), (left, right) = self._of_pairs(picked, -2), self._of_pairs(units, -3)
         gap = first.unsqueeze(-1) - second.unsqueeze(-2)
-        distance = torch.rsub(torch.matmul(left, right.mT), 0.5, alpha=0.5)
+        distance = torch.rsub(_products(left, right.mT), 0.5, alpha=0.5)
         return _Geometry(gap, distance.to(gap.dtype), units, norm, row_at)
 
     def _row_at(self, scores: Tensor, embeddings: Tensor) -> Tensor:
@@ -372,12 +373,13 @@ class _Pairs(NamedTuple):
         found = scores.new_zeros((*per_prototype.shape[:-1], scores.shape[-1])).scatter_add_(-1, self.at, per_prototype)
         return found if self.used is None else torch.zeros_like(scores).index_add_(-2, self.used, found)
 
-    def to_embeddings(self, to_distance: Tensor, at: _Geometry, embeddings: Tensor) -> Tensor:
-        """Derivative through ``1/2 - u'v / 2`` and the scaling to unit vectors, ``(g - u (u'g)) / |x|``."""
+    def to_embeddings(self, to_distance: Tensor, scale: float | Tensor, at: _Geometry, embeddings: Tensor) -> Tensor:
+        """Derivative through ``1/2 - u'v / 2`` and the scaling to unit vectors, ``(g - u (u'g)) / |x|``, times ``-scale``."""
         (left, right), to_distance = self._of_pairs(at.units, -3), to_distance.to(at.units.dtype)
-        per_unit = self._to_tasks(torch.matmul(to_distance, right), torch.matmul(to_distance.mT, left), -3)
+        per_unit = self._to_tasks(_products(to_distance, right), _products(to_distance.mT, left), -3)
         along = (at.units * per_unit).sum(-1, keepdim=True)
-        per_row = per_unit.addcmul_(at.units, along, value=-1).div_(at.norm * -2)
+        scale = scale.view(*scale.shape, 1, 1) if isinstance(scale, Tensor) else scale
+        per_row = per_unit.addcmul_(at.units, along, value=-1).div_(at.norm).mul_(0.5 * scale)
         rows = embeddings.new_zeros((embeddings.shape[:-1].numel(), embeddings.shape[-1]))
         return rows.index_add_(0, at.row_at, per_row.flatten(0, -2)).view(embeddings.shape)
 
@@ -408,7 +410,7 @@ def _draw(
     sides, used = _all_pairs(tasks, scores.device), None
     if max_task_pairs is not None and max_task_pairs < sides.shape[1]:
         (order,) = _drawn(torch.randperm, sides.shape[1], generator, scores.device)
-        sides = sides[:, order[:max_task_pairs]]
+        sides = sides.index_select(1, order[:max_task_pairs])
     if 2 * sides.shape[1] < tasks:  # only the tasks drawn need prototypes
         used = sides.flatten()
         scores = scores.index_select(-2, used)
@@ -422,7 +424,9 @@ def _draw(
         usable = None  # as nearly always: then nothing needs a mask
     else:
         usable = scores.isfinite() if valid is None else scores.isfinite() & valid
-    best = (keys if usable is None else keys.masked_fill(~usable, -torch.inf)).topk(min(k, scores.shape[-1]), -1)
+    best = (keys if usable is None else keys.masked_fill(~usable, -torch.inf)).topk(
+        min(k, scores.shape[-1]), -1, sorted=sizes is not None or mode == "confident"
+    )
     chosen = None if usable is None else best.values > -torch.inf
     if sizes is not None:
         few = torch.arange(best.values.shape[-1], device=scores.device) < sizes.view(*sizes.shape, 1, 1)
@@ -457,6 +461,15 @@ def _check_pairs(scores: Tensor, embeddings: Tensor, k: int, mode: str, max_task
             f"prototype_pairs: embeddings must be [examples, d] or [tasks, examples, d] for scores of shape "
             f"{tuple(scores.shape)}, found shape {tuple(embeddings.shape)}."
         )
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Matrix products over all leading dimensions; ``torch.matmul`` copies what is transposed."""
+    return torch.bmm(a.flatten(0, -3), b.flatten(0, -3)).view(*a.shape[:-1], b.shape[-1])
+
+
+def _reciprocal(x: float | Tensor) -> float | Tensor:
+    return x.reciprocal().unsqueeze(-1) if isinstance(x, Tensor) else 1 / x
 
 
 def _scalar(x: float | Tensor) -> float | Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -35,14 +37,26 @@ def masked_quantile(x: Tensor, q: float, mask: Tensor | None = None) -> Tensor:
     >>> masked_quantile(torch.tensor([3.0, 1.0, 9.0, 2.0]), 0.5, torch.tensor([True, True, False, True]))
     tensor(2.)
     """
+    return masked_quantiles([x], q, mask).squeeze(-1)
+
+
+def masked_quantiles(values: Sequence[Tensor], q: float, mask: Tensor | None = None) -> Tensor:
+    """:func:`masked_quantile` of each of several tensors [..., n] of one shape, [..., number of tensors]."""
     if not 0 <= q <= 1:
         raise RecipeError(f"masked_quantile: q must be in [0, 1], found {q}.")
-    x = x.detach()
-    if on_cpu(x) and (mask is None or on_cpu(mask)):
-        rows = x.reshape(-1, x.shape[-1]).numpy()
-        kept = [None] * len(rows) if mask is None else mask.expand_as(x).reshape(rows.shape).numpy()
-        found = [_quantile(row if keep is None else row[keep], q) for row, keep in zip(rows, kept)]
-        return torch.tensor(found, dtype=x.dtype).view(x.shape[:-1])
+    x = values[0]
+    if on_cpu(*values) and (mask is None or on_cpu(mask)):
+        columns = [value.detach().reshape(-1, x.shape[-1]).numpy() for value in values]
+        kept = None if mask is None else mask.expand_as(x).reshape(columns[0].shape).numpy()
+        found = [
+            [_quantile(rows[i] if kept is None else rows[i][kept[i]], q) for rows in columns]
+            for i in range(len(columns[0]))
+        ]
+        return torch.tensor(found, dtype=x.dtype).view(*x.shape[:-1], len(values))
+    return torch.stack([_by_sorting(value.detach(), q, mask) for value in values], -1)
+
+
+def _by_sorting(x: Tensor, q: float, mask: Tensor | None) -> Tensor:
     held = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
     ordered, share = (
         x.masked_fill(~held, torch.inf).sort(-1).values,

@@ -5,6 +5,8 @@ Each problem here has T unknowns, the number of tasks, and any leading dimension
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -37,11 +39,15 @@ def project_to_simplex(v: Tensor) -> Tensor:
     tensor([0.7000, 0.3000, 0.0000])
     """
     v = v - v.detach().amax(-1, keepdim=True)  # only differences matter, and near 0 they are exact
-    ordered = v.sort(-1, descending=True).values
-    excess = ordered.cumsum(-1) - 1
-    rank = torch.arange(1, v.shape[-1] + 1, device=v.device)
-    support = (ordered * rank > excess).sum(-1, keepdim=True)
-    return (v - excess.gather(-1, support - 1) / support).relu()
+    excess = v.sort(-1, descending=True).values.cumsum(-1) - 1
+    # the threshold of the k largest rises until k is the support, and falls from there
+    return (v - (excess / _ranks(v.shape[-1], v.device)).amax(-1, keepdim=True)).relu()
+
+
+@lru_cache(maxsize=64)
+def _ranks(count: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(1, count + 1, device=device)
 
 
 def aggregate_disparities(
@@ -82,8 +88,11 @@ def aggregate_disparities(
         raise RecipeError(f"aggregate_disparities: mu must be positive, found {mu}.")
     if solver not in AGGREGATION_SOLVERS:
         raise RecipeError(unknown("solver of aggregate_disparities", solver, AGGREGATION_SOLVERS))
-    if present is None:
-        present = torch.ones_like(psi, dtype=torch.bool)
+    if present is None or (on_cpu(present) and bool(present.all())):
+        target = psi.detach() / mu
+        everywhere = torch.ones_like(psi, dtype=torch.bool) if solver != "exact" else None
+        w = project_to_simplex(target) if everywhere is None else _frank_wolfe(target, everywhere, min(1.0, 1 / mu))
+        return (w * (psi - (mu / 2) * w)).sum(-1) + mu / (2 * psi.shape[-1]), w
     psi, count = psi.where(present, 0.0), present.sum(-1, keepdim=True)
     allowed = present | (count == 0)
     target = (psi.detach() / mu).masked_fill(~allowed, -torch.inf)

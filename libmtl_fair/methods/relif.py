@@ -171,12 +171,12 @@ class LipschitzScales(Controller):
         s = self.settings
         if not s.scaling or not gap.shape[-1]:
             return 1.0, 1.0
-        found = torch.stack([F.masked_quantile(x, s.quantile, mask) for x in (gap, distance)], -1)
+        found = F.masked_quantiles([gap, distance], s.quantile, mask)
         xp, found, ok, n = self._arrays(found, None if mask is None else mask.any(-1, keepdim=True))
         share = n.scale_ema if isinstance(n.scale_ema, float) else n.scale_ema[..., None]
         moved = xp.where(n.scales_started[..., None], n.scales + share * (found - n.scales), found)
         self._keep(
-            scales=xp.where(ok, xp.clip(moved, SCALE_FLOOR, None), n.scales),
+            scales=xp.where(ok, xp.where(moved > SCALE_FLOOR, moved, SCALE_FLOOR), n.scales),
             scales_started=n.scales_started | ok[..., 0],
         )
         tau, kappa = self.scales.to(gap.dtype).unbind(-1)

@@ -199,6 +199,8 @@ class Constraint(Controller):
             column, seen = torch.cat([column, wrong], -1), torch.cat([seen, present], -1)
             slope = torch.cat([slope, steep], -1)
         here = seen.to(column.dtype)
+        if self._one_column_each and self.n_attributes == 1:
+            return Psi(column.sum(-2), seen.any(-2), slope, here)
         value, columns = column * here, here
         if not self._one_column_each:
             owner = self._owner.to(column.dtype)
