@@ -1,21 +1,17 @@
 """Statistics per sensitive group and cell, and disparities between groups (GLF, GLD, bounded group loss, gaps, robust log loss).
 
-Group ids are 0..G-1, -1 is unknown; a statistic over an empty set is absent, never 0 and never NaN. Disparities take
-[..., G] and carry their derivative written out, checked against autograd: on the few numbers that a step compares, recording
-each operation would cost more than the operations. They are differentiable once.
+Group ids are 0..G-1, -1 is unknown; a statistic over an empty set is absent, never 0 and never NaN. Nothing is read back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from libmtl_fair.errors import DataError, RecipeError
-from libmtl_fair.functional._device import has_values, widest
+from libmtl_fair.functional._device import widest
 from libmtl_fair.functional.quantiles import sorted_quantiles
 
 _DENSE_GROUPS = 64
@@ -109,37 +105,6 @@ def cross_groups(groups: Sequence[Tensor], n_groups: Sequence[int]) -> tuple[Ten
 
 # -- disparities ------------------------------------------------------------------------------------------------------
 
-_Formula = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Value [..., 1] and slope [..., G] from numbers [..., G], whether they are there, and how many are [..., 1]."""
-
-
-class _WrittenOut(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, present: Tensor, formula: _Formula) -> Tensor:
-        value, slope = _of_two(formula, values, present)
-        ctx.save_for_backward(slope)
-        return value
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
-        return outer.unsqueeze(-1) * ctx.saved_tensors[0], None, None
-
-
-def _of_two(formula: _Formula, values: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-    """Value [...] and slope [..., G] of a formula; 0 with fewer than two groups."""
-    count = present.to(values.dtype).sum(-1, keepdim=True)
-    value, slope = formula(values, present, count)
-    few = count < 2
-    return value.masked_fill(few, 0.0).squeeze(-1), slope.masked_fill(few, 0.0)
-
-
-def _disparity(formula: _Formula, values: Tensor, present: Tensor) -> Tensor:
-    if not has_values(values):  # a transform of torch.func needs the graph
-        return _of_two(formula, values, present)[0]
-    value: Tensor = _WrittenOut.apply(values, present, formula)  # type: ignore[no-untyped-call]
-    return value
-
 
 def spread(values: Tensor, present: Tensor) -> Tensor:
     """Largest minus smallest of ``values`` [..., G] where ``present``; 0 with fewer than two, gradient to both sides.
@@ -147,20 +112,36 @@ def spread(values: Tensor, present: Tensor) -> Tensor:
     >>> spread(torch.tensor([0.2, 0.7, 9.0]), torch.tensor([True, True, False]))
     tensor(0.5000)
     """
-    return _disparity(_spread, values, present)
+    absent = ~present
+    if values.shape[-1] == 2:
+        first, second = values.masked_fill(absent, 0.0).unbind(-1)
+        return (first - second).abs().masked_fill(absent.any(-1), 0.0)
+    gap = values.masked_fill(absent, -torch.inf).amax(-1) - values.masked_fill(absent, torch.inf).amin(-1)
+    return gap.masked_fill(present.sum(-1) < 2, 0.0)
 
 
 def glf(group_losses: Tensor, present: Tensor) -> Tensor:
     """Group loss fairness of ``group_losses`` [..., G]: ``|L_1 - L_2|`` for two present groups, else ``1 - Jain``.
 
-    0 with zero gradient for fewer than two present groups, and where all losses are 0. Source: GLF.
+    Jain's index is ``(sum L)^2 / (n sum L^2)``. 0 with zero gradient for fewer than two present groups, and where all losses are
+    0. Source: GLF.
 
     >>> glf(torch.tensor([0.5, 0.2, 0.0]), torch.tensor([True, True, False]))
     tensor(0.3000)
     >>> glf(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([True, True, True]))
     tensor(0.6667)
     """
-    return _disparity(_spread if group_losses.shape[-1] == 2 else _glf, group_losses, present)
+    gap = spread(group_losses, present)
+    if group_losses.shape[-1] == 2:
+        return gap
+    count = present.sum(-1, keepdim=True)
+    known = group_losses.masked_fill(~present, 0.0)
+    scale = known.detach().abs().amax(-1, keepdim=True)
+    unit = known / scale.masked_fill(scale == 0, 1.0)
+    # 1 - Jain as the share of the squares that lies off the mean: never negative, free of scale and overflow
+    off = (unit - unit.sum(-1, keepdim=True) / count.clamp(min=1)).masked_fill(~present, 0.0).square().sum(-1)
+    square = unit.square().sum(-1)
+    return gap.where(count.squeeze(-1) <= 2, off / square.masked_fill(square == 0, 1.0))
 
 
 def gld(group_losses: Tensor, present: Tensor) -> Tensor:
@@ -171,7 +152,13 @@ def gld(group_losses: Tensor, present: Tensor) -> Tensor:
     >>> gld(torch.tensor([0.3, 0.3]), torch.tensor([True, True]))
     tensor(0.)
     """
-    return _disparity(_gld, group_losses, present)
+    count = present.sum(-1)
+    used = present | (count < 2).unsqueeze(-1)  # an empty softmax is NaN, and so is its gradient
+    losses = group_losses.masked_fill(~present, 0.0)
+    log_p = (-losses).masked_fill(~used, -torch.inf).log_softmax(-1).masked_fill(~used, 0.0)
+    p = log_p.exp().masked_fill(~used, 0.0)
+    divergence = (p * log_p).sum(-1) + count.clamp(min=1).to(losses.dtype).log()
+    return (divergence - divergence.detach().clamp(max=0)).expm1().masked_fill(count < 2, 0.0)  # rounding goes below 0
 
 
 def bounded_group_loss(group_losses: Tensor, present: Tensor) -> Tensor:
@@ -180,51 +167,7 @@ def bounded_group_loss(group_losses: Tensor, present: Tensor) -> Tensor:
     >>> bounded_group_loss(torch.tensor([0.5, 0.2]), torch.tensor([True, True]))
     tensor(0.5000)
     """
-    return _disparity(_worst, group_losses, present)
-
-
-def _worst(v: Tensor, present: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    there = v.masked_fill(~present, -torch.inf)
-    top = there.amax(-1, keepdim=True)
-    share = (there == top).to(v.dtype)  # those that attain an extreme share its gradient, as in torch
-    return top, share / share.sum(-1, keepdim=True)
-
-
-def _spread(v: Tensor, present: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    if v.shape[-1] == 2:
-        gap = v[..., 1:] - v[..., :1]
-        up = gap.sign()
-        return gap.abs(), torch.cat([-up, up], -1)
-    (high, up), (low, down) = _worst(v, present, count), _worst(-v, present, count)
-    return high + low, up - down
-
-
-def _unfairness(v: Tensor, present: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """``1 - Jain``, as the share of the squares that lies off the mean: never negative, free of scale and overflow."""
-    v = v.where(present, 0.0)
-    scale = v.detach().abs().amax(-1, keepdim=True)
-    scale = scale.where(scale != 0, 1.0)
-    unit = v / scale
-    off = (unit - unit.sum(-1, keepdim=True) / count).where(present, 0.0)
-    square = unit.square().sum(-1, keepdim=True)
-    square = square.where(square != 0, 1.0)
-    unfair = off.square().sum(-1, keepdim=True) / square
-    return unfair, 2 * (off - unit * unfair) / (square * scale)
-
-
-def _glf(v: Tensor, present: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    pairs = zip(_spread(v, present, count), _unfairness(v, present, count))
-    value, slope = (of_two.where(count == 2, of_many) for of_two, of_many in pairs)
-    return value, slope
-
-
-def _gld(v: Tensor, present: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    log_p = (-v).masked_fill(~present, -torch.inf).log_softmax(-1)
-    p, log_p = log_p.exp(), log_p.masked_fill(~present, 0.0)
-    inner = (p * log_p).sum(-1, keepdim=True)
-    divergence = inner + count.log()
-    value = (divergence - divergence.detach().clamp(max=0)).expm1()  # rounding goes below 0
-    return value, (1 + value) * p * (inner - log_p)
+    return group_losses.masked_fill(~present, -torch.inf).amax(-1).masked_fill(present.sum(-1) < 2, 0.0)
 
 
 # -- losses and rates within classes ----------------------------------------------------------------------------------

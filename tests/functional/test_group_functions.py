@@ -324,3 +324,55 @@ def test_the_base_rate_threshold_selects_as_many_as_are_positive(device: torch.d
     assert F.base_rate_threshold(logits, labels)[1] == 0
     one = F.base_rate_threshold(logits[:, :1], labels[:, 0])
     torch.testing.assert_close(one, found[:1])
+
+
+# -- disparities in a step --------------------------------------------------------------------------------------------
+
+OF = {"glf": F.glf, "gld": F.gld, "bgl": F.bounded_group_loss, "spread": F.spread}
+
+
+@pytest.mark.parametrize("kind", OF)
+@pytest.mark.parametrize("columns", [1, 3])
+def test_finite_differences_through_the_cells(kind: str, columns: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    values = torch.rand(2, 20, columns, generator=g, dtype=torch.float64, requires_grad=True)
+    condition = (torch.rand(2, 20, 3, generator=g) > 0.3).double()
+    member = F.group_indicator(torch.randint(-1, 3, (2, 20), generator=g), 3, torch.float64)
+
+    def value(v: Tensor) -> Tensor:
+        mean, count = F.cell_means(v, condition, member)
+        return OF[kind](mean, count > 0)
+
+    assert torch.autograd.gradcheck(value, (values,))
+
+
+@pytest.mark.parametrize("kind", OF)
+def test_inside_transforms_it_is_the_same(kind: str) -> None:
+    means, present = torch.rand(5, 4, dtype=torch.float64, requires_grad=True), torch.rand(5, 4) < 0.7
+    (expected,) = torch.autograd.grad(OF[kind](means, present).sum(), means)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(OF[kind]))(means.detach(), present), expected)
+
+
+@pytest.mark.parametrize("kind", OF)
+def test_losses_that_are_not_finite_stay_visible(kind: str) -> None:
+    assert OF[kind](torch.tensor([float("nan"), 1.0, 2.0]), torch.ones(3, dtype=torch.bool)).isnan()
+
+
+@pytest.mark.parametrize("kind", OF)
+def test_no_value_is_read_back(kind: str) -> None:
+    assert OF[kind](torch.rand(2, 3, device="meta"), torch.ones(2, 3, device="meta").bool()).shape == (2,)
+
+
+@pytest.mark.parametrize("kind", OF)
+@pytest.mark.parametrize("n_groups", [2, 3])
+def test_absent_groups_are_as_if_they_were_not_there(kind: str, n_groups: int) -> None:
+    losses = torch.tensor([[0.2, 0.7, 0.4], [0.2, torch.nan, 0.4], [torch.inf, torch.nan, 0.4]], dtype=D)[:, :n_groups]
+    losses.requires_grad_()
+    present = losses.isfinite()
+    values = OF[kind](losses, present)
+    (grad,) = torch.autograd.grad(values.sum(), losses)
+    assert grad.isfinite().all()
+    assert not grad[~present].any()
+    for row, value, here in zip(losses.detach(), values, present, strict=True):
+        alone = OF[kind](row[here], here[here]) if here.sum() > 1 else torch.zeros((), dtype=D)
+        torch.testing.assert_close(value, alone)

@@ -64,22 +64,22 @@ class LambdaMix(FairWeighting):
         HostError : a base together with ``rep_grad=True``.
         """
         super().configure(settings)
-        fair = torch.tensor([name.startswith(AUXILIARY_PREFIX) for name in self.task_name])
-        if not fair.any():
+        fair = [name.startswith(AUXILIARY_PREFIX) for name in self.task_name]
+        if not any(fair):
             raise RecipeError(
                 "LambdaMix mixes main tasks with auxiliary fairness tasks, and there is none: add them with "
                 "lf.add_fairness_heads, or in a recipe with heads: {loss: glf}"
             )
         lam, base = self.settings.lam, self.settings.base
-        places = {"main": (~fair).nonzero().squeeze(1), "fair": fair.nonzero().squeeze(1)}
-        scale = torch.where(fair, 1 - lam, lam).to(torch.get_default_dtype())
-        for name, value in {**places, "scale": scale}.items():
-            self.register_buffer(name, value.to(self.device), persistent=False)
+        rows = [[t for t, other in enumerate(fair) if other is side] for side in (False, True)]
+        values = {"main": rows[0], "fair": rows[1], "scale": [float(1 - lam if side else lam) for side in fair]}
+        for name, value in values.items():
+            self.register_buffer(name, torch.tensor(value, device=self.device), persistent=False)
         if base == "EW":
             return
         if self.rep_grad:
             raise HostError("LambdaMix: a base other than 'EW' works on parameter gradients: use rep_grad=False")
-        sides = [[self.task_name[i] for i in rows] for rows in places.values()]
+        sides = [[self.task_name[t] for t in side] for side in rows]
         self.sides = torch.nn.ModuleList(
             part_of(self, base, side, self.settings.base_args) if len(side) > 1 else part_of(self, "EW", side, {})
             for side in sides
