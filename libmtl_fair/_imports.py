@@ -10,67 +10,53 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-OLD_NAMES: Mapping[str, str] = {
-    "architecture": "methods.fairbranch",
-    "architecture.auxiliary_heads": "methods.heads.auxiliary",
-    "architecture.auxiliary_tasks": "methods.heads.auxiliary",
-    "architecture.group_heads": "methods.heads.modules",
-    "controllers": "methods.controllers",
-    "group_losses": "methods.heads.group_losses",
-    "host": "libmtl",
-    "host.evaluation": "libmtl.evaluate",
-    "host.healed_weightings": "libmtl.compat_weightings",
-    "host.healing": "libmtl.compat",
-    "host.judging": "libmtl.checkpoint_selection",
-    "host.objectives": "libmtl.losses",
-    "host.plugin": "methods.base",
-    "host.stepping": "libmtl.step",
-    "report.compare_page": "report.page",
-    "report.facts": "report.protocol",
-    "report.gains": "report.summary",
-    "report.gallery": "report.plots",
-    "report.html": "report.page",
-    "report.pareto": "report.plots",
-    "report.sections": "report.tables",
-    "report.shrinkage": "report.summary",
-    "metrics.barycentres": "metrics.post_processing",
-    "metrics.counts": "metrics.rates",
-    "metrics.deltas": "metrics.tolerance",
-    "metrics.exact": "metrics.audit",
-    "metrics.group_auc": "metrics.scores",
-    "metrics.group_regression": "metrics.scores",
-    "metrics.groups": "metrics.group_metrics",
-    "metrics.sampling": "metrics.tolerance",
-    "metrics.shrinkage": "metrics.drift",
-    "trackers": "libmtl.loggers",
-    "tune.agreement": "tune.results",
-    "tune.dashboard": "tune.artifacts",
-    "tune.identity": "tune.plan",
-    "tune.journal": "tune.storage",
-    "tune.keeping": "tune.artifacts",
-    "tune.measures": "tune.objectives",
-    "tune.objective": "tune.plan",
-    "tune.queue": "tune.budget",
-    "tune.samplers": "tune.study",
-    "tune.stale": "tune.budget",
-    "weighting": "methods",
-    "weighting.fairmt": "methods.fairmt.fairmt",
-    "weighting.fbgrad": "methods.fairbranch.fbgrad",
-    "weighting.group_regularisers": "methods.regulariser",
-    "weighting.lambda_mix": "methods.heads.lambda_mix",
-    "weighting.robust": "methods.fairbranch.fbgrad",
+_MOVED = {
+    "libmtl": "host",
+    "libmtl.checkpoint_selection": "host.judging",
+    "libmtl.compat": "host.healing",
+    "libmtl.compat_weightings": "host.healed_weightings",
+    "libmtl.evaluate": "host.evaluation",
+    "libmtl.loggers": "trackers",
+    "libmtl.losses": "host.objectives",
+    "libmtl.step": "host.stepping",
+    "methods": "weighting",
+    "methods.base": "host.plugin",
+    "methods.controllers": "controllers",
+    "methods.fairbranch": "architecture",
+    "methods.fairbranch.fbgrad": "weighting.fbgrad weighting.robust",
+    "methods.fairmt.fairmt": "weighting.fairmt",
+    "methods.heads.auxiliary": "architecture.auxiliary_heads architecture.auxiliary_tasks",
+    "methods.heads.group_losses": "group_losses",
+    "methods.heads.lambda_mix": "weighting.lambda_mix",
+    "methods.heads.modules": "architecture.group_heads",
+    "methods.regulariser": "weighting.group_regularisers",
+    "metrics.audit": "metrics.exact",
+    "metrics.drift": "metrics.shrinkage",
+    "metrics.group_metrics": "metrics.groups",
+    "metrics.post_processing": "metrics.barycentres",
+    "metrics.rates": "metrics.counts",
+    "metrics.scores": "metrics.group_auc metrics.group_regression",
+    "metrics.tolerance": "metrics.deltas metrics.sampling",
+    "models": "models.mlp",
+    "report.page": "report.compare_page report.html",
+    "report.plots": "report.gallery report.pareto",
+    "report.protocol": "report.facts",
+    "report.summary": "report.gains report.shrinkage",
+    "report.tables": "report.sections",
+    "tune.artifacts": "tune.dashboard tune.keeping",
+    "tune.budget": "tune.queue tune.stale",
+    "tune.objectives": "tune.measures",
+    "tune.plan": "tune.identity tune.objective",
+    "tune.results": "tune.agreement",
+    "tune.storage": "tune.journal",
+    "tune.study": "tune.samplers",
 }
+OLD_NAMES = {old: new for new, every in _MOVED.items() for old in every.split()}
 """Module of version 0.1 -> where its content is now; submodules that are not named kept their own name."""
 
 
 def lazy(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """Return ``__getattr__`` and ``__dir__`` of a package whose attributes live in other modules.
-
-    Parameters
-    ----------
-    package : its ``__name__``.
-    homes : module below ``libmtl_fair`` -> the names to take from it, or "" for the module itself.
-    """
+    """Return ``__getattr__`` and ``__dir__`` of a package; ``homes``: module -> its names, or "" for the module itself."""
     where = {name: module for module, names in homes.items() for name in names.split() or [module]}
 
     def attribute(name: str) -> object:

@@ -27,54 +27,45 @@ _UTILITY = {"binary": "AUC", "multiclass": "Acc", "multilabel": "AUC", "regressi
 
 
 def check(recipe: Recipe) -> None:
-    """Check every name and hyperparameter of a recipe before anything is loaded or trained.
-
-    Raises
-    ------
-    RecipeError : an unknown name or a value out of range, with file and line.
-    """
+    """Check every name and hyperparameter of a recipe before anything is loaded or trained."""
     imported = {name: method.weighting for name, method in recipe.methods.items() if ":" in method.weighting}
     for name, weighting in imported.items():
         try:
             resolve_weighting(weighting)
         except HostError as error:
             raise recipe.error(("methods", name, "weighting"), str(error)) from error
-    known = {*weighting_names(), *imported.values()}
-    ours = {
-        name: {*cls.settings_class.model_fields, *cls.settings_class.aliases} for name, cls in OUR_WEIGHTINGS.items()
-    }
-    check_names(recipe, known, set(architecture_names()), set(dataset_names()), ours)
+    ours = {name: cls.settings_class for name, cls in OUR_WEIGHTINGS.items()}
+    settings = {name: {*cls.model_fields, *cls.aliases} for name, cls in ours.items()}
+    check_names(recipe, {*weighting_names(), *imported.values()}, architecture_names(), dataset_names(), settings)
     for name, method in recipe.methods.items():
-        if method.weighting in OUR_WEIGHTINGS:
-            try:
-                OUR_WEIGHTINGS[method.weighting].settings_class.from_args(method.weighting, method.args)
-            except RecipeError as error:
-                raise recipe.error(("methods", name, *error.where), str(error)) from error
+        try:
+            if method.weighting in ours:
+                ours[method.weighting].from_args(method.weighting, method.args)
+        except RecipeError as error:
+            raise recipe.error(("methods", name, *error.where), str(error)) from error
 
 
 def make_dataset(recipe: Recipe, seed: int) -> Dataset:
-    """Return the recipe's data; ``seed`` decides the split where the recipe says ``resplit``.
-
-    Raises
-    ------
-    DataError : the table does not fit what the recipe declares.
-    """
+    """Return the recipe's data; ``seed`` decides the split where the recipe says ``resplit``."""
     data = recipe.data
     names = ("split", "missing", "subset", "min_frequency", "sensitive_inputs")
     options: dict[str, Any] = {name: getattr(data, name) for name in names}
     options |= {"seed": seed if data.resplit else data.split_seed, "keep_groups": dict(data.keep_groups) or None}
     if data.name is not None:
-        made = load_dataset(data.name, data.task_names, data.sensitive_names, **options)
+        tasks, sensitive = (None if chosen is None else tuple(chosen) for chosen in (data.tasks, data.sensitive))
+        made = load_dataset(data.name, tasks, sensitive, **options)
     else:
-        path = recipe.table_path()
-        assert path is not None
         assert isinstance(data.tasks, dict)
-        features: dict[str, str] | list[str] | None = list(data.features or ()) or None
+        features: tuple[str, ...] | dict[str, str] | None = data.features
         if data.categorical:
-            every = [*(data.features or ()), *data.categorical]
-            features = {name: "categorical" if name in data.categorical else "auto" for name in every}
+            features = dict.fromkeys(features or (), "auto") | dict.fromkeys(data.categorical, "categorical")
         made = load_table(
-            path, tasks=data.tasks, sensitive=data.sensitive or (), features=features, name=recipe.name, **options
+            recipe.table_path(),
+            tasks=data.tasks,
+            sensitive=data.sensitive or (),
+            features=features,
+            name=recipe.name,
+            **options,
         )
     return keep_labels(made, data.label_fraction, options["seed"]) if data.label_fraction < 1 else made
 
@@ -150,19 +141,16 @@ def build_trainer(
 ) -> FairTrainer:
     """Return a trainer with an MLP, linear heads and the fairness heads asked for, initialised from the seed.
 
-    Parameters
-    ----------
-    groups : attribute -> names of its groups; the fairness heads take all of them unless ``heads`` names some.
-    heads : arguments of :func:`add_fairness_heads`, or None for no such heads.
-    options : what else goes to :class:`FairTrainer`, such as ``weight_args``.
+    ``heads`` are arguments of :func:`add_fairness_heads`, ``options`` what else goes to :class:`FairTrainer`.
     """
     if seed is not None:
         seed_everything(seed)
     described, decoders = task_dict(tasks), dict(linear_heads(tasks, model.hidden[-1]).items())
     if heads is not None:
         counts = {name: len(names) for name, names in groups.items()}
-        heads = {"sensitive": tuple(groups), **heads}
-        described, made = add_fairness_heads(described, decoders, n_groups=counts, **heads)
+        described, made = add_fairness_heads(
+            described, decoders, n_groups=counts, **{"sensitive": tuple(groups), **heads}
+        )
         decoders = dict(made.items())
     arch_args = dict(model.arch_args)
     if model.architecture in ("MMoE", "CGC", "DSelect_k"):

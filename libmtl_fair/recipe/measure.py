@@ -23,13 +23,9 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Protocol:
-    """The fixed tolerances and score ranges of a run, chosen once from the reference model's validation data.
+    """The tolerances (name -> [0, 1]) and score ranges of a run, fixed once from the reference's validation data.
 
-    Attributes
-    ----------
-    deltas : name as the recipe spells it -> tolerance in [0, 1].
-    score_ranges : regression task -> (q10, q90) of the reference's validation outputs, standardised units.
-    about : where they come from, as the report states it.
+    ``score_ranges``: regression task -> (q10, q90) of outputs in standardised units; ``about``: where they come from.
     """
 
     deltas: dict[str, float]
@@ -40,12 +36,10 @@ class Protocol:
     def choose(cls, recipe: Recipe, method: str, seed: int, predictions: Predictions) -> Protocol:
         """Choose tolerances and score ranges from the reference model's validation predictions."""
         audit, best = recipe.audit, recipe.train.select == "best"
-        ranges = {}
-        for task in predictions.tasks:
-            if isinstance(task, Regression):
-                found = task.with_score_range(predictions.outputs[task.name]).score_range
-                assert found is not None
-                ranges[task.name] = found
+        fixed = [
+            t.with_score_range(predictions.outputs[t.name]) for t in predictions.tasks if isinstance(t, Regression)
+        ]
+        ranges = {task.name: task.score_range for task in fixed if task.score_range is not None}
         several = len(predictions.tasks) > 1
         deltas = {str(d): _delta(d, audit, predictions) for d in audit.deltas} if several else {}
         about = {
@@ -63,11 +57,9 @@ class Protocol:
 
     def freeze(self, tasks: tuple[Task, ...]) -> tuple[Task, ...]:
         """Return the tasks with the frozen score ranges."""
+        known = self.score_ranges
         return tuple(
-            replace(task, score_range=self.score_ranges[task.name])
-            if isinstance(task, Regression) and task.name in self.score_ranges
-            else task
-            for task in tasks
+            replace(t, score_range=known[t.name]) if isinstance(t, Regression) and t.name in known else t for t in tasks
         )
 
     def to_dict(self) -> Row:
@@ -85,12 +77,11 @@ class Protocol:
 def _delta(name: float | str, audit: Audit, predictions: Predictions) -> float:
     if not isinstance(name, str):
         return float(name)
-    kind, _, level = name.partition(":")
     known = {task.name: torch.isfinite(predictions.scores[task.name]) for task in predictions.tasks}
     distances = metrics.pair_distances(predictions.embeddings, list(known), known, **audit.draws)
-    if kind == "conformal":
-        return metrics.conformal_delta(distances, float(level))
-    return metrics.quantile_delta(distances, float(kind.removeprefix("p")) / 100)
+    if name.startswith("conformal:"):
+        return metrics.conformal_delta(distances, float(name.removeprefix("conformal:")))
+    return metrics.quantile_delta(distances, float(name.removeprefix("p")) / 100)
 
 
 def measure(recipe: Recipe, method: str, seed: int, predictions: Mapping[str, Predictions], protocol: Protocol) -> Row:
@@ -99,14 +90,16 @@ def measure(recipe: Recipe, method: str, seed: int, predictions: Mapping[str, Pr
     def each(of: Callable[[Predictions], object]) -> Row:
         return {part: of(p) for part, p in predictions.items()}
 
-    spec = recipe.methods[method]
-    cls = OUR_WEIGHTINGS.get(spec.weighting)
-    defaults = cls.settings_class.from_args(spec.weighting, spec.args).model_dump() if cls else {}
+    settings = recipe.methods[method].model_dump()
+    weighting = settings.pop("weighting")
+    if weighting in OUR_WEIGHTINGS:
+        settings_class = OUR_WEIGHTINGS[weighting].settings_class
+        settings = settings_class.from_args(weighting, recipe.methods[method].args).model_dump() | settings
     content: Row = {
         "method": method,
         "seed": seed,
-        "weighting": spec.weighting,
-        "settings": {**defaults, **{k: v for k, v in spec.model_dump().items() if k != "weighting"}},
+        "weighting": weighting,
+        "settings": settings,
         "utility": each(metrics.utility),
         "audit": each(lambda p: [_audit(recipe.audit, p, *named) for named in protocol.deltas.items()]),
         "groups": each(lambda p: _groups(recipe, p)),
@@ -155,10 +148,7 @@ def _induced(predictions: Predictions) -> Row:
 
 
 def pool_embeddings(recipe: Recipe, predictions: Mapping[str, Predictions]) -> Row:
-    """Return the embeddings of each part's audit pool, ready for an npz file: ``<part>/rows``, ``<part>/h[/<task>]``.
-
-    The pool is that of examples with finite scores on every task; tasks of one model share it.
-    """
+    """Return the embeddings of each part's audit pool (examples with finite scores on every task): ``<part>/h[/<task>]``."""
     found: Row = {}
     for part, p in predictions.items():
         finite = torch.stack([torch.isfinite(s) for s in p.scores.values()]).all(0).numpy()

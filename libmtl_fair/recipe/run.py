@@ -39,16 +39,9 @@ class Run:
 
     Parameters
     ----------
-    recipe : what to run.
     out : folder; None takes the recipe's ``output.dir``, else ``runs/<name>`` (a new number if that is taken).
-    device : ``"auto"``, ``"cpu"``, ``"cuda:0"``, ...
     resume : go on in a folder that holds the same recipe; what is finished there is not trained again.
     note : called with one line before each training.
-
-    Raises
-    ------
-    RecipeError, DataError : the recipe does not make sense, or does not fit its data.
-    CheckpointError : the folder cannot be written, or holds another run.
     """
 
     def __init__(
@@ -116,15 +109,19 @@ class Run:
                 np.savez_compressed(stream, **pool_embeddings(recipe, predictions))
         first, train = next(iter(trained.values())), recipe.train_for(method)
         content = measure(recipe, method, seed, predictions, protocol)
-        content["checkpoint"] = {"epoch": first.best["epoch"], "chosen_by": _CHOSEN_BY[train.select_by]}
-        if train.select == "last":
-            by = "the last epoch (number of epochs set in the recipe)"
-            content["checkpoint"] = {"epoch": first.epoch - 1, "chosen_by": by}
+        best, last = train.select == "best", "the last epoch (number of epochs set in the recipe)"
+        content["checkpoint"] = {
+            "epoch": first.best["epoch"] if best else first.epoch - 1,
+            "chosen_by": _CHOSEN_BY[train.select_by] if best else last,
+        }
         content["timing"] = {"train_s": spent, "epochs": first.epoch}
         _write_structure(first, folder)
         write_json(folder / "metrics.json", content)
-        for trainer in trained.values():
-            _tidy(trainer.run_dir)
+        for trainer in trained.values():  # the last checkpoint also holds the chosen epoch: keep one
+            assert trainer.run_dir is not None
+            if (trainer.run_dir / "last.pt").exists():
+                os.replace(trainer.run_dir / "last.pt", trainer.run_dir / "checkpoint.pt")
+            (trainer.run_dir / "best.pt").unlink(missing_ok=True)
         return protocol
 
     def _train(
@@ -137,9 +134,8 @@ class Run:
         settings, trained = self.recipe.train_for(method), {}
         for chosen, run_dir in parts.items():
             names = tuple(task.name for task in chosen)
-            trainer = make_trainer(
-                self.recipe, method, data, chosen, seed, device=self.device, run_dir=run_dir, resume=True
-            )
+            where = {"device": self.device, "run_dir": run_dir, "resume": True}
+            trainer = make_trainer(self.recipe, method, data, chosen, seed, **where)
             sources = loaders(only(data, names), settings.batch_size, seed, self.device)
             trainer.train(sources["train"], None, settings.epochs, sources["val"])
             trained[names] = trainer
@@ -162,14 +158,6 @@ def _write_structure(trainer: FairTrainer, folder: Path) -> None:
         write_text(folder / "conflicts.csv", trainer.model.conflicts.frame().to_csv(index=False))
 
 
-def _tidy(run_dir: Path | None) -> None:
-    """Keep one checkpoint of a finished training: the last also holds the chosen epoch."""
-    assert run_dir is not None
-    if (run_dir / "last.pt").exists():
-        os.replace(run_dir / "last.pt", run_dir / "checkpoint.pt")
-    (run_dir / "best.pt").unlink(missing_ok=True)
-
-
 def _merge(parts: list[Predictions]) -> Predictions:
     """Return the predictions of single-task models of the same rows as one."""
     joined: dict[str, Any] = {
@@ -182,12 +170,7 @@ def _merge(parts: list[Predictions]) -> Predictions:
 
 
 def _claim(recipe: Recipe, out: Path | None, resume: bool) -> Path:
-    """Return the run's folder, made, with this recipe's fingerprint in it.
-
-    Raises
-    ------
-    CheckpointError : the folder holds another run, or a run without ``resume``.
-    """
+    """Return the run's folder, made, with this recipe's fingerprint in it; one that holds another run is refused."""
     chosen = out or (Path(recipe.output.dir) if recipe.output.dir else None)
     if chosen is None:
         names = itertools.chain([recipe.name], (f"{recipe.name}-{number}" for number in itertools.count(2)))

@@ -8,19 +8,34 @@ from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import Field, PrivateAttr, ValidationError, field_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator
+from pydantic_core import ErrorDetails
 
 from libmtl_fair.errors import RecipeError, near, unknown
-from libmtl_fair.recipe.fields import FolderName, OptionalText, Section, Seeds
-from libmtl_fair.recipe.problems import known_fields, problem, to_recipe_error
-from libmtl_fair.recipe.sections import Audit, Data, Method, Metrics, Model, Output, Published, Train, Tune
+from libmtl_fair.recipe.sections import (
+    Audit,
+    Data,
+    FolderName,
+    Method,
+    Metrics,
+    Model,
+    OptionalText,
+    Output,
+    Published,
+    Section,
+    Seeds,
+    Train,
+    Tune,
+)
 from libmtl_fair.recipe.yaml_source import Location, Source, emit_yaml, parse_yaml, read_yaml
+from libmtl_fair.validation import explain
 
 _Section = TypeVar("_Section", bound=Section)
 _RESERVED = {"plots"}
 _WITHOUT_EFFECT = {"output", "description", "published"}
+_TAGS = {"names", "declared", "str", "int", "float", "function-plain", "[key]"}
 
 
 class Recipe(Section):
@@ -74,21 +89,19 @@ class Recipe(Section):
             changes["arch_args"] = spec.arch_args
         return _over(self.model, spec.model).model_copy(update=changes)
 
-    def table_path(self) -> Path | None:
+    def table_path(self) -> Path:
         """Path of the user's table: relative paths are looked up beside the recipe first, then from here."""
-        if self.data.table is None:
-            return None
-        path, beside = Path(self.data.table), Path(self._source.file).parent / self.data.table
+        path = Path(self.data.table or "")
+        beside = Path(self._source.file).parent / path
         return beside if not path.is_absolute() and beside.exists() else path
 
     def error(self, location: Location, message: str) -> RecipeError:
         """A RecipeError about one entry, with file and line where they are known."""
-        return RecipeError(problem(self._source, location, message))
+        return RecipeError(_problem(self._source, location, message))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that :meth:`Recipe.from_dict` reads back to an equal recipe."""
-        plain: dict[str, Any] = json.loads(self.model_dump_json())
-        return plain
+        return self.model_dump(mode="json")
 
     def to_yaml(self) -> str:
         """The complete recipe as YAML; :func:`load_recipe` reads it back to an equal recipe."""
@@ -114,19 +127,65 @@ class Recipe(Section):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: Source | None = None) -> Recipe:
-        """Validate plain data.
-
-        Raises
-        ------
-        RecipeError : one message with a line for every problem found.
-        """
+        """Validate plain data; a RecipeError has a line ``file:line: path: message`` for every problem found."""
         source = source or Source(data=dict(data))
         try:
             recipe = cls.model_validate(dict(data))
         except ValidationError as error:
-            raise to_recipe_error(error, source, cls) from error
+            found: dict[str, int] = {}
+            for item in error.errors(include_url=False):
+                location = _clean(item["loc"], source.data)
+                found[_problem(source, location, _message(item, location))] = source.line(location)
+            raise RecipeError("\n".join(sorted(found, key=found.__getitem__))) from error
         recipe._source = source
         return recipe
+
+
+def _problem(source: Source, location: Location, message: str) -> str:
+    """Return one line ``file:line: path: message``, the path as ``methods.relif.delta[0]``."""
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    return f"{source.where(location)}: {path}{': ' if path else ''}{message}"
+
+
+def _clean(loc: tuple[int | str, ...], data: Any) -> Location:
+    """Drop the tags that pydantic adds for unions and for settings gathered into ``args``."""
+    path: list[str | int] = []
+    for part in loc:
+        listed = isinstance(data, list) and isinstance(part, int) and part < len(data)
+        if listed or (isinstance(data, Mapping) and part in data):
+            data = data[part]
+        elif part in _TAGS or (part == "args" and path[:1] == ["methods"]):
+            continue
+        path.append(part)
+    return tuple(path)
+
+
+def _message(item: ErrorDetails, location: Location) -> str:
+    if item["type"] == "extra_forbidden":
+        known = _known_fields(location[:-1])
+        guess = near(str(location[-1]), known)
+        return f"unknown field; did you mean {guess!r}?" if guess else f"unknown field; expected {', '.join(known)}"
+    if item["type"] == "missing":  # a key that was taken for a setting of the weighting may be spelt like the field
+        given = item["input"]
+        keys = given.get("args", given) if isinstance(given, Mapping) else None
+        guess = near(str(location[-1]), keys) if isinstance(keys, Mapping) else None
+        return "required, but missing" + (f"; did you mean it by {guess!r}?" if guess else "")
+    return explain(item)
+
+
+def _known_fields(location: Location) -> list[str]:
+    """Names of the fields at ``location`` in a model, through mappings of models."""
+    models: list[type[BaseModel]] = [Recipe]
+    for part in location:
+        if models and part in models[0].model_fields:
+            models = _models_in(models[0].model_fields[str(part)].annotation)
+    return [name for name in models[0].model_fields if name != "args"] if models else []
+
+
+def _models_in(annotation: object) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models_in(inner)]
 
 
 def _over(base: _Section, change: Section | None) -> _Section:
@@ -134,7 +193,7 @@ def _over(base: _Section, change: Section | None) -> _Section:
     return base.model_copy(update={name: getattr(change, name) for name in change.model_fields_set} if change else None)
 
 
-def _canonical(value: Any) -> Any:
+def _canonical(value: object) -> object:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, dict):
@@ -143,13 +202,7 @@ def _canonical(value: Any) -> Any:
 
 
 def apply_overrides(source: Source, overrides: Sequence[str]) -> Source:
-    """Return ``source`` with every ``a.b=value`` set; later ones win.
-
-    Raises
-    ------
-    RecipeError
-        No ``=``, a value that is not YAML, or a path that does not exist, with the near name.
-    """
+    """Return ``source`` with every ``a.b=value`` set; later ones win. A path that does not exist is refused."""
     data, marks = deepcopy(source.data), dict(source.overrides)
     for text in overrides:
         path, sign, value = text.partition("=")
@@ -165,7 +218,7 @@ def apply_overrides(source: Source, overrides: Sequence[str]) -> Source:
     return replace(source, data=data, overrides=marks)
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> object:
     try:
         data = parse_yaml(f"value: {text}\n", "value").data
     except RecipeError as error:
@@ -175,7 +228,7 @@ def _value(text: str) -> Any:
     return data["value"]
 
 
-def _set(data: Any, keys: list[str], value: Any) -> Location:
+def _set(data: Any, keys: list[str], value: object) -> Location:
     """Put the value in its place; the longest run of keys that names an entry is one, as names of methods have dots."""
     location: Location = ()
     while keys:
@@ -203,7 +256,7 @@ def _set(data: Any, keys: list[str], value: Any) -> Location:
 
 def _may_add(data: dict[str, Any], location: Location, key: str) -> None:
     """Refuse a path that does not exist: a misspelt field, or a method that the recipe does not have."""
-    known = list(data) if location == ("methods",) else known_fields(Recipe, location)
+    known = list(data) if location == ("methods",) else _known_fields(location)
     free = len(location) > 1 and location[0] in ("methods", "data", "tune", "model")
     if free or (key in known and location != ("methods",)):
         return
@@ -213,17 +266,7 @@ def _may_add(data: dict[str, Any], location: Location, key: str) -> None:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override and validate a recipe.
-
-    Parameters
-    ----------
-    path : YAML file.
-    overrides : changes such as ``"train.epochs=3"`` or ``"seeds=[0, 1]"``; values are YAML.
-
-    Raises
-    ------
-    RecipeError : with ``file:line: path: message`` for every problem.
-    """
+    """Read a YAML file, override entries (``"train.epochs=3"``, ``"seeds=[0, 1]"``) and validate the recipe."""
     source = read_yaml(path)
     if not isinstance(source.data, dict):
         raise RecipeError(
@@ -240,12 +283,7 @@ def check_names(
     datasets: Collection[str],
     arguments: Mapping[str, Collection[str]] | None = None,
 ) -> None:
-    """Check the names a recipe uses against what is registered; ``arguments`` are the settings that weightings take.
-
-    Raises
-    ------
-    RecipeError : one message with file, line and near name for every unknown name.
-    """
+    """Check the names a recipe uses against what is registered; ``arguments`` are the settings that weightings take."""
     used: list[tuple[Location, str, str, Collection[str]]] = []
     if recipe.data.name is not None:
         used.append((("data", "name"), "data set", recipe.data.name, datasets))
@@ -258,5 +296,5 @@ def check_names(
             used += [(("methods", name, key), f"setting of {method.weighting}", key, options) for key in method.args]
     wrong = [entry for entry in used if entry[2] not in entry[3]]
     if wrong:
-        lines = (problem(recipe._source, where, unknown(what, value, known)) for where, what, value, known in wrong)
+        lines = (_problem(recipe._source, where, unknown(what, value, known)) for where, what, value, known in wrong)
         raise RecipeError("\n".join(lines))

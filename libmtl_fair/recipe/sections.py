@@ -1,36 +1,145 @@
-"""The sections of a recipe: data, model, train, methods, audit, metrics, tune, output, published."""
+"""The sections of a recipe: data, model, train, methods, audit, metrics, tune, output, published; strict and frozen."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import math
+import re
+from typing import Annotated, Any, Literal, TypeGuard
 
-from pydantic import Discriminator, Field, Tag, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    Tag,
+    model_serializer,
+    model_validator,
+)
 
 from libmtl_fair.data.spec import SensitiveSpec, TaskSpec
-from libmtl_fair.recipe.fields import (
-    Count,
-    Delta,
-    Deltas,
-    OptionalText,
-    Section,
-    Seed,
-    Settings,
-    Share,
-    Split,
-    Subset,
-    Threshold,
-    Widths,
-)
-from libmtl_fair.validation import Keep, MissingRule, Names, Text, form
+from libmtl_fair.validation import STRICT, Keep, MissingRule, Names, Text, distinct, form, listed
 
-Tasks = Annotated[
-    Annotated[Names, Tag("names")] | Annotated[dict[Text, TaskSpec], Field(min_length=1), Tag("declared")],
-    Discriminator(form),
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+_QUANTILE = re.compile(r"p(\d{1,2}(?:\.\d{1,4})?)")
+_CONFORMAL = re.compile(r"conformal:(\d*\.?\d+)")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _+.@=-]*")
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown fields, wrong types and numbers that are not finite are refused."""
+
+    model_config = STRICT
+
+    def params(self) -> dict[str, object]:
+        """Return the fields that are set, such as LibMTL's ``optim_param`` and ``scheduler_param``.
+
+        >>> Optimizer(lr=0.01).params()
+        {'optim': 'adam', 'lr': 0.01, 'weight_decay': 0.0}
+        """
+        return self.model_dump(exclude_none=True)
+
+
+def _plain(value: object, depth: int = 0) -> object:
+    """Accept JSON-like values only, finite, so that a setting can be written back and hashed."""
+    if depth > 20:
+        raise ValueError("expected a setting nested at most 20 levels deep")
+    if isinstance(value, str):
+        value.encode()
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"expected a number of at most 64 bits, found one of {value.bit_length()}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"expected a finite number, found {value}")
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(item, depth + 1) for item in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {_plain(key): _plain(item, depth + 1) for key, item in value.items()}
+    raise ValueError(f"expected plain data (text, number, true/false, list, mapping), found {type(value).__name__}")
+
+
+def _settings(value: object) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a mapping of settings, found {value!r}")
+    return {str(_plain(key)): _plain(item) for key, item in value.items()}
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _delta(value: object) -> float | str:
+    """A tolerance: a number in [0, 1], a quantile "p75", or "conformal:0.1"."""
+    if _is_number(value) and 0 <= value <= 1:
+        return float(value)
+    if isinstance(value, str):
+        quantile, conformal = _QUANTILE.fullmatch(value), _CONFORMAL.fullmatch(value)
+        if (quantile and float(quantile[1]) > 0) or (conformal and 0 < float(conformal[1]) < 1):
+            return value
+    raise ValueError(
+        "expected a number in [0, 1], a quantile of the reference model such as p75 (above p0, below p100), "
+        f"or conformal:0.1, found {value!r}"
+    )
+
+
+def _threshold(value: object) -> float | str:
+    if value == "base_rate" or (_is_number(value) and 0 < value < 1):
+        return value if isinstance(value, str) else float(value)
+    raise ValueError(f"expected a number between 0 and 1, or base_rate, found {value!r}")
+
+
+def _folder_name(value: str) -> str:
+    if len(value) > 80 or not _NAME.fullmatch(value) or value[-1] in " .":
+        raise ValueError(
+            "expected a name that can be a folder (letters, digits, space and _ + - . @ =, at most 80, starting with "
+            f"a letter or digit), found {value[:100]!r}"
+        )
+    return value
+
+
+def _split(value: object) -> tuple[float, ...] | str:
+    """Shares of train, validation and test, or the name of a column that says which row is which."""
+    if isinstance(value, str) and value:
+        return value
+    if not isinstance(value, list | tuple) or len(value) != 3 or not all(map(_is_number, value)):
+        raise ValueError(f"expected three shares such as [0.6, 0.2, 0.2], or the name of a column, found {value!r}")
+    if min(value) <= 0 or abs(sum(value) - 1) > 1e-6:
+        raise ValueError(f"expected three positive shares that sum to 1, found {value} (sum {sum(value):g})")
+    return tuple(map(float, value))
+
+
+def _subset(value: object) -> int | float:
+    if _is_number(value) and (value >= 10 if isinstance(value, int) else 0 < value < 1):
+        return value
+    raise ValueError(f"expected at least 10 rows, or a share between 0 and 1, found {value!r}")
+
+
+_AS_IS = PlainSerializer(lambda value: value)
+OptionalText = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
+Settings = Annotated[dict[str, Any], PlainValidator(_settings)]
+FolderName = Annotated[str, AfterValidator(_folder_name)]
+Delta = Annotated[float | str, PlainValidator(_delta)]
+Threshold = Annotated[float | str, PlainValidator(_threshold)]
+Split = Annotated[tuple[float, ...] | str, PlainValidator(_split), _AS_IS]
+Subset = Annotated[int | float, PlainValidator(_subset), _AS_IS]
+Widths = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=1_000_000)], ...],
+    Field(strict=False, min_length=1, max_length=200),
+    BeforeValidator(listed),
 ]
-Sensitive = Annotated[
-    Annotated[Names, Tag("names")] | Annotated[dict[Text, SensitiveSpec], Field(min_length=1), Tag("declared")],
-    Discriminator(form),
-]
+_SEVERAL = (Field(strict=False, min_length=1), AfterValidator(distinct), BeforeValidator(listed))
+Seeds = Annotated[tuple[Seed, ...], *_SEVERAL]
+Deltas = Annotated[tuple[Delta, ...], *_SEVERAL]
+_NAMES = Annotated[Names, Tag("names")]
+_DECLARED = (Field(min_length=1), Tag("declared"))
+Tasks = Annotated[_NAMES | Annotated[dict[Text, TaskSpec], *_DECLARED], Discriminator(form)]
+Sensitive = Annotated[_NAMES | Annotated[dict[Text, SensitiveSpec], *_DECLARED], Discriminator(form)]
 
 
 class Data(Section):
@@ -69,16 +178,6 @@ class Data(Section):
             raise ValueError("a table needs 'sensitive': the columns that hold the groups")
         return self
 
-    @property
-    def task_names(self) -> tuple[str, ...] | None:
-        """Names of the tasks in order, or None for the data set's default."""
-        return None if self.tasks is None else tuple(self.tasks)
-
-    @property
-    def sensitive_names(self) -> tuple[str, ...] | None:
-        """Names of the sensitive attributes in order, or None for the data set's default."""
-        return None if self.sensitive is None else tuple(self.sensitive)
-
 
 class Encoder(Section):
     """Encoder of the model: what a method may change of it."""
@@ -112,14 +211,6 @@ class Optimizer(Section):
     eps: _Positive | None = None
     nesterov: bool | None = None
 
-    def params(self) -> dict[str, Any]:
-        """Return LibMTL's ``optim_param``: the fields that are set.
-
-        >>> Optimizer(lr=0.01).params()
-        {'optim': 'adam', 'lr': 0.01, 'weight_decay': 0.0}
-        """
-        return self.model_dump(exclude_none=True)
-
 
 class Scheduler(Section):
     """Learning-rate scheduler in LibMTL's terms (``scheduler_param``), stepped once an epoch."""
@@ -132,20 +223,14 @@ class Scheduler(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Scheduler:
-        needed, other = {"step": ("step_size", "gamma"), "exp": ("gamma", ""), "cos": ("T_max", "eta_min")}[
-            self.scheduler
-        ]
+        fields = {"step": ("step_size", "gamma"), "exp": ("gamma", ""), "cos": ("T_max", "eta_min")}
+        needed, other = fields[self.scheduler]
         given = sorted(name for name, value in self if value is not None and name != "scheduler")
         if needed not in given or set(given) - {needed, other}:
             also = f" (and may have {other})" if other else ""
-            raise ValueError(
-                f"scheduler {self.scheduler} expects {needed}{also}, found {', '.join(given) or 'nothing'}"
-            )
+            found = ", ".join(given) or "nothing"
+            raise ValueError(f"scheduler {self.scheduler} expects {needed}{also}, found {found}")
         return self
-
-    def params(self) -> dict[str, Any]:
-        """Return LibMTL's ``scheduler_param``: the fields that are set."""
-        return self.model_dump(exclude_none=True)
 
 
 class Train(Section):
@@ -192,7 +277,7 @@ class Method(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _gather(cls, value: Any) -> Any:
+    def _gather(cls, value: object) -> object:
         if not isinstance(value, dict) or not isinstance(value.get("args", {}), dict):
             return value
         own = {key: item for key, item in value.items() if key in cls.model_fields}
@@ -207,15 +292,12 @@ class Method(Section):
         return self
 
     @model_serializer
-    def _flat(self) -> dict[str, Any]:
-        keep = {name: getattr(self, name) for name in type(self).model_fields if name != "args"}
-        kept = {name: _dump(value) for name, value in keep.items() if value is not None and value is not False}
+    def _flat(self) -> dict[str, object]:
+        kept = {name: value for name, value in self if name != "args" and value is not None and value is not False}
+        for name, value in kept.items():
+            if isinstance(value, Section):  # what a method changes keeps only what was set; its heads are complete
+                kept[name] = value.model_dump(exclude_unset=isinstance(value, Train | Encoder))
         return kept | self.args
-
-
-def _dump(value: Any) -> Any:
-    """What a method changes keeps only what was set; other sections are complete."""
-    return value.model_dump(exclude_unset=isinstance(value, Train | Encoder)) if isinstance(value, Section) else value
 
 
 class Audit(Section):
@@ -232,11 +314,7 @@ class Audit(Section):
 
     @property
     def deltas(self) -> tuple[Delta, ...]:
-        """All tolerances asked for: ``delta``, and ``conformal:<alpha>`` where ``alpha`` is given.
-
-        >>> Audit(delta="p75", alpha=0.1).deltas
-        ('p75', 'conformal:0.1')
-        """
+        """All tolerances asked for: ``delta``, and ``conformal:<alpha>`` where ``alpha`` is given."""
         extra = () if self.alpha is None else (f"conformal:{self.alpha:g}",)
         return (*self.delta, *(name for name in extra if name not in self.delta))
 

@@ -61,28 +61,24 @@ class Source:
         >>> Source("a.yaml", lines={(): 1, ("train",): 3}).where(("train", "epochs"))
         'a.yaml:3'
         """
-        for end in range(len(location), -1, -1):
-            if location[:end] in self.overrides:
-                return f"--set {self.overrides[location[:end]]}"
-            if location[:end] in self.lines:
-                return f"{self.file}:{self.lines[location[:end]]}"
+        for held in _from_inside(location):
+            if held in self.overrides:
+                return f"--set {self.overrides[held]}"
+            if held in self.lines:
+                return f"{self.file}:{self.lines[held]}"
         return self.file
 
     def line(self, location: Location) -> int:
         """Line of ``location`` or of what holds it; 0 if none is known."""
-        known = (self.lines[location[:end]] for end in range(len(location), -1, -1) if location[:end] in self.lines)
-        return next(known, 0)
+        return next((self.lines[held] for held in _from_inside(location) if held in self.lines), 0)
+
+
+def _from_inside(location: Location) -> Iterator[Location]:
+    return (location[:end] for end in range(len(location), -1, -1))
 
 
 def read_yaml(path: str | Path) -> Source:
-    """Read a YAML file into a :class:`Source`.
-
-    Raises
-    ------
-    RecipeError
-        File missing, unreadable, empty, too large, not UTF-8; a syntax error, duplicate key, tag, alias bomb, second
-        document or number that is not finite: always with file and line.
-    """
+    """Read a YAML file; all that is wrong with it is a RecipeError with file and line."""
     try:
         with Path(path).open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)

@@ -14,7 +14,7 @@ QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 def test_a_recipe_is_read_whole(write, recipe_text):
     recipe = load_recipe(write(recipe_text))
     assert recipe.reference == "plain"
-    assert recipe.data.task_names == ("income", "long_hours")
+    assert tuple(recipe.data.tasks) == ("income", "long_hours")
     assert recipe.data.keep_groups == {"race": ("White", "Black")}
     assert recipe.model.hidden == (16, 8)
     assert recipe.train.optimizer == Optimizer(optim="adam", lr=0.001, weight_decay=1e-5)
@@ -28,7 +28,7 @@ def test_a_recipe_is_read_whole(write, recipe_text):
 def test_the_shipped_quickstart_is_valid():
     recipe = load_recipe(QUICKSTART)
     assert recipe.name == "quickstart"
-    assert recipe.data.task_names == ("income", "never_married", "long_hours")
+    assert tuple(recipe.data.tasks) == ("income", "never_married", "long_hours")
     assert recipe.data.sensitive == ("sex", "race")
     assert recipe.seeds == (0, 1, 2)
     assert list(recipe.methods) == ["plain", "relif"]
@@ -77,8 +77,8 @@ def test_a_table_declares_its_columns(write, recipe_text, tmp_path):
     )
     path = write(recipe_text[:start] + data + recipe_text[end:])
     recipe = load_recipe(path)
-    assert recipe.data.task_names == ("rich", "tags", "job")
-    assert recipe.data.sensitive_names == ("sex", "age")
+    assert tuple(recipe.data.tasks) == ("rich", "tags", "job")
+    assert tuple(recipe.data.sensitive) == ("sex", "age")
     age = recipe.data.sensitive["age"]
     assert (age.bins, age.keep, age.column) == ((25, 60.5), 2, None)
     assert recipe.data.tasks["job"].classes == ("0", "1")
