@@ -11,6 +11,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _MOVED = {
+    "data.loader": "data.rows",
     "libmtl": "host",
     "libmtl.checkpoint_selection": "host.judging",
     "libmtl.compat": "host.healing",
@@ -38,6 +39,8 @@ _MOVED = {
     "metrics.scores": "metrics.group_auc metrics.group_regression",
     "metrics.tolerance": "metrics.deltas metrics.sampling",
     "models": "models.mlp",
+    "recipe.schema": "recipe.problems",
+    "recipe.sections": "recipe.fields",
     "report.page": "report.compare_page report.html",
     "report.plots": "report.gallery report.pareto",
     "report.protocol": "report.facts",

@@ -28,14 +28,13 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 out = Console()
 err = Console(stderr=True)
 
+Several = list[str] | None
 RecipePath = Argument(metavar="RECIPE", help="a YAML recipe")
-Overrides = Annotated[list[str] | None, Option("--set", metavar="A.B=VALUE", help="change one entry; may be repeated")]
+Overrides = Annotated[Several, Option("--set", metavar="A.B=VALUE", help="change one entry; may be repeated")]
 StudyName = Annotated[str | None, Option("--study", metavar="NAME", help="name of the study (default: the recipe's)")]
 RunDirs = Annotated[list[Path], Argument(metavar="RUN_DIR...", help="folders of finished runs")]
-Deltas = Annotated[
-    list[str] | None,
-    Option("--delta", metavar="0.275|p75|conformal:0.1", help="tolerance; may be repeated; default: the first run's"),
-]
+_TOLERANCE = "tolerance; may be repeated; default: the first run's"
+Deltas = Annotated[Several, Option("--delta", metavar="0.275|p75|conformal:0.1", help=_TOLERANCE)]
 
 
 @contextmanager
@@ -60,13 +59,20 @@ def _clean_exit(resume_hint: str) -> Iterator[None]:
 
 
 def _command(resume_hint: str = "", **settings: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a function a command that ends cleanly; what needs torch is imported inside it, not for ``--help``."""
+    """Make a function a command that ends cleanly; what needs torch is imported inside it, not for ``--help``.
+
+    What trains uses one thread: fastest for small models on a CPU, and no fight with other processes for cores.
+    """
 
     def wrap(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def command(*args: object, **options: object) -> None:
             with _clean_exit(resume_hint):
                 libmtl_fair.register_methods()
+                if resume_hint and "OMP_NUM_THREADS" not in os.environ:
+                    import torch
+
+                    torch.set_num_threads(1)
                 function(*args, **options)
 
         return app.command(context_settings=settings or None)(command)
@@ -76,14 +82,6 @@ def _command(resume_hint: str = "", **settings: bool) -> Callable[[Callable[...,
 
 def _say(text: str, to: Console = out) -> None:
     to.print(text, soft_wrap=True, highlight=False)
-
-
-def _one_thread() -> None:
-    """Small models on a CPU are fastest with one thread, and do not fight other processes for cores."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        import torch
-
-        torch.set_num_threads(1)
 
 
 def _version(asked: bool) -> None:
@@ -106,9 +104,7 @@ def run(
     device: Annotated[str, Option(help="auto, cpu, cuda:0, ...")] = "auto",
     folder: Annotated[Path | None, Option("--out", help="folder of the run")] = None,
     resume: Annotated[bool, Option("--resume", help="go on with the run in the folder")] = False,
-    from_study: Annotated[
-        str | None, Option("--from-study", metavar="FILE|URL", help="run a trial of a study instead of a recipe")
-    ] = None,
+    from_study: str | None = Option(None, metavar="FILE|URL", help="run a trial of a study instead of a recipe"),
     study: StudyName = None,
     trial: Annotated[int | None, Option(metavar="N", help="which trial of the study")] = None,
 ) -> None:
@@ -123,7 +119,6 @@ def run(
     from libmtl_fair.tune.storage import load_study
     from libmtl_fair.tune.study import quiet
 
-    _one_thread()
     if recipe is not None and from_study is None and trial is None:
         loaded = load_recipe(recipe, overrides or [])
     elif recipe is None and from_study is not None and trial is not None:
@@ -147,22 +142,14 @@ def tune(
     recipe: Annotated[Path, RecipePath],
     trials: Annotated[int | None, Option("--trials", metavar="TOTAL", help="trials of the study in all")] = None,
     timeout: Annotated[float | None, Option(metavar="S", help="seconds after which no trial is begun")] = None,
-    storage: Annotated[
-        str | None, Option(metavar="FILE|URL", help="journal file, postgresql://..., grpc://host:port")
-    ] = None,
+    storage: str | None = Option(None, metavar="FILE|URL", help="journal file, postgresql://..., grpc://host:port"),
     study: StudyName = None,
     workers: Annotated[int, Option(help="processes that share the storage")] = 1,
-    stacked: Annotated[
-        int, Option(metavar="M", help="trials trained at once as one model (default: 16 on a GPU, else 1)")
-    ] = 0,
+    stacked: int = Option(0, metavar="M", help="trials trained at once as one model (default: 16 on a GPU, else 1)"),
     overrides: Overrides = None,
     folder: Annotated[Path | None, Option("--out", help="folder of the results (default: runs/<name>-tune)")] = None,
-    select: Annotated[
-        str | None, Option(metavar="HOW", help="max_disparity=0.05, knee, best, or the number of a trial")
-    ] = None,
-    new_study: Annotated[
-        bool, Option("--new-study", help="begin another study where this one is about something else")
-    ] = False,
+    select: str | None = Option(None, metavar="HOW", help="max_disparity=0.05, knee, best, or the number of a trial"),
+    new_study: bool = Option(False, "--new-study", help="begin another study where this one is about something else"),
     device: Annotated[str, Option(help="auto, cpu, cuda:0, or a list that workers take in turn")] = "auto",
 ) -> None:
     """Search for the best utility at the least disparity; the same command again goes on to TOTAL."""
@@ -174,7 +161,6 @@ def tune(
     from libmtl_fair.tune.stacking import aloud
     from libmtl_fair.tune.study import tune as run_study
 
-    _one_thread()
     loaded = load_recipe(recipe, overrides or [])
     target = folder or Path("runs") / f"{loaded.name}-tune"
     how = select or (loaded.tune.select if loaded.tune else None) or "best"
@@ -231,26 +217,18 @@ def audit(
 def compare(
     folders: RunDirs,
     delta: Deltas = None,
-    folder: Annotated[
-        Path | None, Option("--out", help="folder of the page; default: the run, or ./comparison for several")
-    ] = None,
-    choose: Annotated[
-        list[str] | None,
-        Option(
-            metavar="MEASURE",
-            help="take in each seed the method with the lowest of this (such as 'EO diff sex'; mean of several) on "
-            "validation data, and show it as one method more",
-        ),
-    ] = None,
-    within: Annotated[
-        float, Option(metavar="POINTS", help="what that choice may lose in utility on validation data")
-    ] = 0.5,
-    among: Annotated[
-        list[str] | None, Option(metavar="PATTERN", help="methods to choose from, such as 'main_*'")
-    ] = None,
-    pooled: Annotated[
-        bool, Option("--pooled", help="one choice for all seeds, by means over their validation data")
-    ] = False,
+    folder: Path | None = Option(
+        None, "--out", help="folder of the page; default: the run, or ./comparison for several"
+    ),
+    choose: Several = Option(
+        None,
+        metavar="MEASURE",
+        help="take in each seed the method with the lowest of this (such as 'EO diff sex'; mean of several) on "
+        "validation data, and show it as one method more",
+    ),
+    within: float = Option(0.5, metavar="POINTS", help="what that choice may lose in utility on validation data"),
+    among: Several = Option(None, metavar="PATTERN", help="methods to choose from, such as 'main_*'"),
+    pooled: bool = Option(False, "--pooled", help="one choice for all seeds, by means over their validation data"),
 ) -> None:
     """Compare methods, runs and seeds: one table and one HTML page."""
     from libmtl_fair.report.choice import Rule

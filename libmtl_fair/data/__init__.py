@@ -9,8 +9,7 @@ from libmtl_fair._imports import lazy
 if TYPE_CHECKING:
     from libmtl_fair.data.catalogue import dataset_names, dataset_spec, describe_dataset, load_dataset, load_table
     from libmtl_fair.data.dataset import Dataset, Split
-    from libmtl_fair.data.loader import ResidentLoader, resolve_device
-    from libmtl_fair.data.rows import TableDataset, collate
+    from libmtl_fair.data.loader import ResidentLoader, TableDataset, collate, resolve_device
     from libmtl_fair.data.spec import SensitiveSpec, TableSpec, TaskSpec
 
 __getattr__, __dir__ = lazy(
@@ -18,8 +17,7 @@ __getattr__, __dir__ = lazy(
     {
         "data.catalogue": "dataset_names dataset_spec describe_dataset load_dataset load_table",
         "data.dataset": "Dataset Split",
-        "data.loader": "ResidentLoader resolve_device",
-        "data.rows": "TableDataset collate",
+        "data.loader": "ResidentLoader TableDataset collate resolve_device",
         "data.spec": "SensitiveSpec TableSpec TaskSpec",
     },
 )

@@ -29,9 +29,14 @@ def dataset_card(
     """Return the whole card as plain values, ready for JSON."""
     used = np.sort(np.concatenate(list(parts.values())))
     inputs = list(encoder.kinds)
-    gaps = {name: int(table.frame[name].isna().to_numpy()[used].sum()) for name in inputs}
+    gaps = {str(name): int(count) for name, count in table.frame[inputs].iloc[used].isna().sum().items()}
     groups = {item.attribute: _group_card(item, parts, choice, used, table, inputs) for item in table.groups}
     by_column = isinstance(choice.split, str)
+    dropped = dict(spec.excluded)
+    for attribute, columns in ({} if choice.sensitive_inputs else table.tell_tale).items():
+        dropped |= {name: f"shows {attribute}; sensitive attributes are no inputs here" for name in sorted(columns)}
+    for column, names in leaks(table.tasks).items():
+        dropped[column] = f"gives away the task{'s' if len(names) > 1 else ''} {', '.join(names)}"
     return {
         "name": spec.name,
         "title": spec.title,
@@ -50,21 +55,12 @@ def dataset_card(
         "inputs": inputs,
         "n_features": len(encoder.names),
         "missing_inputs": {name: count for name, count in gaps.items() if count},
-        "dropped": _dropped(spec, choice, table),
+        "dropped": dropped,
         "tasks": {item.name: _task_card(item, table.groups, used) for item in table.labels},
         "groups": groups,
         "sensitive_inputs": [name for name, entry in groups.items() if entry["is_input"]],
         "notes": [*spec.notes, *_small_groups(groups)],
     }
-
-
-def _dropped(spec: TableSpec, choice: Choice, table: Table) -> dict[str, str]:
-    dropped = dict(spec.excluded)
-    for attribute, columns in ({} if choice.sensitive_inputs else table.tell_tale).items():
-        dropped |= {name: f"shows {attribute}; sensitive attributes are no inputs here" for name in sorted(columns)}
-    for column, names in leaks(table.tasks).items():
-        dropped[column] = f"gives away the task{'s' if len(names) > 1 else ''} {', '.join(names)}"
-    return dropped
 
 
 def _definition(spec: TaskSpec) -> str:
@@ -80,8 +76,11 @@ def _definition(spec: TaskSpec) -> str:
 
 def _task_card(labels: RawLabels, groups: tuple[Groups, ...], used: Rows) -> Card:
     """Say kind, definition, labelled rows, and the base rate overall and in each group."""
-    seen = int(labels.observed[used].sum())
-    entry: Card = {
+    seen, per_group = int(labels.observed[used].sum()), {}
+    for item in groups:
+        rows = {name: used[item.ids[used] == index] for index, name in enumerate(item.names)}
+        per_group[item.attribute] = {name: {"rows": len(own), **_rates(labels, own)} for name, own in rows.items()}
+    return {
         "kind": labels.spec.kind,
         "definition": _definition(labels.spec),
         "columns": list(task_columns(labels.spec)),
@@ -89,14 +88,8 @@ def _task_card(labels: RawLabels, groups: tuple[Groups, ...], used: Rows) -> Car
         "labelled": seen,
         "missing": len(used) - seen,
         **_rates(labels, used),
-        "per_group": {},
+        "per_group": per_group,
     }
-    for item in groups:
-        rows = {name: used[item.ids[used] == index] for index, name in enumerate(item.names)}
-        entry["per_group"][item.attribute] = {
-            name: {"rows": len(inside), **_rates(labels, inside)} for name, inside in rows.items()
-        }
-    return entry
 
 
 def _rates(labels: RawLabels, rows: Rows) -> Card:
@@ -142,13 +135,14 @@ def _group_card(
 
 def _small_groups(cards: Mapping[str, Card]) -> list[str]:
     """Return a note for every group that training lacks, or that is too small in the test part for rates to mean much."""
-    absent, small = [], []
-    for attribute, card in cards.items():
-        for name, entry in card["groups"].items():
-            where, rows = f"sensitive attribute {attribute}: group {name} has", entry["split"]
-            absent += [f"{where} no training row"] if rows["train"] == 0 else []
-            small += [f"{where} {rows['test']} test rows; its rates are noise"] if rows["test"] < SMALL_GROUP else []
-    return absent + small
+    rows = {
+        f"sensitive attribute {attribute}: group {name} has": entry["split"]
+        for attribute, card in cards.items()
+        for name, entry in card["groups"].items()
+    }
+    absent = [f"{group} no training row" for group, split in rows.items() if split["train"] == 0]
+    small = {group: split["test"] for group, split in rows.items() if split["test"] < SMALL_GROUP}
+    return absent + [f"{group} {n} test rows; its rates are noise" for group, n in small.items()]
 
 
 def card_markdown(card: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 from libmtl_fair.data.dataset import Dataset, build_dataset
 from libmtl_fair.data.fetched import FETCHED
 from libmtl_fair.data.frames import column_of, read_frame
-from libmtl_fair.data.rows import SENSITIVE
+from libmtl_fair.data.loader import SENSITIVE
 from libmtl_fair.data.selection import Choice, choose_inputs, choose_tasks, leaks
 from libmtl_fair.data.shipped import SHIPPED
 from libmtl_fair.data.spec import SensitiveSpec, TableSpec, TaskSpec, make_spec
@@ -169,10 +169,15 @@ def load_table(
     (('age', 'sex'), {'sex': ['f', 'm']}, 24)
     """
     frame = read_frame(source)
-    task_specs = {key: _task(key, value) for key, value in checked(dict, tasks, "tasks").items()}
-    named = (
-        dict(sensitive) if isinstance(sensitive, Mapping) else dict.fromkeys(checked(Listed, sensitive, "sensitive"))
-    )
+    task_specs: dict[str, TaskSpec] = {}
+    for key, value in checked(dict, tasks, "tasks").items():
+        if checked(str, key, "a task's name") == SENSITIVE:
+            raise DataError(
+                f"a task may not be named {SENSITIVE!r}: batches hold the group ids under this key; rename it"
+            )
+        task_specs[key] = make_spec(TaskSpec, value, "task", key)
+    columns = {} if isinstance(sensitive, Mapping) else dict.fromkeys(checked(Listed, sensitive, "sensitive"))
+    named = dict(sensitive) if isinstance(sensitive, Mapping) else columns
     categories = checked(Listed, categorical, "categorical")
     groups = _attributes(named, set(frame.columns))
     candidates = _candidates(frame, task_specs, features, split)
@@ -200,12 +205,6 @@ def load_table(
     return build_dataset(spec, frame, choice)
 
 
-def _task(name: str, value: object) -> TaskSpec:
-    if checked(str, name, "a task's name") == SENSITIVE:
-        raise DataError(f"a task may not be named {SENSITIVE!r}: batches hold the group ids under this key; rename it")
-    return make_spec(TaskSpec, value, "task", name)
-
-
 def _attributes(named: Mapping[str, object], columns: Collection[str]) -> dict[str, SensitiveSpec]:
     """Return the declared specs; a name alone is a column, or shorthand ("race:top2", "sex*race") over columns."""
     specs: dict[str, SensitiveSpec] = {}
@@ -214,11 +213,8 @@ def _attributes(named: Mapping[str, object], columns: Collection[str]) -> dict[s
             specs[name] = make_spec(SensitiveSpec, value, "sensitive attribute", name)
             continue
         parts = [name] if name in columns else [part.strip() for part in name.partition(":top")[0].split("*")]
-        for part in parts:
-            specs.setdefault(part, SensitiveSpec(column=part))
-    for part in [part for spec in specs.values() for part in spec.of]:
-        specs.setdefault(part, SensitiveSpec(column=part))
-    return specs
+        specs |= {part: SensitiveSpec(column=part) for part in parts if part not in specs}
+    return {part: SensitiveSpec(column=part) for spec in specs.values() for part in spec.of} | specs
 
 
 def _candidates(
@@ -230,9 +226,7 @@ def _candidates(
     forbidden = leaks(tasks)
     if features is None:
         return tuple(str(column) for column in frame.columns if column not in forbidden and column != split)
-    columns: tuple[str, ...] = checked(
-        Listed, list(features) if isinstance(features, Mapping) else features, "features"
-    )
+    columns = tuple(features) if isinstance(features, Mapping) else checked(Listed, features, "features")
     for column in columns:
         column_of(frame, column, "features")
         if column in forbidden:

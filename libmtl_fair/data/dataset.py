@@ -11,8 +11,7 @@ from torch import Tensor
 from libmtl_fair.data.card import Card, card_markdown, dataset_card
 from libmtl_fair.data.features import FeatureEncoder, feature_kinds, fit_encoder
 from libmtl_fair.data.labels import make_task
-from libmtl_fair.data.loader import ResidentLoader
-from libmtl_fair.data.rows import TableDataset
+from libmtl_fair.data.loader import ResidentLoader, TableDataset
 from libmtl_fair.data.selection import Choice, choose_inputs, read_table
 from libmtl_fair.data.spec import TableSpec
 from libmtl_fair.errors import DataError, unknown

@@ -52,12 +52,7 @@ class FeatureEncoder:
         return tuple(names)
 
     def encode(self, frame: pd.DataFrame) -> NDArray[np.float32]:
-        """Return the inputs of new rows, float32 [N, F].
-
-        Raises
-        ------
-        DataError : a column is not there, holds text where training held numbers, or a value too far from those.
-        """
+        """Return the inputs of new rows, float32 [N, F]; columns or values that do not fit those of training are refused."""
         return self._encoded(_numbers(frame, self.kinds), _texts(frame, self.kinds))
 
     def _encoded(self, numbers: NDArray[np.float64], texts: Sequence[NDArray[np.object_]]) -> NDArray[np.float32]:
@@ -105,12 +100,11 @@ def feature_kinds(
         series = column_of(frame, name, "features")
         if kind not in ("auto", *get_args(FeatureKind)):
             raise DataError(f"feature {name!r}: {unknown('kind', kind, ['auto', *get_args(FeatureKind)])}")
-        if pd.api.types.is_datetime64_any_dtype(series) or pd.api.types.is_timedelta64_dtype(series):
+        if series.dtype.kind in "mM":
             raise DataError(
                 f"feature {name!r} holds dates; make a number of it (such as a year or an age) or leave it out"
             )
-        numeric = kind == "numeric" or (kind == "auto" and is_numeric(series))
-        kinds[name] = "numeric" if numeric else "categorical"
+        kinds[name] = "numeric" if kind == "numeric" or (kind == "auto" and is_numeric(series)) else "categorical"
     return kinds
 
 

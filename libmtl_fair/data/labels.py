@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -64,8 +65,11 @@ def parse(expression: str) -> list[list[Comparison]]:
                 f"expression {expression!r}: cannot read {expression[position:].strip()!r}; expected comparisons such as "
                 "\"age >= 65\" or \"job == 'clerk'\", joined by 'and' or 'or'"
             )
-        text = match["single"] if match["single"] is not None else match["double"]
-        value = text if text is not None else _number_or_text(match["bare"])
+        value: str | float | None = match["single"] if match["single"] is not None else match["double"]
+        if value is None:
+            value = match["bare"]
+            with suppress(ValueError):
+                value = float(match["bare"])
         alternatives[-1].append(Comparison(match["quoted"] or match["name"], match["op"], value))
         if match["join"] is None:
             return alternatives
@@ -74,19 +78,8 @@ def parse(expression: str) -> list[list[Comparison]]:
         position = match.end()
 
 
-def _number_or_text(text: str) -> str | float:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
 def expression_columns(expression: str) -> tuple[str, ...]:
-    """Return the columns that the expression compares.
-
-    >>> expression_columns("age >= 65 or sex == 'male' and age < 30")
-    ('age', 'sex')
-    """
+    """Return the columns that the expression compares."""
     return tuple(dict.fromkeys(term.column for terms in parse(expression) for term in terms))
 
 
@@ -114,10 +107,9 @@ def _compare(series: Series, term: Comparison, where: str) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class RawLabels:
-    """Labels of a whole table before it is split.
+    """Labels of a whole table: float32 [N] (binary) or [N, C] (multilabel), int64 [N] (multiclass), float64 [N] (regression).
 
-    ``values``: float32 [N] (binary), int64 [N] (multiclass), float32 [N, C] (multilabel) or float64 [N] in native
-    units (regression); NaN or -100 where missing. ``classes`` names classes or labels.
+    NaN or -100 where missing, regression in native units. ``classes`` names classes or labels.
     """
 
     name: str
@@ -153,13 +145,12 @@ def task_columns(spec: TaskSpec) -> tuple[str, ...]:
 def raw_labels(name: str, spec: TaskSpec, frame: pd.DataFrame) -> RawLabels:
     """Return the labels of one task for every row of ``frame``; columns or labels that do not fit are refused."""
     where = RawLabels(name, spec, np.empty(0)).where
-    classes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = spec.columns
     values: NDArray[Any]
     if spec.expression is not None:
         values = evaluate(spec.expression, frame, where)
     elif spec.kind == "multilabel":
         values = np.stack([_zero_one(column_of(frame, column, where), where) for column in spec.columns], axis=1)
-        classes = spec.columns
     else:
         series = column_of(frame, str(spec.column), where)
         if spec.kind == "multiclass":

@@ -53,9 +53,8 @@ class Choice:
         """Return the specs of the chosen attributes, and of all known ones."""
         given = checked(dict, self.keep_groups or {}, "keep_groups")
         keep = {name: checked(Keep, value, f"keep_groups of {name!r}") for name, value in given.items()}
-        return choose_sensitive(
-            spec.default_sensitive if self.sensitive is None else self.sensitive, spec.sensitive, keep
-        )
+        chosen = spec.default_sensitive if self.sensitive is None else self.sensitive
+        return choose_sensitive(chosen, spec.sensitive, keep)
 
 
 @dataclass(frozen=True)
@@ -87,10 +86,8 @@ class Table:
         for part, rows in parts.items():
             for labels in self.labels:
                 if not labels.observed[rows].any():
-                    raise DataError(
-                        f"task {labels.name!r}: no labelled row in the {part} split ({len(rows)} rows); use more rows or "
-                        "other shares"
-                    )
+                    where = f"task {labels.name!r}: no labelled row in the {part} split ({len(rows)} rows)"
+                    raise DataError(f"{where}; use more rows or other shares")
         return parts
 
 
@@ -174,11 +171,7 @@ def strata(labels: RawLabels) -> Rows:
 
 
 def split_rows(y: Rows | None, n_rows: int, split: Sequence[float], seed: int) -> dict[str, Rows]:
-    """Return the rows of train, val and test, in scikit-learn's shuffled order.
-
-    Two calls of ``train_test_split`` with ``random_state=seed``: first the training share, then the rest is divided; both
-    stratified on ``y`` (without ``y``, not).
-    """
+    """Return the rows of train, val and test: scikit-learn's ``train_test_split`` twice, stratified on ``y`` if given."""
     from sklearn.model_selection import train_test_split
 
     shares = tuple(split)
@@ -193,9 +186,8 @@ def split_rows(y: Rows | None, n_rows: int, split: Sequence[float], seed: int) -
         left = None if y is None else y[rest]
         val, test = train_test_split(rest, train_size=within, random_state=seed, stratify=left)
     except ValueError as error:
-        raise DataError(
-            f"{n_rows} rows cannot be split {shares}, an empty or too small part would result: {error}"
-        ) from error
+        message = f"{n_rows} rows cannot be split {shares}, an empty or too small part would result: {error}"
+        raise DataError(message) from error
     return {"train": train, "val": val, "test": test}
 
 

@@ -58,9 +58,6 @@ def choose_sensitive(
 ) -> tuple[dict[str, SensitiveSpec], dict[str, SensitiveSpec]]:
     """Return the specs of the chosen attributes, and all known ones with ``keep_groups`` applied.
 
-    ``"race:top2"`` keeps the two largest groups, ``"sex*race"`` is an intersection; ``keep_groups`` maps an attribute to
-    the groups to keep or to a number of the largest.
-
     >>> choose_sensitive("race:top2", {"race": SensitiveSpec(column="race")})[0]["race"].keep
     2
     """
@@ -146,7 +143,7 @@ def _from_column(attribute: str, spec: SensitiveSpec, frame: pd.DataFrame, missi
 
 def _binned(values: NDArray[np.float64], spec: SensitiveSpec) -> tuple[NDArray[np.object_], list[str]]:
     bins = spec.bins
-    between = [f"{low:g} to under {high:g}" for low, high in itertools.pairwise(bins)]
+    between = (f"{low:g} to under {high:g}" for low, high in itertools.pairwise(bins))
     names = list(spec.labels) or [f"under {bins[0]:g}", *between, f"{bins[-1]:g} and over"]
     text = np.array(names, dtype=object)[np.digitize(values, bins)]
     text[np.isnan(values)] = None

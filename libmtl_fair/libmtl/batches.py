@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from libmtl_fair.batch import Columns
-from libmtl_fair.data.loader import Epoch, Packed
-from libmtl_fair.data.rows import SENSITIVE
+from libmtl_fair.data.loader import SENSITIVE, Epoch, Packed
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.libmtl.state import Loader, Loaders, TrainingState
 from libmtl_fair.tasks import Task

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from sklearn.base import BaseEstimator
-from sklearn.utils import _safe_indexing, check_random_state
+from sklearn.utils import Tags, _safe_indexing, check_random_state
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 from torch import Tensor
 
@@ -25,8 +26,7 @@ from libmtl_fair.libmtl.trainer import FairTrainer
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.build import EVAL_BATCH, build_trainer
 from libmtl_fair.recipe.sections import Model, Optimizer, Train
-from libmtl_fair.sklearn.groups import Groups, read_groups
-from libmtl_fair.sklearn.inputs import Rows, check_inputs, check_weights, encode_inputs, fit_inputs
+from libmtl_fair.sklearn.inputs import Groups, Rows, check_inputs, check_weights, encode_inputs, fit_inputs, read_groups
 from libmtl_fair.sklearn.methods import Method, check_method, find_method
 from libmtl_fair.sklearn.targets import Target, make_targets
 
@@ -35,42 +35,26 @@ _SAVED = ("groups_", "structure_", "n_columns_", "n_features_in_", "feature_name
 """Attributes that a file holds under their names without the last underscore."""
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class FairMTLBase(BaseEstimator):  # type: ignore[misc]
     """Base of :class:`FairMTLEstimator` and :class:`FairMTLClassifier`; see there."""
 
-    def __init__(
-        self,
-        method: str = "none",
-        *,
-        epochs: int = 30,
-        batch_size: int = 128,
-        hidden: tuple[int, ...] = (64, 32),
-        dropout: float = 0.0,
-        lr: float = 3e-3,
-        weight_decay: float = 1e-5,
-        method_args: Mapping[str, Any] | None = None,
-        validation_fraction: float = 0.0,
-        device: str = "auto",
-        random_state: int | np.random.RandomState | None = None,
-    ) -> None:
-        self.method = method
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.hidden = hidden
-        self.dropout = dropout
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.method_args = method_args
-        self.validation_fraction = validation_fraction
-        self.device = device
-        self.random_state = random_state
+    method: str = field(default="none", kw_only=False)
+    epochs: int = 30
+    batch_size: int = 128
+    hidden: tuple[int, ...] = (64, 32)
+    dropout: float = 0.0
+    lr: float = 3e-3
+    weight_decay: float = 1e-5
+    method_args: Mapping[str, object] | None = None
+    validation_fraction: float = 0.0
+    device: str = "auto"
+    random_state: int | np.random.RandomState | None = None
 
-    def __sklearn_tags__(self) -> Any:
+    def __sklearn_tags__(self) -> Tags:
         """Say what scikit-learn may expect: missing values in X are allowed."""
         tags = super().__sklearn_tags__()
-        tags.input_tags.allow_nan = True
-        tags.target_tags.required = True
-        tags.non_deterministic = False
+        tags.input_tags.allow_nan = tags.target_tags.required = True
         return tags
 
     def _checked(self) -> Method:
@@ -109,9 +93,10 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
         labels = {target.name: target.encode(y[target.column]) for target in self.targets_}
         rows = torch.from_numpy(encoded)
         self.n_columns_ = rows.shape[1]
+        importance = None if weights is None else torch.from_numpy(weights)
         with _random_state_kept():
             trainer = self._trainer(method, seed)
-            self._train(trainer, rows, labels, groups, seed, None if weights is None else torch.from_numpy(weights))
+            self._train(trainer, rows, labels, groups, seed, importance)
         structure = getattr(trainer.model, "structure", None)
         self.structure_, self.history_ = structure and structure(), trainer.history
         self.weights_ = trainer.model.state_dict()
@@ -122,21 +107,18 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
         weight_args, arch_args, heads = method.arguments(self.method_args or {})
         widths = tuple(int(width) for width in self.hidden)
         optimizer = Optimizer.model_construct(lr=float(self.lr), weight_decay=float(self.weight_decay))
-        plain = seed is None
+        architecture = {"architecture": method.architecture, "arch_args": arch_args}
+        options = {"heads": heads, "weight_args": weight_args, "device": self.device}
         return build_trainer(
-            "EW" if plain else method.weighting,
-            Model.model_construct(
-                hidden=widths, dropout=self.dropout, architecture=method.architecture, arch_args=arch_args
-            ),
+            "EW" if seed is None else method.weighting,
+            Model.model_construct(None, hidden=widths, dropout=self.dropout, **architecture),
             Train.model_construct(optimizer=optimizer, select="best" if self.validation_fraction > 0 else "last"),
             [target.task for target in self.targets_],
             self.n_columns_,
             self.groups_,
             seed,
-            heads=None if plain else heads,
-            weight_args={} if plain else weight_args,
-            device="cpu" if plain else self.device,
             progress=False,
+            **({"device": "cpu"} if seed is None else options),
         )
 
     def _train(
@@ -246,9 +228,8 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
         try:
             about = json.loads(content["about"])
             if about["class"] != cls.__name__:
-                raise CheckpointError(
-                    f"{path} holds a {about['class']}, not a {cls.__name__}: use {about['class']}.load"
-                )
+                made_by = about["class"]
+                raise CheckpointError(f"{path} holds a {made_by}, not a {cls.__name__}: use {made_by}.load")
             parameters = about["parameters"]
             parameters["hidden"] = tuple(parameters["hidden"])
             if parameters.get("tasks") is not None:
@@ -290,7 +271,6 @@ def _target(values: dict[str, Any]) -> Target:
 
 
 def _plain(value: object) -> object:
-    """Return a numpy number as JSON has it."""
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"{value!r} is no plain value")

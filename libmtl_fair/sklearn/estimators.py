@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from sklearn.base import ClassifierMixin
+from sklearn.utils import Tags
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
 
@@ -96,8 +98,7 @@ class FairMTLClassifier(ClassifierMixin, FairMTLBase):  # type: ignore[misc]
     def predict(self, X: object) -> NDArray[Any]:
         """Return the most probable class [N]."""
         chosen = self.predict_proba(X).argmax(1)
-        found: NDArray[Any] = self.classes_[chosen]
-        return found
+        return np.asarray(self.classes_[chosen])
 
     def predictions(self, X: object, y: object = None, *, sensitive_features: object = None) -> Predictions:
         """Return outputs, scores, labels and groups for this package's own audit, metrics and ``metric_frame``."""
@@ -106,6 +107,7 @@ class FairMTLClassifier(ClassifierMixin, FairMTLBase):  # type: ignore[misc]
         return self._predictions(X, frame, sensitive_features)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class FairMTLEstimator(FairMTLBase):
     """A fair multi-task network for a table of targets of mixed kinds with missing labels.
 
@@ -134,27 +136,9 @@ class FairMTLEstimator(FairMTLBase):
     {'ill': 'bool', 'days': 'float64'}
     """
 
-    def __init__(
-        self,
-        method: str = "none",
-        *,
-        tasks: Mapping[Hashable, str] | None = None,
-        epochs: int = 30,
-        batch_size: int = 128,
-        hidden: tuple[int, ...] = (64, 32),
-        dropout: float = 0.0,
-        lr: float = 3e-3,
-        weight_decay: float = 1e-5,
-        method_args: Mapping[str, Any] | None = None,
-        validation_fraction: float = 0.0,
-        device: str = "auto",
-        random_state: int | np.random.RandomState | None = None,
-    ) -> None:
-        given = {name: value for name, value in locals().items() if name not in ("self", "tasks", "__class__")}
-        super().__init__(**given)
-        self.tasks = tasks
+    tasks: Mapping[Hashable, str] | None = None
 
-    def __sklearn_tags__(self) -> Any:
+    def __sklearn_tags__(self) -> Tags:
         """Say that Y may have several columns."""
         tags = super().__sklearn_tags__()
         tags.target_tags.multi_output = True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from libmtl_fair.errors import DataError, RecipeError, unknown
 from libmtl_fair.libmtl.registry import OUR_ARCHITECTURES, resolve_weighting, weighting_names
@@ -18,14 +17,16 @@ class Method:
     weighting: str
     architecture: str = "HPS"
     heads: str | None = None
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, object] = field(default_factory=dict)
     needs_groups: bool = True
     least_tasks: int = 1
 
-    def arguments(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
+    def arguments(
+        self, given: Mapping[str, object]
+    ) -> tuple[dict[str, object], dict[str, object], dict[str, object] | None]:
         """Return (weight_args, arch_args, arguments of the heads or None) of what the user gives in ``method_args``."""
         settings = getattr(OUR_ARCHITECTURES.get(self.architecture), "settings_class", None)
-        arch: dict[str, Any] = dict.fromkeys(settings.model_fields) if settings else {}
+        arch: dict[str, object] = dict.fromkeys(settings.model_fields) if settings else {}
         of_heads = set(Heads.model_fields) - {"loss"} if self.heads else set()
         every = {**self.defaults, **given}
         heads = {"loss": self.heads, **{name: value for name, value in every.items() if name in of_heads}}
@@ -56,12 +57,7 @@ def method_names() -> list[str]:
 
 
 def find_method(name: object) -> Method:
-    """Return a method by its name here, or a weighting of LibMTL, of ours or of another package by its own.
-
-    Raises
-    ------
-    RecipeError : unknown.
-    """
+    """Return a method by its name here, or a weighting of LibMTL, of ours or of another package by its own."""
     if isinstance(name, str) and name in METHODS:
         return METHODS[name]
     if isinstance(name, str) and (":" in name or name in weighting_names()):
@@ -69,14 +65,8 @@ def find_method(name: object) -> Method:
     raise RecipeError(unknown("method", name, [*METHODS, *weighting_names()]))
 
 
-def check_method(name: str, method: Method, n_tasks: int, groups: Mapping[str, Any]) -> None:
-    """Refuse a method that the data are not enough for.
-
-    Raises
-    ------
-    RecipeError : it compares tasks and there is one only.
-    DataError : it needs groups and none were given.
-    """
+def check_method(name: str, method: Method, n_tasks: int, groups: Mapping[str, object]) -> None:
+    """Refuse a method that the data are not enough for: one task to compare, or no groups."""
     if n_tasks < method.least_tasks:
         raise RecipeError(
             f"method {name!r} compares tasks with each other: it needs at least {method.least_tasks}, found {n_tasks}. "

@@ -22,16 +22,7 @@ _MOST_CLASSES = 20
 
 @dataclass(frozen=True)
 class Target:
-    """One column of Y.
-
-    Attributes
-    ----------
-    column : its label in Y.
-    name : of the task inside the model.
-    kind : "binary", "multiclass" or "regression".
-    classes : sorted values of a classification target.
-    mean, std : of a regression target in training.
-    """
+    """One column of Y; ``name`` is the task's inside the model, ``classes`` are sorted, ``mean`` and ``std`` of training."""
 
     column: Hashable
     name: str
@@ -47,8 +38,7 @@ class Target:
             return Regression(self.name, mean=self.mean, std=self.std)
         if self.kind == "binary":
             return Binary(self.name)
-        values = self._values
-        return Multiclass(self.name, len(values), classes=tuple(str(value) for value in values))
+        return Multiclass(self.name, len(self._values), classes=tuple(str(value) for value in self._values))
 
     @property
     def _values(self) -> NDArray[Any]:
@@ -83,13 +73,8 @@ class Target:
         return np.asarray(self._values[self.probabilities(output).argmax(1)])
 
 
-def read_table(y: Any) -> pd.DataFrame:
-    """Return Y as a DataFrame; one column is one task.
-
-    Raises
-    ------
-    DataError : Y is empty, has more than two dimensions, or two columns of one name.
-    """
+def read_table(y: object) -> pd.DataFrame:
+    """Return Y as a DataFrame; one column is one task."""
     if isinstance(y, pd.DataFrame):
         frame = y
     elif isinstance(y, pd.Series):
@@ -104,13 +89,8 @@ def read_table(y: Any) -> pd.DataFrame:
     return frame
 
 
-def make_targets(frame: pd.DataFrame, declared: Mapping[Any, str] | None) -> list[Target]:
-    """Return one target a column, of the declared kind or the one that its values suggest.
-
-    Raises
-    ------
-    DataError : a declared column or kind that is not there, or a column whose kind cannot be told.
-    """
+def make_targets(frame: pd.DataFrame, declared: Mapping[Hashable, str] | None) -> list[Target]:
+    """Return one target a column, of the declared kind or the one that its values suggest."""
     declared = dict(declared or {})
     for column, kind in declared.items():
         if column not in frame:
@@ -120,7 +100,7 @@ def make_targets(frame: pd.DataFrame, declared: Mapping[Any, str] | None) -> lis
     return [_target(frame[column], column, _safe(column, i), declared.get(column)) for i, column in enumerate(frame)]
 
 
-def _target(series: Series, column: Any, name: str, kind: str | None) -> Target:
+def _target(series: Series, column: Hashable, name: str, kind: str | None) -> Target:
     seen = series[series.notna()]
     if not len(seen):
         raise DataError(f"target {column!r} has no label in {len(series)} rows; leave the column out")
@@ -139,7 +119,7 @@ def _target(series: Series, column: Any, name: str, kind: str | None) -> Target:
     return Target(column, name, "multiclass" if kind == "multiclass" and len(classes) > 1 else "binary", classes)
 
 
-def _kind(series: Series, seen: Series, column: Any) -> str:
+def _kind(series: Series, seen: Series, column: Hashable) -> str:
     """Text, categories, booleans and up to 20 integers are classes, two values are binary, other numbers regression."""
     distinct = seen.nunique()
     if not pd.api.types.is_numeric_dtype(seen) or pd.api.types.is_bool_dtype(seen):
@@ -158,8 +138,8 @@ def _kind(series: Series, seen: Series, column: Any) -> str:
     return "regression"
 
 
-def _classes(seen: Series, column: Any) -> NDArray[Any]:
-    values = sorted({_plain(v) for v in seen}, key=lambda v: (isinstance(v, str), v))
+def _classes(seen: Series, column: Hashable) -> NDArray[Any]:
+    values = sorted({v.item() if isinstance(v, np.generic) else v for v in seen}, key=lambda v: (isinstance(v, str), v))
     kinds = {type(v) for v in values}
     if kinds <= {str}:
         return np.array(values, dtype=object)
@@ -170,10 +150,6 @@ def _classes(seen: Series, column: Any) -> NDArray[Any]:
     return array.astype(dtype) if isinstance(dtype, np.dtype) and dtype.kind in "iufb" else array
 
 
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
-
-
 def _floats(series: Series) -> NDArray[np.float64]:
     try:
         return np.asarray(pd.to_numeric(series).to_numpy(dtype=np.float64, na_value=np.nan))
@@ -181,7 +157,7 @@ def _floats(series: Series) -> NDArray[np.float64]:
         raise DataError(f"target {series.name!r} is declared regression and holds no numbers ({error})") from error
 
 
-def _safe(column: Any, position: int) -> str:
+def _safe(column: Hashable, position: int) -> str:
     """Return a name that a torch module may have: the column's own where that is possible."""
     name = str(column)
     fine = isinstance(column, str) and name and "." not in name and not name.startswith(AUXILIARY_PREFIX)
