@@ -22,10 +22,6 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``; on leaving, flush it to disk and rename it over ``path``.
 
     Readers see the old file or the new one, whole. A failure leaves the old file and removes the temporary one.
-
-    Raises
-    ------
-    CheckpointError : the folder cannot be written, or the disk is full.
     """
     path = Path(path)
     temporary: Path | None = None
@@ -56,12 +52,7 @@ def remove_leftovers(folder: str | Path) -> None:
 
 
 def need_writable(folder: str | Path) -> None:
-    """Make the folder and check that files can be written into it.
-
-    Raises
-    ------
-    CheckpointError : they cannot.
-    """
+    """Make the folder and check that files can be written into it."""
     with atomic_path(Path(folder) / ".writable"):
         pass
     (Path(folder) / ".writable").unlink(missing_ok=True)
@@ -74,18 +65,13 @@ def write_text(path: str | Path, text: str) -> Path:
     return Path(path)
 
 
-def write_json(path: str | Path, value: Any) -> Path:
+def write_json(path: str | Path, value: object) -> Path:
     """Write ``value`` as JSON atomically; NaN and infinities become null, so that every reader takes it."""
     return write_text(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file.
-
-    Raises
-    ------
-    CheckpointError : missing, unreadable or not JSON.
-    """
+    """Read a JSON file; one that is missing, unreadable or not JSON is a CheckpointError."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -94,15 +80,13 @@ def read_json(path: str | Path) -> Any:
         raise CheckpointError(f"{path} is damaged ({error}); run again to make it anew") from error
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
     if hasattr(value, "tolist"):
         return _plain(value.tolist())
-    if isinstance(value, Path):
-        return str(value)
-    return value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

@@ -72,8 +72,7 @@ class Predictions:
             raise DataError(
                 f"attribute {attribute!r}: group ids go to {highest}, so {highest + 1} different names are needed; found {names}"
             )
-        named: NDArray[np.object_] = np.array([*names, ""], dtype=object)[ids]
-        return named
+        return np.asarray(np.array([*names, ""], dtype=object)[ids])
 
     def rescored(self, tasks: tuple[Task, ...]) -> Predictions:
         """Return the same predictions with the audit scores that ``tasks`` give, such as under frozen score ranges."""
@@ -126,10 +125,9 @@ class Predictions:
         }
         table = pa.Table.from_pandas(frame, preserve_index=False)
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), _META: json.dumps(meta).encode()})
-        path = Path(path)
         with atomic_path(path) as temporary:
             pq.write_table(table, temporary)
-        return path
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Predictions:
@@ -151,7 +149,10 @@ class Predictions:
                 f"{path} holds no predictions of libmtl_fair ({error}); run the recipe again"
             ) from error
         frame = table.to_pandas()
-        tasks = tuple(_task(entry) for entry in meta["tasks"])
+        tasks = []
+        for entry in meta["tasks"]:
+            kind: Callable[..., Task] = KINDS[entry.pop("kind")]
+            tasks.append(kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}))
         outputs, labels, scores = {}, {}, {}
         for task in tasks:
             columns = [c for c in frame if str(c).startswith(f"{task.name}/output_")]
@@ -162,12 +163,7 @@ class Predictions:
         names: dict[str, list[str]] = meta["group_names"]
         codes = {a: pd.Categorical(frame[f"sensitive/{a}"], categories=known).codes for a, known in names.items()}
         groups = {a: torch.from_numpy(code.astype(np.int64)) for a, code in codes.items()}
-        return cls(tasks, scores, outputs, labels, groups, names)
-
-
-def _task(entry: dict[str, object]) -> Task:
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items() if k != "kind"}
-    return KINDS[str(entry["kind"])](**values)  # type: ignore[arg-type]
+        return cls(tuple(tasks), scores, outputs, labels, groups, names)
 
 
 def _numbered(

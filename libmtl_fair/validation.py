@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -27,18 +27,15 @@ from libmtl_fair.errors import DataError, near
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 """Unknown fields, wrong types and numbers that are not finite are refused."""
 
+_Value = TypeVar("_Value")
 _EXPECTED = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
+    **dict.fromkeys(("int_type", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("tuple_type", "list_type"), "a list"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a mapping"),
     "float_type": "a number",
     "finite_number": "a finite number",
     "string_type": "text",
     "bool_type": "true or false",
-    "tuple_type": "a list",
-    "list_type": "a list",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-    "model_attributes_type": "a mapping",
     "greater_than": "a number above {gt}",
     "greater_than_equal": "at least {ge}",
     "less_than": "a number below {lt}",
@@ -57,7 +54,7 @@ def listed(value: object) -> object:
     return list(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping) else value
 
 
-def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def distinct(values: tuple[_Value, ...]) -> tuple[_Value, ...]:
     """Refuse a value that is there twice."""
     repeated = sorted({str(value) for value in values if values.count(value) > 1})
     if repeated:
@@ -137,11 +134,7 @@ _adapter = cache(TypeAdapter)
 
 
 def checked(kind: Any, value: object, what: str) -> Any:
-    """Return ``value`` as pydantic takes it for a type.
-
-    Raises
-    ------
-    DataError : it is no such thing; ``what`` says where.
+    """Return ``value`` as pydantic takes it for a type; ``what`` says where it stands, in the DataError.
 
     >>> checked(Listed, "age", "features")
     ('age',)
@@ -163,10 +156,8 @@ def explain(item: ErrorDetails) -> str:
         guess = near(str(item["input"]), options)
         hint = f"; did you mean {guess!r}?" if guess else ""
         return f"expected {ctx['expected']}, found {found}{hint}"
-    expected = _EXPECTED.get(kind)
-    if expected is None:
-        return f"{item['msg']}, found {found}"
-    return f"expected {expected.format(**ctx)}, found {found}"
+    expected = f"expected {_EXPECTED[kind].format(**ctx)}" if kind in _EXPECTED else item["msg"]
+    return f"{expected}, found {found}"
 
 
 def _found(value: object) -> str:

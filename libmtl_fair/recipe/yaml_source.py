@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode
+from ruamel.yaml.representer import SafeRepresenter
 from ruamel.yaml.resolver import VersionedResolver
 from ruamel.yaml.tag import Tag
 
@@ -241,52 +243,38 @@ def _scalar(node: ScalarNode) -> str | int | float | bool | None:
 
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_.]*([/+=-][A-Za-z0-9_.]+)*")
 _NOT_TEXT = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}
-_SHORT = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t", "\r": "\\r"}
 
 
-def emit_yaml(data: dict[str, Any]) -> str:
-    r"""Write a mapping as YAML that every reader takes alike: text is quoted unless it is an ordinary word.
+class _Writer(SafeRepresenter):
+    """Writes text and numbers so that readers of YAML 1.1 and 1.2 take them alike, and nothing as an alias."""
 
-    Sections are blocks; lists and short mappings of single values stand on one line.
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+    def text(self, text: str) -> Node:
+        word = _WORD.fullmatch(text) and text.lower() not in _NOT_TEXT
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if word else '"')
+
+    def number(self, value: float) -> Node:
+        text = repr(value)
+        dotted = text.replace("e", ".0e") if "e" in text and "." not in text else text
+        return self.represent_scalar("tag:yaml.org,2002:float", dotted)
+
+
+_Writer.add_representer(str, _Writer.text)
+_Writer.add_representer(float, _Writer.number)
+
+
+def emit_yaml(data: Mapping[str, object]) -> str:
+    r"""Write a mapping as YAML: sections are blocks, lists and short mappings of single values stand on one line.
 
     >>> print(emit_yaml({"train": {"epochs": 3, "lr": 1e-05}, "seeds": [0, 1]}), end="")
     train: {epochs: 3, lr: 1.0e-05}
     seeds: [0, 1]
     """
-    return "".join(_block(data, 0))
-
-
-def _block(data: dict[str, Any], indent: int) -> Iterator[str]:
-    for key, value in data.items():
-        head = f"{' ' * indent}{_quoted(key)}:"
-        line = f"{head} {_flow(value)}\n"
-        deep = isinstance(value, dict) and any(isinstance(item, dict) and item for item in value.values())
-        if isinstance(value, dict) and value and (indent == 0 or len(line) > 120) and (len(line) > 80 or deep):
-            yield f"{head}\n"
-            yield from _block(value, indent + 2)
-        else:
-            yield line
-
-
-def _flow(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_quoted(key)}: {_flow(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(_flow(item) for item in value) + "]"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, float):  # with a dot, so that readers of YAML 1.1 see a number too
-        text = repr(value)
-        return text.replace("e", ".0e") if "e" in text and "." not in text else text
-    return str(value) if isinstance(value, int) else _quoted(str(value))
-
-
-def _quoted(text: str) -> str:
-    if _WORD.fullmatch(text) and text.lower() not in _NOT_TEXT:
-        return text
-    return '"' + "".join(_SHORT.get(char, char if char.isprintable() else _escape(char)) for char in text) + '"'
-
-
-def _escape(char: str) -> str:
-    code = ord(char)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Representer, yaml.default_flow_style, yaml.width = _Writer, None, MAX_BYTES
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    written = StringIO()
+    yaml.dump(data, written)
+    return written.getvalue()
