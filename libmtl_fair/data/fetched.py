@@ -12,7 +12,7 @@ from http.client import HTTPException
 
 import pandas as pd
 
-from libmtl_fair.data.spec import SensitiveSpec, TableSpec, TaskSpec, age_bands, attributes, task, words
+from libmtl_fair.data.spec import SensitiveSpec, TableSpec, age_bands, attributes, comparison, task, words
 from libmtl_fair.errors import DataError
 
 _TARGET = "kept as a target"
@@ -59,10 +59,10 @@ ACS = TableSpec(
     source="Ding, Hardt, Miller, Schmidt (2021), Retiring Adult; US Census ACS PUMS 2018; OpenML 43141, fetched by fairlearn",
     licence="US Census public use microdata terms",
     tasks={
-        "income": TaskSpec(kind="binary", expression="PINCP > 50000", definition="personal income above 50,000 US$"),
+        "income": comparison("PINCP > 50000", "personal income above 50,000 US$"),
         "college": task("binary", "SCHL", "SCHL of 21 or more (bachelor's degree)", threshold=21),
         "hours": task("regression", "WKHP", "usual hours worked a week"),
-        "long_hours": TaskSpec(kind="binary", expression="WKHP > 40", definition="more than 40 hours a week"),
+        "long_hours": comparison("WKHP > 40", "more than 40 hours a week"),
         "log_income": task("regression", "PINCP", "natural log of personal income", transform="log"),
     },
     sensitive={
@@ -122,11 +122,9 @@ DIABETES = TableSpec(
     tasks={
         "readmit_30_days": task("binary", "readmit_30_days", "readmitted within 30 days of release", positive="1"),
         "readmit_any": task("binary", "readmit_binary", "readmitted at any time in the data", positive="1"),
-        "long_stay": TaskSpec(
-            kind="binary", expression="time_in_hospital >= 7", definition="stayed for 7 days or more (1 to 14)"
-        ),
+        "long_stay": comparison("time_in_hospital >= 7", "stayed for 7 days or more (1 to 14)"),
         "medications": task("regression", "num_medications", "distinct medications given"),
-        "insulin": task("multiclass", "insulin", "insulin: no, steady, up, down", forbids=("diabetesMed", "change")),
+        "insulin": task("multiclass", "insulin", "insulin: no, steady, up, down", "diabetesMed change"),
     },
     sensitive=attributes("race gender age"),
     candidates=tuple(name for name in _DIABETES_COLUMNS if name not in _AFTER_DISCHARGE),
@@ -143,19 +141,11 @@ DIABETES = TableSpec(
 
 @dataclass(frozen=True)
 class Fetched:
-    """A dataset that is not shipped: the columns that its frame must have, in order.
-
-    ``codes`` are the columns' names in OpenML's own record, which older fairlearn versions give.
-    """
+    """A dataset that is not shipped: its frame's columns in order, and their ``codes`` in OpenML (older fairlearn)."""
 
     spec: TableSpec
     columns: tuple[str, ...]
     codes: tuple[str, ...] = ()
-
-    @property
-    def fetcher(self) -> str:
-        """Return the name of the function in ``fairlearn.datasets``."""
-        return f"fetch_{self.spec.name}"
 
     def named(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Return ``frame`` with the proper column names."""
@@ -168,14 +158,14 @@ class Fetched:
         """Return the table through fairlearn's fetcher, which keeps a copy on disk."""
         import fairlearn.datasets
 
+        name, fetcher = self.spec.name, f"fetch_{self.spec.name}"
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # scikit-learn warns of every retry
-                frame: pd.DataFrame = getattr(fairlearn.datasets, self.fetcher)(as_frame=True).frame
+                frame: pd.DataFrame = getattr(fairlearn.datasets, fetcher)(as_frame=True).frame
         except (OSError, ValueError, HTTPException) as error:
-            name = self.spec.name
             raise DataError(
-                f"dataset {name!r} is not shipped and could not be fetched with fairlearn.datasets.{self.fetcher} "
+                f"dataset {name!r} is not shipped and could not be fetched with fairlearn.datasets.{fetcher} "
                 f"({type(error).__name__}: {error}). Run once with a network, or give the table: "
                 f"load_dataset({name!r}, frame=DataFrame or path of a .csv or .parquet file with the columns "
                 f"{', '.join(self.columns)})"
@@ -183,13 +173,11 @@ class Fetched:
         return self.named(frame)
 
 
-FETCHED: Mapping[str, Fetched] = {
-    item.spec.name: item
-    for item in (
-        Fetched(BANK, _BANK_COLUMNS, (*(f"V{i}" for i in range(1, 17)), "Class")),
-        Fetched(ACS, _ACS_COLUMNS),
-        Fetched(CREDIT, _CREDIT_COLUMNS, (*(f"x{i}" for i in range(1, 24)), "y")),
-        Fetched(DIABETES, _DIABETES_COLUMNS),
-    )
-}
+_ALL = (
+    Fetched(BANK, _BANK_COLUMNS, (*(f"V{i}" for i in range(1, 17)), "Class")),
+    Fetched(ACS, _ACS_COLUMNS),
+    Fetched(CREDIT, _CREDIT_COLUMNS, (*(f"x{i}" for i in range(1, 24)), "y")),
+    Fetched(DIABETES, _DIABETES_COLUMNS),
+)
+FETCHED: Mapping[str, Fetched] = {item.spec.name: item for item in _ALL}
 """Datasets by name that are fetched, not shipped."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from libmtl_fair.data.frames import column_of
-from libmtl_fair.data.spec import SensitiveSpec, TableSpec, TaskSpec, age_bands, attributes, task, words
+from libmtl_fair.data.spec import SensitiveSpec, TableSpec, age_bands, attributes, comparison, task, words
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +33,7 @@ ADULT = TableSpec(
     tasks={
         "income": task("binary", "income", "income above 50K US$", positive=">50K"),
         "college": task(
-            "binary", "education-num", "education-num of 13 or more (Bachelors)", threshold=13, forbids=("education",)
+            "binary", "education-num", "education-num of 13 or more (Bachelors)", "education", threshold=13
         ),
         "hours": task("regression", "hours-per-week", "hours worked a week"),
         "occupation": task(
@@ -46,13 +46,9 @@ ADULT = TableSpec(
             ),
         ),
         "never_married": task(
-            "binary",
-            "marital-status",
-            "marital-status is Never-married",
-            positive="Never-married",
-            forbids=("relationship",),
+            "binary", "marital-status", "marital-status is Never-married", "relationship", positive="Never-married"
         ),
-        "long_hours": TaskSpec(kind="binary", expression="hours-per-week > 40", definition="more than 40 hours a week"),
+        "long_hours": comparison("hours-per-week > 40", "more than 40 hours a week"),
     },
     sensitive=attributes("sex race") | {"age": age_bands("age", 25, 60)},
     candidates=words(
@@ -89,14 +85,14 @@ COMPAS = TableSpec(
             "regression",
             "decile_score",
             "COMPAS score 1-10: imitate the tool",
-            forbids=("score_text", "v_decile_score", "v_score_text"),
+            "score_text v_decile_score v_score_text",
         ),
         "v_score_text": task(
             "multiclass",
             "v_score_text",
             "COMPAS violence band",
+            "v_decile_score decile_score score_text",
             classes=("Low", "Medium", "High"),
-            forbids=("v_decile_score", "decile_score", "score_text"),
         ),
     },
     sensitive={
@@ -136,7 +132,7 @@ GERMAN = TableSpec(
     licence="CC BY 4.0",
     tasks={
         "bad_credit": task("binary", "credit", "credit is bad (code 2)", positive=2),
-        "owns_home": task("binary", "housing", "owns a home (housing A152)", positive="A152", forbids=("property",)),
+        "owns_home": task("binary", "housing", "owns a home (housing A152)", "property", positive="A152"),
         "log_amount": task("regression", "credit_amount", "natural log of the credit amount in DM", transform="log"),
         "job": task(
             "multiclass",
@@ -180,9 +176,7 @@ SUPPORT2 = TableSpec(
     licence="CC BY 4.0 by the UCI record, disputed; Vanderbilt permits use and asks for citation and acknowledgement",
     tasks={
         "hospdead": task("binary", "hospdead", "died in hospital"),
-        "death180": TaskSpec(
-            kind="binary", expression="death == 1 and d.time <= 180", definition="died within 180 days of study entry"
-        ),
+        "death180": comparison("death == 1 and d.time <= 180", "died within 180 days of study entry"),
         "func2m": task(
             "multiclass",
             "sfdm2",

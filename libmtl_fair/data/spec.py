@@ -195,12 +195,6 @@ class TableSpec:
 def make_spec(cls: type[_AnySpec], value: object, what: str, name: str) -> _AnySpec:
     """Return ``value`` as a spec: it may be one already, a mapping of its fields (as in a recipe), or a column's name.
 
-    Without a column it reads the one of its own ``name``.
-
-    Raises
-    ------
-    DataError : an unknown field, or none of these.
-
     >>> make_spec(SensitiveSpec, {"keep": 2}, "sensitive attribute", "sex").column
     'sex'
     """
@@ -226,9 +220,14 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-def task(kind: TaskKind, column: str, definition: str, **more: Any) -> TaskSpec:
-    """Return the spec of a task of one column."""
-    return TaskSpec(kind=kind, column=column, definition=definition, **more)
+def task(kind: TaskKind, column: str, definition: str, forbids: str = "", **more: Any) -> TaskSpec:
+    """Return the spec of a task of one column, ``forbids`` being the names of the columns that leak it."""
+    return TaskSpec(kind=kind, column=column, definition=definition, forbids=words(forbids), **more)
+
+
+def comparison(expression: str, definition: str) -> TaskSpec:
+    """Return the spec of a binary task that compares columns."""
+    return TaskSpec(kind="binary", expression=expression, definition=definition)
 
 
 def attributes(columns: str) -> dict[str, SensitiveSpec]:
