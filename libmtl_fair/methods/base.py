@@ -34,7 +34,7 @@ def setting(
     ours: bool = False,
     expected: str | None = None,
     choices: Sequence[str] | None = None,
-    search: Sequence[Any] | None = None,
+    search: Sequence[object] | None = None,
     **bounds: Any,
 ) -> Any:
     """Declare one hyperparameter: everything that checks, tables, studies and docs say of it.
@@ -81,7 +81,7 @@ class Declared(BaseModel):
         self.check()
 
     @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+    def __pydantic_init_subclass__(cls, **kwargs: object) -> None:
         """Document every setting from its declaration."""
         lines = [f"    {name} : {field.description}" for name, field in cls.model_fields.items()]
         cls.__doc__ = "\n".join([(cls.__doc__ or "").rstrip(), "", "    Parameters", "    ----------", *lines, "    "])
@@ -90,14 +90,14 @@ class Declared(BaseModel):
         """Raise a RecipeError where settings do not go together."""
 
     @classmethod
-    def from_args(cls, method: str, args: Mapping[str, Any]) -> Self:
+    def from_args(cls, method: str, args: Mapping[str, object]) -> Self:
         """Build settings from LibMTL's ``weight_args`` or ``arch_args`` of a method.
 
         Raises
         ------
         RecipeError : an unknown name or preset, a setting given under two names, or a value out of range.
         """
-        given: dict[str, Any] = {}
+        given: dict[str, object] = {}
         for name, value in args.items():
             known = cls.aliases.get(name, name)
             if known in given:
@@ -254,10 +254,11 @@ class FairWeighting(AbsWeighting):  # type: ignore[misc]
             carry_representation_gradients(self)
         return weights
 
-    def base_backward(self, losses: Tensor) -> Any:
+    def base_backward(self, losses: Tensor) -> Tensor | None:
         """Let the base weighting leave its gradient; frees the graph."""
         assert self.settings is not None
-        return super().backward(losses, **self.settings.base_args)
+        weights: Tensor | None = super().backward(losses, **self.settings.base_args)
+        return weights
 
     @classmethod
     def fair_name(cls) -> str:
@@ -296,7 +297,7 @@ class Penalty(FairWeighting):
         assert self.settings is not None
         term, share = self.penalty(batch), self.loss_share
         if term is None and share == 1:
-            return self.base_backward(losses)  # type: ignore[no-any-return]
+            return self.base_backward(losses)
         pairs = [] if term is None else term.pairs if isinstance(term, Written) else [(term, torch.ones_like(term))]
         pairs = [(tensor, grad) for tensor, grad in pairs if tensor.requires_grad]
         if self.settings.base == "EW" and not self.rep_grad:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from libmtl_fair import functional as F
 from libmtl_fair.batch import Columns, FairBatch
 from libmtl_fair.errors import RecipeError, unknown
 from libmtl_fair.libmtl.gradients import add_gradients, carry_representation_gradients, extra_gradients
+from libmtl_fair.libmtl.state import TrainingState
 from libmtl_fair.methods.base import FairWeighting, Settings
 from libmtl_fair.methods.fairmt.constraint import BinaryColumns, Constraint, Found, MixedColumns, evaluate
 from libmtl_fair.methods.fairmt.settings import FairMTSettings
@@ -73,7 +73,7 @@ class FairMT(FairWeighting):
 
     # -- the step -------------------------------------------------------------------------------------------------
 
-    def step(self, batch: FairBatch, losses: Tensor) -> Any:
+    def step(self, batch: FairBatch, losses: Tensor) -> Tensor | None:
         """Descend the Lagrangian with one backward pass through the encoder, then raise or lower eta."""
         found = self._measure(batch)
         eta = self.dual.value.clone()
@@ -148,7 +148,7 @@ class FairMT(FairWeighting):
             weights = torch.ones_like(losses).index_copy(0, self._rows, weights.to(losses.dtype))
         return alpha, weights
 
-    def _with_base(self, losses: Tensor, found: Fairness, eta: Tensor) -> Any:
+    def _with_base(self, losses: Tensor, found: Fairness, eta: Tensor) -> Tensor | None:
         """Let the base weighting balance the losses, and add the gradient of T eta Phi."""
         strength = eta * len(self._main)
         roots, grads = list(found.roots), [strength.to(g.dtype) * g for g in found.grads]
@@ -201,7 +201,7 @@ class FairMT(FairWeighting):
             blocks.append(MixedColumns(rule, [rule.tasks[t] for t in block], values, labels))
         return blocks, members
 
-    def after_epoch(self, trainer: Any, epoch: int) -> None:
+    def after_epoch(self, trainer: TrainingState, epoch: int) -> None:
         """Say once which tasks had no two groups to compare in any step of an epoch."""
         parent = getattr(super(), "after_epoch", None)
         if parent is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from libmtl_fair.errors import HostError
 from libmtl_fair.functional._gram import column_owner, head_products
 from libmtl_fair.libmtl.gradients import flatten, shared_parameters
 from libmtl_fair.libmtl.joint_heads import joint_weights
+from libmtl_fair.libmtl.state import Model
 from libmtl_fair.methods.fairmt.settings import FairMTSettings
 
 _OWN = "the tasks do not share one representation"
@@ -73,7 +73,7 @@ class TaskWeights:
     HostError : a proxy that ``rep_grad=True`` rules out.
     """
 
-    def __init__(self, model: Any, settings: FairMTSettings, tasks: Sequence[str]) -> None:
+    def __init__(self, model: Model, settings: FairMTSettings, tasks: Sequence[str]) -> None:
         self.model, self.settings, self.tasks = model, settings, tuple(tasks)
         self._last_inputs = LastInputs({name: model.decoders[name] for name in tasks})
         self._heads: list[nn.Module] = []
@@ -131,7 +131,7 @@ class TaskWeights:
         """Return, for each task, the tensors whose gradients are compared: shared parameters, or representations."""
         if proxy != "full" and self.model.rep_grad:
             return [[self.model.rep_tasks[name]] for name in self.tasks]
-        anchors: list[Any] = shared_parameters(self.model) if proxy == "full" else [batch.h]
+        anchors: list[Tensor] = shared_parameters(self.model) if proxy == "full" else [batch.h]  # type: ignore[list-item]
         return [anchors] * len(self.tasks)
 
     def _usable_proxy(self, batch: FairBatch) -> tuple[str, bool]:
@@ -202,7 +202,7 @@ class LastInputs:
             if layer is not None and layer is not head:
                 layer.register_forward_pre_hook(self._keeper(name))
 
-    def _keeper(self, name: str) -> Callable[[nn.Module, Any], None]:
+    def _keeper(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             self._seen[name] = inputs[0].detach()
 

@@ -351,7 +351,8 @@ def drop_fairness_heads(model_or_trainer: object) -> nn.Module:
     The copy's outputs are those of the original for every main task. It is for inference: a weighting's own state
     still counts all tasks.
     """
-    model: Any = getattr(model_or_trainer, "model", model_or_trainer)
+    model = getattr(model_or_trainer, "model", model_or_trainer)
+    assert isinstance(model, nn.Module)
     held = [v for module in model.modules() for v in vars(module).values() if isinstance(v, torch.Tensor)]
     clone: Any = copy.deepcopy(model, {id(v): None for v in held if not v.is_leaf})  # what the last step left behind
     names = [name for name in clone.task_name if name.startswith(AUXILIARY_PREFIX)]

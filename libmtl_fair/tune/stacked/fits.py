@@ -48,7 +48,7 @@ def _needs_logits_only(recipe: Recipe, method: str) -> bool:
     return bool(settings.proxy == "head" or settings.weighing == "uniform")
 
 
-def shape(recipe: Recipe, method: str) -> tuple[Any, ...]:
+def shape(recipe: Recipe, method: str) -> tuple[object, ...]:
     """Return what members of one stack have in common."""
     spec, model, train = recipe.methods[method], recipe.model_for(method), recipe.train_for(method)
     heads, optimizer = spec.heads, train.optimizer

@@ -22,7 +22,7 @@ from libmtl_fair.methods.fairmt.task_weights import uniform
 from libmtl_fair.tasks import Binary
 from libmtl_fair.tune.stacked.members import Member
 
-Key = tuple[Any, ...]
+Key = tuple[object, ...]
 
 
 @dataclass(frozen=True)
