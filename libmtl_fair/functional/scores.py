@@ -33,16 +33,13 @@ def group_auc(
     weight: Tensor | None = None,
     errors: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """AUC of each group: the probability that a positive scores above a negative, ties counted half. No gradient.
-
-    The scores are parted by group and label and sorted there; a search places each positive among its group's negatives.
-    O(n log n). With ``weight`` [N] an example counts as often (as in scikit-learn).
+    """AUC of each group: the probability that a positive scores above a negative, ties counted half. No gradient. O(n log n).
 
     Parameters
     ----------
-    scores : [N], finite, of any dtype.
-    positive : bool [N].
+    scores, positive : [N], finite, of any dtype; bool [N].
     groups : ids [N] in 0..G-1.
+    weight : [N]: an example counts as often (as in scikit-learn).
     errors : DeLong's standard errors, too; with weights by weighted placements.
 
     Returns
@@ -202,15 +199,8 @@ def task_scores(
     """Scores of a task over observed labels, by name; NaN where the labels do not define one.
 
     Binary: auc, accuracy, brier, log_loss, f1. Multiclass: auc (macro one-vs-rest), accuracy, brier, log_loss, macro_f1.
-    Multilabel: means over labels of the binary ones. Regression: mae, rmse, r2, ccc, in native units.
-
-    Parameters
-    ----------
-    kind : ``"binary"``, ``"multiclass"``, ``"multilabel"`` or ``"regression"``.
-    values : probabilities (predicted values), [N] or [N, C].
-    labels : [N] or [N, C]; NaN (float) or -100 (integer) where missing.
-    names : which scores; all of the kind where not given.
-    native : mean and std that take standardised values to native units, for regression.
+    Multilabel: means over labels of the binary ones. Regression: mae, rmse, r2, ccc, in native units (``native``: mean and std).
+    ``values`` are probabilities or predicted values, [N] or [N, C]; ``labels`` NaN (float) or -100 (integer) where missing.
 
     >>> task_scores("binary", torch.tensor([0.9, 0.2, 0.6]), torch.tensor([1.0, 0.0, torch.nan]), ["auc", "accuracy"])
     {'auc': 1.0, 'accuracy': 1.0}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 
@@ -13,6 +13,8 @@ from libmtl_fair.errors import DataError, RecipeError
 from libmtl_fair.metrics.arrays import Array, Bools, Floats, Values, as_floats, as_numpy
 from libmtl_fair.metrics.tolerance import draw_pairs, draw_pool
 
+Found = Iterable[tuple[float, float, int]]
+"""Bias, violation rate and number of pairs of each task pair."""
 _PAIR_COLUMNS = ["task_a", "task_b", "bias", "violation_rate", "delta", "n_pairs"]
 _MANY_TASKS = 7
 _STEP, _BLOCK = 16, 1 << 12
@@ -25,8 +27,7 @@ class AuditReport:
 
     Attributes
     ----------
-    bias : mean over task pairs of E[(|p_i - p_j| - delta)+], in [0, 1].
-    violation_rate : mean over task pairs of P(|p_i - p_j| > delta), in [0, 1].
+    bias, violation_rate : means over task pairs of E[(|p_i - p_j| - delta)+] and of P(|p_i - p_j| > delta), in [0, 1].
     per_pair : one row per task pair: task_a, task_b, bias, violation_rate, delta, n_pairs.
     protocol : what was drawn and how: delta and its source, exact or pools and seeds, tasks, examples per task.
     """
@@ -101,14 +102,8 @@ class FixedDeltaAudit:
 
         Parameters
         ----------
-        scores : mapping
-            Task -> [N] in [0, 1], in task order; a score that is not finite makes the example invalid.
-        valid : mapping, optional
-            Task -> bool [N], examples to use; all finite ones where a task is not named.
-
-        Returns
-        -------
-        AuditReport; a task without valid examples is absent: it drops out of the means.
+        scores : task -> [N] in [0, 1], in task order; a score that is not finite makes the example invalid.
+        valid : task -> bool [N], examples to use; all finite ones where a task is not named. A task without any is absent.
 
         Raises
         ------
@@ -116,8 +111,7 @@ class FixedDeltaAudit:
         """
         arrays = {task: as_floats(values) for task, values in scores.items()}
         masks = {task: _usable(task, score, (valid or {}).get(task)) for task, score in arrays.items()}
-        names = list(arrays)
-        if len(names) < 2:
+        if len(names := list(arrays)) < 2:
             raise DataError(f"a fixed-delta audit compares tasks: it needs at least two, found {names}")
         deltas = delta_matrix(self.delta, names)
         present = [t for t in names if masks[t].any()]
@@ -125,19 +119,14 @@ class FixedDeltaAudit:
             raise DataError(
                 f"a fixed-delta audit needs two tasks with valid examples (finite scores); of {names} only {present} have any"
             )
-        found = self._exact(arrays, masks, deltas) if self.exact else self._sampled(arrays, masks, deltas)
-        pairs = combinations([i for i, t in enumerate(names) if t in present], 2)
-        rows = [
-            (names[i], names[j], bias, rate, float(deltas[i, j]), many)
-            for (i, j), (bias, rate, many) in zip(pairs, found)
-        ]
-        table = pd.DataFrame(dict(zip(_PAIR_COLUMNS, zip(*rows))))
+        biases, rates, many = zip(*(self._exact if self.exact else self._sampled)(arrays, masks, deltas))
+        first, second = zip(*combinations([i for i, t in enumerate(names) if t in present], 2))
+        columns = [names[i] for i in first], [names[j] for j in second], biases, rates, deltas[first, second], many
+        table = pd.DataFrame(dict(zip(_PAIR_COLUMNS, columns)))
         bias, rate = (float(table[column].mean()) for column in ("bias", "violation_rate"))
         return AuditReport(bias, rate, table, self._protocol(masks), self, arrays, masks)
 
-    def _exact(
-        self, arrays: Mapping[str, Floats], masks: Mapping[str, Bools], deltas: Floats
-    ) -> list[tuple[float, float, int]]:
+    def _exact(self, arrays: Mapping[str, Floats], masks: Mapping[str, Bools], deltas: Floats) -> Found:
         present = np.flatnonzero([mask.any() for mask in masks.values()])
         values = [a if m.all() else a[m] for a, m in zip(arrays.values(), masks.values()) if m.any()]
         upper = np.triu_indices(len(values), 1)
@@ -150,19 +139,13 @@ class FixedDeltaAudit:
             excess, above = np.transpose([_excess(*ordered[i], *ordered[j], delta) for i, j, delta in pairs])
         sizes = np.array([len(v) for v in values])
         many = sizes[upper[0]] * sizes[upper[1]]
-        bias, rate = (np.maximum(excess, 0) / many).tolist(), (above / many).tolist()
-        return list(zip(bias, rate, many.tolist()))
+        return zip((np.maximum(excess, 0) / many).tolist(), (above / many).tolist(), many.tolist())
 
-    def _sampled(
-        self, arrays: Mapping[str, Floats], masks: Mapping[str, Bools], deltas: Floats
-    ) -> list[tuple[float, float, int]]:
+    def _sampled(self, arrays: Mapping[str, Floats], masks: Mapping[str, Bools], deltas: Floats) -> Found:
         pools = [arrays[t][draw_pool(mask, self.pool_size, self.eval_seed)] for t, mask in masks.items()]
-        found = []
         for i, j, x, y in draw_pairs([len(pool) for pool in pools], self.n_pairs, self.pair_seed):
             excess = np.abs(pools[i][x] - pools[j][y]) - deltas[i, j]
-            rate = float(np.count_nonzero(excess > 0) / self.n_pairs)
-            found.append((float(np.maximum(excess, 0).mean()), rate, self.n_pairs))
-        return found
+            yield float(np.maximum(excess, 0).mean()), float(np.count_nonzero(excess > 0) / self.n_pairs), self.n_pairs
 
     def _protocol(self, masks: Mapping[str, Bools]) -> dict[str, object]:
         valid = {t: int(m.sum()) for t, m in masks.items()}
@@ -177,17 +160,13 @@ class FixedDeltaAudit:
         }
         if self.exact:
             return common
-        drawn = {"pool_size": int(self.pool_size), "pools": {t: min(n, int(self.pool_size)) for t, n in valid.items()}}
-        return {**common, **drawn, **{n: int(getattr(self, n)) for n in ("eval_seed", "pair_seed", "n_pairs")}}
+        pools = {t: min(n, int(self.pool_size)) for t, n in valid.items()}
+        sizes = {n: int(getattr(self, n)) for n in ("eval_seed", "pair_seed", "n_pairs")}
+        return {**common, "pool_size": int(self.pool_size), "pools": pools, **sizes}
 
 
 def delta_matrix(delta: Values, tasks: Sequence[str]) -> Floats:
-    """Return the tolerance of every task pair, a number or a symmetric matrix in the order of ``tasks``, as [T, T].
-
-    Raises
-    ------
-    DataError : wrong shape, not symmetric, negative or not finite.
-    """
+    """Return the tolerance of every task pair, a number or a symmetric matrix in the order of ``tasks``, as [T, T]."""
     matrix, size = as_floats(delta), len(tasks)
     if matrix.ndim == 0:
         matrix = np.full((size, size), float(matrix))
@@ -228,8 +207,7 @@ def _usable(task: str, score: Floats, valid: Values | None) -> Bools:
 def _excess(p: Floats, p_sums: Floats, q: Floats, q_sums: Floats, delta: float) -> tuple[float, float]:
     """Return the sum over all pairs of (|p - q| - delta)+, and the number of pairs beyond delta, of sorted scores.
 
-    For every p the q above p + delta are a tail, and those below p - delta a head; counts come from two binary searches
-    and sums from prefix sums. Ties are decided on the float64 values of p + delta and p - delta.
+    For every p the q above p + delta are a tail, those below p - delta a head. Ties are decided on the float64 p +- delta.
     """
     upper = p[: np.searchsorted(p, q[-1] - delta, side="right")] + delta
     lower = p[np.searchsorted(p, q[0] + delta, side="left") :] - delta
@@ -243,10 +221,8 @@ def _excess(p: Floats, p_sums: Floats, q: Floats, q_sums: Floats, delta: float) 
 def excess_tables(scores: Sequence[Floats], delta: float) -> tuple[Floats, Floats]:
     """Return sums over all p of task i and q of task j of (p - delta - q)+, and of 1[q < p - delta], both [T, T].
 
-    The scores of all tasks are sorted together, and a search finds how many lie below each p - delta. Counts and sums by task
-    are tabulated at every 16th rank; a p takes those of the nearest one, by a matrix product over tasks, and adds or
-    takes back the few scores between. Time: N log N + N T^2 / 16; benchmarks/audit.py: 4 times faster than searching
-    each two tasks at T = 40 and 10,000 scores a task.
+    All scores are sorted together; counts and sums by task are tabulated at every 16th rank. A p takes those of the nearest one, by
+    a product over tasks, and adds or takes back the few scores between. N log N + N T^2 / 16: 4 times faster at T = 40.
     """
     size, half = len(scores), _STEP // 2
     order = np.argsort(np.concatenate(scores))

@@ -24,12 +24,8 @@ KINDS = ("accuracy", "fairness")
 def layer_cosines(losses: Tensor, layers: Sequence[Mapping[str, Sequence[Tensor]]], tasks: Sequence[str]) -> Tensor:
     """Return the cosine between each two tasks' gradients in each layer, [L, T, T]; keeps the graph.
 
-    NaN where two tasks do not share the layer, or a gradient is zero. Takes T backward passes and waits for nothing.
-
-    Parameters
-    ----------
-    losses : [T], attached to the graph.
-    layers : for each layer, task -> the parameters that the task runs through; tasks that share them name the same ones.
+    ``layers``: for each layer, task -> the parameters that it runs through; NaN where two tasks do not share them, or a gradient is
+    zero. Takes T backward passes and waits for nothing.
 
     >>> w = torch.ones(2, requires_grad=True)
     >>> layer_cosines(torch.stack([w[0], -w[0]]), [{"a": [w], "b": [w]}], ["a", "b"])
@@ -57,14 +53,9 @@ def _cosines(layer: Mapping[str, Sequence[Tensor]], grads: Mapping[str, Mapping[
 
 @dataclass(frozen=True)
 class ConflictRecord:
-    """Cosines between the tasks' gradients over training.
+    """Cosines between the tasks' gradients over training, of layers from the input up.
 
-    Attributes
-    ----------
-    tasks : T names.
-    layers : L names, from the input up.
-    epochs : [E].
-    cosines : [E, 2, L, T, T], accuracy then fairness; NaN where two tasks do not share the layer.
+    ``cosines`` are [E, 2, L, T, T], accuracy then fairness; NaN where two tasks do not share the layer.
     """
 
     tasks: tuple[str, ...]
@@ -74,39 +65,28 @@ class ConflictRecord:
 
     def __post_init__(self) -> None:
         """Check the shape."""
-        shape = (len(self.epochs), 2, len(self.layers), len(self.tasks), len(self.tasks))
-        if tuple(self.cosines.shape) != shape:
-            raise DataError(
-                f"conflicts: cosines must be {shape} (epochs, kinds, layers, tasks, tasks), found {tuple(self.cosines.shape)}"
-            )
+        shape, found = (len(self.epochs), 2, len(self.layers), *[len(self.tasks)] * 2), tuple(self.cosines.shape)
+        if found != shape:
+            raise DataError(f"conflicts: cosines must be {shape} (epochs, kinds, layers, tasks, tasks), found {found}")
 
     def frame(self) -> pd.DataFrame:
         """Return one row per epoch, layer, kind and pair that shares the layer: ``cosine`` and ``angle`` in degrees."""
-        values = self.cosines.double().cpu().numpy()
         first, second = np.triu_indices(len(self.tasks), 1)
-        pairs = values[..., first, second]
+        pairs = self.cosines.double().cpu().numpy()[..., first, second]
         e, k, layer, pair = (index.ravel() for index in np.indices(pairs.shape))
-        frame = pd.DataFrame(
-            {
-                "epoch": np.asarray(self.epochs, dtype=np.int64)[e],
-                "layer": np.asarray(self.layers, dtype=object)[layer],
-                "kind": np.asarray(KINDS, dtype=object)[k],
-                "task_a": np.asarray(self.tasks, dtype=object)[first[pair]],
-                "task_b": np.asarray(self.tasks, dtype=object)[second[pair]],
-                "cosine": pairs.ravel(),
-            }
-        )
+        names, at = (self.layers, KINDS, self.tasks, self.tasks), (layer, k, first[pair], second[pair])
+        columns = zip(("layer", "kind", "task_a", "task_b"), names, at)
+        shown = {column: np.asarray(each, dtype=object)[rows] for column, each, rows in columns}
+        epochs = np.asarray(self.epochs, dtype=np.int64)[e]
+        frame = pd.DataFrame({"epoch": epochs, **shown, "cosine": pairs.ravel()})
         frame["angle"] = np.degrees(np.arccos(np.clip(frame["cosine"], -1, 1)))
         return frame.dropna(subset="cosine").reset_index(drop=True)
 
     def counts(self) -> pd.DataFrame:
         """Return one row per epoch, layer and kind: ``pairs`` that share it, ``conflicts`` among them, mean ``angle``."""
-        frame = self.frame()
-        frame["conflict"] = frame["cosine"] < 0
-        grouped = frame.groupby(["epoch", "layer", "kind"], sort=False, observed=True)
-        return grouped.agg(
-            pairs=("cosine", "size"), conflicts=("conflict", "sum"), angle=("angle", "mean")
-        ).reset_index()
+        frame = self.frame().assign(conflict=lambda rows: rows["cosine"] < 0)
+        by = frame.groupby(["epoch", "layer", "kind"], sort=False, observed=True, as_index=False)
+        return by.agg(pairs=("cosine", "size"), conflicts=("conflict", "sum"), angle=("angle", "mean"))
 
     def plot(self, value: str = "conflicts") -> Figure:
         """Return heat maps of layers by epochs, see :func:`conflict_heatmap`."""
@@ -117,10 +97,6 @@ def conflict_heatmap(record: ConflictRecord, value: str = "conflicts") -> Figure
     """Return two heat maps, accuracy and fairness: ``conflicts`` (number of pairs) or mean ``angle`` (degrees).
 
     Rows are layers, the input below; columns are epochs; a cell that no two tasks share is empty.
-
-    Raises
-    ------
-    DataError : an unknown value, or nothing recorded.
     """
     from libmtl_fair.report.theme import conflict_map
 

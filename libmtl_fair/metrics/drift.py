@@ -21,24 +21,19 @@ def induced_thresholds(
 ) -> Floats:
     """Return a method's own thresholds: distances between the tasks' prototypes, [T, T], zeros on the diagonal.
 
-    A task's prototype is the mean L2-normalised embedding of its ``k`` most confident pool examples (ours: k = 8, as in
-    training); the pool is the audit's. NaN for a task without valid examples. A diagnostic, never used to rank.
-
-    Parameters
-    ----------
-    embeddings : [N, d] shared by all tasks, or task -> [N, d]; what the heads receive.
-    scores : task -> [N] audit scores, in task order.
+    A task's prototype is the mean L2-normalised embedding (``embeddings``: [N, d] shared by all tasks, or task -> [N, d]; what the
+    heads receive) of its ``k`` most confident pool examples by ``scores``, task -> [N] (ours: k = 8, as in training); the pool is
+    the audit's. NaN for a task without valid examples. A diagnostic, never used to rank.
     """
     if k < 1:
         raise DataError(f"k must be at least 1, found {k}")
     prototypes = []
-    for task, values in scores.items():
-        score, space = as_floats(values), task_embedding(embeddings, task)
+    for task in scores:
+        score, space = as_floats(scores[task]), task_embedding(embeddings, task)
         pool = draw_pool(np.isfinite(score), pool_size, eval_seed)
         chosen = pool[np.argsort(-score[pool], kind="stable")[:k]]
         prototypes.append(normalise(space[chosen]).mean(0) if len(chosen) else np.full(space.shape[1], np.nan))
-    stacked = np.array(prototypes)
-    matrix = cosine_distances(stacked[:, None], stacked)
+    matrix = cosine_distances(np.array(prototypes)[:, None], np.array(prototypes))
     np.fill_diagonal(matrix, 0.0)
     return np.asarray((matrix + matrix.T) / 2)
 
@@ -49,20 +44,15 @@ def drift(reports: Mapping[str, AuditReport], induced: Mapping[str, Values], ref
     Columns: method, raw_bias, raw_violation_rate, fixed_bias, fixed_violation_rate, rank_raw, rank_fixed, rank_shift,
     mean_threshold, ratio_to_reference, budget, robust. Rank 1 is the lowest Bias. ``budget`` is
     eps_m = mean over task pairs of |delta_m - delta_ref|; ``robust`` says whether the fixed order against *every* other
-    method is, that is |Bias_A - Bias_B| > eps_A + eps_B (:func:`robust_pairs` has it pair by pair).
-
-    Parameters
-    ----------
-    reports : method -> audit; it is taken again at ``reference``, on the same scores, pools and pairs.
-    induced : method -> thresholds [T, T], from :func:`induced_thresholds`.
-    reference : the fixed tolerance, a number or [T, T].
+    method is, that is |Bias_A - Bias_B| > eps_A + eps_B (:func:`robust_pairs` has it pair by pair). The ``reports`` are taken again
+    under ``induced`` (:func:`induced_thresholds`) and ``reference`` (number or [T, T]), on the same scores and pairs.
 
     Raises
     ------
     DataError : no method, or one without thresholds.
     """
-    if not reports or set(reports) - set(induced):
-        missing = sorted(set(reports) - set(induced))
+    missing = sorted(set(reports) - set(induced))
+    if not reports or missing:
         raise DataError(
             f"drift needs reports and the induced thresholds of the same methods; missing: {missing or 'all'}"
         )
@@ -113,12 +103,7 @@ def shrinkage_curve(
 
     AUC does not change with ``a > 0``, nor does accuracy at ``centre``: a method has gained consistency only where its
     (Brier, Bias) lies below this curve of the *plain* model. Bias is exact, over all pairs. Source: ours (METHODS.md, 1.1).
-
-    Parameters
-    ----------
-    probabilities : task -> [N] in [0, 1]; at least two tasks.
-    labels : task -> [N] of 0/1, NaN or negative where missing.
-    delta : tolerance, a number or [T, T].
+    ``probabilities`` and ``labels`` map a task to [N], in [0, 1], and 0/1 (NaN or negative: missing); ``delta``: number or [T, T].
 
     Raises
     ------
@@ -150,8 +135,7 @@ def below_curve(bias: float, brier: float, curve: pd.DataFrame) -> tuple[bool, f
     >>> below, round(gap, 6)
     (True, 0.01)
     """
-    ordered = curve.sort_values("a", ascending=False)
-    brier_of, bias_of = ordered["brier"].to_numpy(), ordered["bias"].to_numpy()
+    brier_of, bias_of = curve.sort_values("a", ascending=False)[["brier", "bias"]].to_numpy().T
     start = int(np.argmin(brier_of))
     there = float(np.interp(brier, brier_of[start:], bias_of[start:]))
     return bias < there, there - bias

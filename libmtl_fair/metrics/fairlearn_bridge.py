@@ -80,12 +80,9 @@ def metric_frame(
     if not len(data.y_true):
         raise DataError(f"task {task!r}: no row has both a label and a known group ({dropped})")
     kind = "binary" if label is not None else predictions.task(task).kind
-    frame = MetricFrame(
-        metrics=metrics if callable(metrics) else dict(metrics or _default_metrics(kind)),
-        y_true=data.y_true,
-        y_pred=data.y_pred,
-        sensitive_features=data.sensitive_features,
-    )
+    wanted = metrics if callable(metrics) else dict(metrics or _default_metrics(kind))
+    y_true, y_pred, _, features = data
+    frame = MetricFrame(metrics=wanted, y_true=y_true, y_pred=y_pred, sensitive_features=features)
     setattr(frame, _DROPPED, dropped)
     return frame
 
@@ -95,23 +92,19 @@ def _default_metrics(kind: str) -> dict[str, Metric]:
     import fairlearn.metrics as flm
     from sklearn import metrics as skm
 
+    def r2(y_true: Array, y_pred: Array) -> float:
+        return float(skm.r2_score(y_true, y_pred)) if len(np.unique(y_true)) > 1 else float("nan")
+
+    def balanced_accuracy(y_true: Array, y_pred: Array) -> float:
+        return float(np.mean([np.mean(y_pred[y_true == c] == c) for c in np.unique(y_true)]))
+
     if kind == "regression":
-        errors = {"mae": skm.mean_absolute_error, "rmse": skm.root_mean_squared_error, "r2": _r2}
+        errors = {"mae": skm.mean_absolute_error, "rmse": skm.root_mean_squared_error, "r2": r2}
         return {"count": flm.count, **errors, "mean_prediction": flm.mean_prediction}
     if kind == "multiclass":
-        return {"count": flm.count, "accuracy": skm.accuracy_score, "balanced_accuracy": _balanced_accuracy}
+        return {"count": flm.count, "accuracy": skm.accuracy_score, "balanced_accuracy": balanced_accuracy}
     names = ("selection_rate", "true_positive_rate", "false_positive_rate")
     return {"count": flm.count, **{name: getattr(flm, name) for name in names}, "accuracy": skm.accuracy_score}
-
-
-def _r2(y_true: Array, y_pred: Array) -> float:
-    from sklearn.metrics import r2_score
-
-    return float(r2_score(y_true, y_pred)) if len(np.unique(y_true)) > 1 else float("nan")
-
-
-def _balanced_accuracy(y_true: Array, y_pred: Array) -> float:
-    return float(np.mean([np.mean(y_pred[y_true == c] == c) for c in np.unique(y_true)]))
 
 
 def attributes_of(predictions: Predictions, sensitive: str | Sequence[str] | None) -> list[str]:
@@ -131,10 +124,8 @@ def _columns(task: Task, values: Array, labels: Array, label: int | None) -> tup
         raise DataError(f"task {task.name!r} ({task.kind}) has no label {label!r} to pick out")
     if task.kind == "multilabel":
         if label is None:
-            raise DataError(
-                f"task {task.name!r} is multilabel, and fairlearn takes one target at a time: pass label=0.."
-                f"{values.shape[1] - 1}"
-            )
+            one = f"fairlearn takes one target at a time: pass label=0..{values.shape[1] - 1}"
+            raise DataError(f"task {task.name!r} is multilabel, and {one}")
         labels, values = labels[:, label], values[:, label]
     seen = np.asarray(np.isfinite(labels) if labels.dtype.kind == "f" else labels >= 0)
     truth = np.where(seen, labels, 0)

@@ -132,7 +132,7 @@ class GroupMetrics:
             state.merge(other._states[name])
         for mine, theirs in ((self._bad, other._bad), (self._unknown, other._unknown)):
             for attribute, count in theirs.items():
-                mine[attribute] = count if attribute not in mine else mine[attribute] + count.to(mine[attribute].device)
+                _count(mine, attribute, count)
         return self
 
     def compute(self) -> pd.DataFrame:
@@ -222,7 +222,7 @@ class GroupMetrics:
 
 def _count(into: dict[str, Tensor], attribute: str, flags: Tensor) -> None:
     count = flags.sum()
-    into[attribute] = into[attribute] + count if attribute in into else count
+    into[attribute] = into[attribute] + count.to(into[attribute].device) if attribute in into else count
 
 
 def _threshold(given: Threshold | Mapping[str, Threshold], task: str) -> Threshold:

@@ -28,8 +28,8 @@ class Rows(NamedTuple):
 class TaskState:
     """Counts of one task for every attribute, on the device of its batches.
 
-    A confusion code counts cells per group: 4 for a binary task, 4 a label, C * C for a multiclass task. Group ids are shifted by
-    one, so that unknown ones have a slot of their own; unobserved labels fall into a last, ignored slot.
+    A code counts cells per group: 4 for a binary task, 4 a label, C * C for a multiclass task. Group ids are shifted by one, so that
+    unknown ones have a slot; unobserved labels fall into a last, ignored slot.
     """
 
     def __init__(self, task: Task, threshold: float | str, auc: bool) -> None:
@@ -52,13 +52,10 @@ class TaskState:
 
     def update(self, output: Tensor, labels: Tensor, ids: Mapping[str, Tensor], weight: Tensor | None) -> None:
         """Add one batch."""
-        labels = torch.as_tensor(labels, device=output.device).detach()
-        values = self.task.probabilities(output)
-        size = len(next(iter(ids.values())))
-        if not len(values) == len(labels) == size:
-            raise DataError(
-                f"task {self.task.name!r}: {len(values)} outputs and {len(labels)} labels for {size} group ids"
-            )
+        labels, values = torch.as_tensor(labels, device=output.device).detach(), self.task.probabilities(output)
+        name, many, size = self.task.name, len(values), len(next(iter(ids.values())))
+        if not many == len(labels) == size:
+            raise DataError(f"task {name!r}: {many} outputs and {len(labels)} labels for {size} group ids")
         observed = torch.isfinite(labels) if labels.is_floating_point() else labels >= 0
         if values.is_cuda or not torch.isfinite(values.sum()):  # on the CPU one sum tells that all is well
             broken = ~torch.isfinite(values)
@@ -94,17 +91,12 @@ class TaskState:
         columns = zip(*((b.values.cpu(), b.labels.cpu(), b.observed.cpu()) for b in self._batches))
         values, labels, observed = (torch.cat(column) for column in columns)
         ids = {a: torch.cat([b.ids[a].cpu() for b in self._batches]).long() for a in self.sizes}
-        weight = None
-        if any(b.weight is not None for b in self._batches):
-            parts = [torch.ones(len(b.values)) if b.weight is None else b.weight.cpu() for b in self._batches]
-            weight = torch.cat([part.double() for part in parts])
-        return Rows(values, labels, observed, ids, weight)
+        parts = [torch.ones(len(b.values)) if b.weight is None else b.weight.cpu() for b in self._batches]
+        weighted = any(b.weight is not None for b in self._batches)
+        return Rows(values, labels, observed, ids, torch.cat(parts).double() if weighted else None)
 
     def table(self, attribute: str, kept: Rows | None) -> Floats:
-        """Return counts, weights and squared weights [3, G + 1, cells]; slot 0 holds rows of unknown group.
-
-        ``kept`` are all rows, which a threshold at the base rate has to wait for.
-        """
+        """Return counts, weights and squared weights [3, G + 1, cells]; slot 0 holds rows of unknown group."""
         table = self._tables.get(attribute)
         if self.late and kept is not None and len(kept.values):
             table = self._count(kept._replace(values=kept.values.double()), attribute, _base_rates(kept))
@@ -149,10 +141,7 @@ def _scattered(code: Tensor, size: int, weight: Tensor | None = None) -> Tensor:
 
 
 def _cells(kind: str, rows: Rows, threshold: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the cell of each row within its group: [B], or [B, C] for a multilabel task; anything where not observed.
-
-    Binary 2 y + yhat with yhat = probability > threshold; multilabel the same plus 4 a label; multiclass C y + argmax.
-    """
+    """Return the cell of each row within its group, [B] or [B, labels]: 2 y + yhat (plus 4 a label), or C y + argmax."""
     if kind == "multiclass":
         return (rows.labels * rows.values.shape[1]).to(dtype).add_(rows.values.argmax(-1).to(dtype))
     positive = rows.labels > (0.5 if rows.labels.is_floating_point() else 0)

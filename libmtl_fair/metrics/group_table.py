@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
 
 from libmtl_fair.metrics.arrays import Array, Floats, Ints
 from libmtl_fair.metrics.group_state import Rows, TaskState
-from libmtl_fair.metrics.intervals import (
-    Gap,
-    GroupNoise,
-    effective_sizes,
-    gap_interval,
-    normal_quantile,
-    rate_noise,
-    wilson,
-)
+from libmtl_fair.metrics.intervals import Gap, GroupNoise, effective_sizes, gap_interval, rate_noise, wilson
 from libmtl_fair.metrics.rates import ALIASES, FPR, RATES, TPR, combine, gaps, table_rates
 from libmtl_fair.metrics.scores import REGRESSION, binned_shares, group_auc, group_regression, ks_distance
 from libmtl_fair.tasks import Regression
@@ -87,7 +80,7 @@ class GroupTable:
     def normal(self, metric: str, values: Floats, errors: Floats, counts: Array, bounds: tuple[float, float]) -> None:
         """Add values [G + 1] whose standard errors are normal, and their gaps; ``counts`` [G] weigh the groups."""
         confidence = self.options.confidence
-        z = np.nan if confidence is None else normal_quantile(confidence)
+        z = np.nan if confidence is None else NormalDist().inv_cdf((1 + confidence) / 2)
         self.values([metric], values, [np.clip(values + side * errors, *bounds) for side in (-z, z)])
         shares = np.where(np.isnan(values[:-1]), 0.0, counts)
         shares = shares / max(shares.sum(), 1)
@@ -116,10 +109,9 @@ class GroupTable:
     def joined(
         self, name: str, data: GroupNoise, found: tuple[Floats, Floats], components: Array, agg: str, inner: int = 1
     ) -> None:
-        """Add difference and ratio of several components as one: the worst (``worst_case``) or the mean of them.
+        """Add difference and ratio of several components, ``found`` their own, as one: the worst or the mean of those that a group has.
 
-        ``found`` are the components' own. With ``inner`` > 1 and ``agg="mean"``: the mean of the worst of each ``inner`` neighbours.
-        A component that no group has drops out.
+        With ``inner`` > 1 and ``agg="mean"``: the mean of the worst of each ``inner`` neighbours.
         """
         seen = ~np.isnan(data.values[components, 0])
         kept = _replace_absent(components, seen.any(-1), inner)
@@ -184,11 +176,7 @@ def add_task(table: GroupTable, state: TaskState, attribute: str, counted: Float
 
 
 def one_vs_rest(square: Floats) -> Floats:
-    """Return [3, C, G, 4] binary tables of each class against the rest from confusion tables [3, G, C, C].
-
-    >>> one_vs_rest(np.array([[[[5.0, 1.0], [2.0, 4.0]]]]))[0, 1, 0].tolist()
-    [5.0, 1.0, 2.0, 4.0]
-    """
+    """Return [3, C, G, 4] binary tables of each class against the rest from confusion tables [3, G, C, C]."""
     both = np.diagonal(square, axis1=2, axis2=3)
     true, chosen = square.sum(3), square.sum(2)
     every = square.sum((2, 3))[..., None]
@@ -216,8 +204,7 @@ def _add_rates(
 def _add_labels(table: GroupTable, cells: Floats, suffixes: Sequence[str]) -> None:
     """Add each label, or class one-vs-rest, and equalised odds; of several, parity, opportunity and odds over all of them.
 
-    Equalised odds of a class is aggregated by ``agg``; over classes, ``equalized_odds`` is that of the worst class (with
-    ``agg="mean"``: the mean over classes, too) and ``equalized_odds_mean_over_classes`` the mean (ours).
+    ``equalized_odds`` is that of the worst class (``agg="mean"``: the mean); ``_mean_over_classes`` the mean (ours).
     """
     data, found = _add_rates(table, cells, suffixes)
     agg = table.options.agg
@@ -245,17 +232,10 @@ def _add_auc(table: GroupTable, kept: Rows, ids: Ints, suffixes: Sequence[str]) 
         score, label, seen = (part if part.ndim == 1 else part[:, k] for part in (values, labels, observed))
         positive = label == k if labels.ndim < values.ndim else label > 0.5
         rows = np.flatnonzero(seen & (ids >= 0))
-        every = [
-            group_auc(
-                score[rows],
-                positive[rows],
-                group,
-                size,
-                errors=table.options.level is not None,
-                sample_weight=None if weight is None else weight[rows],
-            )
-            for group, size in ((ids[rows], len(table.names)), (np.zeros(len(rows), dtype=np.int64), 1))
-        ]
+        columns, weights = (score[rows], positive[rows]), None if weight is None else weight[rows]
+        errors = table.options.level is not None
+        groups = ((ids[rows], len(table.names)), (np.zeros(len(rows), dtype=np.int64), 1))
+        every = [group_auc(*columns, *each, errors=errors, sample_weight=weights) for each in groups]
         value, error = (np.concatenate([getattr(part, name) for part in every]) for name in ("value", "error"))
         parts.append((value, error))
         table.normal(f"auc{suffix}", value, error, table.counts, _UNIT)
@@ -277,18 +257,14 @@ def _add_regression(table: GroupTable, task: Regression, kept: Rows, attribute: 
     ids = kept.ids[attribute].numpy()
     rows = np.flatnonzero(kept.observed.numpy() & (ids >= 0))
     group, groups = ids[rows], len(table.names)
-    shown, target = (part.double().numpy()[rows] * task.std + task.mean for part in (kept.values, kept.labels))
+    prediction, target = (part.double().numpy()[rows] * task.std + task.mean for part in (kept.values, kept.labels))
     weight = None if kept.weight is None else kept.weight.numpy()[rows]
-    found = group_regression(shown, target, group, groups, weight)
-    every = group_regression(shown, target, np.zeros_like(group), 1, weight)
-    values, errors = (np.concatenate(pair, 1) for pair in ((found.values, every.values), (found.errors, every.errors)))
+    found = group_regression(prediction, target, group, groups, weight)
+    every = group_regression(prediction, target, np.zeros_like(group), 1, weight)
+    values, errors = np.append(found.values, every.values, 1), np.append(found.errors, every.errors, 1)
+    counts = found.counts
     for m, name in enumerate(REGRESSION):
-        table.normal(name, values[m], errors[m], found.counts, _BOUNDS.get(name, (-np.inf, np.inf)))
-    _add_ks(table, shown, group, found.counts)
-
-
-def _add_ks(table: GroupTable, prediction: Floats, group: Ints, counts: Ints) -> None:
-    groups = len(counts)
+        table.normal(name, values[m], errors[m], counts, _BOUNDS.get(name, (-np.inf, np.inf)))
     value, low, high = ks_distance(prediction, group, groups), np.nan, np.nan
     if table.options.level is not None and np.isfinite(value):
         shares = binned_shares(prediction, group, groups, _BINS)

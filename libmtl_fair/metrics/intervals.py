@@ -3,18 +3,15 @@
 A difference of a highest and a lowest rate is biased upwards, and at a true difference of 0 every percentile interval misses
 it: all replicates lie above 0. So a gap t is kept in the interval if the estimate T is not extreme among replicates drawn *as
 if the gap were t*. As if: groups outside of a window of gap t are moved to its edge (t < T), or the two extreme groups are
-moved apart (t > T); the others stay. Replicates are confusion counts drawn anew for that configuration, given the groups'
-denominators: a multinomial's rates are then independent binomials, drawn from common normal numbers by the Cornish-Fisher
-expansion, so that the draws of all configurations can be compared.
-Of the error probability a, the lower tail gets a/2 (2 P0 - 1)+, where P0 is the probability that equal
-groups show less than t, and the upper tail the rest: at t = 0 this is the one-sided test of equality, so the interval starts
-above 0 exactly where that test rejects; for large t it is the usual equal-tailed interval.
+moved apart (t > T); the others stay. Replicates are confusion counts drawn anew, given the groups' denominators: a multinomial's
+rates are then independent binomials, drawn from common normal numbers by the Cornish-Fisher expansion.
+Of the error probability a, the lower tail gets a/2 (2 P0 - 1)+, where P0 is the probability that equal groups show less than t,
+and the upper tail the rest: at t = 0 this is the one-sided test of equality, for large t the usual equal-tailed interval.
 
-Measured coverage of nominal 95 % intervals (simulations with known truth, groups of 100 or more): 93 to 97 % in 39 of 40 hand-made
-cases with 2 to 10 groups (parity and equalised odds, differences and ratios; 93.5 to 97.5), and in 37 of 48 with rates, base
-rates and sizes of 100 to 1,500 drawn at random (89.1 to 98.6, mean 95.5). What falls outside: a difference of selection rates
-whose true extreme is one small group among five or ten larger ones (89 to 92: the group need not look extreme, and the others, held
-at their estimates, are more spread than the truth), and, above 97, ratios of equalised odds and rates with ten positives a group.
+Measured coverage of nominal 95 % intervals (simulations, groups of 100 or more): 93 to 97 % in 39 of 40 hand-made cases with 2 to
+10 groups, and in 37 of 48 with rates, base rates and sizes of 100 to 1,500 drawn at random (89.1 to 98.6, mean 95.5). Outside: a
+difference of selection rates whose true extreme is one small group among five or ten larger ones (89 to 92), and, above 97, ratios
+of equalised odds and rates with ten positives a group.
 """
 
 from __future__ import annotations
@@ -22,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -39,9 +37,8 @@ _VALUES_AT_ONCE = 1 << 20
 class Gap:
     """A disparity over groups, 0 where all are equal, combined over K components (TPR and FPR, or all classes).
 
-    It is a difference, or 1 - ratio, between groups or ``to_overall``; of the components the largest, or the ``mean``, with
-    ``inner`` > 1 of the largest of each ``inner`` neighbours (equalised odds of every class, averaged over classes). It depends
-    on the groups only through the highest, the lowest and the overall value, which is what makes intervals cheap.
+    A difference, or 1 - ratio, between groups or ``to_overall``; of the components the largest, or the ``mean``, with ``inner`` > 1
+    of the largest of each ``inner`` neighbours. Only the highest, the lowest and the overall value matter: so intervals are cheap.
     """
 
     ratio: bool = False
@@ -87,11 +84,9 @@ class GroupNoise:
 
     Attributes
     ----------
-    values : [P, K, G] estimates; NaN where a group has none.
+    values, shares : [P, K, G] estimates, NaN where a group has none; shares of the groups in the overall ones, ``centre`` [P, K].
     noise : [P or 1, K, G, R] replicates of the standardised error.
-    centre : [P, K] overall values; shares : [P, K, G] of the groups in them (0 where absent).
-    sizes : [P, K, G] denominators: values are rates, redrawn as binomials; None: values plus ``error`` times noise.
-    error : [P, K, G] standard errors, where there are no ``sizes``.
+    sizes, error : [P, K, G] denominators of rates, redrawn as binomials; or (None) standard errors of other values.
     bounds : smallest and largest possible value.
     """
 
@@ -113,8 +108,8 @@ class GroupNoise:
 def rate_noise(tables: Floats, rates: Floats, overall: Floats, noise: Floats) -> GroupNoise:
     """Return the noise of all rates: one problem for each label and rate (:data:`RATES`), one component each.
 
-    ``tables`` [3, (L,) G, 4] hold rows, weights and squared weights; ``rates`` [(L,) G, 8] and ``overall`` [(L,) 8] are what
-    :func:`table_rates` gives; ``noise`` [1, 1, G, R] are standard normal. Without replicates, shares and sizes are not made.
+    ``tables`` [3, (L,) G, 4] hold rows, weights and squared weights; ``rates`` [(L,) G, 8] and ``overall`` [(L,) 8] are of
+    :func:`table_rates`; ``noise`` [1, 1, G, R] standard normal. Without replicates, shares and sizes are not made.
     """
     shares = sizes = rates
     if noise.shape[-1]:
@@ -128,8 +123,8 @@ def rate_noise(tables: Floats, rates: Floats, overall: Floats, noise: Floats) ->
 def effective_sizes(tables: Floats) -> Floats:
     """Return the number of unweighted rows [..., 8] that would leave each rate as uncertain as the weighted ones do.
 
-    The linearised variance of a weighted rate is ((1 - p)^2 A + p^2 B) / W^2 with A and B the sums of squared weights of its
-    hits and misses and W the sum of weights; the size is p (1 - p) over it, for an interior p, else W^2 / (A + B).
+    A weighted rate's linearised variance is ((1 - p)^2 A + p^2 B) / W^2, A and B the sums of squared weights of hits and misses; the
+    size is p (1 - p) over it, for an interior p, else W^2 / (A + B).
     """
     _, weights, squares = tables
     total, hits = weights @ DENOMINATOR.T, squares @ NUMERATOR.T
@@ -141,10 +136,7 @@ def effective_sizes(tables: Floats) -> Floats:
 
 
 def gap_interval(data: GroupNoise, gap: Gap, confidence: float = 0.95) -> tuple[Floats, Floats]:
-    """Return (low, high) of the gap of each problem, [P] each; NaN where fewer than two groups have a value.
-
-    For ratios the interval is that of the ratio. It always holds the estimate itself.
-    """
+    """Return (low, high) of each problem's gap, the ratio for ratios, [P]; NaN where fewer than two groups have a value."""
     seen = ~np.isnan(data.values)
     usable = (seen.sum(-1) >= 2).any(1) & np.isfinite(data.centre).any(1)
     low, high = np.full((2, len(usable)), np.nan)
@@ -187,7 +179,7 @@ class _Inversion:
     def _window(self) -> None:
         values = self.values
         top, bottom = values.max(-1), values.min(-1)
-        self.parts = np.maximum(self.gap.of(top, bottom, self._overall(values)), 0)
+        self.parts = self._parts(values)
         self.estimate = self.gap.combine(self.parts)
         flat = self.parts <= _TINY
         order = np.argsort(-self.error, axis=-1, kind="stable")
@@ -209,8 +201,7 @@ class _Inversion:
     def configuration(self, target: Floats, grows: Bools) -> Floats:
         """Return values [P, K, G] whose combined gap is ``target`` [P], near the estimates.
 
-        Below the estimate every component shrinks; above it, those that ``grows`` [P, K] names take the target. For a mean,
-        the components grow in proportion, or, where ``grows`` says so, the smallest first.
+        Below the estimate every component shrinks; above it, those that ``grows`` names take it; for a mean, smallest first if so.
         """
         goal, estimate = target[:, None], self.estimate[:, None]
         if self.gap.mean:
@@ -251,10 +242,8 @@ class _Inversion:
         drawn *= (1 / np.maximum(size, 1))[..., None].astype(kind)
         return np.asarray(drawn)
 
-    def truth(self, values: Floats) -> Floats:
-        """Return the gap [P] of ``values``."""
-        parts = self.gap.of(values.max(-1), values.min(-1), self._overall(values))
-        return self.gap.combine(np.maximum(parts, 0))
+    def _parts(self, values: Floats) -> Floats:
+        return np.maximum(self.gap.of(values.max(-1), values.min(-1), self._overall(values)), 0)
 
     def solve(self, alpha: float) -> tuple[Floats, Floats]:
         """Return the smallest and the largest gap that the test does not reject; all ends are searched at once."""
@@ -267,12 +256,12 @@ class _Inversion:
         def reached(target: Floats) -> Bools:
             values = searches.configuration(target, grows)
             exceeding = searches.exceeding(values)
-            below = (nulls < searches.truth(values)[:, None]).mean(1)
+            below = (nulls < self.gap.combine(searches._parts(values))[:, None]).mean(1)
             share = alpha / 2 * np.maximum(2 * below - 1, 0)
             return np.asarray(np.where(is_low, exceeding >= alpha - share, 1 - exceeding < share))
 
         ends = _bisect(reached, np.where(is_low, searches.estimate, searches.ceiling()))
-        found = searches.truth(searches.configuration(ends, grows)).reshape(-1, count)
+        found = self.gap.combine(searches._parts(searches.configuration(ends, grows))).reshape(-1, count)
         equal = (null >= self.estimate[:, None] - _TIE).mean(1) >= alpha
         low = np.where(equal, 0.0, found[0])
         return np.minimum(low, self.estimate), np.maximum(found[1:].max(0), self.estimate)
@@ -339,15 +328,8 @@ def wilson(rate: Floats, size: Floats, confidence: float = 0.95) -> tuple[Floats
     >>> round(low.item(), 3), round(high.item(), 3)
     (0.404, 0.596)
     """
-    z2 = normal_quantile(confidence) ** 2
+    z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
     n = np.where(size > 0, size, np.nan)
     middle = (rate + z2 / (2 * n)) / (1 + z2 / n)
     half = np.sqrt(np.maximum(z2 * rate * (1 - rate) / n + z2 * z2 / (4 * n * n), 0)) / (1 + z2 / n)
     return np.asarray(np.clip(middle - half, 0, 1)), np.asarray(np.clip(middle + half, 0, 1))
-
-
-def normal_quantile(confidence: float) -> float:
-    """Return z such that a standard normal lies in -z to z with that probability."""
-    from scipy.special import ndtri
-
-    return float(ndtri((1 + confidence) / 2))

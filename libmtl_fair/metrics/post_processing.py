@@ -52,12 +52,8 @@ class ScorePassThrough:
 class PostProcessed:
     """Decisions of one task by group-wise thresholds; made by :func:`post_process`.
 
-    Attributes
-    ----------
-    optimizer : the fitted ``fairlearn.postprocessing.ThresholdOptimizer``.
-    task, sensitive : what it decides, and by which attributes.
-    groups : names of the groups that it has thresholds for.
-    trainer : whose model it predicts with; None for thresholds of given predictions.
+    ``optimizer`` is the fitted ``fairlearn.postprocessing.ThresholdOptimizer``, ``groups`` the names of those that it has thresholds
+    for; ``trainer``: whose model it predicts with, None for thresholds of given predictions.
     """
 
     optimizer: ThresholdOptimizer
@@ -85,9 +81,8 @@ class PostProcessed:
         if not (isinstance(predictions, Predictions | list | tuple) or hasattr(predictions, "__array__")):
             if self.trainer is None:
                 raise DataError(
-                    f"post_process of task {self.task!r} was made from predictions, so it cannot read a "
-                    f"{type(predictions).__name__}; give predictions or scores, or make it from the trainer: "
-                    "post_process(trainer, task, constraint)"
+                    f"post_process of task {self.task!r} was made from predictions, so it cannot read a {type(predictions).__name__}; "
+                    "give predictions or scores, or make it from the trainer: post_process(trainer, task, constraint)"
                 )
             predictions = self.trainer.predict(predictions)
         if isinstance(predictions, Predictions):
@@ -101,9 +96,8 @@ class PostProcessed:
         decided = (scores > 0.5).astype(int)
         rows = np.flatnonzero(np.isin(shown, self.groups))
         if len(rows):
-            decided[rows] = self.optimizer.predict(
-                scores[rows, None], sensitive_features=shown[rows], random_state=random_state
-            )
+            known = {"sensitive_features": shown[rows], "random_state": random_state}
+            decided[rows] = self.optimizer.predict(scores[rows, None], **known)
         return decided
 
 
@@ -149,8 +143,7 @@ def post_process(
     if not groups:
         raise DataError(f"post_process of task {task!r}: no row has both a label and a known group")
     for group in groups:
-        seen = np.unique(found.y_true[shown == group])
-        if len(seen) < 2:
+        if len(seen := np.unique(found.y_true[shown == group])) < 2:
             raise DataError(
                 f"post_process of task {task!r}: group {group!r} has only labels {seen.tolist()}; thresholds need "
                 "positives and negatives in every group: merge small groups or take another attribute"
@@ -163,14 +156,7 @@ def post_process(
 
 @dataclass(frozen=True)
 class Barycentre:
-    """Scores of one task whose distribution is the same in every group; made by :func:`barycentre`.
-
-    Attributes
-    ----------
-    transport : the fitted ``equipy.fairness.FairWasserstein``.
-    task, sensitive : what it moves, and by which attributes.
-    groups : names of the groups that it knows.
-    """
+    """Scores of one task that are distributed alike in every group (``groups``: those known); made by :func:`barycentre`."""
 
     transport: FairWasserstein
     task: str
@@ -209,11 +195,9 @@ def barycentre(
     try:
         from equipy.fairness import FairWasserstein
     except ImportError as error:
-        raise FairMTLError(
-            "barycentre needs equipy, which is not installed: pip install libmtl_fair[equipy]"
-        ) from error
-    kind = predictions.task(task).kind
-    if kind not in ("binary", "regression"):
+        needed = "barycentre needs equipy, which is not installed: pip install libmtl_fair[equipy]"
+        raise FairMTLError(needed) from error
+    if (kind := predictions.task(task).kind) not in ("binary", "regression"):
         raise DataError(
             f"barycentre moves one score an example, and task {task!r} is {kind}; take a binary task or a regression"
         )
@@ -222,9 +206,8 @@ def barycentre(
     known = np.logical_and.reduce([as_numpy(predictions.groups[name]) >= 0 for name in names])
     groups = sorted(set(shown[known]))
     if len(groups) < 2:
-        raise DataError(
-            f"barycentre of task {task!r}: expected at least two groups of {', '.join(names)}, found {groups}"
-        )
+        of = ", ".join(names)
+        raise DataError(f"barycentre of task {task!r}: expected at least two groups of {of}, found {groups}")
     transport = FairWasserstein(sigma=sigma)
     transport.fit(_scores(predictions, task)[known], shown[known].astype(str))
     return Barycentre(transport, task, names, tuple(groups))

@@ -15,29 +15,23 @@ Method = Literal["between_groups", "to_overall"]
 Aggregate = Literal["worst_case", "mean"]
 Empty = Literal["missing", "fairlearn"]
 
-RATES = (
-    "selection_rate",
-    "true_positive_rate",
-    "false_positive_rate",
-    "true_negative_rate",
-    "false_negative_rate",
-    "accuracy",
-    "base_rate",
-    "precision",
-)
+# A rate is a ratio of sums over the cells (tn, fp, fn, tp) of the confusion table.
+_SUMS = {
+    "selection_rate": ([0, 1, 0, 1], [1, 1, 1, 1]),
+    "true_positive_rate": ([0, 0, 0, 1], [0, 0, 1, 1]),
+    "false_positive_rate": ([0, 1, 0, 0], [1, 1, 0, 0]),
+    "true_negative_rate": ([1, 0, 0, 0], [1, 1, 0, 0]),
+    "false_negative_rate": ([0, 0, 1, 0], [0, 0, 1, 1]),
+    "accuracy": ([1, 0, 0, 1], [1, 1, 1, 1]),
+    "base_rate": ([0, 0, 1, 1], [1, 1, 1, 1]),
+    "precision": ([0, 0, 0, 1], [0, 1, 0, 1]),
+}
+RATES = tuple(_SUMS)
 """Rates that every binary table gives, in the order of their columns."""
+NUMERATOR, DENOMINATOR = np.array(list(_SUMS.values()), dtype=np.float64).swapaxes(0, 1)
 ALIASES = {"demographic_parity": "selection_rate", "equal_opportunity": "true_positive_rate"}
 """Names of fairness -> the rate that they compare."""
 
-# A rate is a ratio of sums over the cells (tn, fp, fn, tp) of the confusion table.
-NUMERATOR: Floats = np.array(
-    [[0, 1, 0, 1], [0, 0, 0, 1], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [1, 0, 0, 1], [0, 0, 1, 1], [0, 0, 0, 1]],
-    dtype=np.float64,
-)
-DENOMINATOR: Floats = np.array(
-    [[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [0, 1, 0, 1]],
-    dtype=np.float64,
-)
 TPR, FPR = RATES.index("true_positive_rate"), RATES.index("false_positive_rate")
 # fairlearn and scikit-learn score a conditional rate without denominator 0; a mean over no weight stays undefined.
 _CONDITIONAL: Bools = DENOMINATOR.sum(1) < 4
@@ -58,13 +52,6 @@ def group_counts(
 
     ``y_true`` and ``y_pred`` are 0/1 (any dtype), ``groups`` ids in -1..G-1; rows of unknown group (-1) are left out.
     Linear in n and independent of G; int64 counts, or float64 sums of ``sample_weight``.
-
-    Raises
-    ------
-    DataError : lengths differ, labels or predictions other than 0 and 1, or ids outside of -1..G-1.
-
-    >>> group_counts([1, 0, 1, 1], [1, 1, 0, 1], [0, 0, 1, -1], 2).tolist()
-    [[0, 1, 0, 1], [0, 0, 1, 0]]
     """
     y, p, g = (as_numpy(v).reshape(-1) for v in (y_true, y_pred, groups))
     if not len(y) == len(p) == len(g):
@@ -103,10 +90,7 @@ def _is_binary(values: Array) -> bool:
 
 
 def table_rates(tables: Floats, rows: Floats | None = None, empty: str = "missing") -> Floats:
-    """Return all :data:`RATES` of confusion tables [..., 4] as [..., 8]; NaN where the denominator is empty.
-
-    With ``empty="fairlearn"`` a conditional rate of a group that has rows (``rows`` > 0) but no denominator is 0.
-    """
+    """Return all :data:`RATES` of confusion tables [..., 4] as [..., 8]; without denominator NaN, or 0 as ``empty`` says."""
     rates = divide(tables @ NUMERATOR.T, tables @ DENOMINATOR.T)
     if empty == "fairlearn":
         seen = (tables.sum(-1) if rows is None else rows)[..., None] > 0
@@ -118,9 +102,6 @@ def gaps(values: Floats, overall: Floats | None = None) -> tuple[Floats, Floats]
     """Return the largest absolute difference and the smallest ratio over the last axis (groups), NaN groups left out.
 
     Between groups, or each to its ``overall`` value where given (ratios above 1 are inverted); NaN if all groups are.
-
-    >>> [gap.item() for gap in gaps(np.array([0.2, np.nan, 0.5]))]
-    [0.3, 0.4]
     """
     top, bottom = nan_reduce(np.maximum, values), nan_reduce(np.minimum, values)
     if overall is None:
@@ -128,8 +109,7 @@ def gaps(values: Floats, overall: Floats | None = None) -> tuple[Floats, Floats]
     both = np.stack([divide(bottom, overall), divide(top, overall)])
     with np.errstate(divide="ignore"):
         both = np.where(both > 1, 1 / both, both)
-    difference = np.maximum(np.abs(top - overall), np.abs(bottom - overall))
-    return np.asarray(difference), nan_reduce(np.minimum, both, axis=0)
+    return np.maximum(np.abs(top - overall), np.abs(bottom - overall)), nan_reduce(np.minimum, both, axis=0)
 
 
 def nan_reduce(ufunc: np.ufunc, values: Floats, axis: int = -1) -> Floats:
@@ -152,12 +132,9 @@ def combine(parts: Floats, agg: str, worst: np.ufunc) -> Floats:
 
 @dataclass(frozen=True)
 class GroupRates:
-    """Confusion tables of G groups and everything that follows from them.
+    """Confusion tables of G groups, ``counts`` [G, 4] (tn, fp, fn, tp), and everything that follows from them.
 
-    Attributes
-    ----------
-    counts : [G, 4] true negatives, false positives, false negatives, true positives (or sums of weights).
-    empty : ``"missing"``: a rate without denominator is NaN and drops out; ``"fairlearn"``: it is 0, as in fairlearn.
+    A rate without denominator is NaN and drops out, or with ``empty="fairlearn"`` 0, as there.
     """
 
     counts: Floats | Ints

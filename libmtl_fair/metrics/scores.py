@@ -32,13 +32,8 @@ def auc_score(scores: Values, positive: Values) -> float:
 def task_utility(task: Task, output: Values, labels: Values) -> dict[str, float]:
     """Return metric -> value of one task, over observed labels; NaN where the labels do not define one.
 
-    The metrics are those of :func:`libmtl_fair.functional.task_scores`.
-
-    Parameters
-    ----------
-    task : what :mod:`libmtl_fair.tasks` defines.
-    output : raw outputs of the head, [N], [N, 1] or [N, C].
-    labels : [N] or [N, C]; NaN or -100 where missing.
+    ``output`` is the head's, [N], [N, 1] or [N, C]; ``labels`` [N] or [N, C], NaN or -100 where missing. The metrics are those of
+    :func:`libmtl_fair.functional.task_scores`.
     """
     native = (task.mean, task.std) if isinstance(task, Regression) else (0.0, 1.0)
     return F.task_scores(task.kind, task.probabilities(torch.as_tensor(output)), torch.as_tensor(labels), native=native)
@@ -49,9 +44,8 @@ def utility(predictions: Predictions) -> dict[str, dict[str, float]]:
 
     A mean leaves out tasks that do not define the metric. With regression tasks, ``macro`` has their mean r2 too.
     """
-    found = {
-        t.name: task_utility(t, predictions.outputs[t.name], predictions.labels[t.name]) for t in predictions.tasks
-    }
+    given = [(t, predictions.outputs[t.name], predictions.labels[t.name]) for t in predictions.tasks]
+    found = {task.name: task_utility(task, *each) for task, *each in given}
     macro = {}
     for name in ("auc", "accuracy", "brier", "r2"):
         known = [v for scores in found.values() if not math.isnan(v := scores.get(name, math.nan))]
@@ -62,14 +56,7 @@ def utility(predictions: Predictions) -> dict[str, dict[str, float]]:
 
 @dataclass(frozen=True)
 class GroupAuc:
-    """AUC of G groups.
-
-    Attributes
-    ----------
-    value : [G]; NaN where a group lacks positives or negatives.
-    error : [G] standard errors (DeLong); NaN where fewer than two of either.
-    positives, negatives : [G] counts.
-    """
+    """AUC of G groups, each [G]: NaN where a group lacks a class, DeLong's error where fewer than two; positives, negatives."""
 
     value: Floats
     error: Floats
@@ -99,13 +86,11 @@ def group_auc(
     [1.0, 0.5]
     """
     columns = [as_numpy(scores), as_numpy(y_true), as_numpy(groups)]
-    if len({len(column) for column in columns}) > 1:
-        raise DataError(
-            "scores, y_true and groups must have one length, found {}, {} and {}".format(*map(len, columns))
-        )
+    sizes, group = [len(column) for column in columns], columns[2]
+    if len(set(sizes)) > 1:
+        raise DataError("scores, y_true and groups must have one length, found {}, {} and {}".format(*sizes))
     if sample_weight is not None:
         columns.append(as_floats(sample_weight))
-    group = columns[2]
     if len(group) and (group.min() < 0 or group.max() >= n_groups):
         columns = [column[(group >= 0) & (group < n_groups)] for column in columns]
     score, label, group, *weight = columns
@@ -119,13 +104,9 @@ def group_auc(
 
 @dataclass(frozen=True)
 class GroupRegression:
-    """Regression metrics of G groups, in the order of :data:`REGRESSION`.
+    """Regression metrics of G groups, in the order of :data:`REGRESSION`: [6, G], standard errors [6, G], and rows [G].
 
-    Attributes
-    ----------
-    values : [6, G]; NaN for an empty group, r2 and ccc NaN where the targets do not vary.
-    errors : [6, G] standard errors, from influence functions (the delta method, no normality assumed).
-    counts : [G] rows.
+    NaN for an empty group, r2 and ccc where targets do not vary; errors from influence functions (no normality assumed).
     """
 
     values: Floats
@@ -156,8 +137,7 @@ def group_regression(
     dy, dp = y - mean_y[group], p - mean_p[group]
     mae, mse = mean(np.abs(error)), mean(error**2)
     var_y, var_p, cov = mean(dy * dy), mean(dp * dp), mean(dy * dp)
-    rmse, r2 = np.sqrt(mse), 1 - divide(mse, var_y)
-    scale = var_y + var_p + (mean_y - mean_p) ** 2
+    rmse, r2, scale = np.sqrt(mse), 1 - divide(mse, var_y), var_y + var_p + (mean_y - mean_p) ** 2
     ccc = np.where(var_y > 0, divide(2 * cov, scale), np.nan)
     influences = (
         np.abs(error) - mae[group],

@@ -20,8 +20,7 @@ Embeddings: TypeAlias = Values | Mapping[str, Tensor] | Mapping[str, Values] | N
 def draw_pool(mask: Bools, pool_size: int | None, eval_seed: int) -> Ints:
     """Return the rows of one task's pool: ``pool_size`` valid rows without replacement, or all if there are fewer.
 
-    The draw depends on the seed and on the number of valid rows only, so tasks with the same valid rows share their pool
-    and every method audited gets the same rows.
+    It depends on the seed and the number of valid rows only, so every method, and tasks with the same valid rows, share it.
     """
     rows = np.flatnonzero(mask)
     if pool_size is None or len(rows) <= pool_size:
@@ -30,7 +29,7 @@ def draw_pool(mask: Bools, pool_size: int | None, eval_seed: int) -> Ints:
 
 
 def draw_pairs(sizes: Sequence[int], n_pairs: int, pair_seed: int) -> Iterator[tuple[int, int, Ints, Ints]]:
-    """Yield (i, j, places in pool i, places in pool j), [n_pairs] uniform with replacement, of every two pools that hold any.
+    """Yield (i, j, places in pool i, places in pool j), [n_pairs] with replacement, of every two pools that hold any.
 
     Each task pair has a stream of its own, so its draws do not depend on which other tasks are audited.
     """
@@ -47,14 +46,10 @@ def reference_pairs(
     eval_seed: int = 0,
     pair_seed: int = 42,
 ) -> dict[tuple[str, str], tuple[Ints, Ints]]:
-    """Return the rows of the reference pairs of every task pair, drawn as audit pairs are.
+    """Return (task_a, task_b) -> (rows of a, rows of b), [n_pairs] each: reference pairs, drawn as audit pairs are.
 
     ``masks`` maps a task to bool [N], the examples that are valid for it; sizes and seeds are those of
     :class:`FixedDeltaAudit`.
-
-    Returns
-    -------
-    dict (task_a, task_b) -> (rows of a [n_pairs], rows of b [n_pairs]).
     """
     names, pools = list(masks), [draw_pool(as_numpy(m).astype(bool), pool_size, eval_seed) for m in masks.values()]
     drawn = draw_pairs([len(pool) for pool in pools], n_pairs, pair_seed)
@@ -107,11 +102,7 @@ def task_embedding(embeddings: Embeddings, task: str) -> Floats:
 
 
 def cosine_distances(a: Floats, b: Floats) -> Floats:
-    """Return d(u, v) = (1 - cos(u, v)) / 2 over the last dimension, in [0, 1]; 1/2 where a row is zero.
-
-    >>> cosine_distances(np.array([[1.0, 0.0]]), np.array([[0.0, 2.0]])).tolist()
-    [0.5]
-    """
+    """Return d(u, v) = (1 - cos(u, v)) / 2 over the last dimension, in [0, 1]; 1/2 where a row is zero."""
     return np.asarray(np.clip((1 - (normalise(a) * normalise(b)).sum(-1)) / 2, 0, 1))
 
 

@@ -40,29 +40,24 @@ class Keeper:
             return None
         return cls(Path(storage).parent / ARTIFACTS)
 
-    def trained(self, trial: optuna.Trial) -> Callable[[int, FairTrainer], None]:
-        """Return what to call with each seed's trained model."""
-
-        def keep(seed: int, trainer: FairTrainer) -> None:
-            with tempfile.TemporaryDirectory() as name:
-                folder = Path(name)
-                torch.save(trainer.model.state_dict(), folder / f"checkpoint_seed{seed}.pt")
-                if len(trainer.history):  # a stacked training keeps none
-                    write_text(folder / f"history_seed{seed}.csv", trainer.epochs.to_csv(index=False))
-                    _plot(trainer, folder / f"history_seed{seed}.png")
-                self._upload(folder, trial)
-
-        return keep
+    def trained(self, trial: optuna.Trial, seed: int, trainer: FairTrainer) -> None:
+        """Keep what a seed's training has left."""
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            torch.save(trainer.model.state_dict(), folder / f"checkpoint_seed{seed}.pt")
+            if len(trainer.history):  # a stacked training keeps none
+                write_text(folder / f"history_seed{seed}.csv", trainer.epochs.to_csv(index=False))
+                _plot(trainer, folder / f"history_seed{seed}.png")
+            self._upload(folder, trial)
 
     def measured(self, trial: optuna.Trial, outcome: Outcome, recipe: Recipe) -> None:
         """Keep the metrics and the recipe of a trial, and say in its note what it is."""
         with tempfile.TemporaryDirectory() as name:
-            text = json.dumps({"validation": outcome.found, **asdict(outcome)}, indent=1)
-            write_text(Path(name) / "metrics.json", text)
-            write_text(Path(name) / "recipe.yaml", recipe.to_yaml())
+            content = json.dumps({"validation": outcome.found, **asdict(outcome)}, indent=1)
+            for file, text in (("metrics.json", content), ("recipe.yaml", recipe.to_yaml())):
+                write_text(Path(name) / file, text)
             self._upload(Path(name), trial)
-        role = trial.user_attrs.get(ROLE)
-        if role is not None:
+        if (role := trial.user_attrs.get(ROLE)) is not None:
             _note(trial, f"**{role}**: one of the known settings that every study tries.")
 
     def _upload(self, folder: Path, trial: optuna.Trial) -> None:
@@ -103,13 +98,7 @@ class _Quiet(WSGIRequestHandler):
 
 
 def make_server_for(study: str, host: str, port: int) -> WSGIServer:
-    """Return a server, listening already, of the dashboard of a study: a journal, a folder of ``tune``, or a URL.
-
-    Raises
-    ------
-    RecipeError : no such study, or optuna-dashboard is not installed.
-    CheckpointError : the address is taken.
-    """
+    """Return a server, listening already, of the dashboard of a study: a journal, a folder of ``tune``, or a URL."""
     path = Path(study) / "study.journal" if Path(study).is_dir() else Path(study)
     if "://" not in study and not path.is_file():
         raise RecipeError(f"there is no study at {study}: expected a journal file, or the folder that tune wrote")

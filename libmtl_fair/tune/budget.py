@@ -1,12 +1,10 @@
 """The budget of a study as slots: trial 0 to total - 1, each finished exactly once, whoever works and whoever dies.
 
-Slots are queued as waiting trials. A worker claims one, which the storage grants to one worker only; slots without a trial
-that counts (a dead worker's, or new ones after a raised total) are queued again.
-
-Optuna 5 has heartbeats and retries for databases and ``optimize`` only, not for journals, proxies, or trials that are asked
-and told. Here a worker writes its address and a growing counter into its trial. A trial is stale when its worker was on this
-machine and is gone, or when its counter has not moved for ``grace`` seconds of the observer's own clock, so that clocks of
-different machines need not agree. A stale trial is marked ``lost`` and failed, and its slot queued with the same parameters.
+Slots are queued as waiting trials; the storage grants one to one worker only, and slots without a trial that counts are queued
+again. Optuna 5 has heartbeats and retries for databases and ``optimize`` only, not for journals, proxies, or trials asked and
+told. Here a worker writes its address and a growing counter into its trial, which is stale when its worker was on this machine
+and is gone, or when its counter has not moved for ``grace`` seconds of the observer's own clock. A stale trial is marked
+``lost`` and failed, and its slot queued with the same parameters.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ _RATES: Mapping[str, tuple[str, ...]] = {
 }
 _NEED = {"true_positive_rate": "positives", "false_positive_rate": "negatives"}
 _PHI_MU = 0.5
-_CONSTRAINT = re.compile(r"(.+?)\s*(<=|>=)\s*([-+0-9.eE]+)\s*")
+NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
+_CONSTRAINT = re.compile(rf"(.+?)\s*(<=|>=)\s*{NUMBER}\s*")
 NAMES = (*(f"macro_{m}" for m in _MACRO), "bias", "violation_rate", *_RATES, "phi", "<task>/auc")
 """Names of objectives; ``<task>/`` and ``<attribute>/`` may stand before those about groups, ``mean_`` before their own."""
 
@@ -41,12 +42,8 @@ class UndefinedError(FairMTLError):
 class Measure:
     """A named number of a model on validation data.
 
-    Attributes
-    ----------
-    name : as recipes write it.
-    metric : the last part of the name; ``level`` is the tolerance of ``bias@0.275``.
-    task, attribute : what it is restricted to; None is all.
-    mean : the mean over tasks and attributes, instead of the largest.
+    ``metric`` is the last part of the name, ``level`` the tolerance of ``bias@0.275``; it is about one ``task`` and ``attribute``, or
+    (None) the largest over all, or the ``mean``.
     """
 
     name: str
@@ -88,14 +85,7 @@ class Constraint:
 def parse_measure(name: str, tasks: Mapping[str, str], attributes: Sequence[str], deltas: Sequence[str]) -> Measure:
     """Return the measure of a name such as ``macro_auc``, ``income/auc``, ``bias@0.275``, ``income/sex/eo_difference``.
 
-    Parameters
-    ----------
-    tasks : name -> kind.
-    attributes, deltas : names of the sensitive attributes and of the audit's tolerances.
-
-    Raises
-    ------
-    RecipeError : no such measure, or nothing here that it could be measured on.
+    ``tasks`` are name -> kind; a RecipeError says that there is no such measure, or nothing here that it could be measured on.
     """
     *scope, last = name.split("/")
     metric, _, level = last.removeprefix("mean_").partition("@")
@@ -126,13 +116,9 @@ def parse_measure(name: str, tasks: Mapping[str, str], attributes: Sequence[str]
 def parse_constraint(text: str, parse: Callable[[str], Measure]) -> Constraint:
     """Return the constraint of a text such as ``eo_difference <= 0.05``; anything else is a RecipeError."""
     found = _CONSTRAINT.fullmatch(text.strip())
-    try:
-        bound = float(found[3]) if found else math.nan
-    except ValueError:
-        bound = math.nan
-    if found is None or not math.isfinite(bound):
+    if found is None or math.isinf(float(found[3])):
         raise RecipeError(f"tune.constraints: expected a text such as 'eo_difference <= 0.05', found {text!r}")
-    return Constraint(parse(found[1]), bound, found[2] == "<=")
+    return Constraint(parse(found[1]), float(found[3]), found[2] == "<=")
 
 
 def value_of(measure: Measure, predictions: Predictions, deltas: Mapping[str, float], recipe: Recipe) -> float:
@@ -142,10 +128,9 @@ def value_of(measure: Measure, predictions: Predictions, deltas: Mapping[str, fl
     if measure.metric == "phi":
         found, why = _phi(measure, predictions), "no task has two groups"
     elif measure.level is not None:
-        audit, why = recipe.audit, "no two tasks have finite scores"
-        report = metrics.FixedDeltaAudit(deltas[measure.level], **audit.draws, exact=audit.exact).run(
-            predictions.scores
-        )
+        how, why = recipe.audit, "no two tasks have finite scores"
+        audit = metrics.FixedDeltaAudit(deltas[measure.level], **how.draws, exact=how.exact)
+        report = audit.run(predictions.scores)
         found = report.bias if measure.metric == "bias" else report.violation_rate
     else:
         why = "its labels have one class only, or the task's kind does not define it"
@@ -175,8 +160,7 @@ def _difference(measure: Measure, predictions: Predictions, threshold: float | s
             rates = metrics.group_rates(truth, decision, predictions.groups[attribute][seen], len(names))
             gaps = []
             for rate in _RATES[measure.metric]:
-                values = rates.rate(rate)
-                lacking = [repr(group) for group, value in zip(names, values) if math.isnan(value)]
+                lacking = [repr(group) for group, value in zip(names, rates.rate(rate)) if math.isnan(value)]
                 if len(names) - len(lacking) < 2:
                     raise UndefinedError(
                         f"objective {measure.name} is undefined on the validation data: task {name!r}, attribute "
@@ -191,15 +175,11 @@ def _difference(measure: Measure, predictions: Predictions, threshold: float | s
 def _phi(measure: Measure, predictions: Predictions) -> float:
     """Return the worst case over tasks of their AEOD, each the mean over attributes; NaN where no task defines it."""
     tasks, attributes = _scope(measure, predictions)
+    groups = [(predictions.groups[a], len(predictions.group_names[a])) for a in attributes]
     psi, present = [], []
     for name in tasks:
         scores = predictions.task(name).probabilities(predictions.outputs[name]).double()
-        found = [
-            F.aeod(
-                scores, predictions.labels[name], predictions.groups[a], len(predictions.group_names[a]), normalise=True
-            )
-            for a in attributes
-        ]
+        found = [F.aeod(scores, predictions.labels[name], *each, normalise=True) for each in groups]
         values, some = (torch.stack(part) for part in zip(*found))
         psi.append((values * some).sum() / some.sum().clamp(min=1))
         present.append(some.any())

@@ -70,13 +70,7 @@ class Plan:
 
     @classmethod
     def make(cls, recipe: Recipe, objectives: Sequence[str] | None = None) -> Plan:
-        """Read the plan of a recipe; ``objectives`` replace its own.
-
-        Raises
-        ------
-        RecipeError : names, ranges or settings that do not make sense.
-        DataError : the data do not fit the recipe.
-        """
+        """Read the plan of a recipe; ``objectives`` replace its own."""
         check(recipe)
         tune, seed = recipe.tune or Tune(), recipe.seeds[0]
         data = make_dataset(recipe, seed)
@@ -93,7 +87,7 @@ class Plan:
 
     def _check(self) -> None:
         self.known()
-        if self.pruner is not None and (len(self.objectives) > 1 or self.objectives[0].fair):
+        if self.tune.pruner is not None and (len(self.objectives) > 1 or self.objectives[0].fair):
             raise self.recipe.error(
                 ("tune", "pruner"),
                 "pruning compares one utility after each epoch: give one objective such as macro_auc, and the fairness "
@@ -107,9 +101,8 @@ class Plan:
                 try:
                     check(changed(self.recipe, method, {p.path: p.ends[end] for p in parameters}))
                 except RecipeError as error:
-                    raise RecipeError(
-                        f"the search space of {method} leads to settings that do not make sense: {error}"
-                    ) from error
+                    why = f"the search space of {method} leads to settings that do not make sense: {error}"
+                    raise RecipeError(why) from error
 
     @property
     def tune(self) -> Tune:
@@ -122,26 +115,20 @@ class Plan:
         return self.tune.sampler or "tpe"
 
     @property
-    def pruner(self) -> str | None:
-        """Name of the pruner."""
-        return self.tune.pruner
-
-    @property
     def measures(self) -> tuple[Measure, ...]:
         """Objectives and what constraints are about, each once."""
         return tuple(dict.fromkeys([*self.objectives, *(c.measure for c in self.constraints)]))
 
     def described(self) -> dict[str, Any]:
         """Return what decides the results of the study, as plain values: the content of its fingerprint."""
-        plain = self.recipe.to_dict()
-        kept = ("data", "model", "train", "seeds", "methods", "audit", "metrics")
+        kept, plain = ("data", "model", "train", "seeds", "methods", "audit", "metrics"), self.recipe.to_dict()
         return {
             "recipe": {key: plain[key] for key in kept},
             "objectives": {m.name: m.direction for m in self.objectives},
             "constraints": [c.text for c in self.constraints],
             "space": {p.name: p.described() for parameters in self.space.values() for p in parameters},
             "sampler": self.sampler,
-            "pruner": self.pruner,
+            "pruner": self.tune.pruner,
             "seeds_per_trial": self.tune.seeds_per_trial,
             **({"enqueue": list(self.tune.enqueue)} if self.tune.enqueue else {}),
         }
@@ -150,12 +137,11 @@ class Plan:
         """Return the settings tried first: unregularised, as the recipe has them, default, published, and its ``enqueue``."""
         found = [_fixed("baseline", self.recipe.reference)]
         for method in self.space:
-            spec = self.recipe.methods[method]
             if method != self.recipe.reference:
                 found.append(self._known("as written", method, None))
-            if spec.args:
+            if self.recipe.methods[method].args:
                 found.append(self._known("defaults", method, {}))
-            if spec.weighting == "ReLiF":
+            if self.recipe.methods[method].weighting == "ReLiF":
                 found.append(_fixed("published", method, {"preset": "paper"}))
         for i, entry in enumerate(self.tune.enqueue):
             try:
@@ -167,10 +153,10 @@ class Plan:
     def _known(self, role: str, method: str, args: dict[str, Any] | None) -> Queued:
         """Return settings of a method: as parameters where they lie in the space, else fixed."""
         values = {p.name: current(self.recipe, method, p, args) for p in self.space[method]}
-        if not all(p.contains(values[p.name]) for p in self.space[method]):
-            return _fixed(role, method, args)
-        marks = {ROLE: role, METHOD: method, FIXED: False, **({} if args is None else {ARGS: args})}
-        return self._params(method, values), marks
+        params, marks = _fixed(role, method, args)
+        if all(p.contains(values[p.name]) for p in self.space[method]):
+            params, marks = self._params(method, values), {**marks, FIXED: False}
+        return params, marks
 
     def _params(self, method: str, values: Mapping[str, object]) -> dict[str, Any]:
         chosen = {"method": method} if len(self.space) > 1 else {}
@@ -179,9 +165,9 @@ class Plan:
     def _enqueued(self, entry: str | Mapping[str, object]) -> Queued:
         """Return a method as it is written, by name, or some settings, the others as the recipe has them."""
         if isinstance(entry, str):
-            if entry not in self.recipe.methods:
+            if (spec := self.recipe.methods.get(entry)) is None:
                 raise RecipeError(unknown("method", entry, self.recipe.methods))
-            if self.recipe.methods[entry].single_task:
+            if spec.single_task:
                 raise RecipeError(f"{entry} is a single-task method, which is several models; tune one model")
             return _fixed(entry, entry)
         given = dict(entry)
@@ -210,13 +196,11 @@ class Plan:
         if marks.get(ARGS) is not None:
             spec = recipe.methods[method].model_copy(update={"args": dict(marks[ARGS])})
             recipe = recipe.model_copy(update={"methods": {**recipe.methods, method: spec}})
-            recipe._source = self.recipe._source
         return Candidate(changed(recipe, method, values), method, self.seeds(marks[SLOT]))
 
     def seeds(self, slot: int) -> list[int]:
         """Return the seeds of a slot's trial: fixed by its number, so that a trial that is run again is the same."""
-        first = self.recipe.seeds[0] + 1000 * (slot + 1)
-        return [(first + k) % 2**32 for k in range(self.tune.seeds_per_trial)]
+        return [(self.recipe.seeds[0] + 1000 * (slot + 1) + k) % 2**32 for k in range(self.tune.seeds_per_trial)]
 
     def dataset(self, seed: int) -> Dataset:
         """Return the data for a seed; kept, since making them takes longer than an epoch."""

@@ -28,8 +28,6 @@ _MARKS = {
 }
 """Role -> colour, size, symbol on the page, marker in the image; a user's own settings are those ``tried first``."""
 _OUTSIDE = "trials outside of the constraints"
-
-
 Layer = tuple[str, pd.DataFrame, tuple[str, int, str, str]]
 
 
@@ -56,10 +54,8 @@ def page(study: optuna.Study, path: str | Path) -> Path:
     name = html.escape(study.study_name)
     with warnings.catch_warnings(action="ignore"):
         figures = [*([_front_figure(study)] if disparity(study) is not None else []), *_parameter_figures(study)]
-        parts = [
-            figure.to_html(include_plotlyjs=i == 0, full_html=False, default_height="520px")
-            for i, figure in enumerate(figures)
-        ]
+        own = {"full_html": False, "default_height": "520px"}
+        parts = [figure.to_html(include_plotlyjs=i == 0, **own) for i, figure in enumerate(figures)]
     head = f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{name}</title></head>"
     title = f"<body style='font-family:sans-serif;max-width:70rem;margin:auto'><h1>Study {name}</h1>"
     return write_text(path, head + title + "\n".join(parts) + "</body></html>\n")
@@ -68,15 +64,13 @@ def page(study: optuna.Study, path: str | Path) -> Path:
 def _front_figure(study: optuna.Study) -> go.Figure:
     (x, y, layers), figure = _front(study), go.Figure()
     for name, some, (colour, size, symbol, _) in layers:
-        figure.add_scatter(
-            x=some["x"],
-            y=some["y"],
-            name=name,
-            mode="lines+markers" if name == "front" else "markers",
-            marker={"color": colour, "size": size, "symbol": symbol},
-            text=[f"trial {number}" for number in some["number"]],
-            hovertemplate="%{text}: %{x:.4f}, %{y:.4f}",
+        mode, marker = (
+            "lines+markers" if name == "front" else "markers",
+            {"color": colour, "size": size, "symbol": symbol},
         )
+        text = [f"trial {number}" for number in some["number"]]
+        shown = {"text": text, "hovertemplate": "%{text}: %{x:.4f}, %{y:.4f}"}
+        figure.add_scatter(x=some["x"], y=some["y"], name=name, mode=mode, marker=marker, **shown)
     return figure.update_layout(
         title="Front on validation data", xaxis_title=x, yaxis_title=y, template="plotly_white", legend_title=None
     )
@@ -93,9 +87,8 @@ def _parameter_figures(study: optuna.Study) -> list[go.Figure]:
     for i, name in enumerate(names):
         if len(trials) >= 4 and len({t.values[i] for t in trials}) > 1:
             evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-            figure = optuna.visualization.plot_param_importances(
-                copy, evaluator, target=partial(_value, i), target_name=name
-            )
+            target = partial(_value, i)
+            figure = optuna.visualization.plot_param_importances(copy, evaluator, target=target, target_name=name)
             title = f"What {name} depends on (fANOVA)"
             found.append(figure.update_layout(title=title, template="plotly_white"))
     if len(trials) > 1:
@@ -134,5 +127,5 @@ def trials_table(study: optuna.Study) -> pd.DataFrame:
         marks = trial.user_attrs
         found = {name: sum(v) / len(v) for name, v in marks.get("validation", {}).items()}
         row = {"number": trial.number, "slot": marks.get("slot"), "state": trial.state.name, "role": marks.get(ROLE)}
-        rows.append({**row, **found, **trial.params, "train_s": marks.get("train_s"), "error": marks.get("error")})
+        rows.append(row | found | trial.params | {name: marks.get(name) for name in ("train_s", "error")})
     return pd.DataFrame(rows)

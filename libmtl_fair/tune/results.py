@@ -1,7 +1,4 @@
-"""What a study hands back: the table of its front, the chosen trial's recipe, and its test metrics, measured once.
-
-And whether a retrained run agrees: its main numbers on validation and on test, and what drawing other people would change.
-"""
+"""What a study hands back: its front, the chosen trial's recipe and test metrics; and whether validation and test agree."""
 
 from __future__ import annotations
 
@@ -61,13 +58,12 @@ def hand_back(
 
 def _front_table(study: optuna.Study, chosen: FrozenTrial) -> Table:
     """Return the Pareto front as a table, with the baseline and the chosen trial marked."""
-    trials, feasible = front(study)
-    title = "Pareto front" if len(study.directions) > 1 else "best trial"
+    (trials, feasible), title = front(study), "Pareto front" if len(study.directions) > 1 else "best trial"
     if not feasible:
         title = "no trial meets the constraints; those that violate them least"
-    on_front = {t.number for t in trials}
+    on_front = {t.number: t for t in trials}
     others = [t for t in complete(study) if t.user_attrs.get(ROLE) == "baseline" or t.number == chosen.number]
-    shown = {t.number: t for t in [*trials, *others]}
+    shown = on_front | {t.number: t for t in others}
     names = list(dict.fromkeys(name for t in shown.values() for name in t.user_attrs["validation"]))
     table = Table("trial", "", *names, title=f"{title} (validation)", title_justify="left")
     for number, trial in sorted(shown.items(), key=lambda item: tuple(item[1].values)):
@@ -104,9 +100,9 @@ def _write(study: optuna.Study, trial: FrozenTrial, outcomes: Mapping[int, Outco
         "test": {str(n): outcome.found for n, outcome in outcomes.items()},
         "seeds": {str(n): outcome.seeds for n, outcome in outcomes.items()},
     }
-    comment = f"# Trial {trial.number} of study {study.study_name}, beside the reference.\n"
+    best = f"# Trial {trial.number} of study {study.study_name}, beside the reference.\n{best_recipe(study, trial).to_yaml()}"
     return [
-        write_text(folder / "best.yaml", comment + best_recipe(study, trial).to_yaml()),
+        write_text(folder / "best.yaml", best),
         page(study, folder / "study.html"),
         *([image(study, folder / "front.png")] if disparity(study) is not None else []),
         write_text(folder / "trials.csv", trials_table(study).to_csv(index=False)),
@@ -114,16 +110,13 @@ def _write(study: optuna.Study, trial: FrozenTrial, outcomes: Mapping[int, Outco
     ]
 
 
-# -- do validation and test agree? ------------------------------------------------------------------------------------
-
 Statistic = Callable[[Predictions], float]
 
 
 def agreement_table(folder: Path) -> Table:
     """Return a table of a run's main numbers on validation and on test data, side by side.
 
-    After a mean stands the standard deviation over seeds; after the difference that of drawing other people
-    (:func:`sampling_deviation`, of the first seed), where the run has kept its predictions.
+    ± after a mean: over seeds; after the difference: of drawing other people, of the first seed, where its predictions were kept.
     """
     recipe = load_recipe(folder / "recipe.yaml")
     title = "validation and test agree? (± over seeds; of the difference: over people)"
@@ -158,8 +151,7 @@ def _read(held: Mapping[str, Any], part: str, name: str) -> float:
 
 
 def _statistic(name: str, deltas: Mapping[str, float], recipe: Recipe, predictions: Predictions) -> float:
-    kinds = {task.name: task.kind for task in predictions.tasks}
-    measure = parse_measure(name, kinds, list(predictions.groups), list(deltas))
+    measure = parse_measure(name, {t.name: t.kind for t in predictions.tasks}, list(predictions.groups), list(deltas))
     return value_of(measure, predictions, deltas, recipe)
 
 
@@ -175,10 +167,7 @@ def _deviation(seed: Path, statistic: Statistic) -> float | None:
 
 
 def sampling_deviation(predictions: Predictions, statistic: Statistic, folds: int = _FOLDS) -> float:
-    """Return the standard deviation of a statistic over draws of people: the jackknife that leaves out a tenth at a time.
-
-    ``sqrt((g - 1) / g sum_i (s_i - mean s)^2)`` for g folds of the rows in their own order, every g-th row in one fold.
-    """
+    """Return the standard deviation of a statistic over draws of people, by the jackknife over ``folds``: every g-th row is one."""
 
     def without(fold: int) -> Predictions:
         p, rows = predictions, torch.arange(len(predictions)) % folds != fold

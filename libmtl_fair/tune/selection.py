@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from libmtl_fair.errors import FairMTLError, RecipeError
 from libmtl_fair.recipe.schema import Recipe
+from libmtl_fair.tune.objectives import NUMBER
 from libmtl_fair.tune.plan import DESCRIBED
 
 TUNED = "tuned"
@@ -52,15 +54,15 @@ def select(study: optuna.Study, max_disparity: float = 0.05) -> FrozenTrial:
     number = isinstance(max_disparity, int | float) and not isinstance(max_disparity, bool)
     if not number or not math.isfinite(max_disparity):
         raise RecipeError(f"max_disparity must be a number, found {max_disparity!r}")
-    trials, sign = complete(study), _signs(study)[0]
-    name = disparity(study)
+    trials, sign, name = complete(study), _signs(study)[0], disparity(study)
     if name is None:
         raise RecipeError(
             f"study {study.study_name!r} has no disparity among objectives and constraints; choose a trial by number"
         )
-    feasible = [t for t in trials if validated(t, name) <= max_disparity]
+    found = {t.number: float(np.mean(t.user_attrs["validation"][name])) for t in trials}
+    feasible = [t for t in trials if found[t.number] <= max_disparity]
     if not feasible:
-        return min(trials, key=lambda t: (validated(t, name), t.number))
+        return min(trials, key=lambda t: (found[t.number], t.number))
     return min(feasible, key=lambda t: (sign * t.values[0], t.number))
 
 
@@ -74,11 +76,6 @@ def disparity(study: optuna.Study) -> str | None:
     about = study.user_attrs.get(DESCRIBED, {})
     names = [name for name, sign in zip(about.get("objectives", {}), _signs(study)) if sign > 0]
     return next(iter([*names, *(text.split(" ")[0] for text in about.get("constraints", []))]), None)
-
-
-def validated(trial: FrozenTrial, name: str) -> float:
-    """Return a trial's value of a measure on validation data, mean over seeds."""
-    return float(np.mean(trial.user_attrs["validation"][name]))
 
 
 def knee(study: optuna.Study) -> FrozenTrial:
@@ -117,22 +114,14 @@ def trial_by_number(study: optuna.Study, number: int) -> FrozenTrial:
 
 
 def selection(how: str) -> int | float | None:
-    """Return what a text asks for: a trial's number, a bound on the disparity, or None for ``knee`` and ``best``.
-
-    >>> selection("max_disparity=0.05"), selection("12"), selection("knee")
-    (0.05, 12, None)
-    """
+    """Return what a text asks for: a trial's number, a bound on the disparity, or None for ``knee`` and ``best``."""
     text = how.strip()
     if text in ("knee", "best") or text.isdigit():
         return int(text) if text.isdigit() else None
-    name, _, value = text.partition("=")
-    try:
-        bound = float(value) if name.strip() == "max_disparity" else math.nan
-    except ValueError:
-        bound = math.nan
-    if not math.isfinite(bound):
+    bound = re.fullmatch(rf"max_disparity\s*=\s*{NUMBER}", text)
+    if bound is None or math.isinf(float(bound[1])):
         raise RecipeError(f"--select expects max_disparity=0.05, knee, best, or the number of a trial, found {how!r}")
-    return bound
+    return float(bound[1])
 
 
 def chosen(study: optuna.Study, how: str = "best") -> FrozenTrial:

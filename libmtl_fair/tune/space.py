@@ -17,6 +17,7 @@ from libmtl_fair.recipe.schema import Recipe
 Entry = dict[str, Any]
 Path = tuple[str, ...]
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
+_ENTRIES = ("low", "high", "log", "choices")
 _WIDTHS = ([64, 32], [128, 64], [256, 128])
 _SHARED: Mapping[str, tuple[Path, Entry | None]] = {
     "lr": (("train", "optimizer", "lr"), {"low": 5e-4, "high": 1e-2, "log": True}),
@@ -31,14 +32,10 @@ _SHARED: Mapping[str, tuple[Path, Entry | None]] = {
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a study.
+    """One parameter of a study: ``path`` is where its value goes in the method's entry of a recipe.
 
-    Attributes
-    ----------
-    name : in the study; where several methods are tuned, ``<method>.<setting>``.
-    path : where its value goes in the method's entry of a recipe.
-    entry : ``low``, ``high`` (both included; two whole numbers give whole numbers) and ``log``, or ``choices``.
-    distribution : Optuna's form of it, in which a list is one choice, written ``128-64``.
+    ``entry`` is ``low``, ``high`` (both included; two whole numbers give whole numbers) and ``log``, or ``choices``;
+    ``distribution`` Optuna's form of it, in which a list is one choice, written ``128-64``.
     """
 
     name: str
@@ -71,11 +68,7 @@ class Parameter:
 
 
 def label(choice: object) -> CategoricalChoiceType:
-    """Return a choice as Optuna stores it: a list of widths as ``128-64``.
-
-    >>> label([128, 64])
-    '128-64'
-    """
+    """Return a choice as Optuna stores it: a list of widths as ``128-64``."""
     if isinstance(choice, list | tuple):
         return "-".join(str(item) for item in choice)
     if choice is None or isinstance(choice, bool | int | float | str):
@@ -84,12 +77,7 @@ def label(choice: object) -> CategoricalChoiceType:
 
 
 def make_space(recipe: Recipe) -> dict[str, tuple[Parameter, ...]]:
-    """Return method -> its parameters; the methods are ``tune.methods``, else the first that is not the reference.
-
-    Raises
-    ------
-    RecipeError : an unknown method or parameter, or a range that does not make sense.
-    """
+    """Return method -> its parameters; the methods are ``tune.methods``, else the first that is not the reference."""
     methods, asked = (recipe.tune.methods, recipe.tune.space) if recipe.tune else (None, None)
     if methods is None:
         methods = tuple(name for name in recipe.methods if name != recipe.reference)[:1] or (recipe.reference,)
@@ -110,15 +98,11 @@ def make_space(recipe: Recipe) -> dict[str, tuple[Parameter, ...]]:
 
 
 def _built_in(recipe: Recipe, method: str) -> dict[str, tuple[Path, Entry]]:
-    """Return name -> place and range: of the method's and its architecture's settings, then what all methods share.
-
-    Whole numbers come last among a method's settings, the order in which studies draw them.
-    """
+    """Return name -> place and range: of the method's and its architecture's settings (whole numbers last), then the shared ones."""
     model, found = recipe.model_for(method), {}
     weighting = OUR_WEIGHTINGS.get(recipe.methods[method].weighting)
     for cls, place in ((weighting, ()), (OUR_ARCHITECTURES.get(model.architecture), ("arch_args",))):
-        settings = getattr(cls, "settings_class", None)
-        ranges = settings.search_space() if settings else {}
+        ranges = settings.search_space() if (settings := getattr(cls, "settings_class", None)) else {}
         for name, entry in sorted(ranges.items(), key=lambda item: isinstance(item[1].get("low"), int)):
             found[name] = ((*place, name), entry)
     found |= {name: (path, entry) for name, (path, entry) in _SHARED.items() if entry is not None}
@@ -139,8 +123,8 @@ def _entry(name: str, entry: object, known: Mapping[str, tuple[Path, Entry]]) ->
             f"tune.space: {name} expects builtin, a list of choices, or {{low: 0.01, high: 1.0, log: true}}, found {entry!r}"
         )
     for key, value in entry.items():
-        if key not in ("low", "high", "log", "choices"):
-            raise RecipeError(f"tune.space: {name}: {unknown('entry', key, ('low', 'high', 'log', 'choices'))}")
+        if key not in _ENTRIES:
+            raise RecipeError(f"tune.space: {name}: {unknown('entry', key, _ENTRIES)}")
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if key in ("low", "high") and value is not None and not number:
             raise RecipeError(f"tune.space: {name}.{key} must be a number, found {value!r}")
@@ -148,7 +132,7 @@ def _entry(name: str, entry: object, known: Mapping[str, tuple[Path, Entry]]) ->
 
 
 def _distribution(name: str, entry: Entry) -> Distribution:
-    low, high, log, choices = (entry.get(key) for key in ("low", "high", "log", "choices"))
+    low, high, log, choices = map(entry.get, _ENTRIES)
     if choices is not None:
         if len(choices) < 2:
             raise RecipeError(f"tune.space: {name} needs at least two choices, found {choices}")
@@ -156,8 +140,8 @@ def _distribution(name: str, entry: Entry) -> Distribution:
     if low is None or high is None or not low < high or (log and low <= 0):
         rule = "0 < low < high with log: true" if log else "low < high"
         raise RecipeError(f"tune.space: {name} expects {rule}, found low={low}, high={high}")
-    whole = isinstance(low, int) and isinstance(high, int)
-    return IntDistribution(low, high, log=bool(log)) if whole else FloatDistribution(low, high, log=bool(log))
+    kind = IntDistribution if isinstance(low, int) and isinstance(high, int) else FloatDistribution
+    return kind(low, high, log=bool(log))
 
 
 def changed(recipe: Recipe, method: str, values: Mapping[Path, object]) -> Recipe:
@@ -187,5 +171,6 @@ def current(recipe: Recipe, method: str, parameter: Parameter, args: Mapping[str
     own, weighting = spec.args if args is None else args, OUR_WEIGHTINGS.get(spec.weighting)
     if weighting is None or last in own:
         return own.get(last)
-    made = weighting.settings_class.from_args(spec.weighting, own)
-    return getattr(made, "prototypes_per_task" if last == "k" else last, None)
+    return getattr(
+        weighting.settings_class.from_args(spec.weighting, own), "prototypes_per_task" if last == "k" else last, None
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import optuna
@@ -18,7 +18,7 @@ from libmtl_fair.recipe.build import make_trainer
 from libmtl_fair.tune.budget import Heartbeat, give_up
 from libmtl_fair.tune.plan import Candidate, Outcome
 from libmtl_fair.tune.stacked import Rows, Stack, obstacle, shape
-from libmtl_fair.tune.worker import Worker, measured
+from libmtl_fair.tune.worker import Worker, measure
 
 _ALONE = "is trained alone: "
 
@@ -53,13 +53,8 @@ class _Run:
     def epoch(self) -> int:
         return self.trainers[0].epoch
 
-    @property
-    def finished(self) -> bool:
-        return self.epoch >= self.candidate.train.epochs
-
-    def is_finite(self) -> bool:
-        here = [m for m, trainer in enumerate(self.stack.trainers) if any(trainer is own for own in self.trainers)]
-        return all(self.stack.finite(m) for m in here)
+    def places(self) -> list[int]:
+        return [m for m, trainer in enumerate(self.stack.trainers) if any(trainer is own for own in self.trainers)]
 
 
 @dataclass
@@ -69,11 +64,11 @@ class Places:
     worker: Worker
     study: optuna.Study
     count: int
-    _runs: list[_Run] = field(default_factory=list)
-    _stacks: dict[Any, Stack] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Move the data to the device."""
+        self._runs: list[_Run] = []
+        self._stacks: dict[tuple[object, ...], Stack] = {}
         plan = self.worker.plan
         self._device = resolve_device(self.worker.device)
         self._data = plan.dataset(plan.recipe.seeds[0])
@@ -117,16 +112,13 @@ class Places:
             self.worker.run(self.study, trial)
 
     def _placed(self, trial: optuna.Trial, candidate: Candidate, alive: ExitStack) -> _Run:
-        recipe, method = candidate.recipe, candidate.method
-        trainers = [
-            make_trainer(recipe, method, self._data, self._tasks, seed, device=self._device) for seed in candidate.seeds
-        ]
-        key = shape(recipe, method)
-        if key not in self._stacks:
-            judge_all = self.worker.plan.pruner is not None
-            self._stacks[key] = Stack(self._rows, candidate.train.batch_size, judge_all)
-        self._stacks[key].change(add=trainers)
-        return _Run(trial, candidate, trainers, self._stacks[key], alive)
+        made, key = (candidate.recipe, candidate.method), shape(candidate.recipe, candidate.method)
+        data, device = (self._data, self._tasks), self._device
+        trainers = [make_trainer(*made, *data, seed, device=device) for seed in candidate.seeds]
+        judge_all = self.worker.plan.tune.pruner is not None
+        stack = self._stacks.setdefault(key, Stack(self._rows, candidate.train.batch_size, judge_all))
+        stack.change(add=trainers)
+        return _Run(trial, candidate, trainers, stack, alive)
 
     def _train(self, stack: Stack) -> None:
         """Train one epoch of a stack; end the trials that are done."""
@@ -135,29 +127,32 @@ class Places:
         try:
             scores = stack.epoch()
         except (FairMTLError, ArithmeticError, RuntimeError) as error:
-            self._stacks = {key: other for key, other in self._stacks.items() if other is not stack}
+            self._remove(stack)
             self._alone(runs, f"their stack cannot be trained: {error}")
             return
         each = (time.perf_counter() - began) / len(stack.members)
         for run in runs:
             run.spent += each * len(run.trainers)
         # alone, a trial says in which step and task it diverged
-        diverged = [run for run in runs if not run.is_finite()]
+        diverged = [run for run in runs if not all(map(stack.finite, run.places()))]
         pruned = [run for run in runs if run not in diverged and self._is_pruned(run, scores)]
-        ended = [run for run in runs if run.finished and run not in diverged and run not in pruned]
+        done = [run for run in runs if run.epoch >= run.candidate.train.epochs]
+        ended = [run for run in done if run not in diverged and run not in pruned]
         stack.change(drop=[trainer for run in [*diverged, *pruned, *ended] for trainer in run.trainers])
         if not stack.members:
-            self._stacks = {key: other for key, other in self._stacks.items() if other is not stack}
+            self._remove(stack)
         self._alone(diverged, "it diverged")
         for run in [*pruned, *ended]:
             self._end(run, pruned=run in pruned)
 
+    def _remove(self, stack: Stack) -> None:
+        self._stacks = {key: other for key, other in self._stacks.items() if other is not stack}
+
     def _is_pruned(self, run: _Run, scores: dict[int, float]) -> bool:
         """Report the score of a trial's first seed, as a trial alone does; whether the pruner stops it."""
-        if self.worker.plan.pruner is None:
+        if self.worker.plan.tune.pruner is None:
             return False
-        place = next(m for m, trainer in enumerate(run.stack.trainers) if trainer is run.trainers[0])
-        run.trial.report(scores[place], run.epoch - 1)
+        run.trial.report(scores[run.places()[0]], run.epoch - 1)
         return run.trial.should_prune()
 
     def _end(self, run: _Run, pruned: bool) -> None:
@@ -167,15 +162,13 @@ class Places:
 
     def _outcome(self, run: _Run) -> Outcome:
         plan, keeper = self.worker.plan, self.worker.keeper
-        found: dict[str, list[float]] = {m.name: [] for m in plan.measures}
+        found = {m.name: list[float]() for m in plan.measures}
         for seed, trainer in zip(run.candidate.seeds, run.trainers):
             if trainer.select == "best" and trainer.best["state"] is not None:
                 judging.hold_best(trainer)
-            predictions = trainer.predict(self._rows.val)
-            for name, value in measured(plan, predictions, self.worker.protocol).items():
-                found[name].append(value)
+            measure(plan, trainer.predict(self._rows.val), self.worker.protocol, found)
             if keeper is not None:
-                keeper.trained(run.trial)(seed, trainer)
+                keeper.trained(run.trial, seed, trainer)
         return Outcome(found, list(run.candidate.seeds), run.spent)
 
     def _alone(self, runs: Sequence[_Run], why: str) -> None:

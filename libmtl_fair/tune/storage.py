@@ -114,12 +114,7 @@ def storage_errors(where: object) -> Iterator[None]:
 
 
 def load_study(where: str, name: str | None = None) -> optuna.Study:
-    """Open a study in a storage; the name may be left out where there is one only.
-
-    Raises
-    ------
-    RecipeError : no such study.
-    """
+    """Open a study in a storage; the name may be left out where there is one only."""
     if "://" not in where and not Path(where).exists():
         raise RecipeError(
             f"there is no study file {where}; --from-study takes what --storage was, such as OUT/study.journal"
@@ -135,11 +130,7 @@ def load_study(where: str, name: str | None = None) -> optuna.Study:
 
 
 class JournalFile(JournalFileBackend):
-    """Optuna's journal file, appended to in whole lines only.
-
-    Optuna skips a last line that lacks its end, as a killed writer or a full disk leaves one; the next writer would append to
-    it, and the journal could not be read any more. Here that piece of a line is cut off first, and a write that fails is undone.
-    """
+    """Optuna's journal file, appended to in whole lines: a piece of one, of a killed writer or a full disk, is cut off first."""
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Append the entries, or none of them; an OSError leaves the file as it was."""

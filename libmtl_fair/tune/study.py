@@ -175,14 +175,12 @@ def open_study(
 ) -> optuna.Study:
     """Open or make the study of a plan; a study of that name about something else is refused, or left alone with ``new``."""
     names, first, number = set(optuna.get_all_study_names(storage)), name, 1
-    while new and name in names:
-        held = optuna.load_study(study_name=name, storage=storage).user_attrs
-        if held.get(FINGERPRINT) == fingerprint(plan.described()):
-            break
+    load, own = partial(optuna.load_study, storage=storage), fingerprint(plan.described())
+    while new and name in names and load(study_name=name).user_attrs.get(FINGERPRINT) != own:
         number += 1
         name = f"{first}-{number}"
     if name in names:
-        study = optuna.load_study(study_name=name, storage=storage)
+        study = load(study_name=name)
     else:
         directions = [StudyDirection[m.direction.upper()] for m in plan.objectives]
         study = optuna.create_study(study_name=name, storage=storage, directions=directions, load_if_exists=True)
@@ -194,11 +192,10 @@ def open_study(
         study.set_metric_names([m.name for m in plan.objectives])
     study.sampler = _sampler(plan, plan.recipe.seeds[0] + 7919 * worker + done)
     if "sampler" not in study.user_attrs:
-        pinned = {"name": plan.sampler, **SAMPLERS[plan.sampler], "optuna": optuna.__version__}
-        study.set_user_attr("sampler", pinned)
-    if plan.pruner not in PRUNERS:
-        raise RecipeError(f"tune.pruner: {unknown('pruner', plan.pruner, filter(None, PRUNERS))}")
-    study.pruner = PRUNERS[plan.pruner]()
+        study.set_user_attr("sampler", {"name": plan.sampler, **SAMPLERS[plan.sampler], "optuna": optuna.__version__})
+    if plan.tune.pruner not in PRUNERS:
+        raise RecipeError(f"tune.pruner: {unknown('pruner', plan.tune.pruner, filter(None, PRUNERS))}")
+    study.pruner = PRUNERS[plan.tune.pruner]()
     return study
 
 
@@ -209,10 +206,8 @@ def _sampler(plan: Plan, seed: int) -> optuna.samplers.BaseSampler:
         kind = optuna.samplers.TPESampler if plan.sampler == "tpe" else optuna.samplers.RandomSampler
         return kind(**SAMPLERS[plan.sampler], seed=seed)
     if len(plan.space) > 1:
-        methods = ", ".join(plan.space)
-        raise RecipeError(
-            f"tune.sampler: nsga2 crosses the settings of one method, and tune.methods has {methods}; take tpe"
-        )
+        several = f"nsga2 crosses the settings of one method, and tune.methods has {', '.join(plan.space)}; take tpe"
+        raise RecipeError(f"tune.sampler: {several}")
     return Evolution({p.name: p.distribution for p in next(iter(plan.space.values()))}, seed)
 
 
@@ -233,8 +228,6 @@ class Evolution(optuna.samplers.NSGAIISampler):
         """Return a child of the generation before."""
         return super().sample_relative(study, trial, search_space) if search_space else {}
 
-
-# -- worker processes -------------------------------------------------------------------------------------------------
 
 _START = "import sys; from libmtl_fair.tune.study import main; sys.exit(main())"
 

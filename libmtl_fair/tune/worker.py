@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import optuna
@@ -30,7 +30,6 @@ from libmtl_fair.tune.budget import GRACE, Heartbeat, Reaper, claim, fill, give_
 from libmtl_fair.tune.objectives import value_of
 from libmtl_fair.tune.plan import Candidate, Outcome, Plan
 
-OnEpoch = Callable[[int, float], None]
 PROTOCOL = "protocol"
 _FAILURES = (
     ArithmeticError,
@@ -48,10 +47,7 @@ _HOPELESS = 5
 
 
 def protocol_of(study: optuna.Study, plan: Plan, device: str) -> Protocol:
-    """Return a study's tolerances and score ranges; where it has none, those of the plan, which it then has.
-
-    Where the recipe asks for quantiles, or a task is a regression, the reference model is trained for them.
-    """
+    """Return a study's tolerances and score ranges; where it has none, those of the plan (of a reference model, if it takes one)."""
     if PROTOCOL in study.user_attrs:
         return Protocol.from_dict(study.user_attrs[PROTOCOL])
     recipe, seed, made = plan.recipe, plan.seeds(0)[0], Protocol({}, {})
@@ -75,38 +71,39 @@ def run_trial(
     *,
     device: str = "auto",
     part: Literal["val", "test"] = "val",
-    on_epoch: OnEpoch | None = None,
-    on_trained: Callable[[int, FairTrainer], None] | None = None,
+    trial: optuna.Trial | None = None,
+    keeper: Keeper | None = None,
 ) -> Outcome:
-    """Train a candidate once a seed and measure it; ``on_epoch`` is given each validation score of the first seed."""
-    found: dict[str, list[float]] = {m.name: [] for m in plan.measures}
-    began = time.perf_counter()
+    """Train a candidate once a seed and measure it; a ``trial`` that may be pruned is told the first seed's scores."""
+    found, began = {m.name: list[float]() for m in plan.measures}, time.perf_counter()
     for i, seed in enumerate(candidate.seeds):
         tasks = protocol.freeze(plan.dataset(seed).tasks)
-        trainer, sources = _train(plan, candidate, seed, tasks, device, on_epoch if i == 0 else None)
-        for name, value in measured(plan, trainer.predict(sources[part]), protocol).items():
-            found[name].append(value)
-        if on_trained is not None:
-            on_trained(seed, trainer)
+        trainer, sources = _train(plan, candidate, seed, tasks, device, None if i else trial)
+        measure(plan, trainer.predict(sources[part]), protocol, found)
+        if keeper is not None and trial is not None:
+            keeper.trained(trial, seed, trainer)
     return Outcome(found, candidate.seeds, time.perf_counter() - began)
 
 
-def measured(plan: Plan, predictions: Predictions, protocol: Protocol) -> dict[str, float]:
-    """Return measure -> value of one model's predictions."""
-    return {m.name: value_of(m, predictions, protocol.deltas, plan.recipe) for m in plan.measures}
+def measure(plan: Plan, predictions: Predictions, protocol: Protocol, found: dict[str, list[float]]) -> None:
+    """Add the value of each measure of one model's predictions to those found."""
+    for m in plan.measures:
+        found[m.name].append(value_of(m, predictions, protocol.deltas, plan.recipe))
 
 
 def _train(
-    plan: Plan, candidate: Candidate, seed: int, tasks: tuple[Task, ...], device: str, on_epoch: OnEpoch | None = None
+    plan: Plan, candidate: Candidate, seed: int, tasks: tuple[Task, ...], device: str, trial: optuna.Trial | None = None
 ) -> tuple[FairTrainer, dict[str, ResidentLoader]]:
     data = dataclasses.replace(plan.dataset(seed), tasks=tasks)
     trainer = make_trainer(candidate.recipe, candidate.method, data, tasks, seed, device=resolve_device(device))
     judge, epochs = trainer.select_by, itertools.count()
-    if on_epoch is not None and judge is not None:
+    if trial is not None and judge is not None and plan.tune.pruner is not None:
 
         def judged(results: Results) -> float:
             score = judge(results)
-            on_epoch(next(epochs), score)  # it may raise TrialPruned
+            trial.report(score, next(epochs))
+            if trial.should_prune():
+                raise optuna.TrialPruned
             return score
 
         trainer.select_by = judged
@@ -117,17 +114,9 @@ def _train(
 
 @dataclass
 class Worker:
-    """Runs trials of a study until none waits.
+    """Runs trials of a study until none waits, or the ``deadline`` (``time.monotonic()``) is over; ``note`` is told each result.
 
-    Attributes
-    ----------
-    plan, protocol : what is asked, and the fixed tolerances.
-    total : slots of the study.
-    device : of this worker's trainings.
-    deadline : ``time.monotonic()`` after which no trial is begun.
-    grace : seconds without a sign of life after which a worker on another machine counts as dead.
-    keeper : keeps each trial's files, None where the storage has no folder for them.
-    note : called with one line after each trial.
+    ``grace``: seconds without a sign of life after which a worker on another machine counts as dead; ``keeper``: keeps files.
     """
 
     plan: Plan
@@ -138,7 +127,6 @@ class Worker:
     grace: float = GRACE
     keeper: Keeper | None = None
     note: Callable[[str], None] = lambda text: None
-    reaper: Reaper = field(init=False)
 
     def __post_init__(self) -> None:
         """Start watching."""
@@ -164,30 +152,18 @@ class Worker:
     def begin(self, trial: optuna.Trial) -> Candidate:
         """Ask the sampler for a trial's parameters, and note in the trial what it trains."""
         found = self.plan.candidate(trial)
-        trial.set_user_attr("seeds", found.seeds)
-        trial.set_user_attr("method", found.method)
-        trial.set_user_attr("recipe", found.recipe.to_dict())
+        for name, value in (("seeds", found.seeds), ("method", found.method), ("recipe", found.recipe.to_dict())):
+            trial.set_user_attr(name, value)
         return found
 
     def run(self, study: optuna.Study, trial: optuna.Trial) -> None:
         """Train and measure one trial alone, and tell the study, whatever happens."""
-
-        def on_epoch(epoch: int, score: float) -> None:
-            trial.report(score, epoch)
-            if trial.should_prune():
-                raise optuna.TrialPruned
-
         with self.telling(study, trial):
             with Heartbeat(study, trial, self.grace):
                 candidate = self.begin(trial)
                 try:
                     outcome = run_trial(
-                        self.plan,
-                        candidate,
-                        self.protocol,
-                        device=self.device,
-                        on_epoch=on_epoch if self.plan.pruner is not None else None,
-                        on_trained=self.keeper.trained(trial) if self.keeper else None,
+                        self.plan, candidate, self.protocol, device=self.device, trial=trial, keeper=self.keeper
                     )
                 except optuna.TrialPruned:
                     outcome = None
@@ -236,12 +212,7 @@ class Worker:
         self.note(f"trial {trial.number} {line}")
 
     def check_hope(self, study: optuna.Study) -> None:
-        """Stop where every trial fails.
-
-        Raises
-        ------
-        FairMTLError : every trial so far has failed.
-        """
+        """Raise FairMTLError where every trial so far has failed."""
         done = [t for t in slots(study).values() if t.state.is_finished()]
         failed = [t for t in done if t.state == TrialState.FAIL]
         if len(failed) >= _HOPELESS and len(failed) == len(done):

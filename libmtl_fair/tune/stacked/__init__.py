@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from libmtl_fair.tune.stacked.engine import Rows, Stack
-from libmtl_fair.tune.stacked.fits import SUPPORTED, obstacle, shape
+from libmtl_fair.tune.stacked.members import SUPPORTED, obstacle, shape
 
 __all__ = ["SUPPORTED", "Rows", "Stack", "obstacle", "shape"]

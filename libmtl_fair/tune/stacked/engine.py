@@ -1,9 +1,7 @@
-"""M trainings as one: batched matrix products, gradients written out, one Adam; members come and go between epochs.
+"""M trainings as one: a layer of all members is one batched matrix product, gradients are written out, one Adam moves all.
 
-A member is a :class:`FairTrainer` whose weights are a row of one matrix [M, P]. One batched matrix product does a layer of all
-members. What a fairness method asks for is a gradient to its logits and representations, a few columns wide, which the
-member's own weighting computes. Random draws come from each member's own stream, so that a member's training is the one that
-it would have had alone, up to rounding.
+A member is a :class:`FairTrainer` whose weights are a row of one matrix [M, P]. Random draws come from each member's own stream,
+so that its training is the one that it would have had alone, up to rounding.
 """
 
 from __future__ import annotations
@@ -26,14 +24,7 @@ from libmtl_fair.tune.stacked.weights import Adam, Room, Weights
 
 
 class Rows:
-    """The training data of a stack on its device, and a loader of the validation data.
-
-    Attributes
-    ----------
-    x : features, [N, F].
-    y : [N, T], NaN where a label is missing; ``complete``: there is none.
-    groups : attribute -> [N].
-    """
+    """Training data on a device: ``x`` [N, F], ``y`` [N, T] (NaN where missing), ``groups`` (each [N]); a loader of validation data."""
 
     def __init__(self, data: Dataset, device: torch.device) -> None:
         split, self.device = data.train, device
@@ -47,17 +38,9 @@ class Rows:
 
 
 class Stack:
-    """Trainers of binary tasks that train together, an epoch at a time.
+    """Trainers of binary tasks that train together, an epoch at a time, as ``members`` in the order of the rows of weights.
 
-    Parameters
-    ----------
-    rows : the data of all of them.
-    batch_size : of all of them.
-    judge_all : judge every member after each epoch, not only those that keep their best epoch.
-
-    Attributes
-    ----------
-    members : in the order of the rows of weights.
+    ``judge_all``: judge every member after each epoch, not only those that keep their best epoch.
     """
 
     def __init__(self, rows: Rows, batch_size: int, judge_all: bool = False) -> None:
@@ -92,12 +75,7 @@ class Stack:
 
     @property
     def weights(self) -> Weights:
-        """Return the weights of all members.
-
-        Raises
-        ------
-        HostError : there was no member yet.
-        """
+        """The weights of all members; a HostError says that there was none yet."""
         if self._weights is None:
             raise HostError("the stack has no members")
         return self._weights
@@ -131,31 +109,26 @@ class Stack:
         """Train one step of every member on its own rows [M, B] of the data."""
         *blocks, heads = self.weights.layers
         batch, room = self.rows.x.take(rows, self._room), self._room
-        outputs: list[Tensor] = []
-        masks: list[Tensor | None] = []
-        for i, layer in enumerate(blocks):
-            if not i:
-                h = batch.forward(layer, room)
-            else:
-                out = room(f"h{i}", (*rows.shape, layer.width), outputs[-1])
-                h = torch.baddbmm(layer.bias, outputs[-1], layer.weight, out=out)
-            masks.append(self._mask(h.relu_()))
-            outputs.append(h if masks[-1] is None else h.mul_(masks[-1]))
-        z = torch.baddbmm(heads.bias, outputs[-1], heads.weight)
+        received: list[tuple[Tensor, Tensor | None]] = []  # by the layers after the first, and what dropout left of it
+        h = batch.forward(blocks[0], room)
+        for i, layer in enumerate([*blocks[1:], heads], 1):
+            mask = self._mask(h.relu_())
+            received.append((h if mask is None else h.mul_(mask), mask))
+            out = room(f"h{i}", (*rows.shape, layer.bias.shape[2]), h) if layer is not heads else None
+            h = torch.baddbmm(layer.bias, h, layer.weight, out=out)
         y = self.rows.y.index_select(0, rows.flatten()).view(*rows.shape, -1)
-        step = Step(z, outputs[-1], heads.weight, y, rows, self.rows.groups, self.rows.complete)
-        self._backward(batch, outputs, masks, *self._objective(step))
+        step = Step(h, received[-1][0], heads.weight, y, rows, self.rows.groups, self.rows.complete)
+        self._backward(batch, received, *self._objective(step))
         self._adam.step(self.weights.flat, self.weights.grad)
 
     def _mask(self, h: Tensor) -> Tensor | None:
         """Return what dropout multiplies h [M, B, d] by, None where no member has it."""
-        if not any(member.dropout for member in self.members):
+        kept = [(m, member.generator, 1 - member.dropout) for m, member in enumerate(self.members) if member.dropout]
+        if not kept:
             return None
         mask = torch.ones_like(h)
-        for m, member in enumerate(self.members):
-            if member.dropout:
-                keep = 1 - member.dropout
-                mask[m].bernoulli_(keep, generator=member.generator).div_(keep)
+        for m, generator, share in kept:
+            mask[m].bernoulli_(share, generator=generator).div_(share)
         return mask
 
     def _objective(self, step: Step) -> tuple[Tensor, Tensor | None]:
@@ -164,26 +137,19 @@ class Stack:
             return self._parts[0].gradients(step)
         to_z, to_h = torch.empty_like(step.z), None
         for part in self._parts:
-            gradient, further = part.gradients(step.of(part.places))
-            to_z[part.places] = gradient
+            to_z[part.places], further = part.gradients(step.of(part.places))
             if further is not None:
                 to_h = torch.zeros_like(step.h) if to_h is None else to_h
                 to_h[part.places] = further
         return to_z, to_h
 
     def _backward(
-        self,
-        batch: Batch,
-        outputs: list[Tensor],
-        masks: list[Tensor | None],
-        gradient: Tensor,
-        further: Tensor | None,
+        self, batch: Batch, received: list[tuple[Tensor, Tensor | None]], gradient: Tensor, further: Tensor | None
     ) -> None:
         """Write the gradient of all weights from those to the logits and to what the heads received."""
         first, *grads = self.weights.grads
         layers = self.weights.layers[1:]
-        for index in reversed(range(len(grads))):
-            h, mask = outputs[index], masks[index]
+        for index, (h, mask) in reversed(list(enumerate(received))):
             torch.bmm(h.mT, gradient, out=grads[index].weight)
             torch.sum(gradient, 1, keepdim=True, out=grads[index].bias)
             gradient = torch.bmm(gradient, layers[index].weight.mT, out=self._room(f"g{index}", tuple(h.shape), h))

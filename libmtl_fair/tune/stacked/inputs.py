@@ -1,13 +1,11 @@
 """What the first layer of all members receives: rows of the data, dense or as their few entries that are not zero.
 
-One-hot columns leave most features of a row at zero. A product with such a row is a weighted sum of a few rows of weights, and
-the gradient of the weights to a feature a weighted sum over the examples that have it: both are sums of bags, which cost in
-proportion to the entries.
+With one-hot columns, a product is a weighted sum of a few rows of weights, and the gradient of a feature's weights one over the
+examples that have it: sums of bags, which cost in proportion to the entries.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,27 +19,15 @@ FEW = 0.15
 """Share of the features that a row may have as entries: there, bags take as long as products with 32 outputs, half with 128."""
 
 
-class Batch(ABC):
-    """The examples of one step of all members, M times B."""
-
-    @abstractmethod
-    def forward(self, layer: Layer, room: Room) -> Tensor:
-        """Return the first layer's outputs [M, B, out], in memory that the next step may use again."""
-
-    @abstractmethod
-    def backward(self, gradient: Tensor, grads: Layer) -> None:
-        """Write the first layer's gradients from the one to its outputs [M, B, out]."""
-
-
 @dataclass(frozen=True)
-class Dense(Batch):
+class Dense:
     """Features ``x`` [M, B, F]."""
 
     x: Tensor
 
     def forward(self, layer: Layer, room: Room) -> Tensor:
-        """Return ``x w + b``."""
-        out = room("first", (*self.x.shape[:2], layer.width), self.x)
+        """Return ``x w + b`` [M, B, out], in memory that the next step may use again."""
+        out = room("first", (*self.x.shape[:2], layer.bias.shape[2]), self.x)
         return torch.baddbmm(layer.bias, self.x, layer.weight, out=out)
 
     def backward(self, gradient: Tensor, grads: Layer) -> None:
@@ -51,11 +37,8 @@ class Dense(Batch):
 
 
 @dataclass(frozen=True)
-class Sparse(Batch):
-    """Entries of the examples: ``values`` [M, B, K] and ``places`` [M, B, K], ``m (F + 1) + feature`` for member m.
-
-    The last entry of each example is a one at the place after the features, whose weights are the bias.
-    """
+class Sparse:
+    """Entries of the examples, the last a one for the bias: values and places [M, B, K], ``m (F + 1) + feature`` for member m."""
 
     places: Tensor
     values: Tensor
@@ -65,7 +48,8 @@ class Sparse(Batch):
         members, features, width = layer.weight.shape
         table = room("table", (members, features + 1, width), layer.weight)
         table[:, :features], table[:, features:] = layer.weight, layer.bias
-        out = _sums(self.places.flatten(0, 1), table.flatten(0, 1), self.values.flatten(0, 1))
+        places, values = self.places.flatten(0, 1), self.values.flatten(0, 1)
+        out = embedding_bag(places, table.flatten(0, 1), mode="sum", per_sample_weights=values)
         return out.view(*self.places.shape[:2], width)
 
     def backward(self, gradient: Tensor, grads: Layer) -> None:
@@ -77,15 +61,15 @@ class Sparse(Batch):
         examples = torch.from_numpy(order // self.places.shape[2])
         values = self.values.flatten().index_select(0, torch.from_numpy(order))
         sizes = torch.bincount(places, minlength=count)
-        found = _sums(examples, gradient.flatten(0, 1), values, sizes.cumsum(0) - sizes)
+        starts, table = sizes.cumsum(0) - sizes, gradient.flatten(0, 1)
+        found = embedding_bag(examples, table, starts, mode="sum", per_sample_weights=values)
         weight, bias = torch.split(found.view(members, features + 1, width), [features, 1], 1)
         grads.weight.copy_(weight)
         grads.bias.copy_(bias)
 
 
-def _sums(rows: Tensor, table: Tensor, values: Tensor, starts: Tensor | None = None) -> Tensor:
-    """Return the sums of ``values`` times ``rows`` of a table, a bag for each row of ``rows`` or from each start."""
-    return embedding_bag(rows, table, starts, mode="sum", per_sample_weights=values)
+Batch = Dense | Sparse
+"""The examples of one step of all members, M times B."""
 
 
 class Inputs:
@@ -107,10 +91,7 @@ class Inputs:
 
 
 def _entries(x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return features and values [N, K] of the entries of each row, and of the bias; None where they are not few.
-
-    Rows of fewer entries are filled up with zeros of other features.
-    """
+    """Return features and values [N, K] of the entries of each row, and of the bias; None where they are not few."""
     held = x != 0
     most = int(held.sum(1).max())
     if most + 1 > FEW * x.shape[1]:

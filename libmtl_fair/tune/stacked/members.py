@@ -1,8 +1,8 @@
-"""A member of a stack: its trainer, its random draws, its learning rates, and what its fairness method asks for."""
+"""A member of a stack: which trainings can be one, its trainer, its draws and learning rates, and what its method asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,14 +14,51 @@ from libmtl_fair.errors import HostError
 from libmtl_fair.libmtl import FairTrainer
 from libmtl_fair.libmtl import step as stepping
 from libmtl_fair.libmtl.optimizers import make_scheduler
-from libmtl_fair.methods.base import FairWeighting
+from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS, resolve_weighting
+from libmtl_fair.methods.base import FairWeighting, Penalty
+from libmtl_fair.recipe.schema import Recipe
+from libmtl_fair.tasks import Task
+
+WEIGHTINGS = ("EW", "ReLiF", "FairMT", "LambdaMix", "GroupRegulariser")
+SUPPORTED = f"an MLP without norm, hard sharing, binary tasks, Adam, {', '.join(WEIGHTINGS)} and any Penalty, linear fairness heads"
+
+
+def obstacle(recipe: Recipe, method: str, tasks: Sequence[Task]) -> str | None:
+    """Return why a method cannot be stacked, or None."""
+    spec, model, train = recipe.methods[method], recipe.model_for(method), recipe.train_for(method)
+    heads, weighting = spec.heads, spec.weighting
+    # the gradient of a term, whoever wrote it, starts at logits and representations
+    at_logits = weighting in WEIGHTINGS or issubclass(resolve_weighting(weighting), Penalty)
+    settings: Any = (
+        OUR_WEIGHTINGS["FairMT"].settings_class.from_args(weighting, spec.args) if weighting == "FairMT" else None
+    )
+    needs_logits_only = settings is None or settings.proxy == "head" or settings.weighing == "uniform"
+    checks = (
+        (at_logits, f"weighting {weighting}"),
+        (spec.args.get("base", "EW") == "EW", f"base {spec.args.get('base')}"),
+        (needs_logits_only, f"proxy {spec.args.get('proxy')}"),
+        (model.encoder == "mlp" and model.norm is None, f"encoder {model.encoder} with norm {model.norm}"),
+        (model.architecture == "HPS", f"architecture {model.architecture}"),
+        (heads is None or heads.loss not in ("adversarial", "group_specific"), f"heads {heads and heads.loss}"),
+        (heads is None or heads.target in (None, "main") or heads.heads == "per_task", "shared heads of their own"),
+        (train.optimizer.optim == "adam", f"optimiser {train.optimizer.optim}"),
+        (not train.rep_grad, "rep_grad"),
+        (not recipe.data.resplit, "resplit, another split of the data for each seed"),
+        (all(task.kind == "binary" for task in tasks), "tasks that are not binary"),
+    )
+    return next((f"{why} (stacked: {SUPPORTED})" for fits, why in checks if not fits), None)
+
+
+def shape(recipe: Recipe, method: str) -> tuple[object, ...]:
+    """Return what members of one stack have in common."""
+    heads, train = recipe.methods[method].heads, recipe.train_for(method)
+    repeated = heads is None or heads.target in (None, "main")
+    own = None if heads is None or repeated else (heads.sensitive, heads.tasks, heads.intersectional)
+    return (recipe.model_for(method).hidden, train.batch_size, train.optimizer.betas, train.optimizer.eps, own)
 
 
 class Member:
-    """One training among those of a stack.
-
-    Random draws (dropout, prototypes) come from a generator of its own, in the order in which it would draw them alone.
-    """
+    """One training of a stack; its random draws come from a generator of its own, in the order in which it would draw them alone."""
 
     def __init__(self, trainer: FairTrainer) -> None:
         self.trainer = trainer
@@ -36,7 +73,8 @@ class Member:
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """Within it, torch's global generator is the member's own."""
-        default = _default(self.device)
+        cuda = self.device.type == "cuda"
+        default = torch.cuda.default_generators[self.device.index or 0] if cuda else torch.default_generator
         held = default.get_state()
         default.set_state(self.generator.get_state())
         try:
@@ -48,10 +86,7 @@ class Member:
     def logit_gradients(
         self, z: Tensor, h: Tensor, labels: dict[str, Any], groups: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the gradients of this step's objective to the logits [B, C] and, past the heads, to h [B, d].
-
-        The member's own weighting computes them, on logits and representations cut off from what made them.
-        """
+        """Return the gradients of its own weighting to the logits [B, C] and, past the heads, to h [B, d]."""
         trainer, model = self.trainer, self.trainer.model
         z, h = z.clone().requires_grad_(), h.detach().requires_grad_()
         own = tuple(name for name in trainer.task_name if type(model.decoders[name]) is nn.Linear)
@@ -85,15 +120,10 @@ class Member:
         return float(self._schedule.get_last_lr()[0])
 
 
-def _default(device: torch.device) -> torch.Generator:
-    if device.type == "cuda":
-        return torch.cuda.default_generators[device.index or 0]
-    return torch.default_generator
-
-
 def _schedule(trainer: FairTrainer) -> Any:
     """Return a scheduler that only counts: of an optimiser without real parameters."""
     if trainer.scheduler is None:
         return None
-    rate = float(trainer.optimizer.param_groups[0].get("initial_lr", trainer.optimizer.param_groups[0]["lr"]))
+    group = trainer.optimizer.param_groups[0]
+    rate = float(group.get("initial_lr", group["lr"]))
     return make_scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=rate), trainer.scheduler_param)

@@ -1,8 +1,4 @@
-"""What the members of a stack ask for in a step: gradients to their logits and representations, for many at once or one.
-
-A method that many members share is computed once for all of them, by its own formulas with one dimension more; any other is
-what each member's own weighting leaves.
-"""
+"""What members ask for in a step: gradients to logits and representations, of many by one formula, or of one by its own weighting."""
 
 from __future__ import annotations
 
@@ -27,15 +23,9 @@ Key = tuple[object, ...]
 
 @dataclass(frozen=True)
 class Step:
-    """One step of some members.
+    """One step: logits z [M, B, C], what the heads received h [M, B, d], their weights [M, d, C], labels y [M, B, T] (NaN: missing).
 
-    Attributes
-    ----------
-    z, h : logits [M, B, C] and what the heads received [M, B, d].
-    heads : weights of the heads [M, d, C].
-    y : labels of the main tasks [M, B, T], NaN where missing.
-    rows : [M, B], in the training data, whose ``groups`` (attribute -> [N]) are looked up by those who need them.
-    complete : whether no label is missing in the training data.
+    ``rows`` [M, B] index the training data and its ``groups``; ``complete``: no label is missing there.
     """
 
     z: Tensor
@@ -152,7 +142,7 @@ class FairMTPart(Part):
         s = trainer.model.settings
         if s.lipschitz or s.weighing == "base" or any(name not in trainer.n_groups for name in s.attributes or ()):
             return None
-        same = (
+        same = [
             "normalise",
             "symmetric",
             "reference",
@@ -161,15 +151,14 @@ class FairMTPart(Part):
             "ema_gradient",
             "weighing",
             "rank_one",
-        )
+        ]
         return ("FairMT", tuple(s.attributes or trainer.n_groups), *(getattr(s, name) for name in same))
 
     def __init__(self, places: Sequence[int], members: Sequence[Member]) -> None:
         super().__init__(places, members)
         trainer, device = members[0].trainer, members[0].device
         self.models = [member.trainer.model for member in members]
-        self.settings = self.models[0].settings
-        tasks = [Binary(name) for name in trainer.task_name]
+        self.settings, tasks = self.models[0].settings, [Binary(name) for name in trainer.task_name]
         counts = {name: trainer.n_groups[name] for name in self.settings.attributes or trainer.n_groups}
         layout = (tasks, [1] * len(tasks), counts, [range(len(tasks))], device)
         self.rule = stack([Constraint(model.settings, *layout) for model in self.models], device)
@@ -224,7 +213,7 @@ class HeadsPart(Part):
         trainer = members[0].trainer
         self.mains = list(trainer.main_tasks)
         self.tasks: list[Any] = [trainer.tasks[name] for name in trainer.auxiliary]
-        self.n_groups = dict(trainer.n_groups)
+        self.n_groups, self._fair = dict(trainer.n_groups), torch.func.vmap(torch.func.grad(self._disparity))
         lam = [float(member.trainer.model.settings.lam) for member in members]
         self.lam = torch.tensor(lam, dtype=torch.get_default_dtype(), device=members[0].device).view(-1, 1, 1)
         own = [name for name in trainer.task_name if type(trainer.model.decoders[name]) is nn.Linear]
@@ -233,13 +222,9 @@ class HeadsPart(Part):
             for task in self.tasks
         ]
         self.detached = len(own) == len(self.mains)
-        self._fair = torch.func.vmap(torch.func.grad(self._disparity))
 
     def gradients(self, step: Step) -> tuple[Tensor, Tensor | None]:
-        """Return lambda times the losses' gradient and (1 - lambda) times that of the disparities.
-
-        Heads that repeat the main heads hold them fixed: their gradient goes on to the representation only.
-        """
+        """Return lambda times the losses' gradient and (1 - lambda) times the disparities', past main heads held fixed."""
         groups = {name: ids[step.rows] for name, ids in step.groups.items()}
         fair = self._fair(step.z, step.y, groups).mul_(1 - self.lam)
         main = step.loss_gradient().mul_(self.lam)
@@ -251,21 +236,16 @@ class HeadsPart(Part):
     def _disparity(self, z: Tensor, y: Tensor, groups: Mapping[str, Tensor]) -> Tensor:
         """Return the sum of one member's fairness losses from its logits [B, C]."""
         labels = dict(zip(self.mains, y.unbind(1)))
-        terms = [
-            task.loss(z[:, columns], task.labels_from(labels, groups, self.n_groups))
-            for task, columns in zip(self.tasks, self.columns)
-        ]
-        return torch.stack(terms).sum()
-
-
-KINDS: Sequence[type[Part]] = (Plain, ReLiFPart, FairMTPart, HeadsPart)
+        made = [task.labels_from(labels, groups, self.n_groups) for task in self.tasks]
+        parts = zip(self.tasks, self.columns, made)
+        return torch.stack([task.loss(z[:, columns], own) for task, columns, own in parts]).sum()
 
 
 def parts_of(members: Sequence[Member]) -> list[Part]:
     """Return the parts of a stack, each with the places of its members."""
     groups: dict[Key, tuple[type[Part], list[int]]] = {}
     for place, member in enumerate(members):
-        found = ((kind.key(member), kind) for kind in KINDS)
-        key, kind = next(((k, kind) for k, kind in found if k is not None), (("own", place), Own))
+        found = ((key, kind) for kind in (Plain, ReLiFPart, FairMTPart, HeadsPart) if (key := kind.key(member)))
+        key, kind = next(found, (("own", place), Own))
         groups.setdefault(key, (kind, []))[1].append(place)
     return [kind(places, [members[m] for m in places]) for kind, places in groups.values()]

@@ -34,17 +34,9 @@ class Layer:
     weight: Tensor
     bias: Tensor
 
-    @property
-    def width(self) -> int:
-        """Return the number of outputs."""
-        return self.bias.shape[2]
-
 
 def own_linears(trainer: FairTrainer) -> list[list[nn.Linear]]:
-    """Return a trainer's layers, each as the linear modules that are its columns: blocks of the encoder, then all heads.
-
-    Heads that repeat a main head (``target="main"``) have no weights of their own.
-    """
+    """Return a trainer's layers, each as the linear modules that are its columns: the encoder's, then all heads that have weights."""
     model = trainer.model
     blocks = [[block[0]] for block in model.encoder.blocks]
     heads = [model.decoders[name] for name in trainer.task_name]
@@ -52,18 +44,7 @@ def own_linears(trainer: FairTrainer) -> list[list[nn.Linear]]:
 
 
 class Weights:
-    """One row of weights a member. The members' own modules hold views of their row, so they always have its values.
-
-    Attributes
-    ----------
-    flat, grad : [M, P].
-    layers, grads : views of them, a layer each; the last layer is that of the heads.
-    """
-
-    flat: Tensor
-    grad: Tensor
-    layers: list[Layer]
-    grads: list[Layer]
+    """One row of weights a member, ``flat`` and ``grad`` [M, P], with views of each layer (the last: the heads), also in its modules."""
 
     def __init__(self, trainer: FairTrainer) -> None:
         linears = own_linears(trainer)
@@ -94,8 +75,8 @@ class Weights:
     @torch.no_grad()
     def change(self, kept: Sequence[int], trainers: Sequence[FairTrainer], new: Sequence[FairTrainer]) -> None:
         """Keep some rows and append those of new members; ``trainers`` are the members afterwards."""
-        rows = [torch.cat([part for row in own_linears(t) for part in _joined(row)]) for t in new]
-        self._set(torch.cat([self.flat[list(kept)], *(row.unsqueeze(0) for row in rows)]), trainers)
+        rows = [torch.cat([part for row in own_linears(t) for part in _joined(row)]).unsqueeze(0) for t in new]
+        self._set(torch.cat([self.flat[list(kept)], *rows]), trainers)
 
     @staticmethod
     def release(trainer: FairTrainer) -> None:
@@ -138,16 +119,11 @@ class Adam:
     @torch.no_grad()
     def step(self, flat: Tensor, grad: Tensor) -> None:
         """Update all weights from their gradient, which it may change."""
-        if flat.device.type == "cpu":
-            self._rows(flat, grad)
-        else:
-            self._together(flat, grad)
+        way = self._rows if flat.device.type == "cpu" else self._together
+        way(flat, grad)
 
     def _rows(self, flat: Tensor, grad: Tensor) -> None:
-        """Update row by row with torch's fused kernel, one pass over a row.
-
-        It is called directly: what ``torch.optim`` does before costs twice as much as the kernel.
-        """
+        """Update row by row with torch's fused kernel, called directly: what ``torch.optim`` does before costs twice as much."""
         self.steps += 1
         first, second = self.betas
         rows = zip(*(held.unbind() for held in (flat, grad, self.mean, self.square, self.steps)))
@@ -158,10 +134,7 @@ class Adam:
             )  # fmt: skip
 
     def _together(self, flat: Tensor, grad: Tensor) -> None:
-        """Update all rows at once, so that their number costs no further calls.
-
-        ``lr / (1 - b1^t) mean / (sqrt(square) / root + eps)`` with ``root = sqrt(1 - b2^t)``.
-        """
+        """Update all rows at once: ``lr / (1 - b1^t) mean / (sqrt(square) / root + eps)`` with ``root = sqrt(1 - b2^t)``."""
         self.steps += 1
         first, second = self.betas
         if any(self.decays):
@@ -171,5 +144,5 @@ class Adam:
         counts = self.steps.tolist()
         roots = [(1 - second**count) ** 0.5 for count in counts]
         sizes = [rate * root / (1 - first**count) for rate, root, count in zip(self.rates, roots, counts)]
-        size, eps = self._column(sizes), self._column([self.eps * root for root in roots])
-        flat.addcdiv_(self.mean, self.square.sqrt().add_(eps).div_(size), value=-1)
+        eps = self._column([self.eps * root for root in roots])
+        flat.addcdiv_(self.mean, self.square.sqrt().add_(eps).div_(self._column(sizes)), value=-1)
