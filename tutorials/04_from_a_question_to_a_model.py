@@ -28,7 +28,7 @@ from rich import print as show
 
 from libmtl_fair import tune
 from libmtl_fair.recipe import Recipe, load_recipe
-from libmtl_fair.tune.plots import trials_table
+from libmtl_fair.tune.results import agreement_table, trials_table
 
 SMOKE = os.environ.get("LIBMTL_FAIR_SMOKE") == "1"
 TRIALS, EPOCHS, ROWS = (6, 1, 1200) if SMOKE else (40, 8, None)
@@ -85,7 +85,6 @@ print("chosen:", chosen.number, "knee:", tune.knee(study).number)
 
 # %%
 from libmtl_fair.recipe.run import run_recipe
-from libmtl_fair.tune.results import agreement_table
 
 best = tune.to_recipe(chosen, recipe)
 (folder / "best.yaml").write_text(best.to_yaml())

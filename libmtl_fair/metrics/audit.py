@@ -168,13 +168,10 @@ class FixedDeltaAudit:
 def delta_matrix(delta: Values, tasks: Sequence[str]) -> Floats:
     """Return the tolerance of every task pair, a number or a symmetric matrix in the order of ``tasks``, as [T, T]."""
     matrix, size = as_floats(delta), len(tasks)
-    if matrix.ndim == 0:
-        matrix = np.full((size, size), float(matrix))
+    matrix = np.full((size, size), matrix) if matrix.ndim == 0 else matrix
     if matrix.shape != (size, size):
-        raise DataError(
-            f"delta must be one number or a [{size}, {size}] matrix in the order of the tasks ({', '.join(tasks)}), "
-            f"found shape {list(matrix.shape)}"
-        )
+        wanted = f"one number or a [{size}, {size}] matrix in the order of the tasks ({', '.join(tasks)})"
+        raise DataError(f"delta must be {wanted}, found shape {list(matrix.shape)}")
     upper = np.triu_indices(size, 1)
     if not np.isfinite(matrix[upper]).all() or (matrix[upper] < 0).any():
         raise DataError("delta must be finite and at least 0 for every task pair; scores lie in [0, 1], so does delta")
@@ -189,11 +186,9 @@ def _usable(task: str, score: Floats, valid: Values | None) -> Bools:
         raise DataError(f"scores of task {task!r} must be [N], found shape {list(score.shape)}; use task.score(output)")
     mask = np.isfinite(score)
     if valid is not None:
-        given = as_numpy(valid).astype(bool)
+        given, shape = as_numpy(valid).astype(bool), list(score.shape)
         if given.shape != score.shape:
-            raise DataError(
-                f"valid[{task!r}] must have the shape of its scores {list(score.shape)}, found {list(given.shape)}"
-            )
+            raise DataError(f"valid[{task!r}] must have the shape of its scores {shape}, found {list(given.shape)}")
         mask &= given
     used = score if mask.all() else score[mask]
     if used.size and (used.min() < -1e-6 or used.max() > 1 + 1e-6):

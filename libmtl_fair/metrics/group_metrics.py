@@ -111,8 +111,7 @@ class GroupMetrics:
             where a label is (on a GPU the last two are found by :meth:`compute`, so that no step waits).
         """
         ids = self._ids(groups)
-        size = len(next(iter(ids.values())))
-        weight = None if sample_weight is None else sample_weight.detach()
+        weight, size = None if sample_weight is None else sample_weight.detach(), len(next(iter(ids.values())))
         if weight is not None and len(weight) != size:
             raise DataError(f"sample_weight has {len(weight)} entries for a batch of {size}")
         for name, state in self._states.items():
@@ -179,18 +178,13 @@ class GroupMetrics:
 
     def _check(self) -> None:
         """Raise for ids outside of their range, unknown ones under ``missing="error"``, broken scores; synchronises."""
-        for attribute, bad in self._bad.items():
-            if count := int(bad):
-                raise DataError(
-                    f"attribute {attribute!r}: {count} group ids lie outside of -1..{self.declared[attribute] - 1}; "
-                    f"n_groups declares {self.declared[attribute]} groups"
-                )
-        for attribute, missing in self._unknown.items():
-            if count := int(missing):
-                raise DataError(
-                    f"attribute {attribute!r}: {count} rows have no known group; pass missing='drop' or "
-                    "missing='group', or fill them in"
-                )
+        for attribute, size in self.declared.items():
+            if count := int(self._bad.get(attribute, 0)):
+                why = f"{count} group ids lie outside of -1..{size - 1}; n_groups declares {size} groups"
+                raise DataError(f"attribute {attribute!r}: {why}")
+            if count := int(self._unknown.get(attribute, 0)):
+                why = f"{count} rows have no known group; pass missing='drop' or missing='group', or fill them in"
+                raise DataError(f"attribute {attribute!r}: {why}")
         for state in self._states.values():
             state.check()
 

@@ -98,8 +98,7 @@ class GroupTable:
         """Add difference and ratio of each problem of ``data`` (one component each), also under its names of fairness; return them."""
         shown = [(p, alias) for p, name in enumerate(names) for alias in _names_of(name)]
         at = np.array([p for p, _ in shown])
-        used = ~np.isnan(data.values[at, 0])
-        to_overall = self.options.method == "to_overall"
+        used, to_overall = ~np.isnan(data.values[at, 0]), self.options.method == "to_overall"
         found = gaps(data.values[:, 0], data.centre[:, 0] if to_overall else None)
         for k, kind in enumerate(RESERVED[:2]):
             ends = [end[at] for end in self._interval(data, Gap(k == 1, to_overall))]
@@ -157,8 +156,7 @@ def to_frame(tables: Iterable[tuple[str, str, GroupTable]]) -> pd.DataFrame:
 def add_task(table: GroupTable, state: TaskState, attribute: str, counted: Floats, kept: Rows | None) -> None:
     """Add every metric of the task for one attribute, from its confusion table [3, G, cells] and the rows kept."""
     task = state.task
-    if isinstance(task, Regression):
-        assert kept is not None
+    if isinstance(task, Regression) and kept is not None:
         _add_regression(table, task, kept, attribute)
         return
     names = getattr(task, "classes", None) or getattr(task, "labels", None) or range(task.out_features)

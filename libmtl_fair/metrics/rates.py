@@ -72,10 +72,9 @@ def _pack(y: Array, p: Array, g: Array, n_groups: int) -> Ints:
             "y_true and y_pred must hold 0 and 1 only; leave out missing labels (NaN, -100) before counting"
         )
     codes = np.add(g, 1, casting="unsafe", dtype=np.int64)
-    if codes.min() < 0 or codes.max() > n_groups:
-        raise DataError(
-            f"group ids must lie in -1..{n_groups - 1} for n_groups={n_groups}, found {codes.min() - 1} to {codes.max() - 1}"
-        )
+    low, high = codes.min() - 1, codes.max() - 1
+    if low < -1 or high >= n_groups:
+        raise DataError(f"group ids must lie in -1..{n_groups - 1} for n_groups={n_groups}, found {low} to {high}")
     for bit in (y, p):
         codes += codes
         np.add(codes, bit, out=codes, casting="unsafe")
@@ -124,6 +123,7 @@ def nan_reduce(ufunc: np.ufunc, values: Floats, axis: int = -1) -> Floats:
 
 def combine(parts: Floats, agg: str, worst: np.ufunc) -> Floats:
     """Return the worst (``maximum`` of differences, ``minimum`` of ratios) or mean over the last axis, NaN left out."""
+    check_option("agg", agg, ("worst_case", "mean"))
     if agg == "worst_case":
         return nan_reduce(worst, parts)
     seen = ~np.isnan(parts)
@@ -169,15 +169,11 @@ class GroupRates:
 
     def equalized_odds_difference(self, agg: Aggregate = "worst_case", method: Method = "between_groups") -> float:
         """Return the greater (or the mean) of the TPR and FPR differences."""
-        return self._odds(0, agg, method)
+        return float(combine(self._gaps(method)[0][[TPR, FPR]], agg, np.maximum))
 
     def equalized_odds_ratio(self, agg: Aggregate = "worst_case", method: Method = "between_groups") -> float:
         """Return the smaller (or the mean) of the TPR and FPR ratios."""
-        return self._odds(1, agg, method)
-
-    def _odds(self, kind: int, agg: str, method: str) -> float:
-        check_option("agg", agg, ("worst_case", "mean"))
-        return float(combine(self._gaps(method)[kind][[TPR, FPR]], agg, (np.maximum, np.minimum)[kind]))
+        return float(combine(self._gaps(method)[1][[TPR, FPR]], agg, np.minimum))
 
     def _gaps(self, method: str) -> tuple[Floats, Floats]:
         """Return differences and ratios of all rates, [8] each, computed once a method."""
@@ -188,8 +184,7 @@ class GroupRates:
 
 
 def _index(metric: str) -> int:
-    name = ALIASES.get(metric, metric)
-    check_option("rate", name, RATES)
+    check_option("rate", name := ALIASES.get(metric, metric), RATES)
     return RATES.index(name)
 
 

@@ -46,12 +46,9 @@ def utility(predictions: Predictions) -> dict[str, dict[str, float]]:
     """
     given = [(t, predictions.outputs[t.name], predictions.labels[t.name]) for t in predictions.tasks]
     found = {task.name: task_utility(task, *each) for task, *each in given}
-    macro = {}
-    for name in ("auc", "accuracy", "brier", "r2"):
-        known = [v for scores in found.values() if not math.isnan(v := scores.get(name, math.nan))]
-        if known:
-            macro[name] = sum(known) / len(known)
-    return {**found, "macro": macro}
+    names = ("auc", "accuracy", "brier", "r2")
+    known = {name: [v for s in found.values() if not math.isnan(v := s.get(name, math.nan))] for name in names}
+    return {**found, "macro": {name: sum(values) / len(values) for name, values in known.items() if values}}
 
 
 @dataclass(frozen=True)

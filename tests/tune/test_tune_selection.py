@@ -5,7 +5,7 @@ import pytest
 
 from libmtl_fair import tune
 from libmtl_fair.errors import FairMTLError, RecipeError
-from libmtl_fair.tune import plots
+from libmtl_fair.tune import results
 
 
 def study_of(points, constraints=None, names=("macro_auc", "eo_difference")):
@@ -75,7 +75,7 @@ def test_a_trial_of_something_else_has_no_recipe():
 
 def test_pictures(tmp_path):
     study = study_of(POINTS)
-    page = plots.page(study, tmp_path / "study.html").read_text()
+    page = results.page(study, tmp_path / "study.html").read_text()
     assert "baseline" in page
     assert page.count("Plotly.newPlot") == 1
-    assert plots.image(study, tmp_path / "front.png").stat().st_size > 5000
+    assert results.image(study, tmp_path / "front.png").stat().st_size > 5000

@@ -9,7 +9,7 @@ from libmtl_fair import functional as F
 from libmtl_fair.recipe.build import loaders, make_dataset, make_trainer
 from libmtl_fair.tune.space import changed
 from libmtl_fair.tune.stacked import Rows, Stack, obstacle, shape
-from libmtl_fair.tune.stacked.weights import Adam
+from libmtl_fair.tune.stacked.layers import Adam
 
 CPU = torch.device("cpu")
 LR, DECAY, DROPOUT = ("train", "optimizer", "lr"), ("train", "optimizer", "weight_decay"), ("model", "dropout")
@@ -60,7 +60,7 @@ def doubled(data):
 @pytest.fixture
 def few(monkeypatch):
     """A function that sets how many entries a row may have to be taken as such: 0 none, 1 any number."""
-    return lambda share: monkeypatch.setattr("libmtl_fair.tune.stacked.inputs.FEW", share)
+    return lambda share: monkeypatch.setattr("libmtl_fair.tune.stacked.layers.FEW", share)
 
 
 @pytest.fixture

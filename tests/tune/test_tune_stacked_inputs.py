@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from libmtl_fair.tune.stacked.inputs import Dense, Inputs, Sparse
-from libmtl_fair.tune.stacked.weights import Layer, Room
+from libmtl_fair.tune.stacked.layers import Dense, Inputs, Layer, Room, Sparse
 
 N, F = 40, 20
 

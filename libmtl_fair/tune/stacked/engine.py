@@ -17,10 +17,9 @@ from libmtl_fair.errors import HostError
 from libmtl_fair.libmtl import FairTrainer
 from libmtl_fair.libmtl import checkpoint_selection as judging
 from libmtl_fair.libmtl import evaluate as evaluation
-from libmtl_fair.tune.stacked.inputs import Batch, Inputs
+from libmtl_fair.tune.stacked.layers import Adam, Batch, Inputs, Room, Weights
 from libmtl_fair.tune.stacked.members import Member
 from libmtl_fair.tune.stacked.parts import Step, parts_of
-from libmtl_fair.tune.stacked.weights import Adam, Room, Weights
 
 
 class Rows:
