@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from pandas.api.extensions import ExtensionArray
 
+    Values = NDArray[Any]
     Column = ExtensionArray | NDArray[np.generic] | pd.Series
 
 _META = b"libmtl_fair"
@@ -166,14 +167,12 @@ class Predictions:
         return cls(tuple(tasks), scores, outputs, labels, groups, names)
 
 
-def _numbered(
-    name: str, values: NDArray[Any], shown: Callable[[NDArray[Any]], Column] = np.asarray
-) -> dict[str, Column]:
+def _numbered(name: str, values: Values, shown: Callable[[Values], Column] = np.asarray) -> dict[str, Column]:
     """Return [N] under its name, or [N, C] a column each, numbered."""
     return {f"{name}_{c}" if values.ndim > 1 else name: shown(part) for c, part in enumerate(np.atleast_2d(values.T))}
 
 
-def _missing(labels: NDArray[Any]) -> Column:
+def _missing(labels: Values) -> Column:
     import pandas as pd
 
     if labels.dtype.kind == "f":

@@ -145,7 +145,7 @@ def _small_groups(cards: Mapping[str, Card]) -> list[str]:
     return absent + [f"{group} {n} test rows; its rates are noise" for group, n in small.items()]
 
 
-def card_markdown(card: Mapping[str, Any]) -> str:
+def card_markdown(card: Card) -> str:
     """Return the card as Markdown."""
     split, tasks = card["split"], card["tasks"]
     sizes = ", ".join(f"{part} {rows:,}" for part, rows in split["rows"].items())
@@ -192,7 +192,7 @@ def _markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def _shown(entry: Mapping[str, Any]) -> str:
+def _shown(entry: Card) -> str:
     if entry["n"] == 0:
         return "no label"
     if "rate" in entry:

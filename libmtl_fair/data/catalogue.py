@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
+from libmtl_fair.data.card import Card
 from libmtl_fair.data.dataset import Dataset, build_dataset
 from libmtl_fair.data.fetched import FETCHED
 from libmtl_fair.data.frames import column_of, read_frame
@@ -41,7 +41,7 @@ def dataset_spec(name: str) -> TableSpec:
     return SHIPPED[name] if name in SHIPPED else FETCHED[name].spec
 
 
-def describe_dataset(name: str) -> dict[str, Any]:
+def describe_dataset(name: str) -> Card:
     """Return a dataset's title, source, licence, tasks, sensitive attributes and default inputs, without loading it.
 
     Raises
@@ -127,8 +127,8 @@ def load_dataset(
 def load_table(
     source: str | Path | pd.DataFrame,
     *,
-    tasks: Mapping[str, TaskSpec | Mapping[str, Any]],
-    sensitive: Mapping[str, SensitiveSpec | Mapping[str, Any] | str] | Sequence[str] = (),
+    tasks: Mapping[str, TaskSpec | Mapping[str, object]],
+    sensitive: Mapping[str, SensitiveSpec | Mapping[str, object] | str] | Sequence[str] = (),
     features: Sequence[str] | Mapping[str, str] | None = None,
     categorical: Sequence[str] = (),
     seed: int = 0,

@@ -15,6 +15,8 @@ from libmtl_fair.errors import DataError, near, unknown
 
 Series: TypeAlias = "pd.Series[Any]"
 """A column of a table."""
+Values: TypeAlias = NDArray[Any]
+"""Labels or classes of any type."""
 
 _LARGEST = 1e30
 
@@ -102,5 +104,4 @@ def values_in(text: NDArray[np.object_], most: int | None = None) -> list[str]:
 
 def ids_of(values: NDArray[np.object_], names: Sequence[Hashable]) -> NDArray[np.int64]:
     """Return the position of each value among ``names``, -1 where it is none of them: int64 [N]."""
-    index: pd.Index[Any] = pd.Index(list(names), dtype=object)
-    return index.get_indexer(pd.Index(values, dtype=object)).astype(np.int64)
+    return pd.Index(list(names), dtype=object).get_indexer(pd.Index(values, dtype=object)).astype(np.int64)

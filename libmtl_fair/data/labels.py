@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from libmtl_fair.data.frames import Series, as_numbers, as_text, column_of, ids_of, is_numeric, values_in
+from libmtl_fair.data.frames import Series, Values, as_numbers, as_text, column_of, ids_of, is_numeric, values_in
 from libmtl_fair.data.spec import TaskSpec
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.tasks import IGNORE_INDEX, Binary, Multiclass, Multilabel, Regression, Task
@@ -114,7 +114,7 @@ class RawLabels:
 
     name: str
     spec: TaskSpec
-    values: NDArray[Any]
+    values: Values
     classes: tuple[str, ...] = ()
 
     @property
@@ -146,7 +146,7 @@ def raw_labels(name: str, spec: TaskSpec, frame: pd.DataFrame) -> RawLabels:
     """Return the labels of one task for every row of ``frame``; columns or labels that do not fit are refused."""
     where = RawLabels(name, spec, np.empty(0)).where
     classes: tuple[str, ...] = spec.columns
-    values: NDArray[Any]
+    values: Values
     if spec.expression is not None:
         values = evaluate(spec.expression, frame, where)
     elif spec.kind == "multilabel":
@@ -222,16 +222,17 @@ def _regression(spec: TaskSpec, series: Series, where: str) -> NDArray[np.float6
     values = as_numbers(series, where)
     if spec.transform is None:
         return values
-    bad = np.flatnonzero(values <= (0 if spec.transform == "log" else -1))
+    least, transform = (0, np.log) if spec.transform == "log" else (-1, np.log1p)
+    bad = np.flatnonzero(values <= least)
     if len(bad):
         raise DataError(
             f"{where}: {len(bad)} values of column {series.name!r} have no {spec.transform} (the first, "
             f"{values[bad[0]]:g}, in row {bad[0]}); drop the rows or the transform"
         )
-    return np.asarray(np.log(values) if spec.transform == "log" else np.log1p(values))
+    return np.asarray(transform(values))
 
 
-def make_task(labels: RawLabels, train: NDArray[np.int64]) -> tuple[Task, NDArray[Any]]:
+def make_task(labels: RawLabels, train: NDArray[np.int64]) -> tuple[Task, Values]:
     """Return the task and its final labels; a regression's scale is that of the rows in ``train``."""
     if not labels.observed[train].any():
         raise DataError(
@@ -263,7 +264,7 @@ def _scaled(labels: RawLabels, train: NDArray[np.int64]) -> tuple[Task, NDArray[
     return Regression(labels.name, mean=mean, std=std), scaled
 
 
-def _need_every_class(labels: RawLabels, part: NDArray[Any]) -> None:
+def _need_every_class(labels: RawLabels, part: Values) -> None:
     if labels.spec.kind == "multiclass":
         absent = [name for index, name in enumerate(labels.classes) if not (part == index).any()]
     else:

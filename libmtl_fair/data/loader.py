@@ -70,7 +70,7 @@ class TableDataset(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         """Return one row."""
-        labels: dict[str, Any] = {task: values[index] for task, values in self.labels.items()}
+        labels: dict[str, object] = {task: values[index] for task, values in self.labels.items()}
         labels[SENSITIVE] = {attribute: ids[index] for attribute, ids in self.groups.items()}
         return self.x[index], labels
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from libmtl_fair.data.frames import Series, column_of
 from libmtl_fair.data.labels import RawLabels, raw_labels, task_columns
 from libmtl_fair.data.sensitive import Groups, choose_sensitive, make_groups, tell_tale_columns
-from libmtl_fair.data.spec import TableSpec, TaskSpec
+from libmtl_fair.data.spec import SensitiveSpec, TableSpec, TaskSpec
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.validation import Keep, Listed, MissingRule, checked
 
@@ -49,7 +48,7 @@ class Choice:
         if not (rare is None or counts or (isinstance(rare, float) and 0 < rare < 1)):
             raise DataError(f"min_frequency must be a number of rows or a share between 0 and 1, found {rare!r}")
 
-    def attributes(self, spec: TableSpec) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    def attributes(self, spec: TableSpec) -> tuple[dict[str, SensitiveSpec], dict[str, SensitiveSpec]]:
         """Return the specs of the chosen attributes, and of all known ones."""
         given = checked(dict, self.keep_groups or {}, "keep_groups")
         keep = {name: checked(Keep, value, f"keep_groups of {name!r}") for name, value in given.items()}

@@ -67,7 +67,7 @@ class Protocol:
         return {"deltas": self.deltas, "score_ranges": self.score_ranges, **self.about}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Protocol:
+    def from_dict(cls, values: Row) -> Protocol:
         """Read what :meth:`to_dict` gave."""
         ranges = {name: (float(low), float(high)) for name, (low, high) in values["score_ranges"].items()}
         about = {k: v for k, v in values.items() if k not in ("deltas", "score_ranges")}

@@ -146,7 +146,14 @@ class Run:
         for names, trainer in trained.items():
             rows = getattr(only(data, names), part)
             found.append(trainer.predict(rows.loader(EVAL_BATCH, device=self.device), embeddings=True))
-        return found[0] if len(found) == 1 else _merge(found)
+        if len(found) == 1:
+            return found[0]
+        joined: dict[str, Any] = {
+            name: {task: value for each in found for task, value in getattr(each, name).items()}
+            for name in ("scores", "outputs", "labels")
+        }
+        joined["embeddings"] = {each.tasks[0].name: each.embeddings for each in found}
+        return dataclasses.replace(found[0], tasks=tuple(each.tasks[0] for each in found), **joined)
 
 
 def _write_structure(trainer: FairTrainer, folder: Path) -> None:
@@ -156,17 +163,6 @@ def _write_structure(trainer: FairTrainer, folder: Path) -> None:
         write_json(folder / "structure.json", {"last": trainer.last_structure or chosen, "chosen": chosen})
     if getattr(trainer.model, "conflict_cosines", None) is not None:
         write_text(folder / "conflicts.csv", trainer.model.conflicts.frame().to_csv(index=False))
-
-
-def _merge(parts: list[Predictions]) -> Predictions:
-    """Return the predictions of single-task models of the same rows as one."""
-    joined: dict[str, Any] = {
-        name: {task: value for part in parts for task, value in getattr(part, name).items()}
-        for name in ("scores", "outputs", "labels")
-    }
-    tasks = tuple(part.tasks[0] for part in parts)
-    embeddings = {part.tasks[0].name: part.embeddings for part in parts}
-    return dataclasses.replace(parts[0], tasks=tasks, embeddings=embeddings, **joined)  # type: ignore[arg-type]
 
 
 def _claim(recipe: Recipe, out: Path | None, resume: bool) -> Path:
@@ -200,7 +196,7 @@ def _fits(folder: Path, recipe: Recipe, resume: bool) -> bool:
         ) from error
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, object]:
     """Return versions and machine facts that a reader needs to repeat a run."""
     found = {}
     for package in _PACKAGES:

@@ -82,7 +82,7 @@ class Recipe(Section):
     def model_for(self, method: str) -> Model:
         """Model settings of one method; another architecture starts from empty ``arch_args``."""
         spec = self.methods[method]
-        changes: dict[str, Any] = {}
+        changes: dict[str, object] = {}
         if spec.architecture is not None and spec.architecture != self.model.architecture:
             changes = {"architecture": spec.architecture, "arch_args": {}}
         if spec.arch_args is not None:
@@ -126,7 +126,7 @@ class Recipe(Section):
         return Recipe.from_dict(source.data, source)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], source: Source | None = None) -> Recipe:
+    def from_dict(cls, data: Mapping[str, object], source: Source | None = None) -> Recipe:
         """Validate plain data; a RecipeError has a line ``file:line: path: message`` for every problem found."""
         source = source or Source(data=dict(data))
         try:
@@ -254,7 +254,7 @@ def _set(data: Any, keys: list[str], value: object) -> Location:
     return location
 
 
-def _may_add(data: dict[str, Any], location: Location, key: str) -> None:
+def _may_add(data: dict[str, object], location: Location, key: str) -> None:
     """Refuse a path that does not exist: a misspelt field, or a method that the recipe does not have."""
     known = list(data) if location == ("methods",) else _known_fields(location)
     free = len(location) > 1 and location[0] in ("methods", "data", "tune", "model")

@@ -126,7 +126,7 @@ def parse_yaml(text: str, file: str = "recipe") -> Source:
 
 
 class _RefusedError(MarkedYAMLError):
-    def __init__(self, at: Any, message: str) -> None:
+    def __init__(self, at: Node | AliasEvent, message: str) -> None:
         super().__init__(problem=message, problem_mark=at.start_mark)
 
 
@@ -175,7 +175,7 @@ class _Reader:
         self.lines: dict[Location, int] = {(): 1}
         self.count = 0
 
-    def value(self, node: Node, at: Location) -> Any:
+    def value(self, node: Node, at: Location) -> object:
         self._counted(node, 1)
         if isinstance(node, ScalarNode):
             return _scalar(node)
@@ -184,7 +184,7 @@ class _Reader:
         _need_tag(node, "seq")
         return [self._child(inner, (*at, i), inner.start_mark.line + 1) for i, inner in enumerate(node.value)]
 
-    def _child(self, node: Node, at: Location, line: int) -> Any:
+    def _child(self, node: Node, at: Location, line: int) -> object:
         self.lines[at] = line
         return self.value(node, at)
 

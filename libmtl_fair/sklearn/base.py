@@ -177,11 +177,11 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
         scores = {task.name: task.score(found[task.name]) for task in tasks}
         return Predictions(tasks, scores, found, labels, groups.ids, groups.names)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Leave the torch model out: it is rebuilt from its weights."""
         return {name: value for name, value in super().__getstate__().items() if name != "model_"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         """Rebuild the torch model."""
         super().__setstate__(state)
         if hasattr(self, "weights_"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,7 @@ from sklearn.utils import Tags
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
 
+from libmtl_fair.data.frames import Series, Values
 from libmtl_fair.errors import DataError
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.sklearn.base import FairMTLBase
@@ -95,7 +96,7 @@ class FairMTLClassifier(ClassifierMixin, FairMTLBase):  # type: ignore[misc]
         found = self._outputs(X)
         return self.targets_[0].probabilities(found[self.targets_[0].name])
 
-    def predict(self, X: object) -> NDArray[Any]:
+    def predict(self, X: object) -> Values:
         """Return the most probable class [N]."""
         chosen = self.predict_proba(X).argmax(1)
         return np.asarray(self.classes_[chosen])
@@ -176,7 +177,7 @@ class FairMTLEstimator(FairMTLBase):
         self.form_ = "frame" if isinstance(Y, pd.DataFrame) else "column" if np.asarray(Y).ndim == 1 else "array"
         return self
 
-    def predict(self, X: object) -> pd.DataFrame | NDArray[Any]:
+    def predict(self, X: object) -> pd.DataFrame | Values:
         """Return classes and numbers in native units, in the form of Y: DataFrame, [N, T] array, or [N] for one target."""
         found = self._outputs(X)
         columns = {target.column: target.predict(found[target.name]) for target in self.targets_}
@@ -235,7 +236,7 @@ class FairMTLEstimator(FairMTLBase):
         return frame
 
 
-def _score(target: Target, truth: pd.Series[Any], found: NDArray[Any], weights: NDArray[np.float64] | None) -> float:
+def _score(target: Target, truth: Series, found: Values, weights: NDArray[np.float64] | None) -> float:
     seen = truth.notna().to_numpy()
     w = np.ones(len(truth)) if weights is None else weights
     values, guess, w = truth[seen].to_numpy(), found[seen], w[seen]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from libmtl_fair.data.frames import Series, ids_of
+from libmtl_fair.data.frames import Series, Values, ids_of
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.tasks import AUXILIARY_PREFIX, IGNORE_INDEX, Binary, Multiclass, Regression, Task
 
@@ -27,7 +26,7 @@ class Target:
     column: Hashable
     name: str
     kind: str
-    classes: NDArray[Any] | None = None
+    classes: Values | None = None
     mean: float = 0.0
     std: float = 1.0
 
@@ -41,7 +40,7 @@ class Target:
         return Multiclass(self.name, len(self._values), classes=tuple(str(value) for value in self._values))
 
     @property
-    def _values(self) -> NDArray[Any]:
+    def _values(self) -> Values:
         assert self.classes is not None
         return self.classes
 
@@ -66,7 +65,7 @@ class Target:
             return np.asarray(values / values.sum(1, keepdims=True))
         return np.ones((len(values), 1)) if len(self._values) == 1 else np.column_stack([1 - values, values])
 
-    def predict(self, output: Tensor) -> NDArray[Any]:
+    def predict(self, output: Tensor) -> Values:
         """Return classes, or numbers in native units, [N]."""
         if self.kind == "regression":
             return np.asarray(self.task.probabilities(output).double().numpy() * self.std + self.mean)
@@ -138,7 +137,7 @@ def _kind(series: Series, seen: Series, column: Hashable) -> str:
     return "regression"
 
 
-def _classes(seen: Series, column: Hashable) -> NDArray[Any]:
+def _classes(seen: Series, column: Hashable) -> Values:
     values = sorted({v.item() if isinstance(v, np.generic) else v for v in seen}, key=lambda v: (isinstance(v, str), v))
     kinds = {type(v) for v in values}
     if kinds <= {str}:
