@@ -289,12 +289,9 @@ def datasets(name: Annotated[str | None, Argument(help="show one data set in ful
     from libmtl_fair.data import dataset_names, describe_dataset
 
     found = {each: describe_dataset(each) for each in ([name] if name else dataset_names())}
-    rows = [
-        (each, ", ".join(about.get("tasks") or ()), ", ".join(about.get("sensitive") or ()), about.get("licence", ""))
-        for each, about in found.items()
-    ]
+    rows = [(each, ", ".join(it["tasks"]), ", ".join(it["sensitive"]), it["licence"]) for each, it in found.items()]
     _table("data sets", ("name", "tasks", "sensitive", "licence"), rows)
-    for note in found[name].get("notes", []) if name else ():
+    for note in found[name]["notes"] if name else ():
         out.print(f"- {escape(str(note))}", highlight=False)
 
 

@@ -9,28 +9,22 @@ import numpy as np
 
 from libmtl_fair.data.features import FeatureEncoder
 from libmtl_fair.data.labels import RawLabels, task_columns
-from libmtl_fair.data.selection import PARTS, Choice, Rows, Table, leaks
+from libmtl_fair.data.selection import PARTS, Rows, Table, leaks
 from libmtl_fair.data.sensitive import Groups
-from libmtl_fair.data.spec import TableSpec, TaskSpec
+from libmtl_fair.data.spec import TaskSpec
 
 Card = dict[str, Any]
 SMALL_GROUP = 30
 """Groups with fewer test rows than this are named in the card (METHODS.md 5: they are flagged in every table)."""
 
 
-def dataset_card(
-    spec: TableSpec,
-    choice: Choice,
-    table: Table,
-    rows_in_source: int,
-    parts: Mapping[str, Rows],
-    encoder: FeatureEncoder,
-) -> Card:
+def dataset_card(table: Table, rows_in_source: int, parts: Mapping[str, Rows], encoder: FeatureEncoder) -> Card:
     """Return the whole card as plain values, ready for JSON."""
+    spec, choice = table.spec, table.choice
     used = np.sort(np.concatenate(list(parts.values())))
-    inputs = list(encoder.kinds)
+    inputs = table.inputs
     gaps = {str(name): int(count) for name, count in table.frame[inputs].iloc[used].isna().sum().items()}
-    groups = {item.attribute: _group_card(item, parts, choice, used, table, inputs) for item in table.groups}
+    groups = {item.attribute: _group_card(item, parts, used, table) for item in table.groups}
     by_column = isinstance(choice.split, str)
     dropped = dict(spec.excluded)
     for attribute, columns in ({} if choice.sensitive_inputs else table.tell_tale).items():
@@ -105,9 +99,7 @@ def _rates(labels: RawLabels, rows: Rows) -> Card:
     return {"n": n, "classes": {name: int(count) for name, count in zip(labels.classes, counts)}}
 
 
-def _group_card(
-    groups: Groups, parts: Mapping[str, Rows], choice: Choice, used: Rows, table: Table, inputs: list[str]
-) -> Card:
+def _group_card(groups: Groups, parts: Mapping[str, Rows], used: Rows, table: Table) -> Card:
     """Say where an attribute comes from, how many values are missing, and every group's rows and shares in each part."""
     in_use, spec = groups.take(used), groups.spec
     entries = {}
@@ -126,9 +118,9 @@ def _group_card(
         "bins": list(spec.bins),
         "merged": dict(spec.merge),
         "missing": in_use.missing,
-        "missing_rule": choice.missing,
+        "missing_rule": table.choice.missing,
         "left_out": in_use.left_out,
-        "is_input": bool(table.tell_tale[groups.attribute] & set(inputs)),
+        "is_input": bool(table.tell_tale[groups.attribute] & set(table.inputs)),
         "groups": entries,
     }
 

@@ -19,6 +19,8 @@ from libmtl_fair.data.spec import SensitiveSpec, TableSpec, TaskSpec, make_spec
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.validation import Keep, Listed, MissingRule, checked
 
+Features = Sequence[str] | Mapping[str, str] | None
+
 
 def dataset_names() -> tuple[str, ...]:
     """Return the names that :func:`load_dataset` knows, the shipped ones first.
@@ -129,7 +131,7 @@ def load_table(
     *,
     tasks: Mapping[str, TaskSpec | Mapping[str, object]],
     sensitive: Mapping[str, SensitiveSpec | Mapping[str, object] | str] | Sequence[str] = (),
-    features: Sequence[str] | Mapping[str, str] | None = None,
+    features: Features = None,
     categorical: Sequence[str] = (),
     seed: int = 0,
     split: Sequence[float] | str = (0.6, 0.2, 0.2),
@@ -218,10 +220,7 @@ def _attributes(named: Mapping[str, object], columns: Collection[str]) -> dict[s
 
 
 def _candidates(
-    frame: pd.DataFrame,
-    tasks: Mapping[str, TaskSpec],
-    features: Sequence[str] | Mapping[str, str] | None,
-    split: object,
+    frame: pd.DataFrame, tasks: Mapping[str, TaskSpec], features: Features, split: object
 ) -> tuple[str, ...]:
     forbidden = leaks(tasks)
     if features is None:

@@ -12,7 +12,7 @@ from libmtl_fair.data.card import Card, card_markdown, dataset_card
 from libmtl_fair.data.features import FeatureEncoder, feature_kinds, fit_encoder
 from libmtl_fair.data.labels import make_task
 from libmtl_fair.data.loader import ResidentLoader, TableDataset
-from libmtl_fair.data.selection import Choice, choose_inputs, read_table
+from libmtl_fair.data.selection import Choice, read_table
 from libmtl_fair.data.spec import TableSpec
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.tasks import Task
@@ -136,10 +136,9 @@ class Dataset:
 def build_dataset(spec: TableSpec, frame: pd.DataFrame, choice: Choice) -> Dataset:
     """Return the dataset that ``choice`` asks for: rows, labels, groups, splits, inputs, card, in this order."""
     table = read_table(spec, frame, choice)
-    parts = table.parts(choice)
+    parts = table.parts()
     made = {item.name: make_task(item, parts["train"]) for item in table.labels}
-    hidden: set[str] = set() if choice.sensitive_inputs else set().union(*table.tell_tale.values())
-    kinds = feature_kinds(table.frame, choose_inputs(spec, table.tasks, hidden), spec.kinds)
+    kinds = feature_kinds(table.frame, table.inputs, spec.kinds)
     encoder, x = fit_encoder(table.frame, parts["train"], kinds, choice.min_frequency)
     names = {item.attribute: list(item.names) for item in table.groups}
     splits = {
@@ -159,6 +158,6 @@ def build_dataset(spec: TableSpec, frame: pd.DataFrame, choice: Choice) -> Datas
         tasks=tuple(task for task, _ in made.values()),
         groups=names,
         feature_names=encoder.names,
-        card=dataset_card(spec, choice, table, len(frame), parts, encoder),
+        card=dataset_card(table, len(frame), parts, encoder),
         encoder=encoder,
     )

@@ -15,6 +15,7 @@ from libmtl_fair.data.frames import as_numbers, as_text, column_of, ids_of, is_n
 from libmtl_fair.errors import DataError, unknown
 
 FeatureKind = Literal["numeric", "categorical"]
+Kinds = Mapping[str, FeatureKind]
 MISSING_CATEGORY = "(missing)"
 """Category of a row without a value, if the training part has such rows."""
 
@@ -34,7 +35,7 @@ class FeatureEncoder:
     categories, rare : values of each categorical column, frequent and rare.
     """
 
-    kinds: Mapping[str, FeatureKind]
+    kinds: Kinds
     fill: tuple[float, ...]
     centre: tuple[float, ...]
     scale: tuple[float, ...]
@@ -109,10 +110,7 @@ def feature_kinds(
 
 
 def fit_encoder(
-    frame: pd.DataFrame,
-    train: NDArray[np.int64],
-    kinds: Mapping[str, FeatureKind],
-    min_frequency: int | float | None = None,
+    frame: pd.DataFrame, train: NDArray[np.int64], kinds: Kinds, min_frequency: int | float | None = None
 ) -> tuple[FeatureEncoder, NDArray[np.float32]]:
     """Fit on the rows in ``train``; return the encoder and the inputs of all rows, float32 [N, F].
 
@@ -144,16 +142,16 @@ def fit_encoder(
     return encoder, encoder._encoded(numbers, texts)
 
 
-def _of_kind(kinds: Mapping[str, FeatureKind], kind: FeatureKind) -> list[str]:
+def _of_kind(kinds: Kinds, kind: FeatureKind) -> list[str]:
     return [name for name in kinds if kinds[name] == kind]
 
 
-def _numbers(frame: pd.DataFrame, kinds: Mapping[str, FeatureKind]) -> NDArray[np.float64]:
+def _numbers(frame: pd.DataFrame, kinds: Kinds) -> NDArray[np.float64]:
     names = _of_kind(kinds, "numeric")
     columns = [as_numbers(column_of(frame, name, "features"), f"feature {name!r}") for name in names]
     return np.column_stack(columns) if columns else np.zeros((len(frame), 0))
 
 
-def _texts(frame: pd.DataFrame, kinds: Mapping[str, FeatureKind]) -> list[NDArray[np.object_]]:
+def _texts(frame: pd.DataFrame, kinds: Kinds) -> list[NDArray[np.object_]]:
     columns = [as_text(column_of(frame, name, "features")) for name in _of_kind(kinds, "categorical")]
     return [np.where(pd.isna(text), MISSING_CATEGORY, text) for text in columns]

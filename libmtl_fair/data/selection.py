@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from libmtl_fair.data.frames import Series, column_of
 from libmtl_fair.data.labels import RawLabels, raw_labels, task_columns
 from libmtl_fair.data.sensitive import Groups, choose_sensitive, make_groups, tell_tale_columns
-from libmtl_fair.data.spec import SensitiveSpec, TableSpec, TaskSpec
+from libmtl_fair.data.spec import TableSpec, TaskSpec
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.validation import Keep, Listed, MissingRule, checked
 
@@ -48,13 +48,6 @@ class Choice:
         if not (rare is None or counts or (isinstance(rare, float) and 0 < rare < 1)):
             raise DataError(f"min_frequency must be a number of rows or a share between 0 and 1, found {rare!r}")
 
-    def attributes(self, spec: TableSpec) -> tuple[dict[str, SensitiveSpec], dict[str, SensitiveSpec]]:
-        """Return the specs of the chosen attributes, and of all known ones."""
-        given = checked(dict, self.keep_groups or {}, "keep_groups")
-        keep = {name: checked(Keep, value, f"keep_groups of {name!r}") for name, value in given.items()}
-        chosen = spec.default_sensitive if self.sensitive is None else self.sensitive
-        return choose_sensitive(chosen, spec.sensitive, keep)
-
 
 @dataclass(frozen=True)
 class Table:
@@ -63,6 +56,8 @@ class Table:
     ``stratified_on`` is the task of the strata, "" for none; ``tell_tale`` the columns that show each attribute.
     """
 
+    spec: TableSpec
+    choice: Choice
     frame: pd.DataFrame
     rows: Rows
     labels: tuple[RawLabels, ...]
@@ -76,12 +71,19 @@ class Table:
         """Return the specs of the chosen tasks, in order."""
         return {item.name: item.spec for item in self.labels}
 
-    def parts(self, choice: Choice) -> dict[str, Rows]:
+    @property
+    def inputs(self) -> list[str]:
+        """Return the input columns, which leak no chosen task and, where so chosen, show no sensitive attribute."""
+        shown: set[str] = set() if self.choice.sensitive_inputs else set().union(*self.tell_tale.values())
+        return choose_inputs(self.spec, self.tasks, shown)
+
+    def parts(self) -> dict[str, Rows]:
         """Return the rows of each part; one without a labelled row of a task is refused."""
-        if isinstance(choice.split, str):
-            parts = split_by_column(column_of(self.frame, choice.split, "split"))
+        split = self.choice.split
+        if isinstance(split, str):
+            parts = split_by_column(column_of(self.frame, split, "split"))
         else:
-            parts = split_rows(self.stratum, len(self.frame), choice.split, choice.seed)
+            parts = split_rows(self.stratum, len(self.frame), split, self.choice.seed)
         for part, rows in parts.items():
             for labels in self.labels:
                 if not labels.observed[rows].any():
@@ -99,9 +101,14 @@ def read_table(spec: TableSpec, frame: pd.DataFrame, choice: Choice) -> Table:
         if len(rows) == 0:
             raise DataError(f"dataset {spec.name!r}: no row passes the filter ({spec.filter})")
     frame = frame.iloc[rows].reset_index(drop=True)
-    attributes, known = choice.attributes(spec)
+    keep = checked(dict, choice.keep_groups or {}, "keep_groups")
+    keep = {name: checked(Keep, value, f"keep_groups of {name!r}") for name, value in keep.items()}
+    sensitive = spec.default_sensitive if choice.sensitive is None else choice.sensitive
+    attributes, known = choose_sensitive(sensitive, spec.sensitive, keep)
     stratify = next(iter(chosen)) if spec.stratify is None else spec.stratify
     table = Table(
+        spec=spec,
+        choice=choice,
         frame=frame,
         rows=rows,
         labels=tuple(raw_labels(name, task, frame) for name, task in chosen.items()),

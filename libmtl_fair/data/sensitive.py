@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from libmtl_fair.data.frames import as_numbers, as_text, column_of, ids_of, values_in
 from libmtl_fair.data.spec import SensitiveSpec
 from libmtl_fair.errors import DataError, unknown
-from libmtl_fair.validation import Listed, MissingRule, checked
+from libmtl_fair.validation import Keep, Listed, MissingRule, checked
 
+Specs = Mapping[str, SensitiveSpec]
 MISSING_GROUP = "(missing)"
 """Name of the group of rows without a value, under ``missing="group"``."""
 
@@ -45,16 +46,14 @@ class Groups:
         return replace(self, ids=self.ids[rows], gap=self.gap[rows])
 
 
-def tell_tale_columns(spec: SensitiveSpec, known: Mapping[str, SensitiveSpec]) -> set[str]:
+def tell_tale_columns(spec: SensitiveSpec, known: Specs) -> set[str]:
     """Return the columns from which an attribute, or a part of an intersection, can be read off."""
     parts = [known[part] for part in spec.of] or [spec]
     return {column for part in parts for column in (part.column, *part.also_in) if column}
 
 
 def choose_sensitive(
-    chosen: Sequence[str] | str,
-    known: Mapping[str, SensitiveSpec],
-    keep_groups: Mapping[str, tuple[str, ...] | int] | None = None,
+    chosen: Sequence[str] | str, known: Specs, keep_groups: Mapping[str, Keep] | None = None
 ) -> tuple[dict[str, SensitiveSpec], dict[str, SensitiveSpec]]:
     """Return the specs of the chosen attributes, and all known ones with ``keep_groups`` applied.
 
@@ -74,7 +73,7 @@ def choose_sensitive(
     return specs, known
 
 
-def _one_choice(item: str, known: Mapping[str, SensitiveSpec]) -> tuple[str, SensitiveSpec]:
+def _one_choice(item: str, known: Specs) -> tuple[str, SensitiveSpec]:
     if item in known:
         return item, known[item]
     if "*" in item:
@@ -89,9 +88,7 @@ def _one_choice(item: str, known: Mapping[str, SensitiveSpec]) -> tuple[str, Sen
     raise DataError(unknown("sensitive attribute", name if colon and name not in known else item, known))
 
 
-def make_groups(
-    attribute: str, spec: SensitiveSpec, frame: pd.DataFrame, missing: MissingRule, known: Mapping[str, SensitiveSpec]
-) -> Groups:
+def make_groups(attribute: str, spec: SensitiveSpec, frame: pd.DataFrame, missing: MissingRule, known: Specs) -> Groups:
     """Return the group ids of one attribute for every row of ``frame``.
 
     Groups are sorted by name, those of bins by their edges, declared labels as declared.
@@ -99,9 +96,8 @@ def make_groups(
     if missing not in get_args(MissingRule):
         raise DataError(f"missing: {unknown('rule', missing, get_args(MissingRule))}")
     if spec.of:
-        groups = _intersect(
-            attribute, spec, [make_groups(part, known[part], frame, missing, known) for part in spec.of]
-        )
+        parts = [make_groups(part, known[part], frame, missing, known) for part in spec.of]
+        groups = _intersect(attribute, spec, parts)
     else:
         groups = _from_column(attribute, spec, frame, missing)
     if spec.keep is not None:

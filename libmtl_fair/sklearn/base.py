@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -200,12 +199,11 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
             parameters["random_state"] = None
         if parameters.get("tasks") is not None:  # JSON keys are text only
             parameters["tasks"] = [[column, kind] for column, kind in parameters["tasks"].items()]
-        targets = [{f.name: getattr(t, f.name) for f in dataclasses.fields(t)} for t in self.targets_]
+        targets = [dict(vars(target)) for target in self.targets_]
         for target in targets:
             if (classes := target["classes"]) is not None:
                 target["classes"] = {"values": classes.tolist(), "dtype": classes.dtype.str}
         about = {name.rstrip("_"): getattr(self, name, None) for name in _SAVED}
-        about["feature_names_in"] = None if about["feature_names_in"] is None else list(about["feature_names_in"])
         about |= {"class": type(self).__name__, "parameters": parameters, "targets": targets}
         try:
             text = json.dumps({**about, "encoder": self.encoder_.to_dict()}, default=_plain)
@@ -271,8 +269,8 @@ def _target(values: dict[str, Any]) -> Target:
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, np.generic):
-        return value.item()
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
     raise TypeError(f"{value!r} is no plain value")
 
 

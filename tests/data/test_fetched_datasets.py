@@ -144,7 +144,7 @@ def test_from_a_file(frames, tmp_path) -> None:
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_through_the_fetcher(frames, name, monkeypatch) -> None:
-    monkeypatch.setattr(fairlearn.datasets, FETCHED[name].fetcher, lambda as_frame: SimpleNamespace(frame=frames[name]))
+    monkeypatch.setattr(fairlearn.datasets, f"fetch_{name}", lambda as_frame: SimpleNamespace(frame=frames[name]))
     assert load_dataset(name).card["rows"] == N
 
 
@@ -156,7 +156,7 @@ def test_offline(name, error, monkeypatch) -> None:
     def fetch(as_frame: bool) -> None:
         raise error
 
-    monkeypatch.setattr(fairlearn.datasets, FETCHED[name].fetcher, fetch)
+    monkeypatch.setattr(fairlearn.datasets, f"fetch_{name}", fetch)
     with pytest.raises(DataError, match=rf"'{name}' is not shipped and could not be fetched .*frame=DataFrame or path"):
         load_dataset(name)
 
