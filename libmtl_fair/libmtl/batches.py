@@ -26,13 +26,13 @@ def to_device(inputs: Any, device: torch.device) -> Any:
     return inputs
 
 
-def drawn(loader: Loader) -> Iterator[Any]:
+def drawn(loader: Loader) -> Iterator[object]:
     """Yield a loader's batches; those of a resident loader as the matrices that they are."""
     found = iter(loader)
     return found.packed() if isinstance(found, Epoch) else found
 
 
-def split(batch: Any, device: torch.device, tasks: Sequence[str]) -> Packed:
+def split(batch: object, device: torch.device, tasks: Sequence[str]) -> Packed:
     """Take one batch apart: inputs, labels of the tasks, attribute -> group ids, on the device.
 
     A bare label tensor belongs to the one task in ``tasks``.
@@ -79,7 +79,7 @@ def per_task(trainer: TrainingState, loaders: Loaders) -> Mapping[str, Loader]:
     return {task: loaders[task] for task in trainer.main_tasks}
 
 
-def endless(loader: Loader) -> Iterator[Any]:
+def endless(loader: Loader) -> Iterator[object]:
     """Yield the loader's batches again and again, each pass through a new iterator."""
     while True:
         empty = True

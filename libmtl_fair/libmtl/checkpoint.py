@@ -11,7 +11,7 @@ import random
 import struct
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,11 @@ _DAMAGE = (
 # -- random generators, and what a model keeps outside its state_dict ---------------------------------------------
 
 
-def random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Plain]:
     """Return the state of Python's, numpy's and torch's global generators."""
     version, keys, gauss = random.getstate()
     name, words, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
-    state: dict[str, Any] = {
+    state: dict[str, Plain] = {
         "python": [version, torch.tensor(keys), gauss],
         "numpy": [str(name), torch.from_numpy(np.asarray(words).astype(np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
@@ -59,7 +59,7 @@ def random_state() -> dict[str, Any]:
     return state
 
 
-def set_random_state(state: Mapping[str, Any]) -> None:
+def set_random_state(state: Mapping[str, Plain]) -> None:
     """Put back what :func:`random_state` gave."""
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys.tolist()), gauss))
@@ -97,10 +97,11 @@ def attributes(model: nn.Module) -> dict[str, Plain]:
     return state
 
 
-def set_attributes(model: Any, state: Mapping[str, Plain]) -> None:
+def set_attributes(model: nn.Module, state: Mapping[str, Plain]) -> None:
     """Put back what :func:`attributes` gave, into tensors and optimisers that exist where they do."""
-    if state.get("step") and hasattr(model, "_init_optim_problem"):
-        model._init_optim_problem()  # git main's Nash_MTL makes its problem in its first step only
+    make_problem: Callable[[], None] | None = getattr(model, "_init_optim_problem", None)
+    if state.get("step") and make_problem is not None:
+        make_problem()  # git main's Nash_MTL makes its problem in its first step only
     for name, value in state.items():
         held = getattr(model, name, None)
         if isinstance(value, dict) and "optimizer" in value:
@@ -111,7 +112,7 @@ def set_attributes(model: Any, state: Mapping[str, Plain]) -> None:
         elif isinstance(value, Tensor) and isinstance(held, Tensor):
             held.data = value.to(held.device, held.dtype)
         else:
-            setattr(model, name, value.to(model.device) if isinstance(value, Tensor) else value)
+            setattr(model, name, value.to(vars(model)["device"]) if isinstance(value, Tensor) else value)
 
 
 def loader_states(loaders: Mapping[str, Loader]) -> dict[str, Plain]:
@@ -171,7 +172,7 @@ def load(path: Path, device: torch.device, *, state_dict_too: bool = False) -> d
     return known
 
 
-def fingerprint(state: Mapping[str, Any]) -> dict[str, list[int]]:
+def fingerprint(state: Mapping[str, Plain]) -> dict[str, list[int]]:
     """Return name -> shape of everything in a state_dict: what must agree for a checkpoint to fit."""
     return {name: list(value.shape) for name, value in state.items() if hasattr(value, "shape")}
 

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from libmtl_fair.libmtl.compat_weightings import UNCARRIED, gradvac_backward
 from libmtl_fair.libmtl.gradients import PATCHES, Method, carry_representation_gradients, mends
@@ -48,7 +48,7 @@ if LINEAGE == "package":
 
 def _carrying(original: Method) -> Method:
     @wraps(original)
-    def backward(self: Model, losses: Tensor, **kwargs: Any) -> Any:
+    def backward(self: Model, losses: Tensor, **kwargs: object) -> object:
         weights = original(self, losses, **kwargs)
         carry_representation_gradients(self)
         return weights
@@ -57,11 +57,11 @@ def _carrying(original: Method) -> Method:
     return backward
 
 
-def _patches() -> Iterator[tuple[type[Any], str, Method, str]]:
+def _patches() -> Iterator[tuple[type[nn.Module], str, Method, str]]:
     """Yield (class, method name, replacement, why) for what the installed LibMTL has."""
     for name, method, replacement, why in PATCHES:
-        owner = getattr(weighting_namespace, name, getattr(architecture_namespace, name, object))
-        if method in vars(owner):
+        owner = getattr(weighting_namespace, name, getattr(architecture_namespace, name, None))
+        if owner is not None and method in vars(owner):
             yield owner, method, replacement, why
     for name in ("RLW", "FAMO", "STCH"):
         own = vars(getattr(weighting_namespace, name, object)).get("backward")
@@ -69,9 +69,9 @@ def _patches() -> Iterator[tuple[type[Any], str, Method, str]]:
             yield getattr(weighting_namespace, name), "backward", _carrying(own), UNCARRIED
 
 
-def healed(cls: type[Any]) -> type[Any]:
+def healed(cls: type[nn.Module]) -> type[nn.Module]:
     """Return ``cls``, or a subclass of the same name in which LibMTL's faults are mended."""
-    overrides: dict[str, Any] = {
+    overrides: dict[str, Method] = {
         method: replacement
         for owner, method, replacement, _ in _patches()
         if next((c for c in cls.__mro__ if method in vars(c)), None) is owner
@@ -84,7 +84,7 @@ def healed(cls: type[Any]) -> type[Any]:
 class _TorchForTrainer(ModuleType):
     """``torch`` as LibMTL's trainer module sees it after :func:`heal`: a missing GPU becomes the CPU."""
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(torch, name)
 
     @staticmethod
@@ -94,13 +94,13 @@ class _TorchForTrainer(ModuleType):
         return torch.device("cpu") if wanted.type == "cuda" and not torch.cuda.is_available() else wanted
 
     @staticmethod
-    def load(*args: Any, **kwargs: Any) -> Any:
+    def load(*args: Any, **kwargs: Any) -> object:
         """Load tensors only, onto a device that exists."""
         place = {} if torch.cuda.is_available() else {"map_location": "cpu"}
         return torch.load(*args, **{"weights_only": True, **place, **kwargs})
 
 
-def _process_data(self: TrainingState, loader: list[Any]) -> tuple[Tensor, Any]:
+def _process_data(self: TrainingState, loader: list[Any]) -> tuple[Tensor, Tensor | dict[str, Tensor]]:
     """Take the next batch; a loader that has run out starts again, and its own errors are seen."""
     try:
         data, label = next(loader[1])
@@ -116,8 +116,13 @@ def _process_data(self: TrainingState, loader: list[Any]) -> tuple[Tensor, Any]:
 def _returning_weights(original: Method) -> Method:
     @wraps(original)
     def train(
-        self: TrainingState, train_dataloaders: Any, test_dataloaders: Any, epochs: int, *args: Any, **kwargs: Any
-    ) -> Any:
+        self: TrainingState,
+        train_dataloaders: object,
+        test_dataloaders: object,
+        epochs: int,
+        *args: object,
+        **kwargs: object,
+    ) -> object:
         wanted = kwargs.get("return_weight", args[1] if len(args) > 1 else False)
         result = original(self, train_dataloaders, test_dataloaders, epochs, *args, **kwargs)
         return self.batch_weight if wanted and result is None and hasattr(self, "batch_weight") else result

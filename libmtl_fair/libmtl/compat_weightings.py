@@ -9,7 +9,7 @@ import math
 import random
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -89,7 +89,7 @@ def gls_backward(self: Model, losses: Tensor, **_: object) -> Record:
 
 
 @mends("DWA.backward", UNCARRIED)
-def dwa_backward(self: Model, losses: Tensor, **kwargs: Any) -> Record:
+def dwa_backward(self: Model, losses: Tensor, **kwargs: float) -> Record:
     """Dynamic weight average (Liu et al. 2019)."""
     weights = torch.ones_like(losses)
     if self.epoch > 1:
@@ -100,7 +100,7 @@ def dwa_backward(self: Model, losses: Tensor, **kwargs: Any) -> Record:
 
 
 @mends("GradNorm.backward", "rep_grad=True froze the encoder in the first epoch")
-def gradnorm_backward(self: Model, losses: Tensor, **kwargs: Any) -> Record:
+def gradnorm_backward(self: Model, losses: Tensor, **kwargs: float) -> Record:
     """GradNorm (Chen et al. 2018); the first epoch sums the losses and sets the reference."""
 
     def solve(grads: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def gradnorm_backward(self: Model, losses: Tensor, **kwargs: Any) -> Record:
 
 
 @mends("GradDrop.backward", "failed where tasks have batches of their own")
-def graddrop_backward(self: Model, losses: Tensor, **kwargs: Any) -> None:
+def graddrop_backward(self: Model, losses: Tensor, **kwargs: float) -> None:
     """GradDrop (Chen et al. 2020); the tasks' batches may differ in size, since the sign is that of the batch's sum."""
     if not self.rep_grad:
         raise HostError("GradDrop works on gradients of the representation: use rep_grad=True")
@@ -153,7 +153,7 @@ def mgda_solution(self: Model, grads: Tensor) -> Tensor:
 
 
 @mends("MGDA.backward", "one device transfer a task")
-def mgda_backward(self: Model, losses: Tensor, **kwargs: Any) -> Record:
+def mgda_backward(self: Model, losses: Tensor, **kwargs: float) -> Record:
     """MGDA (Sener and Koltun 2018)."""
 
     def solve(grads: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ def pcgrad_backward(self: Model, losses: Tensor, **_: object) -> Record:
     return _surgery(self, _parameter_gradients(self, losses, "PCGrad"), share, itself=True)
 
 
-def gradvac_backward(self: Model, losses: Tensor, **kwargs: Any) -> Record:
+def gradvac_backward(self: Model, losses: Tensor, **kwargs: float) -> Record:
     """GradVac (Wang et al. 2021), as in LibMTL's package."""
     if not isinstance(getattr(self, "rho_T", None), np.ndarray):
         vars(self)["rho_T"] = np.zeros((self.task_num, self.task_num))
@@ -217,7 +217,7 @@ def _surgery(
 
 
 @mends("CAGrad.backward", "was written for exactly three tasks")
-def cagrad_backward(self: Model, losses: Tensor, **kwargs: Any) -> Record:
+def cagrad_backward(self: Model, losses: Tensor, **kwargs: float) -> Record:
     """CAGrad (Liu et al. 2021) for any number of tasks; LibMTL's package reshapes to three."""
     calpha, rescale = kwargs["calpha"], int(kwargs["rescale"])
     if rescale not in (0, 1, 2):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from libmtl_fair.tasks import Task
 
 
 def forward(
-    trainer: TrainingState, inputs: Any, task: str | None = None, groups: Mapping[str, Tensor] | None = None
+    trainer: TrainingState, inputs: object, task: str | None = None, groups: Mapping[str, Tensor] | None = None
 ) -> Mapping[str, Tensor]:
     """Return outputs of all tasks, or of one that has inputs of its own, through the user's ``process_preds``.
 
@@ -41,7 +40,7 @@ def forward(
     return beside(processed, extra) if extra else processed
 
 
-def _run(trainer: TrainingState, *inputs: Any) -> Mapping[str, Tensor]:
+def _run(trainer: TrainingState, *inputs: object) -> Mapping[str, Tensor]:
     try:
         found: Mapping[str, Tensor] = trainer.model(*inputs)
         return found

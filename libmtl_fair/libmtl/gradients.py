@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from libmtl_fair.errors import HostError
 from libmtl_fair.libmtl.state import Model
 
-Method = Callable[..., Any]
+Method = Callable[..., object]
 AnyMethod = TypeVar("AnyMethod", bound=Method)
 
 
@@ -60,8 +60,8 @@ def flatten(grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Ten
 @mends("AbsWeighting._compute_grad_dim", "counted sizes once, or for frozen weights too")
 def compute_grad_dim(self: Model) -> None:
     """Set the sizes of the shared parameters; anew each time, since a branching model changes them."""
-    sizes: Any = [p.numel() for p in shared_parameters(self)]
-    self.grad_index, self.grad_dim = sizes, sum(sizes)
+    self.grad_index = [p.numel() for p in shared_parameters(self)]
+    self.grad_dim = sum(self.grad_index)
 
 
 @mends("AbsWeighting._grad2vec", "went through the CPU")
@@ -157,11 +157,12 @@ def gradients(
 
 
 @mends("AbsWeighting._get_grads", "failed where tasks have batches of their own")
-def get_grads(self: Model, losses: Tensor, mode: str = "backward") -> Any:
+def get_grads(self: Model, losses: Tensor, mode: str = "backward") -> Tensor | list[Tensor | list[Tensor]]:
     """Return [per-example gradients, gradients [T, d]] of the representation, or gradients [T, P] of the parameters."""
     if not self.rep_grad:
         self._compute_grad_dim()
-        return self._compute_grad(losses, mode)
+        grads: Tensor = self._compute_grad(losses, mode)
+        return grads
     per_grads = self._compute_grad(losses, mode, rep_grad=True)
     rows = [g.sum(0).flatten() for g in per_grads]
     if len({len(r) for r in rows}) > 1:
@@ -173,7 +174,9 @@ def get_grads(self: Model, losses: Tensor, mode: str = "backward") -> Any:
 
 
 @mends("AbsWeighting._backward_new_grads", "one encoder pass a task instead of one")
-def backward_new_grads(self: Model, batch_weight: Tensor, per_grads: Any = None, grads: Tensor | None = None) -> None:
+def backward_new_grads(
+    self: Model, batch_weight: Tensor, per_grads: Iterable[Tensor] = (), grads: Tensor | None = None
+) -> None:
     """Give the shared parameters the sum of the tasks' gradients, weighted by ``batch_weight`` [T]."""
     if not self.rep_grad:
         assert grads is not None

@@ -69,7 +69,7 @@ class History:
 
     def __init__(self, frame: pd.DataFrame | None = None) -> None:
         self._frames = [] if frame is None else [frame]
-        self._new: list[dict[str, npt.NDArray[Any]]] = []
+        self._new: list[dict[str, npt.NDArray[np.generic]]] = []
         self._steps = 0 if frame is None else len(frame)
 
     def add_epoch(self, epoch: int, steps: Mapping[str, Floats], results: Mapping[str, float]) -> None:
@@ -99,7 +99,7 @@ class History:
         """Return the frame as CSV text with every digit."""
         return str(self.frame.to_csv(index=False))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, list[str] | Tensor]:
         """Return the frame as names and one float64 matrix [rows, columns]: exact, and plain enough for a checkpoint."""
         frame = self.frame
         return {"columns": list(frame.columns), "values": torch.from_numpy(frame.to_numpy(dtype=np.float64, copy=True))}

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from libmtl_fair.batch import Columns
+from libmtl_fair.libmtl.state import Model
 
 _OURS = ("LibMTL", "libmtl_fair", "torch", "abc", "builtins")
 
@@ -85,14 +85,14 @@ def is_plain_linear(head: nn.Module) -> bool:
     return type(head) is nn.Linear and head.bias is not None and not any(listeners_of(head))
 
 
-def joint_weights(model: Any, tasks: tuple[str, ...]) -> Tensor | None:
+def joint_weights(model: Model, tasks: tuple[str, ...]) -> Tensor | None:
     """Return the weights [C, d] of the heads of these tasks, in order, while they are joined; else None."""
     joint: JointHeads | None = getattr(model, "fair_joint", None)
     return joint.weight if joint is not None and joint.tasks == tasks else None
 
 
 @contextmanager
-def joined_heads(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[JointHeads | None]:
+def joined_heads(model: Model, optimizer: torch.optim.Optimizer) -> Iterator[JointHeads | None]:
     """Within it the model runs, and the optimiser trains, its plain linear heads as one, where that changes no number.
 
     Heads that are frozen, hooked, shared, of unequal kind or in several groups of the optimiser stay as they are, and so do
@@ -125,15 +125,15 @@ def joined_heads(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator
         joint.release()
 
 
-def _joinable(model: Any) -> dict[str, nn.Linear]:
+def _joinable(model: Model) -> dict[str, nn.Linear]:
     """Return task -> head of the heads that may be joined; empty if it is not worth it or may be seen."""
     bases = type(model).__mro__
     if not hasattr(model, "plain_heads") or any(base.__module__.partition(".")[0] not in _OURS for base in bases):
         return {}
     if any(vars(base).get("looks_at_heads") or base.__name__ == "MoDo" for base in bases):
         return {}
-    decoders = model.decoders
-    heads: dict[str, nn.Linear] = {task: decoders[task] for task in model.plain_heads()}
+    named = ((task, model.decoders[task]) for task in model.plain_heads())
+    heads = {task: head for task, head in named if isinstance(head, nn.Linear)}
     found = [p for head in heads.values() for p in (head.weight, head.bias)]
     kinds = {(p.dtype, p.device, p.shape[1:]) for p in found}
     plain = all(p.requires_grad and not p._backward_hooks and not p._post_accumulate_grad_hooks for p in found)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, Literal, NoReturn
@@ -25,7 +25,7 @@ Lineage = Literal["package", "git main"]
 class _Absent(ModuleType):
     """Stands for a package that is not installed: harmless until one of its functions is called."""
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Callable[..., NoReturn]:
         if name.startswith("__"):
             raise AttributeError(name)
         package = self.__name__

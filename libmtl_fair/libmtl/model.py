@@ -93,8 +93,8 @@ def _joined(outputs: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
 
 def compose(
     trainer: TrainingState,
-    weighting: str | type[Any],
-    architecture: str | type[Any],
+    weighting: str | type[nn.Module],
+    architecture: str | type[nn.Module],
     encoder_class: Callable[[], nn.Module],
     decoders: Mapping[str, nn.Module],
 ) -> Model:
@@ -118,7 +118,7 @@ def compose(
         raise HostError(f"architecture {shared.__name__} cannot be built: {_hint(error)}") from error
     if not fused:
         for head in heads.values():
-            follow: Any = getattr(head, "follow", None)
+            follow = getattr(head, "follow", None)
             if follow is not None:
                 follow()  # tasks may have representations of their own: take the main task's
     model.keeps_weights_on_device = True
@@ -148,8 +148,8 @@ def _raised_by_user(error: BaseException) -> bool:
 
 
 def _weighting_bases(
-    weighting: type[Any], given: Mapping[str, Any]
-) -> tuple[list[type[Any]], dict[str, Any], Settings | None]:
+    weighting: type[nn.Module], given: Mapping[str, object]
+) -> tuple[list[type[nn.Module]], dict[str, object], Settings | None]:
     if not issubclass(weighting, FairWeighting):
         return [healed(weighting)], weight_args(weighting, given), None
     settings = weighting.settings_class.from_args(weighting.__name__, given)
@@ -162,7 +162,7 @@ def _weighting_bases(
     return [weighting, healed(base)], {}, settings
 
 
-def _can_fuse(arch: type[Any], trainer: TrainingState) -> bool:
+def _can_fuse(arch: type[nn.Module], trainer: TrainingState) -> bool:
     """Whether the architecture is plain hard sharing, whose forward we know."""
     hard_sharing = issubclass(arch, architecture_namespace.HPS) and arch.forward in (forward, AbsArchitecture.forward)
     return hard_sharing and not trainer.rep_grad and not trainer.multi_input

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -27,7 +27,7 @@ SCHEDULERS: dict[str, Callable[..., torch.optim.lr_scheduler.LRScheduler]] = {
 }
 
 
-def make_optimizer(model: torch.nn.Module, param: Mapping[str, Any]) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module, param: Mapping[str, object]) -> torch.optim.Optimizer:
     """Return the optimiser for LibMTL's ``optim_param``: ``{"optim": "adam", "lr": 1e-3, ...}``.
 
     Raises
@@ -43,7 +43,7 @@ def make_optimizer(model: torch.nn.Module, param: Mapping[str, Any]) -> torch.op
 
 
 def make_scheduler(
-    optimizer: torch.optim.Optimizer, param: Mapping[str, Any] | None
+    optimizer: torch.optim.Optimizer, param: Mapping[str, object] | None
 ) -> torch.optim.lr_scheduler.LRScheduler | None:
     """Return the scheduler for LibMTL's ``scheduler_param``, or None.
 
@@ -57,7 +57,7 @@ def make_scheduler(
     return _made(f"scheduler {param['scheduler']}", cls, optimizer, args)
 
 
-def prepare_forgotten(params: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def prepare_forgotten(params: argparse.Namespace) -> dict[str, dict[str, object]]:
     """Return the parameter dicts of what LibMTL's ``prepare_args`` accepts but never prepares, by option name.
 
     Its options name adagrad, rmsprop, cos and exp, for which it then ends in an UnboundLocalError. ``cos`` falls over the
@@ -67,7 +67,7 @@ def prepare_forgotten(params: argparse.Namespace) -> dict[str, dict[str, Any]]:
     ------
     RecipeError : ``--scheduler cos`` and neither of the two is among the script's options.
     """
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, object]] = {}
     optim, scheduler = getattr(params, "optim", None), getattr(params, "scheduler", None)  # a lineage may name neither
     if optim in ("adagrad", "rmsprop"):
         found["optim"] = {"optim": optim, "lr": params.lr, "weight_decay": params.weight_decay}
@@ -85,16 +85,17 @@ def prepare_forgotten(params: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def _chosen(
-    what: str, param: Mapping[str, Any], key: str, options: Mapping[str, Callable[..., Made]]
-) -> tuple[Callable[..., Made], dict[str, Any]]:
+    what: str, param: Mapping[str, object], key: str, options: Mapping[str, Callable[..., Made]]
+) -> tuple[Callable[..., Made], dict[str, object]]:
     """Return the class that ``param`` names under ``key``, and its arguments, whose names are known to be its own."""
     if key not in param:
         raise RecipeError(
             f"{what}: say which one, for example {{{key!r}: {next(iter(options))!r}, ...}}; found {dict(param)}"
         )
-    if param[key] not in options:
-        raise RecipeError(unknown(what, param[key], options))
-    cls = options[param[key]]
+    chosen = str(param[key])
+    if chosen not in options:
+        raise RecipeError(unknown(what, chosen, options))
+    cls = options[chosen]
     known = [n for n in inspect.signature(cls).parameters if n not in ("params", "optimizer")]
     args = {name: value for name, value in param.items() if name != key}
     for name in args:
@@ -103,7 +104,7 @@ def _chosen(
     return cls, args
 
 
-def _made(what: str, cls: Callable[..., Made], first: object, args: Mapping[str, Any]) -> Made:
+def _made(what: str, cls: Callable[..., Made], first: object, args: Mapping[str, object]) -> Made:
     try:
         return cls(first, **args)
     except (ValueError, TypeError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +32,7 @@ class Part(nn.Module):
     rep_grad = False
     multi_input: bool
     keeps_weights_on_device = True
-    args: dict[str, Any]
+    args: dict[str, object]
     init_param: Callable[[], None]
     backward: Callable[..., Record | None]
 
@@ -51,16 +50,16 @@ class Part(nn.Module):
         """Yield the model's parameters, which include this part's."""
         return self._model[0].parameters(recurse)
 
-    def get_extra_state(self) -> dict[str, Any]:
+    def get_extra_state(self) -> dict[str, object]:
         """Return what the weighting keeps outside its parameters, for checkpoints."""
         return attributes(self)
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def set_extra_state(self, state: dict[str, object]) -> None:
         """Put back what :meth:`get_extra_state` gave."""
         set_attributes(self, state)
 
 
-def part_of(model: Model, weighting: str, tasks: Sequence[str], args: Mapping[str, Any]) -> Part:
+def part_of(model: Model, weighting: str, tasks: Sequence[str], args: Mapping[str, object]) -> Part:
     """Return a module whose ``backward(losses of these tasks, **part.args)`` is that weighting's, for these tasks alone."""
     base = resolve_weighting(weighting)
     part: Part = type(base.__name__, (Part, healed(base)), {})()

@@ -15,6 +15,8 @@ from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from libmtl_fair.errors import HostError, RecipeError, near, unknown
 from libmtl_fair.libmtl.loading import (
     LINEAGE,
@@ -26,6 +28,8 @@ from libmtl_fair.libmtl.loading import (
 )
 from libmtl_fair.libmtl.optimizers import prepare_forgotten
 
+Prepare = Callable[[argparse.Namespace], tuple[dict[str, Any], ...]]
+"""LibMTL's ``prepare_args``: options -> what a trainer takes."""
 OUR_WEIGHTINGS: dict[str, type[Any]] = {}
 OUR_ARCHITECTURES: dict[str, type[Any]] = {}
 """Name, or ``module:Class`` once it was resolved -> class with ``settings_class``."""
@@ -41,7 +45,7 @@ _OTHER_LINEAGE = {
 
 class _Kind(NamedTuple):
     what: str
-    base: type[Any]
+    base: type[nn.Module]
     namespace: ModuleType
     ours: dict[str, type[Any]]
 
@@ -50,7 +54,7 @@ class _Kind(NamedTuple):
         found = ((n, v) for n, v in vars(self.namespace).items() if isinstance(v, type))
         return sorted(n for n, v in found if issubclass(v, self.base) and v is not self.base)
 
-    def resolve(self, wanted: str | type[Any]) -> type[Any]:
+    def resolve(self, wanted: str | type[nn.Module]) -> type[nn.Module]:
         """Return the class for a name, a ``module:Class`` or a class."""
         if isinstance(wanted, type) or ":" in wanted:
             cls = wanted if isinstance(wanted, type) else _imported(self.what, wanted)
@@ -63,7 +67,7 @@ class _Kind(NamedTuple):
             return cls
         if wanted not in self.names():
             raise HostError(unknown(self.what, wanted, self.names()))
-        found: type[Any] = getattr(self.namespace, wanted)
+        found: type[nn.Module] = getattr(self.namespace, wanted)
         return found
 
 
@@ -71,7 +75,7 @@ _WEIGHTING = _Kind("weighting", AbsWeighting, weighting_namespace, OUR_WEIGHTING
 _ARCHITECTURE = _Kind("architecture", AbsArchitecture, architecture_namespace, OUR_ARCHITECTURES)
 
 
-def register(*classes: type[Any]) -> None:
+def register(*classes: type[nn.Module]) -> None:
     """Give classes to LibMTL under their own names: namespaces and command-line options. Twice is as good as once."""
     for cls in classes:
         kind = _WEIGHTING if issubclass(cls, AbsWeighting) else _ARCHITECTURE
@@ -108,7 +112,7 @@ def architecture_names() -> list[str]:
     return _ARCHITECTURE.names()
 
 
-def resolve_weighting(weighting: str | type[Any]) -> type[Any]:
+def resolve_weighting(weighting: str | type[nn.Module]) -> type[nn.Module]:
     """Return the weighting class for a name, a ``my_package.module:Class`` or a class.
 
     Raises
@@ -122,7 +126,7 @@ def resolve_weighting(weighting: str | type[Any]) -> type[Any]:
     return _WEIGHTING.resolve(weighting)
 
 
-def resolve_architecture(architecture: str | type[Any]) -> type[Any]:
+def resolve_architecture(architecture: str | type[nn.Module]) -> type[nn.Module]:
     """Return the architecture class for a name, a ``my_package.module:Class`` or a class.
 
     Raises
@@ -132,7 +136,7 @@ def resolve_architecture(architecture: str | type[Any]) -> type[Any]:
     return _ARCHITECTURE.resolve(architecture)
 
 
-def _imported(what: str, text: str) -> type[Any]:
+def _imported(what: str, text: str) -> type[object]:
     module, _, name = text.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), name)):
         raise HostError(f"{what} {text!r}: expected a name, or 'my_package.module:Class'")
@@ -152,7 +156,7 @@ def _imported(what: str, text: str) -> type[Any]:
 
 
 @cache
-def _default_args(name: str) -> Mapping[str, Any]:
+def _default_args(name: str) -> Mapping[str, object]:
     params = config_module.LibMTL_args.parse_args([])
     params.weighting, params.arch = name, "HPS"
     with contextlib.redirect_stdout(io.StringIO()):
@@ -160,7 +164,7 @@ def _default_args(name: str) -> Mapping[str, Any]:
     return dict(kwargs["weight_args"])
 
 
-def weight_args(cls: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def weight_args(cls: type[nn.Module], given: Mapping[str, object]) -> dict[str, object]:
     """Return the hyperparameters of a LibMTL weighting: LibMTL's defaults, then those given, in either lineage's names.
 
     A user's subclass takes its LibMTL parent's defaults, and any name of its own.
@@ -184,21 +188,22 @@ def weight_args(cls: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
     return args
 
 
-def _options(cls: type[Any]) -> dict[str, str]:
+def _options(cls: type[nn.Module]) -> dict[str, str]:
     """Return setting -> name of its command-line option, of a class that declares settings."""
     settings = getattr(cls, "settings_class", None)
     return {name: f"{cls.__name__.lower()}_{name}" for name in (settings.model_fields if settings else ())}
 
 
-def _add_options(cls: type[Any]) -> None:
+def _add_options(cls: type[nn.Module]) -> None:
     parser: argparse.ArgumentParser = config_module.LibMTL_args
+    settings = getattr(cls, "settings_class", None)
     for name, option in _options(cls).items():
-        if f"--{option}" not in parser._option_string_actions:
-            help = f"{name} of {cls.__name__} (default: {cls.settings_class.model_fields[name].default})"
+        if settings and f"--{option}" not in parser._option_string_actions:
+            help = f"{name} of {cls.__name__} (default: {settings.model_fields[name].default})"
             parser.add_argument(f"--{option}", type=_value, default=None, help=help)
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> object:
     """Read a command-line value: a number, true, false, null, a list or mapping as JSON; anything else is text."""
     try:
         return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
@@ -206,12 +211,12 @@ def _value(text: str) -> Any:
         return text
 
 
-def _given(cls: type[Any] | None, params: argparse.Namespace) -> dict[str, Any]:
+def _given(cls: type[nn.Module] | None, params: argparse.Namespace) -> dict[str, Any]:
     found = {name: getattr(params, option, None) for name, option in (_options(cls) if cls else {}).items()}
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _wrap_prepare_args(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _wrap_prepare_args(original: Prepare) -> Prepare:
     """Let ``prepare_args`` know our names, and the optimisers and schedulers that it accepts but forgets to prepare.
 
     What LibMTL prepares itself goes through unchanged. The base of a weighting of ours takes its hyperparameters from
@@ -219,7 +224,7 @@ def _wrap_prepare_args(original: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """
 
     @wraps(original)
-    def prepare_args(params: argparse.Namespace) -> Any:
+    def prepare_args(params: argparse.Namespace) -> tuple[dict[str, Any], ...]:
         _check_name("weighting", params.weighting, [*weighting_names(), *BILEVEL, "DIY"])
         _check_name("architecture", params.arch, [*architecture_names(), "DIY"])
         weighting, architecture = OUR_WEIGHTINGS.get(params.weighting), OUR_ARCHITECTURES.get(params.arch)

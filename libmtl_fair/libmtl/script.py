@@ -12,23 +12,24 @@ from typing import Any
 
 from libmtl_fair.errors import RecipeError
 from libmtl_fair.libmtl.compat import heal
+from libmtl_fair.libmtl.history import Floats
 from libmtl_fair.libmtl.loading import libmtl, trainer_module
 from libmtl_fair.libmtl.registry import OUR_ARCHITECTURES, OUR_WEIGHTINGS
-from libmtl_fair.libmtl.state import Results
+from libmtl_fair.libmtl.state import Loaders, Results
 from libmtl_fair.libmtl.trainer import FairTrainer
 
 
 class ScriptTrainer(FairTrainer):
     """FairTrainer in the place of ``LibMTL.Trainer``: results go to the console, as a LibMTL script expects."""
 
-    def _one_epoch(self, epoch: int, train_dataloaders: Any, val_dataloaders: Any) -> None:
+    def _one_epoch(self, epoch: int, train_dataloaders: Loaders, val_dataloaders: Loaders | None) -> None:
         super()._one_epoch(epoch, train_dataloaders, val_dataloaders)
         row = self.epochs.iloc[-1]
         train = " ".join(f"{task} {row[f'loss/{task}']:.4f}" for task in self.task_name)
         val = " ".join(f"{name.removeprefix('val/')} {row[name]:.4f}" for name in row.index if name.startswith("val/"))
         _say(f"Epoch: {epoch:04d} | TRAIN: {train}" + (f" | VAL: {val}" if val else ""))
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> Floats | None:
         """Train, then show the results on the test loader."""
         weights = super().train(*args, **kwargs)
         if self.test_results is not None:
@@ -52,7 +53,7 @@ def _say(text: str) -> None:
     sys.stdout.flush()
 
 
-def run_script(path: str | Path, args: Sequence[str] = ()) -> dict[str, Any]:
+def run_script(path: str | Path, args: Sequence[str] = ()) -> dict[str, object]:
     """Run a script as ``python path args`` would, with our methods known to LibMTL and LibMTL healed.
 
     Where ``args`` choose one of our methods (``--weighting ReLiF``), the ``LibMTL.Trainer`` that the script imports is a

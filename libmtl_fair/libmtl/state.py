@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from libmtl_fair.errors import HostError
 from libmtl_fair.libmtl.history import History
 from libmtl_fair.libmtl.loading import Trainer
-from libmtl_fair.libmtl.losses import LossBank, tasks_of
+from libmtl_fair.libmtl.losses import Entry, LossBank, tasks_of
 from libmtl_fair.tasks import AUXILIARY_PREFIX, Binary
 
 Loader: TypeAlias = Iterable[Any]
@@ -41,6 +41,8 @@ class Model(nn.Module):
     rep_tasks: dict[str, Tensor]
     epoch: int
     epochs: int
+    grad_index: list[int]
+    grad_dim: int
     train_loss_buffer: npt.NDArray[np.float64]
     backward: Callable[..., Tensor | npt.NDArray[np.float64] | None]
     get_share_params: Callable[[], Iterator[nn.Parameter]]
@@ -142,8 +144,8 @@ class TrainingState(Trainer):  # type: ignore[misc]
     representation: RepresentationHook | None
     group_modules: list[TakesGroups]
     weighting: str
-    weight_args: dict[str, Any]
-    kwargs: dict[str, dict[str, Any]]
+    weight_args: dict[str, object]
+    kwargs: dict[str, dict[str, object]]
     samples: int
     device: torch.device
     run_dir: Path | None
@@ -153,11 +155,11 @@ class TrainingState(Trainer):  # type: ignore[misc]
     select_by: Callable[[Results], float] | None
     prepare_optimizer: Callable[[], None]
 
-    def take_tasks(self, task_dict: Mapping[str, Mapping[str, Any]]) -> None:
+    def take_tasks(self, task_dict: Mapping[str, Mapping[str, object]]) -> None:
         """Learn what is trained."""
         if not task_dict:
             raise HostError("task_dict is empty; it needs at least one task")
-        self.task_dict = {name: dict(entry) for name, entry in task_dict.items()}
+        self.task_dict: dict[str, Entry] = {name: dict(entry) for name, entry in task_dict.items()}
         self.task_name, self.task_num = list(task_dict), len(task_dict)
         self.tasks, self.losses = tasks_of(self.task_dict), LossBank(self.task_dict)
         self.auxiliary: dict[str, Any] = {name: task for name, task in self.tasks.items() if task and task.auxiliary}

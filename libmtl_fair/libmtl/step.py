@@ -30,7 +30,7 @@ class Made(NamedTuple):
     matrices: Matrices | None = None
 
 
-def draw(trainer: TrainingState, loaders: Loaders) -> Iterator[Any]:
+def draw(trainer: TrainingState, loaders: Loaders) -> Iterator[object]:
     """Yield what each step of an epoch needs: a batch, a batch a task, or several batches for MoDo and SDMGrad.
 
     The longest loader sets the number of steps; shorter ones start again.

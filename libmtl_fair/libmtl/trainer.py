@@ -24,7 +24,7 @@ from libmtl_fair.libmtl.checkpoint_selection import DivergenceError
 from libmtl_fair.libmtl.evaluate import evaluate, predict
 from libmtl_fair.libmtl.history import Floats, StepLog
 from libmtl_fair.libmtl.joint_heads import joined_heads
-from libmtl_fair.libmtl.loggers import Trackers
+from libmtl_fair.libmtl.loggers import Tracker, Trackers
 from libmtl_fair.libmtl.model import compose
 from libmtl_fair.libmtl.optimizers import make_optimizer, make_scheduler
 from libmtl_fair.libmtl.state import Loaders, RepresentationHook, Results, TakesGroups, TrainingState
@@ -66,15 +66,15 @@ class FairTrainer(TrainingState):
 
     def __init__(
         self,
-        task_dict: Mapping[str, Mapping[str, Any]],
-        weighting: str | type[Any],
-        architecture: str | type[Any],
+        task_dict: Mapping[str, Mapping[str, object]],
+        weighting: str | type[nn.Module],
+        architecture: str | type[nn.Module],
         encoder_class: Callable[[], nn.Module],
         decoders: Mapping[str, nn.Module],
         rep_grad: bool,
         multi_input: bool,
-        optim_param: Mapping[str, Any],
-        scheduler_param: Mapping[str, Any] | None,
+        optim_param: Mapping[str, object],
+        scheduler_param: Mapping[str, object] | None,
         *,
         device: str | torch.device = "auto",
         run_dir: str | Path | None = None,
@@ -83,12 +83,12 @@ class FairTrainer(TrainingState):
         progress: bool = True,
         select: str = "best",
         select_by: Callable[[Results], float] | None = None,
-        loggers: Iterable[Any] = (),
-        weight_args: Mapping[str, Any] | None = None,
-        arch_args: Mapping[str, Any] | None = None,
+        loggers: Iterable[str | Tracker] = (),
+        weight_args: Mapping[str, object] | None = None,
+        arch_args: Mapping[str, object] | None = None,
         save_path: str | Path | None = None,
         load_path: str | Path | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         nn.Module.__init__(self)
         folder = run_dir or save_path
@@ -296,7 +296,7 @@ class FairTrainer(TrainingState):
         """One row an epoch: means over its steps, and validation results as ``val/<task>/<metric>``."""
         return self.steps.epochs
 
-    def test(self, test_dataloaders: Loaders, epoch: int | None = None, mode: str = "test", **_: Any) -> Results:
+    def test(self, test_dataloaders: Loaders, epoch: int | None = None, mode: str = "test", **_: object) -> Results:
         """Return task -> metric -> value over a loader (``loss`` and the task's metrics)."""
         return evaluate(self, test_dataloaders)
 

@@ -9,7 +9,7 @@ always shared) and ``after_blocks(x)`` (pooling, the last step of a sequence; wi
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,16 +89,17 @@ def _is_resnet(encoder: nn.Module) -> bool:
     return not hasattr(encoder, "blocks") and all(isinstance(part, nn.Module) for part in parts)
 
 
-def run(module: nn.Module, x: Any) -> Any:
+def run(module: nn.Module, x: object) -> Tensor:
     """Return a module's output; of a recurrent layer's (outputs, state) the outputs."""
     out = module(x)
-    return out[0] if isinstance(out, tuple) and isinstance(module, nn.RNNBase) else out
+    made: Tensor = out[0] if isinstance(out, tuple) and isinstance(module, nn.RNNBase) else out
+    return made
 
 
 class _Chain(nn.Sequential):
     """Modules in a row, one block."""
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: Tensor) -> Tensor:
         for module in self:
             x = run(module, x)
         return x
@@ -107,10 +108,10 @@ class _Chain(nn.Sequential):
 class _Taken(nn.Module):
     """Marks the place that a block had in its encoder; replays a recorded call while the chain is checked."""
 
-    call: tuple[Any, Any] | None = None
+    call: tuple[object, object] | None = None
     agreed = True
 
-    def forward(self, x: Any, *_: Any, **__: Any) -> Any:
+    def forward(self, x: object, *_: object, **__: object) -> object:
         if self.call is None:
             raise HostError("this encoder's blocks belong to a FairBranch model now; run the model")
         seen, out = self.call
@@ -118,7 +119,7 @@ class _Taken(nn.Module):
         return out
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: object, b: object) -> bool:
     return a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b))
 
 
@@ -153,10 +154,10 @@ class BranchedEncoder(nn.Module):
         modules = [module for block in blocks for module in block]
         self._unchecked = [] if type(encoder).forward is nn.Sequential.forward else modules
         self._places = _take(encoder, modules)
-        self._known: dict[int, tuple[list[list[nn.Module]], bool, list[Any]]] = {}
+        self._known: dict[int, tuple[list[list[nn.Module]], bool, list[Mapping[int, object]]]] = {}
         self.frame = encoder
 
-    def forward(self, x: Any, tasks: Iterable[str] | None = None) -> dict[str, Tensor]:
+    def forward(self, x: object, tasks: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Return task -> representation; tasks of one leaf get the same tensor. Every copy runs at most once.
 
         Raises
@@ -166,7 +167,7 @@ class BranchedEncoder(nn.Module):
         return self.run(x, tasks, together=False)[0]
 
     def run(
-        self, x: Any, tasks: Iterable[str] | None = None, together: bool = True
+        self, x: object, tasks: Iterable[str] | None = None, together: bool = True
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Return what :meth:`forward` does, and the leaves' representations [n, B, d] where they were made as one.
 
@@ -178,7 +179,7 @@ class BranchedEncoder(nn.Module):
             return self._checked(x, wanted), None
         return self._run(x, wanted, together and len(wanted) == len(self.tree.tasks))
 
-    def _run(self, x: Any, wanted: Sequence[str], together: bool = False) -> tuple[dict[str, Tensor], Tensor | None]:
+    def _run(self, x: object, wanted: Sequence[str], together: bool = False) -> tuple[dict[str, Tensor], Tensor | None]:
         below: list[Any] = [self._before(x)]
         joint: Tensor | None = None
         for level, groups in enumerate(self.tree.levels):
@@ -219,7 +220,7 @@ class BranchedEncoder(nn.Module):
         _, fits, listeners = self._known[level]
         return chains if fits and not any(listeners) else []
 
-    def _before(self, x: Any) -> Any:
+    def _before(self, x: object) -> object:
         before = getattr(self.frame, "before_blocks", None)
         if before is not None:
             return before(x)
@@ -231,11 +232,11 @@ class BranchedEncoder(nn.Module):
         """Whether a second run of the encoder's frame would differ: dropout outside the blocks."""
         return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training for m in self.frame.modules())
 
-    def _checked(self, x: Any, wanted: Sequence[str]) -> dict[str, Tensor]:
+    def _checked(self, x: object, wanted: Sequence[str]) -> dict[str, Tensor]:
         """Run the chain and let the encoder's own forward replay it: what it asks each block for must be the same."""
-        calls: dict[nn.Module, tuple[Any, Any]] = {}
+        calls: dict[nn.Module, tuple[object, object]] = {}
 
-        def keep(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        def keep(module: nn.Module, args: tuple[object, ...], out: object) -> None:
             calls[module] = (args[0], out)
 
         handles = [m.register_forward_hook(keep) for m in self._unchecked]
@@ -304,7 +305,7 @@ class BranchedEncoder(nn.Module):
         return made
 
 
-def _version(x: Any) -> int:
+def _version(x: object) -> int:
     return x._version if isinstance(x, Tensor) and not x.is_inference() else 0
 
 

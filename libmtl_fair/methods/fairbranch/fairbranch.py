@@ -98,7 +98,7 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
         rep_grad: bool,
         multi_input: bool,
         device: torch.device,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         super().__init__(task_name, encoder_class, decoders, rep_grad, multi_input, device, **kwargs)
         self.branching = FairBranchSettings.from_args("FairBranch", kwargs)
@@ -115,7 +115,7 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
         self._seen_by_heads: dict[str, Tensor] = {}
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
 
-    def forward(self, inputs: Any, task_name: str | None = None) -> dict[str, Tensor]:
+    def forward(self, inputs: object, task_name: str | None = None) -> dict[str, Tensor]:
         """Return task -> output. Every block copy runs once."""
         wanted = self.task_name if task_name is None else [task_name]
         together = self.training and not getattr(self, "takes_branches_apart", False)  # FBGrad, which would pay for all
@@ -259,7 +259,7 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
         if self.branching.unit == "steps" and step % self.branching.branch_every == 0:
             self.branch(epoch=self.epoch, step=step)
 
-    def structure(self) -> dict[str, Any]:
+    def structure(self) -> dict[str, object]:
         """Return tree and events as plain values, for a checkpoint."""
         return {"tree": self.tree.to_dict(), "events": [asdict(event) for event in self.events]}
 

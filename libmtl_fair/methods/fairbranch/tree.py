@@ -111,7 +111,7 @@ class BranchTree:
                 found.setdefault(group, []).append((level, index))
         return found
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return plain values, ready for JSON."""
         return {
             "tasks": list(self.tasks),
