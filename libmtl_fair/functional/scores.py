@@ -138,17 +138,9 @@ def _macro_f1(p: Tensor, y: Tensor) -> Tensor:
     return (2 * (chosen & truth).sum(0).double() / (chosen.sum(0) + truth.sum(0))).nanmean()
 
 
-def _macro_auc(p: Tensor, y: Tensor) -> Tensor:
-    return torch.stack([auc(p[:, c], y == c) for c in range(p.shape[1])]).nanmean()
-
-
 def _class_brier(p: Tensor, y: Tensor) -> Tensor:
     one_hot = y[:, None] == torch.arange(p.shape[1], device=p.device)
     return (p.double() - one_hot.double()).square().sum(1).mean()
-
-
-def _class_log_loss(p: Tensor, y: Tensor) -> Tensor:
-    return -p.double().gather(1, y[:, None]).clamp(_EPS, 1).log().mean()
 
 
 def _r2(p: Tensor, y: Tensor) -> Tensor:
@@ -173,10 +165,10 @@ SCORES: Mapping[str, Mapping[str, Score]] = {
     "binary": _BINARY,
     "multilabel": _BINARY,
     "multiclass": {
-        "auc": _macro_auc,
+        "auc": lambda p, y: torch.stack([auc(p[:, c], y == c) for c in range(p.shape[1])]).nanmean(),
         "accuracy": lambda p, y: (p.argmax(1) == y).double().mean(),
         "brier": _class_brier,
-        "log_loss": _class_log_loss,
+        "log_loss": lambda p, y: -p.double().gather(1, y[:, None]).clamp(_EPS, 1).log().mean(),
         "macro_f1": _macro_f1,
     },
     "regression": {

@@ -107,28 +107,23 @@ def paired_difference(
     >>> paired_difference([0.9, 0.8], [0.8, 0.7])["n"]
     2.0
     """
+    from scipy.special import ndtr, stdtrit
+
     a, b = as_floats(method), as_floats(baseline)
     if a.shape != b.shape or a.ndim != 1:
         raise DataError(
             f"paired differences need one value a seed of both methods, found shapes {a.shape} and {b.shape}"
         )
     change = (a - b)[~np.isnan(a - b)]
-    low, high, sd = np.nan, np.nan, np.nan
-    if len(change) > 1:
-        low, high = _expanded_percentile(change, confidence, n_bootstrap, seed)
-        sd = float(change.std(ddof=1))
-    return {"mean": _mean(change), "low": low, "high": high, "sd": sd, "n": float(len(change))}
-
-
-def _expanded_percentile(change: Floats, confidence: float, n_bootstrap: int, seed: int) -> tuple[float, float]:
-    from scipy.special import ndtr, stdtrit
-
     n = len(change)
-    means = change[np.random.default_rng(seed).integers(0, n, (n_bootstrap, n))].mean(1)
-    # Few seeds: the plain percentiles are too narrow; take those that Student's t and n / (n - 1) ask for.
-    tail = float(ndtr(np.sqrt(n / (n - 1)) * stdtrit(n - 1, (1 - confidence) / 2)))
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
+    low, high, sd = np.nan, np.nan, np.nan
+    if n > 1:
+        means = change[np.random.default_rng(seed).integers(0, n, (n_bootstrap, n))].mean(1)
+        # Few seeds: the plain percentiles are too narrow; take those that Student's t and n / (n - 1) ask for.
+        tail = float(ndtr(np.sqrt(n / (n - 1)) * stdtrit(n - 1, (1 - confidence) / 2)))
+        low, high = map(float, np.quantile(means, [tail, 1 - tail]))
+        sd = float(change.std(ddof=1))
+    return {"mean": _mean(change), "low": low, "high": high, "sd": sd, "n": float(n)}
 
 
 def _table(results: Results, metrics: Mapping[str, float], higher_is_better: HigherIsBetter) -> Floats:

@@ -68,8 +68,7 @@ def ranked(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _row(method: str, report: AuditReport, own: Floats, reference: Values) -> dict[str, str | float]:
-    fixed = delta_matrix(reference, report.tasks)
-    upper = np.triu_indices(len(report.tasks), 1)
+    fixed, upper = delta_matrix(reference, report.tasks), np.triu_indices(len(report.tasks), 1)
     raw, held = report.at(np.clip(np.nan_to_num(own, nan=1.0), 0, 1)), report.at(fixed)
     mean, base = float(np.nanmean(own[upper])), float(fixed[upper].mean())
     return {

@@ -96,7 +96,11 @@ class GroupTable:
 
     def gaps(self, names: Sequence[str], data: GroupNoise) -> tuple[Floats, Floats]:
         """Add difference and ratio of each problem of ``data`` (one component each), also under its names of fairness; return them."""
-        shown = [(p, alias) for p, name in enumerate(names) for alias in _names_of(name)]
+        shown = []
+        for p, name in enumerate(names):
+            rate, bracket, rest = name.partition("[")
+            aliases = [f"{alias}{bracket}{rest}" for alias, of in ALIASES.items() if of == rate]
+            shown += [(p, each) for each in (name, *aliases)]
         at = np.array([p for p, _ in shown])
         used, to_overall = ~np.isnan(data.values[at, 0]), self.options.method == "to_overall"
         found = gaps(data.values[:, 0], data.centre[:, 0] if to_overall else None)
@@ -113,7 +117,10 @@ class GroupTable:
         With ``inner`` > 1 and ``agg="mean"``: the mean of the worst of each ``inner`` neighbours.
         """
         seen = ~np.isnan(data.values[components, 0])
-        kept = _replace_absent(components, seen.any(-1), inner)
+        # An absent component is replaced by a neighbour of its ``inner`` block, or the block drops.
+        blocks, present = components.reshape(-1, inner), seen.any(-1).reshape(-1, inner)
+        first = np.take_along_axis(blocks, present.argmax(1)[:, None], 1)
+        kept = np.where(present, blocks, first)[present.any(1)].ravel()
         many = data.joined(kept, self.noise(len(kept))) if len(kept) and self.options.level is not None else None
         for k, (kind, worst) in enumerate(zip(RESERVED[:2], (np.maximum, np.minimum))):
             parts = found[k][components]
@@ -284,16 +291,3 @@ def _ks_noise(shares: Floats, counts: Ints, n_bootstrap: int, rng: np.random.Gen
     weight = np.broadcast_to(counts / max(counts.sum(), 1), (1, bins, groups))
     noise = np.ascontiguousarray(errors.transpose(2, 1, 0))[None]
     return GroupNoise(shares[None], noise, centre[None], weight, error=np.ones((1, bins, groups)))
-
-
-def _names_of(metric: str) -> list[str]:
-    """Return the metric's name and those of fairness that mean its gaps."""
-    rate, bracket, rest = metric.partition("[")
-    return [metric, *(f"{alias}{bracket}{rest}" for alias, of in ALIASES.items() if of == rate)]
-
-
-def _replace_absent(index: Array, present: Array, inner: int) -> Ints:
-    """Return the components to draw: an absent one is replaced by a neighbour of its ``inner`` block, or the block drops."""
-    blocks, seen = index.reshape(-1, inner), present.reshape(-1, inner)
-    first = np.take_along_axis(blocks, seen.argmax(1)[:, None], 1)
-    return np.asarray(np.where(seen, blocks, first)[seen.any(1)].ravel())

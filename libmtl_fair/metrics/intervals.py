@@ -16,7 +16,6 @@ of equalised odds and rates with ten positives a group.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -256,11 +255,16 @@ class _Inversion:
         def reached(target: Floats) -> Bools:
             values = searches.configuration(target, grows)
             exceeding = searches.exceeding(values)
-            below = (nulls < self.gap.combine(searches._parts(values))[:, None]).mean(1)
-            share = alpha / 2 * np.maximum(2 * below - 1, 0)
+            share_below = (nulls < self.gap.combine(searches._parts(values))[:, None]).mean(1)
+            share = alpha / 2 * np.maximum(2 * share_below - 1, 0)
             return np.asarray(np.where(is_low, exceeding >= alpha - share, 1 - exceeding < share))
 
-        ends = _bisect(reached, np.where(is_low, searches.estimate, searches.ceiling()))
+        below, above = np.zeros(len(rows)), np.where(is_low, searches.estimate, searches.ceiling())
+        for _ in range(_STEPS):
+            middle = (below + above) / 2
+            done = reached(middle)
+            below, above = np.where(done, below, middle), np.where(done, middle, above)
+        ends = (below + above) / 2
         found = self.gap.combine(searches._parts(searches.configuration(ends, grows))).reshape(-1, count)
         equal = (null >= self.estimate[:, None] - _TIE).mean(1) >= alpha
         low = np.where(equal, 0.0, found[0])
@@ -299,15 +303,6 @@ class _Inversion:
             return np.ones_like(self.estimate)
         reach = self.estimate + 2 * _REACH * self.error.max(axis=(1, 2))
         return np.asarray(np.minimum(reach, self.bounds[1] - self.bounds[0]))
-
-
-def _bisect(reached: Callable[[Floats], Bools], high: Floats) -> Floats:
-    a, b = np.zeros_like(high), high
-    for _ in range(_STEPS):
-        middle = (a + b) / 2
-        done = reached(middle)
-        a, b = np.where(done, a, middle), np.where(done, middle, b)
-    return np.asarray((a + b) / 2)
 
 
 def _fill_up(parts: Floats, goal: Floats) -> Floats:

@@ -79,7 +79,7 @@ class Plan:
         def parse(name: str) -> Measure:
             return parse_measure(name, kinds, list(data.groups), deltas)
 
-        asked = tuple(parse(name) for name in objectives or tune.objectives or OBJECTIVES)
+        asked = tuple(map(parse, objectives or tune.objectives or OBJECTIVES))
         rules = tuple(parse_constraint(text, parse) for text in tune.constraints or ())
         plan = cls(recipe, asked, rules, make_space(recipe), {seed if recipe.data.resplit else 0: data})
         plan._check()

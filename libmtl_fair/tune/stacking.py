@@ -91,10 +91,9 @@ class Places:
 
     def _fill(self) -> bool:
         """Ask for trials until no place is empty; return whether any is taken."""
-        while len(self._runs) < self.count and not self.worker.late:
-            trial = self.worker.ask(self.study)
-            if trial is None:
-                break
+        while (
+            len(self._runs) < self.count and not self.worker.late and (trial := self.worker.ask(self.study)) is not None
+        ):
             self._begin(trial)
         return bool(self._runs)
 

@@ -208,8 +208,9 @@ class Worker:
         if excess:  # optuna-dashboard 0.21 reads this attribute only
             study._storage.set_trial_system_attr(trial._trial_id, "constraints", list(excess.values()))
         study.tell(trial, [outcome.mean(m.name) for m in self.plan.objectives])
-        line = ", ".join(f"{m.name} {outcome.mean(m.name):.4f}" for m in self.plan.measures)
-        self.note(f"trial {trial.number} {line}")
+        self.note(
+            f"trial {trial.number} " + ", ".join(f"{m.name} {outcome.mean(m.name):.4f}" for m in self.plan.measures)
+        )
 
     def check_hope(self, study: optuna.Study) -> None:
         """Raise FairMTLError where every trial so far has failed."""

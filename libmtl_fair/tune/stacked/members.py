@@ -68,7 +68,11 @@ class Member:
         rates = [module.p for module in trainer.model.encoder.modules() if isinstance(module, nn.Dropout)]
         self.dropout = float(rates[0]) if rates else 0.0
         self.plain = trainer.weighting == "EW" and not trainer.auxiliary
-        self._schedule = _schedule(trainer)
+        self._schedule: Any = None
+        if trainer.scheduler is not None:  # one that only counts: of an optimiser without real parameters
+            group = trainer.optimizer.param_groups[0]
+            counter = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=float(group.get("initial_lr", group["lr"])))
+            self._schedule = make_scheduler(counter, trainer.scheduler_param)
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
@@ -118,12 +122,3 @@ class Member:
         self._schedule.optimizer.step()
         self._schedule.step()
         return float(self._schedule.get_last_lr()[0])
-
-
-def _schedule(trainer: FairTrainer) -> Any:
-    """Return a scheduler that only counts: of an optimiser without real parameters."""
-    if trainer.scheduler is None:
-        return None
-    group = trainer.optimizer.param_groups[0]
-    rate = float(group.get("initial_lr", group["lr"]))
-    return make_scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=rate), trainer.scheduler_param)
