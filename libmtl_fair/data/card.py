@@ -117,9 +117,9 @@ def _group_card(groups: Groups, parts: Mapping[str, Rows], used: Rows, table: Ta
         "intersection_of": list(spec.of),
         "bins": list(spec.bins),
         "merged": dict(spec.merge),
-        "missing": in_use.missing,
+        "missing": int(in_use.gap.sum()),  # whatever the rule made of them
         "missing_rule": table.choice.missing,
-        "left_out": in_use.left_out,
+        "left_out": int(((in_use.ids < 0) & ~in_use.gap).sum()),
         "is_input": bool(table.tell_tale[groups.attribute] & set(table.inputs)),
         "groups": entries,
     }

@@ -9,7 +9,7 @@ import operator
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -129,10 +129,6 @@ class RawLabels:
             return np.asarray(self.values != IGNORE_INDEX)
         seen = ~np.isnan(self.values)
         return np.asarray(seen.any(axis=1) if seen.ndim == 2 else seen)
-
-    def take(self, rows: NDArray[np.int64]) -> RawLabels:
-        """Return the labels of some rows."""
-        return replace(self, values=self.values[rows])
 
 
 def task_columns(spec: TaskSpec) -> tuple[str, ...]:

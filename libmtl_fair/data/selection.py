@@ -124,7 +124,7 @@ def read_table(spec: TableSpec, frame: pd.DataFrame, choice: Choice) -> Table:
         table,
         frame=frame.iloc[taken].reset_index(drop=True),
         rows=rows[taken],
-        labels=tuple(item.take(taken) for item in table.labels),
+        labels=tuple(replace(item, values=item.values[taken]) for item in table.labels),
         groups=tuple(item.take(taken) for item in table.groups),
         stratum=None if table.stratum is None else table.stratum[taken],
     )

@@ -31,16 +31,6 @@ class Groups:
     names: tuple[str, ...]
     gap: NDArray[np.bool_]
 
-    @property
-    def missing(self) -> int:
-        """Return how many rows have no value, whatever the rule made of them."""
-        return int(self.gap.sum())
-
-    @property
-    def left_out(self) -> int:
-        """Return how many rows have a value, but of a group that is not kept."""
-        return int(((self.ids < 0) & ~self.gap).sum())
-
     def take(self, rows: NDArray[np.int64]) -> Groups:
         """Return the groups of some rows; names and ids stay as they are."""
         return replace(self, ids=self.ids[rows], gap=self.gap[rows])

@@ -14,21 +14,8 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_valid
 from pydantic_core import ErrorDetails
 
 from libmtl_fair.errors import RecipeError, near, unknown
-from libmtl_fair.recipe.sections import (
-    Audit,
-    Data,
-    FolderName,
-    Method,
-    Metrics,
-    Model,
-    OptionalText,
-    Output,
-    Published,
-    Section,
-    Seeds,
-    Train,
-    Tune,
-)
+from libmtl_fair.recipe import sections
+from libmtl_fair.recipe.sections import FolderName, Method, Model, OptionalText, Section, Seeds, Train
 from libmtl_fair.recipe.yaml_source import Location, Source, emit_yaml, parse_yaml, read_yaml
 from libmtl_fair.validation import explain
 
@@ -43,16 +30,16 @@ class Recipe(Section):
 
     name: FolderName
     description: OptionalText = ""
-    data: Data
+    data: sections.Data
     model: Model = Field(default_factory=Model)
     train: Train = Field(default_factory=Train)
     seeds: Seeds = (0,)
     methods: Annotated[dict[FolderName, Method], Field(min_length=1)]
-    audit: Audit = Field(default_factory=Audit)
-    metrics: Metrics = Field(default_factory=Metrics)
-    tune: Tune | None = None
-    output: Output = Field(default_factory=Output)
-    published: Published | None = None
+    audit: sections.Audit = Field(default_factory=sections.Audit)
+    metrics: sections.Metrics = Field(default_factory=sections.Metrics)
+    tune: sections.Tune | None = None
+    output: sections.Output = Field(default_factory=sections.Output)
+    published: sections.Published | None = None
     _source: Source = PrivateAttr(default_factory=Source)
 
     @field_validator("methods", mode="after")
@@ -223,9 +210,9 @@ def _value(text: str) -> object:
         data = parse_yaml(f"value: {text}\n", "value").data
     except RecipeError as error:
         raise RecipeError(f"expected a YAML value: {str(error).split(': ', 1)[1]}") from error
-    if not isinstance(data, dict) or list(data) != ["value"]:
-        raise RecipeError("expected one YAML value after '=', found several")
-    return data["value"]
+    if isinstance(data, dict) and list(data) == ["value"]:
+        return data["value"]
+    raise RecipeError("expected one YAML value after '=', found several")
 
 
 def _set(data: Any, keys: list[str], value: object) -> Location:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +27,7 @@ from libmtl_fair.recipe.build import EVAL_BATCH, build_trainer
 from libmtl_fair.recipe.sections import Model, Optimizer, Train
 from libmtl_fair.sklearn.inputs import Groups, Rows, check_inputs, check_weights, encode_inputs, fit_inputs, read_groups
 from libmtl_fair.sklearn.methods import Method, check_method, find_method
-from libmtl_fair.sklearn.targets import Target, make_targets
+from libmtl_fair.sklearn.targets import Declared, Target, make_targets
 
 _KIND = "libmtl_fair estimator"
 _SAVED = ("groups_", "structure_", "n_columns_", "n_features_in_", "feature_names_in_", "form_")
@@ -71,12 +71,7 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
         return method
 
     def _fit(
-        self,
-        x: Rows,
-        y: pd.DataFrame,
-        sensitive_features: object,
-        declared: Mapping[Hashable, str] | None,
-        sample_weight: object,
+        self, x: Rows, y: pd.DataFrame, sensitive_features: object, declared: Declared | None, sample_weight: object
     ) -> None:
         method = self._checked()
         check_consistent_length(x, y)
@@ -124,7 +119,7 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
         self,
         trainer: FairTrainer,
         x: Tensor,
-        labels: Mapping[str, Tensor],
+        labels: dict[str, Tensor],
         groups: Groups,
         seed: int,
         weights: Tensor | None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -19,7 +18,7 @@ from libmtl_fair.errors import DataError
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.sklearn.base import FairMTLBase
 from libmtl_fair.sklearn.inputs import check_inputs, check_weights
-from libmtl_fair.sklearn.targets import Target, read_table
+from libmtl_fair.sklearn.targets import Declared, Target, read_table
 
 
 class FairMTLClassifier(ClassifierMixin, FairMTLBase):  # type: ignore[misc]
@@ -137,7 +136,7 @@ class FairMTLEstimator(FairMTLBase):
     {'ill': 'bool', 'days': 'float64'}
     """
 
-    tasks: Mapping[Hashable, str] | None = None
+    tasks: Declared | None = None
 
     def __sklearn_tags__(self) -> Tags:
         """Say that Y may have several columns."""

@@ -17,6 +17,7 @@ from libmtl_fair.tasks import AUXILIARY_PREFIX, IGNORE_INDEX, Binary, Multiclass
 
 KINDS = ("binary", "multiclass", "regression")
 _MOST_CLASSES = 20
+Declared = Mapping[Hashable, str]
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def read_table(y: object) -> pd.DataFrame:
     return frame
 
 
-def make_targets(frame: pd.DataFrame, declared: Mapping[Hashable, str] | None) -> list[Target]:
+def make_targets(frame: pd.DataFrame, declared: Declared | None) -> list[Target]:
     """Return one target a column, of the declared kind or the one that its values suggest."""
     declared = dict(declared or {})
     for column, kind in declared.items():
