@@ -277,9 +277,14 @@ def methods(name: Annotated[str | None, Argument(help="show one with its setting
             _table(title, ("name", "from", "what it does"), rows)
     shown = ours.get(name or "")
     if shown is not None:
-        described, paper = shown.settings_class.described(), getattr(shown, "source", "") or "source"
-        cells = [({**row, "source": paper} if row["source"] == "source" else row).values() for row in described]
-        _table("settings", list(described[0]), cells)
+        paper = getattr(shown, "source", "") or "the source"
+        for row in shown.settings_class.described():
+            search = f"; searched: {row['search']}" if row["search"] else ""
+            facts = f"{row['type']}, {row['range']}; default: {row['default']}{search}"
+            out.print(
+                f"[bold]{row['name']}[/] ({escape(facts)}; {'ours' if row['source'] == 'ours' else escape(paper)})"
+            )
+            out.print(f"    {escape(row['help'].replace('``', ''))}", highlight=False)
         _say(f"cost: {escape(getattr(shown, 'cost', '') or 'not stated')}")
 
 

@@ -203,7 +203,9 @@ class Settings(Declared):
     base: str = setting(
         "EW", "LibMTL weighting that balances the tasks' losses; the method's term is added to its gradient"
     )
-    base_args: Mapping[str, Any] = setting({}, "hyperparameters of ``base``; what is not given takes LibMTL's default")
+    base_args: Mapping[str, Any] = setting(
+        {}, "hyperparameters of ``base``; what is not given takes LibMTL's default", ours=True
+    )
 
 
 class FairWeighting(AbsWeighting):  # type: ignore[misc]
