@@ -65,12 +65,7 @@ def _replaced(stand_ins: dict[str, ModuleType]) -> Iterator[None]:
 
 
 def load_libmtl() -> ModuleType:
-    """Return the package ``LibMTL``, imported.
-
-    Raises
-    ------
-    HostError : LibMTL is not installed, or fails to import for a reason that is not known here.
-    """
+    """Return the package ``LibMTL``, imported."""
     loaded = sys.modules.get("LibMTL")
     if loaded is not None and hasattr(loaded, "Trainer"):
         return loaded

@@ -28,12 +28,7 @@ SCHEDULERS: dict[str, Callable[..., torch.optim.lr_scheduler.LRScheduler]] = {
 
 
 def make_optimizer(model: torch.nn.Module, param: Mapping[str, object]) -> torch.optim.Optimizer:
-    """Return the optimiser for LibMTL's ``optim_param``: ``{"optim": "adam", "lr": 1e-3, ...}``.
-
-    Raises
-    ------
-    RecipeError : unknown optimiser or setting.
-    """
+    """Return the optimiser for LibMTL's ``optim_param``: ``{"optim": "adam", "lr": 1e-3, ...}``."""
     cls, args = _chosen("optimizer", param, "optim", OPTIMIZERS)
     parameters = [p for p in model.parameters() if p.requires_grad]
     takes_fused = "fused" in inspect.signature(cls).parameters and "fused" not in args and "foreach" not in args
@@ -45,12 +40,7 @@ def make_optimizer(model: torch.nn.Module, param: Mapping[str, object]) -> torch
 def make_scheduler(
     optimizer: torch.optim.Optimizer, param: Mapping[str, object] | None
 ) -> torch.optim.lr_scheduler.LRScheduler | None:
-    """Return the scheduler for LibMTL's ``scheduler_param``, or None.
-
-    Raises
-    ------
-    RecipeError : unknown scheduler or setting.
-    """
+    """Return the scheduler for LibMTL's ``scheduler_param``, or None."""
     if param is None:
         return None
     cls, args = _chosen("scheduler", param, "scheduler", SCHEDULERS)
@@ -62,10 +52,6 @@ def prepare_forgotten(params: argparse.Namespace) -> dict[str, dict[str, object]
 
     Its options name adagrad, rmsprop, cos and exp, for which it then ends in an UnboundLocalError. ``cos`` falls over the
     script's ``--T_max`` or ``--epochs``, which LibMTL leaves to the script.
-
-    Raises
-    ------
-    RecipeError : ``--scheduler cos`` and neither of the two is among the script's options.
     """
     found: dict[str, dict[str, object]] = {}
     optim, scheduler = getattr(params, "optim", None), getattr(params, "scheduler", None)  # a lineage may name neither

@@ -113,12 +113,7 @@ def architecture_names() -> list[str]:
 
 
 def resolve_weighting(weighting: str | type[nn.Module]) -> type[nn.Module]:
-    """Return the weighting class for a name, a ``my_package.module:Class`` or a class.
-
-    Raises
-    ------
-    HostError : unknown, cannot be imported, or no LibMTL weighting.
-    """
+    """Return the weighting class for a name, a ``my_package.module:Class`` or a class."""
     if weighting in BILEVEL:
         raise HostError(
             f"{weighting} trains on two levels inside the Trainer of LibMTL's git main: call lf.heal() there and use LibMTL.Trainer"
@@ -127,12 +122,7 @@ def resolve_weighting(weighting: str | type[nn.Module]) -> type[nn.Module]:
 
 
 def resolve_architecture(architecture: str | type[nn.Module]) -> type[nn.Module]:
-    """Return the architecture class for a name, a ``my_package.module:Class`` or a class.
-
-    Raises
-    ------
-    HostError : unknown, cannot be imported, or no LibMTL architecture.
-    """
+    """Return the architecture class for a name, a ``my_package.module:Class`` or a class."""
     return _ARCHITECTURE.resolve(architecture)
 
 
@@ -168,10 +158,6 @@ def weight_args(cls: type[nn.Module], given: Mapping[str, object]) -> dict[str, 
     """Return the hyperparameters of a LibMTL weighting: LibMTL's defaults, then those given, in either lineage's names.
 
     A user's subclass takes its LibMTL parent's defaults, and any name of its own.
-
-    Raises
-    ------
-    RecipeError : a name that this weighting does not take.
     """
     libmtls = [getattr(weighting_namespace, name) for name in weighting_names() if name not in OUR_WEIGHTINGS]
     parent = next((c for c in cls.__mro__ if c in libmtls), None)

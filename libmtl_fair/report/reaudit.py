@@ -44,11 +44,6 @@ def tolerances(reference: RunFolder, deltas: Sequence[str]) -> list[Tolerance]:
     reference : the run whose reference model (that of ``audit_protocol.json``) they are taken from.
     deltas : numbers in [0, 1], ``"p75"`` (a quantile of the reference's validation pair distances) or ``"conformal:0.1"``;
         none: those of the run's own protocol.
-
-    Raises
-    ------
-    RecipeError : a tolerance that is none of these.
-    CheckpointError : no saved embeddings of the reference model, or damaged ones.
     """
     held = reference.protocol.get("deltas") or {}
     if not deltas and not held:

@@ -32,10 +32,6 @@ def find_blocks(encoder: nn.Module) -> list[list[nn.Module]]:
     """Return the blocks of an encoder, each a list of the modules that it chains.
 
     A module without a weight matrix (norm, activation, dropout, pooling) belongs to the block before it.
-
-    Raises
-    ------
-    HostError : no blocks can be told, weights outside of them, or a weight in two of them.
     """
     modules, name = _ordered_modules(encoder), type(encoder).__name__
     strange = [type(m).__name__ for m in modules if not isinstance(m, nn.Module)]
@@ -158,12 +154,7 @@ class BranchedEncoder(nn.Module):
         self.frame = encoder
 
     def forward(self, x: object, tasks: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Return task -> representation; tasks of one leaf get the same tensor. Every copy runs at most once.
-
-        Raises
-        ------
-        HostError : the encoder's own forward is not the chain of its blocks, or a block changes its input in place.
-        """
+        """Return task -> representation; tasks of one leaf get the same tensor. Every copy runs at most once."""
         return self.run(x, tasks, together=False)[0]
 
     def run(
@@ -282,10 +273,6 @@ class BranchedEncoder(nn.Module):
 
         A group takes the copy that its first task runs through: as it is if no other group has, else a deep copy of
         weights, norms and buffers.
-
-        Raises
-        ------
-        HostError : a tree of other tasks, or of another number of blocks.
         """
         if tree.tasks != self.tree.tasks or tree.n_blocks != self.tree.n_blocks:
             raise HostError(

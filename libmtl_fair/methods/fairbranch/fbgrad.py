@@ -33,10 +33,6 @@ def robust_losses(batch: FairBatch, tasks: Sequence[str], attributes: Sequence[s
     Parameters
     ----------
     attributes : sensitive attributes that count; None for all.
-
-    Raises
-    ------
-    RecipeError : an attribute that the batch does not have.
     """
     columns = {
         name: batch.outputs[name].reshape(len(batch.outputs[name]), -1) for name in tasks if _is_yes_or_no(batch, name)

@@ -53,10 +53,6 @@ def head_layers(heads: Mapping[str, nn.Module], tasks: Sequence[str]) -> list[nn
     """Return the last linear (or convolutional) layer of each head, in task order: what is compared.
 
     An auxiliary head without weights of its own stands for the head that it follows.
-
-    Raises
-    ------
-    HostError : a head without a linear layer, or layers of different input width.
     """
     layers = []
     for task in tasks:
