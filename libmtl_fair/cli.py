@@ -248,8 +248,7 @@ def compare(
 
 @_command(allow_extra_args=True, ignore_unknown_options=True)
 def exec(
-    context: typer.Context,
-    script: Annotated[Path, Argument(metavar="SCRIPT.py", help="a script that uses LibMTL")],
+    context: typer.Context, script: Annotated[Path, Argument(metavar="SCRIPT.py", help="a script that uses LibMTL")]
 ) -> None:
     """Run a LibMTL script with the plugins registered and LibMTL healed: exec SCRIPT.py -- ARGS."""
     from libmtl_fair.libmtl.script import run_script

@@ -49,16 +49,8 @@ from libmtl_fair.functional.lipschitz import (
 from libmtl_fair.functional.losses import example_cross_entropy, mean_cross_entropy, mean_cross_entropy_gradient
 from libmtl_fair.functional.quantiles import masked_mean, masked_quantile, masked_quantiles, sorted_quantiles
 from libmtl_fair.functional.scores import auc, group_auc, task_scores
-from libmtl_fair.functional.similarity import (
-    linear_cka,
-    pair_by_similarity,
-)
-from libmtl_fair.functional.simplex import (
-    aggregate_disparities,
-    head_gram,
-    min_norm_weights,
-    project_to_simplex,
-)
+from libmtl_fair.functional.similarity import linear_cka, pair_by_similarity
+from libmtl_fair.functional.simplex import aggregate_disparities, head_gram, min_norm_weights, project_to_simplex
 
 __all__ = [
     "Generators",

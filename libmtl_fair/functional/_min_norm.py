@@ -20,12 +20,7 @@ _SHRINK = 0.7
 
 
 def min_norm_weights(
-    gram: Tensor,
-    linear: Tensor | None = None,
-    present: Tensor | None = None,
-    *,
-    iters: int = 20,
-    solver: str = "auto",
+    gram: Tensor, linear: Tensor | None = None, present: Tensor | None = None, *, iters: int = 20, solver: str = "auto"
 ) -> Tensor:
     """Task weights ``argmin over the simplex of a'Ka + 2 linear'a``; no gradient.
 

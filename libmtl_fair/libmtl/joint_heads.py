@@ -72,12 +72,7 @@ class JointHeads:
 
 def listeners_of(module: nn.Module) -> tuple[Mapping[int, object], ...]:
     """Return a module's hooks by kind; mappings that see later ones too."""
-    return (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
+    return (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
 
 
 def is_plain_linear(head: nn.Module) -> bool:

@@ -104,16 +104,21 @@ class RepresentationHook:
             rep = self._model.rep
             return dict(rep) if isinstance(rep, dict) else rep
         seen, self._seen = self._seen, {}
-        if not seen:
-            raise HostError("no head was called in the forward pass, so there is no representation to look at")
-        first = next(iter(seen.values()))
-        return first if all(h is first for h in seen.values()) and len(seen) > 1 else seen
+        return shared_or_each(seen)
 
     def remove(self) -> None:
         """Take the hooks off the heads."""
         self._model.fair_watchers -= 1
         for handle in self._handles:
             handle.remove()
+
+
+def shared_or_each(seen: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
+    """Return what the heads received: one tensor where they share it."""
+    if not seen:
+        raise HostError("no head was called in the forward pass, so there is no representation to look at")
+    first = next(iter(seen.values()))
+    return first if all(h is first for h in seen.values()) and len(seen) > 1 else seen
 
 
 class Best(TypedDict):

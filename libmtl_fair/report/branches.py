@@ -114,9 +114,8 @@ def branch_plots(run: RunFolder) -> Iterator[Plot]:
         if table is None:
             continue
         seeds = sum(item.conflicts() is not None for item in run.of(method))
-        rest = (
-            f"the first batch of each epoch{f', all {seeds} seeds' if seeds > 1 else ''}; empty: no two tasks share it"
-        )
+        which = f", all {seeds} seeds" if seeds > 1 else ""
+        rest = f"the first batch of each epoch{which}; empty: no two tasks share it"
         for value, title in titles.items():
             caption = f"{method}: {title}, by layer and epoch ({rest})."
             yield Plot(f"conflicts_{value}_{slug(method)}", "branches", caption, partial(conflict_plot, table, value))

@@ -22,17 +22,10 @@ from libmtl_fair.report.summary import beside_published, delta_m, gains, mean_ra
 class Comparison:
     """Everything that the table and the page show.
 
-    Attributes
-    ----------
-    run : all runs as one, methods named ``run/method`` where there are several runs; the first is the reference.
-    cells : one row per method and measure: mean, sd, n, difference (paired by seed), low, high, pairs, higher, best.
-    overview : one row per method: delta_m (%, negative is better) and mean_rank by the tasks' utility; fair_delta_m and
-        fair_rank by the differences between groups as well.
-    drift : one row per method and tolerance; see :func:`libmtl_fair.metrics.drift.drift`. Empty without predictions.
-    gains : as :func:`~libmtl_fair.report.summary.gains` has them; empty without a single-task method.
-    choice : what a rule took in each seed; see :func:`libmtl_fair.report.choice.choose`. Empty without a rule.
-    published : a source's numbers beside the run's; see :func:`libmtl_fair.report.summary.beside_published`. May be empty.
-    notes : limits, in words.
+    ``run`` is all runs as one, methods named ``run/method`` where there are several; ``cells`` are those of
+    :func:`~libmtl_fair.report.summary.summary`; ``overview`` has delta_m (%, negative is better) and mean_rank of every
+    method by the tasks' utility, fair_delta_m and fair_rank by the differences between groups as well; ``drift``, ``gains``,
+    ``choice`` and ``published`` are empty without predictions, a single-task method, a rule, and published numbers.
     """
 
     run: RunFolder

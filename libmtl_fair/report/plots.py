@@ -204,15 +204,8 @@ def _bars(axes: Axes, methods: Sequence[str], names: Sequence[str], frame: pd.Da
         value = own["value"].to_numpy(float)
         spread = np.clip([value - own["low"].to_numpy(float), own["high"].to_numpy(float) - value], 0, None)
         at = np.arange(len(names)) + (i - (len(methods) - 1) / 2) * thick
-        hatch = HATCHES[i % len(HATCHES)]
-        style: Style = {
-            "color": colour[method],
-            "hatch": hatch,
-            "edgecolor": INK,
-            "linewidth": 0.4,
-            "label": label(method),
-        }
-        axes.barh(at, np.nan_to_num(value), thick, **style)
+        look: Style = {"color": colour[method], "hatch": HATCHES[i % len(HATCHES)], "label": label(method)}
+        axes.barh(at, np.nan_to_num(value), thick, edgecolor=INK, linewidth=0.4, **look)
         known = np.isfinite(value) & np.isfinite(spread).all(axis=0)
         if known.any():
             error = spread[:, known]

@@ -126,14 +126,8 @@ def comparison_facts(run: RunFolder) -> Facts:
     return [("Methods", ", ".join(run.methods)), ("Reference", run.reference), ("Seeds", seeds), ("Split", run.split)]
 
 
-_CARD = {
-    "Source": "source",
-    "Licence": "licence",
-    "Rows": "rows",
-    "Filter": "filter",
-    "Split": "split",
-    "Inputs": "inputs",
-}
+_CARD = {"Source": "source", "Licence": "licence", "Rows": "rows", "Filter": "filter", "Split": "split"}
+_CARD |= {"Inputs": "inputs"}
 _CARD |= {"Sensitive attributes among the inputs": "sensitive_inputs", "Missing input values": "missing_inputs"}
 _CARD |= {"Left out of the inputs": "dropped"}
 

@@ -39,11 +39,8 @@ class Tolerance:
 def tolerances(reference: RunFolder, deltas: Sequence[str]) -> list[Tolerance]:
     """Return the tolerances asked for; quantiles and conformal levels are those of the run's reference model.
 
-    Parameters
-    ----------
-    reference : the run whose reference model (that of ``audit_protocol.json``) they are taken from.
-    deltas : numbers in [0, 1], ``"p75"`` (a quantile of the reference's validation pair distances) or ``"conformal:0.1"``;
-        none: those of the run's own protocol.
+    ``deltas`` are numbers in [0, 1], ``"p75"`` (a quantile of the reference's validation pair distances) or
+    ``"conformal:0.1"``; none: those of the run's own protocol.
     """
     held = reference.protocol.get("deltas") or {}
     if not deltas and not held:
@@ -106,15 +103,10 @@ def load_predictions(item: SeedRun, part: str) -> Predictions:
 
 @dataclasses.dataclass(frozen=True)
 class Reaudit:
-    """What auditing again found.
+    """What auditing a split again under fixed tolerances found.
 
-    Attributes
-    ----------
-    tolerances : held fixed for everything below.
-    frame : one row per run, method, seed and tolerance: run, method, seed, delta_name, delta, bias, violation_rate,
-        brier (macro, of the same predictions; NaN without classification tasks).
-    per_pair : the same by task pair.
-    split : which part was audited.
+    ``frame``: run, method, seed, delta_name, delta, bias, violation_rate, brier (macro, of the same predictions; NaN
+    without classification tasks); ``per_pair``: the same by task pair.
     """
 
     tolerances: tuple[Tolerance, ...]

@@ -53,11 +53,8 @@ def summary(run: RunFolder, further: bool = False) -> pd.DataFrame:
     methods are equal).
     """
     values = summary_values(run, further)
-    cells = (
-        values.groupby(["method", "column", "higher"], sort=False)["value"]
-        .agg(mean="mean", sd="std", n="count")
-        .reset_index()
-    )
+    grouped = values.groupby(["method", "column", "higher"], sort=False)["value"]
+    cells = grouped.agg(mean="mean", sd="std", n="count").reset_index()
     wide = values.pivot(index="seed", columns=["column", "method"], values="value").astype(float)
     nothing = pd.Series(math.nan, index=wide.index)
     found = []

@@ -144,16 +144,12 @@ def pair_sheet(run: RunFolder) -> Sheet | None:
 def group_sheet(run: RunFolder, between: bool = False) -> Sheet | None:
     """Every metric of every group, or every difference and ratio ``between`` groups, with the mean of its intervals."""
     means = numbers.group_means(run).rename(columns={"sd": "value_sd"})
-    means = in_order(
-        means[means["group"].isin(numbers.BETWEEN_GROUPS) == between], "task", "attribute", "metric", "group"
-    )
+    means = means[means["group"].isin(numbers.BETWEEN_GROUPS) == between]
+    means = in_order(means, "task", "attribute", "metric", "group")
     means["metric"] = means["metric"].str.replace("_", " ")
     means["n"] = [f"{n:.0f}" if n == n else "–" for n in means["n"]]
-    means.insert(
-        6,
-        "interval",
-        [f"[{r.low:.3f}, {r.high:.3f}]" if r.low + r.high == r.low + r.high else "–" for r in rows(means)],
-    )
+    intervals = [f"[{r.low:.3f}, {r.high:.3f}]" if r.low + r.high == r.low + r.high else "–" for r in rows(means)]
+    means.insert(6, "interval", intervals)
     title, head = ("Differences and ratios between groups", "statistic") if between else ("Groups", "group")
     heads = ["task", "attribute", "metric", head, "method", "value", "interval", "n", "flag"]
     return sheet(title, heads, means.drop(columns=["low", "high"]), digits=3) if len(means) else None

@@ -134,10 +134,7 @@ def _take(encoder: nn.Module, modules: list[nn.Module]) -> list[_Taken]:
 class BranchedEncoder(nn.Module):
     """An encoder whose blocks exist in one copy a task group. State names: ``levels.<block>.<copy>``, ``frame``.
 
-    Parameters
-    ----------
-    encoder : as LibMTL's ``encoder_class()`` made it; its blocks move into this module.
-    tasks : in task order.
+    The blocks of ``encoder``, as LibMTL's ``encoder_class()`` made it, move into this module.
     """
 
     def __init__(self, encoder: nn.Module, tasks: Sequence[str]) -> None:

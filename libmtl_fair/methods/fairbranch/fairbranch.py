@@ -18,7 +18,7 @@ from libmtl_fair.errors import HostError
 from libmtl_fair.libmtl.compat import zero_grad_share_params
 from libmtl_fair.libmtl.joint_heads import is_plain_linear
 from libmtl_fair.libmtl.loading import AbsArchitecture
-from libmtl_fair.libmtl.state import TrainingState
+from libmtl_fair.libmtl.state import TrainingState, shared_or_each
 from libmtl_fair.methods.base import Declared, setting
 from libmtl_fair.methods.fairbranch.blocks import BranchedEncoder, joint_linear
 from libmtl_fair.methods.fairbranch.similarity import head_layers, identical, similarity
@@ -264,25 +264,14 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
         return {"tree": self.tree.to_dict(), "events": [asdict(event) for event in self.events]}
 
     def restore_structure(self, structure: Mapping[str, Any]) -> None:
-        """Take the shape of a checkpoint; its weights come after. An optimiser has to be made anew.
-
-        Raises
-        ------
-        HostError : a tree of other tasks, or of another encoder.
-        """
+        """Take the shape of a checkpoint; its weights come after. An optimiser has to be made anew."""
         self.encoder.grow(BranchTree.from_dict(structure["tree"]))
         self.events = TypeAdapter(list[BranchEvent]).validate_python(structure["events"])
 
     def take_representation(self) -> Tensor | dict[str, Tensor]:
-        """Return what the heads received in the last forward, one tensor where they share it; forget it.
-
-        Nothing is kept unless ``fair_watchers`` is above 0.
-        """
+        """Return what the heads received in the last forward; forget it. Kept while ``fair_watchers`` is above 0."""
         seen, self._seen_by_heads = self._seen_by_heads, {}
-        if not seen:
-            raise HostError("no head was called in the forward pass, so there is no representation to look at")
-        first = next(iter(seen.values()))
-        return first if all(h is first for h in seen.values()) and len(seen) > 1 else seen
+        return shared_or_each(seen)
 
 
 def adopt(
@@ -292,14 +281,9 @@ def adopt(
 ) -> None:
     """Give each new parameter the group and a copy of the state (moments, step, momentum) of its origin.
 
-    Schedulers keep their place, since groups stay the same objects. Parameters of a group are put into model order, so
-    that the state_dict fits an optimiser that is made anew from the branched model. Copies of parameters that the
-    optimiser does not have (frozen ones) stay out.
-
-    Parameters
-    ----------
-    copies : (origin, copy).
-    order : the model's ``named_parameters()`` after branching.
+    ``copies`` are (origin, copy), ``order`` the model's ``named_parameters()`` after branching: parameters of a group are
+    put into it, so that the state_dict fits an optimiser that is made anew. Schedulers keep their place, since groups stay
+    the same objects; copies of parameters that the optimiser does not have (frozen ones) stay out.
     """
     rank = {id(p): (i, name) for i, (name, p) in enumerate(order)}
     for group in optimizer.param_groups:

@@ -15,11 +15,7 @@ from libmtl_fair.errors import DataError, RecipeError, unknown
 from libmtl_fair.methods.base import Declared, setting
 from libmtl_fair.tasks import Binary, Multiclass, Multilabel, Task
 
-_OF_LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "glf": F.glf,
-    "gld": F.gld,
-    "bgl": F.bounded_group_loss,
-}
+_OF_LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"glf": F.glf, "gld": F.gld, "bgl": F.bounded_group_loss}
 _OF_SCORES = ("gap", "dpl", "fprl", "tprl")
 GROUP_LOSSES: tuple[str, ...] = (*_OF_LOSSES, *_OF_SCORES)
 """Names of the disparities."""
