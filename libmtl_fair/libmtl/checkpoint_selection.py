@@ -60,15 +60,12 @@ def _copied(value: Plain, before: Plain, into: list[Tensor], values: list[Tensor
         return [_copied(item, None, into, values) for item in value]
     if not isinstance(value, Tensor):
         return value
-    if not isinstance(before, Tensor) or _kind(before) != _kind(value):
+    kinds = [(t.shape, t.dtype, t.device) for t in (before, value) if isinstance(t, Tensor)]
+    if len(kinds) < 2 or kinds[0] != kinds[1]:
         return value.detach().clone()
     into.append(before)
     values.append(value)
     return before
-
-
-def _kind(value: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return value.shape, value.dtype, value.device
 
 
 def fault(trainer: TrainingState, epoch: int, losses: Floats) -> str | None:

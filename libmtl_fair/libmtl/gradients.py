@@ -100,7 +100,10 @@ def compute_grad(self: Model, losses: Tensor, mode: str, rep_grad: bool = False)
         add_gradients(zip(own, gradients(losses, own, torch.ones_like(losses))))
     if not shared:
         return losses.new_zeros(len(losses), 0)
-    return _task_rows(self, losses, shared, keep=mode == "autograd" or _draws_several_batches(self))
+    several = any(
+        base.__name__ in ("MoDo", "SDMGrad") for base in type(self).__mro__
+    )  # batches on one graph (git main)
+    return _task_rows(self, losses, shared, keep=mode == "autograd" or several)
 
 
 _CHUNK = 8
@@ -137,11 +140,6 @@ def _rows(losses: Tensor, shared: list[Tensor], keep: bool, batched: bool) -> Te
         else:
             rows.append(flatten(found, shared).unsqueeze(0))
     return torch.cat(rows)
-
-
-def _draws_several_batches(model: Model) -> bool:
-    """Whether the losses of several batches hang on one graph (LibMTL's git main): freeing one would free all."""
-    return any(base.__name__ in ("MoDo", "SDMGrad") for base in type(model).__mro__)
 
 
 def gradients(

@@ -107,7 +107,8 @@ def compose(
     bases, trainer.weight_args, settings = _weighting_bases(wanted, trainer.kwargs["weight_args"])
     heads = decoders if isinstance(decoders, nn.ModuleDict) else nn.ModuleDict(dict(decoders))
     arch = healed(shared)
-    fused = [FusedHeads] if _can_fuse(arch, trainer) else []
+    hard_sharing = issubclass(arch, architecture_namespace.HPS) and arch.forward in (forward, AbsArchitecture.forward)
+    fused = [FusedHeads] if hard_sharing and not trainer.rep_grad and not trainer.multi_input else []
     cls = type("MTLmodel", (*fused, arch, *bases, Model), {})
     options = (trainer.rep_grad, trainer.multi_input, trainer.device)
     try:
@@ -160,9 +161,3 @@ def _weighting_bases(
         )
     settings = settings.model_copy(update={"base_args": weight_args(base, settings.base_args)})
     return [weighting, healed(base)], {}, settings
-
-
-def _can_fuse(arch: type[nn.Module], trainer: TrainingState) -> bool:
-    """Whether the architecture is plain hard sharing, whose forward we know."""
-    hard_sharing = issubclass(arch, architecture_namespace.HPS) and arch.forward in (forward, AbsArchitecture.forward)
-    return hard_sharing and not trainer.rep_grad and not trainer.multi_input

@@ -255,13 +255,7 @@ class FairTrainer(TrainingState):
         return columns, losses, log
 
     def prepare_groups(self, train_dataloaders: Loaders, val_dataloaders: Loaders | None = None) -> None:
-        """Learn how many groups each attribute has, where somebody needs groups.
-
-        Raises
-        ------
-        DataError : an attribute without a known group.
-        HostError : loaders that give no groups.
-        """
+        """Learn how many groups each attribute has, where somebody needs groups; an error where there are none."""
         if self.auxiliary:
             who = f"auxiliary task {next(iter(self.auxiliary))!r} needs"
         elif self.group_modules:

@@ -73,7 +73,10 @@ def compare(run_dirs: Sequence[str | Path], deltas: Sequence[str] = (), rule: Ru
         run, choice = with_choice(run, rule)
         chosen = [choice_sentence(rule, choice)]
     held, lacking = _drift(run)
-    cells, overview = summary(run, further=True), _overview(run)
+    standing = {"delta_m": delta_m(run), "mean_rank": mean_rank(run)}
+    standing |= {"fair_delta_m": delta_m(run, fair=True), "fair_rank": mean_rank(run, fair=True)}
+    overview = pd.DataFrame(standing, index=run.methods, dtype=float).rename_axis("method").reset_index()
+    cells = summary(run, further=True)
     names = run_names(runs)
     others = [name for name, one in zip(names, runs) if _data_of(one) != _data_of(runs[0])]
     notes = (*chosen, *comparison_notes(run, lacking, others, names[0]))
@@ -97,12 +100,6 @@ def merged(runs: Sequence[RunFolder], again: Reaudit | None = None) -> RunFolder
     if len(runs) > 1:
         recipe |= {"name": " and ".join(names), "description": f"Comparison of {len(runs)} runs.", "published": None}
     return dataclasses.replace(runs[0], recipe=recipe, runs=tuple(found))
-
-
-def _overview(run: RunFolder) -> pd.DataFrame:
-    columns = {"delta_m": delta_m(run), "mean_rank": mean_rank(run)}
-    columns |= {"fair_delta_m": delta_m(run, fair=True), "fair_rank": mean_rank(run, fair=True)}
-    return pd.DataFrame(columns, index=run.methods, dtype=float).rename_axis("method").reset_index()
 
 
 def _drift(run: RunFolder) -> tuple[pd.DataFrame, str]:

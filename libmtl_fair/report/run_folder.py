@@ -164,7 +164,10 @@ def read_run(path: str | Path) -> RunFolder:
         raise CheckpointError(
             f"{path} is no run folder: no such directory. Give the folder that 'libmtl-fair run' made"
         )
-    recipe = _recipe(path / "recipe.yaml")
+    try:
+        recipe = _checked(path / "recipe.yaml", read_yaml(path / "recipe.yaml").data)
+    except RecipeError as error:
+        raise CheckpointError(f"not a readable run folder: {error}") from error
     each = {(file.parent.parent.name, file.parent.name): file for file in sorted(path.glob("*/seed*/metrics.json"))}
     found = {(method, int(seed[4:])): file for (method, seed), file in each.items() if seed[4:].isdecimal()}
     methods = list(recipe["methods"]) if isinstance(recipe.get("methods"), dict) else sorted({m for m, _ in found})
@@ -180,13 +183,6 @@ def read_run(path: str | Path) -> RunFolder:
     files = (path / f"{name}.json" for name in ("data_card", "audit_protocol", "environment"))
     card, protocol, environment = (_mapping(file) if file.exists() else {} for file in files)
     return RunFolder(path, recipe, card, protocol, environment, runs)
-
-
-def _recipe(path: Path) -> Json:
-    try:
-        return _checked(path, read_yaml(path).data)
-    except RecipeError as error:
-        raise CheckpointError(f"not a readable run folder: {error}") from error
 
 
 def _mapping(path: Path) -> Json:
