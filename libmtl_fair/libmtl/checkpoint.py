@@ -198,22 +198,39 @@ def settings(trainer: TrainingState) -> dict[str, str]:
     return {k: json.dumps(v, sort_keys=True, default=lambda other: type(other).__name__) for k, v in values.items()}
 
 
+def trained(trainer: TrainingState) -> dict[str, Plain]:
+    """Return everything that a training step changes: the live objects, not copies."""
+    return {
+        "model": trainer.model.state_dict(),
+        "attributes": attributes(trainer.model),
+        "optimizer": trainer.optimizer.state_dict(),
+        "scheduler": trainer.scheduler.state_dict() if trainer.scheduler else None,
+        "structure": trainer.model.structure(),
+    }
+
+
+def set_trained(trainer: TrainingState, content: Mapping[str, Plain]) -> None:
+    """Put back what :func:`trained` gave."""
+    reshape(trainer, content["structure"])
+    trainer.model.load_state_dict(content["model"])
+    set_attributes(trainer.model, content["attributes"])
+    trainer.optimizer.load_state_dict(content["optimizer"])
+    if trainer.scheduler is not None:
+        trainer.scheduler.load_state_dict(content["scheduler"])
+
+
 def save_training(trainer: TrainingState, loaders: Loaders) -> None:
     """Write ``last.pt`` and ``history.csv``, each whole or not at all."""
     assert trainer.run_dir is not None
-    model = trainer.model.state_dict()
+    state = trained(trainer)
     content = {
-        "fingerprint": fingerprint(model),
-        "structure": trainer.model.structure(),
+        **state,
+        "fingerprint": fingerprint(state["model"]),
         "method": trainer.weighting,
         "tasks": trainer.task_name,
         "settings": settings(trainer),
         "epoch": trainer.epoch,
         "step": trainer.global_step,
-        "model": model,
-        "attributes": attributes(trainer.model),
-        "optimizer": trainer.optimizer.state_dict(),
-        "scheduler": trainer.scheduler.state_dict() if trainer.scheduler else None,
         "random": random_state(),
         "loaders": loader_states(per_task(trainer, loaders)),
         "history": trainer.steps.state_dict(),
@@ -241,11 +258,7 @@ def restore(trainer: TrainingState, loaders: Loaders | None) -> Path:
     reshape(trainer, content["structure"])
     check_fits(path, trainer.model, content["fingerprint"])
     try:
-        trainer.model.load_state_dict(content["model"])
-        set_attributes(trainer.model, content["attributes"])
-        trainer.optimizer.load_state_dict(content["optimizer"])
-        if trainer.scheduler is not None:
-            trainer.scheduler.load_state_dict(content["scheduler"])
+        set_trained(trainer, content)
         trainer.steps = History.from_state(content["history"])
         trainer.best, trainer.first_results = content["best"], content["first"]
         trainer.epoch, trainer.global_step = content["epoch"], content["step"]

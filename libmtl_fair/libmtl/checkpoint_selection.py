@@ -27,28 +27,16 @@ class Snapshot:
     @torch.no_grad()
     def take(self, trainer: TrainingState) -> None:
         """Copy the trainer's state of now."""
-        live = {
-            "model": trainer.model.state_dict(),
-            "attributes": checkpoint.attributes(trainer.model),
-            "optimizer": trainer.optimizer.state_dict(),
-            "scheduler": trainer.scheduler.state_dict() if trainer.scheduler else None,
-            "structure": trainer.model.structure(),
-        }
         into: list[Tensor] = []
         values: list[Tensor] = []
-        self._held = _copied(live, self._held, into, values)
+        self._held = _copied(checkpoint.trained(trainer), self._held, into, values)
         if into:
             torch._foreach_copy_(into, values)
 
     def put_back(self, trainer: TrainingState) -> None:
         """Undo what was trained since :meth:`take`."""
         held, self._held = self._held, {}  # the optimiser goes on with these very tensors
-        checkpoint.reshape(trainer, held["structure"])
-        trainer.model.load_state_dict(held["model"])
-        checkpoint.set_attributes(trainer.model, held["attributes"])
-        trainer.optimizer.load_state_dict(held["optimizer"])
-        if trainer.scheduler is not None:
-            trainer.scheduler.load_state_dict(held["scheduler"])
+        checkpoint.set_trained(trainer, held)
 
 
 def _copied(value: Plain, before: Plain, into: list[Tensor], values: list[Tensor]) -> Plain:
