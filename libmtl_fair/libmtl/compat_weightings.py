@@ -135,11 +135,7 @@ def graddrop_backward(self: Model, losses: Tensor, **kwargs: float) -> None:
 
 @mends("MGDA._find_min_norm_element", "its loop never counted, and could run for ever")
 def mgda_solution(self: Model, grads: Tensor) -> Tensor:
-    """Return the weights [T] of the smallest vector in the convex hull of ``grads`` [T, P].
-
-    Two tasks: LibMTL's closed form with its bounds .001 and .999. More: the exact optimum; LibMTL's own loop does not
-    count its rounds and can run for ever.
-    """
+    """Return the weights [T] of the smallest vector in the hull of ``grads`` [T, P]; two tasks: LibMTL's own closed form."""
     gram = grads @ grads.T
     if self.task_num == 1:
         return torch.ones_like(grads[:, 0])

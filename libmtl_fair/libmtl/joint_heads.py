@@ -21,13 +21,8 @@ _OURS = ("LibMTL", "libmtl_fair", "torch", "abc", "builtins")
 class JointHeads:
     """Plain linear heads on one representation as the rows of one matrix, which their own parameters are views of.
 
-    So are their gradients: whoever looks at a head, or runs it by itself, finds what would be there without this.
-
-    Attributes
-    ----------
-    tasks : whose heads, in order.
-    weight, bias : [C, d] and [C], C outputs of all heads together: what is trained in place of the heads' own.
-    replaced : ids of the heads' own parameters.
+    So are their gradients: whoever looks at a head, or runs it by itself, finds what would be there without this. ``weight``
+    [C, d] and ``bias`` [C], of all heads' C outputs, are trained in place of those whose ids are ``replaced``.
     """
 
     def __init__(self, heads: Mapping[str, nn.Linear]) -> None:

@@ -28,11 +28,7 @@ def robust_losses(batch: FairBatch, tasks: Sequence[str], attributes: Sequence[s
 
     Over observed labels and known groups; a cell without examples is absent. Several sensitive attributes: the sum.
     Multiclass: y runs over the classes. Multilabel: the mean over labels of the binary loss **(ours)**. Regression, and
-    kinds without classes: the worst group's mean error. Single logits of yes or no are computed at once.
-
-    Parameters
-    ----------
-    attributes : sensitive attributes that count; None for all.
+    kinds without classes: the worst group's mean error. ``attributes`` are those that count; None for all.
     """
     columns = {
         name: batch.outputs[name].reshape(len(batch.outputs[name]), -1) for name in tasks if _is_yes_or_no(batch, name)
@@ -90,12 +86,7 @@ class Shared(NamedTuple):
 class Plan:
     """What each backward pass is for. Tasks of one pass share nothing that is corrected, so one pass serves them all.
 
-    Parameters
-    ----------
-    sets : of parameters that tasks share.
-    heads : parameters of each task's head.
-    parameters : all that can be trained.
-    correct : False projects nothing.
+    Made from ``sets`` of parameters that tasks share, those of each task's head, and all that can be trained.
 
     Attributes
     ----------
