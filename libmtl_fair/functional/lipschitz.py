@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -187,6 +187,10 @@ class LipschitzTerm(NamedTuple):
     to_scores: Tensor
     to_embeddings: Tensor | None
 
+    def attached(self, scores: Tensor, embeddings: Tensor) -> Tensor:
+        """Return the loss as one node of the graph of these, which it was made from."""
+        return written(self.value, (scores, self.to_scores), (embeddings, self.to_embeddings))
+
 
 def lipschitz_derivatives(
     scores: Tensor,
@@ -261,20 +265,7 @@ def lipschitz_derivatives(
 
 
 def lipschitz_term(
-    scores: Tensor,
-    embeddings: Tensor,
-    k: int,
-    scales: Scales,
-    valid: Tensor | None = None,
-    *,
-    mode: str = "random",
-    generator: Generators = None,
-    max_task_pairs: int | None = None,
-    sizes: Tensor | None = None,
-    beta: float | Tensor = 0.1,
-    mu: float | Tensor = 0.05,
-    min_distance: float = 1e-3,
-    detach_distance: bool = False,
+    scores: Tensor, embeddings: Tensor, k: int, scales: Scales, valid: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ReLiF's term [...] of a batch, attached to the graph, its violation rate [...] and whether any pair counts [...].
 
@@ -285,23 +276,9 @@ def lipschitz_term(
     >>> loss, rate, valid
     (tensor(1.9750), tensor(1.), tensor(True))
     """
-    found = lipschitz_derivatives(
-        scores,
-        embeddings,
-        k,
-        scales,
-        valid,
-        mode=mode,
-        generator=generator,
-        max_task_pairs=max_task_pairs,
-        sizes=sizes,
-        beta=beta,
-        mu=mu,
-        min_distance=min_distance,
-        detach_distance=detach_distance or not embeddings.requires_grad,
-    )
-    value = written(found.value, (scores, found.to_scores), (embeddings, found.to_embeddings))
-    return value, found.rate, torch.ones_like(found.rate, dtype=torch.bool) if found.some is None else found.some
+    found = lipschitz_derivatives(scores, embeddings, k, scales, valid, **options)
+    some = torch.ones_like(found.rate, dtype=torch.bool) if found.some is None else found.some
+    return found.attached(scores, embeddings), found.rate, some
 
 
 class _Pairs(NamedTuple):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from libmtl_fair import functional as F
 from libmtl_fair.batch import Columns, FairBatch
 from libmtl_fair.errors import RecipeError, unknown
 from libmtl_fair.libmtl.gradients import add_gradients, carry_representation_gradients, extra_gradients
@@ -98,7 +97,7 @@ class FairMT(FairWeighting):
             grads = rule.pull_back(blocks, members, found.to_sums)
         term = None
         if lipschitz is not None:
-            value = F.written(lipschitz.value, (scores, lipschitz.to_scores), (embedding, lipschitz.to_embeddings))
+            value = lipschitz.attached(scores, embedding)
             term = found.w[-1].to(value.dtype) * value
         outputs = [batch.outputs[name] for name in self._main] if batch.matrices is None else []
         if batch.matrices is not None:
