@@ -254,7 +254,10 @@ def lipschitz_derivatives(
             bent, count = bent.mul_(mask), mask.sum(-1, dtype=gap.dtype)
         share = 1 / (mu * _column(count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)))
         value = torch.linalg.vecdot(bent, z.sub_(bent, alpha=0.5)) * _scalar(share)
-        rate = torch.count_nonzero(bent, -1).to(value.dtype) * _scalar(share * mu)
+        violated = (
+            torch.count_nonzero(bent, -1) if bent.dim() > 1 else torch.count_nonzero(bent)
+        )  # fast without a dimension
+        rate = violated.to(value.dtype) * _scalar(share * mu)
         to_gap = slope.mul_(bent).mul_(share).view_as(at.gap)
         to_scores, to_embeddings = pairs.to_scores(to_gap, scores), None
         if not detach_distance:

@@ -196,6 +196,7 @@ class ReLiF(Penalty):
 
     settings_class = ReLiFSettings
     source = "arXiv:2606.10632"
+    cost = "1.9 to 2.1 plain steps with 2 to 40 tasks (docs/RESULTS.md)"
     settings: ReLiFSettings
 
     def configure(self, settings: Settings) -> None:

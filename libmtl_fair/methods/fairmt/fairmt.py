@@ -49,6 +49,7 @@ class FairMT(FairWeighting):
 
     settings_class = FairMTSettings
     source = "arXiv:2512.00469"
+    cost = "1.7 to 1.9 plain steps with 2 to 40 tasks (docs/RESULTS.md)"
     needs_groups = True
     settings: FairMTSettings
     lipschitz: LipschitzScales | None
