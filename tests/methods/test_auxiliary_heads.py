@@ -378,8 +378,10 @@ def test_dropping_leaves_the_main_outputs_bit_by_bit(weighting: str) -> None:
     plain = make_trainer(heads={"sensitive": ()}).model
     wanted = {k: v for k, v in model.state_dict().items() if k.split(".")[0] in ("encoder", "decoders")}
     plain.load_state_dict(wanted)
-    for name, z in plain.eval()(x).items():  # all heads in one product, which may round otherwise
-        torch.testing.assert_close(z, small[name], rtol=1e-6, atol=1e-6)
+    for name, z in plain.eval()(x).items():
+        own, dropped = (m.decoders[name](m.encoder(x)) for m in (plain, model))
+        assert torch.equal(own, dropped)  # the same network, to the bit
+        torch.testing.assert_close(z, small[name], rtol=1e-6, atol=1e-6)  # one product may round otherwise
 
 
 def test_a_model_in_eval_mode_does_not_run_them() -> None:
