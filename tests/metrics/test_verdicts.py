@@ -207,7 +207,7 @@ def test_people_needed_and_smallest_gap_undo_power():
         )
         assert verdicts.smallest_gap((n, n * ratio), rate) == pytest.approx(gap, rel=0.05)
     assert verdicts.people_needed(0.1, comparisons=3) > verdicts.people_needed(0.1)
-    assert np.isnan(verdicts.smallest_gap((0, 50))) and np.isnan(verdicts.smallest_gap((2, 2)))
+    assert np.isnan(verdicts.smallest_gap((0, 50))) and np.isnan(verdicts.smallest_gap((1, 1)))
 
 
 def test_what_is_no_count_or_metric_is_refused():
