@@ -39,6 +39,7 @@ class Predictions:
     groups : attribute -> group ids int64 [N], -1 unknown.
     group_names : attribute -> names, index = id.
     embeddings : representation that the heads received, [N, d], or one per task; None unless asked for.
+    decided : tasks of which decisions alone are meant: no AUC, no Brier of their scores.
     """
 
     tasks: tuple[Task, ...]
@@ -48,6 +49,7 @@ class Predictions:
     groups: dict[str, Tensor]
     group_names: dict[str, list[str]] = field(default_factory=dict)
     embeddings: Tensor | dict[str, Tensor] | None = None
+    decided: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -123,6 +125,7 @@ class Predictions:
             "tasks": [{"kind": t.kind, **asdict(t)} for t in self.tasks],
             "group_names": {attribute: self._names(attribute) for attribute in self.groups},
             "shapes": {t.name: list(self.outputs[t.name].shape[1:]) for t in self.tasks},
+            "decided": list(self.decided),
         }
         table = pa.Table.from_pandas(frame, preserve_index=False)
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), _META: json.dumps(meta).encode()})
@@ -164,7 +167,7 @@ class Predictions:
         names: dict[str, list[str]] = meta["group_names"]
         codes = {a: pd.Categorical(frame[f"sensitive/{a}"], categories=known).codes for a, known in names.items()}
         groups = {a: torch.from_numpy(code.astype(np.int64)) for a, code in codes.items()}
-        return cls(tuple(tasks), scores, outputs, labels, groups, names)
+        return cls(tuple(tasks), scores, outputs, labels, groups, names, decided=tuple(meta.get("decided") or ()))
 
 
 def _numbered(name: str, values: Values, shown: Callable[[Values], Column] = np.asarray) -> dict[str, Column]:

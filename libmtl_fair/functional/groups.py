@@ -120,6 +120,22 @@ def spread(values: Tensor, present: Tensor) -> Tensor:
     return gap.masked_fill(present.sum(-1) < 2, 0.0)
 
 
+def norm_violation(rates: Tensor, count: Tensor) -> Tensor:
+    """Sum over groups of ``|rate_g / overall rate - 1|`` for ``rates`` [..., G] of ``count`` [..., G] examples; absent where 0.
+
+    The overall rate is that of all groups together, with its gradient. 0 with zero gradient for fewer than two present groups, and
+    where the overall rate is 0. Source: the norm violation (p = 1) of a linear-fractional statistic, Buyl et al., ICLR 2024.
+
+    >>> norm_violation(torch.tensor([0.3, 0.1]), torch.tensor([1.0, 1.0]))
+    tensor(1.)
+    """
+    present = count > 0
+    overall = (rates * count).sum(-1, keepdim=True) / count.sum(-1, keepdim=True).clamp(min=1)
+    defined = (present.sum(-1, keepdim=True) >= 2) & (overall.detach() != 0)
+    ratio = rates / overall.where(defined, 1.0)
+    return (ratio - 1).abs().masked_fill(~(present & defined), 0.0).sum(-1)
+
+
 def glf(group_losses: Tensor, present: Tensor) -> Tensor:
     """Group loss fairness of ``group_losses`` [..., G]: ``|L_1 - L_2|`` for two present groups, else ``1 - Jain``.
 

@@ -12,7 +12,7 @@ from libmtl_fair import functional as F
 from libmtl_fair.batch import FairBatch
 from libmtl_fair.errors import DataError, RecipeError, unknown
 from libmtl_fair.methods.base import Penalty, Settings, setting
-from libmtl_fair.methods.heads.group_losses import GroupLoss
+from libmtl_fair.methods.heads.group_losses import WITHIN_CLASSES, GroupLoss
 
 
 class GroupRegulariserSettings(Settings, GroupLoss):
@@ -20,9 +20,9 @@ class GroupRegulariserSettings(Settings, GroupLoss):
 
     aliases: ClassVar[Mapping[str, str]] = {"lambda": "lam"}
 
-    loss: str = setting("bgl", "bgl, dpl, fprl, tprl, glf, gld or gap")
+    loss: str = setting("bgl", "bgl, dpl, fprl, tprl, glf, gld, gap or norm")
     conditional: bool | None = setting(
-        None, "within classes; null is as published, not within classes, but for gap, fprl, tprl"
+        None, "within classes; null is as published, not within classes, but for gap, fprl, tprl, norm"
     )
     lam: float = setting(
         0.5,
@@ -48,11 +48,11 @@ class GroupRegulariserSettings(Settings, GroupLoss):
     @property
     def within_classes(self) -> bool:
         """Whether groups are compared within classes."""
-        return self.loss in ("gap", "fprl", "tprl") if self.conditional is None else self.conditional
+        return self.loss in WITHIN_CLASSES if self.conditional is None else self.conditional
 
 
 class GroupRegulariser(Penalty):
-    r"""BGL, DPL, FPRL or TPRL of the main heads' outputs as regularisers, in a fixed proportion to the losses.
+    r"""BGL, DPL, FPRL, TPRL or a norm violation of the main heads' outputs as regularisers, in a fixed proportion to the losses.
 
     The objective is :math:`\lambda \sum_k L_k + (1 - \lambda) \sum_{k, a} R_{k, a}`.
     R is the disparity of task k between the groups of attribute a in the batch; it moves encoder and main heads.

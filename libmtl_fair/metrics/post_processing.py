@@ -86,7 +86,7 @@ class PostProcessed:
                 )
             predictions = self.trainer.predict(predictions)
         if isinstance(predictions, Predictions):
-            scores, shown = _scores(predictions, self.task), _group_names(predictions, self.sensitive)
+            scores, shown = _scores(predictions, self.task), group_labels(predictions, self.sensitive)
         elif sensitive is None:
             raise DataError("predict from scores needs sensitive=: the groups' names, or a DataFrame of them")
         else:
@@ -171,7 +171,7 @@ class Barycentre:
         """
         if not 0 <= epsilon <= 1:
             raise DataError(f"epsilon must be in [0, 1], found {epsilon!r}")
-        moved, shown = _scores(predictions, self.task), _group_names(predictions, self.sensitive)
+        moved, shown = _scores(predictions, self.task), group_labels(predictions, self.sensitive)
         rows = np.flatnonzero(np.isin(shown, self.groups))
         if len(rows):
             moved[rows] = self.transport.transform(moved[rows], shown[rows].astype(str), epsilon=epsilon)
@@ -202,7 +202,7 @@ def barycentre(
             f"barycentre moves one score an example, and task {task!r} is {kind}; take a binary task or a regression"
         )
     names = tuple(attributes_of(predictions, sensitive))
-    shown = _group_names(predictions, names)
+    shown = group_labels(predictions, names)
     known = np.logical_and.reduce([as_numpy(predictions.groups[name]) >= 0 for name in names])
     groups = sorted(set(shown[known]))
     if len(groups) < 2:
@@ -218,7 +218,7 @@ def _scores(predictions: Predictions, task: str) -> Floats:
     return as_floats(predictions.task(task).probabilities(predictions.outputs[task])).reshape(-1).copy()
 
 
-def _group_names(predictions: Predictions, attributes: Sequence[str]) -> Array:
+def group_labels(predictions: Predictions, attributes: Sequence[str]) -> Array:
     """Return the names of each row's groups as one, [N]; that of an unknown group is empty."""
     return _joined(pd.DataFrame({a: predictions.named_groups(a) for a in attributes}))
 

@@ -17,6 +17,7 @@ from libmtl_fair.tasks import Regression, Task
 REGRESSION = ("mae", "rmse", "r2", "ccc", "mean_prediction", "mean_error")
 """Metrics of a regression task; ``mean_error`` is that of prediction minus target."""
 
+_OF_SCORES = {"auc", "brier", "log_loss"}
 _CELLS_AT_ONCE = 1 << 18
 
 
@@ -42,11 +43,14 @@ def task_utility(task: Task, output: Values, labels: Values) -> dict[str, float]
 def utility(predictions: Predictions) -> dict[str, dict[str, float]]:
     """Return task -> metric -> value, and under ``macro`` the means of auc, accuracy and brier over classification tasks.
 
-    A mean leaves out tasks that do not define the metric. With regression tasks, ``macro`` has their mean r2 too.
+    A mean leaves out tasks that do not define the metric. With regression tasks, ``macro`` has their mean r2 too. Where decisions
+    alone are meant (``Predictions.decided``) auc, brier and log_loss are NaN, and ``macro`` has no auc and brier.
     """
     given = [(t, predictions.outputs[t.name], predictions.labels[t.name]) for t in predictions.tasks]
     found = {task.name: task_utility(task, *each) for task, *each in given}
-    names = ("auc", "accuracy", "brier", "r2")
+    for task in predictions.decided:
+        found[task] |= dict.fromkeys(_OF_SCORES & found[task].keys(), math.nan)
+    names = [name for name in ("auc", "accuracy", "brier", "r2") if not (predictions.decided and name in _OF_SCORES)]
     known = {name: [v for s in found.values() if not math.isnan(v := s.get(name, math.nan))] for name in names}
     return {**found, "macro": {name: sum(values) / len(values) for name, values in known.items() if values}}
 

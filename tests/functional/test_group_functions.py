@@ -376,3 +376,33 @@ def test_absent_groups_are_as_if_they_were_not_there(kind: str, n_groups: int) -
     for row, value, here in zip(losses.detach(), values, present, strict=True):
         alone = OF[kind](row[here], here[here]) if here.sum() > 1 else torch.zeros((), dtype=D)
         torch.testing.assert_close(value, alone)
+
+
+def test_the_norm_violation_is_that_of_a_linear_fractional_statistic() -> None:
+    """Against the published form: num(s) = sum p y s, denom(s) = sum y s, violation |stat / overall - 1|, p = 1 norm."""
+    g = torch.Generator().manual_seed(0)
+    p = torch.rand(200, 1, generator=g, dtype=torch.float64, requires_grad=True)
+    y, ids = torch.randint(0, 2, (200, 1), generator=g).double(), torch.randint(0, 3, (200,), generator=g)
+    sens = torch.nn.functional.one_hot(ids, 3).double()
+    theirs = []
+    for slope in (1 - y, y):
+        stats = torch.einsum("ny,ns->ns", slope * p, sens).sum(0) / torch.einsum("ny,ns->ns", slope, sens).sum(0)
+        overall = (slope * p).sum() / slope.sum()
+        theirs.append(torch.linalg.vector_norm((stats / overall - 1).abs(), ord=1))
+    mean, count = F.cell_means(torch.cat([p, p], 1), torch.cat([1 - y, y], 1), F.group_indicator(ids, 3, p.dtype))
+    ours = F.norm_violation(mean, count)
+    assert ours.tolist() == pytest.approx([v.item() for v in theirs], abs=1e-10)
+    (wanted,), (found,) = (torch.autograd.grad(v, p, retain_graph=True) for v in (sum(theirs), ours.sum()))
+    assert torch.allclose(wanted, found, atol=1e-12)
+
+
+def test_the_norm_violation_is_differentiable_and_zero_where_undefined() -> None:
+    rates = torch.tensor([[0.2, 0.5, 0.9], [0.4, 0.3, 0.8], [0.0, 0.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    count = torch.tensor([[3.0, 5.0, 0.0], [4.0, 0.0, 0.0], [2.0, 2.0, 2.0]], dtype=torch.float64)
+    value = F.norm_violation(rates, count)
+    assert value[1:].tolist() == [0.0, 0.0]
+    (slope,) = torch.autograd.grad(value.sum(), rates)
+    assert torch.isfinite(slope).all()
+    assert not slope[1:].any()
+    assert slope[0, 2] == 0
+    assert torch.autograd.gradcheck(lambda r: F.norm_violation(r, count[:1]), (rates[:1].detach().requires_grad_(),))

@@ -45,6 +45,9 @@ def disparity(loss: str, by_group: dict[int, list[float]]) -> float:
     means = [sum(v) / len(v) for v in by_group.values() if v]
     if len(means) < 2:
         return 0.0
+    if loss == "norm":
+        every = [x for v in by_group.values() for x in v]
+        return sum(abs(m / (sum(every) / len(every)) - 1) for m in means)
     if loss == "bgl":
         return max(means)
     if loss == "gld":
@@ -74,7 +77,7 @@ def brute_force(kind: str, loss: str, conditional: bool, output: Tensor, labels:
                 cells[int(groups[b])].append(float(value(b)))  # type: ignore[operator]
         return cells
 
-    if loss in ("dpl", "gap") and conditional:
+    if loss in ("dpl", "gap", "norm") and conditional:
         sharp = 6 if loss == "gap" and kind != "regression" else 1
         middle = threshold(output, labels) if loss == "gap" and kind in ("binary", "multilabel") else 0
         p = task.probabilities(sharp * (output - middle))
@@ -82,9 +85,7 @@ def brute_force(kind: str, loss: str, conditional: bool, output: Tensor, labels:
         p = torch.cat([p, p], dim=1) if kind == "multilabel" else p
         classes = class_indicator(task, labels)
         return sum(
-            disparity(
-                "spread", grouped(lambda b, k=k: p[b, min(k, p.shape[1] - 1)], lambda b, k=k: bool(classes[b, k]))
-            )
+            disparity(loss, grouped(lambda b, k=k: p[b, min(k, p.shape[1] - 1)], lambda b, k=k: bool(classes[b, k])))
             for k in range(classes.shape[1])
         )
     if loss in ("dpl", "tprl", "fprl"):
@@ -122,8 +123,8 @@ def brute_force(kind: str, loss: str, conditional: bool, output: Tensor, labels:
 
 def cases() -> list[tuple[str, str, bool]]:
     wanted = itertools.product(KINDS, GROUP_LOSSES, (True, False))
-    allowed = {"tprl": (True,), "fprl": (True,), "gap": (True,)}
-    undefined = {("regression", "tprl"), ("regression", "fprl")}
+    allowed = {"tprl": (True,), "fprl": (True,), "gap": (True,), "norm": (True,)}
+    undefined = {("regression", "tprl"), ("regression", "fprl"), ("regression", "norm")}
     return [(k, n, c) for k, n, c in wanted if c in allowed.get(n, (True, False)) and (k, n) not in undefined]
 
 

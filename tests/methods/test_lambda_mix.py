@@ -198,14 +198,19 @@ def gaps(found: Any, loss: str) -> Tensor:
     z, y, g = preds["a"].squeeze(1), labels["a"], groups["sex"]
     values = {
         "bgl": torch.nn.functional.binary_cross_entropy_with_logits(z, y, reduction="none"),
-        "dpl": torch.sigmoid(z), "tprl": torch.sigmoid(z), "fprl": torch.sigmoid(z),
+        "dpl": torch.sigmoid(z), "tprl": torch.sigmoid(z), "fprl": torch.sigmoid(z), "norm": torch.sigmoid(z),
     }[loss]  # fmt: skip
+    if loss == "norm":
+        parts = [
+            (values[(y == c) & (g == k)].mean(), values[(y == c) & (g >= 0)].mean()) for c in (0, 1) for k in (0, 1)
+        ]
+        return torch.stack([(rate / overall - 1).abs() for rate, overall in parts]).sum()
     keep = {"bgl": y >= 0, "dpl": y >= 0, "tprl": y == 1, "fprl": y == 0}[loss]
     means = torch.stack([values[keep & (g == k)].mean() for k in (0, 1)])
     return means.max() if loss == "bgl" else means.max() - means.min()
 
 
-@pytest.mark.parametrize("loss", ["bgl", "dpl", "tprl", "fprl"])
+@pytest.mark.parametrize("loss", ["bgl", "dpl", "tprl", "fprl", "norm"])
 @pytest.mark.parametrize("base", ["EW", "UW", "PCGrad"])
 def test_the_regulariser_moves_encoder_and_main_head(loss: str, base: str) -> None:
     loader = make_loader(shuffle=False)
@@ -240,6 +245,8 @@ def test_regularisers_take_all_tasks_and_attributes_unless_told() -> None:
         ({"lam": 0}, RecipeError, r"lam must be lambda, a number in \(0, 1\]"),
         ({"loss": "bgk"}, RecipeError, "unknown fairness loss 'bgk'; did you mean 'bgl'"),
         ({"loss": "tprl"}, RecipeError, "'tprl' needs classes, and task 'c' is a regression"),
+        ({"loss": "norm"}, RecipeError, "'norm' needs classes, and task 'c' is a regression"),
+        ({"loss": "norm", "conditional": False}, RecipeError, "'norm' has conditional=True by definition"),
         ({"tasks": ("z",)}, RecipeError, "unknown task 'z'"),
         ({"tasks": "a"}, RecipeError, "tasks must be a list of names"),
         ({"sensitive": ("sxe",)}, DataError, "did you mean 'sex'"),

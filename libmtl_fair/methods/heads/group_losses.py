@@ -16,7 +16,9 @@ from libmtl_fair.methods.base import Declared, setting
 from libmtl_fair.tasks import Binary, Multiclass, Multilabel, Task
 
 _OF_LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"glf": F.glf, "gld": F.gld, "bgl": F.bounded_group_loss}
-_OF_SCORES = ("gap", "dpl", "fprl", "tprl")
+_OF_SCORES = ("gap", "dpl", "fprl", "tprl", "norm")
+WITHIN_CLASSES = ("gap", "fprl", "tprl", "norm")
+"""Those that compare rates within classes by definition."""
 GROUP_LOSSES: tuple[str, ...] = (*_OF_LOSSES, *_OF_SCORES)
 """Names of the disparities."""
 GAP_SHARPNESS = 6.0
@@ -47,13 +49,14 @@ class GroupLoss(Declared):
     ``glf``, ``gld`` and ``bgl`` are of the groups' mean losses; ``dpl``, ``fprl`` and ``tprl`` the largest gap between the groups'
     mean scores over all examples, over negatives, over positives; ``gap`` **(ours)** is dpl within classes of sharpened scores,
     which is equalised odds made smooth. Scores of binary and multilabel tasks are then about the threshold that selects as many
-    of the batch as are positive, so that lowering all scores, which makes decisions at 0.5 look fair, gains nothing.
+    of the batch as are positive, so that lowering all scores, which makes decisions at 0.5 look fair, gains nothing. ``norm`` is
+    the norm violation of true and false positive rates of scores, relative to the rate of all groups (Buyl et al., ICLR 2024).
 
     Multiclass and multilabel tasks have one gap of scores a class or label; the mean is taken **(ours)**. Conditional
     losses of a multilabel task are those of each label's positives and negatives **(ours)**.
     """
 
-    loss: str = setting("glf", "glf, gld, bgl, gap, dpl, fprl or tprl")
+    loss: str = setting("glf", "glf, gld, bgl, gap, dpl, fprl, tprl or norm")
     conditional: bool | None = setting(
         None, "compare groups within each class and sum the disparities; null is true, but for dpl", ours=True
     )
@@ -72,7 +75,7 @@ class GroupLoss(Declared):
         """Raise a RecipeError for an unknown loss, or settings that exclude each other."""
         if self.loss not in GROUP_LOSSES:
             raise self.refused("loss", unknown("fairness loss", self.loss, GROUP_LOSSES))
-        if self.loss in ("gap", "fprl", "tprl") and self.conditional is False:
+        if self.loss in WITHIN_CLASSES and self.conditional is False:
             text = f"loss {self.loss!r} has conditional=True by definition, found False; leave it out"
             raise self.refused("conditional", text)
         if self.scale != 1 and self.loss not in _OF_SCORES:
@@ -92,7 +95,7 @@ class GroupLoss(Declared):
 
     def check_task(self, task: Task) -> None:
         """Raise a RecipeError where the disparity is not defined for the task."""
-        if self.loss in ("fprl", "tprl") and task.kind == "regression":
+        if self.loss in ("fprl", "tprl", "norm") and task.kind == "regression":
             raise RecipeError(
                 f"loss {self.loss!r} needs classes, and task {task.name!r} is a regression; use 'glf', 'gld', 'bgl' or 'dpl'"
             )
@@ -117,7 +120,11 @@ class GroupLoss(Declared):
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         member = F.group_indicator(groups, n_groups, values.dtype)
         mean, count = F.cell_means(values, condition.to(values.dtype), member)
-        gaps = _OF_LOSSES.get(self.loss, F.spread)(mean, count > 0)
+        gaps = (
+            F.norm_violation(mean, count)
+            if self.loss == "norm"
+            else _OF_LOSSES.get(self.loss, F.spread)(mean, count > 0)
+        )
 
         def by_task(columns: Tensor) -> Tensor:
             if len(many) == 1:
@@ -125,7 +132,7 @@ class GroupLoss(Declared):
             return torch.cat([part.view(-1, m).sum(0) for part, m in zip(torch.split(columns, sizes), many)])
 
         found = by_task(gaps)
-        if self.loss in _OF_SCORES and not (self.loss in ("dpl", "gap") and self.within_classes):
+        if self.loss in _OF_SCORES and not (self.loss in ("dpl", "gap", "norm") and self.within_classes):
             defined = (count > 0).sum(-1) >= 2  # the mean over the classes or labels where there is a gap
             found = found / by_task(defined.expand_as(gaps)).clamp(min=1)
         return found if order == sorted(order) else torch.stack([found[order.index(t)] for t in range(len(order))])

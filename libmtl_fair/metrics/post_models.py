@@ -1,0 +1,302 @@
+"""Models made of finished ones along a strength in [0, 1]: lift-only offsets, thresholds per group, blends. Nothing is trained.
+
+Each is fitted on validation predictions and gives the predictions of a new model: ``apply(predictions, ..., strength=s)``. At
+strength 0 it is the model that it was made of. They are the competitors of every method that costs a training (METHODS.md, 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.special import expit, logit
+from torch import Tensor
+
+from libmtl_fair import functional as F
+from libmtl_fair.errors import DataError, RecipeError, unknown
+from libmtl_fair.metrics.arrays import Array, Bools, Floats, as_floats, as_numpy
+from libmtl_fair.metrics.fairlearn_bridge import attributes_of
+from libmtl_fair.metrics.post_processing import PostProcessed, group_labels, post_process
+from libmtl_fair.metrics.rates import GroupRates, group_counts
+from libmtl_fair.predictions import Predictions
+from libmtl_fair.tasks import Binary, with_nan
+
+STRENGTHS = tuple(i / 20 for i in range(21))
+"""The points of a path."""
+LIFTED: Mapping[str, str] = {
+    "equalized_odds": "true_positive_rate",
+    "equal_opportunity": "true_positive_rate",
+    "demographic_parity": "selection_rate",
+}
+"""Constraint of offsets -> the rate that is lifted."""
+_LEAST, _MARGIN = 10, 1e-5
+
+
+class PostModel(Protocol):
+    """What a path is of."""
+
+    def apply(self, *predictions: Predictions, strength: float = 1.0) -> Predictions:
+        """Return the predictions of the model of that strength, made of the predictions of those that it was made of."""
+
+
+@dataclass(frozen=True)
+class Offsets:
+    """Offsets >= 0 to the logits of groups: ``offsets`` is task -> group -> offset; ``sensitive``: whose groups (crossed).
+
+    Made by :func:`fit_offsets`. A group that is not named, or unknown, keeps its logits.
+    """
+
+    sensitive: tuple[str, ...]
+    offsets: Mapping[str, Mapping[str, float]]
+
+    def apply(self, *predictions: Predictions, strength: float = 1.0) -> Predictions:
+        """Return the predictions with ``strength`` times the offsets added."""
+        (held,) = predictions
+        shown = pd.Series(group_labels(held, self.sensitive))
+        moved = {}
+        for name, by_group in self.offsets.items():
+            z = _logits(held, name)
+            moved[name] = z + torch.as_tensor(strength * shown.map(by_group).fillna(0.0).to_numpy(float), dtype=z.dtype)
+        return with_outputs(held, moved)
+
+
+def fit_offsets(
+    predictions: Predictions,
+    sensitive: str | Sequence[str] | None = None,
+    constraint: str = "equalized_odds",
+    *,
+    threshold: float | str = 0.5,
+    least: int = _LEAST,
+) -> Offsets:
+    """Choose offsets on (validation) predictions that lift every group's rate to the best group's (ours).
+
+    A group's offset is the least >= 0 that gives it, at the threshold in use, the highest rate that does not exceed the best
+    group's: the rates' differences never grow along the path, and nobody's score falls. The rate is that of true positives, for
+    ``demographic_parity`` that of selection. Groups with fewer than ``least`` examples behind the rate stay as they are. Several
+    ``sensitive`` attributes mean their intersection.
+
+    ``threshold="base_rate"``: the threshold that selects as many as are positive, taken again from the lifted scores until
+    both agree.
+
+    Raises
+    ------
+    RecipeError : an unknown constraint. DataError : an unknown attribute.
+    """
+    if constraint not in LIFTED:
+        raise RecipeError(unknown("constraint of offsets", constraint, LIFTED))
+    names = tuple(attributes_of(predictions, sensitive))
+    shown, known = group_labels(predictions, names), _known(predictions, names)
+    found = Offsets(names, {})
+    for _ in range(1 if threshold != "base_rate" else 10):
+        cut = thresholds_in_use(found.apply(predictions), threshold)
+        offsets = {}
+        for task in binary_tasks(predictions):
+            z, y = _labelled(predictions, task)
+            counted = known & ((y == 1) if LIFTED[constraint] == "true_positive_rate" else ~np.isnan(y))
+            offsets[task] = _lifts(z[counted], shown[counted], float(logit(cut[task])), least)
+        if offsets == found.offsets:
+            break
+        found = Offsets(names, offsets)
+    return found
+
+
+def _lifts(z: Floats, shown: Array, cut: float, least: int) -> dict[str, float]:
+    """Return group -> the least offset that brings its share of z > cut nearest to the highest share, from below."""
+    values = {str(g): np.sort(z[shown == g])[::-1] for g in np.unique(shown.astype(str))}
+    values = {g: v for g, v in values.items() if len(v) >= least}
+    best = max((float((v > cut).mean()) for v in values.values()), default=0.0)
+    found = {}
+    for group, v in values.items():
+        allowed = int(np.floor(best * len(v) + 1e-9))
+        if allowed < len(v):  # a tie at the edge would lift too many: stay above it
+            allowed = int((v > v[allowed]).sum())
+        lower = v[allowed] if allowed < len(v) else -np.inf
+        if allowed > (v > cut).sum():
+            found[group] = float(cut - v[allowed - 1] + min(_MARGIN, (v[allowed - 1] - lower) / 2))
+        else:
+            found[group] = 0.0
+    return found
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Decisions by thresholds per group: ``fitted`` is task -> :class:`PostProcessed`. Made by :func:`fit_thresholds`.
+
+    Decisions are all that is left of the scores: the outputs of :meth:`apply` are logits whose sign at the threshold in use
+    gives the decision, with the former order among the selected and among the others, and the tasks are named in
+    ``Predictions.decided``: AUC, Brier and the fixed-delta audit are not defined of them.
+    """
+
+    sensitive: tuple[str, ...]
+    fitted: Mapping[str, PostProcessed]
+    cut: Mapping[str, float]
+    seed: int = 0
+
+    def apply(self, *predictions: Predictions, strength: float = 1.0) -> Predictions:
+        """Return the predictions where a random share ``strength`` of the people (the same for all strengths) is so decided."""
+        (held,) = predictions
+        shown, changed = group_labels(held, self.sensitive), {}
+        taken = np.random.default_rng(self.seed).random(len(shown)) < strength
+        for name, chosen in self.fitted.items():
+            z, cut = _logits(held, name), self.cut[name]
+            p = expit(as_floats(z))
+            by_group = chosen.predict(p, sensitive=shown, random_state=self.seed)
+            decided = np.where(taken & np.isin(shown, chosen.groups), by_group == 1, p > cut)
+            inside = np.clip(p, 1e-4, 1 - 1e-4)
+            score = np.where(decided, cut + (1 - cut) * inside, cut * inside)
+            changed[name] = torch.as_tensor(logit(score), dtype=torch.float64)
+        return replace(with_outputs(held, changed), decided=tuple(dict.fromkeys([*held.decided, *changed])))
+
+
+def fit_thresholds(
+    predictions: Predictions,
+    sensitive: str | Sequence[str] | None = None,
+    constraint: str = "equalized_odds",
+    *,
+    objective: str = "accuracy_score",
+    threshold: float | str = 0.5,
+    least: int = _LEAST,
+    seed: int = 0,
+) -> Thresholds:
+    """Choose thresholds per group on (validation) predictions for every binary task, by :func:`post_process` (fairlearn).
+
+    Groups with fewer than ``least`` positives or negatives are decided at the threshold in use, and so is a task where fewer
+    than two groups are left. ``constraint`` and ``objective`` are fairlearn's; several attributes mean their intersection.
+    """
+    names = tuple(attributes_of(predictions, sensitive))
+    shown, known, fitted = group_labels(predictions, names), _known(predictions, names), {}
+    for task in binary_tasks(predictions):
+        _, y = _labelled(predictions, task)
+        groups = [
+            str(g)
+            for g in np.unique(shown[known].astype(str))
+            if min(((shown == g) & (y == label)).sum() for label in (0, 1)) >= least
+        ]
+        if len(groups) >= 2:
+            ids = np.array([groups.index(g) if g in groups else -1 for g in shown])
+            held = replace(predictions, groups={"group": torch.from_numpy(ids)}, group_names={"group": groups})
+            fitted[task] = post_process(held, task, constraint, objective=objective)
+    return Thresholds(names, fitted, thresholds_in_use(predictions, threshold), seed)
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Outputs of two models mixed: ``(1 - strength) first + strength second``, for tasks of any kind."""
+
+    def apply(self, *predictions: Predictions, strength: float = 1.0) -> Predictions:
+        """Return the mixed predictions; DataError for other tasks or other people."""
+        first, second = predictions
+        if [t.name for t in first.tasks] != [t.name for t in second.tasks] or len(first) != len(second):
+            raise DataError("blend needs two models of the same tasks on the same people")
+        mixed = {
+            t.name: (1 - strength) * first.outputs[t.name]
+            + strength * second.outputs[t.name].reshape(first.outputs[t.name].shape)
+            for t in first.tasks
+        }
+        return with_outputs(first, mixed)
+
+
+class Point(NamedTuple):
+    """One point of a path: the strength and what was measured there."""
+
+    strength: float
+    disparity: float
+
+
+def path(apply: Callable[[float], Predictions], disparity: Callable[[Predictions], float]) -> list[Point]:
+    """Return the disparity at each of :data:`STRENGTHS`."""
+    return [Point(s, disparity(apply(s))) for s in STRENGTHS]
+
+
+def pick(points: Sequence[Point], target: float | None = None) -> Point:
+    """Return the least strength whose disparity is at most ``target``, else the full strength.
+
+    Without a target: the least strength with the lowest disparity. Undefined disparities (NaN) are passed over.
+    """
+    known = [p for p in points if p.disparity == p.disparity]
+    if target is None:
+        return min(known, key=lambda p: (p.disparity, p.strength), default=points[-1])
+    return next((p for p in known if p.disparity <= target), points[-1])
+
+
+def worst_gap(
+    predictions: Predictions,
+    sensitive: str | Sequence[str] | None = None,
+    metric: str = "equalized_odds",
+    thresholds: Mapping[str, float] | None = None,
+    *,
+    min_group_size: int = 30,
+    min_class: int = _LEAST,
+) -> float:
+    """Return the largest difference over binary tasks between groups with enough people; NaN where there is none."""
+    names = attributes_of(predictions, sensitive)
+    shown, known = group_labels(predictions, names), _known(predictions, names)
+    groups, ids = np.unique(shown.astype(str), return_inverse=True)
+    found = []
+    for task in binary_tasks(predictions):
+        z, y = _labelled(predictions, task)
+        rows = known & ~np.isnan(y)
+        cut = (thresholds or {}).get(task, 0.5)
+        counts = group_counts(y[rows], expit(z[rows]) > cut, ids[rows], len(groups))
+        found.append(gap_of_counts(counts, metric, min_group_size, min_class))
+    return float(np.nanmax(found)) if len(found) and not np.isnan(found).all() else float("nan")
+
+
+def gap_of_counts(counts: Array, metric: str, min_group_size: int = 30, min_class: int = _LEAST) -> float:
+    """Return a task's difference between groups with enough people, from confusion counts [G, 4]."""
+    tn, fp, fn, tp = counts.T
+    enough: Bools = tn + fp + fn + tp >= min_group_size
+    if metric in ("equalized_odds", "equal_opportunity"):
+        enough &= fn + tp >= min_class
+    if metric == "equalized_odds":
+        enough &= tn + fp >= min_class
+    if enough.sum() < 2:
+        return float("nan")
+    rates = GroupRates(counts[enough])
+    return rates.equalized_odds_difference() if metric == "equalized_odds" else rates.difference(metric)
+
+
+def thresholds_in_use(predictions: Predictions, threshold: float | str) -> dict[str, float]:
+    """Return task -> threshold of every binary task; ``"base_rate"`` takes it from these predictions."""
+    found = {}
+    for task in binary_tasks(predictions):
+        z, y = _labelled(predictions, task)
+        if threshold == "base_rate":
+            cut = F.base_rate_threshold(torch.as_tensor(expit(z))[:, None], torch.as_tensor(y)[:, None])
+            found[task] = float(np.clip(cut.item(), 1e-6, 1 - 1e-6))
+        else:
+            found[task] = float(threshold)
+    return found
+
+
+def with_outputs(predictions: Predictions, outputs: Mapping[str, Tensor]) -> Predictions:
+    """Return the predictions with other outputs of some tasks, [N] or as they were, and the scores that these give."""
+    changed = dict(predictions.outputs)
+    for name, values in outputs.items():
+        changed[name] = values[:, None] if values.dim() == 1 and changed[name].dim() == 2 else values
+    return replace(predictions, outputs=changed).rescored(predictions.tasks)
+
+
+def binary_tasks(predictions: Predictions) -> list[str]:
+    """Return the names of the binary tasks."""
+    return [task.name for task in predictions.tasks if task.kind == "binary"]
+
+
+def _logits(predictions: Predictions, name: str) -> Tensor:
+    task = predictions.task(name)
+    assert isinstance(task, Binary)
+    return task.logit(predictions.outputs[name]).detach()
+
+
+def _labelled(predictions: Predictions, name: str) -> tuple[Floats, Floats]:
+    """Return logits and labels of a task, [N] each; NaN where a label is missing."""
+    labels = with_nan(predictions.task(name).flat(predictions.labels[name]))
+    return as_floats(_logits(predictions, name)), as_floats(labels)
+
+
+def _known(predictions: Predictions, names: Sequence[str]) -> Bools:
+    return np.asarray(np.logical_and.reduce([as_numpy(predictions.groups[name]) >= 0 for name in names]))
