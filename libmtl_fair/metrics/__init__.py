@@ -15,6 +15,7 @@ from libmtl_fair.metrics.comparison import (
 from libmtl_fair.metrics.drift import below_curve, drift, induced_thresholds, robust_pairs, shrinkage_curve
 from libmtl_fair.metrics.fairlearn_bridge import FairlearnInputs, metric_frame, to_fairlearn
 from libmtl_fair.metrics.group_metrics import GroupMetrics
+from libmtl_fair.metrics.post_models import Blend, Offsets, Thresholds, fit_offsets, fit_thresholds
 from libmtl_fair.metrics.post_processing import PostProcessed, post_process
 from libmtl_fair.metrics.rates import GroupRates, group_rates
 from libmtl_fair.metrics.scores import auc_score, group_auc, group_regression, ks_distance, task_utility, utility
@@ -35,13 +36,16 @@ from libmtl_fair.metrics.verdicts import (
 
 __all__ = [
     "AuditReport",
+    "Blend",
     "Changes",
     "FairlearnInputs",
     "FixedDeltaAudit",
     "GapVerdict",
     "GroupMetrics",
     "GroupRates",
+    "Offsets",
     "PostProcessed",
+    "Thresholds",
     "auc_score",
     "below_curve",
     "changes",
@@ -52,6 +56,8 @@ __all__ = [
     "discrimination_gain",
     "drift",
     "enough",
+    "fit_offsets",
+    "fit_thresholds",
     "group_auc",
     "group_rates",
     "group_regression",

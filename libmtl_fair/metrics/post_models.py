@@ -21,7 +21,8 @@ from libmtl_fair.errors import DataError, RecipeError, unknown
 from libmtl_fair.metrics.arrays import Array, Bools, Floats, as_floats, as_numpy
 from libmtl_fair.metrics.fairlearn_bridge import attributes_of
 from libmtl_fair.metrics.post_processing import PostProcessed, group_labels, post_process
-from libmtl_fair.metrics.rates import GroupRates, group_counts
+from libmtl_fair.metrics.rates import group_counts
+from libmtl_fair.metrics.verdicts import judge
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.tasks import Binary, with_nan
 
@@ -230,7 +231,6 @@ def worst_gap(
     thresholds: Mapping[str, float] | None = None,
     *,
     min_group_size: int = 30,
-    min_class: int = _LEAST,
 ) -> float:
     """Return the largest difference over binary tasks between groups with enough people; NaN where there is none."""
     names = attributes_of(predictions, sensitive)
@@ -242,22 +242,8 @@ def worst_gap(
         rows = known & ~np.isnan(y)
         cut = (thresholds or {}).get(task, 0.5)
         counts = group_counts(y[rows], expit(z[rows]) > cut, ids[rows], len(groups))
-        found.append(gap_of_counts(counts, metric, min_group_size, min_class))
-    return float(np.nanmax(found)) if len(found) and not np.isnan(found).all() else float("nan")
-
-
-def gap_of_counts(counts: Array, metric: str, min_group_size: int = 30, min_class: int = _LEAST) -> float:
-    """Return a task's difference between groups with enough people, from confusion counts [G, 4]."""
-    tn, fp, fn, tp = counts.T
-    enough: Bools = tn + fp + fn + tp >= min_group_size
-    if metric in ("equalized_odds", "equal_opportunity"):
-        enough &= fn + tp >= min_class
-    if metric == "equalized_odds":
-        enough &= tn + fp >= min_class
-    if enough.sum() < 2:
-        return float("nan")
-    rates = GroupRates(counts[enough])
-    return rates.equalized_odds_difference() if metric == "equalized_odds" else rates.difference(metric)
+        found.append(judge(counts, metric, min_group_size=min_group_size, n_bootstrap=0, n_permutations=0).value)
+    return max((v for v in found if v == v), default=float("nan"))
 
 
 def thresholds_in_use(predictions: Predictions, threshold: float | str) -> dict[str, float]:
