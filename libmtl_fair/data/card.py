@@ -43,6 +43,7 @@ def dataset_card(table: Table, rows_in_source: int, parts: Mapping[str, Rows], e
         "split": {
             "shares": choice.split if by_column else list(choice.split),
             "seed": choice.seed,
+            **({} if choice.test_seed is None else {"test_seed": choice.test_seed}),
             "stratified_on": "nothing" if by_column else table.stratified_on or "nothing",
             "rows": {part: len(rows) for part, rows in parts.items()},
         },

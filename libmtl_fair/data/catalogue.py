@@ -84,6 +84,7 @@ def load_dataset(
     *,
     min_frequency: int | float | None = None,
     sensitive_inputs: bool = True,
+    test_seed: int | None = None,
     frame: pd.DataFrame | str | Path | None = None,
 ) -> Dataset:
     """Load a dataset by name, ready for multi-task training.
@@ -101,6 +102,7 @@ def load_dataset(
     subset : a number of rows, or a share, drawn before the split.
     min_frequency : one-hot categories with fewer rows (int) or a smaller share (float) in training become "(rare)".
     sensitive_inputs : whether the columns of the chosen sensitive attributes may be inputs.
+    test_seed : of subset and test rows, where they are to stay while ``seed`` divides the other rows; None: ``seed``.
     frame : the table itself, a DataFrame or a .csv or .parquet path, instead of the shipped or fetched one.
 
     Raises
@@ -113,7 +115,7 @@ def load_dataset(
     (600, 200, 200, {'age': ['25 and under', 'over 25']})
     """
     spec = dataset_spec(name)
-    choice = Choice(tasks, sensitive, seed, split, missing, keep_groups, subset, min_frequency, sensitive_inputs)
+    choice = Choice(tasks, sensitive, seed, split, missing, keep_groups, subset, min_frequency, sensitive_inputs, test_seed)
     choose_tasks(spec, tasks)
     if frame is not None:
         table = read_frame(frame)
@@ -141,6 +143,7 @@ def load_table(
     subset: int | float | None = None,
     min_frequency: int | float | None = None,
     sensitive_inputs: bool = True,
+    test_seed: int | None = None,
     name: str | None = None,
     title: str | None = None,
     licence: str = "not stated",
@@ -158,7 +161,7 @@ def load_table(
     categorical : input columns that are categories although they hold numbers.
     split : three shares, or the name of a column that holds "train", "val" and "test".
     stratify : True (first task), a task's name, or False.
-    seed, missing, keep_groups, subset, min_frequency, sensitive_inputs : as for :func:`load_dataset`.
+    seed, missing, keep_groups, subset, min_frequency, sensitive_inputs, test_seed : as for :func:`load_dataset`.
     name, title, licence, notes : for the data card.
 
     Raises
@@ -203,7 +206,7 @@ def load_table(
         stratify=stratify if isinstance(stratify, str) else None if stratify else "",
         notes=checked(Listed, notes, "notes"),
     )
-    choice = Choice(None, tuple(named), seed, split, missing, keep_groups, subset, min_frequency, sensitive_inputs)
+    choice = Choice(None, tuple(named), seed, split, missing, keep_groups, subset, min_frequency, sensitive_inputs, test_seed)
     return build_dataset(spec, frame, choice)
 
 

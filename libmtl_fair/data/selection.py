@@ -34,6 +34,7 @@ class Choice:
     subset: int | float | None
     min_frequency: int | float | None
     sensitive_inputs: bool
+    test_seed: int | None = None
 
     def __post_init__(self) -> None:
         """Check what scikit-learn and pandas will be given."""
@@ -41,12 +42,18 @@ class Choice:
             raise DataError(f"split must be three shares or a column's name, found {self.split!r}")
         if not isinstance(self.sensitive_inputs, bool):
             raise DataError(f"sensitive_inputs must be true or false, found {self.sensitive_inputs!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
-            raise DataError(f"seed must be an integer from 0 to 2**32 - 1, found {self.seed!r}")
+        for name, seed in (("seed", self.seed), ("test_seed", self.of_test)):
+            if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+                raise DataError(f"{name} must be an integer from 0 to 2**32 - 1, found {seed!r}")
         rare = self.min_frequency
         counts = isinstance(rare, int) and not isinstance(rare, bool) and rare >= 1
         if not (rare is None or counts or (isinstance(rare, float) and 0 < rare < 1)):
             raise DataError(f"min_frequency must be a number of rows or a share between 0 and 1, found {rare!r}")
+
+    @property
+    def of_test(self) -> int:
+        """The seed of subset and test rows."""
+        return self.seed if self.test_seed is None else self.test_seed
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ class Table:
         if isinstance(split, str):
             parts = split_by_column(column_of(self.frame, split, "split"))
         else:
-            parts = split_rows(self.stratum, len(self.frame), split, self.choice.seed)
+            parts = split_rows(self.stratum, len(self.frame), split, self.choice.seed, self.choice.of_test)
         for part, rows in parts.items():
             for labels in self.labels:
                 if not labels.observed[rows].any():
@@ -117,7 +124,7 @@ def read_table(spec: TableSpec, frame: pd.DataFrame, choice: Choice) -> Table:
         stratum=strata(raw_labels(stratify, spec.tasks[stratify], frame)) if stratify else None,
         tell_tale={name: tell_tale_columns(item, known) for name, item in attributes.items()},
     )
-    taken = draw_subset(table.stratum, len(frame), choice.subset, choice.seed)
+    taken = draw_subset(table.stratum, len(frame), choice.subset, choice.of_test)
     if len(taken) == len(frame):
         return table
     return replace(
@@ -176,8 +183,13 @@ def strata(labels: RawLabels) -> Rows:
     return np.asarray(codes, dtype=np.int64)
 
 
-def split_rows(y: Rows | None, n_rows: int, split: Sequence[float], seed: int) -> dict[str, Rows]:
-    """Return the rows of train, val and test: scikit-learn's ``train_test_split`` twice, stratified on ``y`` if given."""
+def split_rows(
+    y: Rows | None, n_rows: int, split: Sequence[float], seed: int, test_seed: int | None = None
+) -> dict[str, Rows]:
+    """Return the rows of train, val and test: scikit-learn's ``train_test_split`` twice, stratified on ``y`` if given.
+
+    With another ``test_seed`` the test rows are those of that seed, and ``seed`` divides the others anew.
+    """
     from sklearn.model_selection import train_test_split
 
     shares = tuple(split)
@@ -188,9 +200,14 @@ def split_rows(y: Rows | None, n_rows: int, split: Sequence[float], seed: int) -
         )
     within = round(shares[1] / (shares[1] + shares[2]), 12)
     try:
-        train, rest = train_test_split(np.arange(n_rows), train_size=shares[0], random_state=seed, stratify=y)
+        first = seed if test_seed is None else test_seed
+        train, rest = train_test_split(np.arange(n_rows), train_size=shares[0], random_state=first, stratify=y)
         left = None if y is None else y[rest]
-        val, test = train_test_split(rest, train_size=within, random_state=seed, stratify=left)
+        val, test = train_test_split(rest, train_size=within, random_state=first, stratify=left)
+        if seed != first:
+            others, size = np.sort(np.concatenate([train, val])), len(train)
+            again = None if y is None else y[others]
+            train, val = train_test_split(others, train_size=size, random_state=seed, stratify=again)
     except ValueError as error:
         message = f"{n_rows} rows cannot be split {shares}, an empty or too small part would result: {error}"
         raise DataError(message) from error

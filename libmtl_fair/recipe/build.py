@@ -51,6 +51,7 @@ def make_dataset(recipe: Recipe, seed: int) -> Dataset:
     names = ("split", "missing", "subset", "min_frequency", "sensitive_inputs")
     options: dict[str, Any] = {name: getattr(data, name) for name in names}
     options |= {"seed": seed if data.resplit else data.split_seed, "keep_groups": dict(data.keep_groups) or None}
+    options["test_seed"] = data.test_seed if data.resplit else None
     if data.name is not None:
         tasks, sensitive = (None if chosen is None else tuple(chosen) for chosen in (data.tasks, data.sensitive))
         made = load_dataset(data.name, tasks, sensitive, **options)

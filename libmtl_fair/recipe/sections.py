@@ -14,6 +14,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
+    SerializerFunctionWrapHandler,
     Tag,
     model_serializer,
     model_validator,
@@ -143,7 +144,10 @@ Sensitive = Annotated[_NAMES | Annotated[dict[Text, SensitiveSpec], *_DECLARED],
 
 
 class Data(Section):
-    """What to train on: a built-in data set by ``name``, or a ``table`` (CSV, parquet) with its columns declared."""
+    """What to train on: a built-in data set by ``name``, or a ``table`` (CSV, parquet) with its columns declared.
+
+    ``resplit`` divides the rows anew for each seed; with ``test_seed`` the test rows are those of that seed for all of them.
+    """
 
     name: Text | None = None
     table: Text | None = None
@@ -155,6 +159,7 @@ class Data(Section):
     split: Split = (0.6, 0.2, 0.2)
     split_seed: Seed = 0
     resplit: bool = False
+    test_seed: Seed | None = None
     keep_groups: dict[Text, Keep] = Field(default_factory=dict)
     missing: MissingRule = "drop"
     label_fraction: Share = 1.0
@@ -176,7 +181,14 @@ class Data(Section):
             raise ValueError("a table needs 'tasks' as a mapping, such as tasks: {income: {kind: binary}}")
         if self.table is not None and self.sensitive is None:
             raise ValueError("a table needs 'sensitive': the columns that hold the groups")
+        if self.test_seed is not None and not self.resplit:
+            raise ValueError("test_seed keeps the test rows while resplit: true divides the others; expected both")
         return self
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Leave out what is not said, so that recipes from before this field keep their fingerprints."""
+        return {name: value for name, value in write(self).items() if name != "test_seed" or value is not None}
 
 
 class Encoder(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ SLOT, ROLE, METHOD, ARGS, FIXED = "slot", "role", "method", "args", "fixed"
 """Attributes of trials."""
 FINGERPRINT, DESCRIBED, RECIPE = "fingerprint", "about", "recipe"
 """Attributes of studies."""
+COMMON = "seeds of every trial"
+"""Of a study's description; studies of before gave each trial seeds, and with resplit rows, of its own."""
 Queued = tuple[dict[str, Any], dict[str, Any]]
 """Parameters and attributes that a trial starts with."""
 
@@ -73,6 +76,9 @@ class Plan:
         """Read the plan of a recipe; ``objectives`` replace its own."""
         check(recipe)
         tune, seed = recipe.tune or Tune(), recipe.seeds[0]
+        if recipe.data.resplit and recipe.data.test_seed is None:
+            data = recipe.data.model_copy(update={"test_seed": seed})
+            recipe = recipe.model_copy(update={"data": data})
         data = make_dataset(recipe, seed)
         kinds, deltas = {task.name: task.kind for task in data.tasks}, [str(d) for d in recipe.audit.deltas]
 
@@ -130,6 +136,7 @@ class Plan:
             "sampler": self.sampler,
             "pruner": self.tune.pruner,
             "seeds_per_trial": self.tune.seeds_per_trial,
+            COMMON: self.seeds,
             **({"enqueue": list(self.tune.enqueue)} if self.tune.enqueue else {}),
         }
 
@@ -196,17 +203,23 @@ class Plan:
         if marks.get(ARGS) is not None:
             spec = recipe.methods[method].model_copy(update={"args": dict(marks[ARGS])})
             recipe = recipe.model_copy(update={"methods": {**recipe.methods, method: spec}})
-        return Candidate(changed(recipe, method, values), method, self.seeds(marks[SLOT]))
+        return Candidate(changed(recipe, method, values), method, self.seeds)
 
-    def seeds(self, slot: int) -> list[int]:
-        """Return the seeds of a slot's trial: fixed by its number, so that a trial that is run again is the same."""
-        return [(self.recipe.seeds[0] + 1000 * (slot + 1) + k) % 2**32 for k in range(self.tune.seeds_per_trial)]
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds of every trial, so that trials differ in their settings alone: the recipe's, then those after its last."""
+        known = self.recipe.seeds
+        more = (seed % 2**32 for seed in itertools.count(known[-1] + 1) if seed % 2**32 not in known)
+        return list(itertools.islice(itertools.chain(known, more), self.tune.seeds_per_trial))
 
     def dataset(self, seed: int) -> Dataset:
-        """Return the data for a seed; kept, since making them takes longer than an epoch."""
+        """Return the data for a seed; kept, since every trial asks for the same.
+
+        With ``resplit`` the seeds have training and validation rows of their own and one test part (``test_seed``), so that no
+        person who decides what is chosen is among those whom it is reported on.
+        """
         key = seed if self.recipe.data.resplit else 0
         if key not in self.data:
-            self.data.clear()
             self.data[key] = make_dataset(self.recipe, seed)
         return self.data[key]
 
@@ -248,6 +261,11 @@ def stamp(study: optuna.Study, plan: Plan) -> None:
         study.set_user_attr(DESCRIBED, described)
         study.set_user_attr(RECIPE, {"recipe": plan.recipe.to_dict(), "file": plan.recipe._source.file})
         study.set_user_attr(FINGERPRINT, fingerprint(described))
+    elif COMMON not in held[DESCRIBED]:
+        raise RecipeError(
+            f"study {study.study_name!r} was made by an earlier version, in which each trial had seeds of its own: old and new "
+            "trials cannot be compared. Begin another study with --new-study (its trials are kept) or --study NAME"
+        )
     elif held[FINGERPRINT] != fingerprint(described):
         lines = "\n".join(f"  {line}" for line in differences(held[DESCRIBED], json.loads(json.dumps(described))))
         raise RecipeError(

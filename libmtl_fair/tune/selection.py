@@ -17,14 +17,23 @@ from libmtl_fair.tune.objectives import NUMBER
 from libmtl_fair.tune.plan import DESCRIBED
 
 TUNED = "tuned"
+_ERRORS = 3
 
 
 def complete(study: optuna.Study) -> list[FrozenTrial]:
-    """Return the trials that ended with values; a FairMTLError says that there is none."""
-    found = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    """Return the trials that ended with values; a FairMTLError says that there is none, and of those that failed why."""
+    trials = study.get_trials(deepcopy=False)
+    found = [t for t in trials if t.state == TrialState.COMPLETE]
     if not found:
-        raise FairMTLError(f"study {study.study_name!r} has no complete trial yet")
+        raise FairMTLError(f"study {study.study_name!r} has no complete trial yet{failures(trials)}")
     return found
+
+
+def failures(trials: Sequence[FrozenTrial]) -> str:
+    """Return the last distinct errors of those that failed, to end a sentence; empty where none did."""
+    errors = [t.user_attrs["error"] for t in trials if t.state == TrialState.FAIL and "error" in t.user_attrs]
+    last = list(dict.fromkeys(reversed(errors)))[:_ERRORS]
+    return f"; {len(errors)} failed, the last: {'; before it: '.join(last)}" if errors else ""
 
 
 def front(study: optuna.Study) -> tuple[list[FrozenTrial], bool]:
@@ -143,6 +152,8 @@ def chosen(study: optuna.Study, how: str = "best") -> FrozenTrial:
 def to_recipe(trial: FrozenTrial, reference: Recipe | None = None, seeds: Sequence[int] | None = None) -> Recipe:
     """Return the recipe of a trial: its method, named ``tuned``, beside the reference of the study's recipe if that is given.
 
+    A trial that is the reference itself stands under the reference's name, once.
+
     Raises
     ------
     RecipeError : the trial was not made by :func:`tune`, or never began.
@@ -152,6 +163,7 @@ def to_recipe(trial: FrozenTrial, reference: Recipe | None = None, seeds: Sequen
         raise RecipeError(f"trial {trial.number} holds no recipe: it was not made by libmtl_fair.tune, or never began")
     methods = {TUNED: held["methods"][trial.user_attrs["method"]]}
     if reference is not None:
-        methods = {reference.reference: reference.to_dict()["methods"][reference.reference], **methods}
+        plain = {reference.reference: reference.to_dict()["methods"][reference.reference]}
+        methods = plain if methods[TUNED] == plain[reference.reference] else plain | methods
     changes = {"methods": methods} if seeds is None else {"methods": methods, "seeds": list(seeds)}
     return Recipe.from_dict({**held, **changes}, reference._source if reference is not None else None)

@@ -29,6 +29,7 @@ from libmtl_fair.tune.artifacts import Keeper
 from libmtl_fair.tune.budget import GRACE, Heartbeat, Reaper, claim, fill, give_up, slots
 from libmtl_fair.tune.objectives import value_of
 from libmtl_fair.tune.plan import Candidate, Outcome, Plan
+from libmtl_fair.tune.selection import failures
 
 PROTOCOL = "protocol"
 _FAILURES = (
@@ -50,13 +51,14 @@ def protocol_of(study: optuna.Study, plan: Plan, device: str) -> Protocol:
     """Return a study's tolerances and score ranges; where it has none, those of the plan (of a reference model, if it takes one)."""
     if PROTOCOL in study.user_attrs:
         return Protocol.from_dict(study.user_attrs[PROTOCOL])
-    recipe, seed, made = plan.recipe, plan.seeds(0)[0], Protocol({}, {})
+    recipe, seed, made = plan.recipe, plan.seeds[0], Protocol({}, {})
     for delta in map(str, recipe.audit.deltas):
         with suppress(ValueError):
             made.deltas[delta] = float(delta)
     levels = {m.level for m in plan.measures if m.level is not None}
-    scaled = any(isinstance(task, Regression) for task in plan.dataset(recipe.seeds[0]).tasks)
-    if levels - set(made.deltas) or (levels and scaled):
+    # a run freezes the score ranges of regression tasks before it trains other methods than the reference
+    scaled = any(isinstance(task, Regression) for task in plan.dataset(seed).tasks)
+    if scaled or levels - set(made.deltas):
         reference = Candidate(recipe, recipe.reference, [seed])
         trainer, sources = _train(plan, reference, seed, plan.dataset(seed).tasks, device)
         made = Protocol.choose(recipe, reference.method, seed, trainer.predict(sources["val"], embeddings=True))
@@ -218,6 +220,5 @@ class Worker:
         failed = [t for t in done if t.state == TrialState.FAIL]
         if len(failed) >= _HOPELESS and len(failed) == len(done):
             raise FairMTLError(
-                f"all {len(failed)} trials so far failed; the last: {failed[-1].user_attrs.get('error')}. The tracebacks "
-                "are in the trials' user attributes"
+                f"all {len(failed)} trials so far failed{failures(failed)}. The tracebacks are in the trials' user attributes"
             )
