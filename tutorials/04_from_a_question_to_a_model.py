@@ -79,8 +79,9 @@ print("chosen:", chosen.number, "knee:", tune.knee(study).number)
 # %% [markdown]
 # ## The model
 #
-# A trial gives a recipe, and a recipe gives a run: the chosen setting beside the plain model, over seeds that the study has
-# not used. What held on validation should hold on test: the last column says by how much it differs, and by how much
+# A trial gives a recipe, and a recipe gives a run: the chosen setting beside the plain model, over the recipe's seeds. The
+# study used the first of them, and there the run gives the study's validation numbers. What held on validation should hold
+# on test: the last column says by how much it differs, and by how much
 # it would if other people had been drawn.
 
 # %%

@@ -115,7 +115,9 @@ def load_dataset(
     (600, 200, 200, {'age': ['25 and under', 'over 25']})
     """
     spec = dataset_spec(name)
-    choice = Choice(tasks, sensitive, seed, split, missing, keep_groups, subset, min_frequency, sensitive_inputs, test_seed)
+    choice = Choice(
+        tasks, sensitive, seed, split, missing, keep_groups, subset, min_frequency, sensitive_inputs, test_seed
+    )
     choose_tasks(spec, tasks)
     if frame is not None:
         table = read_frame(frame)
@@ -206,7 +208,9 @@ def load_table(
         stratify=stratify if isinstance(stratify, str) else None if stratify else "",
         notes=checked(Listed, notes, "notes"),
     )
-    choice = Choice(None, tuple(named), seed, split, missing, keep_groups, subset, min_frequency, sensitive_inputs, test_seed)
+    choice = Choice(
+        None, tuple(named), seed, split, missing, keep_groups, subset, min_frequency, sensitive_inputs, test_seed
+    )
     return build_dataset(spec, frame, choice)
 
 

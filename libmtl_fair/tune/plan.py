@@ -77,8 +77,8 @@ class Plan:
         check(recipe)
         tune, seed = recipe.tune or Tune(), recipe.seeds[0]
         if recipe.data.resplit and recipe.data.test_seed is None:
-            data = recipe.data.model_copy(update={"test_seed": seed})
-            recipe = recipe.model_copy(update={"data": data})
+            kept = recipe.data.model_copy(update={"test_seed": seed})
+            recipe = recipe.model_copy(update={"data": kept})
         data = make_dataset(recipe, seed)
         kinds, deltas = {task.name: task.kind for task in data.tasks}, [str(d) for d in recipe.audit.deltas]
 

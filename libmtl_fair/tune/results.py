@@ -27,7 +27,7 @@ from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.schema import Recipe, load_recipe
 from libmtl_fair.report.theme import PALETTE, REFERENCE, themed
 from libmtl_fair.tune.objectives import parse_measure, value_of
-from libmtl_fair.tune.plan import DESCRIBED, FIXED, ROLE, Candidate, Outcome, Plan, study_recipe
+from libmtl_fair.tune.plan import DESCRIBED, FIXED, ROLE, Candidate, Plan, study_recipe
 from libmtl_fair.tune.selection import complete, disparity, front, to_recipe
 from libmtl_fair.tune.study import quiet
 from libmtl_fair.tune.worker import protocol_of, run_trial
@@ -42,7 +42,10 @@ _MARKS = {
 """Role -> colour, size, symbol on the page, marker in the image; a user's own settings are those ``tried first``."""
 _OUTSIDE = "trials outside of the constraints"
 Layer = tuple[str, pd.DataFrame, tuple[str, int, str, str]]
+Found = dict[str, list[float]]
 _FOLDS = 10
+_SAME = 1e-6
+_AGAIN = "trained again, it gives the same numbers on validation data"
 
 
 def hand_back(
@@ -55,20 +58,31 @@ def hand_back(
     text = ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
     yield f"chosen: {escape(f'trial {trial.number} ({method}): {text}')}\n"
     plan, own = Plan.make(recipe, list(study.metric_names or []) or None), device.split(",")[0]
-    protocol, outcomes = protocol_of(study, plan, own), {}
+    protocol, test, missed = protocol_of(study, plan, own), dict[int, Found](), dict[str, float]()
     title = "chosen trial on test data (measured once)"
     table = Table("trial", "", *(m.name for m in plan.measures), title=title, title_justify="left")
     baseline = {t.number: t for t in complete(study) if t.user_attrs.get(ROLE) == "baseline"}
     for each in {trial.number: trial, **baseline}.values():
         again, marks = to_recipe(each), each.user_attrs
-        candidate = Candidate(again, again.reference, marks["seeds"])
-        found = outcomes[each.number] = run_trial(plan, candidate, protocol, device=own, part="test")
-        validation = (_cell(marks["validation"][name]) for name in found.found)
-        table.add_row(str(each.number), f"{marks.get(ROLE) or 'chosen'}: validation", *validation)
-        table.add_row("", "test", *map(_cell, found.found.values()))
+        candidate, found = Candidate(again, again.reference, marks["seeds"]), test.setdefault(each.number, {})
+        outcome, promised = run_trial(plan, candidate, protocol, device=own, tested=found), marks["validation"]
+        if each is trial:
+            missed = {name: outcome.mean(name) - float(np.mean(promised[name])) for name in found}
+        table.add_row(
+            str(each.number), f"{marks.get(ROLE) or 'chosen'}: validation", *(_cell(promised[name]) for name in found)
+        )
+        table.add_row("", "test", *map(_cell, found.values()))
     yield table
+    said = _kept(missed)
+    yield f"{escape(said)}\n"
     with quiet():
-        yield from (f"{path.stem}: {path}" for path in _write(study, trial, outcomes, folder))
+        yield from (f"{path.stem}: {path}" for path in _write(study, trial, test, said, folder))
+
+
+def _kept(missed: Mapping[str, float]) -> str:
+    """Say whether a second training gave the validation numbers that the study found, or by how much each misses."""
+    off = ", ".join(f"{name} {value:+.2g}" for name, value in missed.items() if abs(value) > _SAME)
+    return f"trained again, it misses what the study found on validation data by {off}" if off else _AGAIN
 
 
 def _front_table(study: optuna.Study, chosen: FrozenTrial) -> Table:
@@ -96,14 +110,14 @@ def _cell(values: Sequence[float] | NDArray[np.float64]) -> str:
     return f"{np.mean(values):.4f}" + (f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else "")
 
 
-def best_recipe(study: optuna.Study, trial: FrozenTrial) -> Recipe:
-    """Return the recipe that compares a trial with the reference over the seeds of the study's recipe."""
+def best_recipe(study: optuna.Study, trial: FrozenTrial, seeds: Sequence[int] | None = None) -> Recipe:
+    """Return the recipe that compares a trial with the reference, over the seeds of the study's recipe or those given."""
     recipe = study_recipe(study)
-    made = to_recipe(trial, recipe)
+    made = to_recipe(trial, recipe, seeds)
     return Recipe.from_dict({**made.to_dict(), "name": f"{recipe.name}-trial{trial.number}"[:80]}, recipe._source)
 
 
-def _write(study: optuna.Study, trial: FrozenTrial, outcomes: Mapping[int, Outcome], folder: Path) -> list[Path]:
+def _write(study: optuna.Study, trial: FrozenTrial, test: Mapping[int, Found], said: str, folder: Path) -> list[Path]:
     """Write ``best.yaml``, ``study.html``, ``front.png``, ``trials.csv`` and ``result.json``; return their paths."""
     trials = study.get_trials(deepcopy=False)
     content = {
@@ -111,11 +125,19 @@ def _write(study: optuna.Study, trial: FrozenTrial, outcomes: Mapping[int, Outco
         "chosen": trial.number,
         "states": {s.name.lower(): sum(t.state == s for t in trials) for s in TrialState},
         "front": [t.number for t in front(study)[0]],
-        "validation": {str(n): trials[n].user_attrs["validation"] for n in outcomes},
-        "test": {str(n): outcome.found for n, outcome in outcomes.items()},
-        "seeds": {str(n): outcome.seeds for n, outcome in outcomes.items()},
+        "validation": {str(n): trials[n].user_attrs["validation"] for n in test},
+        "test": {str(n): found for n, found in test.items()},
+        "seeds": {str(n): trials[n].user_attrs["seeds"] for n in test},
     }
-    best = f"# Trial {trial.number} of study {study.study_name}, beside the reference.\n{best_recipe(study, trial).to_yaml()}"
+    seeds, held = trial.user_attrs["seeds"], trial.user_attrs["validation"]
+    best = "\n".join(
+        [
+            f"# Trial {trial.number} of study {study.study_name}, beside the reference, with the seeds and rows of the study.",
+            f"# Validation: {', '.join(f'{name} {np.mean(values):.6g}' for name, values in held.items())}",
+            f"# {said}.",
+            best_recipe(study, trial, seeds).to_yaml(),
+        ]
+    )
     return [
         write_text(folder / "best.yaml", best),
         page(study, folder / "study.html"),

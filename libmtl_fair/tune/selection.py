@@ -25,7 +25,9 @@ def complete(study: optuna.Study) -> list[FrozenTrial]:
     trials = study.get_trials(deepcopy=False)
     found = [t for t in trials if t.state == TrialState.COMPLETE]
     if not found:
-        raise FairMTLError(f"study {study.study_name!r} has no complete trial yet{failures(trials)}")
+        why = failures(trials)
+        some = f": {sum(t.state == TrialState.FAIL for t in trials)} of {len(trials)} failed" if why else ""
+        raise FairMTLError(f"study {study.study_name!r} has no complete trial yet{some}{why}")
     return found
 
 
@@ -33,7 +35,7 @@ def failures(trials: Sequence[FrozenTrial]) -> str:
     """Return the last distinct errors of those that failed, to end a sentence; empty where none did."""
     errors = [t.user_attrs["error"] for t in trials if t.state == TrialState.FAIL and "error" in t.user_attrs]
     last = list(dict.fromkeys(reversed(errors)))[:_ERRORS]
-    return f"; {len(errors)} failed, the last: {'; before it: '.join(last)}" if errors else ""
+    return f"; the last: {'; before it: '.join(last)}" if errors else ""
 
 
 def front(study: optuna.Study) -> tuple[list[FrozenTrial], bool]:

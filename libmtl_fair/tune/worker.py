@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Literal
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -72,16 +71,21 @@ def run_trial(
     protocol: Protocol,
     *,
     device: str = "auto",
-    part: Literal["val", "test"] = "val",
     trial: optuna.Trial | None = None,
     keeper: Keeper | None = None,
+    tested: dict[str, list[float]] | None = None,
 ) -> Outcome:
-    """Train a candidate once a seed and measure it; a ``trial`` that may be pruned is told the first seed's scores."""
+    """Train a candidate once a seed and measure it; a ``trial`` that may be pruned is told the first seed's scores.
+
+    ``tested`` takes the measures on test data, too.
+    """
     found, began = {m.name: list[float]() for m in plan.measures}, time.perf_counter()
     for i, seed in enumerate(candidate.seeds):
         tasks = protocol.freeze(plan.dataset(seed).tasks)
         trainer, sources = _train(plan, candidate, seed, tasks, device, None if i else trial)
-        measure(plan, trainer.predict(sources[part]), protocol, found)
+        measure(plan, trainer.predict(sources["val"]), protocol, found)
+        if tested is not None:
+            measure(plan, trainer.predict(sources["test"]), protocol, tested)
         if keeper is not None and trial is not None:
             keeper.trained(trial, seed, trainer)
     return Outcome(found, candidate.seeds, time.perf_counter() - began)
@@ -90,7 +94,7 @@ def run_trial(
 def measure(plan: Plan, predictions: Predictions, protocol: Protocol, found: dict[str, list[float]]) -> None:
     """Add the value of each measure of one model's predictions to those found."""
     for m in plan.measures:
-        found[m.name].append(value_of(m, predictions, protocol.deltas, plan.recipe))
+        found.setdefault(m.name, []).append(value_of(m, predictions, protocol.deltas, plan.recipe))
 
 
 def _train(
