@@ -12,9 +12,17 @@ from libmtl_fair.metrics.comparison import (
     violation,
     worst_and_macro,
 )
+from libmtl_fair.metrics.consistency import (
+    ConsistencyAudit,
+    ConsistencyReport,
+    consistency_ratio,
+    consistency_score,
+    consistency_scorer,
+)
 from libmtl_fair.metrics.drift import below_curve, drift, induced_thresholds, robust_pairs, shrinkage_curve
 from libmtl_fair.metrics.fairlearn_bridge import FairlearnInputs, metric_frame, to_fairlearn
 from libmtl_fair.metrics.group_metrics import GroupMetrics
+from libmtl_fair.metrics.near_pairs import NearPairs, find_near_pairs, reference_matrix
 from libmtl_fair.metrics.post_models import Blend, Offsets, Thresholds, fit_offsets, fit_thresholds
 from libmtl_fair.metrics.post_processing import PostProcessed, post_process
 from libmtl_fair.metrics.rates import GroupRates, group_rates
@@ -38,11 +46,14 @@ __all__ = [
     "AuditReport",
     "Blend",
     "Changes",
+    "ConsistencyAudit",
+    "ConsistencyReport",
     "FairlearnInputs",
     "FixedDeltaAudit",
     "GapVerdict",
     "GroupMetrics",
     "GroupRates",
+    "NearPairs",
     "Offsets",
     "PostProcessed",
     "Thresholds",
@@ -50,12 +61,16 @@ __all__ = [
     "below_curve",
     "changes",
     "conformal_delta",
+    "consistency_ratio",
+    "consistency_score",
+    "consistency_scorer",
     "counts_from_rows",
     "degenerate",
     "delta_m",
     "discrimination_gain",
     "drift",
     "enough",
+    "find_near_pairs",
     "fit_offsets",
     "fit_thresholds",
     "group_auc",
@@ -74,6 +89,7 @@ __all__ = [
     "post_process",
     "power",
     "quantile_delta",
+    "reference_matrix",
     "reference_pairs",
     "robust_pairs",
     "shrinkage_curve",

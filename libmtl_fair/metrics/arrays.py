@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -30,3 +31,8 @@ def divide(numerator: Array, denominator: Array) -> Floats:
     """Return the quotient, NaN where the denominator is 0, without warnings."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(np.where(denominator != 0, numerator / denominator, np.nan))
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the rows of a frame as plain objects."""
+    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
