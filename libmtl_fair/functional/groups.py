@@ -137,19 +137,21 @@ def norm_violation(rates: Tensor, count: Tensor) -> Tensor:
 
 
 def glf(group_losses: Tensor, present: Tensor) -> Tensor:
-    """Group loss fairness of ``group_losses`` [..., G]: ``|L_1 - L_2|`` for two present groups, else ``1 - Jain``.
+    """Group loss fairness of ``group_losses`` [..., G]: ``|L_1 - L_2|`` for an attribute of two groups, else ``1 - Jain``.
 
-    Jain's index is ``(sum L)^2 / (n sum L^2)``. 0 with zero gradient for fewer than two present groups, and where all losses are
-    0. Source: GLF.
+    Jain's index over the n present groups is ``(sum L)^2 / (n sum L^2)``. G decides, not how many groups a batch happens to hold:
+    the two formulas are on different scales. 0 with zero gradient for fewer than two present groups, and where all losses
+    are 0. Source: GLF.
 
-    >>> glf(torch.tensor([0.5, 0.2, 0.0]), torch.tensor([True, True, False]))
+    >>> glf(torch.tensor([0.5, 0.2]), torch.tensor([True, True]))
     tensor(0.3000)
+    >>> glf(torch.tensor([0.5, 0.2, 0.0]), torch.tensor([True, True, False]))
+    tensor(0.1552)
     >>> glf(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([True, True, True]))
     tensor(0.6667)
     """
-    gap = spread(group_losses, present)
     if group_losses.shape[-1] == 2:
-        return gap
+        return spread(group_losses, present)
     count = present.sum(-1, keepdim=True)
     known = group_losses.masked_fill(~present, 0.0)
     scale = known.detach().abs().amax(-1, keepdim=True)
@@ -157,7 +159,8 @@ def glf(group_losses: Tensor, present: Tensor) -> Tensor:
     # 1 - Jain as the share of the squares that lies off the mean: never negative, free of scale and overflow
     off = (unit - unit.sum(-1, keepdim=True) / count.clamp(min=1)).masked_fill(~present, 0.0).square().sum(-1)
     square = unit.square().sum(-1)
-    return gap.where(count.squeeze(-1) <= 2, off / square.masked_fill(square == 0, 1.0))
+    found = off / square.masked_fill(square == 0, 1.0)
+    return found.masked_fill(count.squeeze(-1) < 2, 0.0)
 
 
 def gld(group_losses: Tensor, present: Tensor) -> Tensor:

@@ -91,13 +91,13 @@ losses_and_present = st.integers(2, 6).flatmap(
 def test_glf_gld_and_bgl_against_their_definitions(case: tuple[list[float], list[bool]]) -> None:
     losses, present = torch.tensor(case[0], dtype=D), torch.tensor(case[1])
     seen = losses[present].tolist()
-    n, square = len(seen), sum(v * v for v in seen)
-    jain = sum(seen) ** 2 / (n * square) if square > 1e-200 else 1.0
+    n, largest = len(seen), max(seen, default=0.0)
+    unit = [v / largest for v in seen] if largest else [1.0] * n  # the index is free of scale; squares of 1e-162 underflow
+    jain = sum(unit) ** 2 / (n * sum(v * v for v in unit)) if n else 1.0
     p = torch.softmax(-losses[present], 0)
     kl = (p * (p * n).log()).sum().item() if n else 0.0
-    unequal = abs(seen[0] - seen[1]) if n == 2 else 1 - jain
-    if square > 1e-200 or square == 0:
-        assert F.glf(losses, present).item() == pytest.approx(unequal if n >= 2 else 0.0, abs=1e-9)
+    unequal = abs(seen[0] - seen[1]) if n == 2 == len(losses) else 1 - jain  # the attribute's groups decide
+    assert F.glf(losses, present).item() == pytest.approx(unequal if n >= 2 else 0.0, abs=1e-9)
     assert F.gld(losses, present).item() == pytest.approx(math.expm1(kl) if n >= 2 else 0.0, abs=1e-9)
     assert F.bounded_group_loss(losses, present).item() == (max(seen) if n >= 2 else 0.0)
     assert 0 <= F.gld(losses, present).item() <= max(n - 1, 0) + 1e-9
@@ -374,7 +374,9 @@ def test_absent_groups_are_as_if_they_were_not_there(kind: str, n_groups: int) -
     assert grad.isfinite().all()
     assert not grad[~present].any()
     for row, value, here in zip(losses.detach(), values, present, strict=True):
-        alone = OF[kind](row[here], here[here]) if here.sum() > 1 else torch.zeros((), dtype=D)
+        kept = slice(None) if kind == "glf" and n_groups > 2 else here  # glf goes by the attribute's number of groups
+        filled = torch.where(here, row, 9.0)
+        alone = OF[kind](filled[kept], here[kept]) if here.sum() > 1 else torch.zeros((), dtype=D)
         torch.testing.assert_close(value, alone)
 
 
@@ -406,3 +408,10 @@ def test_the_norm_violation_is_differentiable_and_zero_where_undefined() -> None
     assert not slope[1:].any()
     assert slope[0, 2] == 0
     assert torch.autograd.gradcheck(lambda r: F.norm_violation(r, count[:1]), (rates[:1].detach().requires_grad_(),))
+
+
+def test_glf_goes_by_the_groups_of_the_attribute_and_not_by_those_of_a_batch() -> None:
+    """Jain's form of two groups out of five is on the scale of five groups, as if the others were not there."""
+    losses, present = torch.tensor([0.5, 0.2, 9.0, 9.0, 9.0], dtype=D), torch.tensor([True, True, False, False, False])
+    assert F.glf(losses, present).item() == pytest.approx(1 - 0.7**2 / (2 * (0.25 + 0.04)))
+    assert F.glf(losses[:2], present[:2]).item() == pytest.approx(0.3)

@@ -474,3 +474,27 @@ def test_heads_of_all_leaves_at_once_equal_heads_one_by_one(
         torch.testing.assert_close(found[task], expected[task])
     sum(z.sum() for z in found.values()).backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+# -- opposed tasks, and events soon after each other ---------------------------------------------------------------------
+
+
+def test_opposed_heads_are_alike_to_cka_and_apart_when_signed() -> None:
+    one, other, unrelated = (nn.Linear(6, 1) for _ in range(3))
+    with torch.no_grad():
+        other.weight.copy_(-one.weight)
+    plain, signed = similarity([one, other, unrelated]), similarity([one, other, unrelated], signed=True)
+    assert plain[0, 1] == pytest.approx(1.0)
+    assert signed[0, 1] == pytest.approx(-1.0)
+    assert torch.equal(signed.abs(), plain)
+    centred = [w.weight.detach().double()[0] - w.weight.detach().double().mean() for w in (one, unrelated)]
+    correlation = float(torch.nn.functional.cosine_similarity(*centred, dim=0))
+    assert signed[0, 2] == pytest.approx(np.sign(correlation) * correlation**2)
+
+
+def test_an_event_waits_for_its_steps_after_the_last(branching: SimpleNamespace) -> None:
+    trainer = branching.trainer(arch_args={"threshold": 0.01, "branch_every": 1, "unit": "steps", "min_steps": 3})
+    trainer.train(branching.loader(), epochs=6)
+    steps = [event.step for event in trainer.model.events]
+    assert len(steps) == 2
+    assert steps[1] - steps[0] == 3

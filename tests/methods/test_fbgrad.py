@@ -170,7 +170,32 @@ def test_a_batch_without_labels_or_groups_has_no_fairness_loss() -> None:
 # -- the step ----------------------------------------------------------------------------------------------------------
 
 
-def brute_step(trainer: Any, where: str, strength: float, intra: bool = True) -> dict[str, Tensor]:
+def brute_sets(model: Any, where: str, conflicts: str) -> list[tuple[tuple[str, ...], list[Tensor]]]:
+    """Return (tasks, parameters) of each set in which conflicts are tested, from the modules and the tree's levels alone."""
+    every = tuple(model.task_name)
+    if not hasattr(model, "tree"):
+        modules = [b for b in model.encoder.modules() if isinstance(b, nn.Linear)]
+        levels = [[(every, list(module.parameters()))] for module in modules]
+    else:
+        copies = [[list(c.parameters()) for c in model.encoder.copies(i)] for i in range(model.tree.n_blocks)]
+        levels = [list(zip(groups, copies[i])) for i, groups in enumerate(model.tree.levels)]
+    depth = model.tree.depth if hasattr(model, "tree") else len(levels)
+    found: list[tuple[tuple[str, ...], list[Tensor]]] = [item for level in levels[depth:] for item in level]
+    if where == "everywhere":
+        found += [item for level in levels[:depth] for item in level]
+    if conflicts == "block":
+        return found
+    joined: dict[tuple[str, ...], list[Tensor]] = {}
+    trunk: list[Tensor] = []
+    for i, (group, parameters) in enumerate(found):
+        home = trunk if i >= len(found) - depth and where == "everywhere" else joined.setdefault(group, [])
+        home.extend(parameters)
+    return [*joined.items(), *([(every, trunk)] if trunk else [])]
+
+
+def brute_step(
+    trainer: Any, where: str, strength: float, intra: bool = True, conflicts: str = "block"
+) -> dict[str, Tensor]:
     """Name of parameter -> its gradient by the definition: one backward per task and loss, projections in loops."""
     model = trainer.model
     batch, losses = batch_of(trainer)
@@ -192,10 +217,12 @@ def brute_step(trainer: Any, where: str, strength: float, intra: bool = True) ->
         for n in named:
             if n.startswith(f"decoders.{task}."):
                 total[n] = total[n] + strengths[t] * fairness[t][n]
-    sets: list[tuple[tuple[str, ...], list[Tensor]]] = list(model.branch_parameters()) if hasattr(model, "tree") else []
-    if where == "everywhere":
-        trunk = model.encoder.trunk_parameters() if hasattr(model, "tree") else list(model.encoder.parameters())
-        sets.append((tuple(model.task_name), list(trunk)))
+    sets = brute_sets(model, where, conflicts)
+    corrected = {id(p) for _, parameters in sets for p in parameters}
+    if where in ("branches", "none"):  # the rest of the encoder takes the sum of equation (6)
+        for n, p in named.items():
+            if not n.startswith("decoders.") and id(p) not in corrected:
+                total[n] = total[n] + sum(s * f[n] for s, f in zip(strengths, fairness))
     names = {id(p): n for n, p in named.items()}
     for group, parameters in sets:
         own = [names[id(p)] for p in parameters]
@@ -223,25 +250,46 @@ TREES = {
 
 
 @pytest.mark.parametrize("base", ["EW", "DWA"])  # DWA's weights are 1 in the first epoch; its backward is its own
-@pytest.mark.parametrize("where", ["branches", "everywhere", "none"])
+@pytest.mark.parametrize("where", ["branches", "everywhere", "branches-only", "none"])
+@pytest.mark.parametrize("conflicts", ["block", "branch"])
 @pytest.mark.parametrize("tree", TREES)
-def test_a_step_equals_the_definition(tree: str, where: str, base: str) -> None:
-    trainer = make(weight_args={"where": where, "strength": 0.7, "base": base})
+def test_a_step_equals_the_definition(tree: str, conflicts: str, where: str, base: str) -> None:
+    trainer = make(weight_args={"where": where, "conflicts": conflicts, "strength": 0.7, "base": base})
     trainer.model.epoch = 0
     for pairs in TREES[tree]:
         trainer.model.encoder.grow(trainer.model.tree.branch(pairs))
         with torch.no_grad():
             for p in trainer.model.parameters():
                 p.add_(0.3 * torch.randn_like(p))
-    expected = brute_step(trainer, where, 0.7)
+    expected = brute_step(trainer, where, 0.7, conflicts=conflicts)
     check_step(trainer, expected)
 
 
 @NO_BRANCHES
-@pytest.mark.parametrize("where", ["branches", "everywhere"])
-def test_a_step_on_hard_sharing_equals_the_definition(where: str) -> None:
-    trainer = make("HPS", weight_args={"where": where})
-    check_step(trainer, brute_step(trainer, where, 1.0))
+@pytest.mark.parametrize("where", ["branches", "everywhere", "branches-only", "none"])
+@pytest.mark.parametrize("conflicts", ["block", "branch"])
+def test_a_step_on_hard_sharing_equals_the_definition(conflicts: str, where: str) -> None:
+    trainer = make("HPS", weight_args={"where": where, "conflicts": conflicts})
+    check_step(trainer, brute_step(trainer, where, 1.0, conflicts=conflicts))
+
+
+def test_uncorrected_is_the_plain_sum_of_accuracy_and_fairness_gradients() -> None:
+    """Equation (6), the vanilla fair multi-task baseline: every parameter takes grad L_t + lambda grad F_t."""
+    trainer = make(weight_args={"where": "none", "intra_task": False, "strength": 0.7})
+    trainer.model.branch()
+    batch, losses = batch_of(trainer)
+    objective = losses.sum() + 0.7 * robust_losses(batch, batch.main).sum()
+    found = torch.autograd.grad(objective, list(trainer.model.parameters()))
+    check_step(trainer, dict(zip(dict(trainer.model.named_parameters()), found)))
+
+
+def test_blocks_of_one_branch_are_tested_apart() -> None:
+    """Gradients that conflict in one block and agree more in another are corrected in the one block only."""
+    rows = torch.tensor([[1.0, 0.0, 3.0], [-1.0, 0.0, 3.0]])
+    whole = F.project_conflicts(rows)
+    by_block = torch.cat([F.project_conflicts(rows[:, :2]), F.project_conflicts(rows[:, 2:])], 1)
+    assert torch.equal(whole, rows)
+    assert torch.equal(by_block, torch.tensor([[0.0, 0.0, 3.0], [0.0, 0.0, 3.0]]))
 
 
 def check_step(trainer: Any, expected: dict[str, Tensor]) -> None:
@@ -460,8 +508,10 @@ def test_representation_gradients_are_refused_at_construction() -> None:
 
 
 def test_hard_sharing_says_that_nothing_is_corrected() -> None:
-    with pytest.warns(UserWarning, match=r"has no branches, so fairness gradients reach the heads only.*FairBranch"):
+    with pytest.warns(UserWarning, match=r"has no branches, so .* reach the whole encoder uncorrected; .*FairBranch"):
         make("HPS")
+    with pytest.warns(UserWarning, match=r"has no branches, so fairness gradients reach the heads only.*FairBranch"):
+        make("HPS", weight_args={"where": "branches-only"})
 
 
 def test_an_unknown_attribute() -> None:

@@ -38,6 +38,14 @@ class FairBranchSettings(Declared):
     )
     branch_every: int = setting(1, "epochs (or steps) from one branch event to the next", ge=1, search=(1, 5))
     unit: str = setting("epochs", "what ``branch_every`` counts", choices=("epochs", "steps"))
+    min_steps: int = setting(
+        0, "steps of training from one event to the next, at least: fresh copies differ in the third digit only", ours=True, ge=0
+    )
+    signed: bool = setting(
+        False,
+        "weights that point opposite ways have the similarity -CKA: to CKA, w and -w are alike, and their tasks conflict",
+        ours=True,
+    )
     keep_first: bool = setting(
         True, "the first block always stays shared, as in the source; False may branch it too **(ours)**"
     )
@@ -175,9 +183,11 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
         """Which tasks share which block."""
         return self.encoder.tree
 
-    def branch_parameters(self) -> list[tuple[Group, list[nn.Parameter]]]:
-        """Return (task group, the parameters that are its own) for every branch, single tasks included."""
-        return [(group, self.encoder.parameters_of(places)) for group, places in self.tree.branches().items()]
+    def branch_parameters(self, by_block: bool = False) -> list[tuple[Group, list[nn.Parameter]]]:
+        """Return (task group, the parameters that are its own) for every branch, or each block of it; single tasks included."""
+        branches = self.tree.branches().items()
+        parts = [(group, part) for group, places in branches for part in ([[p] for p in places] if by_block else [places])]
+        return [(group, self.encoder.parameters_of(part)) for group, part in parts]
 
     def layer_parameters(self) -> list[dict[str, list[nn.Parameter]]]:
         """Return, for each block, task -> the parameters of the copy that it runs through."""
@@ -195,7 +205,7 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
 
     def similarity(self) -> Tensor:
         """Return the similarity of the current task groups, [n, n] on the CPU."""
-        return similarity(self._compared())
+        return similarity(self._compared(), self.branching.signed)
 
     def _compared(self) -> list[nn.Module]:
         if self.tree.depth == self.tree.n_blocks:
@@ -218,7 +228,7 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
         compared = self._compared() if self.can_branch else []
         if not compared or (self.tree.depth < self.tree.n_blocks and identical(compared)):
             return None
-        likeness = similarity(compared)
+        likeness = similarity(compared, self.branching.signed)
         before, groups = list(self.get_share_params()), self.tree.groups
         copies = self.encoder.grow(self.tree.branch(F.pair_by_similarity(likeness, self.branching.threshold)))
         optimizer = self._optimizer() if optimizer is None and self._optimizer is not None else optimizer
@@ -252,12 +262,17 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
     def after_epoch(self, trainer: TrainingState, epoch: int) -> None:
         """Branch at the end of every ``branch_every``-th epoch."""
         if self.branching.unit == "epochs" and (epoch + 1) % self.branching.branch_every == 0:
-            self.branch(epoch=epoch, step=trainer.global_step)
+            self._due(epoch, trainer.global_step)
 
     def after_step(self, trainer: TrainingState, step: int) -> None:
         """Branch after every ``branch_every``-th step."""
         if self.branching.unit == "steps" and step % self.branching.branch_every == 0:
-            self.branch(epoch=self.epoch, step=step)
+            self._due(self.epoch, step)
+
+    def _due(self, epoch: int, step: int) -> None:
+        last = next((event.step for event in reversed(self.events) if event.step is not None), None)
+        if last is None or step - last >= self.branching.min_steps:
+            self.branch(epoch=epoch, step=step)
 
     def structure(self) -> dict[str, object]:
         """Return tree and events as plain values, for a checkpoint."""

@@ -91,17 +91,22 @@ class Plan:
     Attributes
     ----------
     corrected : sets that several tasks share, where each task's fairness gradient is needed apart.
-    joined : parameters that take the tasks' fairness gradients as a sum: sets of one task, or all of them.
+    joined : parameters that take the tasks' fairness gradients as a sum: ``uncorrected``, sets of one task, or all of them.
     heads : parameters of all heads, in task order; ``owner`` is which task each number in them belongs to.
     common : what the sum of the accuracy losses is derived by on its own, heads first: all but the joined ones.
     passes : positions of the tasks of each pass for fairness gradients in corrected sets.
     """
 
     def __init__(
-        self, sets: Sequence[Shared], heads: list[list[Tensor]], parameters: Iterable[Tensor], correct: bool = True
+        self,
+        sets: Sequence[Shared],
+        heads: list[list[Tensor]],
+        parameters: Iterable[Tensor],
+        correct: bool = True,
+        uncorrected: Sequence[Tensor] = (),
     ) -> None:
         self.corrected = [s for s in sets if correct and len(s.tasks) > 1]
-        self.joined = [p for s in sets if not correct or len(s.tasks) == 1 for p in s.parameters]
+        self.joined = [*uncorrected, *(p for s in sets if not correct or len(s.tasks) == 1 for p in s.parameters)]
         self.heads = [p for head in heads for p in head]
         sizes = torch.tensor([sum(p.numel() for p in head) for head in heads])
         self.owner = torch.arange(len(heads)).repeat_interleave(sizes).to(self.heads[0].device if self.heads else "cpu")
@@ -154,9 +159,15 @@ class FBGradSettings(Settings):
     )
     where: str = setting(
         "branches",
-        "``branches``: fairness gradients reach heads and branches, corrected in branches; ``everywhere``: the shared trunk "
-        "as well (ablation; on hard sharing the whole encoder); ``none``: heads and branches, uncorrected (ablation)",
-        choices=("branches", "everywhere", "none"),
+        "``branches``: corrected in branches; the trunk takes the uncorrected fairness gradients; ``everywhere``: corrected on "
+        "the trunk too (ours; on hard sharing the whole encoder); ``branches-only``: none on the trunk (ours); ``none``: the "
+        "uncorrected sum of equation (6), the vanilla fair multi-task baseline",
+        choices=("branches", "everywhere", "branches-only", "none"),
+    )
+    conflicts: str = setting(
+        "block",
+        "what a conflict is tested on: ``block``, the parameters of each block of a group, or ``branch``, all of them joined (ours)",
+        choices=("block", "branch"),
     )
     intra_task: bool = setting(
         True, "lambda_t = 0 where fairness and accuracy conflict on the task's own head; False keeps ``strength``"
@@ -168,17 +179,18 @@ class FBGradSettings(Settings):
 
 
 class FBGrad(FairWeighting):
-    r"""Fairness gradients for heads and branches; conflicts between tasks of a branch are projected away.
+    r"""Fairness gradients beside accuracy gradients; conflicts between tasks of a branch are projected away.
 
     With accuracy losses :math:`L_t` and robust log losses :math:`F_t = \sum_y \max_g L_t | y, g` the step descends
-    :math:`\sum_t \nabla L_t + \sum_t \lambda_t \tilde\nabla F_t`. In a branch, :math:`\tilde\nabla F_t` is
+    :math:`\sum_t \nabla L_t + \sum_t \lambda_t \tilde\nabla F_t`. In each block of a branch, :math:`\tilde\nabla F_t` is
     :math:`\nabla F_t` projected off the original :math:`\nabla F_s` of every other task s of that branch it conflicts with
-    (in task order, zero gradients skipped); on a head it is :math:`\nabla F_t`; on the shared trunk it is 0.
+    (in task order, zero gradients skipped); on heads and on the shared trunk it is :math:`\nabla F_t`.
     :math:`\lambda_t` is 0 where :math:`\langle \nabla L_t, \nabla F_t \rangle < 0` on the task's own head, else
-    ``strength``. Source: arXiv:2310.13746; more than two tasks a branch, and ``where="everywhere"``, are ours.
+    ``strength``. Source: arXiv:2310.13746, equation (6) and Algorithm 1; more than two tasks a branch, the head as the place
+    of the test for lambda, ``conflicts="branch"``, and ``where`` of ``"everywhere"`` and ``"branches-only"`` are ours.
 
-    Made for :class:`~libmtl_fair.FairBranch`. On an architecture without branches, ``where="branches"``
-    corrects nothing and reaches the heads only: it says so once.
+    Made for :class:`~libmtl_fair.FairBranch`. On an architecture without branches there is nothing to correct but for
+    ``where="everywhere"``: it says so once.
 
     Records each step: ``robust/<task>`` (F_t), ``lambda/<task>``, ``conflicts`` (pairs of tasks in conflict in a branch).
 
@@ -194,8 +206,8 @@ class FBGrad(FairWeighting):
     takes_branches_apart = True
     source = "arXiv:2310.13746"
     cost = (
-        "beside the ordinary backward pass as many partial ones (heads and shared branches, not the trunk) as the largest "
-        "branch has tasks: tasks without a common branch share one; T for where=everywhere"
+        "beside the ordinary backward pass as many partial ones (heads and shared branches) as the largest branch has tasks: "
+        "tasks without a common branch share one; T for where=everywhere"
     )
     settings: FBGradSettings
     conflict_cosines: Tensor | None
@@ -206,10 +218,12 @@ class FBGrad(FairWeighting):
         super().configure(settings)
         if self.rep_grad:
             raise HostError("FBGrad works on the gradients of branch parameters: use rep_grad=False")
-        if self.settings.where != "everywhere" and not hasattr(self, "branch_parameters"):
+        where = self.settings.where
+        if where in ("branches", "branches-only") and not hasattr(self, "branch_parameters"):
+            reached = "reach the whole encoder uncorrected" if where == "branches" else "reach the heads only"
             warnings.warn(
-                "FBGrad: this architecture has no branches, so fairness gradients reach the heads only and nothing is "
-                "corrected; use architecture='FairBranch', or where='everywhere'",
+                f"FBGrad: this architecture has no branches, so fairness gradients {reached}; use architecture='FairBranch', "
+                "or where='everywhere'",
                 stacklevel=2,
             )
         self._plan: tuple[Plan, BranchTree | None, tuple[str, ...], list[tuple[Tensor, bool]]] | None = None
@@ -248,11 +262,16 @@ class FBGrad(FairWeighting):
         return self._plan[0]
 
     def _make_plan(self, tasks: tuple[str, ...]) -> Plan:
-        found = [(group, list(parameters)) for group, parameters in getattr(self, "branch_parameters", list)()]
-        if self.settings.where == "everywhere":
-            taken = {id(p) for _, parameters in found for p in parameters}
-            taken |= {id(p) for p in (*self.decoders.parameters(), *self._parameters.values())}
-            found.append((tasks, [p for p in self.parameters() if id(p) not in taken]))
+        where, by_block = self.settings.where, self.settings.conflicts == "block"
+        found = [(group, list(parameters)) for group, parameters in getattr(self, "branch_parameters", _none)(by_block)]
+        taken = {id(p) for _, parameters in found for p in parameters}
+        taken |= {id(p) for p in (*self.decoders.parameters(), *self._parameters.values())}
+        trunk = [p for p in self.parameters() if id(p) not in taken]
+        if where == "everywhere":
+            layers = [layer[tasks[0]] for layer in self._layers(tasks)] if by_block else []
+            blocks = [[p for p in layer if id(p) not in taken] for layer in layers]
+            placed = {id(p) for block in blocks for p in block}
+            found += [(tasks, block) for block in (*blocks, [p for p in trunk if id(p) not in placed])]
         sets = []
         for group, parameters in found:
             members = tuple(i for i, task in enumerate(tasks) if task in group)
@@ -260,7 +279,8 @@ class FBGrad(FairWeighting):
             if members and trainable:
                 sets.append(Shared(members, trainable))
         heads = [[p for p in self.decoders[task].parameters() if p.requires_grad] for task in tasks]
-        return Plan(sets, heads, [p for p in self.parameters() if p.requires_grad], self.settings.where != "none")
+        uncorrected = [p for p in trunk if p.requires_grad] if where in ("branches", "none") else []
+        return Plan(sets, heads, [p for p in self.parameters() if p.requires_grad], where != "none", uncorrected)
 
     def _fairness_gradients(
         self, plan: Plan, batch: FairBatch, robust: Tensor, accuracy: Sequence[Tensor | None]
@@ -328,6 +348,11 @@ class FBGrad(FairWeighting):
         except (HostError, AttributeError):
             blocks = [list(self.get_share_params())]
         return [{task: block for task in tasks} for block in blocks]
+
+
+def _none(by_block: bool) -> list[tuple[tuple[str, ...], list[Tensor]]]:
+    """Return the branches of an architecture that has none."""
+    return []
 
 
 def _split(joined: Tensor, parameters: list[Tensor]) -> list[tuple[Tensor, Tensor]]:

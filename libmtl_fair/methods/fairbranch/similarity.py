@@ -30,17 +30,23 @@ def matrices(module: nn.Module) -> list[Tensor]:
     return [m for m in found if m.shape[0] > 1] or found
 
 
-def similarity(modules: Sequence[nn.Module]) -> Tensor:
+def similarity(modules: Sequence[nn.Module], signed: bool = False) -> Tensor:
     """Return the similarity of each pair of modules, [n, n] on the CPU in float64, in [0, 1], 1 on the diagonal.
 
-    The linear CKA of corresponding weight matrices, averaged where a module has several **(ours)**.
+    The linear CKA of corresponding weight matrices, averaged where a module has several **(ours)**. For one output that is
+    the squared correlation of two weight vectors, so w and -w have similarity 1; ``signed`` **(ours)** takes the sign of
+    the inner product of the centred matrices where they are of one shape, and the values lie in [-1, 1].
     """
     weights = [[m.double().cpu() for m in matrices(module)] for module in modules]
     result = torch.eye(len(weights), dtype=torch.float64)
     for i, j in itertools.combinations(range(len(weights)), 2):
-        parts = [F.linear_cka(a, b) for a, b in zip(weights[i], weights[j])]
+        parts = [F.linear_cka(a, b) * (_sign(a, b) if signed else 1) for a, b in zip(weights[i], weights[j])]
         result[i, j] = result[j, i] = torch.stack(parts).mean()
     return result
+
+
+def _sign(a: Tensor, b: Tensor) -> Tensor | int:
+    return ((a - a.mean(0)) * (b - b.mean(0))).sum().sign() if a.shape == b.shape else 1
 
 
 def identical(modules: Sequence[nn.Module]) -> bool:
