@@ -33,6 +33,7 @@ from libmtl_fair.functional.groups import (
     norm_violation,
     quantile_bins,
     robust_log_loss,
+    shortfall,
     soft_rates,
     spread,
 )
@@ -102,6 +103,7 @@ __all__ = [
     "prototype_pairs",
     "quantile_bins",
     "robust_log_loss",
+    "shortfall",
     "soft_rates",
     "sorted_quantiles",
     "spread",

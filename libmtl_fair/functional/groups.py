@@ -136,6 +136,21 @@ def norm_violation(rates: Tensor, count: Tensor) -> Tensor:
     return (ratio - 1).abs().masked_fill(~(present & defined), 0.0).sum(-1)
 
 
+def shortfall(values: Tensor, present: Tensor) -> Tensor:
+    """What ``values`` [..., G] lack to the best group, on average over the other present groups; the best is held fixed.
+
+    0 with zero gradient with fewer than two present groups; of two groups it is :func:`spread` with a gradient to the one behind
+    only. Source: FairMT's lift-only disparity, normalised by groups **(ours)**.
+
+    >>> shortfall(torch.tensor([0.2, 0.7, 9.0]), torch.tensor([True, True, False]))
+    tensor(0.5000)
+    """
+    best = values.detach().masked_fill(~present, -torch.inf).amax(-1, keepdim=True)
+    behind = (best - values).masked_fill(~present, 0.0).relu().sum(-1)
+    count = present.sum(-1)
+    return behind.masked_fill(count < 2, 0.0) / (count - 1).clamp(min=1)
+
+
 def glf(group_losses: Tensor, present: Tensor) -> Tensor:
     """Group loss fairness of ``group_losses`` [..., G]: ``|L_1 - L_2|`` for an attribute of two groups, else ``1 - Jain``.
 

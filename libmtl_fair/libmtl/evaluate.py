@@ -13,7 +13,7 @@ from libmtl_fair.errors import DataError, HostError
 from libmtl_fair.libmtl import batches
 from libmtl_fair.libmtl.state import Loaders, RepresentationHook, Results, TrainingState
 from libmtl_fair.predictions import Predictions
-from libmtl_fair.tasks import Task
+from libmtl_fair.tasks import Task, with_nan
 
 
 def forward(
@@ -131,3 +131,25 @@ def predict(trainer: TrainingState, loaders: Loaders, embeddings: bool = False) 
         group_names={name: list(names) for name, names in batches.declared(first, "group_names").items()},
         embeddings=vectors.get("", vectors) if vectors else None,
     )
+
+
+def constant_loss(task: Task, labels: Tensor) -> float:
+    """Return the loss of the best constant output on labels [N] or [N, C]: entropy (nats), or variance of a regression's target."""
+    seen = with_nan(task.flat(labels)).double()[task.observed(labels)]
+    if task.kind == "regression":
+        return float(seen.var(correction=0))
+    if task.kind == "multiclass":
+        return float(torch.special.entr(seen.long().bincount() / max(len(seen), 1)).sum())
+    rate = seen.nanmean(0)
+    return float((torch.special.entr(rate) + torch.special.entr(1 - rate)).mean())
+
+
+def collapsed(trainer: TrainingState, loaders: Loaders, losses: Mapping[str, float]) -> list[str]:
+    """Say which main tasks have training ``losses`` of 98 % or more of a constant's on a loader's labels **(ours)**."""
+    found = predict(trainer, loaders)
+    limits = {task.name: constant_loss(task, found.labels[task.name]) for task in found.tasks}
+    return [
+        f"{task} (training loss {losses[task]:.3f}, of a constant {limit:.3f})"
+        for task, limit in limits.items()
+        if losses[task] >= 0.98 * limit > 0
+    ]

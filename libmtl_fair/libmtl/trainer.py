@@ -21,7 +21,7 @@ from libmtl_fair.libmtl import checkpoint_selection as selection
 from libmtl_fair.libmtl import step as stepping
 from libmtl_fair.libmtl.batches import group_counts, per_task
 from libmtl_fair.libmtl.checkpoint_selection import DivergenceError
-from libmtl_fair.libmtl.evaluate import evaluate, predict
+from libmtl_fair.libmtl.evaluate import collapsed, evaluate, predict
 from libmtl_fair.libmtl.history import Floats, StepLog
 from libmtl_fair.libmtl.joint_heads import joined_heads
 from libmtl_fair.libmtl.loggers import Tracker, Trackers
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from libmtl_fair.metrics import AuditReport
 
 __all__ = ["DivergenceError", "FairTrainer"]
+
+_ENOUGH = 200
+"""Steps after which a model that is no better than a constant is said to have been collapsed by its fairness heads."""
 
 
 class FairTrainer(TrainingState):
@@ -169,6 +172,14 @@ class FairTrainer(TrainingState):
                 self._before_best = selection.Snapshot()
                 self._before_best.take(self)
             selection.hold_best(self)
+        if self.auxiliary and val_dataloaders is not None and self.global_step >= _ENOUGH:
+            losses = dict(zip(self.task_name, self.model.train_loss_buffer[:, self.epoch - 1].tolist()))
+            if lost := collapsed(self, val_dataloaders, losses):
+                warnings.warn(
+                    f"after {self.global_step} steps the model is no better than a constant on {', '.join(lost)}: its fairness heads "
+                    "outweigh the tasks; give the main tasks a larger share (LambdaMix: lam nearer to 1)",
+                    stacklevel=2,
+                )
         if test_dataloaders is not None:
             self.test_results = evaluate(self, test_dataloaders)
         if not return_weight:

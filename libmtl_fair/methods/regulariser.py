@@ -20,9 +20,9 @@ class GroupRegulariserSettings(Settings, GroupLoss):
 
     aliases: ClassVar[Mapping[str, str]] = {"lambda": "lam"}
 
-    loss: str = setting("bgl", "bgl, dpl, fprl, tprl, glf, gld, gap or norm")
+    loss: str = setting("bgl", "bgl, dpl, fprl, tprl, glf, gld, gap, lift or norm")
     conditional: bool | None = setting(
-        None, "within classes; null is as published, not within classes, but for gap, fprl, tprl, norm"
+        None, "within classes; null is as published, not within classes, but for gap, lift, fprl, tprl, norm"
     )
     lam: float = setting(
         0.5,

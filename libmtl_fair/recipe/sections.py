@@ -258,9 +258,9 @@ class Train(Section):
 
 
 class Heads(Section):
-    """Auxiliary fairness heads (GLF, GLD, baselines); see ``add_fairness_heads``."""
+    """Auxiliary fairness heads (GLF, GLD, baselines); see ``add_fairness_heads``. Several losses are several heads."""
 
-    loss: Text = "glf"
+    loss: Text | Names = "glf"
     sensitive: Names | None = None
     target: Literal["label", "label+accuracy", "main", "group"] | None = None
     conditional: bool | None = None

@@ -92,7 +92,9 @@ def test_glf_gld_and_bgl_against_their_definitions(case: tuple[list[float], list
     losses, present = torch.tensor(case[0], dtype=D), torch.tensor(case[1])
     seen = losses[present].tolist()
     n, largest = len(seen), max(seen, default=0.0)
-    unit = [v / largest for v in seen] if largest else [1.0] * n  # the index is free of scale; squares of 1e-162 underflow
+    unit = (
+        [v / largest for v in seen] if largest else [1.0] * n
+    )  # the index is free of scale; squares of 1e-162 underflow
     jain = sum(unit) ** 2 / (n * sum(v * v for v in unit)) if n else 1.0
     p = torch.softmax(-losses[present], 0)
     kl = (p * (p * n).log()).sum().item() if n else 0.0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import warnings
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 import libmtl_fair as lf
 from libmtl_fair.errors import DataError, HostError, RecipeError
 from libmtl_fair.libmtl import weighting_names
+from libmtl_fair.libmtl.evaluate import constant_loss
 from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS
 from libmtl_fair.methods.heads.modules import Adversary, DetachedHead, detached
 from libmtl_fair.models import MLP, linear_heads
@@ -497,3 +500,80 @@ def test_an_attribute_that_is_also_a_feature_is_allowed() -> None:
     )  # fmt: skip
     trainer.train(data.train.loader(64, shuffle=True, device="cpu"), None, 1)
     assert trainer.history["loss/fair:income/sex"].notna().all()
+
+
+# -- several losses on one attribute, and heads that outweigh the tasks ---------------------------------------------------
+
+
+def test_several_definitions_of_fairness_on_one_attribute() -> None:
+    trainer = make_trainer(heads={"loss": ["glf", "gap", "adversarial"], "sensitive": {"sex": 2}})
+    names = [f"fair:{task}/sex{end}" for end in ("", "/gap", "/adversarial") for task in "abc"]
+    assert list(trainer.auxiliary) == names
+    trainer.train(make_loader(), epochs=1)
+    alone = {loss: make_trainer(heads={"loss": loss, "sensitive": {"sex": 2}}) for loss in ("glf", "gap")}
+    for one in alone.values():
+        one.train(make_loader(), epochs=1)
+    for name, loss in (("fair:a/sex", "glf"), ("fair:a/sex/gap", "gap")):  # the first step, before they part
+        assert trainer.history[f"loss/{name}"][0] == pytest.approx(alone[loss].history["loss/fair:a/sex"][0], rel=1e-5)
+    bare = lf.drop_fairness_heads(trainer)
+    assert list(bare.task_name) == ["a", "b", "c"]
+    with pytest.raises(RecipeError, match="already a task 'fair:a/sex/gap', of loss 'gap'"):
+        lf.add_fairness_heads(
+            *lf.add_fairness_heads(lf.task_dict(TASKS), linear_heads(TASKS, 8), ["glf", "gap"], ("sex",)),
+            "gap",
+            ("sex",),
+        )
+
+
+def collapse(lam: float, epochs: int) -> list[str]:
+    """Return the warnings of a training whose only task is the group itself: equal rates leave nothing to learn."""
+    g = torch.Generator().manual_seed(0)
+    x, sex = torch.randn(512, FEATURES, generator=g), torch.randint(0, 2, (512,), generator=g)
+    x[:, 0] = sex * 2.0 - 1
+    y = torch.where(torch.rand(512, generator=g) < 0.1, 1 - sex, sex).float()
+    loader = lf.ResidentLoader(x, {"a": y}, {"sex": sex}, batch_size=32, shuffle=True, seed=0, device="cpu")
+    tasks = (lf.Binary("a"),)
+    heads = lf.add_fairness_heads(lf.task_dict(tasks), linear_heads(tasks, 8), "dpl", ("sex",))
+    trainer = lf.FairTrainer(
+        heads[0], "LambdaMix", "HPS", lambda: MLP(FEATURES, (8,)), heads[1], False, False, {"optim": "adam", "lr": 0.01},
+        None, device="cpu", seed=0, progress=False, select="last", weight_args={"lam": lam},
+    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train(loader, None, epochs, loader)
+    return [str(each.message) for each in caught]
+
+
+def test_heads_that_outweigh_the_tasks_are_said() -> None:
+    found = collapse(0.05, 16)
+    assert len(found) == 1
+    assert re.match(
+        r"after 256 steps the model is no better than a constant on a \(training loss 0\.\d+, of a constant 0\.69",
+        found[0],
+    )
+    assert "lam nearer to 1" in found[0]
+    assert collapse(1.0, 16) == []
+    assert collapse(0.05, 4) == []  # 64 steps: it may be about to learn
+
+
+@pytest.mark.parametrize("task", [lf.Binary("t"), lf.Multiclass("t", 3), lf.Multilabel("t", 2), lf.Regression("t")])
+def test_the_loss_of_a_constant_is_the_least_of_all_constants(task: lf.Task) -> None:
+    g = torch.Generator().manual_seed(1)
+    labels = {
+        "binary": (torch.rand(50, generator=g) < 0.3).float(),
+        "multiclass": torch.randint(0, 3, (50,), generator=g),
+        "multilabel": (torch.rand(50, 2, generator=g) < 0.3).float(),
+        "regression": torch.randn(50, generator=g),
+    }[task.kind]
+    labels[3] = -100 if task.kind == "multiclass" else torch.nan
+    z = torch.zeros(1, task.out_features, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([z], lr=1, max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = task.loss(z.expand(50, -1), labels)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    assert constant_loss(task, labels) == pytest.approx(task.loss(z.expand(50, -1), labels).item(), rel=1e-6)

@@ -54,7 +54,9 @@ def disparity(loss: str, by_group: dict[int, list[float]]) -> float:
         weights = [math.exp(-m) for m in means]
         p = [w / sum(weights) for w in weights]
         return math.exp(sum(q * math.log(q * len(p)) for q in p)) - 1
-    if loss == "glf" and len(means) > 2:
+    if loss == "lift":
+        return sum(max(means) - m for m in means) / (len(means) - 1)
+    if loss == "glf" and len(by_group) > 2:
         return 1 - sum(means) ** 2 / (len(means) * sum(m * m for m in means))
     return max(means) - min(means)
 
@@ -77,12 +79,15 @@ def brute_force(kind: str, loss: str, conditional: bool, output: Tensor, labels:
                 cells[int(groups[b])].append(float(value(b)))  # type: ignore[operator]
         return cells
 
-    if loss in ("dpl", "gap", "norm") and conditional:
-        sharp = 6 if loss == "gap" and kind != "regression" else 1
-        middle = threshold(output, labels) if loss == "gap" and kind in ("binary", "multilabel") else 0
+    if loss in ("dpl", "gap", "lift", "norm") and conditional:
+        sharp = 6 if loss in ("gap", "lift") and kind != "regression" else 1
+        middle = threshold(output, labels) if loss in ("gap", "lift") and kind in ("binary", "multilabel") else 0
         p = task.probabilities(sharp * (output - middle))
         p = p if p.dim() == 2 else p[:, None]
-        p = torch.cat([p, p], dim=1) if kind == "multilabel" else p
+        p = torch.cat([p, p], dim=1) if kind in ("multilabel", "binary") else p
+        if loss == "lift":  # behind are low rates among the yes, high rates among the no
+            half = p.shape[1] // 2
+            p = p if kind == "multiclass" else torch.cat([-p[:, :half], p[:, half:]], dim=1)
         classes = class_indicator(task, labels)
         return sum(
             disparity(loss, grouped(lambda b, k=k: p[b, min(k, p.shape[1] - 1)], lambda b, k=k: bool(classes[b, k])))
@@ -123,8 +128,8 @@ def brute_force(kind: str, loss: str, conditional: bool, output: Tensor, labels:
 
 def cases() -> list[tuple[str, str, bool]]:
     wanted = itertools.product(KINDS, GROUP_LOSSES, (True, False))
-    allowed = {"tprl": (True,), "fprl": (True,), "gap": (True,), "norm": (True,)}
-    undefined = {("regression", "tprl"), ("regression", "fprl"), ("regression", "norm")}
+    allowed = {"tprl": (True,), "fprl": (True,), "gap": (True,), "lift": (True,), "norm": (True,)}
+    undefined = {("regression", "tprl"), ("regression", "fprl"), ("regression", "lift"), ("regression", "norm")}
     return [(k, n, c) for k, n, c in wanted if c in allowed.get(n, (True, False)) and (k, n) not in undefined]
 
 
@@ -136,7 +141,7 @@ def test_equals_brute_force_and_finite_differences(kind: str, loss: str, conditi
     expected = brute_force(kind, loss, conditional, output, labels, groups)
     assert task.loss(output, packed).item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
     output.requires_grad_()
-    if loss != "gap":  # its threshold is held fixed, see below
+    if loss not in ("gap", "lift"):  # their threshold, and the best group, are held fixed, see below
         assert torch.autograd.gradcheck(lambda z: task.loss(z, packed), (output,), atol=1e-6)
 
 
@@ -159,6 +164,25 @@ def test_the_gap_is_that_of_sharpened_scores_about_a_fixed_threshold(
     other = DisparityTask("fair:t/sex", (KINDS[kind],), ("sex",), GroupLoss("dpl", True, sharpness=2))
     same = other.loss(output - (middle if anchored else 0), packed)
     torch.testing.assert_close(task.loss(output, packed), same)
+
+
+def test_lift_is_the_gap_of_two_groups_and_moves_the_one_behind_only() -> None:
+    output, labels, groups = example("binary")
+    groups = torch.where(groups == 2, 1, groups)
+    gap, lift = (DisparityTask("fair:t/sex", (KINDS["binary"],), ("sex",), GroupLoss(name)) for name in ("gap", "lift"))
+    packed = gap.labels_from({"t": labels}, {"sex": groups}, {"sex": 2})
+    output.requires_grad_()
+    values = [task.loss(output, packed) for task in (gap, lift)]
+    torch.testing.assert_close(*values)
+    both, behind = (torch.autograd.grad(value, output)[0].flatten() for value in values)
+    rates = torch.sigmoid(6 * (output.detach() - threshold(output, labels))).flatten()
+    for label, sign in ((0.0, -1), (1.0, 1)):
+        means = [sign * rates[(groups == g) & (labels == label)].mean() for g in (0, 1)]
+        best = int(means[1] > means[0])
+        assert not behind[(groups == best) & (labels == label)].any()
+        rest = (groups == 1 - best) & (labels == label)
+        torch.testing.assert_close(behind[rest], both[rest])
+        assert behind[rest].any()
 
 
 def test_two_logits_have_a_gap_too() -> None:

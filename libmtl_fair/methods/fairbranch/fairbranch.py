@@ -39,7 +39,10 @@ class FairBranchSettings(Declared):
     branch_every: int = setting(1, "epochs (or steps) from one branch event to the next", ge=1, search=(1, 5))
     unit: str = setting("epochs", "what ``branch_every`` counts", choices=("epochs", "steps"))
     min_steps: int = setting(
-        0, "steps of training from one event to the next, at least: fresh copies differ in the third digit only", ours=True, ge=0
+        0,
+        "steps of training from one event to the next, at least: fresh copies differ in the third digit only",
+        ours=True,
+        ge=0,
     )
     signed: bool = setting(
         False,
@@ -186,7 +189,9 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
     def branch_parameters(self, by_block: bool = False) -> list[tuple[Group, list[nn.Parameter]]]:
         """Return (task group, the parameters that are its own) for every branch, or each block of it; single tasks included."""
         branches = self.tree.branches().items()
-        parts = [(group, part) for group, places in branches for part in ([[p] for p in places] if by_block else [places])]
+        parts = [
+            (group, part) for group, places in branches for part in ([[p] for p in places] if by_block else [places])
+        ]
         return [(group, self.encoder.parameters_of(part)) for group, part in parts]
 
     def layer_parameters(self) -> list[dict[str, list[nn.Parameter]]]:

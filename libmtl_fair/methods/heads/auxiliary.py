@@ -195,7 +195,7 @@ class AdversaryTask(AuxiliaryTask):
 def add_fairness_heads(
     task_dict: Mapping[str, Mapping[str, Any]],
     decoders: Mapping[str, nn.Module],
-    loss: str = "glf",
+    loss: str | Sequence[str] = "glf",
     sensitive: Sequence[str] | Mapping[str, int | Sequence[str]] = (),
     target: str | None = None,
     conditional: bool | None = None,
@@ -218,8 +218,9 @@ def add_fairness_heads(
     Parameters
     ----------
     task_dict, decoders : as LibMTL takes them; both are left as they are.
-    loss : a disparity of group losses (``glf``, ``gld``, ``bgl``) or of scores (``gap``, ``dpl``, ``fprl``, ``tprl``);
-        ``adversarial``; or ``group_specific``: no auxiliary task, but one main head per group (see :class:`GroupHeads`).
+    loss : a disparity of group losses (``glf``, ``gld``, ``bgl``) or of scores (``gap``, ``lift``, ``dpl``, ``fprl``,
+        ``tprl``); ``adversarial``; several of these, each a task of its own (``fair:<main>/<attribute>/<loss>`` from the second
+        on); or ``group_specific``: no auxiliary task, but one main head per group (see :class:`GroupHeads`).
     sensitive : attributes as the loader names them; a mapping also says their number of groups, or the groups' names.
     target : what the head says. ``"main"`` **(ours, default)**: what the main head says, which stays fixed, so that the
         encoder alone is moved; ``"label"`` (as published): a head of its own, trained by the disparity alone;
@@ -243,6 +244,15 @@ def add_fairness_heads(
     >>> list(tasks)
     ['income', 'fair:income/sex']
     """
+    if not isinstance(loss, str):
+        entries, modules = {name: dict(values) for name, values in task_dict.items()}, dict(decoders.items())
+        for each in loss:
+            entries, made = add_fairness_heads(
+                entries, modules, each, sensitive, target, conditional, heads, intersectional=intersectional, tasks=tasks,
+                bins=bins, sharpness=sharpness, n_groups=n_groups, in_features=in_features,
+            )  # fmt: skip
+            modules = dict(made.items())
+        return entries, nn.ModuleDict(modules)
     adversarial, specific = loss == "adversarial", loss == "group_specific"
     target = target or ("group" if adversarial else "main")
     _one_of("fairness loss", loss, LOSSES)
@@ -280,8 +290,12 @@ def add_fairness_heads(
             name = (
                 f"{AUXILIARY_PREFIX}{'+'.join(main.name for main in chosen)}/{'*'.join(attributes).replace('.', '_')}"
             )
-            if name in entries:
-                raise RecipeError(f"there is already a task {name!r}; add each attribute once")
+            held = [n for n in (name, f"{name}/{loss}") if n in entries]
+            if taken := next((n for n in held if _loss_of(entries[n]["task"]) == loss), None):
+                raise RecipeError(
+                    f"there is already a task {taken!r}, of loss {loss!r}; add each loss of an attribute once"
+                )
+            name = f"{name}/{loss}" if name in entries else name
             own = [decoders[main.name] for main in chosen]
             task: AuxiliaryTask
             if adversarial:
@@ -294,6 +308,10 @@ def add_fairness_heads(
                 modules[name] = DetachedHead(followed, own) if target == "main" else fresh_copy(*own)
             entries[name] = entry(task)
     return entries, nn.ModuleDict(modules)
+
+
+def _loss_of(task: Task) -> str:
+    return task.disparity.loss if isinstance(task, DisparityTask) else "adversarial"
 
 
 def _one_of(what: str, value: str, options: Collection[str]) -> None:

@@ -16,8 +16,9 @@ from libmtl_fair.methods.base import Declared, setting
 from libmtl_fair.tasks import Binary, Multiclass, Multilabel, Task
 
 _OF_LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"glf": F.glf, "gld": F.gld, "bgl": F.bounded_group_loss}
-_OF_SCORES = ("gap", "dpl", "fprl", "tprl", "norm")
-WITHIN_CLASSES = ("gap", "fprl", "tprl", "norm")
+_OF_SCORES = ("gap", "lift", "dpl", "fprl", "tprl", "norm")
+_SHARP = ("gap", "lift")
+WITHIN_CLASSES = (*_SHARP, "fprl", "tprl", "norm")
 """Those that compare rates within classes by definition."""
 GROUP_LOSSES: tuple[str, ...] = (*_OF_LOSSES, *_OF_SCORES)
 """Names of the disparities."""
@@ -48,15 +49,16 @@ class GroupLoss(Declared):
 
     ``glf``, ``gld`` and ``bgl`` are of the groups' mean losses; ``dpl``, ``fprl`` and ``tprl`` the largest gap between the groups'
     mean scores over all examples, over negatives, over positives; ``gap`` **(ours)** is dpl within classes of sharpened scores,
-    which is equalised odds made smooth. Scores of binary and multilabel tasks are then about the threshold that selects as many
-    of the batch as are positive, so that lowering all scores, which makes decisions at 0.5 look fair, gains nothing. ``norm`` is
+    which is equalised odds made smooth; ``lift`` **(ours)** is the same, but only groups behind the best are moved (FairMT's psi,
+    per group behind). Scores of binary and multilabel tasks are then about the threshold that selects as many of the batch as are
+    positive, so that lowering all scores, which makes decisions at 0.5 look fair, gains nothing. ``norm`` is
     the norm violation of true and false positive rates of scores, relative to the rate of all groups (Buyl et al., ICLR 2024).
 
     Multiclass and multilabel tasks have one gap of scores a class or label; the mean is taken **(ours)**. Conditional
     losses of a multilabel task are those of each label's positives and negatives **(ours)**.
     """
 
-    loss: str = setting("glf", "glf, gld, bgl, gap, dpl, fprl, tprl or norm")
+    loss: str = setting("glf", "glf, gld, bgl, gap, lift, dpl, fprl, tprl or norm")
     conditional: bool | None = setting(
         None, "compare groups within each class and sum the disparities; null is true, but for dpl", ours=True
     )
@@ -85,7 +87,7 @@ class GroupLoss(Declared):
     @property
     def scale(self) -> float:
         """What logits are multiplied by; regression has none, and keeps its values."""
-        default = GAP_SHARPNESS if self.loss == "gap" else 1.0
+        default = GAP_SHARPNESS if self.loss in _SHARP else 1.0
         return default if self.sharpness is None else self.sharpness
 
     @property
@@ -95,7 +97,7 @@ class GroupLoss(Declared):
 
     def check_task(self, task: Task) -> None:
         """Raise a RecipeError where the disparity is not defined for the task."""
-        if self.loss in ("fprl", "tprl", "norm") and task.kind == "regression":
+        if self.loss in ("fprl", "tprl", "lift", "norm") and task.kind == "regression":
             raise RecipeError(
                 f"loss {self.loss!r} needs classes, and task {task.name!r} is a regression; use 'glf', 'gld', 'bgl' or 'dpl'"
             )
@@ -123,7 +125,7 @@ class GroupLoss(Declared):
         gaps = (
             F.norm_violation(mean, count)
             if self.loss == "norm"
-            else _OF_LOSSES.get(self.loss, F.spread)(mean, count > 0)
+            else _OF_LOSSES.get(self.loss, F.shortfall if self.loss == "lift" else F.spread)(mean, count > 0)
         )
 
         def by_task(columns: Tensor) -> Tensor:
@@ -132,7 +134,7 @@ class GroupLoss(Declared):
             return torch.cat([part.view(-1, m).sum(0) for part, m in zip(torch.split(columns, sizes), many)])
 
         found = by_task(gaps)
-        if self.loss in _OF_SCORES and not (self.loss in ("dpl", "gap", "norm") and self.within_classes):
+        if self.loss in _OF_SCORES and not (self.loss in ("dpl", *_SHARP, "norm") and self.within_classes):
             defined = (count > 0).sum(-1) >= 2  # the mean over the classes or labels where there is a gap
             found = found / by_task(defined.expand_as(gaps)).clamp(min=1)
         return found if order == sorted(order) else torch.stack([found[order.index(t)] for t in range(len(order))])
@@ -141,7 +143,7 @@ class GroupLoss(Declared):
         """Return values and condition of columns of logits and labels [B, M] (0, 1, else missing): every no, then every yes."""
         yes = (labels == 1).to(logits.dtype)
         if self.loss in _OF_SCORES:
-            middle = F.base_rate_threshold(logits, labels) if self.loss == "gap" else 0.0
+            middle = F.base_rate_threshold(logits, labels) if self.loss in _SHARP else 0.0
             values = torch.sigmoid(self.scale * (logits - middle))
             if not self.within_classes:
                 return values, torch.ones_like(yes[:, :1])
@@ -153,6 +155,8 @@ class GroupLoss(Declared):
             return F.example_cross_entropy(logits, labels)
         if self.loss in ("tprl", "fprl"):
             return values, yes if self.loss == "tprl" else labels == 0
+        if self.loss == "lift":  # a group is behind with a low rate among the yes, with a high one among the no
+            return torch.cat([-values, values], 1), torch.cat([labels == 0, yes], 1)
         both = values if values.shape[1] == 1 else torch.cat([values, values], 1)
         return both, torch.cat([labels == 0, yes], 1)
 

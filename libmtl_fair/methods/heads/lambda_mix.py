@@ -21,14 +21,15 @@ class LambdaMixSettings(Settings):
     aliases: ClassVar[Mapping[str, str]] = {"lambda": "lam"}
 
     lam: float = setting(
-        0.5,
-        "lambda, the share of the main tasks; 1 trains without fairness. With target main and conditional start at 0.85 for "
-        "gap, at 0.95 for glf and at 0.5 for gld, try values on both sides, and choose on validation data: "
-        "``libmtl-fair compare --choose``",
+        0.98,
+        "lambda, the share of the main tasks; 1 trains without fairness. The default is for heads that repeat the main ones "
+        "within classes (target main, conditional); as published, with target label, it is 0.5. Smaller values can collapse the "
+        "model: choose on validation data, ``libmtl-fair compare --choose``",
         expected="lambda, a number in [0, 1]",
+        ours=True,
         ge=0,
         le=1,
-        search=(0.5, 1.0),
+        search=(0.9, 0.999),
     )
 
 

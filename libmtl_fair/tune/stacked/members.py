@@ -27,6 +27,7 @@ def obstacle(recipe: Recipe, method: str, tasks: Sequence[Task]) -> str | None:
     """Return why a method cannot be stacked, or None."""
     spec, model, train = recipe.methods[method], recipe.model_for(method), recipe.train_for(method)
     heads, weighting = spec.heads, spec.weighting
+    losses = () if heads is None else (heads.loss,) if isinstance(heads.loss, str) else heads.loss
     # the gradient of a term, whoever wrote it, starts at logits and representations
     at_logits = weighting in WEIGHTINGS or issubclass(resolve_weighting(weighting), Penalty)
     settings: Any = (
@@ -39,7 +40,7 @@ def obstacle(recipe: Recipe, method: str, tasks: Sequence[Task]) -> str | None:
         (needs_logits_only, f"proxy {spec.args.get('proxy')}"),
         (model.encoder == "mlp" and model.norm is None, f"encoder {model.encoder} with norm {model.norm}"),
         (model.architecture == "HPS", f"architecture {model.architecture}"),
-        (heads is None or heads.loss not in ("adversarial", "group_specific"), f"heads {heads and heads.loss}"),
+        (not {"adversarial", "group_specific"} & set(losses), f"heads {', '.join(losses)}"),
         (heads is None or heads.target in (None, "main") or heads.heads == "per_task", "shared heads of their own"),
         (train.optimizer.optim == "adam", f"optimiser {train.optimizer.optim}"),
         (not train.rep_grad, "rep_grad"),
