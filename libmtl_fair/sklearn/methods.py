@@ -39,7 +39,7 @@ METHODS: dict[str, Method] = {
     "relif": Method("ReLiF", needs_groups=False, least_tasks=2),
     "fairmt": Method("FairMT"),
     "fairbranch": Method("FBGrad", "FairBranch", least_tasks=2),
-    "glf": Method("LambdaMix", heads="glf", defaults={"lam": 0.95}),
+    "glf": Method("LambdaMix", heads="glf"),
     "gld": Method("LambdaMix", heads="gld", defaults={"lam": 0.5}),
     "adversarial": Method("LambdaMix", heads="adversarial", defaults={"lam": 0.5}),
     **{name: Method("GroupRegulariser", defaults={"loss": name}) for name in ("bgl", "dpl", "fprl", "tprl")},

@@ -26,7 +26,7 @@ BUILT_IN = {
     | own("beta", 0.05, 0.5)
     | own("k", 16, 128),
     "{weighting: FairMT}": own("epsilon", 0.005, 0.1) | own("mu", 0.1, 1.0) | own("rho", 0.01, 0.5),
-    "{weighting: LambdaMix, heads: {loss: glf}}": own("lam", 0.5, 1.0, False),
+    "{weighting: LambdaMix, heads: {loss: glf}}": own("lam", 0.9, 0.999, False),
     "{weighting: GroupRegulariser}": own("lam", 0.3, 1.0, False),
     "{weighting: EW, architecture: FairBranch}": own("threshold", 0.2, 0.9, False, "arch_args.threshold")
     | own("branch_every", 1, 5, False, "arch_args.branch_every"),
