@@ -32,7 +32,6 @@ _MOVED = {
     "methods.heads.modules": "architecture.group_heads",
     "methods.regulariser": "weighting.group_regularisers",
     "metrics.audit": "metrics.exact",
-    "metrics.drift": "metrics.shrinkage",
     "metrics.group_metrics": "metrics.groups",
     "metrics.post_processing": "metrics.barycentres",
     "metrics.rates": "metrics.counts",

@@ -19,7 +19,7 @@ from libmtl_fair.metrics.consistency import (
     consistency_score,
     consistency_scorer,
 )
-from libmtl_fair.metrics.drift import below_curve, drift, induced_thresholds, robust_pairs, shrinkage_curve
+from libmtl_fair.metrics.drift import drift, induced_thresholds, robust_pairs
 from libmtl_fair.metrics.fairlearn_bridge import FairlearnInputs, metric_frame, to_fairlearn
 from libmtl_fair.metrics.group_metrics import GroupMetrics
 from libmtl_fair.metrics.near_pairs import NearPairs, find_near_pairs, reference_matrix
@@ -27,6 +27,7 @@ from libmtl_fair.metrics.post_models import Blend, Offsets, Thresholds, fit_offs
 from libmtl_fair.metrics.post_processing import PostProcessed, post_process
 from libmtl_fair.metrics.rates import GroupRates, group_rates
 from libmtl_fair.metrics.scores import auc_score, group_auc, group_regression, ks_distance, task_utility, utility
+from libmtl_fair.metrics.shrinkage import below_curve, least_bias, native_error, score_targets, shrinkage_curve
 from libmtl_fair.metrics.tolerance import conformal_delta, pair_distances, quantile_delta, reference_pairs
 from libmtl_fair.metrics.verdicts import (
     Changes,
@@ -80,9 +81,11 @@ __all__ = [
     "judge",
     "knowledge_gain",
     "ks_distance",
+    "least_bias",
     "levels_down",
     "mean_rank",
     "metric_frame",
+    "native_error",
     "pair_distances",
     "paired_difference",
     "people_needed",
@@ -92,6 +95,7 @@ __all__ = [
     "reference_matrix",
     "reference_pairs",
     "robust_pairs",
+    "score_targets",
     "shrinkage_curve",
     "smallest_gap",
     "task_utility",

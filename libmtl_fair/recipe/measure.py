@@ -1,4 +1,4 @@
-"""What is measured of one trained method and seed: utility, audit, shrinkage curve, group metrics, drift."""
+"""What is measured of one trained method and seed: utility, audit, shrinkage envelope, group metrics, drift."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 from libmtl_fair import metrics
 from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS
+from libmtl_fair.metrics.shrinkage import targets
 from libmtl_fair.metrics.tolerance import draw_pool
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.schema import Recipe
@@ -104,8 +105,10 @@ def measure(recipe: Recipe, method: str, seed: int, predictions: Mapping[str, Pr
         "audit": each(lambda p: [_audit(recipe.audit, p, *named) for named in protocol.deltas.items()]),
         "groups": each(lambda p: _groups(recipe, p)),
     }
-    if method == recipe.reference and recipe.audit.shrinkage:
-        content["shrinkage"] = each(lambda p: _shrinkage(p, protocol))
+    if recipe.audit.shrinkage and protocol.deltas:
+        content["native_error"] = each(metrics.native_error)
+        if method == recipe.reference:
+            content["shrinkage"] = each(lambda p: _shrinkage(p, protocol))
     if protocol.deltas:
         content["drift"] = each(_induced)
     return content
@@ -118,15 +121,15 @@ def _records(frame: pd.DataFrame) -> list[Row]:
 def _audit(audit: Audit, predictions: Predictions, name: str, delta: float) -> Row:
     found = metrics.FixedDeltaAudit(delta, **audit.draws, exact=audit.exact, delta_source=name).run(predictions.scores)
     entry = {"delta_name": name, "delta": delta, "bias": found.bias, "violation_rate": found.violation_rate}
+    if not audit.exact:  # the shrinkage envelope is exact
+        entry["exact_bias"] = metrics.FixedDeltaAudit(delta, exact=True).run(predictions.scores).bias
     return {**entry, "exact": audit.exact, "per_pair": _records(found.per_pair)}
 
 
 def _shrinkage(predictions: Predictions, protocol: Protocol) -> list[Row]:
-    """Return the curve of the shrunk reference; none unless all tasks are binary, as its Brier must be the run's."""
-    if len(predictions.tasks) < 2 or any(task.kind != "binary" for task in predictions.tasks):
-        return []
-    scores, labels = predictions.scores, predictions.labels
-    curves = {name: metrics.shrinkage_curve(scores, labels, delta) for name, delta in protocol.deltas.items()}
+    """Return the envelope of the shrunk reference, over centre and strength, for each tolerance."""
+    scores, wanted = predictions.scores, targets(predictions)
+    curves = {name: metrics.shrinkage_curve(scores, wanted, delta) for name, delta in protocol.deltas.items()}
     return [{"delta_name": name, **row} for name, curve in curves.items() for row in _records(curve)]
 
 

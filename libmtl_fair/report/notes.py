@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import pandas as pd
@@ -18,6 +19,10 @@ STANDING = (
     "By each task's main metric (AUC, else accuracy, else R²); with fairness, the differences between groups in equalised "
     "odds, equal opportunity and AUC (regression: MAE) of each attribute count as one metric each. "
     "Δm: mean relative loss to the reference; below 0 is better."
+)
+MARGINALS = (
+    "Bias and VR depend on each task's distribution of scores alone: which person gets which score changes nothing. They say how far "
+    "apart and how spread out the scores are, not whether people who are alike are treated alike."
 )
 DRIFT = "Robust: the fixed order against every other method outlasts both drift budgets."
 EVENTS = (
@@ -38,24 +43,28 @@ def notes(run: RunFolder) -> list[str]:
 def _gains(run: RunFolder) -> Iterator[str]:
     verdicts = list(rows(shrinkage_verdict(run)))
     for row in verdicts:
-        if not row.below:
+        if not row.below and row.curve_bias == row.curve_bias:
             yield (
-                f"{row.method}: at its Brier of {row.brier:.4f}, shrinking the scores of {run.reference} alone gives Bias@"
-                f"{row.delta_name} {row.curve_bias:.4f}; the method has {row.bias:.4f}. Its lower Bias is no gain in consistency."
+                f"{row.method}: at no more error of scores ({row.brier:.4f}), shrinking the scores of {run.reference} towards one constant "
+                f"gives Bias@{row.delta_name} {row.curve_bias:.4f}; the method has {row.bias:.4f}. A lower Bias is no gain in consistency."
             )
+    if any(math.isnan(row.curve_bias) for row in verdicts):
+        yield "The run was measured by an earlier version, without the shrinkage envelope: no gain in Bias is certified."
     curves = run.frame("shrinkage")
     if len(run.frame("audit")) and curves.empty:
         yield (
-            "No score-shrinkage curve was made: it needs classification tasks only, and audit.shrinkage. A lower Bias may be "
-            "no more than what shrinking all scores towards a constant would give."
+            "No score-shrinkage envelope was made: it needs audit.shrinkage. A lower Bias may be no more than what shrinking all "
+            "scores towards a constant would give."
         )
     if len(curves) and not shrinkage_curves(run):
-        yield "The score-shrinkage curve covers other tasks than the audit, so no method is compared with it."
+        yield "The score-shrinkage envelope covers other tasks than the audit, so no method is compared with it."
+    if len(run.frame("audit")):
+        yield MARGINALS
     good = [f"{r.method} (Bias@{r.delta_name}; {r.seeds_below} of {r.seeds} seeds)" for r in verdicts if r.below]
     if good:
         yield (
-            f"Below the score-shrinkage curve of {run.reference} at equal Brier, in the mean over seeds: {', '.join(good)}. "
-            "So their lower Bias is more than what shrinking all scores towards a constant would give."
+            f"Below the score-shrinkage envelope of {run.reference} at no more error, in the mean over seeds: {', '.join(good)}. "
+            "So their lower Bias is more than what shrinking all scores towards any one constant would give."
         )
 
 

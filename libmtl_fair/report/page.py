@@ -178,7 +178,7 @@ def _scatter_figures(run: RunFolder) -> Iterator[Json]:
             marker = {"color": colour[row.method], "size": 12, "symbol": symbol}
             trace = {"type": "scatter", "mode": "markers", "name": _safe(row.method), "x": [row.x], "y": [row.y]}
             data.append({**trace, "marker": marker, "hovertemplate": "%{x:.4f}, %{y:.4f}", **error})
-        against = "Brier" if found.x == "macro Brier" else found.x
+        against = found.x.removeprefix("macro ")
         yield _figure(f"{found.y} against {against}", found.x, found.y, data)
 
 

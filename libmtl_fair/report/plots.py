@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 
 from libmtl_fair.report.branches import branch_plots
 from libmtl_fair.report.run_folder import RunFolder, number, read_run, rows
-from libmtl_fair.report.summary import HIGHER_IS_BETTER, LABELS, NO_GROUP, group_means, shrinkage_curves, summary_values
+from libmtl_fair.report.summary import (
+    HIGHER_IS_BETTER,
+    LABELS,
+    NO_GROUP,
+    group_means,
+    native_errors,
+    shrinkage_curves,
+    summary_values,
+)
 from libmtl_fair.report.theme import (
     HATCHES,
     INK,
@@ -38,6 +46,8 @@ if TYPE_CHECKING:
 _RATES = ("true_positive_rate", "false_positive_rate", "selection_rate", "accuracy", "auc", "mae", "rmse", "r2", "ccc")
 _STEP = re.compile(r"(.+?)[ _-]?(\d+(?:\.\d+)?)")
 _FEWEST = 3
+ERRORS = ("macro Brier", "score error")
+"""What Bias is drawn against: the macro Brier, or where a task is not binary the mean squared error of the audit scores."""
 
 
 class Scatter(NamedTuple):
@@ -72,15 +82,23 @@ def scatters(run: RunFolder) -> list[Scatter]:
     if utility is not None and biases:
         bias = next(iter(biases.values()))
         found.append(Scatter(bias, utility, points(values, bias, utility), pd.DataFrame()))
-    for name, bias in biases.items() if "macro Brier" in set(values["column"]) else []:
+    errors = native_errors(run)
+    brier = values[values["column"] == ERRORS[0]].set_index(["method", "seed"])["value"].to_dict()
+    error = ERRORS[any(abs(value - brier.get(key, math.inf)) > 1e-6 for key, value in errors.items())]
+    if error not in set(values["column"]):
+        own_errors = pd.DataFrame(
+            [(*key, error, value, False) for key, value in errors.items()], columns=values.columns
+        )
+        values = pd.concat([values, own_errors])
+    for name, bias in biases.items() if errors else []:
         own = [curve for (_, tolerance), curve in curves.items() if tolerance == name]
         curve = pd.concat(own).groupby("a", as_index=False)[["brier", "bias"]].mean() if own else pd.DataFrame()
-        found.append(Scatter("macro Brier", bias, points(values, "macro Brier", bias), curve.dropna()))
+        found.append(Scatter(error, bias, points(values, error, bias), curve.dropna()))
     return found
 
 
 def scatter_plot(run: RunFolder, found: Scatter) -> Figure:
-    """Utility (up) against Bias: upper left is better; or Bias (up) against Brier: below the shrunk reference is a real gain."""
+    """Utility (up) against Bias: upper left is better; or Bias (up) against the scores' error, beside the shrunk reference."""
     figure, (axes,) = canvas(5.2, 3.8)
     if not found.curve.empty:
         name = label(f"{run.reference}, shrunk")
@@ -95,8 +113,8 @@ def scatter_plot(run: RunFolder, found: Scatter) -> Figure:
         axes.legend()
     better = "upper" if found.y.removeprefix("macro ") in {LABELS.get(m, m) for m in HIGHER_IS_BETTER} else "lower"
     axes.set(xlabel=found.x, ylabel=found.y, title=f"{better} left is better")
-    if found.x == "macro Brier":
-        axes.set(xlabel="macro Brier (lower is better)", title="below the curve is a real gain")
+    if found.x in ERRORS:
+        axes.set(xlabel=f"{found.x} (lower is better)", title="on or above the line: shrinking does as well")
     return figure
 
 
@@ -299,10 +317,13 @@ def plots_of(run: RunFolder) -> Iterator[Plot]:
 
 
 def _plots(run: RunFolder) -> Iterator[Plot]:
-    found = {("utility_bias", "shrinkage")[one.x == "macro Brier"]: one for one in reversed(scatters(run))}
+    found = {("utility_bias", "shrinkage")[one.x in ERRORS]: one for one in reversed(scatters(run))}
     for name, caption in (
         ("utility_bias", "Utility against Bias, mean ± sd over seeds."),
-        ("shrinkage", "Bias against Brier; the line is the reference with its scores shrunk towards a constant."),
+        (
+            "shrinkage",
+            "Bias against the error of scores; the line: the reference shrunk towards the best constant at each strength.",
+        ),
     ):
         if name in found:  # that of the first tolerance
             yield Plot(name, "audit", caption, partial(scatter_plot, run, found[name]))

@@ -21,9 +21,9 @@ Json = dict[str, Any]
 _SPLIT_PARTS: Mapping[str, type] = {"utility": dict, "audit": list, "groups": list, "shrinkage": list}
 _FRAMES: Mapping[str, tuple[list[str], list[str], list[str]]] = {
     "utility": (["task", "metric"], ["value"], []),
-    "audit": (["delta_name"], ["delta", "bias", "violation_rate"], ["exact"]),
+    "audit": (["delta_name"], ["delta", "bias", "violation_rate", "exact_bias"], ["exact"]),
     "pairs": (["delta_name", "task_a", "task_b"], ["bias", "violation_rate", "delta"], []),
-    "shrinkage": (["delta_name"], ["a", "bias", "brier"], []),
+    "shrinkage": (["delta_name"], ["a", "bias", "brier", "bias_slope", "brier_slope"], []),
     "groups": (["task", "attribute", "metric", "group", "flag"], ["value", "n", "low", "high"], []),
 }
 """The texts, the numbers and what else each table has; ``pairs`` is the audit by task pair."""
@@ -48,6 +48,10 @@ class SeedRun:
         if part == "utility":
             return [{"task": t, "metric": m, "value": v} for t, each in dict(found).items() for m, v in each.items()]
         return list(found)
+
+    def native_error(self, split: str) -> float:
+        """Return the mean squared error of the audit scores, mean over tasks; NaN where an older run did not record it."""
+        return number((self.metrics.get("native_error") or {}).get(split))
 
     def thresholds(self, split: str) -> NDArray[np.float64] | None:
         """Return the method's own thresholds [T, T], NaN where it has none; None if not recorded."""
@@ -117,8 +121,8 @@ class RunFolder:
     def frame(self, part: str) -> pd.DataFrame:
         """Return a table of the split: method, seed, then texts ("" where missing) and numbers (NaN where missing).
 
-        ``utility`` (task ``macro`` too), ``audit``, ``pairs`` (the audit by task pair), ``shrinkage`` (the curve of the shrunk
-        reference) or ``groups``.
+        ``utility`` (task ``macro`` too), ``audit``, ``pairs`` (the audit by task pair), ``shrinkage`` (the envelope of the
+        shrunk reference) or ``groups``.
         """
         texts, numbers, plain = _FRAMES[part]
         found = [

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from libmtl_fair import metrics
 from libmtl_fair.files import write_json
+from libmtl_fair.metrics.shrinkage import MARGIN
 from libmtl_fair.report.run_folder import Json, RunFolder, number, read_run, rows
 
 HIGHER_IS_BETTER = frozenset(
@@ -96,60 +96,50 @@ def group_means(run: RunFolder) -> pd.DataFrame:
     return means.assign(sd=grouped["value"].std(), flag=grouped["flag"].max()).reset_index()
 
 
-def curve_bias(curve: pd.DataFrame, brier: float) -> float:
-    """Least Bias that shrinking the reference reaches at a Brier of at most ``brier`` (linear between its points).
-
-    NaN where every point of the curve has a larger Brier: no shrinking is as good.
-
-    >>> curve_bias(pd.DataFrame({"brier": [0.10, 0.20], "bias": [0.08, 0.04]}), 0.15)
-    0.06
-    """
-    points = curve.dropna(subset=["brier", "bias"]).sort_values("brier")
-    if points.empty or not math.isfinite(brier) or brier < points["brier"].iloc[0]:
-        return math.nan
-    x, y = points["brier"].to_numpy(float), points["bias"].to_numpy(float)
-    return float(round(min(y[x <= brier].min(), np.interp(brier, x, y)), 12))
-
-
 def shrinkage_verdict(run: RunFolder) -> pd.DataFrame:
-    """Return method, delta_name, brier, bias, curve_bias, below, seeds_below, seeds: means, each seed's own curve.
+    """Return method, delta_name, brier, bias, curve_bias, below, seeds_below, seeds: means, each seed's own envelope.
 
-    ``below`` says whether the method has less Bias than the shrunk reference at equal Brier, in the mean over seeds; where
-    no shrunk reference reaches the method's Brier (``curve_bias`` NaN) it is below by being better calibrated. A curve of
-    other tasks than the audit's is not used: at a = 1 it must be the reference itself.
+    ``curve_bias`` is the least Bias that shrinking the reference towards any constant reaches at no more error (``brier``) than the
+    method's (:func:`libmtl_fair.metrics.least_bias`); ``below``: whether the method has less, in the mean over seeds. NaN, where the
+    run recorded none, is not below. An envelope of other tasks than the audit's is not used: at a = 1 it must be the reference itself.
     """
-    curves, brier = shrinkage_curves(run), _macro_brier(run)
+    curves, error = shrinkage_curves(run), native_errors(run)
     found = []
     for row in rows(run.frame("audit")):
-        curve, own = curves.get((row.seed, row.delta_name)), brier.get((row.method, row.seed), math.nan)
+        curve, own = curves.get((row.seed, row.delta_name)), error.get((row.method, row.seed), math.nan)
         if row.method != run.reference and curve is not None and own == own:
-            found.append((row.method, row.delta_name, own, row.bias, curve_bias(curve, own)))
-    frame = pd.DataFrame(found, columns=["method", "delta_name", "brier", "bias", "curve_bias"])
-    frame["seeds_below"] = (frame["bias"] < frame["curve_bias"]) | frame["curve_bias"].isna()
+            margin, bias = MARGIN * curve["bias"].max(), row.bias if math.isnan(row.exact_bias) else row.exact_bias
+            found.append((row.method, row.delta_name, own, bias, metrics.least_bias(curve, own), margin))
+    frame = pd.DataFrame(found, columns=["method", "delta_name", "brier", "bias", "curve_bias", "margin"])
+    frame["seeds_below"] = frame["bias"] < frame["curve_bias"] - frame["margin"]
     grouped = frame.groupby(["method", "delta_name"], sort=False)
-    means = grouped[["brier", "bias", "curve_bias"]].mean()
+    means = grouped[["brier", "bias", "curve_bias", "margin"]].mean()
     counts = grouped["seeds_below"].agg(seeds_below="sum", seeds="count")
-    means["below"] = (means["bias"] < means["curve_bias"]) | means["curve_bias"].isna()
+    whole = grouped["curve_bias"].count() == counts["seeds"]
+    means["below"] = whole & (means["bias"] < means["curve_bias"] - means.pop("margin"))
     return means.join(counts).reset_index()
 
 
 def shrinkage_curves(run: RunFolder) -> dict[tuple[int, str], pd.DataFrame]:
-    """Curves by seed and tolerance, without those whose unshrunk end is not the reference's own point."""
-    found, brier, curves, audit = {}, _macro_brier(run), run.frame("shrinkage"), run.frame("audit")
+    """Envelopes by seed and tolerance, without those whose unshrunk end is not the reference's own point."""
+    found, error, curves, audit = {}, native_errors(run), run.frame("shrinkage"), run.frame("audit")
     for row in rows(audit[audit["method"] == run.reference]):
         curve = curves[(curves["seed"] == row.seed) & curves["delta_name"].isin([row.delta_name, ""])]
         end = curve[curve["a"] == 1]
-        own = brier.get((row.method, row.seed), math.nan)
+        own = error.get((row.method, row.seed), math.nan)
         near = (end["bias"] - row.bias).abs().le(0.1 * row.bias + 1e-6) & (end["brier"] - own).abs().le(2e-3)
         if len(curve) and near.all():
             found[row.seed, row.delta_name] = curve
     return found
 
 
-def _macro_brier(run: RunFolder) -> dict[tuple[str, int], float]:
+def native_errors(run: RunFolder) -> dict[tuple[str, int], float]:
+    """Return the mean squared error of the audit scores by method and seed: the macro Brier where a run did not record it."""
     frame = run.frame("utility").dropna(subset=["value"])
     taken = frame[(frame["task"] == "macro") & (frame["metric"] == "brier")]
-    return {(row.method, row.seed): row.value for row in rows(taken)}
+    found = {(row.method, row.seed): row.value for row in rows(taken)}
+    recorded = {(item.method, item.seed): item.native_error(run.split) for item in run.runs}
+    return found | {key: value for key, value in recorded.items() if value == value}
 
 
 def main_metrics(run: RunFolder) -> pd.DataFrame:

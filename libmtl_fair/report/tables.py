@@ -120,13 +120,13 @@ def gain_sheet(run: RunFolder, found: pd.DataFrame | None = None) -> Sheet | Non
 
 
 def audit_sheet(run: RunFolder) -> Sheet | None:
-    """Bias and VR under each tolerance, the Brier beside it, and the place relative to the shrinkage curve."""
+    """Bias and VR under each tolerance, and the place relative to the shrinkage envelope."""
     keys, verdict = ["delta_name", "method"], numbers.shrinkage_verdict(run)
     below = [f"{'yes' if r.below else 'no'} ({r.seeds_below} of {r.seeds} seeds)" for r in rows(verdict)]
     means = numbers.with_sd(run.frame("audit"), keys, ["delta", "bias", "violation_rate"]).drop(columns="delta_sd")
     means.insert(1, "delta", means.pop("delta"))
     frame = means.merge(verdict.assign(words=below)[[*keys, "curve_bias", "words"]], "left", keys)
-    heads = ["tolerance", "δ", "method", "Bias ↓", "VR ↓", f"{run.reference} shrunk to equal Brier", "below it"]
+    heads = ["tolerance", "δ", "method", "Bias ↓", "VR ↓", f"{run.reference} shrunk, no more error", "below it"]
     return sheet("Bias and violation rate", heads, in_order(frame, "delta_name")) if len(frame) else None
 
 

@@ -176,7 +176,14 @@ class Builder:
 
     def _shrinkage(self) -> list[dict[str, Any]]:
         return [
-            {"delta_name": name, "a": a, "bias": 0.1 * scale * a**2, "brier": 0.139 + 0.1 * (1 - a) ** 2}
+            {
+                "delta_name": name,
+                "a": a,
+                "bias": 0.1 * scale * a**2,
+                "brier": 0.139 + 0.1 * (1 - a) ** 2,
+                "bias_slope": 0.2 * scale * a,
+                "brier_slope": -0.2 * (1 - a),
+            }
             for name, scale in zip(self.deltas, (1.0, 1.4))
             for a in (1.0, 0.8, 0.6, 0.4, 0.2)
         ]

@@ -149,7 +149,7 @@ def test_sampled_protocol_names_pools_and_seeds(run_dir):
 
 def test_notes_are_honest(run_dir):
     found = "\n".join(notes(read_run(run_dir)))
-    assert "Below the score-shrinkage curve of plain at equal Brier, in the mean over seeds: relif" in found
+    assert "Below the score-shrinkage envelope of plain at no more error, in the mean over seeds: relif" in found
     assert "race = Other & <b>x</b> (small)" in found
     assert "Task income: 842 labels are missing" in found
     assert "Attribute sex: 12 values missing (rule: drop)" in found
@@ -160,7 +160,7 @@ def test_notes_are_honest(run_dir):
         metrics = json.loads(file.read_text())
         metrics["audit"]["test"][0]["bias"] = 0.095
         file.write_text(json.dumps(metrics))
-    assert notes(read_run(run_dir))[0].endswith("the method has 0.0950. Its lower Bias is no gain in consistency.")
+    assert notes(read_run(run_dir))[0].endswith("the method has 0.0950. A lower Bias is no gain in consistency.")
 
 
 def test_incomplete_folder_gives_no_report(run_dir):

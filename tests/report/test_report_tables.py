@@ -4,15 +4,12 @@ import json
 import math
 import statistics
 
-import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 
 from libmtl_fair.report import read_run, shrinkage_verdict, summary, summary_table, write_summary
 from libmtl_fair.report.notes import notes
-from libmtl_fair.report.summary import curve_bias, with_sd
+from libmtl_fair.report.summary import with_sd
 from libmtl_fair.report.tables import audit_sheet, group_sheet, show
 
 
@@ -114,6 +111,17 @@ def test_shrinkage_verdict(run_dir):
     assert frame.loc[("relif", "p75"), "below"]
 
 
+def test_a_run_without_the_envelope_certifies_nothing(run_dir):
+    for file in run_dir.glob("plain/seed*/metrics.json"):
+        metrics = json.loads(file.read_text())
+        for row in metrics["shrinkage"]["test"]:
+            del row["bias_slope"], row["brier_slope"]
+        file.write_text(json.dumps(metrics))
+    run = read_run(run_dir)
+    assert not shrinkage_verdict(run)["below"].any()
+    assert notes(run)[0].startswith("The run was measured by an earlier version, without the shrinkage envelope")
+
+
 def test_a_curve_of_other_tasks_is_not_used(run_dir):
     for file in run_dir.glob("plain/seed*/metrics.json"):
         metrics = json.loads(file.read_text())
@@ -124,7 +132,7 @@ def test_a_curve_of_other_tasks_is_not_used(run_dir):
     assert shrinkage_verdict(run).empty
     assert (
         notes(run)[0]
-        == "The score-shrinkage curve covers other tasks than the audit, so no method is compared with it."
+        == "The score-shrinkage envelope covers other tasks than the audit, so no method is compared with it."
     )
 
 
@@ -154,15 +162,3 @@ def test_summary_file(run_dir):
     assert found["mean"] == pytest.approx(cell(summary(read_run(run_dir)), "relif", "Bias@p75")["mean"], abs=1e-15)
     assert not found["higher_is_better"]
     assert content["methods"]["plain"]["macro AUC"]["difference"] is None
-
-
-@given(
-    points=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=8),
-    brier=st.floats(0, 1),
-    more=st.floats(0, 1),
-)
-def test_allowing_a_larger_brier_never_raises_the_curve(points, brier, more):
-    curve = pd.DataFrame(points, columns=["brier", "bias"]).drop_duplicates("brier")
-    low, high = curve_bias(curve, brier), curve_bias(curve, min(1.0, brier + more))
-    assert math.isnan(low) == (brier < curve["brier"].min())
-    assert math.isnan(low) or high <= low + 1e-9

@@ -1,52 +1,12 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import pytest
 import sklearn.metrics as skm
 import torch
 
 import libmtl_fair as lf
-from libmtl_fair.metrics import FixedDeltaAudit, below_curve, shrinkage_curve, task_utility
-
-
-def scores(n=400, seed=0):
-    rng = np.random.default_rng(seed)
-    probability = {t: rng.random(n) for t in "ab"}
-    labels = {t: (rng.random(n) < p).astype(float) for t, p in probability.items()}
-    labels["a"][:10] = np.nan
-    return probability, labels
-
-
-def test_curve_by_hand():
-    probability, labels = scores()
-    curve = shrinkage_curve(probability, labels, 0.2)
-    row = curve[np.isclose(curve.a, 0.7)].iloc[0]
-    shrunk = {t: 0.5 + 0.7 * (p - 0.5) for t, p in probability.items()}
-    assert row.bias == pytest.approx(FixedDeltaAudit(0.2, exact=True).run(shrunk).bias, abs=1e-12)
-    seen = {t: ~np.isnan(y) for t, y in labels.items()}
-    brier = np.mean([skm.brier_score_loss(labels[t][seen[t]], shrunk[t][seen[t]]) for t in "ab"])
-    auc = np.mean([skm.roc_auc_score(labels[t][seen[t]], probability[t][seen[t]]) for t in "ab"])
-    assert row.brier == pytest.approx(brier, abs=1e-12)
-    assert row.auc == pytest.approx(auc, abs=1e-12)
-    assert (curve.sort_values("a").bias.diff().dropna() >= -1e-12).all()
-
-
-def test_below_curve_inside_and_outside_of_its_range():
-    curve = pd.DataFrame({"a": [1.0, 0.5], "bias": [0.1, 0.0], "brier": [0.10, 0.20]})
-    assert below_curve(0.06, 0.15, curve) == (False, pytest.approx(-0.01))
-    assert below_curve(0.09, 0.05, curve) == (True, pytest.approx(0.01))  # better Brier than any: against the start
-    assert below_curve(0.01, 0.30, curve)[0] is False  # beyond the end: against the end
-    overconfident = pd.DataFrame({"a": [1.0, 0.8, 0.5], "bias": [0.1, 0.07, 0.0], "brier": [0.15, 0.10, 0.20]})
-    assert below_curve(0.08, 0.10, overconfident)[0] is False  # shrinking alone reaches .07 there
-
-
-def test_a_shrunk_plain_model_lies_on_its_own_curve():
-    probability, labels = scores()
-    curve = shrinkage_curve(probability, labels, 0.2)
-    for a in (0.9, 0.6):
-        row = curve[np.isclose(curve.a, a)].iloc[0]
-        assert abs(below_curve(row.bias, row.brier, curve)[1]) < 1e-9
+from libmtl_fair.metrics import task_utility
 
 
 def test_utility_equals_sklearn():
