@@ -121,6 +121,8 @@ class FairBatch:
     epoch, step : 0-based; ``step`` counts over the whole training.
     standard_losses : whether every loss is its task's own ``Task.loss``, so that its gradient may be written out.
     matrices : of the main tasks, where all are binary ones of a single logit; the losses hang on its ``logits``.
+    reference : [B, r], by whose Euclidean distance examples are alike or not; with one input per task: task -> [B, r]. There
+        where the loader gives it and the weighting says ``needs_reference``.
     """
 
     tasks: Mapping[str, Task | None]
@@ -135,6 +137,7 @@ class FairBatch:
     step: int = 0
     standard_losses: bool = False
     matrices: Matrices | None = None
+    reference: Tensor | Mapping[str, Tensor] | None = None
 
     def task(self, name: str) -> Task:
         """Return a task whose kind is known.
@@ -154,6 +157,13 @@ class FairBatch:
     def task_groups(self, name: str) -> Mapping[str, Tensor]:
         """Return attribute -> group ids [B] for the examples of one task."""
         return self.groups[name] if self.multi_input else self.groups  # type: ignore[return-value]
+
+    @cached_property
+    def nearest(self) -> dict[str, Tensor]:
+        """Main task -> each example's nearest other one in the batch, int64 [B]; empty where there is no reference."""
+        if isinstance(self.reference, Tensor):
+            return dict.fromkeys(self.main, F.nearest_others(self.reference))
+        return {name: F.nearest_others(features) for name, features in (self.reference or {}).items()}
 
     @cached_property
     def main(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from libmtl_fair.data.card import Card, card_markdown, dataset_card
 from libmtl_fair.data.features import FeatureEncoder, feature_kinds, fit_encoder
 from libmtl_fair.data.labels import make_task
 from libmtl_fair.data.loader import ResidentLoader, TableDataset
+from libmtl_fair.data.reference import Reference, fit_reference
 from libmtl_fair.data.selection import Choice, read_table
 from libmtl_fair.data.spec import TableSpec
 from libmtl_fair.errors import DataError, unknown
@@ -30,6 +31,7 @@ class Split:
     rows : int64 [N], position of each row in the source table.
     group_names : {attribute: names}, index = id.
     feature_names : of the columns of ``x``.
+    reference : which columns make the reference features, by which people are alike; None for none.
     """
 
     x: Tensor
@@ -38,6 +40,7 @@ class Split:
     rows: Tensor
     group_names: dict[str, list[str]]
     feature_names: tuple[str, ...] = ()
+    reference: Reference | None = None
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -63,11 +66,12 @@ class Split:
             drop_last=drop_last,
             group_names=self.group_names,
             feature_names=self.feature_names,
+            reference=self.reference,
         )
 
     def torch_dataset(self) -> TableDataset:
         """Return the same rows for an ordinary ``torch.utils.data.DataLoader``."""
-        return TableDataset(self.x, self.labels, self.groups, group_names=self.group_names)
+        return TableDataset(self.x, self.labels, self.groups, group_names=self.group_names, reference=self.reference)
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,11 @@ class Dataset:
     def task_names(self) -> tuple[str, ...]:
         """Return the names of the tasks, in order."""
         return tuple(task.name for task in self.tasks)
+
+    @property
+    def reference(self) -> Reference | None:
+        """Return which columns make the reference features; None where none is left."""
+        return self.train.reference
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -141,6 +150,9 @@ def build_dataset(spec: TableSpec, frame: pd.DataFrame, choice: Choice) -> Datas
     kinds = feature_kinds(table.frame, table.inputs, spec.kinds)
     encoder, x = fit_encoder(table.frame, parts["train"], kinds, choice.min_frequency)
     names = {item.attribute: list(item.names) for item in table.groups}
+    training = parts["train"]
+    known = {item.attribute: item.ids[training] for item in table.groups}
+    reference = fit_reference(encoder, x[training], known, table.tell_tale)
     splits = {
         part: Split(
             x=torch.from_numpy(x[rows]),
@@ -149,6 +161,7 @@ def build_dataset(spec: TableSpec, frame: pd.DataFrame, choice: Choice) -> Datas
             rows=torch.from_numpy(table.rows[rows]),
             group_names=names,
             feature_names=encoder.names,
+            reference=reference,
         )
         for part, rows in parts.items()
     }

@@ -52,6 +52,15 @@ class FeatureEncoder:
             names += [f"{name}={value}" for value in (*known, *(["(rare)"] if rare else []))]
         return tuple(names)
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Return the input column that each column of the encoded matrix was made of."""
+        numeric = _of_kind(self.kinds, "numeric")
+        sources = [*numeric, *(numeric[i] for i in self.gaps)]
+        for name, known, rare in zip(_of_kind(self.kinds, "categorical"), self.categories, self.rare):
+            sources += [name] * (len(known) + bool(rare))
+        return tuple(sources)
+
     def encode(self, frame: pd.DataFrame) -> NDArray[np.float32]:
         """Return the inputs of new rows, float32 [N, F]; columns or values that do not fit those of training are refused."""
         return self._encoded(_numbers(frame, self.kinds), _texts(frame, self.kinds))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -13,16 +14,22 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from libmtl_fair.batch import Columns
+from libmtl_fair.data.reference import Reference, narrowed
 from libmtl_fair.errors import DataError, near
 
 Array: TypeAlias = "Tensor | NDArray[Any]"
 """What loaders take: a tensor or a numpy array."""
 
 Batch: TypeAlias = "tuple[Tensor, dict[str, Any]]"
-"""``(x, labels)``: labels hold one tensor a task and, under ``"sensitive"``, a dict attribute -> int64 group ids."""
+"""``(x, labels)``: labels hold one tensor a task and, under ``"sensitive"``, a dict attribute -> int64 group ids.
+
+Under ``"reference"`` they may hold what people are compared by, [B, r]."""
 
 SENSITIVE = "sensitive"
 """Key under which a batch's labels hold the group ids; no task may have this name."""
+
+REFERENCE = "reference"
+"""Key under which a batch's labels hold the reference features, where there are any."""
 
 
 class TableDataset(Dataset[Batch]):
@@ -32,7 +39,7 @@ class TableDataset(Dataset[Batch]):
 
     Parameters
     ----------
-    x, labels, groups, group_names, feature_names : as for :class:`ResidentLoader`.
+    x, labels, groups, group_names, feature_names, reference : as for :class:`ResidentLoader`.
 
     Raises
     ------
@@ -54,10 +61,12 @@ class TableDataset(Dataset[Batch]):
         *,
         group_names: Mapping[str, Sequence[str]] | None = None,
         feature_names: Sequence[str] = (),
+        reference: Array | Reference | None = None,
     ) -> None:
         if not labels:
             raise DataError("a loader needs the labels of at least one task, found none; expected {task: labels[N]}")
         self.x = _features(x, feature_names)
+        self.reference = _reference(reference, labels, len(self.x))
         self.labels = {task: _labels(task, values, len(self.x)) for task, values in labels.items()}
         self.groups = {name: _groups(name, ids, len(self.x)) for name, ids in (groups or {}).items()}
         self.group_names = _names(self.groups, group_names or {})
@@ -72,6 +81,10 @@ class TableDataset(Dataset[Batch]):
         """Return one row."""
         labels: dict[str, object] = {task: values[index] for task, values in self.labels.items()}
         labels[SENSITIVE] = {attribute: ids[index] for attribute, ids in self.groups.items()}
+        if self.reference is not None:
+            if isinstance(self.reference, Reference):
+                self.reference = self.reference.features(self.x)
+            labels[REFERENCE] = self.reference[index]
         return self.x[index], labels
 
 
@@ -167,12 +180,33 @@ def _names(groups: Mapping[str, Tensor], given: Mapping[str, Sequence[str]]) -> 
     return names
 
 
+def _reference(given: Array | Reference | None, labels: Mapping[str, Array], n_rows: int) -> Tensor | Reference | None:
+    """Return reference features as a tensor [N, r], finite; what makes them of ``x`` as it is."""
+    if given is None:
+        return None
+    if REFERENCE in labels:
+        raise DataError(f"a task may not be named {REFERENCE!r} where there is a reference; rename the task")
+    if isinstance(given, Reference):
+        return given
+    found = as_tensor(given, "reference", n_rows)
+    if found.dim() != 2 or not found.is_floating_point() or not bool(torch.isfinite(found).all()):
+        what = (
+            f"{found.dtype} of shape {list(found.shape)}" if found.dim() != 2 else "values that are not finite numbers"
+        )
+        raise DataError(f"reference: expected finite features [N, r], one row for each of x, found {what}")
+    return found
+
+
 class Packed(NamedTuple):
-    """A batch taken apart: inputs, task -> labels, attribute -> group ids; columns of one matrix where they are that."""
+    """A batch taken apart: inputs, task -> labels, attribute -> group ids; columns of one matrix where they are that.
+
+    ``reference`` gives the reference features [B, r], or None where there are none.
+    """
 
     x: Any
     labels: Mapping[str, Tensor]
     groups: Mapping[str, Tensor]
+    reference: Callable[[], Tensor | None] = lambda: None
 
 
 class ResidentLoader:
@@ -199,6 +233,9 @@ class ResidentLoader:
     weights : [N] of at least 0; needs ``shuffle``. An epoch then draws its N rows in proportion to them, a row of weight w
         floor or ceil of N w / sum(w) times (systematic resampling, **ours**). So every loss and every group statistic, of
         any method, is of the weighted population. Equal weights give the very order of no weights.
+    reference : [N, r] finite, by whose Euclidean distance people are alike or not, for methods that compare near people: the
+        embedding of a frozen model that saw no sensitive attribute, say; or a :class:`Reference`, which makes it of ``x``.
+        Moved to the device when it is first asked for; of more than 128 columns it keeps 128 principal components.
 
     Raises
     ------
@@ -226,10 +263,13 @@ class ResidentLoader:
         group_names: Mapping[str, Sequence[str]] | None = None,
         feature_names: Sequence[str] = (),
         weights: Array | None = None,
+        reference: Array | Reference | None = None,
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise DataError(f"batch_size must be an integer of at least 1, found {batch_size!r}")
-        rows = TableDataset(x, labels, groups, group_names=group_names, feature_names=feature_names)
+        rows = TableDataset(
+            x, labels, groups, group_names=group_names, feature_names=feature_names, reference=reference
+        )
         self.n_rows = len(rows)
         if drop_last and self.n_rows < batch_size:
             raise DataError(
@@ -248,6 +288,15 @@ class ResidentLoader:
         self._x = rows.x.to(self.device).contiguous()
         self._labels = _packed(rows.labels, self.device)
         self._groups = _packed(rows.groups, self.device)
+        self._given, self._reference = rows.reference, cast("Tensor | None", None)
+
+    @property
+    def reference(self) -> Tensor | None:
+        """Return the reference features of all rows, [N, r <= 128], on the device; None where there are none."""
+        if self._given is not None:
+            given = self._given.features(self._x) if isinstance(self._given, Reference) else self._given.to(self.device)
+            self._given, self._reference = None, narrowed(given).contiguous()
+        return self._reference
 
     def __len__(self) -> int:
         """Return the number of batches an epoch."""
@@ -301,8 +350,9 @@ class Epoch:
         return self
 
     def __next__(self) -> Batch:
-        x, labels, groups = self._take()
-        return x, {**labels, SENSITIVE: dict(groups)}
+        x, labels, groups, reference = self._take()
+        taken = reference()
+        return x, {**labels, SENSITIVE: dict(groups)} | ({} if taken is None else {REFERENCE: taken})
 
     def packed(self) -> Iterator[Packed]:
         """Yield the batches that are left with labels and groups as the matrices that they are."""
@@ -317,7 +367,8 @@ class Epoch:
         stop = min(start + loader.batch_size, loader.n_rows)
         self._next += 1
         rows = slice(start, stop) if self._order is None else self._order[start:stop]
-        return Packed(_take(loader._x, rows), _columns(loader._labels, rows), _columns(loader._groups, rows))
+        parts = _take(loader._x, rows), _columns(loader._labels, rows), _columns(loader._groups, rows)
+        return Packed(*parts, partial(_take_reference, loader, rows))
 
     next = __next__  # LibMTL's Trainer calls it
 
@@ -375,6 +426,10 @@ def _packed(columns: Mapping[str, Tensor], device: torch.device) -> list[_Pack]:
 
 def _take(values: Tensor, rows: Tensor | slice) -> Tensor:
     return values[rows] if isinstance(rows, slice) else values.index_select(0, rows)
+
+
+def _take_reference(loader: ResidentLoader, rows: Tensor | slice) -> Tensor | None:
+    return None if loader.reference is None else _take(loader.reference, rows)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

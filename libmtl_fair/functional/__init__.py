@@ -49,6 +49,7 @@ from libmtl_fair.functional.lipschitz import (
     unit_vectors,
 )
 from libmtl_fair.functional.losses import example_cross_entropy, mean_cross_entropy, mean_cross_entropy_gradient
+from libmtl_fair.functional.near import NearGaps, near_gaps, nearest_others
 from libmtl_fair.functional.quantiles import masked_mean, masked_quantile, masked_quantiles, sorted_quantiles
 from libmtl_fair.functional.scores import auc, group_auc, task_scores
 from libmtl_fair.functional.similarity import linear_cka, pair_by_similarity
@@ -57,6 +58,7 @@ from libmtl_fair.functional.simplex import aggregate_disparities, head_gram, min
 __all__ = [
     "Generators",
     "LipschitzTerm",
+    "NearGaps",
     "aeod",
     "aeod_from_rates",
     "aep",
@@ -95,6 +97,8 @@ __all__ = [
     "mean_cross_entropy",
     "mean_cross_entropy_gradient",
     "min_norm_weights",
+    "near_gaps",
+    "nearest_others",
     "norm_violation",
     "one_hot_labels",
     "pair_by_similarity",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from libmtl_fair.batch import Columns
-from libmtl_fair.data.loader import SENSITIVE, Epoch, Packed
+from libmtl_fair.data.loader import REFERENCE, SENSITIVE, Epoch, Packed
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.libmtl.state import Loader, Loaders, TrainingState
 from libmtl_fair.tasks import Task
@@ -33,7 +33,7 @@ def drawn(loader: Loader) -> Iterator[object]:
 
 
 def split(batch: object, device: torch.device, tasks: Sequence[str]) -> Packed:
-    """Take one batch apart: inputs, labels of the tasks, attribute -> group ids, on the device.
+    """Take one batch apart: inputs, labels of the tasks, attribute -> group ids, reference features, on the device.
 
     A bare label tensor belongs to the one task in ``tasks``.
     """
@@ -47,16 +47,20 @@ def split(batch: object, device: torch.device, tasks: Sequence[str]) -> Packed:
                     f"labels must be a dict task -> tensor, found {type(labels).__name__}; tasks: {', '.join(tasks)}"
                 )
             labels = {tasks[0]: labels}
-        batch = Packed(inputs, labels, labels.get(SENSITIVE, {}))
+        features = None if REFERENCE in tasks else labels.get(REFERENCE)
+        batch = Packed(inputs, labels, labels.get(SENSITIVE, {}), lambda: to_device(features, device))
     groups = {name: ids.to(device, non_blocking=True) for name, ids in batch.groups.items()}
     labels = batch.labels
     if isinstance(labels, Columns) and labels.names == tuple(tasks):
-        return Packed(to_device(batch.x, device), Columns(labels.names, to_device(labels.matrix, device)), groups)
+        return Packed(
+            to_device(batch.x, device), Columns(labels.names, to_device(labels.matrix, device)), groups, batch.reference
+        )
     missing = [task for task in tasks if task not in labels]
     if missing:
-        found = [key for key in labels if key != SENSITIVE]
+        found = [key for key in labels if key not in (SENSITIVE, REFERENCE)]
         raise DataError(f"the loader's labels have no task {missing[0]!r}; {unknown('task', missing[0], found)}")
-    return Packed(to_device(batch.x, device), {task: to_device(labels[task], device) for task in tasks}, groups)
+    taken = {task: to_device(labels[task], device) for task in tasks}
+    return Packed(to_device(batch.x, device), taken, groups, batch.reference)
 
 
 def flat_labels(labels: Mapping[str, Tensor], tasks: Mapping[str, Task | None]) -> Mapping[str, Tensor]:

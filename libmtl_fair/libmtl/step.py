@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +21,14 @@ SAMPLES = {"MoDo": 3, "SDMGrad": 3}
 
 
 class Made(NamedTuple):
-    """What one batch gave: losses [T], outputs, labels, groups, and for fairness methods their matrices."""
+    """What one batch gave: losses [T], outputs, labels, groups, and for fairness methods their matrices and a reference."""
 
     losses: Tensor
     outputs: Mapping[str, Tensor]
     labels: Mapping[str, Tensor]
     groups: Mapping[str, Any]
     matrices: Matrices | None = None
+    reference: Callable[[], Any] = lambda: None
 
 
 def draw(trainer: TrainingState, loaders: Loaders) -> Iterator[object]:
@@ -85,18 +86,25 @@ def _rows(trainer: TrainingState, outputs: Mapping[str, Tensor]) -> int | Sequen
 def losses_of(trainer: TrainingState, part: Any) -> Made:
     """Return what one batch gives, or one batch a task."""
     if not trainer.multi_input:
-        inputs, labels, groups = batches.split(part, trainer.device, trainer.main_tasks)
-        return made_of(trainer, forward(trainer, inputs, None, groups), labels, groups)
+        inputs, labels, groups, reference = batches.split(part, trainer.device, trainer.main_tasks)
+        made = made_of(trainer, forward(trainer, inputs, None, groups), labels, groups)
+        return made._replace(reference=reference)
     outputs: dict[str, Tensor] = {}
     truth: dict[str, Tensor] = {}
-    by_task, inputs = {}, {}
+    by_task, inputs, references = {}, {}, {}
     for task in trainer.main_tasks:
-        inputs[task], labels, by_task[task] = batches.split(part[task], trainer.device, [task])
+        inputs[task], labels, by_task[task], references[task] = batches.split(part[task], trainer.device, [task])
         outputs.update(forward(trainer, inputs[task], task, by_task[task]))
         truth.update(labels)
     for name, auxiliary in trainer.auxiliary.items():  # on the examples of its main task
         outputs.update(forward(trainer, inputs[auxiliary.source], name, by_task[auxiliary.source]))
-    return made_of(trainer, outputs, truth, by_task)
+    made = made_of(trainer, outputs, truth, by_task)
+    return made._replace(reference=lambda: _of_every_task(references))
+
+
+def _of_every_task(references: Mapping[str, Callable[[], Tensor | None]]) -> dict[str, Tensor] | None:
+    found = {task: x for task, reference in references.items() if (x := reference()) is not None}
+    return found if len(found) == len(references) else None
 
 
 def made_of(
@@ -151,4 +159,5 @@ def fair_batch(
         step=trainer.global_step,
         standard_losses=trainer.own_losses and trainer.losses.standard,
         matrices=made.matrices,
+        reference=made.reference() if trainer.model.needs_reference else None,
     )

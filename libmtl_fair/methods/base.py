@@ -217,6 +217,7 @@ class FairWeighting(AbsWeighting):  # type: ignore[misc]
 
     settings_class: ClassVar[type[Settings]] = Settings
     needs_groups: ClassVar[bool] = False
+    needs_reference: bool = False
     source: ClassVar[str] = ""
     cost: ClassVar[str] = ""
     fair_batch: FairBatch | None = None
