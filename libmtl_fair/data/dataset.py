@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 import torch
@@ -86,6 +86,7 @@ class Dataset:
     groups : {attribute: names of its groups}, index = id.
     card : what the data are, as plain values ready for JSON.
     encoder : the fitted encoding, for new rows.
+    tell_tale : {attribute: source columns that show it}, inputs or not.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Dataset:
     feature_names: tuple[str, ...]
     card: Card
     encoder: FeatureEncoder
+    tell_tale: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def n_features(self) -> int:
@@ -137,6 +139,23 @@ class Dataset:
         """Return the inputs of new rows, float32 [N, F]."""
         return torch.from_numpy(self.encoder.encode(frame))
 
+    def unaware(self) -> Dataset:
+        """Return the data without the inputs that show a sensitive attribute, and without what is one-hot of them.
+
+        Raises
+        ------
+        DataError : no input is left.
+        """
+        shown = {column for columns in self.tell_tale.values() for column in columns}
+        encoder = self.encoder.without(shown)
+        kept = torch.tensor([name not in shown for name in self.encoder.sources])
+        if not kept.any():
+            raise DataError(
+                f"dataset {self.name!r}: every input shows a sensitive attribute ({', '.join(sorted(shown))})"
+            )
+        train, val, test = (replace(s, x=s.x[:, kept], feature_names=encoder.names) for s in self.splits().values())
+        return replace(self, train=train, val=val, test=test, feature_names=encoder.names, encoder=encoder)
+
     def card_markdown(self) -> str:
         """Return the data card as Markdown."""
         return card_markdown(self.card)
@@ -173,4 +192,5 @@ def build_dataset(spec: TableSpec, frame: pd.DataFrame, choice: Choice) -> Datas
         feature_names=encoder.names,
         card=dataset_card(table, len(frame), parts, encoder),
         encoder=encoder,
+        tell_tale={name: tuple(sorted(columns)) for name, columns in table.tell_tale.items()},
     )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from libmtl_fair.errors import DataError, unknown
 
 FeatureKind = Literal["numeric", "categorical"]
 Kinds = Mapping[str, FeatureKind]
+_T = TypeVar("_T")
 MISSING_CATEGORY = "(missing)"
 """Category of a row without a value, if the training part has such rows."""
 
@@ -60,6 +61,22 @@ class FeatureEncoder:
         for name, known, rare in zip(_of_kind(self.kinds, "categorical"), self.categories, self.rare):
             sources += [name] * (len(known) + bool(rare))
         return tuple(sources)
+
+    def without(self, columns: Collection[str]) -> FeatureEncoder:
+        """Return the encoding without some input columns."""
+        numeric, texts = (_of_kind(self.kinds, kind) for kind in get_args(FeatureKind))
+        kept = [i for i, name in enumerate(numeric) if name not in columns]
+
+        def rest(values: Sequence[_T], of: Sequence[str]) -> tuple[_T, ...]:
+            return tuple(value for value, name in zip(values, of) if name not in columns)
+
+        return FeatureEncoder(
+            kinds={name: kind for name, kind in self.kinds.items() if name not in columns},
+            **{name: rest(getattr(self, name), numeric) for name in ("fill", "centre", "scale")},
+            gaps=tuple(kept.index(i) for i in self.gaps if i in kept),
+            categories=rest(self.categories, texts),
+            rare=rest(self.rare, texts),
+        )
 
     def encode(self, frame: pd.DataFrame) -> NDArray[np.float32]:
         """Return the inputs of new rows, float32 [N, F]; columns or values that do not fit those of training are refused."""

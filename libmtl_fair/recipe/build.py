@@ -16,8 +16,10 @@ from libmtl_fair.libmtl.losses import task_dict
 from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS, architecture_names, resolve_weighting, weighting_names
 from libmtl_fair.libmtl.state import Results
 from libmtl_fair.libmtl.trainer import FairTrainer
+from libmtl_fair.methods.base import Declared
 from libmtl_fair.methods.heads.auxiliary import add_fairness_heads
 from libmtl_fair.models import MLP, linear_heads
+from libmtl_fair.recipe.post import POST_SETTINGS, check_post
 from libmtl_fair.recipe.schema import Recipe, check_names
 from libmtl_fair.recipe.sections import Model, Train
 from libmtl_fair.tasks import Task
@@ -28,15 +30,20 @@ _UTILITY = {"binary": "AUC", "multiclass": "Acc", "multilabel": "AUC", "regressi
 
 def check(recipe: Recipe) -> None:
     """Check every name and hyperparameter of a recipe before anything is loaded or trained."""
-    imported = {name: method.weighting for name, method in recipe.methods.items() if ":" in method.weighting}
+    trained = {name: method for name, method in recipe.methods.items() if method.post is None}
+    imported = {name: method.weighting for name, method in trained.items() if ":" in method.weighting}
     for name, weighting in imported.items():
         try:
             resolve_weighting(weighting)
         except HostError as error:
             raise recipe.error(("methods", name, "weighting"), str(error)) from error
-    ours = {name: cls.settings_class for name, cls in OUR_WEIGHTINGS.items()}
+    ours: dict[str, type[Declared]] = {name: cls.settings_class for name, cls in OUR_WEIGHTINGS.items()} | {
+        **POST_SETTINGS
+    }
     settings = {name: {*cls.model_fields, *cls.aliases} for name, cls in ours.items()}
-    check_names(recipe, {*weighting_names(), *imported.values()}, architecture_names(), dataset_names(), settings)
+    known = {*weighting_names(), *imported.values(), *POST_SETTINGS}
+    check_names(recipe, known, architecture_names(), dataset_names(), settings)
+    check_post(recipe)
     for name, method in recipe.methods.items():
         try:
             if method.weighting in ours:
@@ -69,6 +76,11 @@ def make_dataset(recipe: Recipe, seed: int) -> Dataset:
             **options,
         )
     return keep_labels(made, data.label_fraction, options["seed"]) if data.label_fraction < 1 else made
+
+
+def data_for(recipe: Recipe, method: str, data: Dataset) -> Dataset:
+    """Return the data as a method sees them: without the inputs that show a sensitive attribute where it is ``unaware``."""
+    return data.unaware() if recipe.methods[method].unaware else data
 
 
 def keep_labels(data: Dataset, fraction: float, seed: int) -> Dataset:

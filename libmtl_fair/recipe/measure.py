@@ -91,8 +91,8 @@ def measure(recipe: Recipe, method: str, seed: int, predictions: Mapping[str, Pr
     def each(of: Callable[[Predictions], object]) -> Row:
         return {part: of(p) for part, p in predictions.items()}
 
-    settings = recipe.methods[method].model_dump()
-    weighting = settings.pop("weighting")
+    settings, weighting = recipe.methods[method].model_dump(), recipe.methods[method].weighting
+    settings.pop("weighting", None)
     if weighting in OUR_WEIGHTINGS:
         settings_class = OUR_WEIGHTINGS[weighting].settings_class
         settings = settings_class.from_args(weighting, recipe.methods[method].args).model_dump() | settings
@@ -102,14 +102,16 @@ def measure(recipe: Recipe, method: str, seed: int, predictions: Mapping[str, Pr
         "weighting": weighting,
         "settings": settings,
         "utility": each(metrics.utility),
-        "audit": each(lambda p: [_audit(recipe.audit, p, *named) for named in protocol.deltas.items()]),
+        "audit": each(
+            lambda p: [_audit(recipe.audit, p, *named) for named in protocol.deltas.items() if not p.decided]
+        ),
         "groups": each(lambda p: _groups(recipe, p)),
     }
     if recipe.audit.shrinkage and protocol.deltas:
         content["native_error"] = each(metrics.native_error)
         if method == recipe.reference:
             content["shrinkage"] = each(lambda p: _shrinkage(p, protocol))
-    if protocol.deltas:
+    if protocol.deltas and all(p.embeddings is not None for p in predictions.values()):
         content["drift"] = each(_induced)
     return content
 
@@ -142,7 +144,8 @@ def _groups(recipe: Recipe, predictions: Predictions) -> list[Row]:
         group_names=predictions.group_names,
         **recipe.metrics.model_dump(),
     )
-    return _records(found.update(predictions.outputs, predictions.labels, predictions.groups).compute())
+    table = found.update(predictions.outputs, predictions.labels, predictions.groups).compute()
+    return _records(table[~((table["metric"] == "auc") & table["task"].isin(predictions.decided))])
 
 
 def _induced(predictions: Predictions) -> Row:

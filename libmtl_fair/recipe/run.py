@@ -22,8 +22,9 @@ from libmtl_fair.files import atomic_path, read_json, write_json, write_text
 from libmtl_fair.libmtl.loading import LINEAGE
 from libmtl_fair.libmtl.trainer import FairTrainer
 from libmtl_fair.predictions import Predictions
-from libmtl_fair.recipe.build import EVAL_BATCH, check, loaders, make_dataset, make_trainer, only
+from libmtl_fair.recipe.build import EVAL_BATCH, check, data_for, loaders, make_dataset, make_trainer, only
 from libmtl_fair.recipe.measure import Protocol, measure, pool_embeddings
+from libmtl_fair.recipe.post import PARTS, check_post_data, made_of, make_post
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.tasks import Task
 
@@ -60,8 +61,9 @@ class Run:
 
     @property
     def jobs(self) -> list[tuple[str, int]]:
-        """Every (method, seed), the reference's first seed first."""
-        return [(method, seed) for method in self.recipe.methods for seed in self.recipe.seeds]
+        """Every (method, seed), the reference's first seed first, and what is made of others after them."""
+        methods = sorted(self.recipe.methods, key=lambda name: self.recipe.methods[name].post is not None)
+        return [(method, seed) for method in methods for seed in self.recipe.seeds]
 
     def __call__(self) -> Path:
         """Run everything; return the folder."""
@@ -70,6 +72,7 @@ class Run:
         write_text(self.out / "recipe.yaml", self.recipe.to_yaml())
         write_json(self.out / "environment.json", environment(self.device))
         write_json(self.out / "data_card.json", self.data(self.recipe.seeds[0]).card)
+        check_post_data(self.recipe, self.data(self.recipe.seeds[0]))
         held = self.out / "audit_protocol.json"
         protocol = Protocol.from_dict(read_json(held)) if held.exists() else None
         for method, seed in self.jobs:
@@ -90,12 +93,19 @@ class Run:
 
     def _one(self, method: str, seed: int, folder: Path, protocol: Protocol | None) -> Protocol:
         self.note(f"{method}, seed {seed}")
-        data, recipe = self.data(seed), self.recipe
+        recipe = self.recipe
+        data = data_for(recipe, method, self.data(seed))
         tasks = data.tasks if protocol is None else protocol.freeze(data.tasks)
         started = time.perf_counter()
-        trained = self._train(method, seed, data, tasks, folder)
+        made: dict[str, Any] = {}
+        trained: dict[tuple[str, ...], FairTrainer] = {}
+        if recipe.methods[method].post is None:
+            trained = self._train(method, seed, data, tasks, folder)
+            predictions = {part: self._predict(trained, data, part) for part in PARTS}
+        else:
+            sources = {name: self._saved(name, seed) for name in made_of(recipe, method)}
+            predictions, made = make_post(recipe, method, seed, data, sources)
         spent = time.perf_counter() - started
-        predictions = {part: self._predict(trained, data, part) for part in ("val", "test")}
         if protocol is None:
             protocol = Protocol.choose(recipe, method, seed, predictions["val"])
             write_json(self.out / "audit_protocol.json", protocol.to_dict())
@@ -104,18 +114,22 @@ class Run:
         if recipe.output.predictions:
             for part, p in predictions.items():
                 dataclasses.replace(p, embeddings=None).save(folder / f"predictions_{part}.parquet")
-        if recipe.output.embeddings:
+        if recipe.output.embeddings and trained:
             with atomic_path(folder / "embeddings.npz") as temporary, open(temporary, "wb") as stream:
                 np.savez_compressed(stream, **pool_embeddings(recipe, predictions))
-        first, train = next(iter(trained.values())), recipe.train_for(method)
         content = measure(recipe, method, seed, predictions, protocol)
-        best, last = train.select == "best", "the last epoch (number of epochs set in the recipe)"
-        content["checkpoint"] = {
-            "epoch": first.best["epoch"] if best else first.epoch - 1,
-            "chosen_by": _CHOSEN_BY[train.select_by] if best else last,
-        }
-        content["timing"] = {"train_s": spent, "epochs": first.epoch}
-        _write_structure(first, folder)
+        content["timing"] = {"train_s": spent, "epochs": 0}
+        if made:
+            content |= {"post": made, "checkpoint": {"chosen_by": made["chosen_by"]}}
+        for first in list(trained.values())[:1]:
+            train = recipe.train_for(method)
+            best, last = train.select == "best", "the last epoch (number of epochs set in the recipe)"
+            content["checkpoint"] = {
+                "epoch": first.best["epoch"] if best else first.epoch - 1,
+                "chosen_by": _CHOSEN_BY[train.select_by] if best else last,
+            }
+            content["timing"]["epochs"] = first.epoch
+            _write_structure(first, folder)
         write_json(folder / "metrics.json", content)
         for trainer in trained.values():  # the last checkpoint also holds the chosen epoch: keep one
             assert trainer.run_dir is not None
@@ -140,6 +154,10 @@ class Run:
             trainer.train(sources["train"], None, settings.epochs, sources["val"])
             trained[names] = trainer
         return trained
+
+    def _saved(self, method: str, seed: int) -> dict[str, Predictions]:
+        folder = self.out / method / f"seed{seed}"
+        return {part: Predictions.load(folder / f"predictions_{part}.parquet") for part in PARTS}
 
     def _predict(self, trained: dict[tuple[str, ...], FairTrainer], data: Dataset, part: str) -> Predictions:
         found = []

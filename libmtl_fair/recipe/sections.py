@@ -271,14 +271,24 @@ class Heads(Section):
     sharpness: _Positive | None = None
 
 
+POST = "post: "
+"""What ``weighting`` begins with for a method that is made of others after training."""
+_OF_TRAINING = ("architecture", "arch_args", "heads", "train", "model", "single_task")
+
+
 class Method(Section):
     """One row of the comparison: a weighting, what it changes, and its own settings in ``args``.
 
     In YAML every key that is not a field here is a setting of the weighting: ``{weighting: ReLiF, target: 0.1}`` has
-    ``args == {"target": 0.1}``.
+    ``args == {"target": 0.1}``. In place of a weighting ``post`` names what is made, after training, of the predictions of
+    the methods ``of`` (None: the reference); see :mod:`libmtl_fair.recipe.post`. ``unaware`` leaves the inputs out that show a
+    sensitive attribute.
     """
 
     weighting: Text
+    post: Literal["thresholds", "offsets", "blend", "exponentiated_gradient"] | None = None
+    of: Names | None = None
+    unaware: bool = False
     architecture: Text | None = None
     arch_args: Settings | None = None
     heads: Heads | None = None
@@ -294,6 +304,8 @@ class Method(Section):
             return value
         own = {key: item for key, item in value.items() if key in cls.model_fields}
         rest = {key: item for key, item in value.items() if key not in cls.model_fields}
+        if own.get("post") is not None and "weighting" not in own:
+            own["weighting"] = f"{POST}{own['post']}"
         return {**own, "args": {**own.get("args", {}), **rest}} if rest else own
 
     @model_validator(mode="after")
@@ -303,9 +315,29 @@ class Method(Section):
             raise ValueError(f"expected settings of the weighting in 'args', found the recipe's own {reserved}")
         return self
 
+    @model_validator(mode="after")
+    def _trained_or_made(self) -> Method:
+        if self.post is None:
+            if self.of is not None or self.weighting.startswith(POST):
+                raise ValueError(
+                    "'of' names what a method is made of after training; it needs 'post' in place of 'weighting'"
+                )
+            return self
+        if self.weighting != f"{POST}{self.post}":
+            raise ValueError(
+                f"expected either 'weighting' or 'post', found both ({self.weighting!r} and {self.post!r})"
+            )
+        unfit = [name for name in _OF_TRAINING if name in self.model_fields_set]
+        if self.unaware and self.post != "exponentiated_gradient":
+            unfit.append("unaware")
+        if unfit:
+            raise ValueError(f"post: {self.post} trains no network, so it takes no {', '.join(map(repr, unfit))}")
+        return self
+
     @model_serializer
     def _flat(self) -> dict[str, object]:
-        kept = {name: value for name, value in self if name != "args" and value is not None and value is not False}
+        hidden = {"args", "weighting"} if self.post else {"args"}
+        kept = {name: value for name, value in self if name not in hidden and value is not None and value is not False}
         for name, value in kept.items():
             if isinstance(value, Section):  # what a method changes keeps only what was set; its heads are complete
                 kept[name] = value.model_dump(exclude_unset=isinstance(value, Train | Encoder))

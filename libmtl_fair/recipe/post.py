@@ -1,0 +1,263 @@
+"""Methods that are made of others after training: thresholds, offsets, blends, and fairlearn's reductions on the same splits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from scipy.special import logit
+
+from libmtl_fair.data import Dataset, Split
+from libmtl_fair.errors import DataError, unknown
+from libmtl_fair.methods.base import Declared, Names, setting
+from libmtl_fair.metrics import post_models
+from libmtl_fair.metrics.arrays import Array, Bools, Floats, as_floats
+from libmtl_fair.metrics.post_models import LIFTED, PostModel, binary_tasks, thresholds_in_use, with_outputs, worst_gap
+from libmtl_fair.metrics.post_processing import group_labels
+from libmtl_fair.predictions import Predictions
+from libmtl_fair.recipe.schema import Recipe
+from libmtl_fair.recipe.sections import POST
+from libmtl_fair.tasks import with_nan
+
+Row = dict[str, Any]
+Parts = Mapping[str, Predictions]
+PARTS = ("val", "test")
+_GAP = (
+    "disparity on validation: that of equalized_odds, equal_opportunity or demographic_parity, the worst binary task's"
+)
+_PARITIES = (
+    "true_positive_rate_parity",
+    "false_positive_rate_parity",
+    "true_negative_rate_parity",
+    "false_negative_rate_parity",
+)
+_MEASURED = {"selection_rate_parity": "demographic_parity", "true_positive_rate_parity": "equal_opportunity"}
+
+
+class PostSettings(Declared):
+    """Settings of every post-processing."""
+
+    aliases: ClassVar[Mapping[str, str]] = {"attributes": "attribute"}
+    n_of: ClassVar[int] = 1
+
+    attribute: Names | None = setting(None, "sensitive attribute; several are crossed; null is all, crossed")
+    constraint: str = setting("equalized_odds", _GAP, choices=tuple(LIFTED))
+
+
+class PathSettings(PostSettings):
+    """Settings of those that have a strength."""
+
+    strength: float | None = setting(
+        None,
+        "how much of it; null chooses on validation: the least that has the lowest disparity, or at most target",
+        gt=0,
+        le=1,
+    )
+    target: float | None = setting(
+        None, "disparity on validation that the least sufficient strength is taken for", ge=0, le=1
+    )
+
+    def check(self) -> None:
+        """Refuse both."""
+        if self.strength is not None and self.target is not None:
+            raise self.refused("target", "strength and target exclude each other; target chooses the strength")
+
+    def fit(self, val: Predictions, threshold: float | str, seed: int) -> PostModel:
+        """Return the model whose strength is chosen."""
+        return post_models.Blend()
+
+
+class OffsetsSettings(PathSettings):
+    """Lift-only logit offsets per group: :func:`libmtl_fair.metrics.fit_offsets`."""
+
+    def fit(self, val: Predictions, threshold: float | str, seed: int) -> PostModel:
+        """Return the fitted offsets."""
+        return post_models.fit_offsets(val, self.attribute, self.constraint, threshold=threshold)
+
+
+class ThresholdsSettings(PathSettings):
+    """Thresholds per group by fairlearn's ``ThresholdOptimizer``: :func:`libmtl_fair.metrics.fit_thresholds`."""
+
+    constraint: str = setting(
+        "equalized_odds",
+        "fairlearn's constraint",
+        choices=("equalized_odds", "demographic_parity", "selection_rate_parity", *_PARITIES),
+    )
+    objective: str = setting("accuracy_score", "what fairlearn maximises: accuracy_score or balanced_accuracy_score")
+    strength: float | None = setting(
+        None, "share of people who are so decided; null is 1, or chosen for target", gt=0, le=1
+    )
+
+    def fit(self, val: Predictions, threshold: float | str, seed: int) -> PostModel:
+        """Return the fitted thresholds."""
+        how: Row = {"objective": self.objective, "threshold": threshold, "seed": seed}
+        return post_models.fit_thresholds(val, self.attribute, self.constraint, **how)
+
+
+class BlendSettings(PathSettings):
+    """Outputs of two methods mixed, ``(1 - strength)`` of the first and ``strength`` of the second."""
+
+    n_of: ClassVar[int] = 2
+
+
+class ExponentiatedGradientSettings(PostSettings):
+    """fairlearn's ``ExponentiatedGradient`` for every binary task, on the recipe's encoded inputs; other tasks are those of ``of``."""
+
+    constraint: str = setting(
+        "equalized_odds",
+        "what is bounded",
+        choices=("equalized_odds", "demographic_parity", *_PARITIES[:2], "error_rate_parity"),
+    )
+    eps: float = setting(0.01, "the constraint's bound, and the tolerance of the search", gt=0, lt=1)
+    estimator: str = setting("logistic", "the classifier that is trained on weights", choices=("logistic", "boosting"))
+    max_iter: int = setting(50, "steps of the search", ge=1)
+
+
+POST_SETTINGS: Mapping[str, type[PostSettings]] = {
+    f"{POST}thresholds": ThresholdsSettings,
+    f"{POST}offsets": OffsetsSettings,
+    f"{POST}blend": BlendSettings,
+    f"{POST}exponentiated_gradient": ExponentiatedGradientSettings,
+}
+
+
+def made_of(recipe: Recipe, method: str) -> tuple[str, ...]:
+    """Return the methods that a post-processing is made of."""
+    return recipe.methods[method].of or (recipe.reference,)
+
+
+def check_post(recipe: Recipe) -> None:
+    """Check what post-processings are made of; RecipeError with file and line."""
+    for name, method in recipe.methods.items():
+        if method.post is None:
+            continue
+        if name == recipe.reference:
+            raise recipe.error(("methods", name, "post"), "the first method is the reference; it must be a trained one")
+        if not recipe.output.predictions:
+            why = f"method {name!r} is made of saved predictions: expected true, or no post-processing"
+            raise recipe.error(("output", "predictions"), why)
+        sources, wanted = made_of(recipe, name), POST_SETTINGS[method.weighting].n_of
+        where = ("methods", name, "of" if method.of else "post")
+        if len(sources) != wanted:
+            raise recipe.error(
+                where, f"post: {method.post} is made of {wanted} method{'s' * (wanted > 1)}, found {list(sources)}"
+            )
+        for source in sources:
+            if source not in recipe.methods or recipe.methods[source].post:
+                trained = [m for m, each in recipe.methods.items() if not each.post]
+                raise recipe.error(where, unknown("trained method", source, trained))
+
+
+def check_post_data(recipe: Recipe, data: Dataset) -> None:
+    """Check attributes and tasks of post-processings against the data; RecipeError with file and line."""
+    for name, method in recipe.methods.items():
+        if method.post is None:
+            continue
+        settings = POST_SETTINGS[method.weighting].from_args(method.weighting, method.args)
+        key = "attributes" if "attributes" in method.args else "attribute"
+        for attribute in settings.attribute or ():
+            if attribute not in data.groups:
+                raise recipe.error(("methods", name, key), unknown("sensitive attribute", attribute, data.groups))
+        if not any(task.kind == "binary" for task in data.tasks):
+            raise recipe.error(("methods", name, "post"), "decides binary tasks, and the recipe has none")
+
+
+def make_post(recipe: Recipe, method: str, seed: int, data: Dataset, sources: Mapping[str, Parts]) -> tuple[Row, Row]:
+    """Return the predictions of a post-processing by part, and how it was made; ``sources``: those it is made of, by part."""
+    spec = recipe.methods[method]
+    settings = POST_SETTINGS[spec.weighting].from_args(spec.weighting, spec.args)
+    held = {part: [parts[part] for parts in sources.values()] for part in PARTS}
+    try:
+        if isinstance(settings, ExponentiatedGradientSettings):
+            return _reduced(settings, seed, data, {part: each[0] for part, each in held.items()})
+        assert isinstance(settings, PathSettings)
+        return _on_path(recipe, settings, seed, held)
+    except DataError as error:
+        raise recipe.error(("methods", method), str(error)) from error
+
+
+def _on_path(
+    recipe: Recipe, settings: PathSettings, seed: int, held: Mapping[str, list[Predictions]]
+) -> tuple[Row, Row]:
+    threshold = recipe.metrics.threshold
+    about: Row = {}
+    model = settings.fit(held["val"][0], threshold, seed)
+    metric = _MEASURED.get(settings.constraint, settings.constraint)
+    strength, chosen = settings.strength, "set in the recipe"
+    if strength is None and isinstance(settings, ThresholdsSettings) and settings.target is None:
+        strength, chosen = 1.0, "full strength"
+    if strength is None:
+        rule: Row = {"metric": metric, "min_group_size": recipe.metrics.min_group_size}
+
+        def disparity(made: Predictions) -> float:
+            return worst_gap(made, settings.attribute, thresholds=thresholds_in_use(made, threshold), **rule)
+
+        points = post_models.path(lambda s: model.apply(*held["val"], strength=s), disparity)
+        strength = post_models.pick(points, settings.target).strength
+        wanted = "lowest" if settings.target is None else f"first of at most {settings.target:g}"
+        chosen = f"least strength with the {wanted} {metric} difference on validation"
+        about["path"] = [point._asdict() for point in points]
+    if isinstance(model, post_models.Offsets):
+        about["offsets"] = {task: dict(by_group) for task, by_group in model.offsets.items()}
+    made = {part: model.apply(*each, strength=strength) for part, each in held.items()}
+    return made, {"strength": strength, "chosen_by": f"strength {strength:g}: {chosen}", **about}
+
+
+def _reduced(settings: ExponentiatedGradientSettings, seed: int, data: Dataset, held: Parts) -> tuple[Row, Row]:
+    """Train a randomised classifier for each binary task; its score is the expected decision."""
+    outputs: dict[str, Row] = {part: {} for part in held}
+    about: Row = {"predictors": {}}
+    for task in binary_tasks(held["val"]):
+        model = reduction(settings, seed)
+        rows, y, groups = _rows(data.train, held["val"], task, settings.attribute)
+        x = data.train.x.numpy()[rows].astype(np.float64)
+        model.fit(x, y, sensitive_features=groups)
+        about["predictors"][task] = int((model.weights_ > 0).sum())
+        for part in held:
+            expected = expected_decisions(model, getattr(data, part).x.numpy().astype(np.float64))
+            outputs[part][task] = torch.as_tensor(logit(np.clip(expected, 1e-6, 1 - 1e-6)), dtype=torch.float64)
+    made = {part: with_outputs(p, outputs[part]) for part, p in held.items()}
+    return made, {"chosen_by": "fairlearn's ExponentiatedGradient on training data", **about}
+
+
+def reduction(settings: ExponentiatedGradientSettings, seed: int) -> Any:
+    """Return the unfitted ``ExponentiatedGradient``."""
+    from fairlearn import reductions
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.linear_model import LogisticRegression
+
+    names = {
+        "true_positive_rate_parity": "TruePositiveRateParity",
+        "false_positive_rate_parity": "FalsePositiveRateParity",
+    }
+    names |= {
+        "equalized_odds": "EqualizedOdds",
+        "demographic_parity": "DemographicParity",
+        "error_rate_parity": "ErrorRateParity",
+    }
+    moment = getattr(reductions, names[settings.constraint])(difference_bound=settings.eps)
+    base = {
+        "logistic": partial(LogisticRegression, max_iter=1000),
+        "boosting": partial(HistGradientBoostingClassifier, random_state=seed),
+    }
+    search = {"eps": settings.eps, "max_iter": settings.max_iter}
+    return reductions.ExponentiatedGradient(base[settings.estimator](), moment, **search)
+
+
+def expected_decisions(model: Any, x: Array) -> Floats:
+    """Return the mean decision of a fitted ``ExponentiatedGradient``, [N] in [0, 1]: its predictors', weighted."""
+    used = [(weight, predictor) for weight, predictor in zip(model.weights_, model.predictors_) if weight > 0]
+    return as_floats(sum(weight * predictor.predict(x) for weight, predictor in used))
+
+
+def _rows(train: Split, like: Predictions, task: str, attribute: Names | None) -> tuple[Array, Array, Array]:
+    """Return the training rows with a label and known groups: their places, labels 0/1, and groups' names."""
+    names = tuple(attribute or train.groups)
+    labels = as_floats(with_nan(like.task(task).flat(train.labels[task])))
+    known: Bools = np.logical_and.reduce([train.groups[name].numpy() >= 0 for name in names])
+    rows = np.flatnonzero(known & np.isfinite(labels))
+    ids = Predictions((), {}, {}, {}, {n: train.groups[n] for n in names}, train.group_names)
+    return rows, labels[rows].astype(int), group_labels(ids, names)[rows]
