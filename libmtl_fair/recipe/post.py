@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -214,7 +215,8 @@ def _reduced(settings: ExponentiatedGradientSettings, seed: int, data: Dataset, 
         model = reduction(settings, seed)
         rows, y, groups = _rows(data.train, held["val"], task, settings.attribute)
         x = data.train.x.numpy()[rows].astype(np.float64)
-        model.fit(x, y, sensitive_features=groups)
+        with warnings.catch_warnings(action="ignore"):  # fairlearn's own, of what pandas will change
+            model.fit(x, y, sensitive_features=groups)
         about["predictors"][task] = int((model.weights_ > 0).sum())
         for part in held:
             expected = expected_decisions(model, getattr(data, part).x.numpy().astype(np.float64))

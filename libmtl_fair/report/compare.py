@@ -107,13 +107,15 @@ def _drift(run: RunFolder) -> tuple[pd.DataFrame, str]:
     audits = run.frame("audit")
     deltas = dict(zip(audits["delta_name"], audits["delta"]))
     whole, audit = [], FixedDeltaAudit(0.0, exact=True)
+    trained = {item.method for item in run.runs if not item.metrics.get("post")}
     try:
         tasks = load_predictions(run.runs[0], run.split).tasks if deltas else ()
         for seed in run.seeds if deltas else ():
             items = [item for item in run.runs if item.seed == seed]
             own = {item.method: matrix for item in items if (matrix := item.thresholds(run.split)) is not None}
-            if len(own) == len(run.methods):
-                reports = {item.method: audit.run(common_scores(item, run.split, tasks).scores) for item in items}
+            if own.keys() >= trained:  # a method that is made of others has no representation of its own
+                scores = {i.method: common_scores(i, run.split, tasks).scores for i in items if i.method in own}
+                reports = {method: audit.run(each) for method, each in scores.items()}
                 whole.append((reports, own))
     except CheckpointError as error:
         return pd.DataFrame(), str(error)

@@ -16,7 +16,7 @@ from libmtl_fair.data import Dataset
 from libmtl_fair.errors import CheckpointError, RecipeError, unknown
 from libmtl_fair.recipe.build import check, make_dataset
 from libmtl_fair.recipe.schema import Recipe
-from libmtl_fair.recipe.sections import Train, Tune
+from libmtl_fair.recipe.sections import Method, Train, Tune
 from libmtl_fair.recipe.yaml_source import Source
 from libmtl_fair.tune.objectives import Constraint, Measure, parse_constraint, parse_measure
 from libmtl_fair.tune.space import Parameter, changed, current, label, make_space
@@ -92,7 +92,6 @@ class Plan:
         return plan
 
     def _check(self) -> None:
-        self.known()
         if self.tune.pruner is not None and (len(self.objectives) > 1 or self.objectives[0].fair):
             raise self.recipe.error(
                 ("tune", "pruner"),
@@ -100,8 +99,9 @@ class Plan:
                 "as a constraint, such as eo_difference <= 0.05",
             )
         for method in (self.recipe.reference, *self.space):
-            if self.recipe.methods[method].single_task:
-                raise self.recipe.error(("methods", method), "a single-task method is several models; tune one model")
+            if why := _untunable(self.recipe.methods[method]):
+                raise self.recipe.error(("methods", method), f"this is {why}")
+        self.known()
         for method, parameters in self.space.items():
             for end in (0, 1):
                 try:
@@ -174,8 +174,8 @@ class Plan:
         if isinstance(entry, str):
             if (spec := self.recipe.methods.get(entry)) is None:
                 raise RecipeError(unknown("method", entry, self.recipe.methods))
-            if spec.single_task:
-                raise RecipeError(f"{entry} is a single-task method, which is several models; tune one model")
+            if why := _untunable(spec):
+                raise RecipeError(f"{entry} is {why}")
             return _fixed(entry, entry)
         given = dict(entry)
         method = str(given.pop("method", next(iter(self.space))))
@@ -222,6 +222,13 @@ class Plan:
         if key not in self.data:
             self.data[key] = make_dataset(self.recipe, seed)
         return self.data[key]
+
+
+def _untunable(spec: Method) -> str:
+    """Return why a method cannot be tuned, or "" where it can."""
+    if spec.post is not None:
+        return f"made of finished models (post: {spec.post}): it has no training to tune, and chooses its strength on validation"
+    return "a single-task method, which is several models; tune one model" if spec.single_task else ""
 
 
 def _fixed(role: str, method: str, args: dict[str, Any] | None = None) -> Queued:

@@ -80,7 +80,8 @@ def make_space(recipe: Recipe) -> dict[str, tuple[Parameter, ...]]:
     """Return method -> its parameters; the methods are ``tune.methods``, else the first that is not the reference."""
     methods, asked = (recipe.tune.methods, recipe.tune.space) if recipe.tune else (None, None)
     if methods is None:
-        methods = tuple(name for name in recipe.methods if name != recipe.reference)[:1] or (recipe.reference,)
+        trained = (name for name, method in recipe.methods.items() if method.post is None and name != recipe.reference)
+        methods = tuple(trained)[:1] or (recipe.reference,)
     space = {}
     for method in methods:
         if method not in recipe.methods:

@@ -21,7 +21,7 @@ from libmtl_fair.errors import CheckpointError, FairMTLError
 from libmtl_fair.libmtl import FairTrainer
 from libmtl_fair.libmtl.state import Results
 from libmtl_fair.predictions import Predictions
-from libmtl_fair.recipe.build import loaders, make_trainer
+from libmtl_fair.recipe.build import data_for, loaders, make_trainer
 from libmtl_fair.recipe.measure import Protocol
 from libmtl_fair.tasks import Regression, Task
 from libmtl_fair.tune.artifacts import Keeper
@@ -100,7 +100,7 @@ def measure(plan: Plan, predictions: Predictions, protocol: Protocol, found: dic
 def _train(
     plan: Plan, candidate: Candidate, seed: int, tasks: tuple[Task, ...], device: str, trial: optuna.Trial | None = None
 ) -> tuple[FairTrainer, dict[str, ResidentLoader]]:
-    data = dataclasses.replace(plan.dataset(seed), tasks=tasks)
+    data = dataclasses.replace(data_for(candidate.recipe, candidate.method, plan.dataset(seed)), tasks=tasks)
     trainer = make_trainer(candidate.recipe, candidate.method, data, tasks, seed, device=resolve_device(device))
     judge, epochs = trainer.select_by, itertools.count()
     if trial is not None and judge is not None and plan.tune.pruner is not None:

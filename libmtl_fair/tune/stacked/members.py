@@ -44,6 +44,7 @@ def obstacle(recipe: Recipe, method: str, tasks: Sequence[Task]) -> str | None:
         (heads is None or heads.target in (None, "main") or heads.heads == "per_task", "shared heads of their own"),
         (train.optimizer.optim == "adam", f"optimiser {train.optimizer.optim}"),
         (not train.rep_grad, "rep_grad"),
+        (not spec.unaware, "unaware, inputs of its own"),
         (not recipe.data.resplit, "resplit, another split of the data for each seed"),
         (all(task.kind == "binary" for task in tasks), "tasks that are not binary"),
     )
