@@ -148,13 +148,19 @@ class Dataset:
         """
         shown = {column for columns in self.tell_tale.values() for column in columns}
         encoder = self.encoder.without(shown)
-        kept = torch.tensor([name not in shown for name in self.encoder.sources])
-        if not kept.any():
+        kept = [i for i, name in enumerate(self.encoder.sources) if name not in shown]
+        if not kept:
             raise DataError(
                 f"dataset {self.name!r}: every input shows a sensitive attribute ({', '.join(sorted(shown))})"
             )
-        train, val, test = (replace(s, x=s.x[:, kept], feature_names=encoder.names) for s in self.splits().values())
-        return replace(self, train=train, val=val, test=test, feature_names=encoder.names, encoder=encoder)
+        reference = self.train.reference  # its columns are among those that stay
+        if reference is not None:
+            reference = replace(reference, columns=tuple(kept.index(i) for i in reference.columns))
+        names = encoder.names
+        train, val, test = (
+            replace(s, x=s.x[:, kept], feature_names=names, reference=reference) for s in self.splits().values()
+        )
+        return replace(self, train=train, val=val, test=test, feature_names=names, encoder=encoder)
 
     def card_markdown(self) -> str:
         """Return the data card as Markdown."""

@@ -197,7 +197,9 @@ def test_an_unaware_model_does_not_see_the_sensitive_columns(finished, tmp_path)
 
 
 def test_data_without_sensitive_inputs_are_those_loaded_without_them():
-    whole = make_dataset(recipe(), 0).unaware()
+    aware = make_dataset(recipe(), 0)
+    whole = aware.unaware()
+    assert torch.equal(whole.val.reference.features(whole.val.x), aware.val.reference.features(aware.val.x))
     loaded = make_dataset(recipe(data={**DATA, "sensitive_inputs": False}), 0)
     assert whole.feature_names == loaded.feature_names == whole.train.feature_names
     for part in ("train", "val", "test"):
