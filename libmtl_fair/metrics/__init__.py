@@ -19,6 +19,7 @@ from libmtl_fair.metrics.consistency import (
     consistency_score,
     consistency_scorer,
 )
+from libmtl_fair.metrics.decisions import base_rate_thresholds, thresholds_in_use
 from libmtl_fair.metrics.drift import drift, induced_thresholds, robust_pairs
 from libmtl_fair.metrics.fairlearn_bridge import FairlearnInputs, metric_frame, to_fairlearn
 from libmtl_fair.metrics.group_metrics import GroupMetrics
@@ -59,6 +60,7 @@ __all__ = [
     "PostProcessed",
     "Thresholds",
     "auc_score",
+    "base_rate_thresholds",
     "below_curve",
     "changes",
     "conformal_delta",
@@ -99,6 +101,7 @@ __all__ = [
     "shrinkage_curve",
     "smallest_gap",
     "task_utility",
+    "thresholds_in_use",
     "to_fairlearn",
     "utility",
     "violation",

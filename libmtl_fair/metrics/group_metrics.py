@@ -17,7 +17,7 @@ from libmtl_fair.metrics.group_table import RESERVED, GroupTable, Options, add_t
 from libmtl_fair.metrics.rates import check_option
 from libmtl_fair.tasks import Task
 
-Threshold = float | str
+Threshold = float | str | list[float]
 _JOIN = " & "
 _UNKNOWN = "unknown"
 
@@ -29,11 +29,14 @@ class GroupMetrics:
     ----------
     tasks : the tasks (:mod:`libmtl_fair.tasks`).
     n_groups : attribute -> number of groups G; ids are 0..G-1, -1 unknown.
-    threshold : a probability above it is a positive decision. One number, or task -> number, or ``"base_rate"``: the
-        threshold that selects as many examples as are positive. Multiclass tasks decide for the likeliest class.
+    threshold : a probability above it is a positive decision. One number, or task -> number (multilabel: or one a label), such
+        as :func:`base_rate_thresholds` of validation predictions gives; or ``"base_rate"``: that of the *audited* examples, which
+        uses their labels. Multiclass tasks decide for the likeliest class.
     empty : a rate without denominator is ``"missing"`` (NaN, and out of the gaps), or 0 as in ``"fairlearn"``.
     missing : rows of unknown group: ``"drop"`` (counted), ``"group"`` (a group named unknown), or ``"error"``.
     min_group_size : smaller groups, and gaps that rest on one, are flagged ``"small"``.
+    min_class : rates that rest on fewer positives (TPR), negatives (FPR) or selected, AUC on fewer of either, and gaps that rest on
+        such a rate are flagged ``"few"``.
     group_names : attribute -> names in the order of ids; the ids themselves where not given.
     intersections : attributes to cross, ``[("sex", "race")]``, or True for all; shown as ``"sex & race"``.
     method : gaps ``"between_groups"`` or ``"to_overall"``; agg : equalised odds, ``"worst_case"`` or ``"mean"``.
@@ -53,11 +56,12 @@ class GroupMetrics:
         self,
         tasks: Sequence[Task],
         n_groups: Mapping[str, int],
-        threshold: Threshold | Mapping[str, Threshold] = 0.5,
+        threshold: float | str | Mapping[str, Threshold] = 0.5,
         empty: str = "missing",
         missing: str = "drop",
         *,
         min_group_size: int = 30,
+        min_class: int = 10,
         group_names: Mapping[str, Sequence[str]] | None = None,
         intersections: bool | Iterable[Sequence[str]] | None = None,
         method: str = "between_groups",
@@ -78,14 +82,14 @@ class GroupMetrics:
             raise RecipeError(f"GroupMetrics: confidence must lie in (0, 1) or be None, found {confidence!r}")
         if not n_groups:
             raise RecipeError("GroupMetrics needs at least one sensitive attribute, for example n_groups={'sex': 2}")
-        self.options = Options(empty, method, agg, confidence, n_bootstrap, min_group_size)
+        self.options = Options(empty, method, agg, confidence, n_bootstrap, min_group_size, min_class)
         self.declared, self.missing, self.seed = dict(n_groups), missing, seed
         self.names = {a: self._names(a, size, (group_names or {}).get(a)) for a, size in n_groups.items()}
         self.crossed = self._crossings(intersections)
         for name, parts in self.crossed.items():
             self.names[name] = [_JOIN.join(names) for names in product(*(self.names[p] for p in parts))]
         self.sizes = {a: len(names) for a, names in self.names.items()}
-        self._states = {t.name: TaskState(t, _threshold(threshold, t.name), auc) for t in tasks}
+        self._states = {t.name: TaskState(t, _threshold(threshold, t), auc) for t in tasks}
         self.reset()
 
     def reset(self) -> GroupMetrics:
@@ -138,8 +142,8 @@ class GroupMetrics:
         """Return the long table: task, attribute, metric, group, value, n, low, high, flag.
 
         ``group`` is a group's name, ``overall``, ``difference`` or ``ratio``. ``flag`` is ``small`` (a group under
-        ``min_group_size``), ``undefined`` (no denominator, nothing seen), ``single`` (a gap of one group), ``dropped``
-        (count of unknown rows left out), or empty.
+        ``min_group_size``), ``few`` (under ``min_class`` people behind the rate), ``undefined`` (no denominator, nothing seen), ``single``
+        (a gap of one group), ``dropped`` (count of unknown rows left out), or empty.
         """
         self._check()
         tables = []
@@ -219,10 +223,14 @@ def _count(into: dict[str, Tensor], attribute: str, flags: Tensor) -> None:
     into[attribute] = into[attribute] + count.to(into[attribute].device) if attribute in into else count
 
 
-def _threshold(given: Threshold | Mapping[str, Threshold], task: str) -> Threshold:
-    value = given.get(task, 0.5) if isinstance(given, Mapping) else given
+def _threshold(given: float | str | Mapping[str, Threshold], task: Task) -> Threshold:
+    value = given.get(task.name, 0.5) if isinstance(given, Mapping) else given
     if value == "base_rate":
-        return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise RecipeError(f"threshold of task {task!r} must be a number or 'base_rate', found {value!r}")
-    return float(value)
+        return "base_rate"
+    numbers = value if isinstance(value, list) and task.kind == "multilabel" else [value]
+    if any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in numbers) or len(numbers) not in (
+        1,
+        task.out_features,
+    ):
+        raise RecipeError(f"threshold of task {task.name!r} must be a number or 'base_rate', found {value!r}")
+    return [float(v) for v in value] if isinstance(value, list) else float(value)

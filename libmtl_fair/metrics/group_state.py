@@ -32,7 +32,7 @@ class TaskState:
     unknown ones have a slot; unobserved labels fall into a last, ignored slot.
     """
 
-    def __init__(self, task: Task, threshold: float | str, auc: bool) -> None:
+    def __init__(self, task: Task, threshold: float | str | list[float], auc: bool) -> None:
         """Decide what has to be kept."""
         self.task, self.auc = task, auc
         self.threshold = 0.5 if isinstance(threshold, str) else threshold
@@ -62,7 +62,8 @@ class TaskState:
             self._bad.append(((broken if broken.dim() == observed.dim() else broken.any(-1)) & observed).sum())
         rows = Rows(values, labels, observed, dict(ids), weight)
         if self.counted:
-            self._add({a: self._count(rows, a, self.threshold) for a in ids})
+            bar = torch.tensor(self.threshold).to(values) if isinstance(self.threshold, list) else self.threshold
+            self._add({a: self._count(rows, a, bar) for a in ids})
         if self.stored:
             self._batches.append(rows._replace(ids={a: given.to(torch.int32) for a, given in ids.items()}))
 
@@ -99,7 +100,7 @@ class TaskState:
         """Return counts, weights and squared weights [3, G + 1, cells]; slot 0 holds rows of unknown group."""
         table = self._tables.get(attribute)
         if self.late and kept is not None and len(kept.values):
-            table = self._count(kept._replace(values=kept.values.double()), attribute, _base_rates(kept))
+            table = self._count(kept._replace(values=kept.values.double()), attribute, base_rates(kept))
         if table is None:
             return np.zeros((3, self.sizes[attribute] + 1, self.cells))
         return np.asarray(table[:, :-1].cpu().numpy().reshape(3, -1, self.cells))
@@ -149,7 +150,7 @@ def _cells(kind: str, rows: Rows, threshold: float | Tensor, dtype: torch.dtype)
     return cell.add_(4 * torch.arange(cell.shape[1], device=cell.device, dtype=dtype)) if kind == "multilabel" else cell
 
 
-def _base_rates(rows: Rows) -> Tensor:
+def base_rates(rows: Rows) -> Tensor:
     """Return the threshold of each column that selects as many rows as are positive (fewer, where values tie there)."""
     truth = (rows.labels > 0.5).double().masked_fill(~rows.observed, torch.nan).reshape(len(rows.labels), -1)
     found = F.base_rate_threshold(rows.values.double().reshape(truth.shape), truth)

@@ -5,26 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
 
-from libmtl_fair.metrics.arrays import Array, Floats, Ints
+from libmtl_fair.metrics.arrays import Array, Bools, Floats, Ints
 from libmtl_fair.metrics.group_state import Rows, TaskState
 from libmtl_fair.metrics.intervals import Gap, GroupNoise, effective_sizes, gap_interval, rate_noise, wilson
-from libmtl_fair.metrics.rates import ALIASES, FPR, RATES, TPR, combine, gaps, table_rates
+from libmtl_fair.metrics.rates import ALIASES, DENOMINATOR, FPR, RATES, TPR, combine, gaps, table_rates
 from libmtl_fair.metrics.scores import REGRESSION, binned_shares, group_auc, group_regression, ks_distance
 from libmtl_fair.tasks import Regression
 
 RESERVED = ("difference", "ratio", "overall")
 """What the column ``group`` holds besides groups; no group may be named so."""
 
-_FLAGS = np.array(["", "small", "single", "dropped", "undefined"], dtype=object)
+_FLAGS = np.array(["", "small", "single", "dropped", "undefined", "few"], dtype=object)
+_FEW = 5
 _N = len(RATES)
 _SELECTION, _ACCURACY = RATES.index("selection_rate"), RATES.index("accuracy")
 _UNIT = (0.0, 1.0)
 _BOUNDS = {"mae": (0.0, np.inf), "rmse": (0.0, np.inf), "r2": (-np.inf, 1.0), "ccc": (-1.0, 1.0)}
 _BINS = 32
+
+Bounds: TypeAlias = tuple[float, float]
+Ends: TypeAlias = Sequence[Array | float]
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,20 @@ class Options:
     confidence: float | None = 0.95
     n_bootstrap: int = 1000
     min_group_size: int = 30
+    min_class: int = 10
 
     @property
     def level(self) -> float | None:
         """Level of the gaps' intervals; None where none are wanted."""
         return self.confidence if self.n_bootstrap > 0 else None
+
+
+class Rates(NamedTuple):
+    """All rates of L labels as L * 8 problems: their noise, their differences and ratios, and which rest on few people, [L * 8, G]."""
+
+    noise: GroupNoise
+    gaps: tuple[Floats, Floats]
+    few: Bools
 
 
 class GroupTable:
@@ -62,31 +76,44 @@ class GroupTable:
         values: Array,
         n: Array | float,
         flags: Array | int,
-        ends: Sequence[Array | float] = (np.nan, np.nan),
+        ends: Ends = (np.nan, np.nan),
     ) -> None:
         """Add rows with the ``ends`` of their intervals; ``flags`` are places in the list of flags, before undefined values."""
         many = len(metrics)
         numbers = (v if isinstance(v, np.ndarray) and v.ndim else np.full(many, v) for v in (values, n, *ends, flags))
         self.blocks.append((metrics, groups, *numbers))
 
-    def values(self, metrics: Sequence[str], values: Floats, ends: Sequence[Array | float] = (np.nan, np.nan)) -> None:
-        """Add a row per metric and group, ``values`` [M, G + 1] with their intervals: the last is that of all known groups."""
+    def values(
+        self,
+        metrics: Sequence[str],
+        values: Floats,
+        ends: Ends = (np.nan, np.nan),
+        few: Bools | bool = False,
+    ) -> None:
+        """Add a row per metric and group, ``values`` [M, G + 1] with their intervals: the last is that of all known groups.
+
+        ``few`` [M, G + 1] are those that rest on few people.
+        """
         groups, many = [*self.names, "overall"], len(metrics)
-        n, flags = np.append(self.counts, self.counts.sum()), np.append(self.small, False)
+        n, small = np.append(self.counts, self.counts.sum()), np.append(self.small, False)
+        flags = np.broadcast_to(np.where(small, 1, np.where(few, _FEW, 0)), (many, len(groups)))
         shown = [metric for metric in metrics for _ in groups]
         flat = [end.ravel() if isinstance(end, np.ndarray) else end for end in ends]
-        self.add(shown, groups * many, values.ravel(), np.tile(n, many), np.tile(flags, many), flat)
+        self.add(shown, groups * many, values.ravel(), np.tile(n, many), flags.ravel(), flat)
 
-    def normal(self, metric: str, values: Floats, errors: Floats, counts: Array, bounds: tuple[float, float]) -> None:
+    def normal(
+        self, metric: str, values: Floats, errors: Floats, counts: Array, bounds: Bounds, few: Bools | bool = False
+    ) -> None:
         """Add values [G + 1] whose standard errors are normal, and their gaps; ``counts`` [G] weigh the groups."""
-        confidence = self.options.confidence
+        confidence, rests = self.options.confidence, np.broadcast_to(few, values.shape)
         z = np.nan if confidence is None else NormalDist().inv_cdf((1 + confidence) / 2)
-        self.values([metric], values, [np.clip(values + side * errors, *bounds) for side in (-z, z)])
+        self.values([metric], values, [np.clip(values + side * errors, *bounds) for side in (-z, z)], rests)
         shares = np.where(np.isnan(values[:-1]), 0.0, counts)
         shares = shares / max(shares.sum(), 1)
         known = np.where(np.isnan(errors[:-1]), 0.0, errors[:-1])
         value, share, error = (part[None, None] for part in (values[:-1], shares, known))
-        self.gaps([metric], GroupNoise(value, self.noise(1), values[None, -1:], share, error=error, bounds=bounds))
+        data = GroupNoise(value, self.noise(1), values[None, -1:], share, error=error, bounds=bounds)
+        self.gaps([metric], data, rests[None, :-1])
 
     def noise(self, components: int) -> Floats:
         """Return standard normal noise [1, K, G, R], common to all problems."""
@@ -94,7 +121,7 @@ class GroupTable:
         drawn = self.rng.standard_normal((1, components, len(self.names), replicates), dtype=np.float32)
         return np.asarray(drawn)
 
-    def gaps(self, names: Sequence[str], data: GroupNoise) -> tuple[Floats, Floats]:
+    def gaps(self, names: Sequence[str], data: GroupNoise, few: Bools) -> tuple[Floats, Floats]:
         """Add difference and ratio of each problem of ``data`` (one component each), also under its names of fairness; return them."""
         shown = []
         for p, name in enumerate(names):
@@ -106,17 +133,17 @@ class GroupTable:
         found = gaps(data.values[:, 0], data.centre[:, 0] if to_overall else None)
         for k, kind in enumerate(RESERVED[:2]):
             ends = [end[at] for end in self._interval(data, Gap(k == 1, to_overall))]
-            self.gap_rows([name for _, name in shown], kind, found[k][at], used, ends)
+            self.gap_rows([name for _, name in shown], kind, found[k][at], used, ends, few[at])
         return found
 
-    def joined(
-        self, name: str, data: GroupNoise, found: tuple[Floats, Floats], components: Array, agg: str, inner: int = 1
-    ) -> None:
-        """Add difference and ratio of several components, ``found`` their own, as one: the worst or the mean of those that a group has.
+    def joined(self, name: str, rates: Rates, components: Array, agg: str, inner: int = 1) -> None:
+        """Add difference and ratio of several components of ``rates`` as one: the worst or the mean of those that a group has.
 
         With ``inner`` > 1 and ``agg="mean"``: the mean of the worst of each ``inner`` neighbours.
         """
+        data, found = rates.noise, rates.gaps
         seen = ~np.isnan(data.values[components, 0])
+        few = (rates.few[components] & seen).any(0)[None]
         # An absent component is replaced by a neighbour of its ``inner`` block, or the block drops.
         blocks, present = components.reshape(-1, inner), seen.any(-1).reshape(-1, inner)
         first = np.take_along_axis(blocks, present.argmax(1)[:, None], 1)
@@ -128,7 +155,7 @@ class GroupTable:
                 parts = combine(parts.reshape(-1, inner), "worst_case", worst)
             gap = Gap(k == 1, self.options.method == "to_overall", agg == "mean", inner)
             ends = (np.nan, np.nan) if many is None else self._interval(many, gap)
-            self.gap_rows([name], kind, combine(parts, agg, worst), seen.any(0)[None], ends)
+            self.gap_rows([name], kind, combine(parts, agg, worst), seen.any(0)[None], ends, few)
 
     def _interval(self, data: GroupNoise, gap: Gap) -> tuple[Floats, Floats]:
         if self.options.level is None:
@@ -136,9 +163,12 @@ class GroupTable:
             return missing, missing
         return gap_interval(data, gap, self.options.level)
 
-    def gap_rows(self, names: list[str], kind: str, values: Floats, used: Array, ends: Sequence[Array | float]) -> None:
-        """Add differences or ratios; ``used`` [M, G] are the groups that they were taken from."""
-        flags = np.where(used.sum(-1) < 2, 2, (used & self.small).any(-1))
+    def gap_rows(
+        self, names: list[str], kind: str, values: Floats, used: Array, ends: Ends, few: Bools | bool = False
+    ) -> None:
+        """Add differences or ratios; ``used`` [M, G] are the groups that they were taken from, ``few`` those of few people."""
+        rests = (used & few).any(-1)
+        flags = np.where(used.sum(-1) < 2, 2, np.where((used & self.small).any(-1), 1, np.where(rests, _FEW, 0)))
         self.add(names, [kind] * len(names), values, self.counts.sum(), flags, ends)
 
 
@@ -189,21 +219,21 @@ def one_vs_rest(square: Floats) -> Floats:
     return cells.swapaxes(1, 2)
 
 
-def _add_rates(
-    table: GroupTable, cells: Floats, suffixes: Sequence[str], keep: Sequence[int] = range(_N)
-) -> tuple[GroupNoise, tuple[Floats, Floats]]:
-    """Add rates and their gaps of each label, ``cells`` [3, L, G, 4]; return the rates' noise and gaps."""
+def _add_rates(table: GroupTable, cells: Floats, suffixes: Sequence[str], keep: Sequence[int] = range(_N)) -> Rates:
+    """Add rates and their gaps of each label, ``cells`` [3, L, G, 4]; return what joins them."""
     every = np.concatenate([cells, cells.sum(2, keepdims=True)], axis=2)
     rates = table_rates(every[1], every[0].sum(-1), table.options.empty)
     names = [f"{RATES[i]}{suffix}" for suffix in suffixes for i in keep]
     level = table.options.confidence
     found = () if level is None else wilson(rates, effective_sizes(every), level)
     shown, *ends = (part[..., list(keep)].swapaxes(1, 2) for part in (rates, *found))
-    table.values(names, shown, ends or (np.nan, np.nan))
+    sparse = (every[0] @ DENOMINATOR.T < table.options.min_class) & (DENOMINATOR.sum(1) < 4)
+    few = sparse[..., list(keep)].swapaxes(1, 2).reshape(len(names), -1)
+    table.values(names, shown, ends or (np.nan, np.nan), few)
     data = rate_noise(cells, rates[:, :-1], rates[:, -1], table.noise(1))
     if len(keep) < _N:
         data = data.joined(np.array(keep), data.noise)
-    return data, table.gaps(names, data)
+    return Rates(data, table.gaps(names, data, few[:, :-1]), few[:, :-1])
 
 
 def _add_labels(table: GroupTable, cells: Floats, suffixes: Sequence[str]) -> None:
@@ -211,21 +241,21 @@ def _add_labels(table: GroupTable, cells: Floats, suffixes: Sequence[str]) -> No
 
     ``equalized_odds`` is that of the worst class (``agg="mean"``: the mean); ``_mean_over_classes`` the mean (ours).
     """
-    data, found = _add_rates(table, cells, suffixes)
+    rates = _add_rates(table, cells, suffixes)
     agg = table.options.agg
     first = np.arange(len(suffixes)) * _N
     odds = (first[:, None] + [TPR, FPR]).ravel()
     for suffix, pair in zip(suffixes, odds.reshape(-1, 2)):
-        table.joined(f"equalized_odds{suffix}", data, found, pair, agg)
+        table.joined(f"equalized_odds{suffix}", rates, pair, agg)
     if list(suffixes) == [""]:
-        table.joined("equalized_odds_mean", data, found, odds, "mean")
+        table.joined("equalized_odds_mean", rates, odds, "mean")
         return
     for name, index in (("demographic_parity", _SELECTION), ("equal_opportunity", TPR)):
-        table.joined(name, data, found, first + index, "worst_case")
-        table.joined(f"{name}_mean_over_classes", data, found, first + index, "mean")
-    table.joined("equalized_odds", data, found, odds, agg)
+        table.joined(name, rates, first + index, "worst_case")
+        table.joined(f"{name}_mean_over_classes", rates, first + index, "mean")
+    table.joined("equalized_odds", rates, odds, agg)
     inner = 2 if agg == "worst_case" else 1
-    table.joined("equalized_odds_mean_over_classes", data, found, odds, "mean", inner)
+    table.joined("equalized_odds_mean_over_classes", rates, odds, "mean", inner)
 
 
 def _add_auc(table: GroupTable, kept: Rows, ids: Ints, suffixes: Sequence[str]) -> None:
@@ -241,12 +271,14 @@ def _add_auc(table: GroupTable, kept: Rows, ids: Ints, suffixes: Sequence[str]) 
         errors = table.options.level is not None
         groups = ((ids[rows], len(table.names)), (np.zeros(len(rows), dtype=np.int64), 1))
         every = [group_auc(*columns, *each, errors=errors, sample_weight=weights) for each in groups]
-        value, error = (np.concatenate([getattr(part, name) for part in every]) for name in ("value", "error"))
-        parts.append((value, error))
-        table.normal(f"auc{suffix}", value, error, table.counts, _UNIT)
+        fields = ("value", "error", "positives", "negatives")
+        value, error, *sizes = (np.concatenate([getattr(part, name) for part in every]) for name in fields)
+        few: Bools = np.asarray(np.minimum(*sizes) < table.options.min_class)
+        parts.append((value, error, few))
+        table.normal(f"auc{suffix}", value, error, table.counts, _UNIT, few)
     if list(suffixes) != [""]:
-        value, error = _mean(*np.stack(parts, axis=1))
-        table.normal("auc", value, error, table.counts, _UNIT)
+        values, all_errors, sparse = (np.stack(part) for part in zip(*parts))
+        table.normal("auc", *_mean(values, all_errors), table.counts, _UNIT, np.asarray(sparse.any(0)))
 
 
 def _mean(values: Floats, errors: Floats) -> tuple[Floats, Floats]:

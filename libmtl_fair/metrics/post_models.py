@@ -16,8 +16,8 @@ import torch
 from scipy.special import expit, logit
 from torch import Tensor
 
-from libmtl_fair import functional as F
 from libmtl_fair.errors import DataError, RecipeError, unknown
+from libmtl_fair.metrics import decisions
 from libmtl_fair.metrics.arrays import Array, Bools, Floats, as_floats, as_numpy
 from libmtl_fair.metrics.fairlearn_bridge import attributes_of
 from libmtl_fair.metrics.post_processing import PostProcessed, group_labels, post_process
@@ -248,15 +248,8 @@ def worst_gap(
 
 def thresholds_in_use(predictions: Predictions, threshold: float | str) -> dict[str, float]:
     """Return task -> threshold of every binary task; ``"base_rate"`` takes it from these predictions."""
-    found = {}
-    for task in binary_tasks(predictions):
-        z, y = _labelled(predictions, task)
-        if threshold == "base_rate":
-            cut = F.base_rate_threshold(torch.as_tensor(expit(z))[:, None], torch.as_tensor(y)[:, None])
-            found[task] = float(np.clip(cut.item(), 1e-6, 1 - 1e-6))
-        else:
-            found[task] = float(threshold)
-    return found
+    found = decisions.thresholds_in_use(predictions, threshold)
+    return {task: float(np.clip(found[task], 1e-6, 1 - 1e-6)) for task in binary_tasks(predictions)}
 
 
 def with_outputs(predictions: Predictions, outputs: Mapping[str, Tensor]) -> Predictions:

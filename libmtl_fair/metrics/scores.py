@@ -11,6 +11,7 @@ import torch
 from libmtl_fair import functional as F
 from libmtl_fair.errors import DataError
 from libmtl_fair.metrics.arrays import Floats, Ints, Values, as_floats, as_numpy, divide
+from libmtl_fair.metrics.decisions import Held, thresholds_in_use
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.tasks import Regression, Task
 
@@ -40,14 +41,21 @@ def task_utility(task: Task, output: Values, labels: Values) -> dict[str, float]
     return F.task_scores(task.kind, task.probabilities(torch.as_tensor(output)), torch.as_tensor(labels), native=native)
 
 
-def utility(predictions: Predictions) -> dict[str, dict[str, float]]:
+def utility(predictions: Predictions, threshold: float | str | Held = 0.5) -> dict[str, dict[str, float]]:
     """Return task -> metric -> value, and under ``macro`` the means of auc, accuracy and brier over classification tasks.
 
     A mean leaves out tasks that do not define the metric. With regression tasks, ``macro`` has their mean r2 too. Where decisions
-    alone are meant (``Predictions.decided``) auc, brier and log_loss are NaN, and ``macro`` has no auc and brier.
+    alone are meant (``Predictions.decided``) auc, brier and log_loss are NaN, and ``macro`` has no auc and brier. Accuracy and F1
+    are of the decisions at ``threshold`` (:func:`libmtl_fair.metrics.decisions.thresholds_in_use`).
     """
     given = [(t, predictions.outputs[t.name], predictions.labels[t.name]) for t in predictions.tasks]
     found = {task.name: task_utility(task, *each) for task, *each in given}
+    for name, bar in thresholds_in_use(predictions, threshold).items():
+        decides, labels = predictions.task(name), predictions.labels[name]
+        chosen = decides.probabilities(predictions.outputs[name])
+        found[name] |= F.task_scores(
+            decides.kind, (chosen > torch.tensor(bar).to(chosen)).double(), labels, ["accuracy", "f1"]
+        )
     for task in predictions.decided:
         found[task] |= dict.fromkeys(_OF_SCORES & found[task].keys(), math.nan)
     names = [name for name in ("auc", "accuracy", "brier", "r2") if not (predictions.decided and name in _OF_SCORES)]

@@ -12,6 +12,7 @@ import torch
 
 from libmtl_fair import metrics
 from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS
+from libmtl_fair.metrics.decisions import Held
 from libmtl_fair.metrics.shrinkage import targets
 from libmtl_fair.metrics.tolerance import draw_pool
 from libmtl_fair.predictions import Predictions
@@ -96,16 +97,21 @@ def measure(recipe: Recipe, method: str, seed: int, predictions: Mapping[str, Pr
     if weighting in OUR_WEIGHTINGS:
         settings_class = OUR_WEIGHTINGS[weighting].settings_class
         settings = settings_class.from_args(weighting, recipe.methods[method].args).model_dump() | settings
+    base_rate = metrics.base_rate_thresholds(predictions["val"])
+    in_use = recipe.metrics.threshold if recipe.metrics.threshold != "base_rate" else base_rate
     content: Row = {
         "method": method,
         "seed": seed,
+        "thresholds": {"base_rate": base_rate},
         "weighting": weighting,
         "settings": settings,
-        "utility": each(metrics.utility),
+        "utility": each(lambda p: metrics.utility(p, in_use)),
+        "utility_base_rate": each(lambda p: metrics.utility(p, base_rate)),
         "audit": each(
             lambda p: [_audit(recipe.audit, p, *named) for named in protocol.deltas.items() if not p.decided]
         ),
-        "groups": each(lambda p: _groups(recipe, p)),
+        "groups": each(lambda p: _groups(recipe, p, in_use)),
+        "groups_base_rate": each(lambda p: _groups(recipe, p, base_rate)),
     }
     if recipe.audit.shrinkage and protocol.deltas:
         content["native_error"] = each(metrics.native_error)
@@ -135,14 +141,14 @@ def _shrinkage(predictions: Predictions, protocol: Protocol) -> list[Row]:
     return [{"delta_name": name, **row} for name, curve in curves.items() for row in _records(curve)]
 
 
-def _groups(recipe: Recipe, predictions: Predictions) -> list[Row]:
+def _groups(recipe: Recipe, predictions: Predictions, threshold: float | str | Held) -> list[Row]:
     if not predictions.groups:
         return []
     found = metrics.GroupMetrics(
         list(predictions.tasks),
         {name: len(names) for name, names in predictions.group_names.items()},
         group_names=predictions.group_names,
-        **recipe.metrics.model_dump(),
+        **recipe.metrics.model_dump() | {"threshold": threshold},
     )
     table = found.update(predictions.outputs, predictions.labels, predictions.groups).compute()
     return _records(table[~((table["metric"] == "auc") & table["task"].isin(predictions.decided))])

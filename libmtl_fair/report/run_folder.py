@@ -18,7 +18,9 @@ from libmtl_fair.recipe.yaml_source import read_yaml
 
 Json = dict[str, Any]
 """An object of a JSON file."""
-_SPLIT_PARTS: Mapping[str, type] = {"utility": dict, "audit": list, "groups": list, "shrinkage": list}
+_BASE_RATE = "_base_rate"
+_SPLIT_PARTS: dict[str, type] = {"utility": dict, "audit": list, "groups": list, "shrinkage": list}
+_SPLIT_PARTS |= {f"utility{_BASE_RATE}": dict, f"groups{_BASE_RATE}": list}
 _FRAMES: Mapping[str, tuple[list[str], list[str], list[str]]] = {
     "utility": (["task", "metric"], ["value"], []),
     "audit": (["delta_name"], ["delta", "bias", "violation_rate", "exact_bias"], ["exact"]),
@@ -45,7 +47,7 @@ class SeedRun:
             audits = self.entries("audit", split)
             return [{**pair, "delta_name": e["delta_name"]} for e in audits for pair in e.get("per_pair") or []]
         found = (self.metrics.get(part) or {}).get(split) or []
-        if part == "utility":
+        if part.startswith("utility"):
             return [{"task": t, "metric": m, "value": v} for t, each in dict(found).items() for m, v in each.items()]
         return list(found)
 
@@ -122,9 +124,10 @@ class RunFolder:
         """Return a table of the split: method, seed, then texts ("" where missing) and numbers (NaN where missing).
 
         ``utility`` (task ``macro`` too), ``audit``, ``pairs`` (the audit by task pair), ``shrinkage`` (the envelope of the
-        shrunk reference) or ``groups``.
+        shrunk reference) or ``groups``; ``utility_base_rate`` and ``groups_base_rate`` are of the decisions that select as many as are
+        positive on validation data (none in runs of earlier versions).
         """
-        texts, numbers, plain = _FRAMES[part]
+        texts, numbers, plain = _FRAMES[part.removesuffix(_BASE_RATE)]
         found = [
             [item.method, item.seed, *(str(row.get(k) or "") for k in texts), *(number(row.get(k)) for k in numbers)]
             + [row.get(k) for k in plain]

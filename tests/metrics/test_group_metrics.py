@@ -13,7 +13,7 @@ from sklearn.metrics import mean_absolute_error, r2_score, roc_auc_score, root_m
 
 import libmtl_fair as lf
 from libmtl_fair.errors import DataError, RecipeError
-from libmtl_fair.metrics import GroupMetrics, group_auc
+from libmtl_fair.metrics import GroupMetrics, counts_from_rows, enough, group_auc
 
 TASKS = [
     lf.Binary("b"),
@@ -245,6 +245,36 @@ def test_flags_small_undefined_single():
     assert value(table, "b", "race", "equal_opportunity", "difference") == 0
     fairlearn = quick(empty="fairlearn").update(outputs, labels, groups).compute()
     assert value(fairlearn, "b", "race", "true_positive_rate", "1") == 0
+
+
+def test_rates_that_rest_on_few_positives_or_negatives_are_flagged_whatever_the_rows():
+    rng = np.random.default_rng(0)
+    group = torch.arange(400) % 2
+    label = torch.from_numpy(rng.random(400) < 0.5).float()
+    label[group == 1] = 0
+    label[torch.where(group == 1)[0][:9]] = 1
+    logits = torch.from_numpy(rng.standard_normal((400, 1)))
+    made = GroupMetrics([lf.Binary("b")], {"sex": 2}, n_bootstrap=20)
+    table = made.update({"b": logits}, {"b": label}, {"sex": group}).compute()
+    for metric in ("true_positive_rate", "false_negative_rate", "auc"):
+        assert [value(table, "b", "sex", metric, g, "flag") for g in ("0", "1", "overall", "difference")] == [
+            "",
+            "few",
+            "",
+            "few",
+        ]
+    for metric in ("equalized_odds", "equal_opportunity", "equalized_odds_mean"):
+        assert (
+            value(table, "b", "sex", metric, "difference", "flag")
+            == value(table, "b", "sex", metric, "ratio", "flag")
+            == "few"
+        )
+    for metric in ("false_positive_rate", "selection_rate", "demographic_parity", "accuracy"):
+        assert value(table, "b", "sex", metric, "difference", "flag") == ""
+    ready = enough(counts_from_rows(table), "equalized_odds")
+    assert ready.tolist() == [True, False]
+    made = GroupMetrics([lf.Binary("b")], {"sex": 2}, n_bootstrap=20, min_class=9)
+    assert "few" not in set(made.update({"b": logits}, {"b": label}, {"sex": group}).compute().flag)
 
 
 def test_one_class_only_and_constant_scores():

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from libmtl_fair.errors import CheckpointError, RecipeError
-from libmtl_fair.metrics import FixedDeltaAudit
+from libmtl_fair.metrics import FixedDeltaAudit, base_rate_thresholds
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe import Recipe
 from libmtl_fair.recipe.build import keep_labels, make_dataset, utility_of
 from libmtl_fair.recipe.measure import Protocol
 from libmtl_fair.recipe.run import run_recipe
+from libmtl_fair.report import read_run, shrinkage_verdict
 
 
 def recipe(**changes):
@@ -48,6 +49,25 @@ def test_metrics_agree_with_the_saved_predictions(tmp_path):
     )
 
 
+def test_base_rate_decisions_use_validation_and_never_test_labels(tmp_path):
+    out = run_recipe(recipe(metrics={"threshold": "base_rate"}), tmp_path / "run", device="cpu")
+    found, folder = numbers(out, "plain"), out / "plain" / "seed0"
+    held = {part: Predictions.load(folder / f"predictions_{part}.parquet") for part in ("val", "test")}
+    thresholds = found["thresholds"]["base_rate"]
+    assert thresholds == pytest.approx(base_rate_thresholds(held["val"]), abs=1e-6)
+    assert found["utility"] == found["utility_base_rate"] and found["groups"] == found["groups_base_rate"]
+    for name, threshold in thresholds.items():
+        p, y = torch.sigmoid(held["test"].outputs[name].ravel()), held["test"].labels[name]
+        assert found["utility"]["test"][name]["accuracy"] == pytest.approx(((p > threshold) == (y > 0.5)).double().mean())
+        frame = read_run(out).frame("groups_base_rate").query("task == @name and group == 'overall' and attribute == 'age'")
+        shown = frame.set_index("metric")["value"]
+        assert shown["accuracy"] == pytest.approx(found["utility"]["test"][name]["accuracy"])
+    half = run_recipe(recipe(), tmp_path / "half", device="cpu")
+    assert numbers(half, "plain")["utility_base_rate"] == found["utility"]
+    assert numbers(half, "plain")["utility"] != found["utility"]
+    assert set(read_run(half).frame("utility_base_rate")["task"]) == {"bad_credit", "owns_home", "macro"}
+
+
 def test_embeddings_are_those_of_the_audit_pool(tmp_path):
     out = run_recipe(recipe(audit={"pool_size": 50}), tmp_path / "run", device="cpu")
     with np.load(out / "plain" / "seed0" / "embeddings.npz", allow_pickle=False) as held:
@@ -74,7 +94,9 @@ def test_regression_scores_are_frozen_to_the_reference_model(tmp_path):
     for method in methods:
         task = Predictions.load(out / method / "seed0" / "predictions_test.parquet").task("log_amount")
         assert task.score_range == pytest.approx(tuple(protocol["score_ranges"]["log_amount"]))
-    assert "shrinkage" not in numbers(out, "plain") or numbers(out, "plain")["shrinkage"]["test"] == []
+    assert read_run(out).frame("shrinkage")["a"].eq(1).sum() == 2  # tasks of any kind, both tolerances
+    verdict = shrinkage_verdict(read_run(out))
+    assert set(verdict["method"]) == {"other"} and verdict["curve_bias"].notna().all()
 
 
 def test_protocol_survives_its_file():
