@@ -58,8 +58,12 @@ def test_base_rate_decisions_use_validation_and_never_test_labels(tmp_path):
     assert found["utility"] == found["utility_base_rate"] and found["groups"] == found["groups_base_rate"]
     for name, threshold in thresholds.items():
         p, y = torch.sigmoid(held["test"].outputs[name].ravel()), held["test"].labels[name]
-        assert found["utility"]["test"][name]["accuracy"] == pytest.approx(((p > threshold) == (y > 0.5)).double().mean())
-        frame = read_run(out).frame("groups_base_rate").query("task == @name and group == 'overall' and attribute == 'age'")
+        assert found["utility"]["test"][name]["accuracy"] == pytest.approx(
+            ((p > threshold) == (y > 0.5)).double().mean()
+        )
+        frame = (
+            read_run(out).frame("groups_base_rate").query("task == @name and group == 'overall' and attribute == 'age'")
+        )
         shown = frame.set_index("metric")["value"]
         assert shown["accuracy"] == pytest.approx(found["utility"]["test"][name]["accuracy"])
     half = run_recipe(recipe(), tmp_path / "half", device="cpu")
