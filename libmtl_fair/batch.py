@@ -123,6 +123,7 @@ class FairBatch:
     matrices : of the main tasks, where all are binary ones of a single logit; the losses hang on its ``logits``.
     reference : [B, r], by whose Euclidean distance examples are alike or not; with one input per task: task -> [B, r]. There
         where the loader gives it and the weighting says ``needs_reference``.
+    epoch_steps : steps of an epoch; None where the loader does not say.
     """
 
     tasks: Mapping[str, Task | None]
@@ -138,6 +139,7 @@ class FairBatch:
     standard_losses: bool = False
     matrices: Matrices | None = None
     reference: Tensor | Mapping[str, Tensor] | None = None
+    epoch_steps: int | None = None
 
     def task(self, name: str) -> Task:
         """Return a task whose kind is known.

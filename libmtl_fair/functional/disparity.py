@@ -7,8 +7,10 @@ compare); an absent value is 0 with zero gradient.
 
 from __future__ import annotations
 
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, TypeVar, Unpack
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from libmtl_fair.errors import RecipeError, unknown
 from libmtl_fair.functional.groups import group_mean, group_sums, soft_rates
 from libmtl_fair.functional.quantiles import masked_mean
 
+A = TypeVar("A", Tensor, npt.NDArray[Any])
 REFERENCES = ("max", "lcb")
 _Z95 = 1.959963984540054
 
@@ -306,6 +309,37 @@ def ccc_bound(lack: Tensor, count: Tensor) -> Tensor:
     """Upper 95 % bound of ``1 - CCC``, after Fisher's transform."""
     fisher = (1 - lack.detach()).clamp(-1 + 1e-6, 1 - 1e-6).atanh()
     return 1 - (fisher - _Z95 / (count - 3).clamp(min=0.25).sqrt()).tanh()
+
+
+def decision_gap(rate: A, count: A, min_count: float | A = 1.0) -> tuple[A, A, A]:
+    """Largest minus smallest rate of decisions over groups, freed of what chance adds to it **(ours)**.
+
+    ``sqrt(max(0, gap^2 - n))`` with the noise ``n = r1 (1 - r1) / n1 + r2 (1 - r2) / n2`` of the two extreme groups: a gap
+    cannot be negative, so that equal groups of few people show one.
+
+    Parameters
+    ----------
+    rate, count : [..., G, C], tensors or arrays
+        Share of decisions in [0, 1] and the examples behind it; groups with fewer than ``min_count`` are absent.
+
+    Returns
+    -------
+    (gap, standard error ``sqrt(n)``, present), each [..., C]: 0, 0 and False with fewer than two groups.
+
+    >>> gap, noise, present = decision_gap(torch.tensor([[0.5], [0.1]]), torch.tensor([[100.0], [100.0]]))
+    >>> [round(float(x), 4) for x in (gap, noise)]
+    [0.3956, 0.0583]
+    """
+    xp: Any = torch if isinstance(rate, Tensor) else np
+    known = (count >= min_count) & (count > 0)
+    top, bottom = xp.where(known, rate, -1.0), xp.where(known, rate, 2.0)
+    high, low = xp.amax(top, -2), xp.amin(bottom, -2)
+    variance = rate * (1 - rate) / xp.clip(count, 1, None)
+    noise = sum(xp.amax(xp.where(x == y[..., None, :], variance, 0.0), -2) for x, y in ((top, high), (bottom, low)))
+    present = xp.sum(known, -2) >= 2
+    gap = high - low
+    value = xp.sqrt(xp.clip(gap * gap - noise, 0, None))
+    return xp.where(present, value, 0.0), xp.where(present, xp.sqrt(noise), 0.0), present
 
 
 def _lifted(cost: Tensor, count: Tensor, bound: Tensor | None, options: LiftOptions) -> tuple[Tensor, Tensor]:

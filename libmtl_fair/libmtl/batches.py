@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,6 +99,14 @@ def endless(loader: Loader) -> Iterator[object]:
 def declared(loader: Loader, name: str) -> Mapping[str, Any]:
     """Return what the loader, or its data set, says of each attribute; empty if nothing."""
     return getattr(loader, name, None) or getattr(getattr(loader, "dataset", None), name, None) or {}
+
+
+def batch_count(loaders: Iterable[Loader]) -> int | None:
+    """Return the steps of an epoch, those of the longest loader; None where one does not say."""
+    try:
+        return max(len(loader) for loader in loaders)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def group_counts(loaders: Sequence[Loader]) -> dict[str, int]:

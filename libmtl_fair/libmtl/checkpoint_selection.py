@@ -10,8 +10,9 @@ from torch import Tensor
 
 from libmtl_fair.errors import FairMTLError
 from libmtl_fair.libmtl import checkpoint
+from libmtl_fair.libmtl.evaluate import predict
 from libmtl_fair.libmtl.history import Floats
-from libmtl_fair.libmtl.state import Plain, Results, TrainingState
+from libmtl_fair.libmtl.state import Loaders, Plain, Results, TrainingState
 
 
 class DivergenceError(FairMTLError):
@@ -85,8 +86,11 @@ def improvement(results: Results, first: Results, weights: dict[str, list[int]])
     return sum(known) / len(known) if known else float("-inf")
 
 
-def judge(trainer: TrainingState, epoch: int, results: Results) -> float:
-    """Return the epoch's score on validation data, and keep its weights if it is the best so far."""
+def judge(trainer: TrainingState, epoch: int, results: Results, loaders: Loaders) -> float:
+    """Return the epoch's score on validation data, and keep its weights if it is the best so far.
+
+    One that breaks a constraint of its method is kept only until one does not; among such the last is.
+    """
     if trainer.first_results is None:
         trainer.first_results = results
     if trainer.select_by is not None:
@@ -94,10 +98,13 @@ def judge(trainer: TrainingState, epoch: int, results: Results) -> float:
     else:
         weights = {task: entry["weight"] for task, entry in trainer.task_dict.items()}
         score = improvement(results, trainer.first_results, weights)
-    if score > trainer.best["score"] or trainer.best["epoch"] is None:
+    admitted, before = trainer.model.admits(lambda: predict(trainer, loaders)), trainer.best.get("admitted", True)
+    better = score > trainer.best["score"] or not admitted
+    if (better if admitted == before else admitted) or trainer.best["epoch"] is None:
         state = _copied(trainer.model.state_dict(), None, [], [])
         structure = trainer.model.structure()
         trainer.best = {"epoch": epoch, "score": score, "results": results, "state": state, "structure": structure}
+        trainer.best["admitted"] = admitted
         if trainer.run_dir is not None:
             content = {"model": state, "structure": structure, "epoch": epoch}
             checkpoint.save(trainer.run_dir / checkpoint.BEST, content)

@@ -34,8 +34,12 @@ class StepLog:
             self._values.setdefault(name, []).append((len(self._rows), kept))
         self._rows.append(rows)
 
-    def read(self, tasks: Sequence[str]) -> dict[str, Floats]:
-        """Return name -> a value a step; a vector with a number a task becomes ``<name>/<task>``. One transfer a name."""
+    def read(self, tasks: Sequence[str], labels: Mapping[str, Sequence[str]] | None = None) -> dict[str, Floats]:
+        """Return name -> a value a step; a vector with a number a task becomes ``<name>/<task>``. One transfer a name.
+
+        ``labels`` : name -> what the numbers of another vector are called.
+        """
+        named = labels or {}
         columns: dict[str, Floats] = {}
         for name, kept in self._values.items():
             steps, values = zip(*kept)
@@ -45,8 +49,9 @@ class StepLog:
             if not isinstance(values[0], Tensor) or values[0].dim() == 0:
                 columns[name] = full[:, 0]
                 continue
-            labels = tasks if len(tasks) == block.shape[1] else [str(i) for i in range(block.shape[1])]
-            columns.update({f"{name}/{label}": full[:, i] for i, label in enumerate(labels)})
+            given = named.get(name, tasks)
+            each = given if len(given) == block.shape[1] else [str(i) for i in range(block.shape[1])]
+            columns.update({f"{name}/{label}": full[:, i] for i, label in enumerate(each)})
         return columns
 
     def means(self, losses: Floats) -> Floats:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypedDict, runtime_checkable
+from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypeAlias, TypedDict, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from libmtl_fair.errors import HostError
 from libmtl_fair.libmtl.history import History
 from libmtl_fair.libmtl.loading import Trainer
 from libmtl_fair.libmtl.losses import Entry, LossBank, tasks_of
+from libmtl_fair.predictions import Predictions
 from libmtl_fair.tasks import AUXILIARY_PREFIX, Binary
 
 Loader: TypeAlias = Iterable[Any]
@@ -59,6 +60,14 @@ class Model(nn.Module):
 
     def restore_structure(self, structure: Plain) -> None:
         """Rebuild what :meth:`structure` gave."""
+
+    def admits(self, predictions: Callable[[], Predictions]) -> bool:
+        """Whether the model of now may be kept as the best, whatever its utility: a constraint may say no."""
+        return True
+
+    def constraint_rows(self, **parts: Predictions) -> list[dict[str, Any]]:
+        """Return what came of each constraint that was set, in training and in these predictions."""
+        return []
 
     def bind_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Take note of the optimiser; a branching model's new parameters join it."""
@@ -122,13 +131,14 @@ def shared_or_each(seen: dict[str, Tensor]) -> Tensor | dict[str, Tensor]:
 
 
 class Best(TypedDict):
-    """The best epoch so far: validation score and results, weights and branches."""
+    """The best epoch so far: validation score and results, weights and branches; whether its model met its constraints."""
 
     epoch: int | None
     score: float
     results: Results | None
     state: dict[str, Tensor] | None
     structure: Plain
+    admitted: NotRequired[bool]
 
 
 class TrainingState(Trainer):  # type: ignore[misc]
@@ -141,6 +151,7 @@ class TrainingState(Trainer):  # type: ignore[misc]
     samples : batches that a step takes.
     weight_args : what ``model.backward`` is called with.
     representation : what the heads received, where the weighting asks for it.
+    epoch_steps : steps of an epoch, None where the loader does not say.
     """
 
     model: Model
@@ -182,6 +193,7 @@ class TrainingState(Trainer):  # type: ignore[misc]
     def start_afresh(self) -> None:
         """Forget all training."""
         self.epoch = self.global_step = 0
+        self.epoch_steps: int | None = None
         self.n_groups: dict[str, int] = {}
         self.steps = History()
         self.best: Best = {"epoch": None, "score": float("-inf"), "results": None, "state": None, "structure": None}

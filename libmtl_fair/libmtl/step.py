@@ -160,4 +160,5 @@ def fair_batch(
         standard_losses=trainer.own_losses and trainer.losses.standard,
         matrices=made.matrices,
         reference=made.reference() if trainer.model.needs_reference else None,
+        epoch_steps=trainer.epoch_steps,
     )

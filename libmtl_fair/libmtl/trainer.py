@@ -19,7 +19,7 @@ from libmtl_fair.files import need_writable
 from libmtl_fair.libmtl import checkpoint
 from libmtl_fair.libmtl import checkpoint_selection as selection
 from libmtl_fair.libmtl import step as stepping
-from libmtl_fair.libmtl.batches import group_counts, per_task
+from libmtl_fair.libmtl.batches import batch_count, group_counts, per_task
 from libmtl_fair.libmtl.checkpoint_selection import DivergenceError
 from libmtl_fair.libmtl.evaluate import collapsed, evaluate, predict
 from libmtl_fair.libmtl.history import Floats, StepLog
@@ -206,6 +206,7 @@ class FairTrainer(TrainingState):
         self.model.train_loss_buffer = np.zeros((self.task_num, max(epochs, held.shape[1])))
         self.model.train_loss_buffer[:, : held.shape[1]] = held
         self.model.epochs = epochs
+        self.epoch_steps = batch_count(per_task(self, train_dataloaders).values())
 
     def _epochs(self, epochs: int) -> Iterator[int]:
         if not self.progress:
@@ -229,7 +230,7 @@ class FairTrainer(TrainingState):
         if val_dataloaders is not None:
             found = evaluate(self, val_dataloaders)
             results |= {f"val/{task}/{name}": value for task, scores in found.items() for name, value in scores.items()}
-            score = selection.judge(self, epoch, found)
+            score = selection.judge(self, epoch, found, val_dataloaders)
         self.steps.add_epoch(epoch, steps, results)
         self._trackers.log_epoch(epoch, {**_means(steps), **results})
         if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -252,7 +253,7 @@ class FairTrainer(TrainingState):
                 stepping.step(self, batch, epoch, log, joint)
             if not len(log):
                 raise DataError(f"epoch {epoch}: the training loader has no batch")
-            columns = log.read(self.task_name)
+            columns = log.read(self.task_name, getattr(self.model, "trace_labels", {}))
             losses = np.stack([columns[f"loss/{task}"] for task in self.task_name], 1)
             fault = selection.fault(self, epoch, losses)
             if fault is not None and not saved:

@@ -112,8 +112,8 @@ class Declared(BaseModel):
         return cls(**{**cls.presets.get(str(preset), {}), **given})
 
     @classmethod
-    def search_space(cls) -> dict[str, dict[str, Any]]:
-        """Return setting -> what a study searches unless told: ``low, high, log`` or ``choices``."""
+    def search_space(cls, given: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+        """Return setting -> what a study searches unless told, beside what is ``given``: ``low, high, log`` or ``choices``."""
         found: dict[str, dict[str, Any]] = {}
         for name in cls.model_fields:
             search = cls._declared(name)["search"]

@@ -33,6 +33,7 @@ _CHOSEN_BY = {
     "utility": "mean of AUC, accuracy or R2 over tasks, on validation",
     "improvement": "LibMTL's mean relative improvement, on validation",
 }
+_Trained = dict[tuple[str, ...], FairTrainer]
 
 
 class Run:
@@ -130,6 +131,8 @@ class Run:
             }
             content["timing"]["epochs"] = first.epoch
             _write_structure(first, folder)
+        constraints = self._constraints(trained, data, predictions["val"])
+        content |= {"constraint": constraints} if constraints else {}
         write_json(folder / "metrics.json", content)
         for trainer in trained.values():  # the last checkpoint also holds the chosen epoch: keep one
             assert trainer.run_dir is not None
@@ -138,9 +141,16 @@ class Run:
             (trainer.run_dir / "best.pt").unlink(missing_ok=True)
         return protocol
 
-    def _train(
-        self, method: str, seed: int, data: Dataset, tasks: tuple[Task, ...], folder: Path
-    ) -> dict[tuple[str, ...], FairTrainer]:
+    def _constraints(self, trained: _Trained, data: Dataset, val: Predictions) -> list[dict[str, Any]]:
+        """Return what came of each constraint that a method set: of the kept model, on training and validation decisions."""
+        found = []
+        for names, trainer in trained.items():
+            if trainer.model.constraint_rows(val=val):
+                train = self._predict({names: trainer}, data, "train")
+                found += trainer.model.constraint_rows(train=train, val=val)
+        return found
+
+    def _train(self, method: str, seed: int, data: Dataset, tasks: tuple[Task, ...], folder: Path) -> _Trained:
         """Return the trained model, or one for each task where the method is single-task."""
         parts = {tasks: folder}
         if self.recipe.methods[method].single_task:
@@ -159,7 +169,7 @@ class Run:
         folder = self.out / method / f"seed{seed}"
         return {part: Predictions.load(folder / f"predictions_{part}.parquet") for part in PARTS}
 
-    def _predict(self, trained: dict[tuple[str, ...], FairTrainer], data: Dataset, part: str) -> Predictions:
+    def _predict(self, trained: _Trained, data: Dataset, part: str) -> Predictions:
         found = []
         for names, trainer in trained.items():
             rows = getattr(only(data, names), part)

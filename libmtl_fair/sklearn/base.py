@@ -93,7 +93,7 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
             self._train(trainer, rows, labels, groups, seed, importance)
         structure = getattr(trainer.model, "structure", None)
         self.structure_, self.history_ = structure and structure(), trainer.history
-        self.weights_ = trainer.model.state_dict()
+        self.weights_, self.constraint_ = trainer.model.state_dict(), trainer.model.constraint_rows()
         self._rebuild()
 
     def _trainer(self, method: Method, seed: int | None) -> FairTrainer:

@@ -102,8 +102,9 @@ def _built_in(recipe: Recipe, method: str) -> dict[str, tuple[Path, Entry]]:
     """Return name -> place and range: of the method's and its architecture's settings (whole numbers last), then the shared ones."""
     model, found = recipe.model_for(method), {}
     weighting = OUR_WEIGHTINGS.get(recipe.methods[method].weighting)
+    given = recipe.methods[method].args
     for cls, place in ((weighting, ()), (OUR_ARCHITECTURES.get(model.architecture), ("arch_args",))):
-        ranges = settings.search_space() if (settings := getattr(cls, "settings_class", None)) else {}
+        ranges = settings.search_space(given) if (settings := getattr(cls, "settings_class", None)) else {}
         for name, entry in sorted(ranges.items(), key=lambda item: isinstance(item[1].get("low"), int)):
             found[name] = ((*place, name), entry)
     found |= {name: (path, entry) for name, (path, entry) in _SHARED.items() if entry is not None}

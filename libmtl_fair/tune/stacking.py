@@ -113,6 +113,8 @@ class Places:
         made, key = (candidate.recipe, candidate.method), shape(candidate.recipe, candidate.method)
         data, device = (self._data, self._tasks), self._device
         trainers = [make_trainer(*made, *data, seed, device=device) for seed in candidate.seeds]
+        for trainer in trainers:
+            trainer.model.epochs = candidate.train.epochs
         judge_all = self.worker.plan.tune.pruner is not None
         stack = self._stacks.setdefault(key, Stack(self._rows, candidate.train.batch_size, judge_all))
         stack.change(add=trainers)

@@ -21,7 +21,10 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("ReLiF", {"prototypes": "confident"}),
     ("ReLiF", {"base": "UW"}),
     ("FairMT", {}),
-    ("FairMT", {"alpha": "uniform"}),
+    ("FairMT", {"alpha": "proxy"}),
+    ("FairMT", {"target": "dp <= 0.1", "lipschitz": True, "threshold": "base_rate"}),
+    ("FairMT", {"form": "phi"}),
+    ("FairMT", {"form": "phi", "alpha": "uniform"}),
     ("FBGrad", {}),
     ("GroupRegulariser", {"tasks": ("a", "b")}),
     ("LambdaMix", {}),
@@ -39,6 +42,7 @@ def test_a_step_reads_no_value(method: str, args: dict[str, Any], tasks: tuple[l
         {"optim": "adam", "lr": 1e-3}, None, device="meta", progress=False, select="last", weight_args=args,
     )  # fmt: skip
     trainer.n_groups, trainer.model.epoch = {"sex": 2}, 0
+    trainer.epoch_steps, trainer.model.epochs = 1, 4  # the first step of FairMT is plain
     trainer.model.train_loss_buffer = torch.ones(len(tasks), 1).numpy()
     trainer.model.train()
     labels: dict[str, Any] = {

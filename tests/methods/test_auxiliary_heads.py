@@ -219,12 +219,14 @@ OUR_ARGS: dict[str, dict[str, Any]] = {
     "GroupRegulariser": {"loss": "gap"},
     "LambdaMix": {},
     "LambdaMix, UW": {"base": "UW"},
-    "FairMT": {"min_count": 1},
+    "FairMT": {"min_count": 1, "form": "phi"},
+    "FairMT, constraints": {"min_count": 1, "alpha": "proxy"},
     "FairMT, representation": {"min_count": 1, "proxy": "representation"},
     "FairMT, full": {"min_count": 1, "proxy": "full"},
-    "FairMT, uniform": {"min_count": 1, "alpha": "uniform"},
+    "FairMT, uniform": {"min_count": 1, "alpha": "uniform", "form": "phi"},
     "FairMT, base": {"min_count": 1, "base": "UW"},
-    "FairMT, lipschitz": {"min_count": 1, "lipschitz": True},
+    "FairMT, lipschitz": {"min_count": 1, "lipschitz": True, "form": "phi"},
+    "FairMT, lipschitz constraint": {"min_count": 1, "lipschitz": True, "alpha": "proxy"},
 }
 
 

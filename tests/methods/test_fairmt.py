@@ -286,7 +286,7 @@ def test_uniform_alpha_without_violation_is_equal_weighting() -> None:
 
 
 def test_history_has_every_trace() -> None:
-    trainer = make_trainer(BINARY)
+    trainer = make_trainer(BINARY, form="phi")
     trainer.train(loader(BINARY), epochs=2)
     history = trainer.history
     for name in ("psi", "w", "alpha"):
@@ -298,7 +298,7 @@ def test_history_has_every_trace() -> None:
 
 
 def test_returned_weights_are_what_multiplies_each_loss() -> None:
-    trainer = make_trainer(BINARY)
+    trainer = make_trainer(BINARY, form="phi")
     weights = trainer.train(loader(BINARY), epochs=1, return_weight=True)
     assert weights.shape == (3, N // BATCH)
     assert weights.sum(0) == pytest.approx(3)
@@ -306,5 +306,5 @@ def test_returned_weights_are_what_multiplies_each_loss() -> None:
 
 def test_rates_that_are_no_numbers_stay_so() -> None:
     tasks = [lf.Binary("a"), lf.Binary("b")]
-    rule = Constraint(FairMTSettings(), tasks, [1, 1], {"sex": 2}, [[0, 1]], torch.device("cpu"))
+    rule = Constraint(FairMTSettings(form="phi"), tasks, [1, 1], {"sex": 2}, [[0, 1]], torch.device("cpu"))
     assert rule.psi(torch.full((2, 4), torch.nan), torch.full((2, 4), 20.0)).value.isnan().all()

@@ -78,7 +78,7 @@ def products(made: Any) -> tuple[Tensor, Tensor]:
     made.n_groups = {"sex": 2}
     torch.manual_seed(5)
     batch = stepping.fair_batch(made, stepping.losses_of(made, next(iter(loader(tuple(made.tasks.values()))))), 0)
-    found = made.model._measure(batch)
+    found = made.model._fairness(batch)
     return made.model._alpha._products(batch, made.model._gradients(batch, batch.losses, found))  # type: ignore[no-any-return]
 
 

@@ -25,7 +25,16 @@ BUILT_IN = {
     | own("lambda_max", 1.0, 20.0)
     | own("beta", 0.05, 0.5)
     | own("k", 16, 128),
-    "{weighting: FairMT}": own("epsilon", 0.005, 0.1) | own("mu", 0.1, 1.0) | own("rho", 0.01, 0.5),
+    "{weighting: FairMT}": {
+        "target": {
+            "choices": ["eo <= 60%", "eo <= 45%", "eo <= 30%", "eo <= 20%", "eo <= 10%"],
+            "log": False,
+            "path": "target",
+        }
+    }
+    | own("fpr_weight", 0.3, 1.0, False)
+    | own("sharpness", 2.0, 6.0, False),
+    "{weighting: FairMT, epsilon: 0.02}": own("epsilon", 0.005, 0.1) | own("mu", 0.1, 1.0) | own("rho", 0.01, 0.5),
     "{weighting: LambdaMix, heads: {loss: glf}}": own("lam", 0.9, 0.999, False),
     "{weighting: GroupRegulariser}": own("lam", 0.3, 1.0, False),
     "{weighting: EW, architecture: FairBranch}": own("threshold", 0.2, 0.9, False, "arch_args.threshold")

@@ -21,6 +21,8 @@ METHODS = (
     f"methods.gld={HEADS % 'gld, target: main, heads: shared'}",
     "methods.uniform={weighting: FairMT, epsilon: 0.01, rho: 0.3, alpha: uniform, attributes: [sex], fpr_weight: 0.5}",
     "methods.batchwise={weighting: FairMT, rho: 0.5, ema: 0.0, ema_gradient: batch, sharpness: 2.0, normalise: false}",
+    "methods.decisions={weighting: FairMT, target: eo <= 10%, min_count: 2}",
+    "methods.parity={weighting: FairMT, target: dp <= 0.01, alpha: proxy, reference: lcb, min_count: 2}",
     "methods.lcb={weighting: FairMT, rho: 0.3, reference: lcb}",
     "methods.paper={weighting: ReLiF, preset: paper, lambda_0: 0.5, warmup: 1, eta: 0.3}",
     "methods.rough={weighting: ReLiF, scaling: false, detach_distance: false, control: false, lambda_0: 2.0}",
@@ -41,6 +43,9 @@ MEMBERS = [
     ("batchwise", {("min_count",): 5.0}, 15),
     ("batchwise", {("ema",): 0.5}, 16),
     ("lcb", {}, 17),
+    ("decisions", {("fpr_weight",): 0.5}, 19),
+    ("decisions", {("target",): "eo <= 0.02", ("sharpness",): 2.0}, 20),
+    ("parity", {}, 21),
     ("paper", {DROPOUT: 0.1}, 11),
     ("rough", {}, 12),
     ("sampled", {}, 13),
@@ -105,6 +110,8 @@ def test_each_member_is_the_trial_run_alone(world, few, dtype, within, select, s
     changes = [f"train.select={select}", f"data.sensitive={sensitive}", "train.scheduler={scheduler: cos, T_max: 2}"]
     data, trainer = world(*changes, dtype=dtype)
     trainers = [trainer(*member) for member in members]
+    for made in trainers:
+        made.model.epochs = 2
     stack = Stack(Rows(data, CPU), 256)
     stack.change(add=trainers)
     for _ in range(2):
@@ -223,6 +230,8 @@ def test_members_of_a_method_are_computed_together(world):
         ("gld",): "HeadsPart",
         ("uniform",): "FairMTPart",
         ("batchwise", "batchwise"): "FairMTPart",
+        ("decisions",): "Own",
+        ("parity",): "Own",
         ("lcb",): "FairMTPart",
         ("paper",): "ReLiFPart",
         ("rough",): "ReLiFPart",

@@ -12,8 +12,10 @@ M = 2K + E (or more moments an error column) summed columns, T tasks; leading di
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,8 +23,9 @@ from libmtl_fair import functional as F
 from libmtl_fair.functional.disparity import CCC_COUNT, ccc_bound, mean_bound, rate_bound
 from libmtl_fair.methods.controllers import Controller
 from libmtl_fair.methods.fairmt.settings import FairMTSettings
-from libmtl_fair.tasks import Multiclass, Multilabel, Regression, Task
+from libmtl_fair.tasks import Binary, Multiclass, Multilabel, Regression, Task
 
+A = TypeVar("A", Tensor, npt.NDArray[Any])
 _TINY = 1e-12
 _CCC_MOMENTS = 5
 
@@ -32,16 +35,28 @@ class BinaryColumns:
 
     Attributes
     ----------
-    costs, seen : [..., B, 2K]: misses, then false alarms; 1 where a column counts, else 0.
+    parts : [..., B, 2K] each, misses, then false alarms: the costs; 1 where a column counts, else 0; and, where decisions are
+        asked for, the costs of those.
     """
 
-    def __init__(self, logits: Tensor, labels: Tensor, sharpness: float | Tensor) -> None:
+    def __init__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        sharpness: float | Tensor,
+        cut: Tensor | None = None,
+        decisions: bool = False,
+    ) -> None:
         self.sharpness, self._plain = sharpness, isinstance(sharpness, float) and sharpness == 1
+        self.logits = logits = logits if cut is None else logits - cut
         self.p = p = torch.sigmoid(logits if self._plain else logits * sharpness)
-        self._positive, self._negative = (torch.eq(labels, y, out=torch.empty_like(p)) for y in (1, 0))
-        missed = torch.addcmul(self._positive, p, self._positive, value=-1)  # (1 - p) where positive
-        self.costs = torch.cat([missed, p * self._negative], -1)
-        self.seen = torch.cat([self._positive, self._negative], -1)
+        positive, negative = (torch.eq(labels, y, out=torch.empty_like(p)) for y in (1, 0))
+        self._positive, self._negative, self.width = positive, negative, 2 * p.shape[-1]
+        missed = torch.addcmul(positive, p, positive, value=-1)  # (1 - p) where positive
+        self.parts = [missed, p * negative, positive, negative]
+        if decisions:
+            passed = torch.ge(logits, 0, out=torch.empty_like(p))
+            self.parts += [torch.addcmul(positive, passed, positive, value=-1), passed * negative]
 
     def pull_back(self, gradient: Tensor) -> list[Tensor]:
         """Return the gradient to the logits from that to the costs, [..., B, 2K]."""
@@ -49,6 +64,26 @@ class BinaryColumns:
         alarms, misses = gradient[..., k:] * self._negative, gradient[..., :k]
         found = torch.ops.aten.sigmoid_backward(torch.addcmul(alarms, misses, self._positive, value=-1), self.p)
         return [found if self._plain else found * self.sharpness]
+
+
+class OutputColumns(BinaryColumns):
+    """Binary columns that are made of the outputs of binary and multilabel tasks that share a batch."""
+
+    def __init__(
+        self, tasks: Sequence[Task], outputs: Sequence[Tensor], labels: Sequence[Tensor], *args: Any, **options: Any
+    ) -> None:
+        self._outputs = outputs
+        logits = [t.logit(z).unsqueeze(1) if isinstance(t, Binary) else z for t, z in zip(tasks, outputs)]
+        self._widths = [z.shape[1] for z in logits]
+        truth = torch.cat([_targets(task, y) for task, y in zip(tasks, labels)], 1)
+        super().__init__(torch.cat(logits, 1), truth, *args, **options)
+
+    def pull_back(self, gradient: Tensor) -> list[Tensor]:
+        """Return the gradient to each task's output."""
+        parts = torch.split(super().pull_back(gradient)[0], self._widths, 1)
+        # two outputs of a binary task: their difference is the logit
+        pairs = ((g, z, z.dim() == 2 and z.shape[1] == 2 and g.shape[1] == 1) for g, z in zip(parts, self._outputs))
+        return [torch.cat([-g, g], 1) if two else g.reshape(z.shape) for g, z, two in pairs]
 
 
 class MixedColumns:
@@ -62,7 +97,7 @@ class MixedColumns:
         with torch.enable_grad():
             costs, seen = rule.costs(tasks, self._leaves, labels)
             self._costs = torch.cat(costs, 1).to(dtype)
-        self.costs, self.seen = self._costs.detach(), torch.cat([part.to(dtype) for part in seen], 1)
+        self.parts, self.width = [self._costs.detach(), *(part.to(dtype) for part in seen)], self._costs.shape[1]
 
     def pull_back(self, gradient: Tensor) -> list[Tensor]:
         """Return the gradient to each task's output."""
@@ -123,6 +158,8 @@ class Constraint(Controller):
         self.moments = _CCC_MOMENTS if s.error == "ccc" else 1 + (s.reference == "lcb")
         self.n_rates, self.n_errors = sum(widths), sum(w == 0 for w in widths)
         self.dtype = torch.get_default_dtype()
+        self.parity: Tensor | None = None
+        self.weights: Tensor | None = None
         self._ids = torch.arange(self.n_groups, device=device)
         owner = [t for t, w in enumerate(widths) for _ in range(w)] + [t for t, w in enumerate(widths) if not w]
         self._one_column_each = owner == list(range(len(self.tasks)))
@@ -153,20 +190,18 @@ class Constraint(Controller):
         return (ids.unsqueeze(-1) == self._ids).to(self.dtype).flatten(1)
 
     def sums(self, blocks: Sequence[BinaryColumns | MixedColumns], members: Sequence[Tensor]) -> Tensor:
-        """Return sums and counts by group of all blocks, [..., A * G, 2M]."""
-        parts = [
-            torch.matmul(member.mT, torch.cat([block.costs, block.seen], -1)) for block, member in zip(blocks, members)
-        ]
+        """Return sums and counts by group of all blocks, [..., A * G, 2M]; sums of decisions after them, if there are any."""
+        parts = [torch.matmul(member.mT, torch.cat(block.parts, -1)) for block, member in zip(blocks, members)]
         if self._order is None:
             return parts[0]
-        halves = [torch.cat(half, 1)[:, self._order.argsort()] for half in zip(*(part.chunk(2, 1) for part in parts))]
-        return torch.cat(halves, 1)
+        kinds = [torch.split(part, block.width, 1) for block, part in zip(blocks, parts)]
+        return torch.cat([torch.cat(kind, 1)[:, self._order.argsort()] for kind in zip(*kinds)], 1)
 
     def pull_back(
         self, blocks: Sequence[BinaryColumns | MixedColumns], members: Sequence[Tensor], to_sums: Tensor
     ) -> list[Tensor]:
         """Return the gradient to the blocks' tensors from that to the sums [..., A * G, M]."""
-        sizes = [block.costs.shape[-1] for block in blocks]
+        sizes = [block.width for block in blocks]
         parts = [to_sums] if self._order is None else torch.split(to_sums[:, self._order], sizes, 1)
         return [
             g
@@ -176,22 +211,43 @@ class Constraint(Controller):
 
     # -- psi ------------------------------------------------------------------------------------------------------
 
-    def psi(self, sums: Tensor, counts: Tensor) -> Psi:
-        """Return psi of every task from sums and counts [..., A * G, M] (METHODS.md, 2.1)."""
-        s, k = self.settings, 2 * self.n_rates
+    def rates(self, sums: A, counts: A) -> tuple[A, A]:
+        """Return means and counts of each attribute and group [..., A, G, M] from those of all, tensors or arrays.
+
+        Where demographic parity is asked for, a miss is to be refused and an alarm to be passed, whatever the label.
+        """
+        xp: Any = torch if isinstance(sums, Tensor) else np
         shape = (*sums.shape[:-2], self.n_attributes, self.n_groups, -1)
-        means, count = (sums / counts.clamp(min=_TINY)).view(shape), counts.view(shape)
-        rates, number = (means[..., :k], count[..., :k]) if self.n_errors else (means, count)
-        least, bound = _at(self.min_count, 3, sums), None
-        if s.reference == "lcb":
-            bound = rate_bound(rates, number)
+        total, count, k = sums.reshape(shape), counts.reshape(shape), self.n_rates
+        if self.parity is not None:
+            parity = self.parity if isinstance(sums, Tensor) else self.parity.numpy()
+            people = count[..., :k] + count[..., k:]
+            passed = count[..., :k] - total[..., :k] + total[..., k:]
+            total = xp.where(parity, xp.concatenate([people - passed, passed], -1), total)
+            count = xp.where(parity, xp.concatenate([people, people], -1), count)
+        return total / xp.clip(count, _TINY, None), count
+
+    def lifted(self, rates: Tensor, number: Tensor, least: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the disparity [..., A, 2K] of misses and alarms, which are present, and slopes to the rates [..., A, G, 2K]."""
+        s = self.settings
+        bound = rate_bound(rates, number) if s.reference == "lcb" else None
         part, enough, slope = F.lift(
             rates, number, bound, symmetric=s.symmetric, normalise=s.normalise and self.n_groups > 2, min_count=least
         )
-        if isinstance(self.fpr_weight, Tensor) or self.fpr_weight != 1:
-            parts = torch.ones_like(part)
-            parts[..., self.n_rates :] = _at(self.fpr_weight, 2, sums)
+        if isinstance(self.fpr_weight, Tensor) or self.fpr_weight != 1 or self.weights is not None:
+            parts = torch.ones_like(part) if self.weights is None else self.weights.to(part.dtype)
+            if isinstance(self.fpr_weight, Tensor) or self.fpr_weight != 1:
+                parts = parts.expand_as(part).clone()
+                parts[..., self.n_rates :] *= _at(self.fpr_weight, 2, part)
             part, enough, slope = part * parts, enough & (parts > 0), slope * parts.unsqueeze(-2)
+        return part, enough, slope
+
+    def psi(self, sums: Tensor, counts: Tensor) -> Psi:
+        """Return psi of every task from sums and counts [..., A * G, M] (METHODS.md, 2.1)."""
+        k = 2 * self.n_rates
+        means, count = self.rates(sums, counts)
+        rates, number = (means[..., :k], count[..., :k]) if self.n_errors else (means, count)
+        part, enough, slope = self.lifted(rates, number, _at(self.min_count, 3, sums))
         half = self.n_rates
         column, seen = part[..., :half] + part[..., half:], enough[..., :half] | enough[..., half:]
         if self.n_errors:
@@ -315,6 +371,8 @@ def evaluate(
         phi = phi * rule.mu.to(phi.dtype)
     else:
         phi, w = F.aggregate_disparities(value, rule.mu, present, s.solver)
+    if not s.centred:
+        phi = phi - _at(rule.mu, 0, phi) / (2 * present.sum(-1).clamp(min=1))
     divisor = counts if s.ema_gradient == "decayed" else now[..., half:]
     return Found(value, present, phi, w, rule.to_sums(psi, w[..., :tasks], divisor)), running
 
@@ -332,4 +390,4 @@ def _targets(task: Task, labels: Tensor) -> Tensor:
     """Labels as 0/1 columns [B, C]; anything else is missing."""
     if isinstance(task, Multiclass):
         return F.one_hot_labels(labels, torch.arange(task.n_classes, device=labels.device))
-    return labels if isinstance(task, Multilabel) else labels.unsqueeze(1)
+    return labels if isinstance(task, Multilabel) else task.flat(labels).unsqueeze(1)

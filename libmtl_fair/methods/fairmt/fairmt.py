@@ -1,68 +1,90 @@
-"""FairMT: task losses under one fairness constraint over heterogeneous, partly labelled tasks, by a primal-dual method."""
+"""FairMT: task losses under fairness constraints over heterogeneous, partly labelled tasks, by primal-dual methods."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from libmtl_fair import functional as F
 from libmtl_fair.batch import Columns, FairBatch
-from libmtl_fair.errors import RecipeError, unknown
+from libmtl_fair.errors import HostError, RecipeError, unknown
 from libmtl_fair.libmtl.gradients import add_gradients, carry_representation_gradients, extra_gradients
 from libmtl_fair.libmtl.state import TrainingState
-from libmtl_fair.methods.base import FairWeighting, Settings
-from libmtl_fair.methods.fairmt.constraint import BinaryColumns, Constraint, Found, MixedColumns, evaluate
-from libmtl_fair.methods.fairmt.settings import FairMTSettings
-from libmtl_fair.methods.fairmt.task_weights import Gradients, TaskWeights
+from libmtl_fair.methods.base import Penalty, Settings, Written
+from libmtl_fair.methods.fairmt.constraint import BinaryColumns, Constraint, MixedColumns, OutputColumns, evaluate
+from libmtl_fair.methods.fairmt.duals import START, Duals, Found, Pace, Window, pursue
+from libmtl_fair.methods.fairmt.settings import DEFAULT_TARGET, FairMTSettings
+from libmtl_fair.methods.fairmt.targets import Target, chosen
+from libmtl_fair.methods.fairmt.task_weights import Gradients, TaskWeights, uniform
 from libmtl_fair.methods.relif import LipschitzScales
-from libmtl_fair.tasks import AUXILIARY_PREFIX, Regression, Task
+from libmtl_fair.predictions import Predictions
+from libmtl_fair.tasks import AUXILIARY_PREFIX, Binary, Multilabel, Regression, Task
 
 __all__ = ["FairMT", "FairMTSettings"]
 
 
 @dataclass
 class Fairness:
-    """The constraint in one step: what was found, the gradient of Phi to each root, and w* times the Lipschitz term."""
+    """What fairness asks of a step: its gradient to each root (unscaled), its term, and its strength beside the losses' mean."""
 
-    found: Found
     grads: list[Tensor]
     roots: list[Tensor]
     sizes: tuple[int, ...]
     term: Tensor | None
+    strength: Tensor | float
+    observed: Tensor
 
 
-class FairMT(FairWeighting):
-    r"""Task losses under one fairness constraint over tasks of any kind, some of them unlabelled in places.
+class FairMT(Penalty):
+    r"""Task losses under fairness constraints over tasks of any kind, some of them unlabelled in places.
 
-    Minimises :math:`\sum_t \alpha_t L_t` subject to :math:`\Phi \le \epsilon`, where :math:`\Phi` is the smoothed worst case of the
-    tasks' asymmetric disparities (only groups worse than the best are moved). A step descends
+    ``form="constraints"`` (ours, the default): minimises :math:`\sum_t L_t` while, for every binary task and attribute, the
+    difference of decisions between groups is at most what ``target`` says, by a multiplier of its own (METHODS.md, 2.5). The first
+    epoch is plain. Records each step ``eta``, ``gap`` (of decisions, over the last epoch) and ``psi`` (smooth) of each
+    constraint; :meth:`constraint_rows` says what was met.
+
+    ``form="phi"`` (the source's): minimises :math:`\sum_t \alpha_t L_t` subject to :math:`\Phi \le \epsilon`, where :math:`\Phi` is
+    the smoothed worst case of the tasks' asymmetric disparities (only groups worse than the best are moved). A step descends
     :math:`T (\sum_t \alpha_t L_t + \eta \Phi)`; then :math:`\eta \leftarrow \mathrm{clip}(\eta + \rho (\Phi - \epsilon))`. The
     factor T, the number of tasks with a label in the batch, is ours: with uniform alpha a step without a violated
-    constraint is equal weighting's, at its learning rate. Auxiliary fairness tasks are in neither sum: their losses are added
-    as they are (ours). Source: arXiv:2512.00469; what is ours is marked in the settings.
+    constraint is equal weighting's, at its learning rate. Records each step ``psi/<task>`` and ``w/<task>`` (NaN and 0 where
+    absent), ``alpha/<task>`` (sums to 1), ``phi``, and ``eta`` after the dual update, which the next step uses.
 
-    Records each step: ``psi/<task>`` and ``w/<task>`` (NaN and 0 where absent), ``alpha/<task>`` (sums to 1), ``phi``, and
-    ``eta`` after the dual update, which the next step uses.
+    Auxiliary fairness tasks are in neither sum: their losses are added as they are (ours). Source: arXiv:2512.00469; what is
+    ours is marked in the settings.
     """
 
     settings_class = FairMTSettings
     source = "arXiv:2512.00469"
-    cost = "1.7 to 1.9 plain steps with 2 to 40 tasks (docs/RESULTS.md)"
+    cost = "1.5 to 1.9 plain steps with 2 to 40 tasks (docs/RESULTS.md)"
     needs_groups = True
     settings: FairMTSettings
     lipschitz: LipschitzScales | None
     running: Tensor | None = None
     presence: Tensor | None = None
+    ring: Tensor | None = None
+    recent: Tensor | None = None
+    multipliers: Tensor | None = None
+    lipschitz_state: Tensor | None = None
+    cut: Tensor | None = None
+    decay: float = 0.0
+    past_steps: int = 0
+    plain_steps: int = 0
+    epoch_length: int = 0
 
     def configure(self, settings: Settings) -> None:
-        """Make the dual variable."""
+        """Make the dual variable of the form phi; those of the constraints wait for the data."""
         super().configure(settings)
         self.dual = self.settings.dual()
         self.lipschitz = LipschitzScales(self.settings.relif()) if self.settings.lipschitz else None
         self.to(self.device)
         self._constraint: Constraint | None = None
+        self._duals: Duals | None = None
         self._main = [name for name in self.task_name if not name.startswith(AUXILIARY_PREFIX)]
         self._rows: Tensor | None = None  # of the main tasks, where there are others
         if len(self._main) < len(self.task_name):
@@ -74,48 +96,190 @@ class FairMT(FairWeighting):
     # -- the step -------------------------------------------------------------------------------------------------
 
     def step(self, batch: FairBatch, losses: Tensor) -> Tensor | None:
-        """Descend the Lagrangian with one backward pass through the encoder, then raise or lower eta."""
-        found = self._measure(batch)
-        eta = self.dual.value.clone()
-        if self.settings.weighing == "base":
-            alpha, weights = None, self._with_base(losses, found, eta)
-        else:
-            grads = self._gradients(batch, losses, found)
-            alpha, weights = self._descend(batch, losses, grads, eta)
-        self._record(found, alpha)
-        return weights
+        """Descend with one backward pass through the encoder; the multipliers have moved."""
+        if self.settings.weighing != "proxy":
+            return super().step(batch, losses)
+        return self._descend(batch, losses, self._fairness(batch))
 
-    def _measure(self, batch: FairBatch) -> Fairness:
-        """Move the running sums; return psi, Phi, w* and the gradient of Phi to the outputs."""
-        rule, lipschitz = self._constraint or self._make_constraint(batch), None
+    def penalty(self, batch: FairBatch) -> Written:
+        """Return what fairness asks of the step, beside the sum of the losses or what the base makes of them."""
+        found = self._fairness(batch)
+        with torch.no_grad():
+            strength = torch.as_tensor(found.strength, device=self.device)
+            pairs = [(root, g * strength.to(g.dtype)) for root, g in zip(found.roots, found.grads)]
+        if found.term is not None:
+            pairs.append((found.term, strength.to(found.term.dtype)))
+        if self.settings.form == "phi" and self.settings.weighing == "uniform":
+            self._trace("alpha", uniform(found.observed, torch.get_default_dtype()))
+        return Written(pairs)
+
+    def _fairness(self, batch: FairBatch) -> Fairness:
+        if batch.matrices is None:
+            observed = torch.stack([batch.observed[name].any() for name in self._main])
+        else:
+            observed = batch.matrices.labelled > 0
+        lipschitz, term = None, None
         if self.lipschitz is not None:
             scores, embedding = batch.score_matrix, batch.embedding
             lipschitz = self.lipschitz(scores.detach(), embedding.detach(), move=embedding.requires_grad).term
+        if self._constraint is None:
+            self._lay_out([batch.task(name) for name in self._main], batch.n_groups, batch.multi_input)
         with torch.no_grad():
-            blocks, members = self._blocks(batch, rule)
-            now = rule.sums(blocks, members)
-            found, self.running = evaluate(rule, now, self.running, lipschitz)
-            grads = rule.pull_back(blocks, members, found.to_sums)
-        term = None
+            if self.settings.form == "phi":
+                grads, share, strength = self._phi(batch, lipschitz)
+                strength = strength * observed.sum()
+            else:
+                grads, share = self._constraints(batch, lipschitz)
+                strength = torch.ones_like(share)
         if lipschitz is not None:
             value = lipschitz.attached(scores, embedding)
-            term = found.w[-1].to(value.dtype) * value
+            term = share.to(value.dtype) * value
         outputs = [batch.outputs[name] for name in self._main] if batch.matrices is None else []
+        sizes = tuple(1 if z.dim() == 1 else z.shape[1] for z in outputs) or (1,) * len(self._main)
         if batch.matrices is not None:
             roots = [batch.matrices.logits]
         elif isinstance(batch.outputs, Columns) and batch.outputs.names == tuple(self._main):
             roots, grads = [batch.outputs.matrix], [torch.cat([g.reshape(len(g), -1) for g in grads], 1)]
         else:
             roots = outputs
-        sizes = tuple(1 if z.dim() == 1 else z.shape[1] for z in outputs) or (1,) * len(self._main)
-        return Fairness(found, [g.reshape(z.shape) for g, z in zip(grads, roots, strict=True)], roots, sizes, term)
+        grads = [g.reshape(z.shape).to(z.dtype) for g, z in zip(grads, roots, strict=True)]
+        return Fairness(grads, roots, sizes, term, strength, observed)
+
+    # -- the source's form -----------------------------------------------------------------------------------------
+
+    def _phi(self, batch: FairBatch, lipschitz: F.LipschitzTerm | None) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Move the running sums and eta; return the gradient of Phi to the outputs, w* of the Lipschitz term, and eta before."""
+        rule = self._constraint
+        assert rule is not None
+        assert self.presence is not None
+        blocks, members = self._blocks(batch, rule)
+        found, self.running = evaluate(rule, rule.sums(blocks, members), self.running, lipschitz)
+        eta = self.dual.value.clone()
+        psi, w, present = torch.where(found.present, found.psi, torch.nan), found.w, found.present
+        self.trace = {"phi": found.phi, "eta": self.dual.update(found.phi, present.any())}
+        if lipschitz is not None:
+            tasks = len(self._main)
+            self.trace |= {"psi/lipschitz": psi[-1], "w/lipschitz": w[-1]}
+            psi, w, present = psi[:tasks], w[:tasks], present[:tasks]
+        self.presence.add_(present)
+        self._trace("psi", psi)
+        self._trace("w", w)
+        return rule.pull_back(blocks, members, found.to_sums), found.w[-1], eta
+
+    def _trace(self, name: str, values: Tensor) -> None:
+        """Note a number a main task."""
+        if self._rows is None:
+            self.trace = {**self.trace, name: values}
+        else:
+            self.trace = {**self.trace, **{f"{name}/{task}": values[t] for t, task in enumerate(self._main)}}
+
+    # -- constraints of their own ----------------------------------------------------------------------------------
+
+    def _constraints(self, batch: FairBatch, lipschitz: F.LipschitzTerm | None) -> tuple[list[Tensor], Tensor]:
+        """Move sums and multipliers; return the gradient of all constraints to the main tasks' outputs, and the term's strength."""
+        rule, duals = self._constraint, self._duals
+        assert rule is not None
+        assert duals is not None
+        pace, length = self._pace(batch)
+        self.past_steps, self.plain_steps = self.past_steps + 1, self.plain_steps + pace.warm
+        if self.settings.threshold == "base_rate":
+            self._move_cut(batch)
+        blocks, members = self._blocks(batch, rule)
+        now, half = rule.sums(blocks, members), 2 * rule.n_rates
+        self.running = (
+            now[..., : 2 * half] if self.running is None else now[..., : 2 * half] + self.decay * self.running
+        )
+        if pace.anew and self.ring is not None and self.recent is not None:
+            self.ring.zero_()
+            self.recent.zero_()
+        self.ring, self.recent = Window.rolled(self.ring, self.recent, now[..., half:], self.past_steps - 1, length)
+        if self.multipliers is None:
+            self.multipliers = duals.start()
+        found = duals.update(self.multipliers, self.recent, pace)
+        rates, counts = rule.rates(self.running[..., :half], self.running[..., half:])
+        psi, there, slope = rule.lifted(rates, counts * torch.as_tensor(found.enough, device=self.device), 0.0)
+        k = rule.n_rates
+        self._record(found, torch.where(there[..., :k] | there[..., k:], psi[..., :k] + psi[..., k:], torch.nan))
+        strength = self._individual(lipschitz, pace, length)
+        if found.strength is None:
+            return [torch.zeros_like(z) for z in self._targets_of(batch)], strength
+        divisor = counts
+        if self.settings.ema_gradient == "true":
+            divisor = counts * ((1 - self.decay) / (1 - self.decay**self.past_steps))
+        elif self.settings.ema_gradient == "batch":
+            divisor = rule.rates(now[..., :half], now[..., half : 2 * half])[1]
+        used = torch.as_tensor(found.strength, device=self.device).to(slope.dtype)
+        grads = rule.pull_back(blocks, members, duals.to_sums(slope, used, divisor))
+        if batch.matrices is not None:
+            return grads, strength
+        own = iter(grads)
+        return [next(own) if n in self._limited else torch.zeros_like(batch.outputs[n]) for n in self._main], strength
+
+    def _move_cut(self, batch: FairBatch) -> None:
+        """Move the running thresholds [K] towards those that choose as many as are positive in this batch."""
+        rule = self._constraint
+        assert rule is not None
+        found = []
+        for task in rule.tasks:
+            column = OutputColumns([task], [batch.outputs[task.name].detach()], [batch.labels[task.name]], 1.0)
+            positive, known = column.parts[2].sum(0), (column.parts[2] + column.parts[3]).T
+            ordered = column.logits.T.masked_fill(known == 0, torch.inf).sort(1).values
+            count = known.sum(1)
+            at = (count - positive).clamp(min=0).minimum((count - 1).clamp(min=0)).long().unsqueeze(1)
+            found.append(torch.where(count > 0, ordered.gather(1, at).squeeze(1), torch.nan))
+        now = torch.cat(found)
+        held = now.nan_to_num() if self.cut is None else self.cut
+        self.cut = torch.where(now.isfinite(), held + (1 - self.decay) * (now - held), held)
+
+    def _targets_of(self, batch: FairBatch) -> list[Tensor]:
+        return [batch.matrices.logits] if batch.matrices else [batch.outputs[name] for name in self._main]
+
+    def _pace(self, batch: FairBatch) -> tuple[Pace, int]:
+        """Return where the training is, and the steps of the window of decisions."""
+        epochs = int(getattr(self, "epochs", 0) or 0)
+        if batch.epoch_steps is None and batch.epoch == 0:  # a loader that does not say: its first epoch does
+            if epochs == 1:
+                raise HostError(
+                    "FairMT: with one epoch the training loader must say how many batches it has (__len__), so that a part of "
+                    "them can be plain"
+                )
+            self.epoch_length += 1
+            return Pace(True, 0.0), 256
+        length = batch.epoch_steps or self.epoch_length
+        total = max(epochs * length, self.past_steps + 1)
+        return Pace.of(self.past_steps, length, total), length if self.ring is None else max(length, len(self.ring))
+
+    def _individual(self, lipschitz: F.LipschitzTerm | None, pace: Pace, length: int) -> Tensor:
+        """Return the strength of ReLiF's term: a constraint of its own, on its mean over about an epoch."""
+        if lipschitz is None:
+            return torch.zeros((), device=self.device)
+        value, first = lipschitz.value.double(), self.lipschitz_state is None
+        if self.lipschitz_state is None:
+            self.lipschitz_state = torch.stack([torch.full_like(value, START).log(), value, value])
+        log_eta, level, mean = self.lipschitz_state
+        mean += (value - mean) / (1 if first else length)
+        aim = Target.read(self.settings.target or DEFAULT_TARGET)
+        used = pursue(
+            log_eta, level, mean, torch.isfinite(mean), pace, lambda plain: aim.tolerance(plain, self.settings.floor)
+        )
+        self.trace = {**self.trace, "eta/lipschitz": log_eta.exp(), "psi/lipschitz": value}
+        return torch.zeros_like(value) if used is None else used * 0.69314718
+
+    def _record(self, found: Found, psi: Tensor) -> None:
+        assert self.presence is not None
+        assert self.multipliers is not None
+        assert self._duals is not None
+        there = torch.as_tensor(found.present, device=self.device)
+        self.presence.add_(there.reshape(self.presence.shape))
+        gap = torch.as_tensor(found.gap, device=self.device).masked_fill(~there, torch.nan)
+        values = {"eta": self.multipliers[0].exp(), "gap": gap, "psi": psi}
+        self.trace = {name: value.flatten() for name, value in values.items()}
+        self.trace_labels = dict.fromkeys(values, self._duals.labels)
+
+    # -- task weights ----------------------------------------------------------------------------------------------
 
     def _gradients(self, batch: FairBatch, losses: Tensor, found: Fairness) -> Gradients:
         """Return the gradient of each task's loss to its output; written out where all are plain cross-entropies."""
-        if batch.matrices is None:
-            observed = torch.stack([batch.observed[name].any() for name in self._main])
-        else:
-            observed = batch.matrices.labelled > 0
         if batch.matrices is not None and batch.standard_losses:
             with torch.no_grad():
                 grads = [batch.matrices.loss_gradient(batch.score_matrix.detach().T)]
@@ -124,16 +288,18 @@ class FairMT(FairWeighting):
             keep = self._rows is not None  # the losses of further tasks were stacked with these
             each = torch.autograd.grad(main.sum(), found.roots, allow_unused=True, retain_graph=keep)
             grads = [torch.zeros_like(z) if g is None else g for z, g in zip(found.roots, each, strict=True)]
-        return Gradients(found.roots, found.sizes, grads, found.grads, observed, found.term)
+        return Gradients(found.roots, found.sizes, grads, found.grads, found.observed, found.term)
 
-    def _descend(self, batch: FairBatch, losses: Tensor, grads: Gradients, eta: Tensor) -> tuple[Tensor, Tensor]:
-        """Leave the gradient of the Lagrangian and of the auxiliary tasks' losses; return alpha and all tasks' weights."""
-        alpha = self._alpha(batch, grads, eta)
+    def _descend(self, batch: FairBatch, losses: Tensor, found: Fairness) -> Tensor:
+        """Leave the gradient of the Lagrangian and of the auxiliary tasks' losses; return all tasks' weights."""
+        grads = self._gradients(batch, losses, found)
         with torch.no_grad():
-            count = grads.observed.sum().to(alpha.dtype)
-            weights, strength = alpha * count, eta * count
-            shares = grads.spread(weights)
-            each = zip(grads.losses, grads.fairness, shares, strict=True)
+            count = grads.observed.sum().to(losses.dtype).clamp(min=1)
+            strength = torch.as_tensor(found.strength, device=self.device).to(losses.dtype)
+        alpha = self._alpha(batch, grads, strength / count)
+        with torch.no_grad():
+            weights = alpha * count
+            each = zip(grads.losses, grads.fairness, grads.spread(weights), strict=True)
             total = [torch.addcmul(g * share, f, strength.to(g.dtype)) for g, f, share in each]
         further = [] if self._rows is None else [losses.index_select(0, self._others).sum()]
         extra = []
@@ -144,65 +310,106 @@ class FairMT(FairWeighting):
         torch.autograd.backward([*grads.roots, *further], [*total, *map(torch.ones_like, further)])
         carry_representation_gradients(self)
         add_gradients(extra)
+        self._trace("alpha", alpha)
         if self._rows is not None:
             weights = torch.ones_like(losses).index_copy(0, self._rows, weights.to(losses.dtype))
-        return alpha, weights
-
-    def _with_base(self, losses: Tensor, found: Fairness, eta: Tensor) -> Tensor | None:
-        """Let the base weighting balance the losses, and add the gradient of T eta Phi."""
-        strength = eta * len(self._main)
-        roots, grads = list(found.roots), [strength.to(g.dtype) * g for g in found.grads]
-        if found.term is not None:
-            roots.append(found.term)
-            grads.append(strength.to(found.term.dtype))
-        extra = extra_gradients(self, roots, grads)
-        weights = self.base_backward(losses)
-        add_gradients(extra)
         return weights
-
-    def _record(self, fairness: Fairness, alpha: Tensor | None) -> None:
-        assert self.presence is not None
-        found = fairness.found
-        psi, w, present = torch.where(found.present, found.psi, torch.nan), found.w, found.present
-        trace = {"phi": found.phi, "eta": self.dual.update(found.phi, present.any())}
-        if self.lipschitz is not None:
-            tasks = len(self._main)
-            trace |= {"psi/lipschitz": psi[-1], "w/lipschitz": w[-1]}
-            psi, w, present = psi[:tasks], w[:tasks], present[:tasks]
-        self.presence.add_(present)
-        traces = {"psi": psi, "w": w} | ({} if alpha is None else {"alpha": alpha})
-        if self._rows is not None:
-            traces = {f"{key}/{name}": v[t] for key, v in traces.items() for t, name in enumerate(self._main)}
-        self.trace = trace | traces
 
     # -- what a batch gives the constraint -------------------------------------------------------------------------
 
-    def _make_constraint(self, batch: FairBatch) -> Constraint:
-        tasks = [batch.task(name) for name in self._main]
-        for name in self.settings.attributes or ():
-            if name not in batch.n_groups:
-                raise RecipeError(f"FairMT: {unknown('attribute', name, batch.n_groups)}")
-        n_groups = {name: batch.n_groups[name] for name in self.settings.attributes or batch.n_groups}
-        widths = [_width(task, batch.outputs[task.name]) for task in tasks]
-        blocks = [[t] for t in range(len(tasks))] if batch.multi_input else [list(range(len(tasks)))]
-        self._constraint = Constraint(self.settings, tasks, widths, n_groups, blocks, self.device)
+    def _lay_out(self, tasks: Sequence[Task], n_groups: Mapping[str, int], multi_input: bool) -> None:
+        """Lay out columns, groups and targets of the main tasks."""
+        s = self.settings
+        for name in s.attributes or ():
+            if name not in n_groups:
+                raise RecipeError(f"FairMT: {unknown('attribute', name, n_groups)}")
+        n_groups = {name: n_groups[name] for name in s.attributes or n_groups}
+        tasks = [task for task in tasks if s.form == "phi" or isinstance(task, Binary | Multilabel)]
+        self._limited = [task.name for task in tasks]
+        if not tasks:
+            raise HostError(
+                "FairMT: none of the tasks is binary, so none has decisions to constrain; form='phi' takes any kind"
+            )
+        widths = [0 if isinstance(task, Regression) else task.out_features for task in tasks]
+        blocks = [[t] for t in range(len(tasks))] if multi_input else [list(range(len(tasks)))]
+        rule = self._constraint = Constraint(s, tasks, widths, n_groups, blocks, self.device)
+        shape: tuple[int, ...] = (len(tasks),)
+        if s.form == "constraints":
+            attributes = ["*".join(n_groups)] if rule.crossed else list(n_groups)
+            columns = [task.name for task, width in zip(tasks, widths) for _ in range(width)]
+            targets = chosen(s.target, s.targets, DEFAULT_TARGET, self._limited, attributes)
+            self._duals = Duals(rule, columns, attributes, targets, self.device)
+            shape = self._duals.bound.shape
+            self.decay = self.decay or s.ema
         if self.presence is None:
-            self.presence = torch.zeros(len(tasks), device=self.device)
-        return self._constraint
+            self.presence = torch.zeros(shape, device=self.device)
 
     def _blocks(self, batch: FairBatch, rule: Constraint) -> tuple[list[BinaryColumns | MixedColumns], list[Tensor]]:
-        blocks: list[BinaryColumns | MixedColumns] = []
-        members = [rule.membership(batch.task_groups(self._main[block[0]])) for block in rule.blocks]
+        members = [rule.membership(batch.task_groups(self._limited[block[0]])) for block in rule.blocks]
         if batch.matrices is not None:
-            return [BinaryColumns(batch.matrices.logits.detach(), batch.matrices.labels, rule.sharpness)], members
+            logits, labels = batch.matrices.logits.detach(), batch.matrices.labels
+            return [BinaryColumns(logits, labels, rule.sharpness, self.cut, self._duals is not None)], members
+        blocks: list[BinaryColumns | MixedColumns] = []
         for block in rule.blocks:
-            names = [self._main[t] for t in block]
-            values, labels = [batch.outputs[name] for name in names], [batch.labels[name] for name in names]
-            blocks.append(MixedColumns(rule, [rule.tasks[t] for t in block], values, labels))
+            if self._duals is not None:
+                blocks.append(self._output_columns(block, batch.outputs, batch.labels, rule))
+                continue
+            names = [self._limited[t] for t in block]
+            values, labels_of = [batch.outputs[name] for name in names], [batch.labels[name] for name in names]
+            blocks.append(MixedColumns(rule, [rule.tasks[t] for t in block], values, labels_of))
         return blocks, members
 
+    def _output_columns(
+        self, block: Sequence[int], outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor], rule: Constraint
+    ) -> OutputColumns:
+        """Return the columns of some tasks, with their decisions."""
+        tasks, cut = [rule.tasks[t] for t in block], self.cut
+        if cut is not None and len(rule.blocks) > 1 and self._duals is not None:
+            names = {task.name for task in tasks}
+            cut = cut[[k for k, name in enumerate(self._duals.columns) if name in names]]
+        values = [outputs[task.name].detach() for task in tasks]
+        return OutputColumns(tasks, values, [labels[task.name] for task in tasks], rule.sharpness, cut, True)
+
+    # -- what came of it -------------------------------------------------------------------------------------------
+
+    def constraint_rows(self, **parts: Predictions) -> list[dict[str, Any]]:
+        """Return a row a constraint: task, attribute, target, tolerance, plain level, eta, at its bound, and each part's outcome.
+
+        ``train``, unless it is among the ``parts`` (``val=...``: predictions), is what was decided in the last epoch of training. A
+        part has ``<part>`` (the difference of decisions, freed of chance; None where there are too few people),
+        ``<part>_error`` and ``<part>_met``. Empty where nothing was constrained.
+        """
+        if self.recent is None or self.multipliers is None:
+            return []
+        if self._constraint is None:  # of a checkpoint
+            known = next(iter(parts.values()))
+            tasks = [task for task in known.tasks if task.name in self._main]
+            self._lay_out(tasks, {name: len(names) for name, names in known.group_names.items()}, self.multi_input)
+        rule, duals, sums = self._constraint, self._duals, {"train": self.recent}
+        assert rule is not None
+        assert duals is not None
+        with torch.no_grad():
+            for part, found in parts.items():
+                outputs, labels, groups = (
+                    {k: v.to(self.device) for k, v in values.items()}
+                    for values in (found.outputs, found.labels, found.groups)
+                )
+                if self.multi_input or any(name not in groups for name in rule.attributes):
+                    continue  # no one table of people
+                columns = self._output_columns([*range(len(rule.tasks))], outputs, labels, rule)
+                made = torch.cat(columns.parts, -1).to(rule.dtype)
+                sums[part] = (rule.membership(groups).mT @ made)[:, columns.width :]
+            return duals.rows(self.multipliers, **{p: duals.decisions(s)[:3] for p, s in sums.items()})
+
+    def admits(self, predictions: Callable[[], Predictions]) -> bool:
+        """Whether the model of now may be chosen for its utility: training is no longer plain, and these decisions are allowed."""
+        if self.settings.form == "phi":
+            return True
+        warm = self.past_steps <= self.plain_steps
+        return not warm and all(row.get("val_met", True) for row in self.constraint_rows(val=predictions()))
+
     def after_epoch(self, trainer: TrainingState, epoch: int) -> None:
-        """Say once which tasks had no two groups to compare in any step of an epoch."""
+        """Say once which tasks had no two groups to compare in any step of an epoch; at the end, what could not be met."""
         parent = getattr(super(), "after_epoch", None)
         if parent is not None:
             parent(trainer, epoch)
@@ -210,7 +417,10 @@ class FairMT(FairWeighting):
             return
         seen = (self.presence > 0).tolist()
         self.presence.zero_()
-        absent = [name for name, here in zip(self._main, seen, strict=True) if not here and name not in self._absent]
+        names = self._duals.labels if self._duals else self._main
+        flat = [x for row in seen for x in row] if self._duals else seen
+        wanted = set(self._duals.wanted) if self._duals else set(names)
+        absent = [n for n, here in zip(names, flat, strict=True) if not here and n in wanted and n not in self._absent]
         if absent:
             self._absent.update(absent)
             warnings.warn(
@@ -218,11 +428,12 @@ class FairMT(FairWeighting):
                 f"for {', '.join(absent)}; fairness of these tasks was not trained",
                 stacklevel=2,
             )
-
-
-def _width(task: Task, output: Tensor) -> int:
-    """Return the number of classification columns of a task, 0 for regression."""
-    if isinstance(task, Regression):
-        return 0
-    probabilities = task.probabilities(output.detach())
-    return 1 if probabilities.dim() == 1 else probabilities.shape[1]
+        if self._duals is not None and epoch + 1 == int(getattr(self, "epochs", 0)):
+            for row in self.constraint_rows():
+                if row["at_bound"] and not row.get("train_met", True):
+                    warnings.warn(
+                        f"FairMT: {row['task']}, {row['attribute']}: {row['target']} was not met: {row['train']:.3f} of training "
+                        f"decisions where {row['tolerance']:.3f} is tolerated, with its multiplier at its bound. It cannot be met "
+                        "at the cost that the bound allows: ask for less, or train longer",
+                        stacklevel=2,
+                    )

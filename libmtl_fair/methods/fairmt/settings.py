@@ -3,38 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-from libmtl_fair.errors import unknown
+from libmtl_fair.errors import RecipeError, unknown
 from libmtl_fair.functional.simplex import AGGREGATION_SOLVERS
 from libmtl_fair.methods.base import Names, Settings, setting
 from libmtl_fair.methods.controllers import DualAscent
+from libmtl_fair.methods.fairmt.targets import Target, read_table
 from libmtl_fair.methods.relif import ReLiFSettings
 
 _LIPSCHITZ = ("prototypes", "k", "beta", "mu", "quantile", "scaling", "scale_ema", "detach_distance", "task_pairs")
 
+DEFAULT_TARGET = "eo <= 30%"
+_PHI_ONLY = ("epsilon", "mu", "rho", "eta_0", "eta_max", "solver", "normalise", "centred", "rank_one", "error")
+_IMPLY_PHI = (*_PHI_ONLY, "proxy", "ema_gradient")
+_PHI_DEFAULTS: Mapping[str, Any] = {"sharpness": 1.0, "min_count": 10, "ema_gradient": "decayed"}
+PAPER: Mapping[str, Any] = {
+    "form": "phi", "alpha": "proxy", "rank_one": True, "ema": 0.0, "min_count": 1, "normalise": False, "centred": False,
+}  # fmt: skip
+"""Sections 2.1 to 2.4 of METHODS.md as published. ``preset="paper"`` puts them under those given."""
+
 
 class FairMTSettings(Settings):
-    """Hyperparameters of :class:`FairMT` (METHODS.md, 2)."""
+    """Hyperparameters of :class:`FairMT` (METHODS.md, 2).
 
-    epsilon: float = setting(
-        0.05,
-        "disparity Phi that is tolerated, >= 0",
+    Where a setting of the published form alone is given (epsilon, mu, rho, eta_0, ...) and no target, the form is ``"phi"``, whose
+    own defaults are sharpness 1, min_count 10, ema_gradient "decayed", alpha "proxy".
+    """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"paper": PAPER}
+    aliases: ClassVar[Mapping[str, str]] = {"constraint": "target", "constraints": "targets"}
+
+    preset: str | None = setting(None, '``"paper"``: as published', choices=("paper",))
+    form: str = setting(
+        "constraints",
+        '``"constraints"``: a multiplier of its own for every binary task and attribute, raised by the decisions; ``"phi"``: the '
+        "source's one constraint Phi <= epsilon on soft scores",
         ours=True,
-        expected="a finite number",
-        allow_inf_nan=False,
-        search=(0.005, 0.1, "log"),
+        choices=("constraints", "phi"),
     )
-    mu: float = setting(
-        0.5, "smoothing of the worst case over tasks", expected="above 0", gt=0, search=(0.1, 1.0, "log")
+    target: str | None = setting(
+        None,
+        f'"eo <= 0.05", or "eo <= 30%" of what plain training has; eo, eop or dp. None is "{DEFAULT_TARGET}"',
+        ours=True,
+        search=["eo <= 60%", "eo <= 45%", "eo <= 30%", "eo <= 20%", "eo <= 10%"],
     )
-    rho: float = setting(
-        0.05,
-        "step of the dual variable, >= 0",
-        expected="a finite number",
-        allow_inf_nan=False,
-        search=(0.01, 0.5, "log"),
+    targets: Mapping[str, Any] = setting(
+        {}, "task -> its own target, or attribute -> target; without ``target`` only these are constrained", ours=True
     )
+    floor: float = setting(0.04, "least difference that a target in % asks for", ours=True, gt=0, le=1)
+    threshold: str = setting(
+        "half",
+        'decisions: ``"half"``, at 0.5, or ``"base_rate"``, where as many are chosen as are positive',
+        ours=True,
+        choices=("half", "base_rate"),
+    )
+    epsilon: float = setting(
+        0.05, "disparity Phi that is tolerated, >= 0", ours=True, expected="a finite number", allow_inf_nan=False
+    )
+    mu: float = setting(0.5, "smoothing of the worst case over tasks", expected="above 0", gt=0)
+    rho: float = setting(0.05, "step of the dual variable, >= 0", expected="a finite number", allow_inf_nan=False)
     eta_0: float = setting(
         0.0, "start of the dual variable, in [0, eta_max]", expected="a finite number", allow_inf_nan=False
     )
@@ -47,13 +75,15 @@ class FairMTSettings(Settings):
     )
     alpha: str | None = setting(
         None,
-        '``"proxy"`` (default), ``"uniform"``, or ``"base"``: another LibMTL weighting, named by ``base``',
+        '``"proxy"`` (default of the form phi), ``"uniform"`` (default), or ``"base"``: another LibMTL weighting, named by '
+        "``base``",
         choices=("proxy", "uniform", "base"),
     )
     rank_one: bool = setting(False, "the source's form of the head proxy")
     normalise: bool = setting(
         True, "divide by the number of groups that can differ, so that attributes compare", ours=True
     )
+    centred: bool = setting(True, "Phi lies between the mean and the largest psi, whatever mu and T are", ours=True)
     fpr_weight: float = setting(
         1.0,
         "weight of the FPR part of a disparity against the TPR part (the source's is 1). The FPR part lowers the scores of "
@@ -61,13 +91,15 @@ class FairMTSettings(Settings):
         ours=True,
         expected="a number of at least 0",
         ge=0,
+        search=(0.3, 1.0),
     )
     sharpness: float = setting(
-        1.0,
+        4.0,
         "rates are means of sigmoid(sharpness * logit): above 1 nearer to decisions at 0.5 (the source's is 1)",
         ours=True,
         expected="above 0",
         gt=0,
+        search=(2.0, 6.0),
     )
     symmetric: bool = setting(False, "the ablation: largest minus smallest rate, gradient to both sides")
     reference: str = setting(
@@ -77,13 +109,18 @@ class FairMTSettings(Settings):
     )
     ema: float = setting(0.9, "decay of the running sums per group; 0 takes each batch alone", ours=True, ge=0, lt=1)
     ema_gradient: str = setting(
-        "decayed",
-        '``"batch"``: the batch rate\'s full gradient at the running value',
+        "true",
+        'at the running value ``"decayed"``: its own gradient, 1 - ema of the batch rate\'s; ``"batch"``: the batch rate\'s; '
+        '``"true"``: the batch sum over the mean count of a batch',
         ours=True,
-        choices=("decayed", "batch"),
+        choices=("decayed", "batch", "true"),
     )
     min_count: float = setting(
-        10, "groups with fewer (decayed) examples are absent", ours=True, expected="above 0", gt=0
+        5,
+        "groups with fewer examples of a class (in an epoch; form phi: in the decayed count) are absent",
+        ours=True,
+        expected="above 0",
+        gt=0,
     )
     intersectional: bool = setting(False, "cross the attributes instead of averaging over them")
     attributes: Names | None = setting(
@@ -103,8 +140,44 @@ class FairMTSettings(Settings):
     )
     lipschitz_args: Mapping[str, Any] = setting({}, "its settings, as ReLiF's: " + ", ".join(_LIPSCHITZ))
 
+    def __init__(self, *values: Any, **named: Any) -> None:
+        given = {**dict(zip(type(self).model_fields, values)), **named}
+        targeted = any(given.get(name) for name in ("target", "targets"))
+        if "form" not in given and not targeted and any(name in given for name in _IMPLY_PHI):
+            given["form"] = "phi"
+        super().__init__(**{**(_PHI_DEFAULTS if given.get("form") == "phi" else {}), **given})
+
+    @classmethod
+    def search_space(cls, given: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+        """Return setting -> what a study searches unless told; that of the form phi where ``given`` settings are its."""
+        try:
+            phi = bool(given) and cls.from_args("FairMT", given or {}).form == "phi"
+        except RecipeError:
+            phi = False
+        if not phi:
+            return super().search_space()
+        ranges = {"epsilon": (0.005, 0.1), "mu": (0.1, 1.0), "rho": (0.01, 0.5)}
+        return {name: {"low": low, "high": high, "log": True} for name, (low, high) in ranges.items()}
+
     def check(self) -> None:
         """Check what concerns several settings."""
+        for name in ("target", "targets"):
+            if self.form == "phi" and getattr(self, name):
+                raise self.refused(name, f"{name} is not of the form phi, which has epsilon: leave one of them out")
+        for name in _PHI_ONLY if self.form == "constraints" else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise self.refused(
+                    name,
+                    f"{name} is a setting of the published form, one constraint on soft scores: write form: phi without a "
+                    'target, or target: "eo <= 0.05" without it',
+                )
+        try:
+            name = "target"
+            _ = self.target and Target.read(self.target)
+            name = "targets"
+            read_table(self.targets)
+        except RecipeError as error:
+            raise self.refused(name, str(error)) from None
         if self.reference == "lcb" and self.symmetric:
             raise self.refused("reference", "reference='lcb' names a best group, symmetric=True has none; choose one")
         if self.base != "EW" and self.alpha not in (None, "base"):
@@ -124,7 +197,8 @@ class FairMTSettings(Settings):
     @property
     def weighing(self) -> str:
         """What weights the tasks: ``"proxy"``, ``"uniform"`` or ``"base"``."""
-        return self.alpha or ("proxy" if self.base == "EW" else "base")
+        usual = "proxy" if self.form == "phi" else "uniform"
+        return self.alpha or (usual if self.base == "EW" else "base")
 
     def dual(self) -> DualAscent:
         """Return the controller of eta."""

@@ -64,6 +64,7 @@ class Stack:
         kept = [m for m, trainer in enumerate(self.trainers) if not any(trainer is gone for gone in drop)]
         for trainer in add:
             trainer.prepare_groups(self.rows.val)
+            trainer.epoch_steps = -(-len(self.rows.y) // self.batch_size)
         self.members = [self.members[m] for m in kept] + [Member(trainer) for trainer in add]
         self._weights.change(kept, self.trainers, add)
         self._adam.change(kept, add)
@@ -96,7 +97,7 @@ class Stack:
         for m, member in enumerate(self.members):
             if (self.judge_all or member.trainer.select == "best") and self.finite(m):
                 found = evaluation.evaluate(member.trainer, self.rows.val)
-                scores[m] = judging.judge(member.trainer, member.trainer.epoch, found)
+                scores[m] = judging.judge(member.trainer, member.trainer.epoch, found, self.rows.val)
             self._adam.rates[m] = member.end_epoch()
         return scores
 

@@ -140,7 +140,12 @@ class FairMTPart(Part):
         if trainer.weighting != "FairMT" or trainer.auxiliary:
             return None
         s = trainer.model.settings
-        if s.lipschitz or s.weighing == "base" or any(name not in trainer.n_groups for name in s.attributes or ()):
+        if (
+            s.form != "phi"
+            or s.lipschitz
+            or s.weighing == "base"
+            or any(name not in trainer.n_groups for name in s.attributes or ())
+        ):
             return None
         same = [
             "normalise",

@@ -1,0 +1,215 @@
+"""A multiplier for every binary task and attribute, raised and lowered by decisions (METHODS.md, 2.5): a proxy-Lagrangian.
+
+Gradients are of smooth rates; the multipliers follow the difference of *decisions* over the last epoch. Arrays here are [A, K]:
+attributes (one where they are crossed), and columns, a binary task or a label each; leading dimensions ``[...]`` are trainings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from libmtl_fair import functional as F
+from libmtl_fair.functional._device import on_cpu, widest
+from libmtl_fair.methods.fairmt.constraint import Constraint
+from libmtl_fair.methods.fairmt.targets import Target
+
+LEAST, START = 1e-4, 0.05
+"""Lowest multiplier, and the first; the highest is 1: a task may lose by its constraint what its labels hold at most."""
+_GAIN, _LIMIT, _SLOTS = 15.0, 0.05, 256
+
+
+class Pace(NamedTuple):
+    """Where a training of ``total`` steps is: ``warm`` while it trains plainly, ``gain`` of a step of log eta after it.
+
+    ``anew``: half of the plain steps are over; the decisions before them are forgotten, as of a model that knew nothing yet.
+    """
+
+    warm: bool
+    gain: float
+    anew: bool = False
+
+    @classmethod
+    def of(cls, step: int, epoch_steps: int, total: int) -> Pace:
+        """Return the pace of a step (0-based): plain for an epoch or a tenth of the steps, at most a third.
+
+        >>> Pace.of(99, 100, 1000), Pace.of(100, 100, 1000)
+        (Pace(warm=True, gain=0.015, anew=False), Pace(warm=False, gain=0.015, anew=False))
+        """
+        plain = min(max(epoch_steps, math.ceil(total / 10)), total // 3)
+        return cls(step < max(1, plain), min(_GAIN / max(total, 1), _LIMIT), step == plain // 2)
+
+
+class Window:
+    """Sums over the last ``length`` steps: a ring of at most 256 slots, of one step each where there are no more."""
+
+    @staticmethod
+    def rolled(
+        ring: Tensor | None, recent: Tensor | None, now: Tensor, step: int, length: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the ring [slots, ...] and the sums in it after ``now`` [...], the step's, has taken the oldest one's place."""
+        if ring is None or recent is None:
+            ring, recent = now.new_zeros((min(length, _SLOTS), *now.shape)), torch.zeros_like(now)
+        each = -(-length // _SLOTS)
+        slot = ring[(step // each) % len(ring)]
+        if step % each == 0:
+            recent -= slot
+            slot.copy_(now)
+        else:
+            slot += now
+        recent += now
+        return ring, recent
+
+
+class Found(NamedTuple):
+    """Of every constraint [A, K]: difference of decisions, its standard error, whether it is there; strength of its gradient."""
+
+    gap: Any
+    noise: Any
+    present: Any
+    strength: Any
+    enough: Any
+
+
+def pursue(log_eta: Any, level: Any, gap: Any, there: Any, pace: Pace, tolerance: Callable[[Any], Any]) -> Any:
+    """Move ``log_eta`` and ``level`` in place by what was measured; return the multipliers to use now, None while it is warm.
+
+    ``e = clip(gap / tolerance - 1, -1, 1)``, ``log eta += gain e``, in use: ``min(1, eta exp(e))``. Where ``there`` is False nothing moves.
+    """
+    if pace.warm:
+        level[...] = gap
+        return None
+    xp: Any = torch if isinstance(gap, Tensor) else np
+    error = xp.where(there, xp.clip(gap / tolerance(level) - 1, -1, 1), 0.0)
+    log_eta[...] = xp.clip(log_eta + pace.gain * error, math.log(LEAST), 0.0)
+    return xp.exp(xp.clip(log_eta + error, None, 0.0))
+
+
+class Duals:
+    """Who is constrained, to what, and how the multipliers move.
+
+    Parameters
+    ----------
+    rule : of the columns' rates; told which parts of a column count.
+    columns : the task of each column. ``attributes``: their names. ``targets``: (task, attribute) -> its target.
+    """
+
+    def __init__(
+        self,
+        rule: Constraint,
+        columns: Sequence[str],
+        attributes: Sequence[str],
+        targets: Mapping[tuple[str, str], Target],
+        device: torch.device,
+    ) -> None:
+        self.rule, self.columns, self.attributes, self.targets = rule, list(columns), list(attributes), targets
+        tasks = [f"{t}[{columns[:k].count(t)}]" if columns.count(t) > 1 else t for k, t in enumerate(columns)]
+        ends = [f"/{name}" for name in attributes] if len(attributes) > 1 else [""]
+        self.tasks, self.labels = tasks, [f"{task}{end}" for end in ends for task in tasks]
+        self.wanted = [f"{t}{e}" for e, a in zip(ends, attributes) for t, c in zip(tasks, columns) if (c, a) in targets]
+        table = [[targets.get((task, name)) for task in columns] for name in attributes]
+
+        def array(of: Any) -> Tensor:
+            return torch.tensor([[of(t) for t in row] for row in table], device=device)
+
+        self.floor, dtype = rule.settings.floor, widest(device)
+        self.bound, self.relative = (
+            array(lambda t: t.bound if t else 1.0).to(dtype),
+            array(lambda t: bool(t and t.relative)),
+        )
+        self.alarms = array(lambda t: bool(t is None or t.metric != "eop"))
+        each = torch.tensor([1 / columns.count(task) for task in columns], device=device, dtype=dtype)
+        self.share = array(lambda t: float(t is not None)).to(dtype) * each
+        parity = array(lambda t: bool(t and t.metric == "dp"))
+        if any(target.metric == "dp" for target in targets.values()):
+            rule.parity = torch.cat([parity, parity], -1).unsqueeze(-2)
+        if any(target.metric == "eop" for target in targets.values()):
+            rule.weights = torch.cat([torch.ones_like(self.alarms), self.alarms], -1).to(rule.dtype)
+
+    def start(self) -> Tensor:
+        """Return the state of a training that begins: log eta and the level of plain training, [2, A, K]."""
+        return torch.stack([torch.full_like(self.bound, math.log(START)), torch.zeros_like(self.bound)])
+
+    def tolerance(self, level: Any, bound: Any, relative: Any) -> Any:
+        """Return the difference that each constraint tolerates."""
+        xp: Any = torch if isinstance(level, Tensor) else np
+        return xp.where(relative, xp.clip(bound * level, self.floor, None), bound)
+
+    def decisions(self, recent: Any) -> tuple[Any, Any, Any, Any]:
+        """Return difference, error, presence [A, K] and which groups have enough people [A, G, 2K], of sums [A * G, 4K].
+
+        The sums are counts of positives and negatives, and of misses and false alarms among them.
+        """
+        xp: Any = torch if isinstance(recent, Tensor) else np
+        k, least = self.rule.n_rates, self.rule.min_count
+        rate, count = self.rule.rates(recent[..., 2 * k :], recent[..., : 2 * k])
+        gap, noise, there = F.decision_gap(rate, count, least)
+        alarms = self.alarms if isinstance(recent, Tensor) else self.alarms.numpy()
+        there_too, other = there[..., k:] & alarms, xp.where(alarms, gap[..., k:], 0.0)
+        larger = other > gap[..., :k]
+        worst, error = xp.where(larger, other, gap[..., :k]), xp.where(larger, noise[..., k:], noise[..., :k])
+        return worst, error, there[..., :k] | there_too, count >= least
+
+    def update(self, state: Tensor, recent: Tensor, pace: Pace) -> Found:
+        """Move the multipliers in ``state`` by the decisions of the last epoch; return what they are and how strong a step is.
+
+        Plain numbers are read on the CPU, where numpy takes a fifth of torch's time for a dozen of them.
+        """
+        local = on_cpu(state, recent)
+        log_eta, level = state.numpy() if local else state
+        bound, relative, share = (x.numpy() if local else x for x in (self.bound, self.relative, self.share))
+        sums = recent.numpy().astype(np.float64) if local else recent.to(state.dtype)
+        gap, noise, there, enough = self.decisions(sums)
+        used = pursue(log_eta, level, gap, there, pace, lambda plain: self.tolerance(plain, bound, relative))
+        return Found(gap, noise, there, None if used is None else used * share * self.units(sums), enough)
+
+    def units(self, sums: Any) -> Any:
+        """Return the entropy [A, K] of each column's base rate in nats: what its loss can be at most without knowing anything."""
+        xp: Any = torch if isinstance(sums, Tensor) else np
+        k = self.rule.n_rates
+        count = sums[..., : 2 * k].reshape(*sums.shape[:-2], self.rule.n_attributes, self.rule.n_groups, 2 * k).sum(-2)
+        p = xp.clip(count[..., :k] / xp.clip(count[..., :k] + count[..., k:], 1, None), 1e-12, 1 - 1e-12)
+        return -(p * xp.log(p) + (1 - p) * xp.log1p(-p))
+
+    def to_sums(self, slope: Tensor, strength: Tensor, divisor: Tensor) -> Tensor:
+        """Return the gradient of ``strength . psi`` to every summed cost [A * G, 2K], from psi's slopes to the rates."""
+        found = slope * torch.cat([strength, strength], -1).unsqueeze(-2) / divisor.clamp(min=1e-12)
+        if self.rule.parity is not None:
+            refused = found[..., : self.rule.n_rates] - found[..., self.rule.n_rates :]
+            found = torch.where(self.rule.parity, torch.cat([refused, -refused], -1), found)
+        return found.flatten(-3, -2)
+
+    def rows(self, state: Tensor, **parts: tuple[Tensor, Tensor, Tensor]) -> list[dict[str, Any]]:
+        """Return a row a constraint: task, attribute, target, what is tolerated, and of each part of the data what was reached.
+
+        ``parts``: difference, error, presence [A, K]. Met: the difference is at most one standard error above what is tolerated.
+        """
+        log_eta, level = state.cpu()
+        tolerance = self.tolerance(level, self.bound.cpu(), self.relative.cpu())
+        found = []
+        for a, k in [(a, k) for a in range(len(self.attributes)) for k in range(len(self.tasks))]:
+            target = self.targets.get((self.columns[k], self.attributes[a]))
+            if target is None:
+                continue
+            eta, tau = math.exp(log_eta[a, k]), float(tolerance[a, k])
+            row: dict[str, Any] = {
+                "task": self.tasks[k],
+                "attribute": self.attributes[a],
+                "target": str(target),
+                "tolerance": tau,
+            }
+            row |= {"plain": float(level[a, k]), "eta": eta, "at_bound": eta > 0.99}
+            for part, values in parts.items():
+                gap, noise, there = (x[a, k].item() for x in values)
+                row |= (
+                    {part: gap, f"{part}_error": noise, f"{part}_met": bool(gap <= tau + noise)}
+                    if there
+                    else {part: None}
+                )
+            found.append(row)
+        return found
