@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -67,7 +68,7 @@ def write_text(path: str | Path, text: str) -> Path:
 
 def write_json(path: str | Path, value: object) -> Path:
     """Write ``value`` as JSON atomically; NaN and infinities become null, so that every reader takes it."""
-    return write_text(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
+    return write_text(path, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: str | Path) -> Any:
@@ -80,13 +81,20 @@ def read_json(path: str | Path) -> Any:
         raise CheckpointError(f"{path} is damaged ({error}); run again to make it anew") from error
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> Any:
+    """Return what JSON knows of ``value``: None for what is not finite, lists for arrays and tuples, text for keys and paths."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value
+
+
+def file_digest(path: str | Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimals."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

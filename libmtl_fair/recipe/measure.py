@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import pandas as pd
 import torch
 
 from libmtl_fair import metrics
+from libmtl_fair.files import file_digest
 from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS
 from libmtl_fair.metrics.decisions import Held
 from libmtl_fair.metrics.shrinkage import targets
@@ -120,6 +123,22 @@ def measure(recipe: Recipe, method: str, seed: int, predictions: Mapping[str, Pr
     if protocol.deltas and all(p.embeddings is not None for p in predictions.values()):
         content["drift"] = each(_induced)
     return content
+
+
+def scores_digest(predictions: Predictions) -> str:
+    """Return a digest of the audit scores: the same before saving and after loading."""
+    found = hashlib.sha256()
+    for task, scores in predictions.scores.items():
+        found.update(task.encode() + scores.double().numpy().tobytes())
+    return found.hexdigest()
+
+
+def digests(folder: Path, predictions: Mapping[str, Predictions]) -> Row:
+    """Return what ``metrics.json`` records of each saved file of predictions: its digest, and that of its scores."""
+    paths = {part: folder / f"predictions_{part}.parquet" for part in predictions}
+    return {
+        part: {"file": file_digest(path), "scores": scores_digest(predictions[part])} for part, path in paths.items()
+    }
 
 
 def _records(frame: pd.DataFrame) -> list[Row]:

@@ -23,7 +23,7 @@ from libmtl_fair.libmtl.loading import LINEAGE
 from libmtl_fair.libmtl.trainer import FairTrainer
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.build import EVAL_BATCH, check, data_for, loaders, make_dataset, make_trainer, only
-from libmtl_fair.recipe.measure import Protocol, measure, pool_embeddings
+from libmtl_fair.recipe.measure import Protocol, digests, measure, pool_embeddings
 from libmtl_fair.recipe.post import PARTS, check_post_data, made_of, make_post
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.tasks import Task
@@ -120,6 +120,8 @@ class Run:
                 np.savez_compressed(stream, **pool_embeddings(recipe, predictions))
         content = measure(recipe, method, seed, predictions, protocol)
         content["timing"] = {"train_s": spent, "epochs": 0}
+        if recipe.output.predictions:
+            content["digest"] = digests(folder, predictions)
         if made:
             content |= {"post": made, "checkpoint": {"chosen_by": made["chosen_by"]}}
         for first in list(trained.values())[:1]:

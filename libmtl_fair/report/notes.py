@@ -37,7 +37,24 @@ _AT_MOST, _FEW_SEEDS = 12, 5
 
 def notes(run: RunFolder) -> list[str]:
     """Return the notes of a run, the most important first."""
-    return [*_gains(run), *_small_groups(run), *_data(run.data_card), *_method(run), *_source(run.data_card)]
+    return [
+        *_again(run),
+        *_gains(run),
+        *_small_groups(run),
+        *_data(run.data_card),
+        *_method(run),
+        *_source(run.data_card),
+    ]
+
+
+def _again(run: RunFolder) -> Iterator[str]:
+    found = [f"{item.method}, seed {item.seed} ({', '.join(item.again)})" for item in run.runs if item.again]
+    if found:
+        more = f" and {len(found) - _AT_MOST} more" if len(found) > _AT_MOST else ""
+        yield (
+            f"Measured again: the saved predictions of {'; '.join(found[:_AT_MOST])}{more} are not those that the run measured. "
+            "The numbers here are those of the predictions that are there now."
+        )
 
 
 def _gains(run: RunFolder) -> Iterator[str]:

@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from libmtl_fair.errors import CheckpointError, RecipeError
-from libmtl_fair.files import read_json
+from libmtl_fair.files import file_digest, read_json
 from libmtl_fair.recipe.yaml_source import read_yaml
 
 Json = dict[str, Any]
@@ -34,12 +34,16 @@ _TEXTS = {"layer": str, "kind": str, "task_a": str, "task_b": str}
 
 @dataclasses.dataclass(frozen=True)
 class SeedRun:
-    """One method trained with one seed: its folder and what ``metrics.json`` says; a damaged file is a CheckpointError."""
+    """One method trained with one seed: its folder and what ``metrics.json`` says; a damaged file is a CheckpointError.
+
+    ``again`` names the splits whose saved predictions are not those that were measured: the numbers were then taken again, from them.
+    """
 
     method: str
     seed: int
     folder: Path
     metrics: Json
+    again: tuple[str, ...] = ()
 
     def entries(self, part: str, split: str) -> list[Json]:
         """Return the rows of a table, see :meth:`RunFolder.frame`, as the file has them."""
@@ -160,7 +164,8 @@ def read_run(path: str | Path) -> RunFolder:
     """Read a run folder.
 
     Optional parts (data card, protocol, environment, history) may be absent; the recipe and every ``metrics.json`` that
-    it promises may not.
+    it promises may not. Where a file of predictions is no longer the one that was measured, its method and seed are measured again
+    (:attr:`SeedRun.again`).
 
     Raises
     ------
@@ -189,7 +194,20 @@ def read_run(path: str | Path) -> RunFolder:
     runs = tuple(_seed_run(method, seed, found[method, seed]) for method, seed in wanted)
     files = (path / f"{name}.json" for name in ("data_card", "audit_protocol", "environment"))
     card, protocol, environment = (_mapping(file) if file.exists() else {} for file in files)
-    return RunFolder(path, recipe, card, protocol, environment, runs)
+    return RunFolder(path, recipe, card, protocol, environment, tuple(_present(recipe, protocol, run) for run in runs))
+
+
+def _present(recipe: Json, protocol: Json, run: SeedRun) -> SeedRun:
+    """Return the numbers of the predictions that are there now."""
+    recorded = {p: d for p, d in (run.metrics.get("digest") or {}).items() if isinstance(d, dict)}
+    files = {part: run.folder / f"predictions_{part}.parquet" for part in recorded}
+    changed = [p for p, file in files.items() if file.exists() and file_digest(file) != recorded[p].get("file")]
+    if not changed:
+        return run
+    from libmtl_fair.recipe.again import measured_again
+
+    metrics = measured_again(recipe, protocol, run.folder, run.metrics, changed)
+    return dataclasses.replace(run, metrics=metrics, again=tuple(changed))
 
 
 def _mapping(path: Path) -> Json:

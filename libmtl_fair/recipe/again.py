@@ -1,0 +1,45 @@
+"""Numbers measured again from saved predictions that no longer are those that a run measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from libmtl_fair.errors import CheckpointError, FairMTLError
+from libmtl_fair.files import plain
+from libmtl_fair.predictions import Predictions
+from libmtl_fair.recipe.measure import Protocol, Row, measure, scores_digest
+from libmtl_fair.recipe.schema import Recipe
+
+_OF_TRAINING = ("settings", "weighting", "checkpoint", "timing", "post", "digest")
+"""What does not follow from predictions; all other old numbers are dropped."""
+
+
+def measured_again(
+    recipe: Mapping[str, object], protocol: Row, folder: Path, metrics: Row, changed: Sequence[str]
+) -> Row:
+    """Return the content of ``metrics.json`` for the predictions that are in ``folder`` now; ``changed`` splits are not as recorded.
+
+    Where outputs changed and the scores beside them did not, the scores follow the outputs. What needs the model is left out: its own
+    thresholds, flip twins.
+
+    Raises
+    ------
+    CheckpointError : a file of predictions, the recipe or the protocol cannot be read.
+    """
+    held: dict[str, Predictions] = {}
+    try:
+        for part, recorded in metrics["digest"].items():
+            found = Predictions.load(folder / f"predictions_{part}.parquet")
+            stale = part in changed and recorded.get("scores") == scores_digest(found)
+            held[part] = found.rescored(found.tasks) if stale else found
+        content = measure(
+            Recipe.from_dict(recipe), metrics["method"], metrics["seed"], held, Protocol.from_dict(protocol)
+        )
+    except (FairMTLError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder}: the saved predictions ({', '.join(changed)}) are not those that metrics.json was measured on, and they "
+            f"cannot be measured: {error}"
+        ) from error
+    again: Row = plain(content | {name: metrics[name] for name in _OF_TRAINING if name in metrics})
+    return again
