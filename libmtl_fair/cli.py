@@ -149,6 +149,12 @@ def tune(
     overrides: Overrides = None,
     folder: Annotated[Path | None, Option("--out", help="folder of the results (default: runs/<name>-tune)")] = None,
     select: str | None = Option(None, metavar="HOW", help="max_disparity=0.05, knee, best, or the number of a trial"),
+    confidence: float | None = Option(
+        None, metavar="LEVEL", help="of the interval whose upper end max_disparity bounds (default: metrics.confidence)"
+    ),
+    within: float | None = Option(
+        None, metavar="POINTS", help="what a task's AUC, accuracy or R2 may lose (default: what is within noise)"
+    ),
     new_study: bool = Option(False, "--new-study", help="begin another study where this one is about something else"),
     device: Annotated[str, Option(help="auto, cpu, cuda:0, or a list that workers take in turn")] = "auto",
 ) -> None:
@@ -157,7 +163,7 @@ def tune(
     from libmtl_fair.progress import bar
     from libmtl_fair.recipe import load_recipe
     from libmtl_fair.tune.results import hand_back
-    from libmtl_fair.tune.selection import chosen, selection
+    from libmtl_fair.tune.selection import Rules, chosen, selection
     from libmtl_fair.tune.stacking import aloud
     from libmtl_fair.tune.study import tune as run_study
 
@@ -165,6 +171,7 @@ def tune(
     target = folder or Path("runs") / f"{loaded.name}-tune"
     how = select or (loaded.tune.select if loaded.tune else None) or "best"
     selection(how)  # refuses before a study is run for it
+    rules = Rules(confidence, within)
     need_writable(target)
     with bar(loaded.name, trials or (loaded.tune.trials if loaded.tune else None) or 60) as advance:
         note = aloud(lambda text: _say(escape(text), err), advance)
@@ -173,10 +180,10 @@ def tune(
             study_name=study, timeout=timeout, device=device, new_study=new_study, note=note,
         )  # fmt: skip
     try:
-        trial = chosen(found, how)
+        trial = chosen(found, how, confidence=confidence, within=within)
     except RecipeError as error:
         raise RecipeError(f"--select {how}: {error}") from error
-    for shown in hand_back(found, trial, loaded, target, device):
+    for shown in hand_back(found, trial, loaded, target, device, how, rules):
         out.print(shown, soft_wrap=isinstance(shown, str), highlight=False)
     for each in found.get_trials(deepcopy=False):
         if each.user_attrs.get("error"):

@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,24 +15,27 @@ import torch
 from libmtl_fair import functional as F
 from libmtl_fair import metrics
 from libmtl_fair.errors import FairMTLError, RecipeError, unknown
+from libmtl_fair.metrics.verdicts import judge
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.schema import Recipe
+from libmtl_fair.recipe.sections import Metrics
+from libmtl_fair.tune.evidence import Counts, bars_of, counts_of, sampling_deviation
 
 UP = ("auc", "accuracy", "r2", "f1", "macro_f1", "ccc")
 DOWN = ("brier", "log_loss", "mae", "rmse")
 _MACRO = ("auc", "accuracy", "brier", "r2")
-_RATES: Mapping[str, tuple[str, ...]] = {
-    "eo_difference": ("true_positive_rate", "false_positive_rate"),
-    "tpr_difference": ("true_positive_rate",),
-    "fpr_difference": ("false_positive_rate",),
-    "dp_difference": ("selection_rate",),
-    "accuracy_difference": ("accuracy",),
+GAPS: Mapping[str, str] = {
+    "eo_difference": "equalized_odds",
+    "tpr_difference": "true_positive_rate",
+    "fpr_difference": "false_positive_rate",
+    "dp_difference": "demographic_parity",
+    "accuracy_difference": "accuracy",
 }
-_NEED = {"true_positive_rate": "positives", "false_positive_rate": "negatives"}
+"""Objective -> what of groups it is the difference of; the worst one over tasks and attributes, unless ``mean_`` stands before."""
 _PHI_MU = 0.5
 NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
 _CONSTRAINT = re.compile(rf"(.+?)\s*(<=|>=)\s*{NUMBER}\s*")
-NAMES = (*(f"macro_{m}" for m in _MACRO), "bias", "violation_rate", *_RATES, "phi", "<task>/auc")
+NAMES = (*(f"macro_{m}" for m in _MACRO), "bias", "violation_rate", *GAPS, "phi", "<task>/auc")
 """Names of objectives; ``<task>/`` and ``<attribute>/`` may stand before those about groups, ``mean_`` before their own."""
 
 
@@ -61,7 +66,7 @@ class Measure:
     @property
     def fair(self) -> bool:
         """Whether it is a disparity."""
-        return self.metric in (*_RATES, "bias", "violation_rate", "phi")
+        return self.metric in (*GAPS, "bias", "violation_rate", "phi")
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def parse_measure(name: str, tasks: Mapping[str, str], attributes: Sequence[str]
     strange = [part for part in scope if part not in (task, attribute)]
     if strange:
         raise RecipeError(f"objective {name}: {unknown('task or attribute', strange[0], [*tasks, *attributes])}")
-    if metric in (*_RATES, "phi"):
+    if metric in (*GAPS, "phi"):
         if not attributes:
             raise RecipeError(f"objective {name} compares groups, and the data have no sensitive attribute")
         if "binary" not in (list(tasks.values()) if task is None else [tasks[task]]):
@@ -121,11 +126,21 @@ def parse_constraint(text: str, parse: Callable[[str], Measure]) -> Constraint:
     return Constraint(parse(found[1]), float(found[3]), found[2] == "<=")
 
 
-def value_of(measure: Measure, predictions: Predictions, deltas: Mapping[str, float], recipe: Recipe) -> float:
-    """Return the number; an UndefinedError says why there is none, such as which group lacks which rate."""
-    if measure.metric in _RATES:
-        return _difference(measure, predictions, recipe.metrics.threshold)
-    if measure.metric == "phi":
+def value_of(
+    measure: Measure,
+    predictions: Predictions,
+    deltas: Mapping[str, float],
+    recipe: Recipe,
+    bars: Mapping[str, float] | None = None,
+) -> float:
+    """Return the number; an UndefinedError says why there is none, such as which task and attribute lack the people for a rate.
+
+    ``bars``: task -> threshold of its decisions; None takes those of these predictions (:func:`bars_of`).
+    """
+    if measure.metric in GAPS:
+        counts = counts_of(predictions, bars or bars_of(predictions, recipe.metrics.threshold))
+        found, why = gap_of(measure, counts, recipe.metrics, ends=False)[0], ""
+    elif measure.metric == "phi":
         found, why = _phi(measure, predictions), "no task has two groups"
     elif measure.level is not None:
         how, why = recipe.audit, "no two tasks have finite scores"
@@ -140,42 +155,66 @@ def value_of(measure: Measure, predictions: Predictions, deltas: Mapping[str, fl
     return float(found)
 
 
-def _scope(measure: Measure, predictions: Predictions) -> tuple[list[str], list[str]]:
-    """Return the binary tasks and the attributes that a measure is about."""
-    tasks = [t.name for t in predictions.tasks if t.kind == "binary" and measure.task in (None, t.name)]
-    return tasks, [a for a in predictions.groups if measure.attribute in (None, a)]
+def upper_end(
+    measure: Measure, value: float, predictions: Predictions, deltas: Mapping[str, float], recipe: Recipe
+) -> float:
+    """Return the upper end of a disparity's interval over draws of people, at the recipe's ``metrics.confidence``.
+
+    Gaps between groups: see :func:`gap_of`. Other disparities: normal, with the jackknife's standard error.
+    """
+    if measure.metric in GAPS:
+        return gap_of(measure, counts_of(predictions, bars_of(predictions, recipe.metrics.threshold)), recipe.metrics)[
+            1
+        ]
+    spread = sampling_deviation(predictions, lambda p: value_of(measure, p, deltas, recipe))
+    return value + normal_width(recipe.metrics.confidence) * spread
 
 
-def _difference(measure: Measure, predictions: Predictions, threshold: float | str) -> float:
-    tasks, attributes = _scope(measure, predictions)
-    found = []
-    for name in tasks:
-        task, labels = predictions.task(name), predictions.labels[name]
-        seen = task.observed(labels)
-        truth = labels[seen].double() > 0.5
-        bar = float(truth.double().mean()) if threshold == "base_rate" else float(threshold)
-        decision = task.probabilities(predictions.outputs[name])[seen] > bar
-        for attribute in attributes:
-            names = predictions.group_names[attribute]
-            rates = metrics.group_rates(truth, decision, predictions.groups[attribute][seen], len(names))
-            gaps = []
-            for rate in _RATES[measure.metric]:
-                lacking = [repr(group) for group, value in zip(names, rates.rate(rate)) if math.isnan(value)]
-                if len(names) - len(lacking) < 2:
-                    raise UndefinedError(
-                        f"objective {measure.name} is undefined on the validation data: task {name!r}, attribute "
-                        f"{attribute!r}: {rate} needs two groups with {_NEED.get(rate, 'rows')}, and there are none in "
-                        f"{', '.join(lacking)}"
-                    )
-                gaps.append(rates.difference(rate))
-            found.append(max(gaps))
-    return float(np.mean(found)) if measure.mean else max(found)
+def normal_width(confidence: float) -> float:
+    """Return how many standard errors a normal interval of this confidence goes to either side."""
+    return NormalDist().inv_cdf((1 + confidence) / 2)
+
+
+def gap_of(measure: Measure, counts: Counts, how: Metrics, ends: bool = True) -> tuple[float, float]:
+    """Return a gap between groups with enough people, and the upper end of its interval (NaN without ``ends``).
+
+    The worst over tasks and attributes has the largest of their ends, a mean the mean of them. Tasks and attributes without two
+    such groups are left out.
+
+    Raises
+    ------
+    UndefinedError : none is left.
+    """
+    found, lacking = [], []
+    for task in counts if measure.task is None else (measure.task,):
+        for attribute, groups in counts[task].items():
+            if not attribute or measure.attribute not in (None, attribute):
+                continue
+            given: dict[str, Any] = {"min_group_size": how.min_group_size, "confidence": how.confidence}
+            table, bootstrap = list(groups.values()), 1000 if ends else 0
+            verdict = judge(table, GAPS[measure.metric], n_bootstrap=bootstrap, n_permutations=0, **given)
+            if math.isnan(verdict.value):
+                few = ", ".join(repr(name) for g, name in enumerate(groups) if g not in verdict.used)
+                lacking.append(f"task {task!r}, attribute {attribute!r}: too few people in {few}")
+            else:
+                found.append((verdict.value, verdict.high))
+    if not found:
+        raise UndefinedError(
+            f"objective {measure.name} is undefined on the validation data: {GAPS[measure.metric]} needs two groups of at "
+            f"least {how.min_group_size} people and 10 of each label that it is about; {'; '.join(lacking)}"
+        )
+    value, end = np.mean(found, axis=0) if measure.mean else np.max(found, axis=0)
+    return float(value), float(end)
+
+
+def _attributes(measure: Measure, predictions: Predictions) -> list[str]:
+    return [a for a in predictions.groups if measure.attribute in (None, a)]
 
 
 def _phi(measure: Measure, predictions: Predictions) -> float:
     """Return the worst case over tasks of their AEOD, each the mean over attributes; NaN where no task defines it."""
-    tasks, attributes = _scope(measure, predictions)
-    groups = [(predictions.groups[a], len(predictions.group_names[a])) for a in attributes]
+    tasks = [t.name for t in predictions.tasks if t.kind == "binary" and measure.task in (None, t.name)]
+    groups = [(predictions.groups[a], len(predictions.group_names[a])) for a in _attributes(measure, predictions)]
     psi, present = [], []
     for name in tasks:
         scores = predictions.task(name).probabilities(predictions.outputs[name]).double()

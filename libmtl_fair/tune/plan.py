@@ -18,6 +18,7 @@ from libmtl_fair.recipe.build import check, make_dataset
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.recipe.sections import Method, Train, Tune
 from libmtl_fair.recipe.yaml_source import Source
+from libmtl_fair.tune.evidence import Counts, Utility
 from libmtl_fair.tune.objectives import Constraint, Measure, parse_constraint, parse_measure
 from libmtl_fair.tune.space import Parameter, changed, current, label, make_space
 
@@ -26,6 +27,8 @@ OBJECTIVES = ("macro_auc", "eo_difference")
 
 SLOT, ROLE, METHOD, ARGS, FIXED = "slot", "role", "method", "args", "fixed"
 """Attributes of trials."""
+DEGENERATE = "degenerate tasks"
+"""Name of the constraint that every trial has."""
 FINGERPRINT, DESCRIBED, RECIPE = "fingerprint", "about", "recipe"
 """Attributes of studies."""
 COMMON = "seeds of every trial"
@@ -50,15 +53,28 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a trial found: measure -> value for each seed, on validation (or test) data; seconds of training."""
+    """What a trial found on validation data; each list has an entry a seed.
 
-    found: dict[str, list[float]]
+    ``found``: measure -> its value; ``upper``: disparity -> the upper end of its interval; ``counts``, ``utility``: what verdicts
+    and guards need; ``degenerate``: task -> why its decisions are none, in some seed; ``train_s``: seconds of training.
+    """
+
     seeds: list[int]
-    train_s: float
+    found: dict[str, list[float]] = field(default_factory=dict)
+    upper: dict[str, list[float]] = field(default_factory=dict)
+    counts: list[Counts] = field(default_factory=list)
+    utility: list[Utility] = field(default_factory=list)
+    degenerate: dict[str, str] = field(default_factory=dict)
+    train_s: float = 0.0
 
     def mean(self, name: str) -> float:
         """Return the mean over seeds."""
         return float(np.mean(self.found[name]))
+
+    def excess(self, rule: Constraint) -> float:
+        """Return by how much a constraint is violated: of a disparity the upper end of the interval, which also has to keep to it."""
+        ends = self.upper.get(rule.measure.name) if rule.at_most else None
+        return rule.excess(float(np.mean(ends)) if ends else self.mean(rule.measure.name))
 
 
 @dataclass(frozen=True)

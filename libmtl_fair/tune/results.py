@@ -14,7 +14,6 @@ import numpy as np
 import optuna
 import pandas as pd
 import plotly.graph_objects as go
-import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
@@ -26,9 +25,10 @@ from libmtl_fair.files import atomic_path, read_json, write_json, write_text
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.schema import Recipe, load_recipe
 from libmtl_fair.report.theme import PALETTE, REFERENCE, themed
+from libmtl_fair.tune.evidence import sampling_deviation
 from libmtl_fair.tune.objectives import parse_measure, value_of
 from libmtl_fair.tune.plan import DESCRIBED, FIXED, ROLE, Candidate, Plan, study_recipe
-from libmtl_fair.tune.selection import complete, disparity, front, to_recipe
+from libmtl_fair.tune.selection import Rules, complete, disparity, explain, front, standings, to_recipe
 from libmtl_fair.tune.study import quiet
 from libmtl_fair.tune.worker import protocol_of, run_trial
 
@@ -43,20 +43,26 @@ _MARKS = {
 _OUTSIDE = "trials outside of the constraints"
 Layer = tuple[str, pd.DataFrame, tuple[str, int, str, str]]
 Found = dict[str, list[float]]
-_FOLDS = 10
 _SAME = 1e-6
 _AGAIN = "trained again, it gives the same numbers on validation data"
 
 
 def hand_back(
-    study: optuna.Study, trial: FrozenTrial, recipe: Recipe, folder: Path, device: str
+    study: optuna.Study,
+    trial: FrozenTrial,
+    recipe: Recipe,
+    folder: Path,
+    device: str,
+    how: str = "best",
+    rules: Rules | None = None,
 ) -> Iterator[Table | str]:
     """Measure the chosen trial and the baseline on test data, write the results, and yield what to show of them."""
     yield _front_table(study, trial)
     method = trial.user_attrs["method"]
     values = trial.params or trial.user_attrs["recipe"]["methods"][method]
     text = ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
-    yield f"chosen: {escape(f'trial {trial.number} ({method}): {text}')}\n"
+    yield f"chosen: {escape(f'trial {trial.number} ({method}): {text}')}"
+    yield escape("".join(f"{line}\n" for line in explain(study, trial, how, rules)))
     plan, own = Plan.make(recipe, list(study.metric_names or []) or None), device.split(",")[0]
     protocol, test, missed = protocol_of(study, plan, own), dict[int, Found](), dict[str, float]()
     title = "chosen trial on test data (measured once)"
@@ -89,7 +95,7 @@ def _front_table(study: optuna.Study, chosen: FrozenTrial) -> Table:
     """Return the Pareto front as a table, with the baseline and the chosen trial marked."""
     (trials, feasible), title = front(study), "Pareto front" if len(study.directions) > 1 else "best trial"
     if not feasible:
-        title = "no trial meets the constraints; those that violate them least"
+        title = "no trial meets the constraints without being degenerate; those that miss least"
     on_front = {t.number: t for t in trials}
     others = [t for t in complete(study) if t.user_attrs.get(ROLE) == "baseline" or t.number == chosen.number]
     shown = on_front | {t.number: t for t in others}
@@ -98,6 +104,7 @@ def _front_table(study: optuna.Study, chosen: FrozenTrial) -> Table:
     for number, trial in sorted(shown.items(), key=lambda item: tuple(item[1].values)):
         marks = [trial.user_attrs.get(ROLE), "chosen" if number == chosen.number else None]
         marks += [None if number in on_front else "not on the front"]
+        marks += [f"degenerate: {task} {why}" for task, why in trial.user_attrs.get("degenerate", {}).items()]
         cells = [_cell(trial.user_attrs["validation"].get(name, [])) for name in names]
         table.add_row(str(number), ", ".join(filter(None, marks)), *cells)
     return table
@@ -234,8 +241,10 @@ def image(study: optuna.Study, path: str | Path) -> Path:
     return Path(path)
 
 
-def trials_table(study: optuna.Study) -> pd.DataFrame:
-    """Return one row a trial: number, state, role, measures on validation, parameters, error."""
+def trials_table(study: optuna.Study, rules: Rules | None = None) -> pd.DataFrame:
+    """Return one row a trial: number, state, role, measures on validation, parameters, why it is refused, error."""
+    done = any(trial.state == TrialState.COMPLETE for trial in study.get_trials(deepcopy=False))
+    refused = {s.trial.number: "; ".join(s.why) for s in standings(study, rules or Rules())[0]} if done else {}
     rows = []
     for trial in study.get_trials(deepcopy=False):
         if trial.state == TrialState.WAITING:
@@ -243,7 +252,8 @@ def trials_table(study: optuna.Study) -> pd.DataFrame:
         marks = trial.user_attrs
         found = {name: sum(v) / len(v) for name, v in marks.get("validation", {}).items()}
         row = {"number": trial.number, "slot": marks.get("slot"), "state": trial.state.name, "role": marks.get(ROLE)}
-        rows.append(row | found | trial.params | {name: marks.get(name) for name in ("train_s", "error")})
+        last = {"train_s": marks.get("train_s"), "refused": refused.get(trial.number), "error": marks.get("error")}
+        rows.append(row | found | trial.params | last)
     return pd.DataFrame(rows)
 
 
@@ -301,15 +311,3 @@ def _deviation(seed: Path, statistic: Statistic) -> float | None:
         return math.hypot(*(sampling_deviation(Predictions.load(path), statistic) for path in paths))
     except FairMTLError:  # a measure that these tasks do not have
         return None
-
-
-def sampling_deviation(predictions: Predictions, statistic: Statistic, folds: int = _FOLDS) -> float:
-    """Return the standard deviation of a statistic over draws of people, by the jackknife over ``folds``: every g-th row is one."""
-
-    def without(fold: int) -> Predictions:
-        p, rows = predictions, torch.arange(len(predictions)) % folds != fold
-        parts = (p.scores, p.outputs, p.labels, p.groups)
-        scores, outputs, labels, groups = ({name: value[rows] for name, value in part.items()} for part in parts)
-        return Predictions(p.tasks, scores, outputs, labels, groups, p.group_names)
-
-    return float(math.sqrt(folds - 1) * np.std([statistic(without(fold)) for fold in range(folds)]))

@@ -162,14 +162,14 @@ class Places:
 
     def _outcome(self, run: _Run) -> Outcome:
         plan, keeper = self.worker.plan, self.worker.keeper
-        found = {m.name: list[float]() for m in plan.measures}
+        outcome = Outcome(list(run.candidate.seeds), train_s=run.spent)
         for seed, trainer in zip(run.candidate.seeds, run.trainers):
             if trainer.select == "best" and trainer.best["state"] is not None:
                 judging.hold_best(trainer)
-            measure(plan, trainer.predict(self._rows.val), self.worker.protocol, found)
+            measure(plan, trainer.predict(self._rows.val), self.worker.protocol, outcome)
             if keeper is not None:
                 keeper.trained(run.trial, seed, trainer)
-        return Outcome(found, list(run.candidate.seeds), run.spent)
+        return outcome
 
     def _alone(self, runs: Sequence[_Run], why: str) -> None:
         for run in runs:

@@ -26,8 +26,9 @@ from libmtl_fair.recipe.measure import Protocol
 from libmtl_fair.tasks import Regression, Task
 from libmtl_fair.tune.artifacts import Keeper
 from libmtl_fair.tune.budget import GRACE, Heartbeat, Reaper, claim, fill, give_up, slots
-from libmtl_fair.tune.objectives import value_of
-from libmtl_fair.tune.plan import Candidate, Outcome, Plan
+from libmtl_fair.tune.evidence import bars_of, counts_of, degenerate_tasks, utilities
+from libmtl_fair.tune.objectives import upper_end, value_of
+from libmtl_fair.tune.plan import DEGENERATE, Candidate, Outcome, Plan
 from libmtl_fair.tune.selection import failures
 
 PROTOCOL = "protocol"
@@ -79,22 +80,35 @@ def run_trial(
 
     ``tested`` takes the measures on test data, too.
     """
-    found, began = {m.name: list[float]() for m in plan.measures}, time.perf_counter()
+    outcome, began = Outcome(candidate.seeds), time.perf_counter()
     for i, seed in enumerate(candidate.seeds):
         tasks = protocol.freeze(plan.dataset(seed).tasks)
         trainer, sources = _train(plan, candidate, seed, tasks, device, None if i else trial)
-        measure(plan, trainer.predict(sources["val"]), protocol, found)
+        bars = measure(plan, trainer.predict(sources["val"]), protocol, outcome)
         if tested is not None:
-            measure(plan, trainer.predict(sources["test"]), protocol, tested)
+            predictions = trainer.predict(sources["test"])
+            for m in plan.measures:
+                value = value_of(m, predictions, protocol.deltas, plan.recipe, bars)
+                tested.setdefault(m.name, []).append(value)
         if keeper is not None and trial is not None:
             keeper.trained(trial, seed, trainer)
-    return Outcome(found, candidate.seeds, time.perf_counter() - began)
+    return dataclasses.replace(outcome, train_s=time.perf_counter() - began)
 
 
-def measure(plan: Plan, predictions: Predictions, protocol: Protocol, found: dict[str, list[float]]) -> None:
-    """Add the value of each measure of one model's predictions to those found."""
+def measure(plan: Plan, predictions: Predictions, protocol: Protocol, outcome: Outcome) -> dict[str, float]:
+    """Add what one model's validation predictions give to an outcome; return the thresholds of its decisions."""
+    recipe, threshold = plan.recipe, plan.recipe.metrics.threshold
+    bars = bars_of(predictions, threshold)
     for m in plan.measures:
-        found.setdefault(m.name, []).append(value_of(m, predictions, protocol.deltas, plan.recipe))
+        value = value_of(m, predictions, protocol.deltas, recipe, bars)
+        outcome.found.setdefault(m.name, []).append(value)
+        if m.fair:
+            end = upper_end(m, value, predictions, protocol.deltas, recipe)
+            outcome.upper.setdefault(m.name, []).append(end)
+    outcome.counts.append(counts_of(predictions, bars))
+    outcome.utility.append(utilities(predictions, bars))
+    outcome.degenerate.update(degenerate_tasks(outcome.counts[-1], threshold))
+    return bars
 
 
 def _train(
@@ -207,12 +221,14 @@ class Worker:
         if self.keeper is not None:
             self.keeper.measured(trial, outcome, candidate.recipe)
         trial.set_user_attr("validation", outcome.found)
-        trial.set_user_attr("train_s", outcome.train_s)
-        excess = {c.text: c.excess(outcome.mean(c.measure.name)) for c in self.plan.constraints}
+        for name in ("upper", "counts", "utility", "degenerate", "train_s"):
+            trial.set_user_attr(name, getattr(outcome, name))
+        excess = {c.text: outcome.excess(c) for c in self.plan.constraints}
+        excess[DEGENERATE] = float(len(outcome.degenerate))
         for text, value in excess.items():
             trial.set_constraint(text, value)
-        if excess:  # optuna-dashboard 0.21 reads this attribute only
-            study._storage.set_trial_system_attr(trial._trial_id, "constraints", list(excess.values()))
+        # optuna-dashboard 0.21 reads this attribute only
+        study._storage.set_trial_system_attr(trial._trial_id, "constraints", list(excess.values()))
         study.tell(trial, [outcome.mean(m.name) for m in self.plan.objectives])
         self.note(
             f"trial {trial.number} " + ", ".join(f"{m.name} {outcome.mean(m.name):.4f}" for m in self.plan.measures)

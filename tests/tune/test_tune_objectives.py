@@ -86,10 +86,14 @@ def test_bias_is_the_fixed_delta_audit(predictions, small):
 
 
 def test_an_undefined_rate_is_named(predictions, small):
+    before = value_of(measure("eo_difference"), predictions, {}, small())
     predictions.labels["b"][predictions.groups["sex"] == 1] = 0
-    expected = "task 'b', attribute 'sex': true_positive_rate needs two groups with positives, .* none in 'm'"
+    expected = "equalized_odds needs two groups of .* 30 people .*; task 'b', attribute 'sex': too few people in 'm'"
     with pytest.raises(UndefinedError, match=expected):
-        value_of(measure("eo_difference"), predictions, {}, small())
+        value_of(measure("b/sex/eo_difference"), predictions, {}, small())
+    others = [f"{task}/{attribute}/eo_difference" for task, attribute in (("a", "sex"), ("a", "race"), ("b", "race"))]
+    worst = max(value_of(measure(name), predictions, {}, small()) for name in others)
+    assert value_of(measure("eo_difference"), predictions, {}, small()) == worst != before
     predictions.labels["b"][:] = 0
     with pytest.raises(UndefinedError, match="b/auc is undefined on the validation data"):
         value_of(measure("b/auc"), predictions, {}, small())
