@@ -94,13 +94,14 @@ def _kept(missed: Mapping[str, float]) -> str:
 def _front_table(study: optuna.Study, chosen: FrozenTrial) -> Table:
     """Return the Pareto front as a table, with the baseline and the chosen trial marked."""
     (trials, feasible), title = front(study), "Pareto front" if len(study.directions) > 1 else "best trial"
+    title += " (validation)"
     if not feasible:
-        title = "no trial meets the constraints without being degenerate; those that miss least"
+        title += "; no trial meets the constraints without being degenerate: those that miss least"
     on_front = {t.number: t for t in trials}
     others = [t for t in complete(study) if t.user_attrs.get(ROLE) == "baseline" or t.number == chosen.number]
     shown = on_front | {t.number: t for t in others}
     names = list(dict.fromkeys(name for t in shown.values() for name in t.user_attrs["validation"]))
-    table = Table("trial", "", *names, title=f"{title} (validation)", title_justify="left")
+    table = Table("trial", "", *names, title=title, title_justify="left")
     for number, trial in sorted(shown.items(), key=lambda item: tuple(item[1].values)):
         marks = [trial.user_attrs.get(ROLE), "chosen" if number == chosen.number else None]
         marks += [None if number in on_front else "not on the front"]

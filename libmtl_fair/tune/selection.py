@@ -131,7 +131,7 @@ def _over(study: optuna.Study, trial: FrozenTrial, bound: float, confidence: flo
         )
     found, end = float(np.mean(trial.user_attrs["validation"][name])), upper(study, trial, name, confidence)
     text = f"{name} may be as high as {end:.4f} (found {found:.4f}), {end - bound:.4f} over the bound of {bound:g}"
-    return [(end - bound, text)] if end > bound else []
+    return [(end - bound, text)] if end - bound > _SAME else []
 
 
 def upper(study: optuna.Study, trial: FrozenTrial, name: str, confidence: float | None = None) -> float:
