@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Never
+from typing import TYPE_CHECKING, Annotated, Never
 
 import typer
 from rich.console import Console
@@ -22,6 +22,9 @@ from typer import Argument, Option
 
 import libmtl_fair
 from libmtl_fair.errors import CheckpointError, DataError, FairMTLError, HostError, RecipeError, unknown
+
+if TYPE_CHECKING:
+    from libmtl_fair.report import RunFolder
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 75
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -84,6 +87,14 @@ def _say(text: str, to: Console = out) -> None:
     to.print(text, soft_wrap=True, highlight=False)
 
 
+def _findings(run: RunFolder) -> None:
+    """Say in plain sentences what a run, or a comparison, found."""
+    from libmtl_fair.report.findings import findings
+
+    for about, text in findings(run):
+        out.print(f"[bold]{about}.[/] {escape(text)}", highlight=False)
+
+
 def _version(asked: bool) -> None:
     if asked:
         _say(f"libmtl-fair {libmtl_fair.__version__}")
@@ -131,7 +142,9 @@ def run(
     with bar(loaded.name, len(planned.jobs) + 1) as advance:
         planned.note = advance
         made = planned()
-    out.print(summary_table(read_run(made), width=out.width))
+    finished = read_run(made)
+    out.print(summary_table(finished, width=out.width))
+    _findings(finished)
     if from_study is not None:
         out.print(agreement_table(made))
     _say(f"report: {made / 'report.html'}")
@@ -233,7 +246,8 @@ def compare(
         help="take in each seed the method with the lowest of this (such as 'EO diff sex'; mean of several) on "
         "validation data, and show it as one method more",
     ),
-    within: float = Option(0.5, metavar="POINTS", help="what that choice may lose in utility on validation data"),
+    within: float = Option(0.5, metavar="POINTS", help="what that choice may lose in each task on validation data"),
+    allow: Several = Option(None, metavar="WHAT", help="take these too: degenerate, levelling-down; may be repeated"),
     among: Several = Option(None, metavar="PATTERN", help="methods to choose from, such as 'main_*'"),
     pooled: bool = Option(False, "--pooled", help="one choice for all seeds, by means over their validation data"),
 ) -> None:
@@ -242,11 +256,12 @@ def compare(
     from libmtl_fair.report.compare import compare as compare_runs
     from libmtl_fair.report.page import comparison_table, write_comparison
 
-    if (among or pooled) and not choose:
-        raise RecipeError("--among and --pooled say how --choose chooses; give --choose too")
-    rule = Rule(choose, within, among or ("*",), pooled=pooled) if choose else None
+    if (among or pooled or allow) and not choose:
+        raise RecipeError("--among, --pooled and --allow say how --choose chooses; give --choose too")
+    rule = Rule(choose, within, among or ("*",), pooled, allow or ()) if choose else None
     found = compare_runs(folders, delta or (), rule)
     out.print(comparison_table(found))
+    _findings(found.run)
     if choose:
         out.print(escape(found.notes[0]))
     page, _ = write_comparison(found, folder or (folders[0] if len(folders) == 1 else Path("comparison")))

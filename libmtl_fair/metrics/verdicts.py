@@ -221,7 +221,7 @@ def levels_down(
     min_class: int = 10,
     confidence: float = 0.95,
 ) -> bool:
-    """Return whether a method levels down: the gap shrinks, some group's TPR falls, and none rises by more than noise.
+    """Return whether a method levels down: the gap shrinks, some group's TPR falls more than any rises, and none rises by more than noise.
 
     Only groups with enough people count, for the gap and for their TPR. Noise: what ``confidence`` asks of the standard error.
     """
@@ -234,7 +234,7 @@ def levels_down(
         return False
     before, after = (_gap(table_rates(t[both])[:, components]).item() for t in each)
     d, error = moved.d_tpr[seen], moved.se_tpr[seen]
-    return bool(after < before - _TIE and (d < 0).any() and not (d > z * error).any())
+    return bool(after < before - _TIE and -d.min() > d.max() and not (d > z * error).any())
 
 
 def counts_from_rows(frame: pd.DataFrame, label: str = "") -> pd.DataFrame:

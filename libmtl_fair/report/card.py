@@ -6,11 +6,22 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from libmtl_fair.files import write_json, write_text
-from libmtl_fair.report.notes import INTENDED, notes
+from libmtl_fair.report.findings import findings
+from libmtl_fair.report.notes import INTENDED, legend, notes
 from libmtl_fair.report.protocol import Facts, card_facts, checklist, method_facts, run_facts
 from libmtl_fair.report.run_folder import Json, RunFolder, read_run, records
 from libmtl_fair.report.summary import group_means, shrinkage_verdict, summary
-from libmtl_fair.report.tables import GAPS, Sheet, audit_sheet, data_sheets, group_sheet, summary_sheet, task_sheet
+from libmtl_fair.report.tables import (
+    GAPS,
+    MARKS,
+    Sheet,
+    audit_sheet,
+    data_sheets,
+    group_sheet,
+    pays_sheets,
+    summary_sheet,
+    task_sheet,
+)
 
 
 def write_card(run_dir: str | Path) -> tuple[Path, Path]:
@@ -51,6 +62,7 @@ def card_dict(run: RunFolder) -> Json:
             name: records(table.astype(object).where(table.notna(), None))
             for name, table in (tables | {"groups": group_means(run)}).items()
         },
+        "findings": [{"about": about, "text": text} for about, text in findings(run)],
         "limits": notes(run),
         "environment": run.environment,
     }
@@ -59,9 +71,11 @@ def card_dict(run: RunFolder) -> Json:
 def card_markdown(run: RunFolder) -> str:
     """Return the card as Markdown; every name from the run is escaped."""
     seeds = f"{len(run.seeds)} seed{'s' if len(run.seeds) > 1 else ''}"
-    gaps = summary_sheet(run, "Group fairness", GAPS)
-    results = (summary_sheet(run, "Utility", ("macro ",)), task_sheet(run), gaps, audit_sheet(run))
+    gaps = summary_sheet(run, "Largest gap of the worst task", GAPS, MARKS)
+    results = (summary_sheet(run, "Utility", ("macro ",)), task_sheet(run), gaps, *pays_sheets(run), audit_sheet(run))
+    names = [head for each in results if each for head in each.heads]
     sections = {
+        "What was found": [_list(findings(run))],
         "Run": [_list(run_facts(run))],
         "Data": [_list(card_facts(run.data_card)), *map(_table, data_sheets(run))],
         "Methods": [_lines(("method", "weighting", "settings", "checkpoint chosen by"), method_facts(run))],
@@ -69,6 +83,7 @@ def card_markdown(run: RunFolder) -> str:
         f"Results ({_escape(run.split)} split, mean ± sd over {seeds})": [
             *map(_table, (*results, group_sheet(run, between=True), group_sheet(run)))
         ],
+        "Short names": [_list(legend(names))],
         "Limits": ["\n".join(f"- {_escape(note)}" for note in notes(run))],
     }
     parts = [f"# Fairness card: {_escape(run.name)}", _escape(run.recipe.get("description") or ""), INTENDED]

@@ -3,21 +3,48 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import pandas as pd
 
 from libmtl_fair.report.choice import CHOSEN, Rule
+from libmtl_fair.report.judged import NO_GROUP, left_out
 from libmtl_fair.report.run_folder import Json, RunFolder, rows
-from libmtl_fair.report.summary import NO_GROUP, shrinkage_curves, shrinkage_verdict, single_task_methods
+from libmtl_fair.report.summary import shrinkage_curves, shrinkage_verdict, single_task_methods
 
-FAIRNESS = (
-    "EO: equalised-odds difference, mean over classification tasks. DP: demographic-parity difference, mean over "
-    "classification tasks. Lower is better."
+LEGEND = {
+    "±": "standard deviation between seeds",
+    "AUC": "how well a task's scores order people: 1 is perfect, 0.5 is chance",
+    "accuracy": "share of people decided rightly",
+    "F1": "of yes answers, the harmonic mean of how many are right and how many of the rightful ones are given",
+    "Brier": "mean squared error of the predicted probability; lower is better",
+    "R²": "share of a number's variation that is predicted; 1 is perfect",
+    "RMSE": "root mean squared error of a predicted number, in its unit",
+    "TPR": "true positive rate: of those who should get a yes, the share who do",
+    "FPR": "false positive rate: of those who should get a no, the share who get a yes",
+    "EO diff": "equalised-odds difference: the largest difference between groups in TPR or FPR, of the worst task, between groups "
+    "with enough people; 0 is no gap",
+    "DP diff": "demographic-parity difference: the largest difference between groups in the share who get a yes, of the worst task",
+    "EOP diff": "equal-opportunity difference: that of TPR alone",
+    "KS": "largest distance between the groups' distributions of a predicted number",
+    "base rate": "decisions at the threshold that says yes as often as there is a true yes on validation data; other columns: at the "
+    "recipe's threshold (0.5 unless it says so)",
+    "Bias": "how far apart the scores of two different tasks are for two people drawn at random, beyond a tolerance. It depends on each "
+    "task's distribution of scores alone, not on who gets which score: it does not say whether like people are treated alike",
+    "VR": "violation rate: the share of such pairs that are farther apart than the tolerance; of the distributions alone, as Bias",
+    "@p": "the tolerance: a quantile (p75: 75 %) of distances between people in the reference model, or a fixed number",
+    "MAE": "mean absolute error of a predicted number, in its unit",
+    "Δm": "mean relative loss to the reference; below 0 is better",
+}
+"""Short names that tables use -> what they mean."""
+PAYS = (
+    "Change against {} for the same people, ± 1.96 standard errors (as if the two models decided independently: rather too wide). "
+    "Marked where it is more than that: gains or loses. Groups with too few people are left out."
 )
 STANDING = (
     "By each task's main metric (AUC, else accuracy, else R²); with fairness, the differences between groups in equalised "
-    "odds, equal opportunity and AUC (regression: MAE) of each attribute count as one metric each. "
+    "odds, equal opportunity and AUC (regression: MAE) of each attribute, means over tasks, count as one metric each; a method with a "
+    "degenerate decision has no such standing. "
     "Δm: mean relative loss to the reference; below 0 is better."
 )
 MARGINALS = (
@@ -85,11 +112,21 @@ def _gains(run: RunFolder) -> Iterator[str]:
         )
 
 
+def legend(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Return (short name, meaning) for what stands in column names or texts."""
+    found = " ".join(names)
+    return [(name.strip("@"), text) for name, text in LEGEND.items() if name in found]
+
+
 def _small_groups(run: RunFolder) -> Iterator[str]:
+    found = left_out(run)
+    if found:
+        yield f"Too few people (rows, true yes or true no) to be judged, and in no gap, mean or choice: {'; '.join(found)}."
     frame = run.frame("groups")
     flagged = frame[~frame["flag"].isin(["", "undefined", "dropped"]) & ~frame["group"].isin(NO_GROUP)]
-    found = list(dict.fromkeys(f"{row.attribute} = {row.group} ({row.flag})" for row in rows(flagged)))
-    if found:
+    told = {text.split(" (")[0] for text in found}
+    names = {f"{row.attribute} = {row.group}": row.flag for row in rows(flagged)}
+    if found := [f"{name} ({flag})" for name, flag in names.items() if name not in told]:
         more = f" and {len(found) - _AT_MOST} more" if len(found) > _AT_MOST else ""
         yield f"Flagged, their rates are mostly noise: {', '.join(found[:_AT_MOST])}{more}."
     gaps = int(frame["value"].isna().sum())
@@ -182,9 +219,17 @@ def publication(run: RunFolder) -> str:
 
 
 def choice_sentence(rule: Rule, made: pd.DataFrame) -> str:
-    """Say in one sentence how a choice on validation data was made and what it took."""
+    """Say how a choice on validation data was made, what it took, and which better-looking methods it refused and why."""
     taken = ", ".join(f"{method} ({count} of {len(made)})" for method, count in made["method"].value_counts().items())
+    why: dict[str, list[str]] = {}
+    for refused in made["refused"]:
+        for method, reason in refused.items():
+            why.setdefault(method, []).append(reason)
+    found = [f"{method} ({each[0]}; {len(each)} of {len(made)})" for method, each in why.items()]
+    more = f" and {len(found) - _AT_MOST} more" if len(found) > _AT_MOST else ""
     return (
         f"{CHOSEN}: {'for all seeds' if rule.pooled else 'in each seed'} the lowest {' and '.join(rule.measures)} on validation data "
-        f"among methods that lose at most {rule.within:g} points of {rule.utility or 'utility'} there; it took {taken}."
+        f"among methods that lose at most {rule.within:g} points, or no more than chance, of AUC and accuracy or R² in every task there; "
+        f"it took {taken}. "
+        + (f"Refused, though lower: {', '.join(found[:_AT_MOST])}{more}." if found else "Nothing lower was refused.")
     )

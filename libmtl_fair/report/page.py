@@ -15,7 +15,8 @@ from rich.text import Text
 from libmtl_fair.files import write_json, write_text
 from libmtl_fair.report import notes, protocol, tables
 from libmtl_fair.report.branches import event_sheet, tree_texts
-from libmtl_fair.report.plots import bars, plots_of, scatters, write_plots
+from libmtl_fair.report.findings import findings
+from libmtl_fair.report.plots import bars, first_plots, plots_of, scatters, write_plots
 from libmtl_fair.report.run_folder import Json, RunFolder, read_run, rows
 from libmtl_fair.report.theme import REFERENCE, Plot, colours, label
 
@@ -47,7 +48,6 @@ def write_report(run_dir: str | Path, *, interactive: bool = True) -> Path:
 
 def render(run: RunFolder, *, interactive: bool = True, plots: Iterable[Plot] | None = None) -> str:
     """Return the page of a run. Every name from the run is escaped: it is data."""
-    gaps = tables.summary_sheet(run, "Mean over tasks", tables.GAPS, notes.FAIRNESS)
     return _page(
         "report.html.j2",
         run,
@@ -63,7 +63,11 @@ def render(run: RunFolder, *, interactive: bool = True, plots: Iterable[Plot] | 
             tables.task_sheet(run),
             tables.gain_sheet(run),
         ],
-        fairness=[gaps, tables.group_sheet(run, between=True)],
+        fairness=[
+            tables.summary_sheet(run, "Largest gap of the worst task", tables.GAPS, tables.MARKS),
+            *tables.pays_sheets(run),
+            tables.group_sheet(run, between=True),
+        ],
         audit=[tables.audit_sheet(run), tables.pair_sheet(run)],
         checklist=protocol.checklist(run),
         groups=tables.group_sheet(run),
@@ -85,7 +89,7 @@ def comparison_table(found: Comparison) -> Table:
         table.add_row(Text(str(column), style="bold"))
         for row in rows(lines):
             table.add_row(Text(f"  {row.method}"), tables.starred(row), Text(tables.show_difference(row)))
-    table.caption = Text("* best mean; [95 % bootstrap interval over seeds]", style="dim")
+    table.caption = Text(f"* best mean; [95 % bootstrap interval over seeds]; {tables.MARKS}", style="dim")
     return table
 
 
@@ -106,12 +110,13 @@ def render_comparison(found: Comparison) -> str:
         "comparison.html.j2",
         run,
         {"audit": list(_scatter_figures(run))},
-        (),
+        first_plots(run),
         facts=protocol.comparison_facts(run),
         utility=[measures("Utility", ("macro ",)), tables.task_sheet(run)],
         fairness=[
-            measures("Group fairness", tables.GAPS),
-            measures("Further differences between groups", ("EOP diff", "AUC diff", "MAE diff")),
+            measures("Largest gap of the worst task", tables.GAPS),
+            measures("Means over tasks of the gaps between groups", ("mean EO", "mean EOP", "mean AUC", "mean MAE")),
+            *tables.pays_sheets(run),
         ],
         audit=[measures("Bias and violation rate", ("Bias@", "VR@")), tables.audit_sheet(run)],
         standing=[
@@ -148,8 +153,18 @@ def _page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    glance = tables.glance_sheet(run)
+    names = [
+        text
+        for each in context.values()
+        if isinstance(each, list)
+        for item in each
+        for text in getattr(item, "heads", ())
+    ]
+    names += glance.heads if glance else ()
+    first = {"findings": findings(run), "glance": glance, "legend": notes.legend(names), "marks": tables.MARKS}
     drawn = {"figures": shown, "figures_json": Markup(text), "plotly": Markup(library), "plots": pictures}
-    return environment.get_template(template).render(run=run, **drawn, **context)
+    return environment.get_template(template).render(run=run, **drawn, **first, **context)
 
 
 def _safe(text: object) -> str:

@@ -15,12 +15,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from libmtl_fair.report.branches import branch_plots
+from libmtl_fair.report.judged import NO_GROUP, SURE, who_pays, why_degenerate
 from libmtl_fair.report.run_folder import RunFolder, number, read_run, rows
 from libmtl_fair.report.summary import (
     HIGHER_IS_BETTER,
     LABELS,
-    NO_GROUP,
     group_means,
+    main_utility,
     native_errors,
     shrinkage_curves,
     summary_values,
@@ -67,11 +68,6 @@ def points(values: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
     grouped = wide.set_axis(["x", "y"], axis=1).groupby(level="method")
     means = grouped.mean().join(grouped.std().add_suffix("_sd")).dropna(subset=["x", "y"])
     return means.reindex([method for method in dict.fromkeys(values["method"]) if method in means.index]).reset_index()
-
-
-def main_utility(values: pd.DataFrame) -> str | None:
-    """Return the first macro utility of the summary's values (None where there is none)."""
-    return next((c for c in values["column"] if c.startswith("macro ") and c != "macro Brier"), None)
 
 
 def scatters(run: RunFolder) -> list[Scatter]:
@@ -236,6 +232,35 @@ def _bars(axes: Axes, methods: Sequence[str], names: Sequence[str], frame: pd.Da
     axes.grid(axis="y", visible=False)
 
 
+def pays_plot(run: RunFolder, attribute: str) -> Figure | None:
+    """Change of each group's TPR against the reference, with 95 % intervals: right of 0 more people get a rightful yes.
+
+    Without a degenerate method, which gives everyone the same; None where nothing is left.
+    """
+    none = why_degenerate(run)
+    frame = who_pays(run)
+    frame = frame[(frame["attribute"] == attribute) & ~frame["method"].isin(none) & frame["d_tpr"].notna()]
+    methods = list(dict.fromkeys(frame["method"]))[: len(MARKERS)]
+    names = list(dict.fromkeys(zip(frame["task"], frame["group"])))
+    if not methods:
+        return None
+    figure, (axes,) = canvas(6.4, 1.4 + 0.16 * len(names) * max(2, len(methods)))
+    colour = colours(run.methods)
+    for i, method in enumerate(methods):
+        own = frame[frame["method"] == method]
+        at = [names.index(key) + 0.7 * ((i + 0.5) / len(methods) - 0.5) for key in zip(own["task"], own["group"])]
+        look: Style = {"fmt": MARKERS[i], "color": colour[method], "markersize": 6, "elinewidth": 1.2, "capsize": 2}
+        axes.errorbar(100 * own["d_tpr"], at, xerr=100 * SURE * own["se_tpr"], label=label(method), **look)
+    axes.axvline(0, color=REFERENCE, linewidth=1)
+    axes.set_yticks(range(len(names)), [label(f"{task}: {group}", 32) for task, group in names])
+    axes.invert_yaxis()
+    axes.set(
+        xlabel=f"more (right) or fewer (left) in 100 of those who should get a yes do, than with {label(run.reference)}"
+    )
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
 def thin(history: pd.DataFrame, column: str, bins: int = 200) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return steps and values of a column without gaps, as means of at most ``bins`` bins."""
     steps = history["step"].to_numpy(float) if "step" in history else np.arange(len(history), dtype=float)
@@ -307,13 +332,20 @@ def weight_plot(history: pd.DataFrame, prefix: str = "w/") -> Figure | None:
 def plots_of(run: RunFolder) -> Iterator[Plot]:
     """Every plot that the run's numbers and traces allow, each under a name of its own."""
     taken: set[str] = set()
-    for plot in _plots(run):
+    for plot in (*first_plots(run), *_plots(run)):
         name, count = plot.name, 1
         while name.lower() in taken:
             count += 1
             name = f"{plot.name}_{count}"
         taken.add(name.lower())
         yield replace(plot, name=name)
+
+
+def first_plots(run: RunFolder) -> Iterator[Plot]:
+    """Yield the one figure of the first screen: who pays, by the first attribute that has decisions."""
+    for attribute in list(dict.fromkeys(who_pays(run)["attribute"]))[:1]:
+        caption = f"Who pays, by {attribute}: change against {run.reference} with 95 % intervals over people."
+        yield Plot("who_pays", "first", caption, partial(pays_plot, run, attribute))
 
 
 def _plots(run: RunFolder) -> Iterator[Plot]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -21,12 +21,15 @@ Json = dict[str, Any]
 _BASE_RATE = "_base_rate"
 _SPLIT_PARTS: dict[str, type] = {"utility": dict, "audit": list, "groups": list, "shrinkage": list}
 _SPLIT_PARTS |= {f"utility{_BASE_RATE}": dict, f"groups{_BASE_RATE}": list}
+Made = TypeVar("Made")
 _FRAMES: Mapping[str, tuple[list[str], list[str], list[str]]] = {
     "utility": (["task", "metric"], ["value"], []),
     "audit": (["delta_name"], ["delta", "bias", "violation_rate", "exact_bias"], ["exact"]),
     "pairs": (["delta_name", "task_a", "task_b"], ["bias", "violation_rate", "delta"], []),
     "shrinkage": (["delta_name"], ["a", "bias", "brier", "bias_slope", "brier_slope"], []),
     "groups": (["task", "attribute", "metric", "group", "flag"], ["value", "n", "low", "high"], []),
+    "groups_base_rate": (["task", "attribute", "metric", "group", "flag"], ["value", "n", "low", "high"], []),
+    "utility_base_rate": (["task", "metric"], ["value"], []),
 }
 """The texts, the numbers and what else each table has; ``pairs`` is the audit by task pair."""
 _TEXTS = {"layer": str, "kind": str, "task_a": str, "task_b": str}
@@ -93,6 +96,13 @@ class RunFolder:
     environment: Json
     runs: tuple[SeedRun, ...]
     on: str = ""
+    _held: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def once(self, name: str, make: Callable[[], Made]) -> Made:
+        """Return what ``make`` makes, made once for this object under this name."""
+        if name not in self._held:
+            self._held[name] = make()
+        return cast("Made", self._held[name])
 
     @property
     def methods(self) -> list[str]:

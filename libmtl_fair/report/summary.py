@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +11,8 @@ import pandas as pd
 from libmtl_fair import metrics
 from libmtl_fair.files import write_json
 from libmtl_fair.metrics.shrinkage import MARGIN
+from libmtl_fair.report import judged
+from libmtl_fair.report.judged import NO_GROUP
 from libmtl_fair.report.run_folder import Json, RunFolder, number, read_run, rows
 
 HIGHER_IS_BETTER = frozenset(
@@ -17,42 +20,69 @@ HIGHER_IS_BETTER = frozenset(
 )
 LABELS = {"auc": "AUC", "brier": "Brier", "log_loss": "log loss", "f1": "F1", "macro_f1": "macro F1"}
 LABELS |= {"rmse": "RMSE", "mae": "MAE", "r2": "R²", "ccc": "CCC"}
-_GAPS = {"EO diff": "equalized_odds", "DP diff": "demographic_parity", "KS": "ks"}
-_FURTHER = {"EOP diff": "equal_opportunity", "AUC diff": "auc", "MAE diff": "mae"}
+GAPS = {"EO diff": "equalized_odds", "DP diff": "demographic_parity", "KS": "ks"}
+"""Columns that compare groups, by the worst task: yes/no decisions, at both thresholds; KS of numbers."""
+_MEANS = {
+    "mean EO diff": "equalized_odds",
+    "mean EOP diff": "equal_opportunity",
+    "mean AUC diff": "auc",
+    "mean MAE diff": "mae",
+}
+_DECIDED = ("accuracy", "f1", "balanced accuracy")
+"""Ends of the names of utilities that are of decisions: those of a degenerate one are never the best."""
 _VALUES = ["method", "seed", "column", "value", "higher"]
 BETWEEN_GROUPS = frozenset({"difference", "ratio"})
-NO_GROUP = BETWEEN_GROUPS | {"overall"}
-"""Names that stand where a group's name would, for what compares groups and for all of them together."""
 _MAIN = ("auc", "accuracy", "r2")
 
 
 def summary_values(run: RunFolder, further: bool = False) -> pd.DataFrame:
     """Return one row per method, seed and column of the summary: method, seed, column, value, higher.
 
-    ``further`` adds differences between groups that the summary leaves out: equal opportunity, AUC and mean absolute error.
+    "EO diff", "DP diff" and "KS" of an attribute are those of the worst task (yes/no decisions; without any, the mean over
+    classification tasks as "mean EO diff"), between groups with enough people (:mod:`libmtl_fair.report.judged`). ``further`` adds
+    means over tasks: equalised odds, equal opportunity, AUC and mean absolute error.
     """
-    utility, audit, groups = (run.frame(part) for part in ("utility", "audit", "groups"))
+    utility, audit = run.frame("utility"), run.frame("audit")
     macro = utility[utility["task"] == "macro"]
     columns = [f"macro {LABELS.get(name, name.replace('_', ' '))}" for name in macro["metric"]]
     parts = [macro.assign(column=columns, higher=macro["metric"].isin(HIGHER_IS_BETTER))]
     for name, source in (("Bias", "bias"), ("VR", "violation_rate")):
         parts.append(audit.assign(column=f"{name}@" + audit["delta_name"], value=audit[source], higher=False))
-    gaps = groups[groups["group"] == "difference"]
-    for name, metric in (_GAPS | (_FURTHER if further else {})).items():
-        means = gaps[gaps["metric"] == metric].groupby(["attribute", "method", "seed"], sort=False)["value"].mean()
-        frame = means.reset_index()
-        parts.append(frame.assign(column=f"{name} " + frame["attribute"], higher=False))
+    parts += _gap_columns(run, further)
     return pd.DataFrame([row for part in parts for row in rows(part[_VALUES])], columns=_VALUES)
 
 
+def _gap_columns(run: RunFolder, further: bool) -> Iterator[pd.DataFrame]:
+    keys = ["attribute", "method", "seed"]
+    for end in judged.thresholds(run) or [""]:
+        found = judged.gaps(run, end)
+        decided = found["binary"].any()
+        wanted = dict(GAPS) if decided or not further else {"KS": "ks"}
+        wanted |= _MEANS if further and not end else {}
+        for name, metric in wanted.items():
+            own = found[(found["metric"] == metric)]
+            worst = not name.startswith("mean") and (decided or metric == "ks")
+            own = own[own["binary"]] if worst and metric != "ks" else own
+            values = own.groupby(keys, sort=False)["value"].agg("max" if worst else "mean").reset_index()
+            shown = name if worst or name in _MEANS else f"mean {name}"
+            yield values.assign(column=f"{shown} " + values["attribute"] + end, higher=False)
+
+
 def summary(run: RunFolder, further: bool = False) -> pd.DataFrame:
-    """Return one row a cell of the summary: method, column, higher, mean, sd, n, difference, low, high, pairs, best.
+    """Return one row a cell of the summary: method, column, higher, mean, sd, n, difference, low, high, pairs, verdicts, best.
 
     ``difference`` is the mean of paired differences to the reference over the seeds that both have, ``pairs`` their number,
-    low and high their 95 % bootstrap interval (NaN with one pair); ``best`` marks the best mean of each column (none where all
-    methods are equal).
+    low and high their 95 % bootstrap interval (NaN with one pair). Verdicts: ``why`` a degenerate decision makes the number say
+    nothing ("" otherwise), ``down`` the tasks in which the method levels down, ``p`` of "no gap", ``gain``: the gap is smaller
+    *and* somebody gains by more than noise. ``best`` marks the best mean of each column among what may be called good: no
+    degenerate decision, no levelling down, no Bias that shrinking gives as well; none where all methods are equal.
     """
+    return run.once(f"summary{further}", lambda: _summary(run, further)).copy()
+
+
+def _summary(run: RunFolder, further: bool) -> pd.DataFrame:
     values = summary_values(run, further)
+    values = values[values["value"].notna().groupby(values["column"]).transform("any")]
     grouped = values.groupby(["method", "column", "higher"], sort=False)["value"]
     cells = grouped.agg(mean="mean", sd="std", n="count").reset_index()
     wide = values.pivot(index="seed", columns=["column", "method"], values="value").astype(float)
@@ -63,10 +93,59 @@ def summary(run: RunFolder, further: bool = False) -> pd.DataFrame:
         found.append(metrics.paired_difference(wide[row.column, row.method], reference))
     paired = pd.DataFrame(found, columns=["mean", "low", "high", "n"])
     cells[["difference", "low", "high", "pairs"]] = paired.astype({"n": int})
+    cells = cells.join(_verdicts(run, cells))
     signed = cells["mean"].where(~cells["higher"].astype(bool), -cells["mean"])
-    grouped = signed.groupby(cells["column"])
-    cells["best"] = (signed == grouped.transform("min")) & (signed.round(9) < grouped.transform("max").round(9))
+    able = signed.where((cells["why"] == "") & (cells["down"] == "") & ~cells["shrunk"])
+    least, most = able.groupby(cells["column"]).transform("min"), signed.groupby(cells["column"]).transform("max")
+    cells["best"] = (able == least) & (signed.round(9) < most.round(9))
     return cells
+
+
+def column_of(column: str) -> tuple[str, str, str]:
+    """Return metric, attribute and end (of the threshold) of a column that compares groups; ("", "", "") of others.
+
+    >>> column_of("EO diff sex, base rate"), column_of("macro AUC")
+    (('equalized_odds', 'sex', ', base rate'), ('', '', ''))
+    """
+    end = judged.BASE_RATE if column.endswith(judged.BASE_RATE) else ""
+    for name, metric in (GAPS | _MEANS | {f"mean {name}": metric for name, metric in GAPS.items()}).items():
+        if column.startswith(f"{name} "):
+            return metric, column.removeprefix(f"{name} ").removesuffix(end), end
+    return "", "", ""
+
+
+def _verdicts(run: RunFolder, cells: pd.DataFrame) -> pd.DataFrame:
+    """Return why, down, p, gain and shrunk of every cell."""
+    ends = judged.thresholds(run)
+    why = {end: judged.why_degenerate(run, end) for end in ends}
+    down = {end: judged.levelled_down(run, end) for end in ends}
+    p = {end: judged.p_values(run, end) for end in ends}
+    gainers = {end: _gainers(run, end) for end in ends}
+    below = {(r.method, r.delta_name) for r in rows(shrinkage_verdict(run)) if r.below}
+    made = []
+    for row in rows(cells):
+        metric, attribute, end = column_of(row.column)
+        decision = metric in ("equalized_odds", "demographic_parity", "equal_opportunity")
+        none = why.get(end, {}).get(row.method, "") if decision or row.column.lower().endswith(_DECIDED) else ""
+        tasks = ", ".join(down.get(end, {}).get((row.method, attribute), [])) if decision else ""
+        sure = row.high < 0 if row.pairs > 1 else row.difference < 0
+        gain = bool(decision and not none and not tasks and sure and (row.method, attribute) in gainers.get(end, set()))
+        name, _, delta = row.column.partition("@")
+        shrunk = name in ("Bias", "VR") and (row.method, delta) not in below
+        made.append((none, tasks, p.get(end, {}).get((row.method, attribute, metric), math.nan), gain, shrunk))
+    return pd.DataFrame(made, columns=["why", "down", "p", "gain", "shrunk"], index=cells.index)
+
+
+def _gainers(run: RunFolder, end: str) -> set[tuple[str, str]]:
+    """Return (method, attribute) where some group's TPR rises, or its error falls, by more than noise."""
+    frame = judged.who_pays(run, end)
+    sure = (frame["d_tpr"] > judged.SURE * frame["se_tpr"]) | (frame["d_error"] < -judged.SURE * frame["se_error"])
+    return {(row.method, row.attribute) for row in rows(frame[sure])}
+
+
+def main_utility(values: pd.DataFrame) -> str | None:
+    """Return the first macro utility of the summary's values (None where there is none)."""
+    return next((c for c in values["column"] if c.startswith("macro ") and c != "macro Brier"), None)
 
 
 def with_sd(frame: pd.DataFrame, by: list[str], values: list[str]) -> pd.DataFrame:
@@ -84,7 +163,10 @@ def write_summary(run_dir: str | Path) -> Path:
     methods: dict[str, Json] = {method: {} for method in run.methods}
     for row in rows(summary(run)):
         numbers = {"mean": row.mean, "sd": row.sd, "n": int(row.n), "difference": row.difference}
-        methods[row.method][row.column] = {**numbers, "higher_is_better": bool(row.higher)}
+        said = {"degenerate": row.why, "levels_down": row.down, "p_no_gap": row.p if row.p == row.p else ""}
+        methods[row.method][row.column] = {**numbers, "higher_is_better": bool(row.higher)} | {
+            k: v for k, v in said.items() if v != ""
+        }
     about = {"format": 1, "name": run.name, "split": run.split, "seeds": run.seeds, "reference": run.reference}
     return write_json(run.path / "summary.json", {**about, "methods": methods})
 
@@ -154,10 +236,12 @@ def delta_m(run: RunFolder, fair: bool = False) -> dict[str, float]:
     """Return method -> Delta_m in percent of the tasks' main metrics against the reference; below 0 is better.
 
     ``fair`` counts the differences between groups too: equalised odds, equal opportunity and AUC (regression: mean absolute
-    error) of every attribute, each as one more metric. Source: Navon et al., ICML 2022; GLF compares methods so.
+    error) of every attribute, means over tasks, each as one more metric; a method with a degenerate decision has none (NaN).
+    Source: Navon et al., ICML 2022; GLF compares methods so.
     """
     results, higher = _results(run, fair)
-    return metrics.delta_m(results, results[run.reference], higher) if run.reference in results else {}
+    found = metrics.delta_m(results, results[run.reference], higher) if run.reference in results else {}
+    return found | dict.fromkeys(judged.why_degenerate(run) if fair else (), math.nan)
 
 
 def mean_rank(run: RunFolder, fair: bool = False) -> dict[str, float]:
@@ -171,7 +255,8 @@ def _results(run: RunFolder, fair: bool) -> tuple[dict[str, dict[str, float]], d
     frame = frame.assign(name=frame["task"] + " " + frame["metric"], higher=frame["metric"].isin(HIGHER_IS_BETTER))
     if fair:
         values = summary_values(run, further=True).rename(columns={"column": "name"})
-        gaps = values[values["name"].str.startswith(("EO diff", "EOP diff", "AUC diff", "MAE diff"))]
+        gaps = values[values["name"].str.startswith(tuple(_MEANS))]
+        gaps = gaps[~gaps["method"].isin(judged.why_degenerate(run))]
         frame = pd.concat([frame, gaps]) if len(gaps) else frame
     wide = frame.pivot_table(index="name", columns="method", values="value", sort=False)
     results = {m: {str(k): float(v) for k, v in wide[m].items()} for m in dict.fromkeys(frame["method"])}

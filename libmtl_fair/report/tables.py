@@ -12,21 +12,25 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from libmtl_fair.report import notes
+from libmtl_fair.report import judged, notes
 from libmtl_fair.report import summary as numbers
 from libmtl_fair.report.run_folder import Json, RunFolder, records, rows
 
-GAPS = ("EO diff", "DP diff", "KS")
-"""Columns of the summary that compare groups."""
+GAPS = (*numbers.GAPS, "mean EO diff", "mean DP diff")
+"""How columns of the summary begin that compare groups."""
+NOTHING, DOWN, NONE = "⚠", "▽", "≈0"
+"""Marks: the number says nothing (a degenerate decision), the method levels down, no gap that chance would not make."""
+MARKS = f"{NOTHING} says nothing: a decision is (nearly) the same for all; {DOWN} levels down: nobody gains; {NONE} no gap beyond chance"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Text of a cell, smaller text below it, and whether it is the best of its column."""
+    """Text of a cell, smaller text below it, whether it is the best of its column, and its tone: good or bad for people, or neither."""
 
     text: str
     small: str = ""
     best: bool = False
+    tone: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,13 +86,36 @@ def summary_sheet(
     taken = numbers.summary(run) if cells is None else cells
     taken = taken[taken["column"].str.startswith(prefixes)]
     columns = list(dict.fromkeys(taken["column"]))
-    small = [show_difference(r) if cells is not None else show(r.difference, sign="+") for r in rows(taken)]
-    made = [Cell(show(r.mean, r.sd), text.strip("–"), bool(r.best)) for r, text in zip(rows(taken), small)]
+    made = []
+    for r in rows(taken):
+        difference = show_difference(r) if cells is not None else show(r.difference, sign="+").strip("–")
+        text = " ".join(filter(None, (show(r.mean, r.sd), mark(r))))
+        made.append(Cell(text, "; ".join(filter(None, (difference, words(r)))), bool(r.best), "good" if r.gain else ""))
     wide = taken.assign(cell=pd.Series(made, index=taken.index, dtype=object)).pivot(
         index="method", columns="column", values="cell"
     )
     wide = wide.reindex(index=run.methods, columns=columns).reset_index()
     return sheet(title, ["method", *columns], wide, note) if columns else None
+
+
+def mark(row: Any) -> str:
+    """Return the marks of a cell of the summary."""
+    none = row.p > 0.05 and not row.why
+    return "".join(sign for sign, so in ((NOTHING, row.why), (DOWN, row.down), (NONE, none)) if so)
+
+
+def words(row: Any) -> str:
+    """Return what the marks of a cell mean."""
+    if row.why:
+        return f"says nothing: {row.why}"
+    none = f"not distinguishable from none (p = {row.p:.2f})" if row.p > 0.05 else ""
+    return "; ".join(filter(None, (f"levels down in {row.down}" if row.down else "", none)))
+
+
+def glance_sheet(run: RunFolder) -> Sheet | None:
+    """One table for the first screen: the first utility and the gaps of yes/no decisions, or of numbers."""
+    utility = numbers.main_utility(numbers.summary_values(run))
+    return summary_sheet(run, "At a glance", (*filter(None, (utility,)), "EO diff", "mean EO diff", "KS"))
 
 
 def show_difference(row: Any) -> str:
@@ -107,6 +134,44 @@ def task_sheet(run: RunFolder) -> Sheet:
     wide = wide.reindex(pd.MultiIndex.from_product([tasks, run.methods], names=["task", "method"]))
     heads = [f"{numbers.LABELS.get(m, m)} {'↑' if m in numbers.HIGHER_IS_BETTER else '↓'}" for m in names]
     return sheet("Utility by task", ["task", "method", *heads], wide.reset_index())
+
+
+def pays_sheets(run: RunFolder) -> Iterator[Sheet]:
+    """What changed for each group against the reference, one table for each threshold and attribute."""
+    for end in judged.thresholds(run):
+        every = judged.who_pays(run, end)
+        for attribute, frame in every.groupby("attribute", sort=False):
+            lines = [
+                (
+                    row.task,
+                    row.group,
+                    f"{row.n:,.0f} ({row.positives:,.0f} yes)",
+                    row.method,
+                    *(_change(row, n) for n in _CHANGES),
+                )
+                for row in rows(in_order(frame, "task", "group"))
+            ]
+            heads = ["task", "group", "people", "method", *_CHANGES.values()]
+            yield sheet(f"Who pays, by {attribute}{end}", heads, pd.DataFrame(lines), notes.PAYS.format(run.reference))
+
+
+_CHANGES = {
+    "selection": "gets a yes",
+    "tpr": "rightful yes (TPR)",
+    "fpr": "wrong yes (FPR)",
+    "error": "decided wrongly",
+}
+
+
+def _change(row: Any, name: str) -> Cell:
+    change, noise = getattr(row, f"d_{name}"), judged.SURE * getattr(row, f"se_{name}")
+    if change != change:
+        return Cell("–")
+    sure = abs(change) > noise and name != "selection"
+    good = (change > 0) == (name == "tpr")
+    said = ("gains ▲" if good else "loses ▼") if sure else ""
+    both = f"{getattr(row, f'{name}_before'):.3f} → {getattr(row, name):.3f}"
+    return Cell(f"{change:+.3f} ± {noise:.3f} {said}".strip(), both, tone=("good" if good else "bad") if sure else "")
 
 
 def gain_sheet(run: RunFolder, found: pd.DataFrame | None = None) -> Sheet | None:
@@ -240,7 +305,7 @@ def summary_table(run: RunFolder, width: int | None = None) -> Table | Group:
             made.add_column(Text(name), justify="right", no_wrap=True)
         for head in heads:
             made.add_row(Text(head), *(found.get((head, n)) or found.get((n, head)) or Text("–") for n in names))
-        caption = f"* best mean; small: difference to {run.reference}"
+        caption = f"* best mean; small: difference to {run.reference}; {MARKS}"
         made.caption = Text(caption, style="dim") if len(methods) > 1 else None
         return made
 
@@ -259,5 +324,6 @@ def titled(title: str, run: RunFolder) -> Table:
 
 
 def starred(row: Any) -> Text:
-    """Write a cell of the summary; the best mean is bold and has a star."""
-    return Text(show(row.mean, row.sd) + ("*" if row.best else ""), style="bold" if row.best else "")
+    """Write a cell of the summary; the best mean is bold and has a star, what says nothing or levels down a mark."""
+    text = show(row.mean, row.sd) + ("*" if row.best else "") + (f" {mark(row)}" if mark(row) else "")
+    return Text(text, style="bold" if row.best else "")

@@ -95,6 +95,7 @@ class Plot:
         stream = io.StringIO()
         with themed(self.name):
             self.figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+            self.figure.set_layout_engine("none")  # laid out anew it would move a little at each drawing
         text = stream.getvalue()
         text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
         text = re.sub(r' id="(figure|axes|patch|line2d|text|xtick|ytick|matplotlib\.axis|legend)_\d+"', "", text)

@@ -18,8 +18,60 @@ methods:
 """
 
 
+def group_rows(counts: dict[str, list[int]], **base: str) -> list[dict[str, Any]]:
+    """Return the rows of metrics.json that follow from tn, fp, fn, tp of each group of one task and attribute."""
+    entries: list[dict[str, Any]] = []
+    rates: dict[str, list[float]] = {}
+    for group, (tn, fp, fn, tp) in counts.items():
+        n = tn + fp + fn + tp
+        values = {"true_positive_rate": (tp, fn + tp), "false_positive_rate": (fp, tn + fp)}
+        values |= {"selection_rate": (fp + tp, n), "accuracy": (tn + tp, n), "base_rate": (fn + tp, n)}
+        for metric, (part, whole) in values.items():
+            value = part / whole if whole else None
+            rates.setdefault(metric, []).extend([] if value is None else [value])
+            ends = {"low": None, "high": None} if value is None else {"low": value - 0.02, "high": value + 0.02}
+            flag = "undefined" if value is None else "small" if n < 30 else None
+            entries.append({**base, "metric": metric, "group": group, "value": value, "n": n, **ends, "flag": flag})
+    gap = {metric: max(each) - min(each) for metric, each in rates.items() if each}
+    shown = {"demographic_parity": gap["selection_rate"], "equal_opportunity": gap["true_positive_rate"]}
+    shown["equalized_odds"] = max(gap["true_positive_rate"], gap["false_positive_rate"])
+    for metric, value in shown.items():
+        row = {"metric": metric, "group": "difference", "value": value, "n": 9769, "flag": None}
+        entries.append({**base, **row, "low": value - 0.03, "high": value + 0.03})
+    return entries
+
+
+def _tamper(
+    run_dir: Path, method: str, how: Callable[[str, str, str, list[int]], list[int]], part: str = "groups"
+) -> None:
+    """Change a method's decisions: ``how(task, attribute, group, [tn, fp, fn, tp])`` gives the new counts, for all seeds and splits."""
+    for file in run_dir.glob(f"{method}/seed*/metrics.json"):
+        metrics = json.loads(file.read_text())
+        for split, rows in metrics["groups"].items():
+            kept = [
+                row for row in rows if not any(r["metric"] == "base_rate" for r in rows if r["task"] == row["task"])
+            ]
+            for task, attribute in dict.fromkeys((r["task"], r["attribute"]) for r in rows if r not in kept):
+                own = [
+                    r for r in rows if (r["task"], r["attribute"]) == (task, attribute) and r["group"] != "difference"
+                ]
+                counts: dict[str, list[int]] = {}
+                for group in dict.fromkeys(r["group"] for r in own):
+                    rates = {r["metric"]: r["value"] or 0 for r in own if r["group"] == group}
+                    n = next(r["n"] for r in own if r["group"] == group)
+                    positives = round(rates["base_rate"] * n)
+                    tp = round(rates["true_positive_rate"] * positives)
+                    fp = round(rates["false_positive_rate"] * (n - positives))
+                    counts[group] = how(task, attribute, group, [n - positives - fp, fp, positives - tp, tp])
+                kept += group_rows(counts, task=task, attribute=attribute)
+            metrics.setdefault(part, {})[split] = kept
+        file.write_text(json.dumps(metrics))
+
+
 class Builder:
     """Writes a run folder as the contract says, with made-up but plausible numbers."""
+
+    rows = staticmethod(group_rows)
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -188,18 +240,25 @@ class Builder:
             for a in (1.0, 0.8, 0.6, 0.4, 0.2)
         ]
 
+    def _counts(self, i: int, j: int, rng: np.random.Generator) -> list[int]:
+        """Return tn, fp, fn, tp of a group: lifted by later methods; the third has 21 people."""
+        n = 21 if j == 2 else 4000 // (j + 1)
+        positives = round(0.3 * n)
+        tpr, fpr = 0.7 - 0.2 * j / (1 + i) + rng.normal(0, 0.005), 0.1 + 0.06 * j / (1 + i)
+        tp, fp = round(tpr * positives), round(fpr * (n - positives))
+        return [n - positives - fp, fp, positives - tp, tp]
+
     def _groups(self, i: int, rng: np.random.Generator) -> list[dict[str, Any]]:
-        entries = []
+        entries: list[dict[str, Any]] = []
         for task, kind in self.tasks.items():
-            metrics = (
-                ["true_positive_rate", "false_positive_rate", "selection_rate"] if kind == "binary" else ["mae", "rmse"]
-            )
             for attribute, groups in self.groups.items():
                 base = {"task": task, "attribute": attribute}
-                for metric in metrics:
+                if kind == "binary":
+                    entries += group_rows({g: self._counts(i, j, rng) for j, g in enumerate(groups)}, **base)
+                    continue
+                for metric in ("mae", "rmse"):
                     for j, group in enumerate(groups):
-                        value = 0.7 - 0.1 * j / (1 + i) + rng.normal(0, 0.005)
-                        small = j == 2
+                        value, small = 0.7 - 0.1 * j / (1 + i) + rng.normal(0, 0.005), j == 2
                         entry = {
                             "metric": metric,
                             "group": group,
@@ -208,14 +267,8 @@ class Builder:
                         }
                         interval = {"low": value - 0.02, "high": value + 0.02, "flag": "small" if small else None}
                         entries.append({**base, **entry, **interval})
-                if kind == "binary":
-                    for metric, scale in (("equalized_odds", 0.27), ("demographic_parity", 0.2)):
-                        value = scale / (1 + i)
-                        row = {"metric": metric, "group": "difference", "value": value, "n": 9769, "flag": None}
-                        entries.append({**base, **row, "low": value - 0.03, "high": value + 0.03})
-                else:
-                    row = {"metric": "ks", "group": "difference", "value": 0.1, "n": 9769, "flag": None}
-                    entries.append({**base, **row, "low": None, "high": None})
+                row = {"metric": "ks", "group": "difference", "value": 0.1, "n": 9769, "flag": None}
+                entries.append({**base, **row, "low": None, "high": None})
         return entries
 
     def _history(self, path: Path, method: str, rng: np.random.Generator) -> None:
@@ -248,6 +301,11 @@ def builder(tmp_path: Path) -> Callable[..., Builder]:
         return made
 
     return make
+
+
+@pytest.fixture
+def tamper() -> Callable[..., None]:
+    return _tamper
 
 
 @pytest.fixture

@@ -1,0 +1,254 @@
+"""A run's decisions, judged by the people behind them: counts by group, gaps of enough people, degenerate answers, who pays.
+
+Everything follows from the rates in ``metrics.json`` (:mod:`libmtl_fair.metrics.verdicts`), whatever made them. Of several seeds
+the counts are averaged: seeds add no people, so what is said of people rests on those of one split (conservative where every seed
+has its own).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from libmtl_fair.metrics import verdicts
+from libmtl_fair.report.run_folder import RunFolder, rows
+
+BASE_RATE = ", base rate"
+"""How columns end that are of decisions at the base-rate threshold, which validation data chose."""
+SURE = 1.96
+"""Standard errors that a change must exceed to be said (95 %, two-sided)."""
+NO_GROUP = frozenset({"difference", "ratio", "overall"})
+"""Names that stand where a group's name would, for what compares groups and for all of them together."""
+_METRICS = ("equalized_odds", "demographic_parity", "equal_opportunity")
+_LABEL = r"^base_rate(?:\[(.*)\])?$"
+Counts = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """One method's decisions on one task (or one label of it) for the groups of one attribute: counts [G, 4] by seed."""
+
+    method: str
+    task: str
+    label: str
+    attribute: str
+    by_seed: dict[int, pd.DataFrame]
+    min_group_size: int
+
+    @cached_property
+    def mean(self) -> pd.DataFrame:
+        """Counts of all seeds, averaged and rounded; groups in order of appearance."""
+        return pd.concat(self.by_seed.values()).groupby(level=0, sort=False).mean().round()
+
+    def gap(self, metric: str, seed: int | None = None, n_permutations: int = 0) -> verdicts.GapVerdict:
+        """Return the largest difference between groups with enough people, of one seed or of the averaged counts."""
+        counts = self.mean if seed is None else self.by_seed[seed]
+        sizes = {"min_group_size": self.min_group_size, "n_bootstrap": 0, "n_permutations": n_permutations}
+        return verdicts.judge(counts, metric, **sizes)
+
+
+def decisions(run: RunFolder, end: str = "") -> list[Decisions]:
+    """Return the counts behind the table ``groups``, or with ``end`` :data:`BASE_RATE` behind ``groups_base_rate``."""
+    return run.once(f"decisions{end}", lambda: list(_decisions(run, end)))
+
+
+def _decisions(run: RunFolder, end: str) -> Iterator[Decisions]:
+    frame = run.frame("groups_base_rate" if end else "groups")
+    frame = frame[~frame["group"].isin(NO_GROUP)]
+    smallest = int((run.recipe.get("metrics") or {}).get("min_group_size") or 30)
+    names = frame["metric"].str.extract(_LABEL, expand=False).fillna("")
+    for label in dict.fromkeys(names[frame["metric"].str.match(_LABEL)]):
+        suffix = f"[{label}]" if label else ""
+        own = frame[
+            frame["metric"].isin([f"{m}{suffix}" for m in ("base_rate", "true_positive_rate", "false_positive_rate")])
+        ]
+        # One call for all: each group of each model is a group of its own to it.
+        keys = ["method", "task", "attribute", "seed", "group"]
+        found = verdicts.counts_from_rows(own.assign(group=own.groupby(keys, sort=False).ngroup().astype(str)), label)
+        named = own.drop_duplicates(keys)[keys].reset_index(drop=True).join(found.reset_index(drop=True))
+        for (method, task, attribute), part in named.groupby(keys[:3], sort=False):
+            seeds = part.groupby("seed", sort=False)
+            counts = {int(str(seed)): one.set_index("group")[list(verdicts.CELLS)] for seed, one in seeds}
+            yield Decisions(str(method), str(task), label, str(attribute), counts, smallest)
+
+
+def thresholds(run: RunFolder) -> list[str]:
+    """Return the ends of columns for which the run has decisions: ``""`` (the recipe's threshold) and :data:`BASE_RATE`."""
+    return [end for end in ("", BASE_RATE) if decisions(run, end)]
+
+
+def gaps(run: RunFolder, end: str = "") -> pd.DataFrame:
+    """Return method, seed, task, binary, attribute, metric, value: the gap between groups with enough people.
+
+    Of several labels or classes the worst; AUC, MAE and KS too, at the recipe's threshold.
+    """
+    return run.once(f"gaps{end}", lambda: _gaps(run, end))
+
+
+def _gaps(run: RunFolder, end: str) -> pd.DataFrame:
+    columns = ["method", "seed", "task", "attribute", "metric"]
+    made = [
+        (d.method, seed, d.task, d.attribute, metric, not d.label, d.gap(metric, seed).value)
+        for d in decisions(run, end)
+        for seed in d.by_seed
+        for metric in _METRICS
+    ]
+    further = [] if end else list(_further(run))
+    found = pd.DataFrame([*made, *further], columns=[*columns, "binary", "value"])
+    return found.groupby(columns, sort=False).agg({"binary": "all", "value": "max"}).reset_index()
+
+
+def _further(run: RunFolder) -> Iterator[tuple[object, ...]]:
+    """Gaps of AUC and MAE between the groups with enough people; of KS as recorded, where all groups have enough."""
+    frame = run.frame("groups")
+    ready = {(d.method, d.task, d.attribute): d for d in decisions(run)}
+    smallest = int((run.recipe.get("metrics") or {}).get("min_group_size") or 30)
+    of_groups = frame[frame["metric"].isin(["auc", "mae"]) & ~frame["group"].isin(NO_GROUP)]
+    few = set()
+    for key, part in of_groups.groupby(["method", "seed", "task", "attribute", "metric"], sort=False):
+        method, seed, task, attribute, metric = map(str, key)
+        own = ready.get((method, task, attribute))
+        kept = part["n"] >= smallest
+        if own is not None and int(seed) in own.by_seed:
+            counts = own.by_seed[int(seed)]
+            sure = verdicts.enough(counts, min_group_size=smallest)
+            kept &= part["group"].isin(counts.index[sure]).to_numpy()
+        elif not kept.all():
+            few.add((method, int(seed), task, attribute))
+        values = part["value"][kept].dropna()
+        yield method, int(seed), task, attribute, metric, False, float(np.ptp(values)) if len(values) > 1 else math.nan
+    for row in rows(frame[(frame["metric"] == "ks") & (frame["group"] == "difference")]):
+        rests = (row.method, row.seed, row.task, row.attribute) in few or row.flag not in ("", "undefined")
+        yield row.method, row.seed, row.task, row.attribute, "ks", False, math.nan if rests else row.value
+
+
+def degenerate(run: RunFolder, end: str = "") -> pd.DataFrame:
+    """Return method, seed, task, why: every binary decision that is none, in words (:func:`verdicts.degenerate`)."""
+    return run.once(f"degenerate{end}", lambda: _degenerate(run, end))
+
+
+def _degenerate(run: RunFolder, end: str) -> pd.DataFrame:
+    half = not end and (run.recipe.get("metrics") or {}).get("threshold", 0.5) == 0.5
+    whole: dict[tuple[str, int, str], pd.DataFrame] = {}
+    for d in decisions(run, end):
+        for seed, counts in d.by_seed.items() if not d.label else ():
+            key = (d.method, seed, d.task)
+            if key not in whole or counts.to_numpy().sum() > whole[key].to_numpy().sum():
+                whole[key] = counts
+    found = [(*key, verdicts.degenerate(counts, half=half)) for key, counts in whole.items()]
+    return pd.DataFrame([row for row in found if row[-1]], columns=["method", "seed", "task", "why"])
+
+
+def why_degenerate(run: RunFolder, end: str = "") -> dict[str, str]:
+    """Return method -> which of its decisions are none and why, of those that have one."""
+    found: dict[str, str] = {}
+    for method, part in degenerate(run, end).groupby("method", sort=False):
+        texts, seeds = [], len(run.of(str(method)))
+        for task, own in part.groupby("task", sort=False):
+            often = "" if len(own) == seeds else f" in {len(own)} of {seeds} seeds"
+            texts.append(f"{task} {own['why'].iloc[0]}{often}")
+        found[str(method)] = "; ".join(texts)
+    return found
+
+
+def levelled_down(run: RunFolder, end: str = "") -> dict[tuple[str, str], list[str]]:
+    """Return (method, attribute) -> the binary tasks in which the method levels down against the reference."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for d, reference in _beside_reference(run, end):
+        before = reference.mean.reindex(d.mean.index).fillna(0)
+        if verdicts.levels_down(before, d.mean, min_group_size=d.min_group_size):
+            found.setdefault((d.method, d.attribute), []).append(d.task)
+    return found
+
+
+def _beside_reference(run: RunFolder, end: str) -> Iterator[tuple[Decisions, Decisions]]:
+    own = [d for d in decisions(run, end) if not d.label]
+    reference = {(d.task, d.attribute): d for d in own if d.method == run.reference}
+    for d in own:
+        if d.method != run.reference and (d.task, d.attribute) in reference:
+            yield d, reference[d.task, d.attribute]
+
+
+def p_values(run: RunFolder, end: str = "") -> dict[tuple[str, str, str], float]:
+    """Return (method, attribute, metric) -> p-value of "no gap in any binary task" (Bonferroni over tasks)."""
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for d in decisions(run, end):
+        for metric in ("equalized_odds", "demographic_parity") if not d.label else ():
+            found.setdefault((d.method, d.attribute, metric), []).append(d.gap(metric, n_permutations=1000).p)
+    known = {key: [p for p in each if p == p] for key, each in found.items()}
+    return {key: min(1.0, min(each) * len(each)) for key, each in known.items() if each}
+
+
+def who_pays(run: RunFolder, end: str = "") -> pd.DataFrame:
+    """Return what changes for each group against the reference, on the same people, and its standard error.
+
+    Returns
+    -------
+    One row a method, binary task, attribute and group with enough people: method, task, attribute, group, n, positives, negatives,
+    and for each of selection, tpr, fpr, error: ``<name>_before``, ``<name>``, ``d_<name>``, ``se_<name>``.
+    """
+    return run.once(f"who_pays{end}", lambda: _who_pays(run, end))
+
+
+_RATES = ("selection", "tpr", "fpr", "error")
+
+
+def _who_pays(run: RunFolder, end: str) -> pd.DataFrame:
+    heads = ["method", "task", "attribute", "group", "n", "positives", "negatives"]
+    heads += [f"{name}{which}" for name in _RATES for which in ("_before", "")]
+    heads += [f"{part}_{name}" for part in ("d", "se") for name in _RATES]
+    made = []
+    for d, reference in _beside_reference(run, end):
+        after, before = d.mean, reference.mean.reindex(d.mean.index).fillna(0)
+        sure = verdicts.enough(after, min_group_size=d.min_group_size)
+        moved, values = verdicts.changes(before, after), [_rates(before), _rates(after)]
+        for g in np.flatnonzero(sure).tolist():
+            tn, fp, fn, tp = after.iloc[g]
+            both = [v[name][g] for name in _RATES for v in values]
+            changed = [getattr(moved, f"{part}_{name}")[g] for part in ("d", "se") for name in _RATES]
+            made.append(
+                (d.method, d.task, d.attribute, after.index[g], tn + fp + fn + tp, fn + tp, tn + fp, *both, *changed)
+            )
+    return pd.DataFrame(made, columns=heads)
+
+
+def _rates(counts: pd.DataFrame) -> dict[str, Counts]:
+    tn, fp, fn, tp = counts.to_numpy(float).T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        n = tn + fp + fn + tp
+        return {"selection": (fp + tp) / n, "tpr": tp / (fn + tp), "fpr": fp / (tn + fp), "error": (fp + fn) / n}
+
+
+def left_out(run: RunFolder) -> list[str]:
+    """Return the groups that have too few people to be judged, with their numbers: said once a group and attribute."""
+    found: dict[tuple[str, str], list[str]] = {}
+    people: dict[tuple[str, str], int] = {}
+    for d in decisions(run):
+        if d.method == run.reference and not d.label:
+            for g in np.flatnonzero(~verdicts.enough(d.mean, min_group_size=d.min_group_size)).tolist():
+                tn, fp, fn, tp = d.mean.iloc[g].astype(int)
+                if tn + fp + fn + tp:
+                    key = (d.attribute, str(d.mean.index[g]))
+                    people[key] = max(people.get(key, 0), tn + fp + fn + tp)
+                    found.setdefault(key, []).append(f"{d.task} {fn + tp} with a true yes, {tn + fp} with a no")
+    return [f"{a} = {g} ({people[a, g]} people: {'; '.join(each)})" for (a, g), each in found.items()]
+
+
+def accuracy_noise(run: RunFolder, end: str = "") -> dict[tuple[str, str], float]:
+    """Return (method, task) -> noise of its accuracy against the reference's: :data:`SURE` standard errors of the paired difference.
+
+    As little as the counts allow: the two differ on at least |change of tp| + |change of fp| people (ours).
+    """
+    found: dict[tuple[str, str], float] = {}
+    for d, reference in _beside_reference(run, end):
+        (tn, fp, _, tp), n = (d.mean.sum() - reference.mean.sum()), float(d.mean.to_numpy().sum())
+        differ, gained = (abs(tp) + abs(fp)) / n, (tp + tn) / n
+        noise = SURE * math.sqrt(max(differ - gained**2, 0.0) / n)
+        found[d.method, d.task] = min(noise, found.get((d.method, d.task), math.inf))
+    return found
