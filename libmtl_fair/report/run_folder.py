@@ -28,8 +28,6 @@ _FRAMES: Mapping[str, tuple[list[str], list[str], list[str]]] = {
     "pairs": (["delta_name", "task_a", "task_b"], ["bias", "violation_rate", "delta"], []),
     "shrinkage": (["delta_name"], ["a", "bias", "brier", "bias_slope", "brier_slope"], []),
     "groups": (["task", "attribute", "metric", "group", "flag"], ["value", "n", "low", "high"], []),
-    "groups_base_rate": (["task", "attribute", "metric", "group", "flag"], ["value", "n", "low", "high"], []),
-    "utility_base_rate": (["task", "metric"], ["value"], []),
 }
 """The texts, the numbers and what else each table has; ``pairs`` is the audit by task pair."""
 _TEXTS = {"layer": str, "kind": str, "task_a": str, "task_b": str}
