@@ -1,4 +1,4 @@
-"""The command line: ``libmtl-fair run | tune | audit | compare | report | exec | methods | datasets | dashboard``.
+"""The command line: ``libmtl-fair run | tune | audit | compare | report | power | exec | methods | datasets | dashboard``.
 
 Exit codes: 0 done, 1 failed, 2 bad input, 75 interrupted and resumable.
 """
@@ -326,6 +326,50 @@ def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]])
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
     out.print(table)
+
+
+@_command()
+def power(
+    folder: Annotated[Path | None, Argument(metavar="[RUN_DIR]", help="what gap the run's test set can see")] = None,
+    gap: Annotated[float | None, Option(help="gap between two groups' rates: how many people does it take?")] = None,
+    people: Annotated[list[int] | None, Option(help="people of a group; give it twice: what gap do they show?")] = None,
+    rate: Annotated[float, Option(help="about what the rates are, without a run")] = 0.5,
+    base_rate: Annotated[float | None, Option(help="share of positives: people are then rows of a table")] = None,
+    groups: Annotated[int, Option(help="groups that are compared, without a run")] = 2,
+    wanted: Annotated[float, Option("--power", help="probability of seeing the gap")] = 0.8,
+    confidence: Annotated[float, Option(help="level of the test")] = 0.95,
+) -> None:
+    """Show how many people of each group it takes to see a gap in TPR, FPR or selection, or what gap a test set can see."""
+    from libmtl_fair.report.power import power_of_numbers, power_of_run
+    from libmtl_fair.report.run_folder import read_run
+
+    level = {"wanted": wanted, "confidence": confidence}
+    if people and len(people) != 2:
+        raise RecipeError(f"--people is given twice, once for each group; found {people}")
+    if folder is not None:
+        found, title = power_of_run(read_run(folder), gap, **level), f"gaps seen with probability {wanted:g}"
+    else:
+        two = (people[0], people[1]) if people else None
+        found = power_of_numbers(gap, two, rate, base_rate, groups=groups, **level)
+        title = f"rates about {rate:g}, seen with probability {wanted:g}"
+    heads = {
+        "people": "people behind the rate",
+        "level": "level",
+        "gap": "smallest gap seen",
+        "needed": f"people for {gap}",
+    }
+    shown = [[_cell(value) for value in row] for row in found.itertuples(index=False)]
+    _table(f"{title} at {confidence:g} confidence", [heads.get(c, c) for c in found.columns], shown)
+    _say(
+        "People behind the rate: positives for TPR, negatives for FPR. Two groups' rates, normal approximation; see METHODS.md, 5."
+    )
+
+
+def _cell(value: object) -> str:
+    """A number with three digits, a count without any, – for what is missing."""
+    if not isinstance(value, float):
+        return str(value)
+    return "–" if value != value else f"{value:.0f}" if value > 1 else f"{value:.3f}"
 
 
 @_command()

@@ -311,7 +311,9 @@ def people_needed(
     >>> people_needed(0.1, 0.45)
     388
     """
-    power(gap, (1, ratio), rate, confidence=confidence)
+    power(gap, (1, ratio), rate, confidence=confidence)  # refuses what makes no sense
+    if not 0 < wanted < 1:
+        raise RecipeError(f"the power wanted must lie in (0, 1), found {wanted}")
     low, high = _pair(rate, gap)
     middle, normal = (low + ratio * high) / (1 + ratio), NormalDist()
     null = normal.inv_cdf(1 - (1 - confidence) / (2 * comparisons)) * sqrt(middle * (1 - middle) * (1 + 1 / ratio))

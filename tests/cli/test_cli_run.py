@@ -232,3 +232,22 @@ def test_help_and_version_need_no_torch(asked):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert ("libmtl-fair 0.1.0" if asked == "--version" else "tune") in done.stdout
+
+
+def test_power_of_a_run_and_of_numbers(finished):
+    _, out = finished
+    done = cli("power", out, "--gap", "0.1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("TPR") == 2 * 3 + 1 and "people for 0.1" in done.stdout  # tasks, attributes; the last line
+    done = cli("power", "--gap", "0.1", "--rate", "0.45", "--base-rate", "0.2")
+    assert "388" in done.stdout and "1940" in done.stdout  # 388 positives at a base rate of .2
+    done = cli("power", "--people", "388", "--people", "388", "--rate", "0.45")
+    assert done.stdout.count("0.100") == 3
+    for wrong in (
+        [],
+        ["--gap", "2"],
+        ["--people", "3"],
+        ["--gap", "0.1", "--people", "3", "--people", "4"],
+        ["--gap", "0.1", "--power", "1"],
+    ):
+        assert cli("power", *wrong).returncode == 2
