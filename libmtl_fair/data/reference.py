@@ -29,7 +29,7 @@ class Reference:
 
     Attributes
     ----------
-    columns, factors : positions among the inputs; 1 for a number, 1 / sqrt 2 for a column of a category.
+    columns, factors : positions among the inputs; 1 for a number and its gaps, 1 / sqrt 2 for a column of a category, weighted.
     inputs : the source columns that are in it.
     left_out : source column -> why it is not.
     """
@@ -51,7 +51,17 @@ def fit_reference(
     groups: Mapping[str, NDArray[np.int64]],
     tell_tale: Mapping[str, Collection[str]] | None = None,
 ) -> Reference | None:
-    """Return the reference of encoded training inputs [N, F]; None where no column is left.
+    """Return the reference of encoded training inputs [N, F]; None where no column is left. Arguments: :func:`telling`."""
+    return reference_without(encoder, telling(encoder, x, groups, tell_tale))
+
+
+def telling(
+    encoder: FeatureEncoder,
+    x: NDArray[np.float32],
+    groups: Mapping[str, NDArray[np.int64]],
+    tell_tale: Mapping[str, Collection[str]] | None = None,
+) -> dict[str, str]:
+    """Return the source columns of encoded training inputs [N, F] that tell an attribute: column -> how.
 
     Parameters
     ----------
@@ -67,12 +77,21 @@ def fit_reference(
                 left_out.setdefault(name, f"shows {attribute}")
             elif (share := tells(x[:, at], ids)) >= TELLS:
                 left_out.setdefault(name, f"tells {attribute} ({share:.0%} better than a guess)")
+    return left_out
+
+
+def reference_without(
+    encoder: FeatureEncoder, left_out: Mapping[str, str], weights: Mapping[str, float] | None = None
+) -> Reference | None:
+    """Return the reference of all source columns but those left out, each weighted (1 where not named); None where none is left."""
+    sources = encoder.sources
     kept = [i for i, source in enumerate(sources) if source not in left_out]
     if not kept:
         return None
-    factors = [1.0 if encoder.names[i] in numbers else 0.5**0.5 for i in kept]
+    height = {"numeric": 1.0, "categorical": 0.5**0.5}  # a gap is one column: 0 or 1
+    factors = [height[encoder.kinds[sources[i]]] * (weights or {}).get(sources[i], 1.0) for i in kept]
     inputs = tuple(dict.fromkeys(sources[i] for i in kept))
-    return Reference(tuple(kept), tuple(factors), inputs, left_out)
+    return Reference(tuple(kept), tuple(factors), inputs, dict(left_out))
 
 
 def tells(values: NDArray[np.float32], ids: NDArray[np.int64]) -> float:

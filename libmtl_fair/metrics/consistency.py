@@ -90,8 +90,8 @@ class ConsistencyReport:
             found += [(row["task"], name, value, math.nan, math.nan) for name, value in each]
         return [dict(zip(("task", "metric", "value", "low", "high"), row)) for row in found]
 
-    def to_dict(self) -> dict[str, object]:
-        """Return plain Python values, ready for JSON."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain Python values, ready for JSON: rows, split, worst_pairs, undefined, protocol."""
         tables = {"rows": self.rows(), "split": records(self.split), "worst_pairs": records(self.worst_pairs)}
         return {**tables, "undefined": self.undefined, "protocol": self.protocol}
 

@@ -185,14 +185,23 @@ def find_near_pairs(
     rows = np.arange(n)
     if n > anchors:
         rows = np.sort(np.random.default_rng(seed).choice(n, anchors, replace=False))
+    digest = pairs_digest(matrix, k, anchors, seed, distance)
     k = min(k, n - 1)
-    how = getattr(distance, "__name__", str(distance))
-    digest = hashlib.sha256(f"{how} {k} {len(rows)} {seed} {matrix.shape}".encode())
-    digest.update(np.ascontiguousarray(matrix + 0.0).data)
     search = _Euclidean(matrix, k) if distance is None else _Given(matrix, distance)
     found = [_nearest(part, *search.candidates(part, k), k, n) for part in _chunks(rows, search.at_once)]
     neighbours, squared = (np.concatenate(part) for part in zip(*found))
-    return NearPairs(rows, neighbours, np.sqrt(squared), n, digest.hexdigest())
+    return NearPairs(rows, neighbours, np.sqrt(squared), n, digest)
+
+
+def pairs_digest(
+    matrix: Floats, k: int = 10, anchors: int = 20000, seed: int = 0, distance: Distance | None = None
+) -> str:
+    """Return the sha256 of what :func:`find_near_pairs` would make pairs from."""
+    how = getattr(distance, "__name__", str(distance))
+    drawn = f"{anchors} of {seed}" if len(matrix) > anchors else "all"
+    digest = hashlib.sha256(f"{how} {k} {drawn} {matrix.shape}".encode())
+    digest.update(np.ascontiguousarray(matrix + 0.0).data)
+    return digest.hexdigest()
 
 
 def _chunks(rows: Ints, size: int) -> Iterator[Ints]:

@@ -24,6 +24,7 @@ from libmtl_fair.libmtl.trainer import FairTrainer
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.build import EVAL_BATCH, check, data_for, loaders, make_dataset, make_trainer, only
 from libmtl_fair.recipe.measure import Protocol, digests, measure, pool_embeddings
+from libmtl_fair.recipe.people import People, people_of
 from libmtl_fair.recipe.post import PARTS, check_post_data, made_of, make_post
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.tasks import Task
@@ -59,6 +60,7 @@ class Run:
         self.recipe, self.device, self.note = recipe, resolve_device(device), note or (lambda text: None)
         self.out = _claim(recipe, Path(out) if out else None, resume)
         self._data: dict[int, Dataset] = {}
+        self._people: dict[int, People] = {}
 
     @property
     def jobs(self) -> list[tuple[str, int]]:
@@ -92,6 +94,14 @@ class Run:
             self._data = {key: make_dataset(self.recipe, seed)}
         return self._data[key]
 
+    def people(self, seed: int) -> People:
+        """Return the audits of people for a seed's data; their near pairs are found once and kept in the folder."""
+        key = seed if self.recipe.data.resplit else 0
+        if key not in self._people:
+            name = f"_seed{seed}" if self.recipe.data.resplit else ""
+            self._people = {key: people_of(self.recipe, self.data(seed), self.out, name)}
+        return self._people[key]
+
     def _one(self, method: str, seed: int, folder: Path, protocol: Protocol | None) -> Protocol:
         self.note(f"{method}, seed {seed}")
         recipe = self.recipe
@@ -119,6 +129,7 @@ class Run:
             with atomic_path(folder / "embeddings.npz") as temporary, open(temporary, "wb") as stream:
                 np.savez_compressed(stream, **pool_embeddings(recipe, predictions))
         content = measure(recipe, method, seed, predictions, protocol)
+        content["consistency"] = self._consistency(method, seed, predictions, trained)
         content["timing"] = {"train_s": spent, "epochs": 0}
         if recipe.output.predictions:
             content["digest"] = digests(folder, predictions)
@@ -166,6 +177,18 @@ class Run:
             trainer.train(sources["train"], None, settings.epochs, sources["val"])
             trained[names] = trainer
         return trained
+
+    def _consistency(
+        self, method: str, seed: int, predictions: dict[str, Predictions], trained: dict[tuple[str, ...], FairTrainer]
+    ) -> dict[str, Any]:
+        """Return the audit of people; flip twins are those of all inputs, of which a method sees what it saw in training."""
+        people, data = self.people(seed), self.data(seed)
+
+        def predict(changed: Dataset, part: str) -> Predictions:
+            return self._predict(trained, data_for(self.recipe, method, changed), part)
+
+        twins = {part: people.twins(data, part, predict) for part in predictions if trained}
+        return people.measured(self.recipe, predictions, twins)
 
     def _saved(self, method: str, seed: int) -> dict[str, Predictions]:
         folder = self.out / method / f"seed{seed}"

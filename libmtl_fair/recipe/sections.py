@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from libmtl_fair.data.spec import SensitiveSpec, TaskSpec
-from libmtl_fair.validation import STRICT, Keep, MissingRule, Names, Text, distinct, form, listed
+from libmtl_fair.validation import STRICT, Keep, MissingRule, Names, OptionalNames, Text, distinct, form, listed
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -344,8 +344,28 @@ class Method(Section):
         return kept | self.args
 
 
+class People(Section):
+    """Audit of people (METHODS.md, 1.3): by what people are alike, and how many near others count.
+
+    ``reference``: "inputs" without sensitive columns and what tells them, "inputs+sensitive", or "off". ``leave_out``: further
+    columns that are no reference; ``keep``: columns that stay in it although they tell an attribute; ``weights`` by column.
+    """
+
+    reference: Literal["inputs", "inputs+sensitive", "off"] = "inputs"
+    leave_out: OptionalNames = ()
+    keep: OptionalNames = ()
+    weights: dict[Text, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    k: Count = 10
+    anchors: Count = 20000
+    seed: Seed = 0
+
+
+def _people(value: object) -> object:
+    return {"reference": "off"} if value is False or value == "off" else value
+
+
 class Audit(Section):
-    """Fixed-delta audit: tolerances (numbers, quantiles or conformal levels of the reference model) and protocol."""
+    """Audits: of people, and with a fixed delta: tolerances (numbers, quantiles or conformal levels of the reference model)."""
 
     delta: Deltas = (0.275, "p75")
     exact: bool = True
@@ -355,6 +375,12 @@ class Audit(Section):
     eval_seed: Seed = 0
     pair_seed: Seed = 42
     shrinkage: bool = True
+    people: Annotated[People, BeforeValidator(_people)] = Field(default_factory=People)
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Leave out what is not said, so that recipes from before this field keep their fingerprints."""
+        return {name: value for name, value in write(self).items() if name != "people" or self.people != People()}
 
     @property
     def deltas(self) -> tuple[Delta, ...]:

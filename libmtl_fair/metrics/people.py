@@ -1,0 +1,80 @@
+"""The consistency audit of a model's predictions: what of each kind of task is ranked, and where decisions fall."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from libmtl_fair import functional as F
+from libmtl_fair.metrics.consistency import ConsistencyAudit, ConsistencyReport
+from libmtl_fair.metrics.ranks import Scores
+from libmtl_fair.predictions import Predictions
+
+
+def audit_people(
+    audit: ConsistencyAudit,
+    predictions: Predictions,
+    reference: Predictions | None = None,
+    twins: Mapping[str, Sequence[Predictions]] | None = None,
+    threshold: float | str | Mapping[str, float] = 0.5,
+) -> ConsistencyReport:
+    """Return the consistency audit of predictions.
+
+    Ranked are probabilities (of each class or label), predicted values of a regression, else audit scores.
+
+    Parameters
+    ----------
+    audit : of the same people.
+    reference : the model's validation predictions: ranks refer to them, and their labels calibrate; None: the audit's own, or
+        the predictions themselves.
+    twins : attribute -> predictions of the same people with each other sensitive value; who has no known group has no twin.
+    threshold : of decisions of binary tasks: a number, task -> number, or "base_rate": of the reference's labels.
+    """
+    binary = [task.name for task in predictions.tasks if task.kind == "binary"]
+    base = reference or predictions
+    if isinstance(threshold, Mapping):
+        bars = {name: float(threshold[name]) for name in binary if name in threshold}
+    else:
+        bars = {name: _bar(base, name) if threshold == "base_rate" else float(threshold) for name in binary}
+    none = np.full(len(predictions), np.nan)
+    lacking = {attribute: predictions.groups[attribute].numpy() < 0 for attribute in twins or {}}
+    return audit.run(
+        scores_of(predictions),
+        reference_scores=None if reference is None else scores_of(reference),
+        twins={a: [_hidden(scores_of(p), lacking[a]) for p in each] for a, each in (twins or {}).items()} or None,
+        labels={name: labels.numpy() for name, labels in base.labels.items()} if reference is not None else None,
+        thresholds=bars,
+        decisions={task.name: none for task in predictions.tasks if task.kind == "multilabel"},
+    )
+
+
+def scores_of(predictions: Predictions) -> dict[str, Tensor]:
+    """Return what is ranked of every task, [N] or [N, C]."""
+    ranked = ("multiclass", "multilabel", "regression", "binary")
+    return {
+        task.name: task.probabilities(predictions.outputs[task.name])
+        if task.kind in ranked
+        else predictions.scores[task.name]
+        for task in predictions.tasks
+    }
+
+
+def _bar(predictions: Predictions, name: str) -> float:
+    """Return the threshold that selects as many as are positive; 0.5 without labels."""
+    task, labels = predictions.task(name), predictions.labels[name]
+    seen = task.observed(labels)
+    if not bool(seen.any()):
+        return 0.5
+    scores, truth = task.probabilities(predictions.outputs[name])[seen], labels[seen] > 0.5
+    return float(F.base_rate_threshold(scores.double()[:, None], truth.double()))
+
+
+def _hidden(scores: Mapping[str, Tensor], lacking: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Scores:
+    found = {}
+    for task, values in scores.items():
+        held = values.double().numpy().copy()
+        held[lacking] = np.nan
+        found[task] = held
+    return found

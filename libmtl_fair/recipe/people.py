@@ -1,0 +1,143 @@
+"""The audit of people as part of a run: its reference, near pairs that are found once and kept with the run, and flip twins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from libmtl_fair.data import Dataset
+from libmtl_fair.data.dataset import Split
+from libmtl_fair.data.reference import Reference, reference_without, telling
+from libmtl_fair.data.twins import flipped
+from libmtl_fair.errors import CheckpointError, unknown
+from libmtl_fair.metrics.arrays import Floats
+from libmtl_fair.metrics.consistency import ConsistencyAudit, ConsistencyReport
+from libmtl_fair.metrics.near_pairs import NearPairs, find_near_pairs, pairs_digest
+from libmtl_fair.metrics.people import audit_people
+from libmtl_fair.predictions import Predictions
+from libmtl_fair.recipe.schema import Recipe
+
+PARTS = ("val", "test")
+Predict = Callable[[Dataset, str], Predictions]
+
+
+@dataclass(frozen=True)
+class People:
+    """The audits of a data set's parts, all methods by the same near pairs; the ``sentence`` says who is alike, or why none."""
+
+    sentence: str
+    audits: Mapping[str, ConsistencyAudit]
+    rows: Mapping[str, list[int]]
+
+    def twins(self, data: Dataset, part: str, predict: Predict) -> dict[str, list[Predictions]]:
+        """Return attribute -> what the model says of a part's flip twins."""
+        found: dict[str, list[Predictions]] = {}
+        for attribute, changed in flipped(data, part) if part in self.audits else ():
+            found.setdefault(attribute, []).append(predict(changed, part))
+        return found
+
+    def reports(
+        self,
+        recipe: Recipe,
+        predictions: Mapping[str, Predictions],
+        twins: Mapping[str, Mapping[str, list[Predictions]]] | None = None,
+    ) -> Iterator[tuple[str, ConsistencyReport]]:
+        """Yield (part, report) of one model; ranks refer to its validation predictions."""
+        for part, audit in self.audits.items():
+            if part in predictions:
+                changed = (twins or {}).get(part)
+                held = predictions[part]
+                yield part, audit_people(audit, held, predictions.get("val"), changed, recipe.metrics.threshold)
+
+    def measured(self, *given: Any) -> dict[str, Any]:
+        """Return part -> what ``metrics.json`` holds of :meth:`reports`; rows of the worst pairs are those of the table, too."""
+        found = {}
+        for part, report in self.reports(*given):
+            content = report.to_dict()
+            for pair in content["worst_pairs"]:
+                pair |= {f"source_{at}": self.rows[part][int(pair[at])] for at in ("row", "other")}
+            found[part] = {"reference": self.sentence, **content}
+        return found
+
+
+def people_of(
+    recipe: Recipe, data: Dataset, folder: Path | None = None, name: str = "", parts: tuple[str, ...] = PARTS
+) -> People:
+    """Return the audits of people of a recipe's data; near pairs are kept in ``folder`` as ``near_pairs_<part><name>.npz``.
+
+    Pairs that are there are used if they were made from the same features, and found anew if not.
+    """
+    how = recipe.audit.people
+    if how.reference == "off":
+        return People("The audit of people is off in the recipe (audit.people).", {}, {})
+    reference = _reference(recipe, data)
+    if reference is None:
+        return People("There is no audit of people: every input tells a sensitive attribute.", {}, {})
+    extra = _groups_beside(data) if how.reference == "inputs+sensitive" else []
+    audits, rows = {}, {}
+    for part in parts:
+        split = data.splits()[part]
+        if len(split) < 2:
+            continue
+        matrix, settings = _matrix(reference, split, extra), (how.k, how.anchors, how.seed)
+        path = folder / f"near_pairs_{part}{name}.npz" if folder else None
+        pairs = _kept(path, pairs_digest(matrix, *settings))
+        if pairs is None:
+            pairs = find_near_pairs(matrix, *settings)
+            if path:
+                pairs.save(path)
+        groups = {attribute: ids.numpy() for attribute, ids in split.groups.items()}
+        audits[part], rows[part] = ConsistencyAudit(pairs, sensitive=groups), split.rows.tolist()
+    return People(_sentence(reference, extra), audits, rows)
+
+
+def _reference(recipe: Recipe, data: Dataset) -> Reference | None:
+    """Return the reference that the recipe asks for, of its own; None where no column is left."""
+    how = recipe.audit.people
+    known = {*data.inputs, *(column for columns in data.tell_tale.values() for column in columns)}
+    for field, names in (("leave_out", how.leave_out), ("keep", how.keep), ("weights", how.weights)):
+        for name in names:
+            if name not in known:
+                raise recipe.error(("audit", "people", field), unknown("input column", name, data.inputs))
+    left: dict[str, str] = {}
+    if how.reference == "inputs":
+        groups = {attribute: ids.numpy() for attribute, ids in data.train.groups.items()}
+        left = telling(data.encoder, data.train.x.numpy(), groups, data.tell_tale)
+        own = {card["column"] for card in data.card["groups"].values()}
+        left = {column: why for column, why in left.items() if column not in how.keep or column in own}
+    left |= {column: "by the recipe" for column in how.leave_out if column in data.inputs and column not in left}
+    return reference_without(data.encoder, left, how.weights)
+
+
+def _groups_beside(data: Dataset) -> list[str]:
+    """Return the attributes that no input shows."""
+    return [name for name in data.groups if not set(data.tell_tale.get(name, ())) & set(data.inputs)]
+
+
+def _matrix(reference: Reference, split: Split, extra: Sequence[str]) -> Floats:
+    """Return a part's reference features [N, r], with the groups of ``extra`` attributes as categories."""
+    parts = [reference.features(split.x.double()).numpy()]
+    for attribute in extra:
+        ids = split.groups[attribute].numpy()
+        parts.append((ids[:, None] == np.arange(-1, ids.max(initial=0) + 1)) * np.sqrt(0.5))
+    return np.hstack(parts)
+
+
+def _sentence(reference: Reference, extra: Sequence[str]) -> str:
+    shown = ", ".join([*reference.inputs, *(f"the group of {name}" for name in extra)])
+    left = "; ".join(f"{column} ({why})" for column, why in reference.left_out.items())
+    return f"People are alike if they have like {shown}; left out: {left or 'nothing'}."
+
+
+def _kept(path: Path | None, digest: str) -> NearPairs | None:
+    if path is None or not path.exists():
+        return None
+    try:
+        held = NearPairs.load(path)
+    except CheckpointError:
+        return None
+    return held if held.digest == digest else None
