@@ -223,14 +223,25 @@ def audit(
     split: Annotated[str | None, Option(help="test or val")] = None,
     target: Annotated[Path | None, Option("--out", help="JSON file; default: reaudit.json in the first run")] = None,
 ) -> None:
-    """Audit finished runs again from their saved predictions, under tolerances of the first run's reference model."""
-    from libmtl_fair.report.reaudit import reaudit, reaudit_table, write_reaudit
+    """Audit finished runs again from their saved predictions: tolerances of the first run's reference model; like people."""
+    from libmtl_fair.files import write_json
+    from libmtl_fair.report.people import people_again, people_table
+    from libmtl_fair.report.reaudit import reaudit, reaudit_table
+    from libmtl_fair.report.run_folder import read_run
 
-    found = reaudit(folders, delta or (), split=split)
-    out.print(reaudit_table(found))
-    for item in found.tolerances:
-        _say(f"{item.name} = {item.value:.6g}: {escape(item.source)}")
-    _say(f"audit: {write_reaudit(found, target or folders[0] / 'reaudit.json')}")
+    several = delta or read_run(folders[0]).protocol.get("deltas") != {}
+    found = reaudit(folders, delta or (), split=split) if several else None
+    people = people_again(folders, split)
+    if found is not None:
+        out.print(reaudit_table(found))
+        for item in found.tolerances:
+            _say(f"{item.name} = {item.value:.6g}: {escape(item.source)}")
+    for name, sentence in people.said.items():
+        _say(escape(f"{name}: {sentence}" if len(people.said) > 1 else sentence))
+    if len(people.frame):
+        out.print(people_table(people))
+    written = {**(found.to_dict() if found is not None else {}), "people": people.to_dict()}
+    _say(f"audit: {write_json(target or folders[0] / 'reaudit.json', written)}")
 
 
 @_command()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import pandas as pd
@@ -32,7 +33,8 @@ from libmtl_fair.methods.base import FairWeighting
 from libmtl_fair.predictions import Predictions
 
 if TYPE_CHECKING:
-    from libmtl_fair.metrics import AuditReport
+    from libmtl_fair.metrics import AuditReport, ConsistencyAudit, ConsistencyReport
+    from libmtl_fair.metrics.near_pairs import Features
 
 __all__ = ["DivergenceError", "FairTrainer"]
 
@@ -313,13 +315,55 @@ class FairTrainer(TrainingState):
         """
         return predict(self, loader, embeddings)
 
+    @overload
     def audit(
-        self, loader: Loaders, delta: float | Tensor | Floats, *, exact: bool = True, **options: Any
-    ) -> AuditReport:
-        """Return the fixed-delta audit (METHODS.md, 1.1) of the model's scores on a loader."""
-        from libmtl_fair.metrics import FixedDeltaAudit
+        self, loader: Loaders, delta: None = None, *, people: ConsistencyAudit | Features, **options: Any
+    ) -> ConsistencyReport: ...
 
-        return FixedDeltaAudit(delta, exact=exact, **options).run(self.predict(loader).scores)
+    @overload
+    def audit(
+        self,
+        loader: Loaders,
+        delta: float | Tensor | Floats,
+        *,
+        exact: bool = True,
+        people: ConsistencyAudit | Features | None = None,
+        **options: Any,
+    ) -> AuditReport: ...
+
+    def audit(
+        self,
+        loader: Loaders,
+        delta: float | Tensor | Floats | None = None,
+        *,
+        exact: bool = True,
+        people: ConsistencyAudit | Features | None = None,
+        validation: Loaders | None = None,
+        **options: Any,
+    ) -> AuditReport | ConsistencyReport:
+        """Return the fixed-delta audit (METHODS.md, 1.1) of the model's scores on a loader, or the audit of people (1.3).
+
+        Parameters
+        ----------
+        delta : tolerance of the fixed-delta audit; ``options`` are its own.
+        people : what the loader's people are compared by, in its order: reference features [N, d], or a ConsistencyAudit. With
+            ``delta`` too its report is the fixed-delta report's ``people``; without ``delta`` it is what is returned.
+        validation : loader of validation data, which ranks refer to; None: the audit's reference scores, or the same people.
+        """
+        from libmtl_fair.metrics import ConsistencyAudit, FixedDeltaAudit
+        from libmtl_fair.metrics.people import audit_people
+
+        predictions, found = self.predict(loader), None
+        if people is not None:
+            groups = {attribute: ids.numpy() for attribute, ids in predictions.groups.items()}
+            audit = people if isinstance(people, ConsistencyAudit) else ConsistencyAudit(people, sensitive=groups)
+            found = audit_people(audit, predictions, None if validation is None else self.predict(validation))
+        if delta is not None:
+            report = FixedDeltaAudit(delta, exact=exact, **options).run(predictions.scores)
+            return dataclasses.replace(report, people=found)
+        if found is None:
+            raise DataError("audit needs delta, a tolerance, or people, the features that they are compared by")
+        return found
 
 
 def _means(columns: Mapping[str, Floats]) -> dict[str, float]:

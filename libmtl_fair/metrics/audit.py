@@ -11,6 +11,7 @@ import pandas as pd
 
 from libmtl_fair.errors import DataError, RecipeError
 from libmtl_fair.metrics.arrays import Array, Bools, Floats, Values, as_floats, as_numpy
+from libmtl_fair.metrics.consistency import ConsistencyReport
 from libmtl_fair.metrics.tolerance import draw_pairs, draw_pool
 
 Found = Iterable[tuple[float, float, int]]
@@ -30,6 +31,7 @@ class AuditReport:
     bias, violation_rate : means over task pairs of E[(|p_i - p_j| - delta)+] and of P(|p_i - p_j| > delta), in [0, 1].
     per_pair : one row per task pair: task_a, task_b, bias, violation_rate, delta, n_pairs.
     protocol : what was drawn and how: delta and its source, exact or pools and seeds, tasks, examples per task.
+    people : the audit of people of the same scores, where it was asked for.
     """
 
     bias: float
@@ -39,6 +41,7 @@ class AuditReport:
     _audit: FixedDeltaAudit = field(repr=False, compare=False)
     _scores: dict[str, Floats] = field(repr=False, compare=False)
     _masks: dict[str, Bools] = field(repr=False, compare=False)
+    people: ConsistencyReport | None = field(default=None, compare=False)
 
     def at(self, delta: Values) -> AuditReport:
         """Return the audit of the same scores, pools and pairs under another ``delta`` (a number or [T, T])."""

@@ -73,7 +73,7 @@ class ConsistencyReport:
         """F, the mean over attributes and tasks; NaN without flip twins."""
         return mean_known(self.flips["flip"])
 
-    def rows(self) -> list[dict[str, object]]:
+    def rows(self) -> list[dict[str, Any]]:
         """Return task ("macro" for the mean over tasks), metric, value, low, high: NaN where there is no interval."""
         tasks = {str(row["task"]): row for row in records(self.per_task)}
         low, high = self.interval

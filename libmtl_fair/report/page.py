@@ -18,6 +18,7 @@ from libmtl_fair.report.branches import event_sheet, tree_texts
 from libmtl_fair.report.findings import findings
 from libmtl_fair.report.plots import bars, first_plots, plots_of, scatters, write_plots
 from libmtl_fair.report.run_folder import Json, RunFolder, read_run, rows
+from libmtl_fair.report.summary import PEOPLE
 from libmtl_fair.report.theme import REFERENCE, Plot, colours, label
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ def render(run: RunFolder, *, interactive: bool = True, plots: Iterable[Plot] | 
             tables.group_sheet(run, between=True),
         ],
         audit=[tables.audit_sheet(run), tables.pair_sheet(run)],
+        people_sentence=tables.people_sentence(run),
+        people=[tables.consistency_sheet(run), tables.consistency_sheet(run, tasks=True), tables.worst_sheet(run)],
         checklist=protocol.checklist(run),
         groups=tables.group_sheet(run),
         trees=tree_texts(run),
@@ -119,6 +122,8 @@ def render_comparison(found: Comparison) -> str:
             *tables.pays_sheets(run),
         ],
         audit=[measures("Bias and violation rate", ("Bias@", "VR@")), tables.audit_sheet(run)],
+        people_sentence=tables.people_sentence(run),
+        people=[measures("Are like people treated alike?", tuple(PEOPLE)), tables.consistency_sheet(run)],
         standing=[
             tables.standing_sheet(found.overview),
             tables.published_sheet(run, found.published),

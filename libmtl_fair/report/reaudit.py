@@ -14,7 +14,6 @@ from rich.table import Table
 from rich.text import Text
 
 from libmtl_fair.errors import CheckpointError, RecipeError
-from libmtl_fair.files import write_json
 from libmtl_fair.metrics import FixedDeltaAudit, conformal_delta, pair_distances, quantile_delta, utility
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.report.run_folder import Json, RunFolder, SeedRun, number, read_run, records, rows
@@ -189,11 +188,6 @@ def run_names(runs: Sequence[RunFolder]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [f"{run.path.resolve().name} ({i})" for i, run in enumerate(runs, 1)]
-
-
-def write_reaudit(found: Reaudit, path: str | Path) -> Path:
-    """Write a re-audit as JSON."""
-    return write_json(path, found.to_dict())
 
 
 def reaudit_table(found: Reaudit) -> Table:

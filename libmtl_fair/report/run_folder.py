@@ -28,6 +28,7 @@ _FRAMES: Mapping[str, tuple[list[str], list[str], list[str]]] = {
     "pairs": (["delta_name", "task_a", "task_b"], ["bias", "violation_rate", "delta"], []),
     "shrinkage": (["delta_name"], ["a", "bias", "brier", "bias_slope", "brier_slope"], []),
     "groups": (["task", "attribute", "metric", "group", "flag"], ["value", "n", "low", "high"], []),
+    "consistency": (["task", "metric"], ["value", "low", "high"], []),
 }
 """The texts, the numbers and what else each table has; ``pairs`` is the audit by task pair."""
 _TEXTS = {"layer": str, "kind": str, "task_a": str, "task_b": str}
@@ -52,6 +53,8 @@ class SeedRun:
             audits = self.entries("audit", split)
             return [{**pair, "delta_name": e["delta_name"]} for e in audits for pair in e.get("per_pair") or []]
         found = (self.metrics.get(part) or {}).get(split) or []
+        if part == "consistency":
+            return list(self.people(split).get("rows") or [])
         if part.startswith("utility"):
             return [{"task": t, "metric": m, "value": v} for t, each in dict(found).items() for m, v in each.items()]
         return list(found)
@@ -59,6 +62,20 @@ class SeedRun:
     def native_error(self, split: str) -> float:
         """Return the mean squared error of the audit scores, mean over tasks; NaN where an older run did not record it."""
         return number((self.metrics.get("native_error") or {}).get(split))
+
+    def people(self, split: str) -> Json:
+        """Return what an audit of people found (reference, rows, split, worst_pairs, protocol); empty where there was none."""
+        found = (self.metrics.get("consistency") or {}).get(split) or {}
+        named = found if isinstance(found, dict) else {"rows": found}
+        listed = [named.get(name) or [] for name in ("rows", "split", "worst_pairs")]
+        if found is not named or not all(
+            isinstance(each, list) and all(isinstance(r, dict) for r in each) for each in listed
+        ):
+            file = self.folder / "metrics.json"
+            raise CheckpointError(
+                f"{file} is damaged: consistency.{split} is not what a run writes; run again to make it anew"
+            )
+        return named
 
     def thresholds(self, split: str) -> NDArray[np.float64] | None:
         """Return the method's own thresholds [T, T], NaN where it has none; None if not recorded."""
@@ -136,8 +153,12 @@ class RunFolder:
         """Return a table of the split: method, seed, then texts ("" where missing) and numbers (NaN where missing).
 
         ``utility`` (task ``macro`` too), ``audit``, ``pairs`` (the audit by task pair), ``shrinkage`` (the envelope of the
+        <<<<<<< HEAD
         shrunk reference) or ``groups``; ``utility_base_rate`` and ``groups_base_rate`` are of the decisions that select as many as are
         positive on validation data (none in runs of earlier versions).
+        =======
+        shrunk reference), ``groups`` or ``consistency`` (task ``macro``: mean over tasks).
+        >>>>>>> a98eb5e (The audit of people in reports, comparisons, FairTrainer.audit and the audit command)
         """
         texts, numbers, plain = _FRAMES[part.removesuffix(_BASE_RATE)]
         found = [

@@ -30,6 +30,8 @@ _MEANS = {
 }
 _DECIDED = ("accuracy", "f1", "balanced accuracy")
 """Ends of the names of utilities that are of decisions: those of a degenerate one are never the best."""
+PEOPLE = {"inconsistency": "inconsistency", "flip gap": "flip"}
+"""Columns of the audit of people, and what they are among its rows."""
 _VALUES = ["method", "seed", "column", "value", "higher"]
 BETWEEN_GROUPS = frozenset({"difference", "ratio"})
 _MAIN = ("auc", "accuracy", "r2")
@@ -49,6 +51,11 @@ def summary_values(run: RunFolder, further: bool = False) -> pd.DataFrame:
     for name, source in (("Bias", "bias"), ("VR", "violation_rate")):
         parts.append(audit.assign(column=f"{name}@" + audit["delta_name"], value=audit[source], higher=False))
     parts += _gap_columns(run, further)
+    people = run.frame("consistency").dropna(subset=["value"])
+    for name, metric in PEOPLE.items():
+        parts.append(
+            people[(people["task"] == "macro") & (people["metric"] == metric)].assign(column=name, higher=False)
+        )
     return pd.DataFrame([row for part in parts for row in rows(part[_VALUES])], columns=_VALUES)
 
 

@@ -22,6 +22,15 @@ NOTHING, DOWN, NONE = "⚠", "▽", "≈0"
 """Marks: the number says nothing (a degenerate decision), the method levels down, no gap that chance would not make."""
 MARKS = f"{NOTHING} says nothing: a decision is (nearly) the same for all; {DOWN} levels down: nobody gains; {NONE} no gap beyond chance"
 
+PEOPLE = (
+    "Inconsistency: how far apart in rank like people are, in units of any two people; 0: like people are always ranked alike, 1: the "
+    "model knows nothing of who is like whom. It does not change when scores are shrunk. Then split by pairs of equal and of different "
+    "sensitive value. Calibrated: of the rate of positives at each rank. Over .1: share of pairs further apart than that in rank. "
+    "Decisions: pairs with different decisions, in units of any two people. Flip gap: how far a person's rank moves when "
+    "the sensitive value among the inputs is exchanged. Profile: whether like people differ in which task they rank high. "
+    "Small: 95 % interval over people. Values depend on the number of people and of near others: compare within one run."
+)
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -204,6 +213,66 @@ def pair_sheet(run: RunFolder) -> Sheet | None:
     grouped = frame[frame["delta_name"] == first].groupby(["task_a", "task_b", "method"], sort=False)
     means = in_order(grouped[["bias", "violation_rate"]].mean().reset_index(), "task_a", "task_b")
     return sheet(f"By task pair, tolerance {first}", ["task", "task", "method", "Bias ↓", "VR ↓"], means)
+
+
+def people_sentence(run: RunFolder) -> str:
+    """Say by what people are alike, in one sentence; "" where there was no audit of people."""
+    each = [item.people(run.split) for item in run.runs]
+    said = list(dict.fromkeys(str(found["reference"]) for found in each if found.get("reference")))
+    if len(said) > 1:
+        return "The runs do not say alike of the same people, so they cannot be compared in it: " + " ".join(said)
+    return said[0] if said else ""
+
+
+def consistency_sheet(run: RunFolder, tasks: bool = False) -> Sheet | None:
+    """Whether like people are treated alike, mean over tasks or by task; small: the mean of the intervals. None without an audit."""
+    frame = run.frame("consistency")
+    frame = frame[(frame["task"] != "macro") == tasks]
+    if frame.empty:
+        return None
+    columns = {"inconsistency": "inconsistency ↓"}
+    if not tasks:
+        named = frame["metric"][frame["metric"].str.startswith("inconsistency[")]
+        columns |= {name: name.removeprefix("inconsistency[").rstrip("]") for name in named}
+    columns |= {"calibrated": "calibrated ↓", "violation_0.1": "over .1 ↓", "violation_0.3": "over .3 ↓"}
+    columns |= {"decisions": "decisions ↓", "flip": "flip gap ↓"} | ({} if tasks else {"cross_task": "profile ↓"})
+    keys = ["task", "method", "metric"]
+    means = rows(numbers.with_sd(frame, keys, ["value", "low", "high"]))
+    found = {
+        (r.task, r.method, r.metric): Cell(
+            show(r.value, r.value_sd), f"[{r.low:.3f}, {r.high:.3f}]" if r.low == r.low else ""
+        )
+        for r in means
+    }
+
+    names = [task for task in dict.fromkeys(frame["task"]) if tasks or task == "macro"]
+    body = [
+        {"task": task, "method": method} | {name: found.get((task, method, name), Cell("–")) for name in columns}
+        for task in names
+        for method in run.methods
+    ]
+    made = pd.DataFrame(body)
+    made = made if tasks else made.drop(columns="task")
+    title = "By task" if tasks else "Inconsistency, mean over tasks"
+    return sheet(
+        title, [*(["task", "method"] if tasks else ["method"]), *columns.values()], made, "" if tasks else PEOPLE
+    )
+
+
+def worst_sheet(run: RunFolder) -> Sheet | None:
+    """The ten pairs of near people that are furthest apart in rank, for the first seed of each method; rows are the table's."""
+    frames = []
+    for method in run.methods:
+        found = pd.DataFrame(run.of(method)[0].people(run.split).get("worst_pairs") or [])
+        frames.append(found.assign(method=method))
+    frame = pd.concat(frames, ignore_index=True)
+    names = {"source_row": "row", "source_other": "other row", "distance": "distance", "inconsistency": "apart"}
+    if not set(names) <= set(frame):
+        return None
+    ranks = [c for c in frame if str(c).endswith((", row", ", other"))]
+    frame = frame[["method", *names, *ranks]].astype({"source_row": int, "source_other": int})
+    heads = ["method", *names.values(), *(f"rank {str(c).replace(', other', ', other row')}" for c in ranks)]
+    return sheet("Worst-treated pairs", heads, frame, digits=3)
 
 
 def group_sheet(run: RunFolder, between: bool = False) -> Sheet | None:
