@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from libmtl_fair import functional as F
 from libmtl_fair.metrics.consistency import ConsistencyAudit, ConsistencyReport
+from libmtl_fair.metrics.decisions import Held, thresholds_in_use
 from libmtl_fair.metrics.ranks import Scores
 from libmtl_fair.predictions import Predictions
 
@@ -18,7 +18,7 @@ def audit_people(
     predictions: Predictions,
     reference: Predictions | None = None,
     twins: Mapping[str, Sequence[Predictions]] | None = None,
-    threshold: float | str | Mapping[str, float] = 0.5,
+    threshold: float | str | Held = 0.5,
 ) -> ConsistencyReport:
     """Return the consistency audit of predictions.
 
@@ -32,12 +32,8 @@ def audit_people(
     twins : attribute -> predictions of the same people with each other sensitive value; who has no known group has no twin.
     threshold : of decisions of binary tasks: a number, task -> number, or "base_rate": of the reference's labels.
     """
-    binary = [task.name for task in predictions.tasks if task.kind == "binary"]
     base = reference or predictions
-    if isinstance(threshold, Mapping):
-        bars = {name: float(threshold[name]) for name in binary if name in threshold}
-    else:
-        bars = {name: _bar(base, name) if threshold == "base_rate" else float(threshold) for name in binary}
+    bars = {name: bar for name, bar in thresholds_in_use(base, threshold).items() if isinstance(bar, float)}
     none = np.full(len(predictions), np.nan)
     lacking = {attribute: predictions.groups[attribute].numpy() < 0 for attribute in twins or {}}
     return audit.run(
@@ -59,16 +55,6 @@ def scores_of(predictions: Predictions) -> dict[str, Tensor]:
         else predictions.scores[task.name]
         for task in predictions.tasks
     }
-
-
-def _bar(predictions: Predictions, name: str) -> float:
-    """Return the threshold that selects as many as are positive; 0.5 without labels."""
-    task, labels = predictions.task(name), predictions.labels[name]
-    seen = task.observed(labels)
-    if not bool(seen.any()):
-        return 0.5
-    scores, truth = task.probabilities(predictions.outputs[name])[seen], labels[seen] > 0.5
-    return float(F.base_rate_threshold(scores.double()[:, None], truth.double()))
 
 
 def _hidden(scores: Mapping[str, Tensor], lacking: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Scores:
