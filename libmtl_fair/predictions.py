@@ -39,7 +39,9 @@ class Predictions:
     groups : attribute -> group ids int64 [N], -1 unknown.
     group_names : attribute -> names, index = id.
     embeddings : representation that the heads received, [N, d], or one per task; None unless asked for.
+    people : what an audit of people found of them: "inconsistency", "flip_gap"; empty unless one was made.
     decided : tasks of which decisions alone are meant: no AUC, no Brier of their scores.
+    people : what an audit of people found of them: "inconsistency", "flip_gap"; empty unless one was made.
     """
 
     tasks: tuple[Task, ...]
@@ -50,6 +52,7 @@ class Predictions:
     group_names: dict[str, list[str]] = field(default_factory=dict)
     embeddings: Tensor | dict[str, Tensor] | None = None
     decided: tuple[str, ...] = ()
+    people: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Number of examples."""

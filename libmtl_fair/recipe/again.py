@@ -9,6 +9,7 @@ from libmtl_fair.errors import CheckpointError, FairMTLError
 from libmtl_fair.files import plain
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.measure import Protocol, Row, measure, scores_digest
+from libmtl_fair.recipe.people import measured_from_kept
 from libmtl_fair.recipe.schema import Recipe
 
 _OF_TRAINING = ("settings", "weighting", "checkpoint", "timing", "post", "digest")
@@ -33,9 +34,10 @@ def measured_again(
             found = Predictions.load(folder / f"predictions_{part}.parquet")
             stale = part in changed and recorded.get("scores") == scores_digest(found)
             held[part] = found.rescored(found.tasks) if stale else found
-        content = measure(
-            Recipe.from_dict(recipe), metrics["method"], metrics["seed"], held, Protocol.from_dict(protocol)
-        )
+        read, seed = Recipe.from_dict(recipe), metrics["seed"]
+        content = measure(read, metrics["method"], seed, held, Protocol.from_dict(protocol))
+        if old := metrics.get("consistency"):
+            content["consistency"] = measured_from_kept(read, folder.parent.parent, old, seed, held)
     except (FairMTLError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{folder}: the saved predictions ({', '.join(changed)}) are not those that metrics.json was measured on, and they "

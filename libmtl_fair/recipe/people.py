@@ -21,6 +21,7 @@ from libmtl_fair.metrics.people import audit_people
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.schema import Recipe
 
+Row = dict[str, Any]
 PARTS = ("val", "test")
 Predict = Callable[[Dataset, str], Predictions]
 
@@ -39,6 +40,18 @@ class People:
         for attribute, changed in flipped(data, part) if part in self.audits else ():
             found.setdefault(attribute, []).append(predict(changed, part))
         return found
+
+    def numbers(
+        self, recipe: Recipe, data: Dataset, predictions: Predictions, predict: Predict, part: str = "val"
+    ) -> dict[str, float]:
+        """Return inconsistency, the upper end of its interval, and the flip gap of one model's predictions; empty without an audit."""
+        base = predictions if part == "val" else predict(data, "val")
+        given = {"val": base, part: predictions}
+        for name, report in self.reports(recipe, given, {part: self.twins(data, part, predict)}):
+            if name == part:
+                numbers = {"inconsistency": report.inconsistency, "inconsistency_high": report.interval[1]}
+                return {**numbers, "flip_gap": report.flip_gap}
+        return {}
 
     def reports(
         self,
@@ -59,7 +72,8 @@ class People:
         for part, report in self.reports(*given):
             content = report.to_dict()
             for pair in content["worst_pairs"]:
-                pair |= {f"source_{at}": self.rows[part][int(pair[at])] for at in ("row", "other")}
+                rows = self.rows.get(part)
+                pair |= {f"source_{at}": rows[int(pair[at])] for at in ("row", "other")} if rows else {}
             found[part] = {"reference": self.sentence, **content}
         return found
 
@@ -91,8 +105,40 @@ def people_of(
             if path:
                 pairs.save(path)
         groups = {attribute: ids.numpy() for attribute, ids in split.groups.items()}
-        audits[part], rows[part] = ConsistencyAudit(pairs, sensitive=groups), split.rows.tolist()
+        audits[part] = ConsistencyAudit(pairs, sensitive=groups, confidence=recipe.metrics.confidence)
+        rows[part] = split.rows.tolist()
     return People(_sentence(reference, extra), audits, rows)
+
+
+def kept_audit(recipe: Recipe, folder: Path, part: str, seed: int, predictions: Predictions) -> ConsistencyAudit | None:
+    """Return the audit over the near pairs that were kept with a run, of the people that the predictions are of; None without.
+
+    Raises
+    ------
+    CheckpointError : a damaged file, or one of other people.
+    """
+    for name in (f"near_pairs_{part}_seed{seed}.npz", f"near_pairs_{part}.npz"):
+        if (folder / name).exists():
+            pairs, n = NearPairs.load(folder / name), len(predictions)
+            if pairs.n != n:
+                raise CheckpointError(f"{folder / name} is of {pairs.n} people, the saved predictions of {n}")
+            groups = {attribute: ids.numpy() for attribute, ids in predictions.groups.items()}
+            return ConsistencyAudit(pairs, sensitive=groups, confidence=recipe.metrics.confidence)
+    return None
+
+
+def measured_from_kept(recipe: Recipe, folder: Path, old: Row, seed: int, held: Mapping[str, Predictions]) -> Row:
+    """Return what ``metrics.json`` holds of the audit of people, from saved predictions and a run's near pairs; no flip twins."""
+    found: Row = {}
+    for part, predictions in held.items():
+        try:
+            audit = kept_audit(recipe, folder, part, seed, predictions)
+        except CheckpointError:
+            audit = None
+        if audit is not None:
+            sentence = (old.get(part) or {}).get("reference", "")
+            found |= People(sentence, {part: audit}, {}).measured(recipe, held)
+    return found
 
 
 def _reference(recipe: Recipe, data: Dataset) -> Reference | None:
@@ -108,6 +154,9 @@ def _reference(recipe: Recipe, data: Dataset) -> Reference | None:
         groups = {attribute: ids.numpy() for attribute, ids in data.train.groups.items()}
         left = telling(data.encoder, data.train.x.numpy(), groups, data.tell_tale)
         own = {card["column"] for card in data.card["groups"].values()}
+        own |= {
+            c for name, card in data.card["groups"].items() if card["intersection_of"] for c in data.tell_tale[name]
+        }
         left = {column: why for column, why in left.items() if column not in how.keep or column in own}
     left |= {column: "by the recipe" for column in how.leave_out if column in data.inputs and column not in left}
     return reference_without(data.encoder, left, how.weights)

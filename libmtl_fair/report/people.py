@@ -12,10 +12,9 @@ from rich.text import Text
 
 from libmtl_fair.errors import CheckpointError, FairMTLError
 from libmtl_fair.metrics.consistency import ConsistencyAudit
-from libmtl_fair.metrics.near_pairs import NearPairs
 from libmtl_fair.metrics.people import audit_people
 from libmtl_fair.report.reaudit import load_predictions, run_names
-from libmtl_fair.report.run_folder import Json, RunFolder, SeedRun, read_run, records, rows
+from libmtl_fair.report.run_folder import Json, RunFolder, read_run, records, rows
 from libmtl_fair.report.summary import PEOPLE, with_sd
 from libmtl_fair.report.tables import in_order, people_sentence, show
 
@@ -67,7 +66,7 @@ def people_again(run_dirs: Sequence[str | Path], split: str | None = None) -> Pe
 
 def _of_run(run: RunFolder, split: str) -> tuple[str, list[Json]]:
     from libmtl_fair.recipe.build import make_dataset
-    from libmtl_fair.recipe.people import people_of
+    from libmtl_fair.recipe.people import kept_audit, people_of
     from libmtl_fair.recipe.schema import load_recipe
 
     found: list[Json] = []
@@ -76,8 +75,8 @@ def _of_run(run: RunFolder, split: str) -> tuple[str, list[Json]]:
     for item in run.runs:
         held, base = load_predictions(item, split), load_predictions(item, "val")
         key = item.seed if recipe.data.resplit else 0
-        if key not in made and (pairs := _pairs(run, item, split, len(held))) is not None:
-            made[key] = ConsistencyAudit(pairs, sensitive={a: ids.numpy() for a, ids in held.groups.items()})
+        if key not in made and (audit := kept_audit(recipe, run.path, split, item.seed, held)) is not None:
+            made[key] = audit
         elif key not in made:
             people = people_of(recipe, make_dataset(recipe, item.seed), parts=(split,))
             if split not in people.audits:
@@ -95,19 +94,6 @@ def _of_run(run: RunFolder, split: str) -> tuple[str, list[Json]]:
         ]
         found += [{"method": item.method, "seed": item.seed, **row} for row in (*measured, *kept)]
     return said, found
-
-
-def _pairs(run: RunFolder, item: SeedRun, split: str, people: int) -> NearPairs | None:
-    """Return the near pairs of a seed's people that were kept with the run, or None; those of other people are refused."""
-    for name in (f"near_pairs_{split}_seed{item.seed}.npz", f"near_pairs_{split}.npz"):
-        if (run.path / name).exists():
-            pairs = NearPairs.load(run.path / name)
-            if pairs.n != people:
-                raise CheckpointError(
-                    f"{run.path / name} is of {pairs.n} people, the saved predictions of {item.folder} of {people}"
-                )
-            return pairs
-    return None
 
 
 def people_table(found: PeopleAgain) -> Table:

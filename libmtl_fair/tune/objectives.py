@@ -32,10 +32,12 @@ GAPS: Mapping[str, str] = {
     "accuracy_difference": "accuracy",
 }
 """Objective -> what of groups it is the difference of; the worst one over tasks and attributes, unless ``mean_`` stands before."""
+PEOPLE = ("inconsistency", "flip_gap")
+"""Objectives of the audit of people, mean over tasks: see :class:`libmtl_fair.metrics.ConsistencyAudit`."""
 _PHI_MU = 0.5
 NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
 _CONSTRAINT = re.compile(rf"(.+?)\s*(<=|>=)\s*{NUMBER}\s*")
-NAMES = (*(f"macro_{m}" for m in _MACRO), "bias", "violation_rate", *GAPS, "phi", "<task>/auc")
+NAMES = (*(f"macro_{m}" for m in _MACRO), "bias", "violation_rate", *PEOPLE, *GAPS, "phi", "<task>/auc")
 """Names of objectives; ``<task>/`` and ``<attribute>/`` may stand before those about groups, ``mean_`` before their own."""
 
 
@@ -66,7 +68,7 @@ class Measure:
     @property
     def fair(self) -> bool:
         """Whether it is a disparity."""
-        return self.metric in (*GAPS, "bias", "violation_rate", "phi")
+        return self.metric in (*GAPS, *PEOPLE, "bias", "violation_rate", "phi")
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,10 @@ def parse_measure(name: str, tasks: Mapping[str, str], attributes: Sequence[str]
         if (level or deltas[0]) not in deltas:
             raise RecipeError(f"objective {name}: {unknown('audit.delta', level, deltas)}")
         return Measure(name, metric, level=level or deltas[0])
+    if last in PEOPLE and not scope:
+        if last == "flip_gap" and not attributes:
+            raise RecipeError(f"objective {name} exchanges a sensitive value, and the data have no sensitive attribute")
+        return Measure(name, last)
     task = next((part for part in scope if part in tasks), None)
     attribute = next((part for part in scope if part in attributes), None)
     strange = [part for part in scope if part not in (task, attribute)]
@@ -140,6 +146,9 @@ def value_of(
     if measure.metric in GAPS:
         counts = counts_of(predictions, bars or bars_of(predictions, recipe.metrics.threshold))
         found, why = gap_of(measure, counts, recipe.metrics, ends=False)[0], ""
+    elif measure.metric in PEOPLE:
+        found = predictions.people.get(measure.metric, math.nan)
+        why = "no audit of people was made, no task's ranks differ, or no sensitive attribute is among the inputs"
     elif measure.metric == "phi":
         found, why = _phi(measure, predictions), "no task has two groups"
     elif measure.level is not None:
@@ -166,6 +175,8 @@ def upper_end(
         return gap_of(measure, counts_of(predictions, bars_of(predictions, recipe.metrics.threshold)), recipe.metrics)[
             1
         ]
+    if measure.metric in PEOPLE:
+        return predictions.people.get(f"{measure.metric}_high", value)
     spread = sampling_deviation(predictions, lambda p: value_of(measure, p, deltas, recipe))
     return value + normal_width(recipe.metrics.confidence) * spread
 

@@ -15,6 +15,7 @@ import optuna
 from libmtl_fair.data import Dataset
 from libmtl_fair.errors import CheckpointError, RecipeError, unknown
 from libmtl_fair.recipe.build import check, make_dataset
+from libmtl_fair.recipe.people import People, people_of
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.recipe.sections import Method, Train, Tune
 from libmtl_fair.recipe.yaml_source import Source
@@ -86,6 +87,7 @@ class Plan:
     constraints: tuple[Constraint, ...]
     space: Mapping[str, tuple[Parameter, ...]]
     data: dict[int, Dataset] = field(compare=False, repr=False)
+    audits: dict[int, People] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def make(cls, recipe: Recipe, objectives: Sequence[str] | None = None) -> Plan:
@@ -238,6 +240,13 @@ class Plan:
         if key not in self.data:
             self.data[key] = make_dataset(self.recipe, seed)
         return self.data[key]
+
+    def people(self, seed: int) -> People:
+        """Return the audits of people for a seed's data; kept, too."""
+        key = seed if self.recipe.data.resplit else 0
+        if key not in self.audits:
+            self.audits[key] = people_of(self.recipe, self.dataset(seed))
+        return self.audits[key]
 
 
 def _untunable(spec: Method) -> str:

@@ -17,7 +17,7 @@ from libmtl_fair.recipe.build import make_trainer
 from libmtl_fair.tune.budget import Heartbeat, give_up
 from libmtl_fair.tune.plan import Candidate, Outcome
 from libmtl_fair.tune.stacked import Rows, Stack, obstacle, shape
-from libmtl_fair.tune.worker import Worker, measure
+from libmtl_fair.tune.worker import Worker, measure, predicted
 
 _ALONE = "is trained alone: "
 
@@ -166,7 +166,8 @@ class Places:
         for seed, trainer in zip(run.candidate.seeds, run.trainers):
             if trainer.select == "best" and trainer.best["state"] is not None:
                 judging.hold_best(trainer)
-            measure(plan, trainer.predict(self._rows.val), self.worker.protocol, outcome)
+            seen = predicted(plan, run.candidate, trainer, seed, self._rows.val)
+            measure(plan, seen, self.worker.protocol, outcome)
             if keeper is not None:
                 keeper.trained(run.trial, seed, trainer)
         return outcome

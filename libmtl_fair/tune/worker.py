@@ -16,18 +16,19 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
+from libmtl_fair.data import Dataset
 from libmtl_fair.data.loader import ResidentLoader, resolve_device
 from libmtl_fair.errors import CheckpointError, FairMTLError
 from libmtl_fair.libmtl import FairTrainer
 from libmtl_fair.libmtl.state import Results
 from libmtl_fair.predictions import Predictions
-from libmtl_fair.recipe.build import data_for, loaders, make_trainer
+from libmtl_fair.recipe.build import EVAL_BATCH, data_for, loaders, make_trainer
 from libmtl_fair.recipe.measure import Protocol
 from libmtl_fair.tasks import Regression, Task
 from libmtl_fair.tune.artifacts import Keeper
 from libmtl_fair.tune.budget import GRACE, Heartbeat, Reaper, claim, fill, give_up, slots
 from libmtl_fair.tune.evidence import bars_of, counts_of, degenerate_tasks, utilities
-from libmtl_fair.tune.objectives import upper_end, value_of
+from libmtl_fair.tune.objectives import PEOPLE, upper_end, value_of
 from libmtl_fair.tune.plan import DEGENERATE, Candidate, Outcome, Plan
 from libmtl_fair.tune.selection import failures
 
@@ -84,15 +85,31 @@ def run_trial(
     for i, seed in enumerate(candidate.seeds):
         tasks = protocol.freeze(plan.dataset(seed).tasks)
         trainer, sources = _train(plan, candidate, seed, tasks, device, None if i else trial)
-        bars = measure(plan, trainer.predict(sources["val"]), protocol, outcome)
+        bars = measure(plan, predicted(plan, candidate, trainer, seed, sources["val"]), protocol, outcome)
         if tested is not None:
-            predictions = trainer.predict(sources["test"])
+            predictions = predicted(plan, candidate, trainer, seed, sources["test"], "test")
             for m in plan.measures:
                 value = value_of(m, predictions, protocol.deltas, plan.recipe, bars)
                 tested.setdefault(m.name, []).append(value)
         if keeper is not None and trial is not None:
             keeper.trained(trial, seed, trainer)
     return dataclasses.replace(outcome, train_s=time.perf_counter() - began)
+
+
+def predicted(
+    plan: Plan, candidate: Candidate, trainer: FairTrainer, seed: int, loader: ResidentLoader, part: str = "val"
+) -> Predictions:
+    """Return what a model says of a part of the data, with what the audit of people finds where a measure is of it."""
+    predictions = trainer.predict(loader)
+    if not any(m.metric in PEOPLE for m in plan.measures):
+        return predictions
+
+    def predict(changed: Dataset, part: str) -> Predictions:
+        seen = data_for(candidate.recipe, candidate.method, changed).splits()[part]
+        return trainer.predict(seen.loader(EVAL_BATCH, device=trainer.device))
+
+    found = plan.people(seed).numbers(plan.recipe, plan.dataset(seed), predictions, predict, part)
+    return dataclasses.replace(predictions, people=found)
 
 
 def measure(plan: Plan, predictions: Predictions, protocol: Protocol, outcome: Outcome) -> dict[str, float]:
