@@ -153,12 +153,9 @@ class RunFolder:
         """Return a table of the split: method, seed, then texts ("" where missing) and numbers (NaN where missing).
 
         ``utility`` (task ``macro`` too), ``audit``, ``pairs`` (the audit by task pair), ``shrinkage`` (the envelope of the
-        <<<<<<< HEAD
-        shrunk reference) or ``groups``; ``utility_base_rate`` and ``groups_base_rate`` are of the decisions that select as many as are
-        positive on validation data (none in runs of earlier versions).
-        =======
-        shrunk reference), ``groups`` or ``consistency`` (task ``macro``: mean over tasks).
-        >>>>>>> a98eb5e (The audit of people in reports, comparisons, FairTrainer.audit and the audit command)
+        shrunk reference), ``groups`` or ``consistency`` (of people; task ``macro``: mean over tasks); ``utility_base_rate`` and
+        ``groups_base_rate`` are of the decisions that select as many as are positive on validation data (none in runs of earlier
+        versions).
         """
         texts, numbers, plain = _FRAMES[part.removesuffix(_BASE_RATE)]
         found = [
