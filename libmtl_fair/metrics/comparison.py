@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 
 from libmtl_fair.errors import DataError
 from libmtl_fair.metrics.arrays import Floats, Values, as_floats, divide
+from libmtl_fair.metrics.rates import check_option
 
 Results = Mapping[str, Mapping[str, float]]
 """method -> metric (one per task, or several) -> value."""
@@ -16,22 +18,34 @@ HigherIsBetter = Mapping[str, bool] | bool
 
 
 def delta_m(
-    results: Results, baseline: Mapping[str, float], higher_is_better: HigherIsBetter = True
+    results: Results,
+    baseline: Mapping[str, float],
+    higher_is_better: HigherIsBetter = True,
+    *,
+    definition: Literal["navon", "glf"] = "navon",
 ) -> dict[str, float]:
     """Return each method's mean relative change against ``baseline`` in per cent; lower is better (Navon et al., ICML 2022).
 
     ``Delta_m = 100 / K sum_k (-1)^(s_k) (M_m,k - M_b,k) / M_b,k`` with s_k = 1 where higher is better. A metric that is NaN, or 0
     in the baseline, leaves the mean of that method (NaN if none is left).
 
+    ``definition="glf"`` is the scale of GLF's table, about 3.5 times that: the *sum* of the same changes over two attributes' EOD (mean
+    form, ``equalized_odds_mean``), EOpD (``equal_opportunity``) and GAUCD (``auc``), and over AUC, which is one number for both and so
+    counts twice (what is better when higher does), divided by 2. A missing metric makes it NaN: a sum over less is another scale.
+
     Raises
     ------
-    DataError : a method lacks one of the baseline's metrics.
+    DataError : a method lacks one of the baseline's metrics. RecipeError : no such definition.
 
     >>> {m: round(v, 9) for m, v in delta_m({"fair": {"auc": 0.81}}, {"auc": 0.9}).items()}
     {'fair': 10.0}
     """
     table, base = _table(results, baseline, higher_is_better), _table({"": baseline}, baseline, higher_is_better)
+    check_option("definition", definition, ("navon", "glf"))
     change = divide(base - table, as_floats(list(baseline.values()))) * 100
+    if definition == "glf":
+        weight = np.where(_signs(baseline, higher_is_better) > 0, 2, 1)
+        return dict(zip(results, map(float, change @ weight / 2)))
     return dict(zip(results, map(_mean, change)))
 
 
@@ -131,11 +145,15 @@ def _table(results: Results, metrics: Mapping[str, float], higher_is_better: Hig
     for method, values in results.items():
         if lacking := [m for m in metrics if m not in values]:
             raise DataError(f"method {method!r} lacks {', '.join(lacking)}; every method needs the same metrics")
+    return as_floats([[values[m] for m in metrics] for values in results.values()]) * _signs(metrics, higher_is_better)
+
+
+def _signs(metrics: Mapping[str, float], higher_is_better: HigherIsBetter) -> Floats:
+    """Return 1 for each metric that is better when higher, -1 for the others."""
     better = dict.fromkeys(metrics, higher_is_better) if isinstance(higher_is_better, bool) else higher_is_better
     if lacking := [m for m in metrics if m not in better]:
         raise DataError(f"higher_is_better does not say which way {', '.join(lacking)} goes")
-    signs = [1.0 if better[m] else -1.0 for m in metrics]
-    return as_floats([[values[m] for m in metrics] for values in results.values()]) * signs
+    return as_floats([1.0 if better[m] else -1.0 for m in metrics])
 
 
 def _mean(values: Floats) -> float:

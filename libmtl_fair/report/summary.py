@@ -251,6 +251,33 @@ def delta_m(run: RunFolder, fair: bool = False) -> dict[str, float]:
     return found | dict.fromkeys(judged.why_degenerate(run) if fair else (), math.nan)
 
 
+_GLF = ("equalized_odds_mean", "equal_opportunity", "auc")
+
+
+def glf_delta_m(run: RunFolder) -> dict[str, float]:
+    """Return method -> Delta_m on the scale of GLF's table (:func:`libmtl_fair.metrics.delta_m`), over macro AUC and two attributes.
+
+    Differences between groups are means over tasks. Empty unless the run has two attributes.
+    """
+    frame, gaps = run.frame("utility"), run.frame("groups")
+    aucs = frame[(frame["task"] == "macro") & (frame["metric"] == "auc")].assign(name="auc")
+    gaps = gaps[
+        (gaps["group"] == "difference")
+        & gaps["metric"].isin(_GLF)
+        & ~gaps["attribute"].str.contains(" & ", regex=False)
+    ]
+    attributes = list(dict.fromkeys(gaps["attribute"]))
+    if len(attributes) != 2 or aucs.empty:
+        return {}
+    names = ["auc", *(f"{metric} {attribute}" for metric in _GLF for attribute in attributes)]
+    both = pd.concat([aucs, gaps.assign(name=gaps["metric"] + " " + gaps["attribute"])])
+    wide = both.pivot_table(index="name", columns="method", values="value", sort=False).reindex(
+        names, columns=run.methods
+    )
+    results = {method: dict(zip(names, wide[method].astype(float))) for method in run.methods}
+    return metrics.delta_m(results, results[run.reference], {name: name == "auc" for name in names}, definition="glf")
+
+
 def mean_rank(run: RunFolder, fair: bool = False) -> dict[str, float]:
     """Return method -> its rank by the tasks' main metrics, averaged over tasks; 1 is the best. ``fair`` as in :func:`delta_m`."""
     return metrics.mean_rank(*_results(run, fair))
@@ -330,12 +357,18 @@ def _violations(run: RunFolder) -> dict[str, pd.Series[float]]:
 def beside_published(run: RunFolder, cells: pd.DataFrame, overview: pd.DataFrame) -> pd.DataFrame:
     """Return method, measure, published, ours (mean over seeds): one row for each published number of a method of the run.
 
-    A measure is a column of the comparison's ``cells`` or of its ``overview``; ``ours`` is NaN where it is neither.
+    A measure is a column of the comparison's ``cells`` or of its ``overview``; ``ours`` is NaN where it is neither, and for
+    ``fair_delta_m``, a scale of this project's own: recipes of earlier versions put GLF's Delta_m there, which is ``glf_delta_m``.
     """
     ours = overview.set_index("method").join(cells.pivot(index="method", columns="column", values="mean"))
     values = (run.recipe.get("published") or {}).get("values") or {}
     found = [
-        (method, name, number(value), float(ours.loc[method, name]) if name in ours else math.nan)
+        (
+            method,
+            name,
+            number(value),
+            float(ours.loc[method, name]) if name in ours and name != "fair_delta_m" else math.nan,
+        )
         for method in run.methods
         for name, value in (values.get(method) or {}).items()
     ]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from libmtl_fair.errors import DataError
+from libmtl_fair.errors import DataError, RecipeError
 from libmtl_fair.metrics import (
     delta_m,
     discrimination_gain,
@@ -30,6 +30,25 @@ def test_delta_m_by_hand():
 def test_delta_m_leaves_out_what_has_no_ratio():
     assert delta_m({"a": {"x": 1.0, "y": 2.0}}, {"x": 0.0, "y": 1.0})["a"] == pytest.approx(-100)
     assert np.isnan(delta_m({"a": {"x": 1.0}}, {"x": 0.0})["a"])
+
+
+def test_delta_m_on_the_scale_of_glfs_table_is_the_sum_by_hand():
+    fair = [f"{metric} {attribute}" for metric in ("eod", "eopd", "gaucd") for attribute in ("race", "gender")]
+    base = {"auc": 0.9, **{name: 0.1 + 0.01 * k for k, name in enumerate(fair)}}
+    method = {"auc": 0.88, **{name: 0.08 + 0.012 * k for k, name in enumerate(fair)}}
+    higher = {name: name == "auc" for name in base}
+    by_hand = 0.0
+    for attribute in ("race", "gender"):
+        by_hand += 100 * (0.9 - 0.88) / 0.9
+        by_hand += sum(100 * (method[n] - base[n]) / base[n] for n in fair if n.endswith(attribute))
+    found = delta_m({"m": method, "b": base}, base, higher, definition="glf")
+    assert found["m"] == pytest.approx(by_hand / 2) and found["b"] == 0
+    alike = {name: value * (1.1 if name != "auc" else 1) for name, value in base.items()}
+    both = [delta_m({"m": alike}, base, higher, definition=d)["m"] for d in ("glf", "navon")]
+    assert both[0] / both[1] == pytest.approx(3.5)  # 7 metrics: a sum / 2 beside a mean
+    assert np.isnan(delta_m({"m": {**method, "eod race": float("nan")}}, base, higher, definition="glf")["m"])
+    with pytest.raises(RecipeError, match="definition"):
+        delta_m({"m": method}, base, higher, definition="other")
 
 
 def test_mean_rank_shares_ties_and_puts_missing_last():

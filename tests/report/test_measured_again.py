@@ -16,7 +16,9 @@ from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe import Recipe
 from libmtl_fair.recipe.run import run_recipe
 from libmtl_fair.report import read_run, shrinkage_verdict
+from libmtl_fair.report.compare import compare
 from libmtl_fair.report.notes import notes
+from libmtl_fair.report.summary import glf_delta_m
 
 RECIPE = {
     "name": "small",
@@ -146,3 +148,23 @@ def test_predictions_that_cannot_be_measured_are_an_error(run_dir):
     (run_dir / "other" / "seed0" / "predictions_test.parquet").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="not those that metrics.json was measured on"):
         read_run(run_dir)
+
+
+def test_delta_m_beside_glfs_is_on_its_scale(run_dir):
+    rng, gaps, aucs = np.random.default_rng(0), {}, {}
+    for item in read_run(run_dir).runs:
+        raw = json.loads((item.folder / "metrics.json").read_text())
+        for row in raw["groups"]["test"]:
+            if row["group"] == "difference":
+                row["value"] = rng.uniform(0.05, 0.3)
+                gaps.setdefault((row["metric"], row["attribute"], item.method), []).append(row["value"])
+        aucs[item.method] = raw["utility"]["test"]["macro"]["auc"]
+        (item.folder / "metrics.json").write_text(json.dumps(raw))
+    by_hand = 2 * 100 * (aucs["plain"] - aucs["other"]) / aucs["plain"]
+    for attribute in ("age", "foreign_worker"):
+        for metric in ("equalized_odds_mean", "equal_opportunity", "auc"):
+            old, new = (np.mean(gaps[metric, attribute, method]) for method in ("plain", "other"))
+            by_hand += 100 * (new - old) / old
+    assert glf_delta_m(read_run(run_dir))["other"] == pytest.approx(by_hand / 2)
+    found = compare([run_dir]).overview.set_index("method")["glf_delta_m"]
+    assert found["plain"] == 0 and found["other"] == pytest.approx(by_hand / 2)
