@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from libmtl_fair import metrics
+from libmtl_fair.errors import FairMTLError
 from libmtl_fair.metrics.arrays import Floats
+from libmtl_fair.metrics.decisions import Held
 from libmtl_fair.metrics.rates import group_counts
 from libmtl_fair.metrics.verdicts import degenerate
 from libmtl_fair.predictions import Predictions
@@ -23,30 +27,14 @@ GUARDED = ("auc", "accuracy", "r2")
 """Utilities that a choice may not lose, of each task that defines them."""
 
 
-def base_rate_thresholds(predictions: Predictions) -> dict[str, float]:
-    """Stand in for metrics.decisions."""
-    found = {}
-    for task in predictions.tasks:
-        if task.kind == "binary":
-            seen = task.observed(predictions.labels[task.name])
-            p = task.probabilities(predictions.outputs[task.name])[seen].double().sort(descending=True).values
-            k = int((predictions.labels[task.name][seen] > 0.5).sum())
-            found[task.name] = float((p[max(k - 1, 0)] + p[min(k, len(p) - 1)]) / 2) if len(p) else 0.5
-    return found
-
-
-def bars_of(predictions: Predictions, threshold: float | str) -> dict[str, float]:
-    """Return the threshold of each binary task's decisions; ``base_rate``: what selects as many of these people as are positive."""
-    if threshold == "base_rate":
-        return base_rate_thresholds(predictions)
-    return {task.name: float(threshold) for task in predictions.tasks if task.kind == "binary"}
-
-
-def counts_of(predictions: Predictions, bars: Mapping[str, float]) -> Counts:
-    """Return the confusion counts of every binary task, of each group and of everybody."""
+def counts_of(predictions: Predictions, bars: Held) -> Counts:
+    """Return the confusion counts of every binary task's decisions at ``bars``, of each group and of everybody."""
     found: Counts = {}
-    for name, bar in bars.items():
-        truth, decision, seen = _decided(predictions, name, bar)
+    for name in (task.name for task in predictions.tasks if task.kind == "binary"):
+        about, labels = predictions.task(name), predictions.labels[name]
+        seen = about.observed(labels)
+        chances = about.probabilities(predictions.outputs[name])[seen]
+        truth, decision = labels[seen].double() > 0.5, chances > torch.tensor(bars[name]).to(chances)
         groups = {"": (torch.zeros(len(truth), dtype=torch.int64), [""])}
         groups |= {a: (ids[seen], predictions.group_names[a]) for a, ids in predictions.groups.items()}
         found[name] = {
@@ -62,25 +50,11 @@ def degenerate_tasks(counts: Counts, threshold: float | str) -> dict[str, str]:
     return {task: reason for task, reason in why.items() if reason}
 
 
-def utilities(predictions: Predictions, bars: Mapping[str, float]) -> Utility:
-    """Return AUC and accuracy (of the decisions at ``bars``) or R2 of each task, of all people and without each fold."""
-    found: Utility = {}
-    for part in (predictions, *without_folds(predictions)):
-        for task, scores in metrics.utility(part).items():
-            if task in bars:
-                truth, decision, _ = _decided(part, task, bars[task])
-                scores = scores | {"accuracy": float((truth == decision).double().mean())}
-            for metric in GUARDED if task != "macro" else ():
-                if metric in scores:
-                    found.setdefault(f"{task}/{metric}", []).append(scores[metric])
-    return found
-
-
-def _decided(predictions: Predictions, task: str, bar: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return labels and decisions of those whose label is known, bool [n] each, and who they are, bool [N]."""
-    about, labels = predictions.task(task), predictions.labels[task]
-    seen = about.observed(labels)
-    return labels[seen].double() > 0.5, about.probabilities(predictions.outputs[task])[seen] > bar, seen
+def utilities(predictions: Predictions, bars: Held) -> Utility:
+    """Return AUC, accuracy (of the decisions at ``bars``) or R2 of each task that defines them, and the same without each fold."""
+    full, *parts = (metrics.utility(part, bars) for part in (predictions, *without_folds(predictions)))
+    names = [(t.name, m) for t in predictions.tasks for m in GUARDED if not math.isnan(full[t.name].get(m, math.nan))]
+    return {f"{task}/{metric}": [part[task][metric] for part in (full, *parts)] for task, metric in names}
 
 
 def without_folds(predictions: Predictions, folds: int = FOLDS) -> Iterator[Predictions]:
@@ -90,7 +64,7 @@ def without_folds(predictions: Predictions, folds: int = FOLDS) -> Iterator[Pred
         rows = torch.arange(len(p)) % folds != fold
         parts = (p.scores, p.outputs, p.labels, p.groups)
         scores, outputs, labels, groups = ({name: value[rows] for name, value in part.items()} for part in parts)
-        yield Predictions(p.tasks, scores, outputs, labels, groups, p.group_names)
+        yield replace(p, scores=scores, outputs=outputs, labels=labels, groups=groups, embeddings=None)
 
 
 def jackknife(values: Sequence[float] | Floats) -> float:
@@ -101,5 +75,9 @@ def jackknife(values: Sequence[float] | Floats) -> float:
 def sampling_deviation(
     predictions: Predictions, statistic: Callable[[Predictions], float], folds: int = FOLDS
 ) -> float:
-    """Return the standard deviation of a statistic over draws of people, by the jackknife over ``folds``."""
-    return jackknife([statistic(part) for part in without_folds(predictions, folds)])
+    """Return the standard deviation of a statistic over draws of people, by the jackknife over the ``folds`` that define it."""
+    found = []
+    for part in without_folds(predictions, folds):
+        with suppress(FairMTLError):
+            found.append(statistic(part))
+    return jackknife(found) if found else math.nan

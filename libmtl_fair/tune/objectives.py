@@ -15,15 +15,16 @@ import torch
 from libmtl_fair import functional as F
 from libmtl_fair import metrics
 from libmtl_fair.errors import FairMTLError, RecipeError, unknown
+from libmtl_fair.metrics.decisions import Held, thresholds_in_use
 from libmtl_fair.metrics.verdicts import judge
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.recipe.sections import Metrics
-from libmtl_fair.tune.evidence import Counts, bars_of, counts_of, sampling_deviation
+from libmtl_fair.tune.evidence import Counts, counts_of, sampling_deviation
 
 UP = ("auc", "accuracy", "r2", "f1", "macro_f1", "ccc")
 DOWN = ("brier", "log_loss", "mae", "rmse")
-_MACRO = ("auc", "accuracy", "brier", "r2")
+MACROS = tuple(f"macro_{name}" for name in ("auc", "accuracy", "brier", "r2"))
 GAPS: Mapping[str, str] = {
     "eo_difference": "equalized_odds",
     "tpr_difference": "true_positive_rate",
@@ -37,7 +38,7 @@ PEOPLE = ("inconsistency", "flip_gap")
 _PHI_MU = 0.5
 NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
 _CONSTRAINT = re.compile(rf"(.+?)\s*(<=|>=)\s*{NUMBER}\s*")
-NAMES = (*(f"macro_{m}" for m in _MACRO), "bias", "violation_rate", *PEOPLE, *GAPS, "phi", "<task>/auc")
+NAMES = (*MACROS, "bias", "violation_rate", *PEOPLE, *GAPS, "phi", "<task>/auc")
 """Names of objectives; ``<task>/`` and ``<attribute>/`` may stand before those about groups, ``mean_`` before their own."""
 
 
@@ -96,7 +97,7 @@ def parse_measure(name: str, tasks: Mapping[str, str], attributes: Sequence[str]
     """
     *scope, last = name.split("/")
     metric, _, level = last.removeprefix("mean_").partition("@")
-    if not scope and last.removeprefix("macro_") in _MACRO and last.startswith("macro_"):
+    if name in MACROS:
         return Measure(name, last.removeprefix("macro_"))
     if not scope and metric in ("bias", "violation_rate"):
         if len(tasks) < 2:
@@ -137,15 +138,15 @@ def value_of(
     predictions: Predictions,
     deltas: Mapping[str, float],
     recipe: Recipe,
-    bars: Mapping[str, float] | None = None,
+    bars: Held | None = None,
 ) -> float:
     """Return the number; an UndefinedError says why there is none, such as which task and attribute lack the people for a rate.
 
-    ``bars``: task -> threshold of its decisions; None takes those of these predictions (:func:`bars_of`).
+    ``bars``: task -> threshold of its decisions; None takes what ``metrics.threshold`` says of these predictions.
     """
+    bars = bars or thresholds_in_use(predictions, recipe.metrics.threshold)
     if measure.metric in GAPS:
-        counts = counts_of(predictions, bars or bars_of(predictions, recipe.metrics.threshold))
-        found, why = gap_of(measure, counts, recipe.metrics, ends=False)[0], ""
+        found, why = gap_of(measure, counts_of(predictions, bars), recipe.metrics, ends=False)[0], ""
     elif measure.metric in PEOPLE:
         found = predictions.people.get(measure.metric, math.nan)
         why = "no audit of people was made, no task's ranks differ, or no sensitive attribute is among the inputs"
@@ -158,7 +159,7 @@ def value_of(
         found = report.bias if measure.metric == "bias" else report.violation_rate
     else:
         why = "its labels have one class only, or the task's kind does not define it"
-        found = metrics.utility(predictions)[measure.task or "macro"].get(measure.metric, math.nan)
+        found = metrics.utility(predictions, bars)[measure.task or "macro"].get(measure.metric, math.nan)
     if math.isnan(found):
         raise UndefinedError(f"objective {measure.name} is undefined on the validation data: {why}")
     return float(found)
@@ -171,13 +172,12 @@ def upper_end(
 
     Gaps between groups: see :func:`gap_of`. Other disparities: normal, with the jackknife's standard error.
     """
+    bars = thresholds_in_use(predictions, recipe.metrics.threshold)
     if measure.metric in GAPS:
-        return gap_of(measure, counts_of(predictions, bars_of(predictions, recipe.metrics.threshold)), recipe.metrics)[
-            1
-        ]
+        return gap_of(measure, counts_of(predictions, bars), recipe.metrics)[1]
     if measure.metric in PEOPLE:
         return predictions.people.get(f"{measure.metric}_high", value)
-    spread = sampling_deviation(predictions, lambda p: value_of(measure, p, deltas, recipe))
+    spread = sampling_deviation(predictions, lambda p: value_of(measure, p, deltas, recipe, bars))
     return value + normal_width(recipe.metrics.confidence) * spread
 
 

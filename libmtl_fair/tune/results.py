@@ -5,10 +5,10 @@ from __future__ import annotations
 import html
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import optuna
@@ -22,11 +22,12 @@ from rich.table import Table
 
 from libmtl_fair.errors import FairMTLError
 from libmtl_fair.files import atomic_path, read_json, write_json, write_text
+from libmtl_fair.metrics.decisions import thresholds_in_use
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.schema import Recipe, load_recipe
 from libmtl_fair.report.theme import PALETTE, REFERENCE, themed
 from libmtl_fair.tune.evidence import sampling_deviation
-from libmtl_fair.tune.objectives import parse_measure, value_of
+from libmtl_fair.tune.objectives import MACROS, parse_measure, value_of
 from libmtl_fair.tune.plan import DESCRIBED, FIXED, ROLE, Candidate, Plan, study_recipe
 from libmtl_fair.tune.selection import Rules, complete, disparity, explain, front, standings, to_recipe
 from libmtl_fair.tune.study import quiet
@@ -258,57 +259,37 @@ def trials_table(study: optuna.Study, rules: Rules | None = None) -> pd.DataFram
     return pd.DataFrame(rows)
 
 
-Statistic = Callable[[Predictions], float]
-
-
 def agreement_table(folder: Path) -> Table:
-    """Return a table of a run's main numbers on validation and on test data, side by side.
+    """Return a table of a run's main numbers on validation and on test data, side by side, of methods with saved predictions.
 
-    ± after a mean: over seeds; after the difference: of drawing other people, of the first seed, where its predictions were kept.
+    ± after a mean: over seeds; after the difference: of drawing other people, of the first seed.
     """
-    recipe = load_recipe(folder / "recipe.yaml")
+    recipe, deltas = load_recipe(folder / "recipe.yaml"), read_json(folder / "audit_protocol.json")["deltas"]
     title = "validation and test agree? (± over seeds; of the difference: over people)"
     table = Table("", "validation", "test", "test - validation", title=title, title_justify="left")
-    for method in sorted({path.parent.parent.name for path in folder.glob("*/seed*/metrics.json")}):
+    for method in sorted({path.parent.parent.name for path in folder.glob("*/seed*/predictions_test.parquet")}):
         seeds = sorted((folder / method).glob("seed*"))
-        held = [read_json(path / "metrics.json") for path in seeds]
+        held = [[Predictions.load(seed / f"predictions_{part}.parquet") for part in ("val", "test")] for seed in seeds]
         table.add_section()
         table.add_row(f"[bold]{method}")
-        deltas = {str(entry["delta_name"]): float(entry["delta"]) for entry in held[0]["audit"]["val"]}
-        names = {f"macro {name}": f"macro_{name}" for name in held[0]["utility"]["val"]["macro"]}
-        names |= {f"bias@{name}": f"bias@{name}" for name in deltas} | {"eo difference, worst": "eo_difference"}
-        for name, measure in names.items():
-            values = np.array([[_read(each, part, name) for part in ("val", "test")] for each in held])
-            known = (values[:, 1] - values[:, 0])[~np.isnan(values).any(1)]
-            spread = _deviation(seeds[0], partial(_statistic, measure, deltas, recipe))
-            gap = f"{known.mean():+.4f}{'' if spread is None else f' ± {spread:.4f}'}" if len(known) else ""
-            table.add_row(name, *(_cell(part[~np.isnan(part)]) for part in values.T), gap)
+        for name in (*MACROS, *(f"bias@{delta}" for delta in deltas), "eo_difference"):
+            with suppress(FairMTLError):  # a measure that these tasks do not have
+                table.add_row(name, *_agreement(name, held, deltas, recipe))
     return table
 
 
-def _read(held: Mapping[str, Any], part: str, name: str) -> float:
-    """Return a number of ``metrics.json``, NaN where it is missing or undefined."""
-    if name.startswith("macro "):
-        found = [held["utility"][part]["macro"].get(name.removeprefix("macro "))]
-    elif name.startswith("bias@"):
-        found = [entry["bias"] for entry in held["audit"][part] if f"bias@{entry['delta_name']}" == name]
-    else:
-        rows = [row for row in held["groups"][part] if row["group"] == "difference"]
-        found = [row["value"] for row in rows if row["metric"].startswith("equalized_odds")]
-    return max((value for value in found if value is not None and value == value), default=math.nan)
+def _agreement(
+    name: str, held: Sequence[Sequence[Predictions]], deltas: Mapping[str, float], recipe: Recipe
+) -> Iterator[str]:
+    """Yield a measure's mean on validation and test data, over seeds, and their difference with its deviation over people."""
+    first = held[0][0]
+    measure = parse_measure(name, {t.name: t.kind for t in first.tasks}, list(first.groups), list(deltas))
+    bars = [thresholds_in_use(each[0], recipe.metrics.threshold) for each in held]
+    found = np.array([[value_of(measure, p, deltas, recipe, own) for p in each] for each, own in zip(held, bars)])
 
+    def of_first(part: Predictions) -> float:
+        return value_of(measure, part, deltas, recipe, bars[0])
 
-def _statistic(name: str, deltas: Mapping[str, float], recipe: Recipe, predictions: Predictions) -> float:
-    measure = parse_measure(name, {t.name: t.kind for t in predictions.tasks}, list(predictions.groups), list(deltas))
-    return value_of(measure, predictions, deltas, recipe)
-
-
-def _deviation(seed: Path, statistic: Statistic) -> float | None:
-    """Return the deviation of a difference between test and validation, two independent draws of people."""
-    paths = [seed / f"predictions_{part}.parquet" for part in ("val", "test")]
-    if not all(path.exists() for path in paths):
-        return None
-    try:
-        return math.hypot(*(sampling_deviation(Predictions.load(path), statistic) for path in paths))
-    except FairMTLError:  # a measure that these tasks do not have
-        return None
+    spread = math.hypot(*(sampling_deviation(part, of_first) for part in held[0]))
+    yield from map(_cell, found.T)
+    yield f"{(found[:, 1] - found[:, 0]).mean():+.4f} ± {spread:.4f}"

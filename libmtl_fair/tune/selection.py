@@ -14,10 +14,11 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import t as student
 
 from libmtl_fair.errors import FairMTLError, RecipeError
+from libmtl_fair.metrics.verdicts import enough
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.tune.evidence import FOLDS, jackknife
 from libmtl_fair.tune.objectives import GAPS, NUMBER, gap_of, normal_width, parse_measure
-from libmtl_fair.tune.plan import DEGENERATE, DESCRIBED, ROLE, study_recipe
+from libmtl_fair.tune.plan import DEGENERATE, DESCRIBED, RECIPE, ROLE, study_recipe
 
 TUNED = "tuned"
 _ERRORS, _SHOWN, _SAME = 3, 5, 1e-12
@@ -112,12 +113,12 @@ def _losses(trial: FrozenTrial, baseline: FrozenTrial, within: float | None) -> 
     theirs, mine = (each.user_attrs.get("utility") for each in (baseline, trial))
     if theirs is None or mine is None or trial.user_attrs["seeds"] != baseline.user_attrs["seeds"]:
         return
-    for name in theirs[0]:
+    for name in (name for name in theirs[0] if all(name in seed for seed in (*theirs, *mine))):
         lost = np.array([seed[name] for seed in theirs]) - np.array([seed[name] for seed in mine])
         seeds = float(lost[:, 0].std(ddof=1)) / math.sqrt(len(lost)) if len(lost) > 1 else 0.0
         noise = float(student.ppf(0.975, FOLDS - 1)) * math.hypot(jackknife(lost.mean(0)[1:]), seeds)
         loss, allowed = float(lost[:, 0].mean()), noise if within is None else within / 100
-        if loss > allowed + _SAME:  # False where the utility is undefined
+        if loss > allowed + _SAME:
             by = "noise" if within is None else "within"
             yield loss - allowed, f"{name} loses {100 * loss:.2f} points ({by} {100 * allowed:.2f})"
 
@@ -237,11 +238,25 @@ def explain(study: optuna.Study, trial: FrozenTrial, how: str = "best", rules: R
     elif baseline.miss[0]:
         hint = "metrics.threshold: base_rate judges decisions that select as many as are positive"
         said.append(f"the baseline: {'; '.join(baseline.why)}. {hint}")
+    if few := _few(study, trial):
+        said.append(f"too few people on validation data, left out of gaps: {', '.join(few)}")
     on_front = {t.number for t in _undominated([each.trial for each in every], _signs(study))}
     refused = [each for each in every if each.miss[:2] > least[0].miss[:2] and each.trial.number in on_front]
     said += [f"refused: trial {each.trial.number}: {'; '.join(each.why)}" for each in refused[:_SHOWN]]
     more = len(refused) - _SHOWN
     return said + ([f"refused: {more} more of the front; trials.csv says why"] if more > 0 else [])
+
+
+def _few(study: optuna.Study, trial: FrozenTrial) -> list[str]:
+    """Return the groups, and of which tasks, that have too few people for equalised odds in some seed."""
+    found, least = {}, study_recipe(study).metrics.min_group_size if RECIPE in study.user_attrs else 0
+    for counts in trial.user_attrs.get("counts", []):
+        for task, attribute in ((task, a) for task, of in counts.items() for a in of if a):
+            groups = counts[task][attribute]
+            for name, fits in zip(groups, enough(list(groups.values()), min_group_size=least)):
+                if not fits:
+                    found[f"{attribute} {name} ({task})"] = True
+    return list(found)
 
 
 def trial_by_number(study: optuna.Study, number: int) -> FrozenTrial:

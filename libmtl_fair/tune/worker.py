@@ -21,13 +21,14 @@ from libmtl_fair.data.loader import ResidentLoader, resolve_device
 from libmtl_fair.errors import CheckpointError, FairMTLError
 from libmtl_fair.libmtl import FairTrainer
 from libmtl_fair.libmtl.state import Results
+from libmtl_fair.metrics.decisions import Held, thresholds_in_use
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.build import EVAL_BATCH, data_for, loaders, make_trainer
 from libmtl_fair.recipe.measure import Protocol
 from libmtl_fair.tasks import Regression, Task
 from libmtl_fair.tune.artifacts import Keeper
 from libmtl_fair.tune.budget import GRACE, Heartbeat, Reaper, claim, fill, give_up, slots
-from libmtl_fair.tune.evidence import bars_of, counts_of, degenerate_tasks, utilities
+from libmtl_fair.tune.evidence import counts_of, degenerate_tasks, utilities
 from libmtl_fair.tune.objectives import PEOPLE, upper_end, value_of
 from libmtl_fair.tune.plan import DEGENERATE, Candidate, Outcome, Plan
 from libmtl_fair.tune.selection import failures
@@ -112,10 +113,10 @@ def predicted(
     return dataclasses.replace(predictions, people=found)
 
 
-def measure(plan: Plan, predictions: Predictions, protocol: Protocol, outcome: Outcome) -> dict[str, float]:
+def measure(plan: Plan, predictions: Predictions, protocol: Protocol, outcome: Outcome) -> Held:
     """Add what one model's validation predictions give to an outcome; return the thresholds of its decisions."""
     recipe, threshold = plan.recipe, plan.recipe.metrics.threshold
-    bars = bars_of(predictions, threshold)
+    bars = thresholds_in_use(predictions, threshold)
     for m in plan.measures:
         value = value_of(m, predictions, protocol.deltas, recipe, bars)
         outcome.found.setdefault(m.name, []).append(value)
