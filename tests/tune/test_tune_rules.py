@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -15,10 +16,12 @@ from sklearn.metrics import confusion_matrix, roc_auc_score
 
 from libmtl_fair import tune
 from libmtl_fair.errors import RecipeError
-from libmtl_fair.metrics import FixedDeltaAudit, judge
+from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS
+from libmtl_fair.metrics import FixedDeltaAudit, base_rate_thresholds, judge
 from libmtl_fair.recipe import load_recipe
 from libmtl_fair.tune import worker
 from libmtl_fair.tune.plan import DESCRIBED, Candidate, Plan
+from libmtl_fair.tune.results import hand_back
 from libmtl_fair.tune.selection import Rules, explain, standings, upper
 
 RARE = """\
@@ -262,3 +265,51 @@ def test_stacked_trials_keep_the_same_rules(rare):
         assert other.user_attrs["utility"][0]["common/auc"] == pytest.approx(
             one.user_attrs["utility"][0]["common/auc"], abs=1e-3
         )
+
+
+def test_fairmt_is_searched_by_what_matters(small):
+    recipe = small("methods.relif={weighting: FairMT}", "tune.space={}", "data.subset=1500")
+    (space,) = Plan.make(recipe).space.values()
+    assert {"target", "sharpness", "fpr_weight"} <= {p.name for p in space}
+    own = OUR_WEIGHTINGS["FairMT"].settings_class.search_space()
+    assert all(own[p.name] == p.entry for p in space if p.name in own)
+    study = tune.tune(recipe, 4)
+    assert [t.state.name for t in study.get_trials()] == ["COMPLETE"] * 4
+    target = study.get_trials()[3].params["target"]
+    assert tune.to_recipe(study.get_trials()[3]).methods["tuned"].args["target"] == target
+
+
+def test_thresholds_of_the_base_rate_come_from_validation_and_are_held(small, tmp_path, monkeypatch):
+    recipe = small("metrics.threshold=base_rate", "tune.objectives=[macro_accuracy, never_married/eo_difference]")
+    study, seen, real = tune.tune(recipe, 1), [], worker.value_of
+
+    def watches(measure, predictions, deltas, recipe, bars):
+        seen.append((predictions, bars))
+        return real(measure, predictions, deltas, recipe, bars)
+
+    monkeypatch.setattr(worker, "value_of", watches)
+    list(hand_back(study, study.get_trials()[0], recipe, tmp_path, "cpu"))
+    (val, bars), (test, held) = seen[0], seen[-1]
+    assert len(val) == len(test) and val is not test
+    assert held == bars == base_rate_thresholds(val) != base_rate_thresholds(test)
+    labels, chosen = test.labels["income"].numpy() > 0.5, test.scores["income"].numpy() > np.float32(bars["income"])
+    other = test.labels["never_married"].numpy() > 0.5
+    right = (other == (test.scores["never_married"].numpy() > np.float32(bars["never_married"]))).mean()
+    found = json.loads((tmp_path / "result.json").read_text())["test"]["0"]
+    assert found["macro_accuracy"][0] == pytest.approx(((labels == chosen).mean() + right) / 2)
+
+
+def test_groups_with_too_few_people_are_listed_and_leave_the_gap(small):
+    recipe = small(
+        "data.sensitive=[race]", "data.subset=6000", "tune.objectives=[macro_auc, never_married/eo_difference]"
+    )
+    study = tune.tune(recipe, 1)
+    (trial,) = study.get_trials()
+    counts = trial.user_attrs["counts"][0]["never_married"]["race"]
+    few = [name for name, (tn, fp, fn, tp) in counts.items() if min(tn + fp, fn + tp) < 10 or tn + fp + fn + tp < 30]
+    assert 0 < len(few) < len(counts)
+    (said,) = [text for text in explain(study, trial) if "too few people" in text]
+    assert all(f"race {name} (never_married)" in said for name in few)
+    rates = [(tp / (tp + fn), fp / (fp + tn)) for name, (tn, fp, fn, tp) in counts.items() if name not in few]
+    gap = max(max(column) - min(column) for column in zip(*rates))
+    assert trial.user_attrs["validation"]["never_married/eo_difference"][0] == pytest.approx(gap)
