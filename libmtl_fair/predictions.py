@@ -39,7 +39,6 @@ class Predictions:
     groups : attribute -> group ids int64 [N], -1 unknown.
     group_names : attribute -> names, index = id.
     embeddings : representation that the heads received, [N, d], or one per task; None unless asked for.
-    people : what an audit of people found of them: "inconsistency", "flip_gap"; empty unless one was made.
     decided : tasks of which decisions alone are meant: no AUC, no Brier of their scores.
     people : what an audit of people found of them: "inconsistency", "flip_gap"; empty unless one was made.
     """
