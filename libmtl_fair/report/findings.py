@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -34,7 +33,7 @@ def _findings(run: RunFolder) -> Iterator[Finding]:
     if others:
         nothing = "No method makes groups more alike in a way that anybody gains from by more than chance."
         yield "What improved", _first(improved) if improved else nothing
-    cost = [text for method in others if (text := " ".join(filter(None, (told[method]["down"], told[method]["cost"]))))]
+    cost = [text for method in others if (text := told[method]["cost"])]
     if others and (cost or improved):
         yield (
             "What it cost",
@@ -70,34 +69,59 @@ def _names(items: Iterable[object], most: int = 8) -> str:
 
 
 def _of_method(run: RunFolder, method: str) -> dict[str, str]:
+    """Return what a method improved, and what it cost: at the recipe's threshold, or where nothing is to be said there at the other."""
     cells = summary(run)
-    own = cells[(cells["method"] == method) & cells["column"].str.startswith("EO diff")]
-    gains = [row for row in rows(own) if row.gain]
-    downs = [row for row in rows(own) if row.down and not row.why]
-    pays = judged.who_pays(run)
-    pays = pays[pays["method"] == method]
+    own = [*rows(cells[(cells["method"] == method) & cells["column"].str.startswith("EO diff")])]
+    for end in (*judged.thresholds(run), ""):
+        here = [row for row in own if column_of(row.column)[2] == end]
+        gains, downs = [row for row in here if row.gain], [row for row in here if row.down and not row.why]
+        if gains or downs:
+            break
+    pays = judged.who_pays(run, end)
+    pays = pays[(pays["method"] == method) & pays["d_tpr"].notna()]
     costs = [*_utility_falls(run, method)]
-    if not any(row.down for row in downs):
-        costs += [*_losses(pays)]
+    if not downs and method not in judged.why_degenerate(run, end):
+        lost = pays[pays["d_tpr"] < -judged.SURE * pays["se_tpr"]].sort_values("d_tpr")
+        costs += [_most(lost)] if len(lost) else []
+    down = _down(method, end, downs, pays) if downs else ""
     cost = f"{method} costs: {'; '.join(costs)}." if costs else ""
-    down = [_down(run, row) for row in downs]
-    return {"improved": " ".join(_gain(run, row, pays) for row in gains), "down": " ".join(down), "cost": cost}
+    return {
+        "improved": _gain(run, method, end, gains, pays) if gains else "",
+        "cost": " ".join(filter(None, (down, cost))),
+    }
 
 
-def _gain(run: RunFolder, row: Any, pays: pd.DataFrame) -> str:
-    _, attribute, end = column_of(row.column)
-    before = _mean(run, run.reference, row.column)
-    sure = (
-        f" (change {row.difference:+.3f}, 95 % interval over {int(row.pairs)} seeds {row.low:+.3f} to {row.high:+.3f})"
-    )
-    part = pays if not end else judged.who_pays(run, end).query("method == @row.method")
-    part = part[(part["attribute"] == attribute) & (part["d_tpr"] > judged.SURE * part["se_tpr"])]
-    best = [r for r in rows(part.sort_values("d_tpr", ascending=False))][:2]
-    who = f" {_names(map(_moved, best))}." if best else " Fewer people of some group are decided wrongly."
+def _gain(run: RunFolder, method: str, end: str, gains: list[Any], pays: pd.DataFrame) -> str:
+    cells = summary(run).set_index(["method", "column"])["mean"]
+    falls = []
+    for row in gains:
+        sure = f" (95 % interval of the change over {int(row.pairs)} seeds: {row.low:+.3f} to {row.high:+.3f})"
+        before = cells[run.reference, row.column]
+        falls.append(
+            f"by {column_of(row.column)[1]} from {before:.3f} to {row.mean:.3f}{sure if row.low == row.low else ''}"
+        )
+    up = pays[pays["attribute"].isin([column_of(row.column)[1] for row in gains])]
+    up = up[up["d_tpr"] > judged.SURE * up["se_tpr"]].sort_values("d_tpr", ascending=False)
+    who = _most(up) or "fewer people of some group are decided wrongly"
     return (
-        f"{row.method} treats groups of {attribute} more alike{_at(end)}: the largest gap in how often they rightly or wrongly get a "
-        f"yes falls from {before:.3f} to {row.mean:.3f}{sure if row.low == row.low else ''}.{who}"
+        f"{method} treats groups more alike{_at(end)}: the largest gap in how often they rightly or wrongly get a yes falls "
+        f"{_names(falls)}; {who}."
     )
+
+
+def _down(method: str, end: str, downs: list[Any], pays: pd.DataFrame) -> str:
+    tasks = {(column_of(row.column)[1], task) for row in downs for task in row.down.split(", ")}
+    fallen = pays[[key in tasks for key in zip(pays["attribute"], pays["task"])]].sort_values("d_tpr")
+    falls = _most(fallen[fallen["d_tpr"] < 0])
+    return (
+        f"{method} levels down by {_names(dict.fromkeys(column_of(row.column)[1] for row in downs))}{_at(end)}: gaps shrink because those "
+        f"who should get a yes get it less often, and nobody's share rises by more than chance ({falls})."
+    )
+
+
+def _most(moved: pd.DataFrame) -> str:
+    """Say of each group where it moved the most, of at most three groups, in the order given."""
+    return "; ".join(map(_moved, rows(moved.drop_duplicates(["attribute", "group"])[:_FIRST])))
 
 
 def _moved(row: Any) -> str:
@@ -106,34 +130,7 @@ def _moved(row: Any) -> str:
 
 
 def _at(end: str) -> str:
-    return " at the base-rate threshold" if end else ""
-
-
-def _mean(run: RunFolder, method: str, column: str) -> float:
-    cells = summary(run)
-    found = cells[(cells["method"] == method) & (cells["column"] == column)]["mean"]
-    return float(found.iloc[0]) if len(found) else math.nan
-
-
-def _down(run: RunFolder, row: Any) -> str:
-    _, attribute, end = column_of(row.column)
-    pays = judged.who_pays(run, end)
-    tasks = row.down.split(", ")
-    part = pays[(pays["method"] == row.method) & (pays["attribute"] == attribute) & pays["task"].isin(tasks)]
-    fallen = part[part["d_tpr"] < 0].sort_values("d_tpr")
-    falls = "; ".join(
-        f"from {r.tpr_before:.0%} to {r.tpr:.0%} for {r.group} in {r.task}" for r in list(rows(fallen))[:3]
-    )
-    return (
-        f"{row.method} levels down by {attribute}{_at(end)}: the gap shrinks because those who should get a yes get it less often "
-        f"({falls}), and nobody's share rises by more than chance."
-    )
-
-
-def _losses(pays: pd.DataFrame) -> Iterator[str]:
-    lost = pays[pays["d_tpr"] < -judged.SURE * pays["se_tpr"]].sort_values("d_tpr")
-    for r in list(rows(lost))[:2]:
-        yield _moved(r)
+    return ", when as many get a yes as should" if end else ""
 
 
 def _utility_falls(run: RunFolder, method: str) -> Iterator[str]:
@@ -164,7 +161,7 @@ def _degenerate(run: RunFolder) -> Iterator[str]:
     if len(found) > _FIRST:
         yield f"So are {_names(list(found)[_FIRST:])}."
     if found and len(found) == len(run.methods) and judged.decisions(run, judged.BASE_RATE):
-        yield "Look at the base-rate threshold, which says yes as often as there is a true yes."
+        yield "Look at the columns of the base rate, where as many get a yes as should."
 
 
 def _shrunk(run: RunFolder) -> Iterator[str]:
@@ -179,10 +176,11 @@ def _shrunk(run: RunFolder) -> Iterator[str]:
 def _no_gap(run: RunFolder) -> Iterator[str]:
     cells = summary(run)
     cells = cells[cells["column"].str.startswith("EO diff") & (cells["method"] == run.reference) & (cells["why"] == "")]
-    none = [column_of(row.column) for row in rows(cells) if row.p > 0.05]
+    none = [
+        f"groups of {column_of(row.column)[1]}{_at(column_of(row.column)[2])}" for row in rows(cells[cells["p"] > 0.05])
+    ]
     if none:
-        where = _names(f"{attribute}{_at(end)}" for _, attribute, end in none)
-        yield f"Between groups of {where} a gap of {run.reference} is not distinguishable from none: chance alone makes one as large."
+        yield f"Between {_names(none)} the largest gap of {run.reference} is not distinguishable from none: chance makes one as large."
 
 
 def _too_few(run: RunFolder) -> Iterator[str]:

@@ -105,27 +105,17 @@ def _gaps(run: RunFolder, end: str) -> pd.DataFrame:
 
 
 def _further(run: RunFolder) -> Iterator[tuple[object, ...]]:
-    """Gaps of AUC and MAE between the groups with enough people; of KS as recorded, where all groups have enough."""
+    """Gaps of AUC and MAE between groups that are not flagged; of KS as recorded, where no group is."""
     frame = run.frame("groups")
-    ready = {(d.method, d.task, d.attribute): d for d in decisions(run)}
-    smallest = int((run.recipe.get("metrics") or {}).get("min_group_size") or 30)
-    of_groups = frame[frame["metric"].isin(["auc", "mae"]) & ~frame["group"].isin(NO_GROUP)]
-    few = set()
-    for key, part in of_groups.groupby(["method", "seed", "task", "attribute", "metric"], sort=False):
-        method, seed, task, attribute, metric = map(str, key)
-        own = ready.get((method, task, attribute))
-        kept = part["n"] >= smallest
-        if own is not None and int(seed) in own.by_seed:
-            counts = own.by_seed[int(seed)]
-            sure = verdicts.enough(counts, min_group_size=smallest)
-            kept &= part["group"].isin(counts.index[sure]).to_numpy()
-        elif not kept.all():
-            few.add((method, int(seed), task, attribute))
-        values = part["value"][kept].dropna()
-        yield method, int(seed), task, attribute, metric, False, float(np.ptp(values)) if len(values) > 1 else math.nan
+    of_groups = ~frame["group"].isin(NO_GROUP)
+    taken = frame[(frame["flag"] == "") & of_groups & frame["metric"].isin(["auc", "mae"])]
+    for key, values in taken.groupby(["method", "seed", "task", "attribute", "metric"], sort=False)["value"]:
+        yield *key, False, float(np.ptp(values)) if len(values) > 1 else math.nan
+    keys = ["method", "seed", "task", "attribute"]
+    small = set(frame[frame["flag"].isin(["small", "few"]) & of_groups].groupby(keys).groups)
     for row in rows(frame[(frame["metric"] == "ks") & (frame["group"] == "difference")]):
-        rests = (row.method, row.seed, row.task, row.attribute) in few or row.flag not in ("", "undefined")
-        yield row.method, row.seed, row.task, row.attribute, "ks", False, math.nan if rests else row.value
+        key = (row.method, row.seed, row.task, row.attribute)
+        yield *key, "ks", False, math.nan if key in small or row.flag else row.value
 
 
 def degenerate(run: RunFolder, end: str = "") -> pd.DataFrame:
