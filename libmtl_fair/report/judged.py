@@ -135,16 +135,22 @@ def _degenerate(run: RunFolder, end: str) -> pd.DataFrame:
     return pd.DataFrame([row for row in found if row[-1]], columns=["method", "seed", "task", "why"])
 
 
+def degenerate_tasks(run: RunFolder, end: str = "") -> dict[tuple[str, str], str]:
+    """Return (method, task) -> why its decision is none, with the number of seeds where it is not all."""
+    found: dict[tuple[str, str], str] = {}
+    for (method, task), own in degenerate(run, end).groupby(["method", "task"], sort=False):
+        seeds = len(run.of(str(method)))
+        often = "" if len(own) == seeds else f" in {len(own)} of {seeds} seeds"
+        found[str(method), str(task)] = f"{own['why'].iloc[0]}{often}"
+    return found
+
+
 def why_degenerate(run: RunFolder, end: str = "") -> dict[str, str]:
     """Return method -> which of its decisions are none and why, of those that have one."""
-    found: dict[str, str] = {}
-    for method, part in degenerate(run, end).groupby("method", sort=False):
-        texts, seeds = [], len(run.of(str(method)))
-        for task, own in part.groupby("task", sort=False):
-            often = "" if len(own) == seeds else f" in {len(own)} of {seeds} seeds"
-            texts.append(f"{task} {own['why'].iloc[0]}{often}")
-        found[str(method)] = "; ".join(texts)
-    return found
+    found: dict[str, list[str]] = {}
+    for (method, task), why in degenerate_tasks(run, end).items():
+        found.setdefault(method, []).append(f"{task} {why}")
+    return {method: "; ".join(each) for method, each in found.items()}
 
 
 def levelled_down(run: RunFolder, end: str = "") -> dict[tuple[str, str], list[str]]:

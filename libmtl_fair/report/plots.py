@@ -20,6 +20,7 @@ from libmtl_fair.report.run_folder import RunFolder, number, read_run, rows
 from libmtl_fair.report.summary import (
     HIGHER_IS_BETTER,
     LABELS,
+    column_of,
     group_means,
     main_utility,
     native_errors,
@@ -108,7 +109,10 @@ def scatter_plot(run: RunFolder, found: Scatter) -> Figure:
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
     better = "upper" if found.y.removeprefix("macro ") in {LABELS.get(m, m) for m in HIGHER_IS_BETTER} else "lower"
-    axes.set(xlabel=found.x, ylabel=found.y, title=f"{better} left is better")
+    left = "left: scores closer together, no goal in itself" if found.x.startswith("Bias@") else "left is better"
+    axes.set(
+        xlabel=found.x, ylabel=found.y, title=f"{better} is better; {left}" if "goal" in left else f"{better} {left}"
+    )
     if found.x in ERRORS:
         axes.set(xlabel=f"{found.x} (lower is better)", title="on or above the line: shrinking does as well")
     return figure
@@ -147,11 +151,13 @@ def pareto_plot(run: RunFolder, disparity: str) -> Figure | None:
     """Utility (up) against a difference between groups (right), means over seeds: upper left is better.
 
     Sweeps are lines with the number at their ends, other methods single points, named where there is room; the dashed line is
-    the Pareto front of the means, which favours lucky methods where there are many. None with fewer than three methods, or no utility.
+    the Pareto front of the means, which favours lucky methods where there are many. Methods with a degenerate decision are left out. None
+    with fewer than three methods, or no utility.
     """
     values = summary_values(run)
     utility = main_utility(values)
-    frame = points(values, disparity, utility) if utility is not None else pd.DataFrame()
+    frame = points(values, disparity, utility) if utility is not None else pd.DataFrame(columns=["method"])
+    frame = frame[~frame["method"].isin(why_degenerate(run, column_of(disparity)[2]))]
     if len(frame) < _FEWEST:
         return None
     figure, (axes,) = canvas(6.4, 4.2)
@@ -254,9 +260,7 @@ def pays_plot(run: RunFolder, attribute: str) -> Figure | None:
     axes.axvline(0, color=REFERENCE, linewidth=1)
     axes.set_yticks(range(len(names)), [label(f"{task}: {group}", 32) for task, group in names])
     axes.invert_yaxis()
-    axes.set(
-        xlabel=f"more (right) or fewer (left) in 100 of those who should get a yes do, than with {label(run.reference)}"
-    )
+    axes.set(xlabel="change among 100 who should get a yes")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
@@ -344,7 +348,10 @@ def plots_of(run: RunFolder) -> Iterator[Plot]:
 def first_plots(run: RunFolder) -> Iterator[Plot]:
     """Yield the one figure of the first screen: who pays, by the first attribute that has decisions."""
     for attribute in list(dict.fromkeys(who_pays(run)["attribute"]))[:1]:
-        caption = f"Who pays, by {attribute}: change against {run.reference} with 95 % intervals over people."
+        caption = (
+            f"Who pays, by {attribute}: of 100 people of a group who should get a yes, how many more (right of 0) or fewer (left) do than "
+            f"with {run.reference}; 95 % intervals over people."
+        )
         yield Plot("who_pays", "first", caption, partial(pays_plot, run, attribute))
 
 

@@ -28,10 +28,10 @@ _MEANS = {
     "mean AUC diff": "auc",
     "mean MAE diff": "mae",
 }
-_DECIDED = ("accuracy", "f1", "balanced accuracy")
-"""Ends of the names of utilities that are of decisions: those of a degenerate one are never the best."""
 PEOPLE = {"inconsistency": "inconsistency", "flip gap": "flip"}
 """Columns of the audit of people, and what they are among its rows."""
+DECIDED = frozenset(("accuracy", "balanced_accuracy", "f1", "macro_f1"))
+"""Utilities that are of decisions: those of a degenerate one say nothing, and both thresholds have theirs."""
 _VALUES = ["method", "seed", "column", "value", "higher"]
 BETWEEN_GROUPS = frozenset({"difference", "ratio"})
 _MAIN = ("auc", "accuracy", "r2")
@@ -44,9 +44,10 @@ def summary_values(run: RunFolder, further: bool = False) -> pd.DataFrame:
     classification tasks as "mean EO diff"), between groups with enough people (:mod:`libmtl_fair.report.judged`). ``further`` adds
     means over tasks: equalised odds, equal opportunity, AUC and mean absolute error.
     """
-    utility, audit = run.frame("utility"), run.frame("audit")
-    macro = utility[utility["task"] == "macro"]
-    columns = [f"macro {LABELS.get(name, name.replace('_', ' '))}" for name in macro["metric"]]
+    audit, utility, other = (run.frame(part) for part in ("audit", "utility", "utility_base_rate"))
+    both = pd.concat([utility.assign(end=""), other[other["metric"].isin(DECIDED)].assign(end=judged.BASE_RATE)])
+    macro = both[both["task"] == "macro"]
+    columns = [f"{_macro(name)}{end}" for name, end in zip(macro["metric"], macro["end"])]
     parts = [macro.assign(column=columns, higher=macro["metric"].isin(HIGHER_IS_BETTER))]
     for name, source in (("Bias", "bias"), ("VR", "violation_rate")):
         parts.append(audit.assign(column=f"{name}@" + audit["delta_name"], value=audit[source], higher=False))
@@ -57,6 +58,10 @@ def summary_values(run: RunFolder, further: bool = False) -> pd.DataFrame:
             people[(people["task"] == "macro") & (people["metric"] == metric)].assign(column=name, higher=False)
         )
     return pd.DataFrame([row for part in parts for row in rows(part[_VALUES])], columns=_VALUES)
+
+
+def _macro(metric: str) -> str:
+    return f"macro {LABELS.get(metric, metric.replace('_', ' '))}"
 
 
 def _gap_columns(run: RunFolder, further: bool) -> Iterator[pd.DataFrame]:
@@ -128,12 +133,14 @@ def _verdicts(run: RunFolder, cells: pd.DataFrame) -> pd.DataFrame:
     down = {end: judged.levelled_down(run, end) for end in ends}
     p = {end: judged.p_values(run, end) for end in ends}
     gainers = {end: _gainers(run, end) for end in ends}
+    decided = set(map(_macro, DECIDED))
     below = {(r.method, r.delta_name) for r in rows(shrinkage_verdict(run)) if r.below}
     made = []
     for row in rows(cells):
         metric, attribute, end = column_of(row.column)
         decision = metric in ("equalized_odds", "demographic_parity", "equal_opportunity")
-        none = why.get(end, {}).get(row.method, "") if decision or row.column.lower().endswith(_DECIDED) else ""
+        at = judged.BASE_RATE * row.column.endswith(judged.BASE_RATE)
+        none = why.get(at, {}).get(row.method, "") if decision or row.column.removesuffix(at) in decided else ""
         tasks = ", ".join(down.get(end, {}).get((row.method, attribute), [])) if decision else ""
         sure = row.high < 0 if row.pairs > 1 else row.difference < 0
         gain = bool(decision and not none and not tasks and sure and (row.method, attribute) in gainers.get(end, set()))

@@ -98,8 +98,9 @@ def summary_sheet(
     made = []
     for r in rows(taken):
         difference = show_difference(r) if cells is not None else show(r.difference, sign="+").strip("–")
-        text = " ".join(filter(None, (show(r.mean, r.sd), mark(r))))
-        made.append(Cell(text, "; ".join(filter(None, (difference, words(r)))), bool(r.best), "good" if r.gain else ""))
+        text = " ".join(filter(None, (show(r.mean, r.sd), "".join(remarks(r)))))
+        small = "; ".join(filter(None, (difference, *remarks(r).values())))
+        made.append(Cell(text, small, bool(r.best), "good" if r.gain else ""))
     wide = taken.assign(cell=pd.Series(made, index=taken.index, dtype=object)).pivot(
         index="method", columns="column", values="cell"
     )
@@ -107,18 +108,12 @@ def summary_sheet(
     return sheet(title, ["method", *columns], wide, note) if columns else None
 
 
-def mark(row: Any) -> str:
-    """Return the marks of a cell of the summary."""
-    none = row.p > 0.05 and not row.why
-    return "".join(sign for sign, so in ((NOTHING, row.why), (DOWN, row.down), (NONE, none)) if so)
-
-
-def words(row: Any) -> str:
-    """Return what the marks of a cell mean."""
+def remarks(row: Any) -> dict[str, str]:
+    """Return the marks of a cell of the summary, and what each says in words."""
     if row.why:
-        return f"says nothing: {row.why}"
-    none = f"not distinguishable from none (p = {row.p:.2f})" if row.p > 0.05 else ""
-    return "; ".join(filter(None, (f"levels down in {row.down}" if row.down else "", none)))
+        return {NOTHING: f"says nothing: {row.why}"}
+    down = {DOWN: f"levels down in {row.down}"} if row.down else {}
+    return down | ({NONE: f"not distinguishable from none (p = {row.p:.2f})"} if row.p > 0.05 else {})
 
 
 def glance_sheet(run: RunFolder) -> Sheet | None:
@@ -138,30 +133,38 @@ def task_sheet(run: RunFolder) -> Sheet:
     frame = run.frame("utility")
     means = numbers.with_sd(frame[frame["task"] != "macro"], ["task", "method", "metric"], ["value"])
     tasks, names = list(dict.fromkeys(means["task"])), list(dict.fromkeys(means["metric"]))
-    texts = means.assign(text=[show(r.value, r.value_sd) for r in rows(means)])
+    none = judged.degenerate_tasks(run)
+
+    def text(r: Any) -> str:
+        nothing = (r.method, r.task) in none and r.metric in numbers.DECIDED
+        return f"{show(r.value, r.value_sd)}{f' {NOTHING}' if nothing else ''}"
+
+    texts = means.assign(text=[text(r) for r in rows(means)])
     wide = texts.pivot(index=["task", "method"], columns="metric", values="text").reindex(columns=names)
     wide = wide.reindex(pd.MultiIndex.from_product([tasks, run.methods], names=["task", "method"]))
     heads = [f"{numbers.LABELS.get(m, m)} {'↑' if m in numbers.HIGHER_IS_BETTER else '↓'}" for m in names]
-    return sheet("Utility by task", ["task", "method", *heads], wide.reset_index())
+    return sheet("Utility by task", ["task", "method", *heads], wide.reset_index(), MARKS if none else "")
 
 
 def pays_sheets(run: RunFolder) -> Iterator[Sheet]:
     """What changed for each group against the reference, one table for each threshold and attribute."""
     for end in judged.thresholds(run):
-        every = judged.who_pays(run, end)
+        every, none, down = judged.who_pays(run, end), judged.degenerate_tasks(run, end), judged.levelled_down(run, end)
         for attribute, frame in every.groupby("attribute", sort=False):
-            lines = [
-                (
-                    row.task,
-                    row.group,
-                    f"{row.n:,.0f} ({row.positives:,.0f} yes)",
-                    row.method,
-                    *(_change(row, n) for n in _CHANGES),
-                )
-                for row in rows(in_order(frame, "task", "group"))
-            ]
+            lines = []
+            for row in rows(in_order(frame, "task", "group")):
+                nothing, levels = (row.method, row.task) in none, row.task in down.get((row.method, str(attribute)), ())
+                marks = f" {NOTHING if nothing else DOWN}" if nothing or levels else ""
+                people = f"{row.n:,.0f} ({row.positives:,.0f} yes)"
+                changed = (_change(row, name, marks) for name in _CHANGES)
+                lines.append((row.task, row.group, people, f"{row.method}{marks}", *changed))
             heads = ["task", "group", "people", "method", *_CHANGES.values()]
-            yield sheet(f"Who pays, by {attribute}{end}", heads, pd.DataFrame(lines), notes.PAYS.format(run.reference))
+            yield sheet(
+                f"Who pays, by {attribute}{end}",
+                heads,
+                pd.DataFrame(lines),
+                f"{notes.PAYS.format(run.reference)}{MARKS}.",
+            )
 
 
 _CHANGES = {
@@ -172,15 +175,17 @@ _CHANGES = {
 }
 
 
-def _change(row: Any, name: str) -> Cell:
+def _change(row: Any, name: str, marks: str) -> Cell:
+    """Write a change with its noise; what levels down, or is one answer for all, is not shaded as good."""
     change, noise = getattr(row, f"d_{name}"), judged.SURE * getattr(row, f"se_{name}")
     if change != change:
         return Cell("–")
     sure = abs(change) > noise and name != "selection"
     good = (change > 0) == (name == "tpr")
-    said = ("gains ▲" if good else "loses ▼") if sure else ""
+    said = ("gains ▲" * (NOTHING not in marks) if good else "loses ▼") if sure else ""
     both = f"{getattr(row, f'{name}_before'):.3f} → {getattr(row, name):.3f}"
-    return Cell(f"{change:+.3f} ± {noise:.3f} {said}".strip(), both, tone=("good" if good else "bad") if sure else "")
+    tone = ("good" * (not marks) if good else "bad") if sure else ""
+    return Cell(f"{change:+.3f} ± {noise:.3f} {said}".strip(), both, tone=tone)
 
 
 def gain_sheet(run: RunFolder, found: pd.DataFrame | None = None) -> Sheet | None:
@@ -281,6 +286,8 @@ def group_sheet(run: RunFolder, between: bool = False) -> Sheet | None:
     means = means[means["group"].isin(numbers.BETWEEN_GROUPS) == between]
     means = in_order(means, "task", "attribute", "metric", "group")
     means["metric"] = means["metric"].str.replace("_", " ")
+    none = judged.degenerate_tasks(run)
+    means["flag"] = ["; ".join(filter(None, (r.flag, none.get((r.method, r.task))))) for r in rows(means)]
     means["n"] = [f"{n:.0f}" if n == n else "–" for n in means["n"]]
     intervals = [f"[{r.low:.3f}, {r.high:.3f}]" if r.low + r.high == r.low + r.high else "–" for r in rows(means)]
     means.insert(6, "interval", intervals)
@@ -394,5 +401,5 @@ def titled(title: str, run: RunFolder) -> Table:
 
 def starred(row: Any) -> Text:
     """Write a cell of the summary; the best mean is bold and has a star, what says nothing or levels down a mark."""
-    text = show(row.mean, row.sd) + ("*" if row.best else "") + (f" {mark(row)}" if mark(row) else "")
+    text = " ".join(filter(None, (show(row.mean, row.sd) + "*" * bool(row.best), "".join(remarks(row)))))
     return Text(text, style="bold" if row.best else "")

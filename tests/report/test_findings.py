@@ -19,7 +19,7 @@ from libmtl_fair.report.choice import Rule, choose
 from libmtl_fair.report.compare import compare
 from libmtl_fair.report.findings import findings
 from libmtl_fair.report.page import render, render_comparison
-from libmtl_fair.report.tables import GAPS, pays_sheets, summary_sheet
+from libmtl_fair.report.tables import GAPS, group_sheet, pays_sheets, summary_sheet, task_sheet
 
 METHODS = {"plain": "EW", "relif": "ReLiF"}
 Counts = list[int]
@@ -50,8 +50,12 @@ def is_praised(run_dir: Path, columns: tuple[str, ...] = ("EO diff", "DP diff"),
     """Whether any table or page stars or shades a method's gaps, or a choice takes it."""
     run = read_run(run_dir)
     starred = any(c.best or c.gain for name, c in cells_of(run_dir, method).items() if name.startswith(columns))
-    line = next(row for row in summary_sheet(run, "", GAPS).body if row[0].text == method)
-    shaded = any(cell.best or cell.tone == "good" for cell in line)
+    sheets = (summary_sheet(run, "", GAPS), *pays_sheets(run))
+    lines = [
+        line for sheet in sheets for line in sheet.body if any(cell.text.split(" ")[0] == method for cell in line[:4])
+    ]
+    assert len(lines) > 1
+    shaded = any(cell.best or cell.tone == "good" for line in lines for cell in line)
     measures = [c for c in cells_of(run_dir) if c.startswith(columns)][:2]
     chosen = any(method in set(choose(run, Rule([measure], within=100))["method"]) for measure in measures)
     return starred or chosen or (shaded and columns[0] == "EO diff")
@@ -96,6 +100,8 @@ def test_equalised_odds_0_of_a_model_that_selects_nobody_or_everybody_is_never_b
     assert "No method makes groups more alike" in said(honest)
     assert not is_praised(honest)
     assert not cells["macro accuracy"].best
+    assert {row[1].text for row in task_sheet(read_run(honest)).body if "⚠" in row[3].text} == {"relif"}
+    assert {row[4].text for row in group_sheet(read_run(honest), True).body if words in row[8].text} == {"relif"}
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(summary_table(read_run(honest), 200))
     assert "0.000 ± 0.000 ⚠" in console.export_text()
@@ -105,7 +111,7 @@ def test_equalised_odds_0_of_a_model_that_selects_nobody_or_everybody_is_never_b
         card_markdown(read_run(honest)),
     ):
         assert f"says nothing: income {words}; long_hours {words}" in page
-        assert 'class="good">0.000' not in page
+        assert not re.search('class="[a-z ]*good"', page)
 
 
 def test_a_shrunk_model_gets_no_praise_for_its_bias(honest: Path) -> None:
@@ -160,7 +166,9 @@ def test_a_levelled_down_model_is_said_and_marked_not_praised(honest: Path, tamp
     assert "56% instead of 70% of Male (sex) who should get a yes do" in text
     assert "nobody's share rises by more than chance" in text
     assert not is_praised(honest)
-    assert "▽" in render(read_run(honest), interactive=False)
+    page = render(read_run(honest), interactive=False)
+    assert "▽" in page
+    assert not re.search('class="[a-z ]*good"', page)
 
 
 def test_who_pays_says_what_the_quickstart_hid(builder: Any, tamper: Any) -> None:
