@@ -34,7 +34,7 @@ class FairMTLClassifier(ClassifierMixin, FairMTLBase):  # type: ignore[misc]
         are refused here: they need :class:`FairMTLEstimator` and two targets.
     epochs, batch_size, lr, weight_decay : of training with Adam.
     hidden, dropout : widths of the hidden layers and dropout between them.
-    method_args : settings of the method, as in recipes: ``{"epsilon": 0.02}``.
+    method_args : settings of the method, as in recipes: ``{"target": "eo <= 0.05"}``.
     validation_fraction : share of the rows held out to choose the best epoch; 0 keeps the last epoch.
     device : ``"auto"``, ``"cpu"``, ``"cuda:0"``, ...
     random_state : None, an int or a ``numpy.random.RandomState``.
@@ -42,6 +42,7 @@ class FairMTLClassifier(ClassifierMixin, FairMTLBase):  # type: ignore[misc]
     Attributes
     ----------
     classes_ : the classes, sorted. ``history_``: one row a training step. ``groups_``: attribute -> names of its groups.
+    constraint_ : after ``fit`` with ``"fairmt"``, a row a constraint: what was tolerated, what training reached, and whether it is met.
 
     >>> import numpy as np
     >>> rng = np.random.default_rng(0)

@@ -154,3 +154,30 @@ def test_the_same_recipe_gives_the_same_numbers(tmp_path):
         one, two = numbers(first, method), numbers(second, method)
         one.pop("timing"), two.pop("timing")
         assert one == two
+
+
+def test_what_came_of_a_constraint_is_kept_on_training_and_validation_decisions(tmp_path):
+    fair = {"weighting": "FairMT", "constraint": "eo <= 0.05", "train": {"epochs": 6, "batch_size": 32}}
+    asked = recipe(methods={"plain": {"weighting": "EW"}, "fair": fair})
+    out = run_recipe(asked, tmp_path / "run", device="cpu")
+    assert "constraint" not in numbers(out, "plain")
+    rows = numbers(out, "fair")["constraint"]
+    assert [(row["task"], row["attribute"], row["target"]) for row in rows] == [
+        ("bad_credit", "age", "eo <= 0.05"),
+        ("owns_home", "age", "eo <= 0.05"),
+    ]
+    for row in rows:
+        for part in ("train", "val"):
+            assert row[f"{part}_met"] == (row[part] <= row["tolerance"] + row[f"{part}_error"])
+    # a run that was trained and not measured is measured from its checkpoint
+    folder = out / "fair" / "seed0"
+    (folder / "checkpoint.pt").rename(folder / "last.pt")
+    (folder / "metrics.json").unlink()
+    again = run_recipe(asked, out, device="cpu", resume=True)
+    assert numbers(again, "fair")["constraint"] == rows
+
+
+def test_a_constraint_that_is_none_names_the_place(tmp_path):
+    methods = {"plain": {"weighting": "EW"}, "fair": {"weighting": "FairMT", "target": "eo < tiny"}}
+    with pytest.raises(RecipeError, match="is no constraint: write"):
+        run_recipe(recipe(methods=methods), tmp_path / "run", device="cpu")

@@ -89,6 +89,17 @@ def test_fairmt_lowers_the_gap(people):
     assert gaps["fairmt"] < gaps["none"]
 
 
+def test_a_sentence_as_method_args_and_what_came_of_it(people):
+    """The label is nearly one of the inputs and sex is none of them: decisions cannot be passed alike, and that is said."""
+    y, sex = people.y, people.groups["sex"]
+    model = FairMTLClassifier("fairmt", epochs=20, batch_size=32, method_args={"target": "dp <= 0.03"}, random_state=0)
+    with pytest.warns(UserWarning, match="y, sex: dp <= 0.03 was not met"):
+        model.fit(people.numbers, y, sensitive_features=sex)
+    (row,) = model.constraint_
+    assert (row["attribute"], row["target"], row["at_bound"], row["train_met"]) == ("sex", "dp <= 0.03", True, False)
+    assert FairMTLClassifier("none", epochs=2, random_state=0).fit(people.numbers, y).constraint_ == []
+
+
 def test_arrays_in_arrays_out(people):
     numbers = np.column_stack([people.y, people.numbers[:, 1]])
     model = FairMTLEstimator(**SMALL).fit(people.numbers, numbers)

@@ -145,7 +145,7 @@ class Constraint(Controller):
         super().__init__()
         s = self.settings = settings
         self.mu: float | Tensor = s.mu
-        self.ema: float | Tensor = s.ema
+        self.ema: float | Tensor = s.ema or 0.0
         self.sharpness: float | Tensor = s.sharpness
         self.min_count: float | Tensor = s.min_count
         self.fpr_weight: float | Tensor = s.fpr_weight

@@ -25,24 +25,30 @@ _GAIN, _LIMIT, _SLOTS = 15.0, 0.05, 256
 
 
 class Pace(NamedTuple):
-    """Where a training of ``total`` steps is: ``warm`` while it trains plainly, ``gain`` of a step of log eta after it.
-
-    ``anew``: half of the plain steps are over; the decisions before them are forgotten, as of a model that knew nothing yet.
-    """
+    """Where a training of ``total`` steps is: ``warm`` while it trains plainly, ``gain`` of a step of log eta after it."""
 
     warm: bool
     gain: float
-    anew: bool = False
 
     @classmethod
     def of(cls, step: int, epoch_steps: int, total: int) -> Pace:
         """Return the pace of a step (0-based): plain for an epoch or a tenth of the steps, at most a third.
 
         >>> Pace.of(99, 100, 1000), Pace.of(100, 100, 1000)
-        (Pace(warm=True, gain=0.015, anew=False), Pace(warm=False, gain=0.015, anew=False))
+        (Pace(warm=True, gain=0.015), Pace(warm=False, gain=0.015))
         """
         plain = min(max(epoch_steps, math.ceil(total / 10)), total // 3)
-        return cls(step < max(1, plain), min(_GAIN / max(total, 1), _LIMIT), step == plain // 2)
+        return cls(step < max(1, plain), min(_GAIN / max(total, 1), _LIMIT))
+
+
+def decay_of(rows: int, epoch_steps: int | None) -> float:
+    """Return the decay of the smooth sums: they span 10 batches, in small batches 2,560 people but at most a quarter of an epoch.
+
+    >>> decay_of(512, 100), round(decay_of(8, 1000), 3), decay_of(8, 30)
+    (0.9, 0.996, 0.9)
+    """
+    longest = math.inf if epoch_steps is None else epoch_steps / 4
+    return 1 - 1 / max(10.0, min(2560 / max(rows, 1), longest))
 
 
 class Window:

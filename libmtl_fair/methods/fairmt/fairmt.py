@@ -17,7 +17,7 @@ from libmtl_fair.libmtl.gradients import add_gradients, carry_representation_gra
 from libmtl_fair.libmtl.state import TrainingState
 from libmtl_fair.methods.base import Penalty, Settings, Written
 from libmtl_fair.methods.fairmt.constraint import BinaryColumns, Constraint, MixedColumns, OutputColumns, evaluate
-from libmtl_fair.methods.fairmt.duals import START, Duals, Found, Pace, Window, pursue
+from libmtl_fair.methods.fairmt.duals import START, Duals, Found, Pace, Window, decay_of, pursue
 from libmtl_fair.methods.fairmt.settings import DEFAULT_TARGET, FairMTSettings
 from libmtl_fair.methods.fairmt.targets import Target, chosen
 from libmtl_fair.methods.fairmt.task_weights import Gradients, TaskWeights, uniform
@@ -181,6 +181,9 @@ class FairMT(Penalty):
         assert rule is not None
         assert duals is not None
         pace, length = self._pace(batch)
+        if not self.past_steps:
+            rows = len(next(iter(batch.outputs.values())))
+            self.decay = decay_of(rows, batch.epoch_steps) if self.settings.ema is None else self.settings.ema
         self.past_steps, self.plain_steps = self.past_steps + 1, self.plain_steps + pace.warm
         if self.settings.threshold == "base_rate":
             self._move_cut(batch)
@@ -189,9 +192,6 @@ class FairMT(Penalty):
         self.running = (
             now[..., : 2 * half] if self.running is None else now[..., : 2 * half] + self.decay * self.running
         )
-        if pace.anew and self.ring is not None and self.recent is not None:
-            self.ring.zero_()
-            self.recent.zero_()
         self.ring, self.recent = Window.rolled(self.ring, self.recent, now[..., half:], self.past_steps - 1, length)
         if self.multipliers is None:
             self.multipliers = duals.start()
@@ -340,7 +340,6 @@ class FairMT(Penalty):
             targets = chosen(s.target, s.targets, DEFAULT_TARGET, self._limited, attributes)
             self._duals = Duals(rule, columns, attributes, targets, self.device)
             shape = self._duals.bound.shape
-            self.decay = self.decay or s.ema
         if self.presence is None:
             self.presence = torch.zeros(shape, device=self.device)
 
