@@ -310,7 +310,7 @@ def test_prepare_args_rejects_what_the_settings_reject() -> None:
         ({"proxy": "heads"}, "unknown proxy 'heads'; did you mean 'head'"),
         ({"alpha": "equal"}, "unknown alpha 'equal'"),
         ({"reference": "best"}, "unknown reference 'best'"),
-        ({"ema": 1}, r"ema must be in \[0, 1\), found 1"),
+        ({"ema": 1}, r"ema must be in \[0, 1\), or null, found 1"),
         ({"ema_gradient": "full"}, "unknown ema_gradient 'full'"),
         ({"min_count": 0}, "min_count must be above 0"),
         ({"fpr_weight": -1}, "fpr_weight must be a number of at least 0"),
