@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -37,15 +37,24 @@ LIFTED: Mapping[str, str] = {
 _LEAST, _MARGIN = 10, 1e-5
 
 
-class PostModel(Protocol):
-    """What a path is of."""
+Along = Callable[[float], Predictions]
+"""Strength -> the predictions of the model of that strength."""
+
+
+class PostModel:
+    """What a path is of: a model made of others' predictions."""
+
+    def along(self, *predictions: Predictions) -> Along:
+        """Return the path of models on the people of these predictions, those of the models that it is made of."""
+        raise NotImplementedError
 
     def apply(self, *predictions: Predictions, strength: float = 1.0) -> Predictions:
-        """Return the predictions of the model of that strength, made of the predictions of those that it was made of."""
+        """Return the predictions of the model of one strength in [0, 1]."""
+        return self.along(*predictions)(strength)
 
 
 @dataclass(frozen=True)
-class Offsets:
+class Offsets(PostModel):
     """Offsets >= 0 to the logits of groups: ``offsets`` is task -> group -> offset; ``sensitive``: whose groups (crossed).
 
     Made by :func:`fit_offsets`. A group that is not named, or unknown, keeps its logits.
@@ -54,15 +63,16 @@ class Offsets:
     sensitive: tuple[str, ...]
     offsets: Mapping[str, Mapping[str, float]]
 
-    def apply(self, *predictions: Predictions, strength: float = 1.0) -> Predictions:
-        """Return the predictions with ``strength`` times the offsets added."""
+    def along(self, *predictions: Predictions) -> Along:
+        """Return strength -> the predictions with so many times the offsets added."""
         (held,) = predictions
         shown = pd.Series(group_labels(held, self.sensitive))
-        moved = {}
-        for name, by_group in self.offsets.items():
-            z = _logits(held, name)
-            moved[name] = z + torch.as_tensor(strength * shown.map(by_group).fillna(0.0).to_numpy(float), dtype=z.dtype)
-        return with_outputs(held, moved)
+        logits = {name: _logits(held, name) for name in self.offsets}
+        added = {
+            name: torch.tensor(shown.map(by_group).fillna(0.0).tolist(), dtype=logits[name].dtype)
+            for name, by_group in self.offsets.items()
+        }
+        return lambda strength: with_outputs(held, {name: z + strength * added[name] for name, z in logits.items()})
 
 
 def fit_offsets(
@@ -124,7 +134,7 @@ def _lifts(z: Floats, shown: Array, cut: float, least: int) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Thresholds:
+class Thresholds(PostModel):
     """Decisions by thresholds per group: ``fitted`` is task -> :class:`PostProcessed`. Made by :func:`fit_thresholds`.
 
     Decisions are all that is left of the scores: the outputs of :meth:`apply` are logits whose sign at the threshold in use
@@ -137,20 +147,25 @@ class Thresholds:
     cut: Mapping[str, float]
     seed: int = 0
 
-    def apply(self, *predictions: Predictions, strength: float = 1.0) -> Predictions:
-        """Return the predictions where a random share ``strength`` of the people (the same for all strengths) is so decided."""
+    def along(self, *predictions: Predictions) -> Along:
+        """Return strength -> the predictions where a random share so large (the smaller within the larger) is so decided."""
         (held,) = predictions
-        shown, changed = group_labels(held, self.sensitive), {}
-        taken = np.random.default_rng(self.seed).random(len(shown)) < strength
+        shown, ends = group_labels(held, self.sensitive), {}
+        drawn = np.random.default_rng(self.seed).random(len(shown))
         for name, chosen in self.fitted.items():
-            z, cut = _logits(held, name), self.cut[name]
-            p = expit(as_floats(z))
-            by_group = chosen.predict(p, sensitive=shown, random_state=self.seed)
-            decided = np.where(taken & np.isin(shown, chosen.groups), by_group == 1, p > cut)
-            inside = np.clip(p, 1e-4, 1 - 1e-4)
-            score = np.where(decided, cut + (1 - cut) * inside, cut * inside)
-            changed[name] = torch.as_tensor(logit(score), dtype=torch.float64)
-        return replace(with_outputs(held, changed), decided=tuple(dict.fromkeys([*held.decided, *changed])))
+            p = expit(as_floats(_logits(held, name)))
+            by_group = chosen.predict(p, sensitive=shown, random_state=self.seed) == 1
+            ends[name] = p, p > self.cut[name], np.where(np.isin(shown, chosen.groups), by_group, p > self.cut[name])
+
+        def made(strength: float) -> Predictions:
+            changed = {}
+            for name, (p, own, other) in ends.items():
+                cut, inside = self.cut[name], np.clip(p, 1e-4, 1 - 1e-4)
+                score = np.where(np.where(drawn < strength, other, own), cut + (1 - cut) * inside, cut * inside)
+                changed[name] = torch.as_tensor(logit(score), dtype=torch.float64)
+            return replace(with_outputs(held, changed), decided=tuple(dict.fromkeys([*held.decided, *changed])))
+
+        return made
 
 
 def fit_thresholds(
@@ -185,20 +200,16 @@ def fit_thresholds(
 
 
 @dataclass(frozen=True)
-class Blend:
+class Blend(PostModel):
     """Outputs of two models mixed: ``(1 - strength) first + strength second``, for tasks of any kind."""
 
-    def apply(self, *predictions: Predictions, strength: float = 1.0) -> Predictions:
-        """Return the mixed predictions; DataError for other tasks or other people."""
+    def along(self, *predictions: Predictions) -> Along:
+        """Return strength -> the mixed predictions; DataError for other tasks or other people."""
         first, second = predictions
         if [t.name for t in first.tasks] != [t.name for t in second.tasks] or len(first) != len(second):
             raise DataError("blend needs two models of the same tasks on the same people")
-        mixed = {
-            t.name: (1 - strength) * first.outputs[t.name]
-            + strength * second.outputs[t.name].reshape(first.outputs[t.name].shape)
-            for t in first.tasks
-        }
-        return with_outputs(first, mixed)
+        other = {t.name: second.outputs[t.name].reshape(first.outputs[t.name].shape) for t in first.tasks}
+        return lambda s: with_outputs(first, {n: (1 - s) * first.outputs[n] + s * z for n, z in other.items()})
 
 
 class Point(NamedTuple):
@@ -208,9 +219,9 @@ class Point(NamedTuple):
     disparity: float
 
 
-def path(apply: Callable[[float], Predictions], disparity: Callable[[Predictions], float]) -> list[Point]:
+def path(along: Along, disparity: Callable[[Predictions], float]) -> list[Point]:
     """Return the disparity at each of :data:`STRENGTHS`."""
-    return [Point(s, disparity(apply(s))) for s in STRENGTHS]
+    return [Point(s, disparity(along(s))) for s in STRENGTHS]
 
 
 def pick(points: Sequence[Point], target: float | None = None) -> Point:
@@ -233,15 +244,14 @@ def worst_gap(
     min_group_size: int = 30,
 ) -> float:
     """Return the largest difference over binary tasks between groups with enough people; NaN where there is none."""
-    names = attributes_of(predictions, sensitive)
-    shown, known = group_labels(predictions, names), _known(predictions, names)
-    groups, ids = np.unique(shown.astype(str), return_inverse=True)
-    found = []
+    names, found = attributes_of(predictions, sensitive), []
+    given = [predictions.groups[name] for name in names]
+    ids, n_groups = F.cross_groups(given, [int(each.max().clamp(min=0)) + 1 for each in given])
     for task in binary_tasks(predictions):
         z, y = _labelled(predictions, task)
-        rows = known & ~np.isnan(y)
-        cut = (thresholds or {}).get(task, 0.5)
-        counts = group_counts(y[rows], expit(z[rows]) > cut, ids[rows], len(groups))
+        seen = ~np.isnan(y)
+        decided = expit(z[seen]) > (thresholds or {}).get(task, 0.5)
+        counts = group_counts(y[seen], decided, ids.numpy()[seen], n_groups)
         found.append(judge(counts, metric, min_group_size=min_group_size, n_bootstrap=0, n_permutations=0).value)
     return max((v for v in found if v == v), default=float("nan"))
 

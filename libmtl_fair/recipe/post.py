@@ -196,7 +196,7 @@ def _on_path(
         def disparity(made: Predictions) -> float:
             return worst_gap(made, settings.attribute, thresholds=thresholds_in_use(made, threshold), **rule)
 
-        points = post_models.path(lambda s: model.apply(*held["val"], strength=s), disparity)
+        points = post_models.path(model.along(*held["val"]), disparity)
         strength = post_models.pick(points, settings.target).strength
         wanted = "lowest" if settings.target is None else f"first of at most {settings.target:g}"
         chosen = f"least strength with the {wanted} {metric} difference on validation"

@@ -245,7 +245,7 @@ def test_a_point_is_picked_by_the_least_strength_that_reaches_the_target():
     assert pick(points, 0.05).strength == 1.0
     p = predictions()
     offsets = fit_offsets(p, "sex")
-    along = path(lambda s: offsets.apply(p, strength=s), lambda q: worst_gap(q, "sex"))
+    along = path(offsets.along(p), lambda q: worst_gap(q, "sex"))
     assert [x.strength for x in along] == list(STRENGTHS)
     assert along[-1].disparity == worst_gap(offsets.apply(p), "sex")
     assert roc_auc_score(p.labels["c"], offsets.apply(p).outputs["c"][:, 0]) > 0.5
