@@ -20,7 +20,8 @@ def base_rate_thresholds(predictions: Predictions) -> dict[str, float | list[flo
     """Return task -> the threshold above which as many are selected as are positive, of binary and multilabel tasks.
 
     ``predictions`` are those on *validation* data; the thresholds are then held (METHODS.md, 5): on test data they would use what
-    is not known yet. Fewer are selected where probabilities tie there. A task without labels is not in it, a label without any has 0.5.
+    is not known yet. Fewer are selected where probabilities tie there. A task without labels is not in it, a label without any has 0.5,
+    and so has a task of which decisions alone are meant (``Predictions.decided``).
     """
     found: dict[str, float | list[float]] = {}
     for task in predictions.tasks:
@@ -29,17 +30,19 @@ def base_rate_thresholds(predictions: Predictions) -> dict[str, float | list[flo
             observed, values = labels.isfinite(), task.probabilities(predictions.outputs[task.name])
             if observed.any():
                 least = base_rates(Rows(values, labels, observed, {}, None)).clamp(min=0)
-                found[task.name] = torch.where(observed.any(0), least, 0.5).tolist()
+                meant = observed.any(0) & (task.name not in predictions.decided)
+                found[task.name] = torch.where(meant, least, 0.5).tolist()
     return found
 
 
 def thresholds_in_use(predictions: Predictions, threshold: float | str | Held = 0.5) -> dict[str, float | list[float]]:
     """Return task -> threshold of every binary and multilabel task: a number for all, ``"base_rate"`` of these predictions, or as held.
 
-    Tasks that are not named keep 0.5.
+    Tasks that are not named keep 0.5, and so do those of which decisions alone are meant (``Predictions.decided``).
     """
     if threshold == "base_rate":
         given: Held = base_rate_thresholds(predictions)
     else:
         given = threshold if isinstance(threshold, Mapping) else {t.name: float(threshold) for t in predictions.tasks}
-    return {t.name: given.get(t.name, 0.5) for t in predictions.tasks if t.kind in DECIDED}
+    decided = dict.fromkeys(predictions.decided, 0.5)
+    return {t.name: decided.get(t.name, given.get(t.name, 0.5)) for t in predictions.tasks if t.kind in DECIDED}

@@ -16,9 +16,10 @@ import torch
 from scipy.special import expit, logit
 from torch import Tensor
 
+from libmtl_fair import functional as F
 from libmtl_fair.errors import DataError, RecipeError, unknown
-from libmtl_fair.metrics import decisions
 from libmtl_fair.metrics.arrays import Array, Bools, Floats, as_floats, as_numpy
+from libmtl_fair.metrics.decisions import Held, thresholds_in_use
 from libmtl_fair.metrics.fairlearn_bridge import attributes_of
 from libmtl_fair.metrics.post_processing import PostProcessed, group_labels, post_process
 from libmtl_fair.metrics.rates import group_counts
@@ -108,7 +109,7 @@ def fit_offsets(
         for task in binary_tasks(predictions):
             z, y = _labelled(predictions, task)
             counted = known & ((y == 1) if LIFTED[constraint] == "true_positive_rate" else ~np.isnan(y))
-            offsets[task] = _lifts(z[counted], shown[counted], float(logit(cut[task])), least)
+            offsets[task] = _lifts(z[counted], shown[counted], float(logit(np.clip(cut[task], 1e-6, 1 - 1e-6))), least)
         if offsets == found.offsets:
             break
         found = Offsets(names, offsets)
@@ -137,14 +138,15 @@ def _lifts(z: Floats, shown: Array, cut: float, least: int) -> dict[str, float]:
 class Thresholds(PostModel):
     """Decisions by thresholds per group: ``fitted`` is task -> :class:`PostProcessed`. Made by :func:`fit_thresholds`.
 
-    Decisions are all that is left of the scores: the outputs of :meth:`apply` are logits whose sign at the threshold in use
-    gives the decision, with the former order among the selected and among the others, and the tasks are named in
-    ``Predictions.decided``: AUC, Brier and the fixed-delta audit are not defined of them.
+    Decisions are all that is left of the scores: the outputs of :meth:`apply` are logits whose sign gives the decision, with
+    the former order among the selected and among the others, and the tasks are named in ``Predictions.decided``: they decide
+    at 0.5 whatever the threshold in use, and AUC, Brier and the fixed-delta audit are not defined of them. ``cut``: thresholds of
+    the model itself.
     """
 
     sensitive: tuple[str, ...]
     fitted: Mapping[str, PostProcessed]
-    cut: Mapping[str, float]
+    cut: Held
     seed: int = 0
 
     def along(self, *predictions: Predictions) -> Along:
@@ -160,9 +162,8 @@ class Thresholds(PostModel):
         def made(strength: float) -> Predictions:
             changed = {}
             for name, (p, own, other) in ends.items():
-                cut, inside = self.cut[name], np.clip(p, 1e-4, 1 - 1e-4)
-                score = np.where(np.where(drawn < strength, other, own), cut + (1 - cut) * inside, cut * inside)
-                changed[name] = torch.as_tensor(logit(score), dtype=torch.float64)
+                chosen = np.where(drawn < strength, other, own)
+                changed[name] = torch.as_tensor(logit((np.clip(p, 1e-4, 1 - 1e-4) + chosen) / 2), dtype=torch.float64)
             return replace(with_outputs(held, changed), decided=tuple(dict.fromkeys([*held.decided, *changed])))
 
         return made
@@ -239,27 +240,24 @@ def worst_gap(
     predictions: Predictions,
     sensitive: str | Sequence[str] | None = None,
     metric: str = "equalized_odds",
-    thresholds: Mapping[str, float] | None = None,
+    thresholds: float | str | Held = 0.5,
     *,
     min_group_size: int = 30,
 ) -> float:
-    """Return the largest difference over binary tasks between groups with enough people; NaN where there is none."""
-    names, found = attributes_of(predictions, sensitive), []
+    """Return the largest difference over binary tasks between groups with enough people; NaN where there is none.
+
+    ``thresholds`` as in :func:`libmtl_fair.metrics.decisions.thresholds_in_use`; ``"base_rate"``: those of these predictions.
+    """
+    names, found, cut = attributes_of(predictions, sensitive), [], thresholds_in_use(predictions, thresholds)
     given = [predictions.groups[name] for name in names]
     ids, n_groups = F.cross_groups(given, [int(each.max().clamp(min=0)) + 1 for each in given])
     for task in binary_tasks(predictions):
         z, y = _labelled(predictions, task)
         seen = ~np.isnan(y)
-        decided = expit(z[seen]) > (thresholds or {}).get(task, 0.5)
+        decided = expit(z[seen]) > cut[task]
         counts = group_counts(y[seen], decided, ids.numpy()[seen], n_groups)
         found.append(judge(counts, metric, min_group_size=min_group_size, n_bootstrap=0, n_permutations=0).value)
     return max((v for v in found if v == v), default=float("nan"))
-
-
-def thresholds_in_use(predictions: Predictions, threshold: float | str) -> dict[str, float]:
-    """Return task -> threshold of every binary task; ``"base_rate"`` takes it from these predictions."""
-    found = decisions.thresholds_in_use(predictions, threshold)
-    return {task: float(np.clip(found[task], 1e-6, 1 - 1e-6)) for task in binary_tasks(predictions)}
 
 
 def with_outputs(predictions: Predictions, outputs: Mapping[str, Tensor]) -> Predictions:

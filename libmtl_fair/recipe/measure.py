@@ -101,7 +101,7 @@ def measure(recipe: Recipe, method: str, seed: int, predictions: Mapping[str, Pr
         settings_class = OUR_WEIGHTINGS[weighting].settings_class
         settings = settings_class.from_args(weighting, recipe.methods[method].args).model_dump() | settings
     base_rate = metrics.base_rate_thresholds(predictions["val"])
-    in_use = recipe.metrics.threshold if recipe.metrics.threshold != "base_rate" else base_rate
+    in_use = metrics.thresholds_in_use(predictions["val"], recipe.metrics.threshold)
     content: Row = {
         "method": method,
         "seed": seed,

@@ -16,7 +16,7 @@ from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.methods.base import Declared, Names, setting
 from libmtl_fair.metrics import post_models
 from libmtl_fair.metrics.arrays import Array, Bools, Floats, as_floats
-from libmtl_fair.metrics.post_models import LIFTED, PostModel, binary_tasks, thresholds_in_use, with_outputs, worst_gap
+from libmtl_fair.metrics.post_models import LIFTED, PostModel, binary_tasks, with_outputs, worst_gap
 from libmtl_fair.metrics.post_processing import group_labels
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.schema import Recipe
@@ -194,7 +194,7 @@ def _on_path(
         rule: Row = {"metric": metric, "min_group_size": recipe.metrics.min_group_size}
 
         def disparity(made: Predictions) -> float:
-            return worst_gap(made, settings.attribute, thresholds=thresholds_in_use(made, threshold), **rule)
+            return worst_gap(made, settings.attribute, thresholds=threshold, **rule)
 
         points = post_models.path(model.along(*held["val"]), disparity)
         strength = post_models.pick(points, settings.target).strength

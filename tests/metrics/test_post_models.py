@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 
 import libmtl_fair as lf
 from libmtl_fair.errors import DataError, RecipeError
-from libmtl_fair.metrics import utility
+from libmtl_fair.metrics import thresholds_in_use, utility
 from libmtl_fair.metrics.post_models import (
     STRENGTHS,
     Blend,
@@ -22,7 +22,6 @@ from libmtl_fair.metrics.post_models import (
     fit_thresholds,
     path,
     pick,
-    thresholds_in_use,
     worst_gap,
 )
 from libmtl_fair.metrics.post_processing import ScorePassThrough
@@ -160,10 +159,11 @@ def test_thresholds_decide_as_fairlearns_optimizer(constraint, threshold):
         wanted = theirs.predict(
             score(test)[:, None], sensitive_features=sex[test.groups["sex"].numpy()], random_state=3
         )
-        ours = test.task(task).probabilities(made.outputs[task]).numpy() > threshold
+        ours = test.task(task).probabilities(made.outputs[task]).numpy() > 0.5
         assert (ours == wanted).mean() > 0.998  # scores are float32 where it was fitted
     assert made.decided == ("b", "c")
     assert made.outputs["r"] is test.outputs["r"]
+    assert thresholds_in_use(made, threshold) == thresholds_in_use(made, "base_rate") == {"b": 0.5, "c": 0.5}
 
 
 def test_decisions_have_no_auc_and_survive_saving(tmp_path):
