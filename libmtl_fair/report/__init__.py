@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from libmtl_fair.report.branches import conflict_plot, conflict_table
 from libmtl_fair.report.card import card_dict, card_markdown, write_card
+from libmtl_fair.report.competitors import dominated
 from libmtl_fair.report.page import comparison_table, write_comparison, write_report
 from libmtl_fair.report.plots import dual_plot, group_bars, plots_of, scatter_plot, trace_plot, weight_plot, write_plots
 from libmtl_fair.report.run_folder import RunFolder, SeedRun, read_run
@@ -18,6 +19,7 @@ __all__ = [
     "comparison_table",
     "conflict_plot",
     "conflict_table",
+    "dominated",
     "dual_plot",
     "group_bars",
     "plots_of",

@@ -15,7 +15,7 @@ import torch
 
 from libmtl_fair import metrics
 from libmtl_fair.errors import CheckpointError, FairMTLError
-from libmtl_fair.files import read_json, write_json
+from libmtl_fair.files import file_digest, read_json, write_json
 from libmtl_fair.metrics.decisions import thresholds_in_use
 from libmtl_fair.metrics.post_models import (
     STRENGTHS,
@@ -29,10 +29,11 @@ from libmtl_fair.metrics.post_models import (
     pick,
     worst_gap,
 )
-from libmtl_fair.metrics.verdicts import FEWEST, MOST, counts_from_rows, judge
+from libmtl_fair.metrics.verdicts import FEWEST, MOST
 from libmtl_fair.predictions import Predictions
+from libmtl_fair.report import judged
 from libmtl_fair.report.reaudit import load_predictions
-from libmtl_fair.report.run_folder import Json, RunFolder, SeedRun, number, rows
+from libmtl_fair.report.run_folder import Json, RunFolder, number, rows
 from libmtl_fair.report.tables import Cell, Sheet, sheet
 
 TITLE = "Beside simple competitors"
@@ -94,20 +95,19 @@ def _made(run: RunFolder) -> list[str]:
     return [*posts, *(method for method in _unaware(run) if method not in posts)]
 
 
-def measured(item: SeedRun, split: str, min_group_size: int = 30) -> Values:
-    """Return utilities and disparities of one method and seed as ``metrics.json`` has them; what is not there is absent."""
-    macro = {row["metric"]: number(row["value"]) for row in item.entries("utility", split) if row["task"] == "macro"}
-    found = {name: macro[metric] for name, metric in UTILITIES.items() if metric in macro}
-    groups = pd.DataFrame(item.entries("groups", split))
-    for (attribute, _), part in groups.groupby(["attribute", "task"], sort=False) if len(groups) else ():
-        counts = counts_from_rows(part)
-        gap = (
-            judge(counts, min_group_size=min_group_size, n_bootstrap=0, n_permutations=0).value
-            if len(counts)
-            else math.nan
-        )
-        if gap == gap:
-            found[f"{_EO}{attribute}"] = max(gap, found.get(f"{_EO}{attribute}", 0.0))
+def _measured(run: RunFolder, split: str) -> dict[tuple[str, int], Values]:
+    """Return utilities and disparities of every method and seed of a split; what is undefined is absent."""
+    part = dataclasses.replace(run, on=split)
+    found: dict[tuple[str, int], Values] = {}
+    frame = part.frame("utility")
+    names = {metric: name for name, metric in UTILITIES.items()}
+    for row in rows(frame[(frame["task"] == "macro") & frame["metric"].isin(names) & frame["value"].notna()]):
+        found.setdefault((row.method, row.seed), {})[names[row.metric]] = row.value
+    for made in (d for d in judged.decisions(part) if not d.label):
+        for seed in made.by_seed:
+            gap, own = made.gap("equalized_odds", seed).value, found.setdefault((made.method, seed), {})
+            if gap == gap:
+                own[f"{_EO}{made.attribute}"] = max(gap, own.get(f"{_EO}{made.attribute}", 0.0))
     return found
 
 
@@ -126,7 +126,6 @@ class Bench:
         self._along: dict[tuple[str, str], Along] = {}
         self._models: dict[str, PostModel] = {}
         self._fresh: set[str] = set()
-        self._measured: dict[tuple[str, str], Values] = {}
 
     def values(self, family: Family, strength: float, part: str) -> Values:
         """Return utilities and disparities of a competitor on a part; undefined ones are absent."""
@@ -135,23 +134,18 @@ class Bench:
             values[key] = self._computed(family, strength, part)
         return {name: number(value) for name, value in values[key].items()}
 
-    def own(self, method: str, part: str) -> Values:
-        """Return what was measured of a method of the run."""
-        if (method, part) not in self._measured:
-            self._measured[method, part] = measured(self.items[method], part, self.smallest)
-        return self._measured[method, part]
-
     def picked(self, family: Family, measure: str, method: Values) -> dict[str, float]:
         """Return how a competitor was put beside a method -> its strength, both by validation.
 
         At equal disparity: the least strength with at most the method's disparity, else 1. At equal utility: that of the lowest
-        disparity among those with at least the method's accuracy and AUC, where there are any.
+        disparity among those with at least the method's accuracy and AUC, else the one of the highest accuracy and AUC.
         """
         along = {s: self.values(family, s, "val") for s in STRENGTHS}
         points = [Point(s, found.get(measure, math.nan)) for s, found in along.items()]
-        as_good = [p for p in points if all(along[p[0]].get(u, 1.0) >= method.get(u, 0.0) for u in UTILITIES)]
-        chosen = {EQUAL_DISPARITY: pick(points, method[measure]).strength}
-        return chosen | ({EQUAL_UTILITY: pick(as_good).strength} if as_good else {})
+        as_good = [p for p in points if all(along[p.strength].get(u, 1.0) >= method.get(u, 0.0) for u in UTILITIES)]
+        if not as_good:
+            as_good = [max(points, key=lambda p: sum(along[p.strength].get(u, 0.0) for u in UTILITIES))]
+        return {EQUAL_DISPARITY: pick(points, method[measure]).strength, EQUAL_UTILITY: pick(as_good).strength}
 
     def save(self) -> None:
         """Keep what was computed; a folder that cannot be written is left as it is."""
@@ -173,7 +167,7 @@ class Bench:
             )
             digest = hashlib.sha256(f"{_FORMAT} {self.threshold} {self.smallest} {self.attributes}".encode())
             for file in files:
-                digest.update(file.read_bytes() if file.exists() else b"")
+                digest.update(file_digest(file).encode() if file.exists() else b"")
             if self.kept.get(family.name, {}).get("digest") != digest.hexdigest():
                 self.kept[family.name] = {"digest": digest.hexdigest(), "values": {}}
             self._fresh.add(family.name)
@@ -225,6 +219,10 @@ def dominated(run: RunFolder) -> pd.DataFrame:
     is clearly better in one and clearly worse in none; "trades" where it is both; else "not distinguishable". A competitor that selects
     nobody or everybody dominates nothing.
     """
+    return run.once("dominated", lambda: _dominated(run))
+
+
+def _dominated(run: RunFolder) -> pd.DataFrame:
     found = pd.DataFrame(_pairs(run), columns=[*_KEYS, "seed", "strength", "void", "ours", "theirs", "gap", "other"])
     out: list[Json] = []
     for _, part in found.groupby(_KEYS[:4], sort=False):
@@ -257,14 +255,15 @@ def _difference(part: pd.DataFrame) -> Json:
 def _pairs(run: RunFolder) -> Iterator[tuple[object, ...]]:
     """Yield what :func:`dominated` compares, of each seed: utilities and disparities of a method and of a competitor."""
     made, every = _made(run), families(run)
-    judged = [method for method in run.methods if method != run.reference and method not in made]
-    for seed in run.seeds if judged else ():
+    numbers = {split: _measured(run, split) for split in {run.split, "val"}}
+    asked = [method for method in run.methods if method != run.reference and method not in made]
+    for seed in run.seeds if asked else ():
         bench = Bench(run, seed)
-        for method in (name for name in judged if name in bench.items):
-            own, val = bench.own(method, run.split), bench.own(method, "val")
+        for method in (name for name in asked if name in bench.items):
+            own, val = (numbers[split].get((method, seed), {}) for split in (run.split, "val"))
             for measure in (name for name in own if name.startswith(_EO)):
                 present = (name for name in made if name in bench.items)
-                others = [(name, AS_IT_IS, math.nan, bench.own(name, run.split)) for name in present]
+                others = [(name, AS_IT_IS, math.nan, numbers[run.split].get((name, seed), {})) for name in present]
                 for family in every if measure in val else ():
                     if measure in family.measures and set(family.of) <= bench.items.keys():
                         with suppress(FairMTLError):
@@ -279,9 +278,9 @@ def _pairs(run: RunFolder) -> Iterator[tuple[object, ...]]:
         bench.save()
 
 
-def verdicts(run: RunFolder, found: pd.DataFrame | None = None) -> list[str]:
+def verdicts(run: RunFolder) -> list[str]:
     """Return one sentence a method and disparity: what dominates it, or that nothing simple is shown to."""
-    found = dominated(run) if found is None else found
+    found = dominated(run)
     if found.empty:
         return [why] if (why := lacking(run)) else []
     if found["seeds"].max() < 2:
@@ -296,7 +295,7 @@ def _sentence(method: str, measure: str, part: pd.DataFrame) -> str:
     beaten = part[part["dominated"]]
     if len(beaten):
         told = [_told(row) for row in rows(beaten.drop_duplicates("competitor"))]
-        return f"{method} is dominated in {what}: {'; '.join(told)}."
+        return f"{method} is dominated in {what}, by {'; and by '.join(told)}."
     by = part.groupby("competitor", sort=False)["verdict"].agg(set)
     ahead, level = ([str(n) for n, seen in by.items() if seen == {v}] for v in ("ahead", "not distinguishable"))
     parts = [f"it is ahead of {', '.join(ahead)}"] if ahead else []
@@ -310,7 +309,8 @@ def _told(row: Any) -> str:
         ends = (-getattr(row, f"{name}{end}") for end in ("", "_high", "_low"))
         return "{} [{}, {}]".format(*(f"{value:+.{digits}f}" for value in ends))
 
-    return f"{row.competitor} has {row.utility} {number_of('d_utility', 4)} at a disparity of {number_of('d_disparity', 3)} against it"
+    free = "" if row.at == AS_IT_IS else ", which needs no training of its own"
+    return f"{row.competitor}{free}: {row.utility} {number_of('d_utility', 4)}, gap {number_of('d_disparity', 3)} against it"
 
 
 def lacking(run: RunFolder) -> str:
@@ -326,18 +326,15 @@ def lacking(run: RunFolder) -> str:
     ]
     if gone:
         return f"Simple competitors were not made: {run.reference} has no saved predictions (output.predictions)."
-    gaps = measured(items[0], run.split)
-    return (
-        ""
-        if any(name.startswith(_EO) for name in gaps)
-        else "Simple competitors were not made: they decide binary tasks."
-    )
+    known = (name for found in _measured(run, run.split).values() for name in found)
+    binary = any(name.startswith(_EO) for name in known)
+    return "" if binary else "Simple competitors were not made: they decide binary tasks of enough people."
 
 
-def competitor_sheet(run: RunFolder, found: pd.DataFrame | None = None) -> Sheet | None:
+def competitor_sheet(run: RunFolder) -> Sheet | None:
     """Return the table of :func:`dominated` with its sentences below it; None where there is nothing to compare."""
-    found = dominated(run) if found is None else found
-    said = verdicts(run, found)
+    found = dominated(run)
+    said = verdicts(run)
     if not said:
         return None
     shown = [

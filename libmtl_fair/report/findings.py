@@ -9,6 +9,7 @@ import pandas as pd
 
 from libmtl_fair import metrics
 from libmtl_fair.report import judged
+from libmtl_fair.report.competitors import verdicts
 from libmtl_fair.report.run_folder import RunFolder, rows
 from libmtl_fair.report.summary import LABELS, column_of, shrinkage_verdict, summary
 
@@ -41,6 +42,8 @@ def _findings(run: RunFolder) -> Iterator[Finding]:
         )
     if nothing_said := [*_degenerate(run), *_shrunk(run), *_no_gap(run), *_too_few(run)]:
         yield "What says nothing", " ".join(nothing_said)
+    if said := verdicts(run):
+        yield "Beside simple competitors", " ".join(said)
     yield "How sure", " ".join(_certainty(run))
 
 

@@ -15,6 +15,7 @@ from rich.text import Text
 from libmtl_fair.files import write_json, write_text
 from libmtl_fair.report import notes, protocol, tables
 from libmtl_fair.report.branches import event_sheet, tree_texts
+from libmtl_fair.report.competitors import competitor_sheet
 from libmtl_fair.report.findings import findings
 from libmtl_fair.report.plots import bars, first_plots, plots_of, scatters, write_plots
 from libmtl_fair.report.run_folder import Json, RunFolder, read_run, rows
@@ -67,6 +68,7 @@ def render(run: RunFolder, *, interactive: bool = True, plots: Iterable[Plot] | 
         fairness=[
             tables.summary_sheet(run, "Largest gap of the worst task", tables.GAPS, tables.MARKS),
             *tables.pays_sheets(run),
+            competitor_sheet(run),
             tables.group_sheet(run, between=True),
         ],
         audit=[tables.audit_sheet(run), tables.pair_sheet(run)],
@@ -120,6 +122,7 @@ def render_comparison(found: Comparison) -> str:
             measures("Largest gap of the worst task", tables.GAPS),
             measures("Means over tasks of the gaps between groups", ("mean EO", "mean EOP", "mean AUC", "mean MAE")),
             *tables.pays_sheets(run),
+            competitor_sheet(run),
         ],
         audit=[measures("Bias and violation rate", ("Bias@", "VR@")), tables.audit_sheet(run)],
         people_sentence=tables.people_sentence(run),
