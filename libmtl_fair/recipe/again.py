@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from libmtl_fair.errors import CheckpointError, FairMTLError
+from libmtl_fair.errors import CheckpointError, FairMTLError, RecipeError
 from libmtl_fair.files import plain
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.measure import Protocol, Row, measure, scores_digest
@@ -26,7 +26,8 @@ def measured_again(
 
     Raises
     ------
-    CheckpointError : a file of predictions, the recipe or the protocol cannot be read.
+    CheckpointError : a file of predictions or the protocol cannot be read.
+    RecipeError : the recipe cannot, or the predictions are of other tasks.
     """
     held: dict[str, Predictions] = {}
     try:
@@ -34,12 +35,18 @@ def measured_again(
             found = Predictions.load(folder / f"predictions_{part}.parquet")
             stale = part in changed and recorded.get("scores") == scores_digest(found)
             held[part] = found.rescored(found.tasks) if stale else found
+            here, there = [t.name for t in found.tasks], [t for t in metrics["utility"][part] if t != "macro"]
+            if here != there:
+                raise RecipeError(
+                    f"they have the tasks {here}, the run {there}; keep the same tasks, in the same order"
+                )
         read, seed = Recipe.from_dict(recipe), metrics["seed"]
         content = measure(read, metrics["method"], seed, held, Protocol.from_dict(protocol))
         if old := metrics.get("consistency"):
             content["consistency"] = measured_from_kept(read, folder.parent.parent, old, seed, held)
     except (FairMTLError, KeyError, TypeError) as error:
-        raise CheckpointError(
+        kind = RecipeError if isinstance(error, RecipeError) else CheckpointError
+        raise kind(
             f"{folder}: the saved predictions ({', '.join(changed)}) are not those that metrics.json was measured on, and they "
             f"cannot be measured: {error}"
         ) from error

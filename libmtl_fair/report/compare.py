@@ -96,6 +96,7 @@ def merged(runs: Sequence[RunFolder], again: Reaudit | None = None) -> RunFolder
                 metrics["shrinkage"] = {}  # the curve is the first reference's
             if again is not None:
                 metrics["audit"] = {again.split: again.entries(name, item)}
+                metrics["native_error"] = {again.split: again.native_error(name, item)}
             method = item.method if len(runs) == 1 else f"{name}/{item.method}"
             found.append(dataclasses.replace(item, method=method, metrics=metrics))
     recipe = dict(runs[0].recipe)

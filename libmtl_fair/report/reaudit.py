@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from libmtl_fair.errors import CheckpointError, RecipeError
-from libmtl_fair.metrics import FixedDeltaAudit, conformal_delta, pair_distances, quantile_delta, utility
+from libmtl_fair.metrics import FixedDeltaAudit, conformal_delta, native_error, pair_distances, quantile_delta, utility
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.report.run_folder import Json, RunFolder, SeedRun, number, read_run, records, rows
 from libmtl_fair.report.summary import with_sd
@@ -105,7 +105,7 @@ class Reaudit:
     """What auditing a split again under fixed tolerances found.
 
     ``frame``: run, method, seed, delta_name, delta, bias, violation_rate, brier (macro, of the same predictions; NaN
-    without classification tasks); ``per_pair``: the same by task pair.
+    without classification tasks), native_error (of the audited scores); ``per_pair``: the same by task pair.
     """
 
     tolerances: tuple[Tolerance, ...]
@@ -118,11 +118,17 @@ class Reaudit:
         tables = {"audit": records(self.frame), "per_pair": records(self.per_pair)}
         return {"format": 1, "split": self.split, "tolerances": [vars(item) for item in self.tolerances], **tables}
 
+    def native_error(self, run: str, item: SeedRun) -> float:
+        """Return the error of the audited scores of one method and seed of a run."""
+        frame = self.frame
+        own = frame[(frame["run"] == run) & (frame["method"] == item.method) & (frame["seed"] == item.seed)]
+        return float(own["native_error"].iloc[0])
+
     def entries(self, run: str, item: SeedRun) -> list[Json]:
         """Return what ``metrics.json`` holds of an audit, for one method and seed of a run."""
         keys = pd.Series({"run": run, "method": item.method, "seed": item.seed})
         frame, pairs = (f[(f[keys.index] == keys).all(axis=1)] for f in (self.frame, self.per_pair))
-        found = frame.drop(columns=[*keys.index, "brier"])
+        found = frame.drop(columns=[*keys.index, "brier", "native_error"])
         names = pairs["delta_name"]
         return [{**row, "per_pair": records(pairs[names == row["delta_name"]])} for row in records(found)]
 
@@ -160,12 +166,15 @@ def reaudit(
     for run, name in zip(runs, run_names(runs)):
         for item in run.runs:
             predictions = common_scores(item, split, tasks)
-            brier = number(utility(predictions)["macro"].get("brier"))
+            errors = {
+                "brier": number(utility(predictions)["macro"].get("brier")),
+                "native_error": native_error(predictions),
+            }
             for tolerance in chosen:
                 report = FixedDeltaAudit(tolerance.value, **_draws(first), exact=exact).run(predictions.scores)
                 key: Json = {"run": name, "method": item.method, "seed": item.seed, "delta_name": tolerance.name}
                 numbers = {"delta": tolerance.value, "bias": report.bias, "violation_rate": report.violation_rate}
-                found.append({**key, **numbers, "brier": brier, "exact": exact})
+                found.append({**key, **numbers, **errors, "exact": exact})
                 pairs += [key | row for row in records(report.per_pair)]
     return Reaudit(tuple(chosen), pd.DataFrame(found), pd.DataFrame(pairs), split)
 
