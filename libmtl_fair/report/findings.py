@@ -15,6 +15,7 @@ from libmtl_fair.report.summary import LABELS, column_of, shrinkage_verdict, sum
 
 _FIRST = 3
 """So many methods are told one by one; the others are named."""
+_FEW_SEEDS = 5
 _POINTS = 0.005
 """A utility that falls by less is not told."""
 _TOLD = ("auc", "accuracy", "f1", "r2")
@@ -30,9 +31,11 @@ def _findings(run: RunFolder) -> Iterator[Finding]:
     yield "What was compared", _compared(run)
     others = run.methods[1:]
     told = {method: _of_method(run, method) for method in others}
-    improved = [text for method in others if (text := told[method]["improved"])]
+    improved = [
+        text for method in others if (text := " ".join(filter(None, (told[method]["improved"], _alike(run, method)))))
+    ]
     if others:
-        nothing = "No method makes groups more alike in a way that anybody gains from by more than chance."
+        nothing = "No method makes groups, or people who are alike, more alike in a way that anybody gains from by more than chance."
         yield "What improved", _first(improved) if improved else nothing
     cost = [text for method in others if (text := told[method]["cost"])]
     if others and (cost or improved):
@@ -112,6 +115,19 @@ def _gain(run: RunFolder, method: str, end: str, gains: list[Any], pays: pd.Data
     )
 
 
+def _alike(run: RunFolder, method: str) -> str:
+    """Say where like people get more alike ranks, for sure over seeds."""
+    cells = summary(run)
+    found = {row.method: row for row in rows(cells[cells["column"] == "inconsistency"])}
+    if method not in found or not found[method].high < 0 or method in judged.why_degenerate(run):
+        return ""
+    own = found[method]
+    return (
+        f"{method} treats like people more alike: their ranks are {own.mean:.0%} instead of {found[run.reference].mean:.0%} as far apart "
+        f"as those of any two people (95 % interval of the change over {int(own.pairs)} seeds: {own.low:+.3f} to {own.high:+.3f})."
+    )
+
+
 def _down(method: str, end: str, downs: list[Any], pays: pd.DataFrame) -> str:
     tasks = {(column_of(row.column)[1], task) for row in downs for task in row.down.split(", ")}
     fallen = pays[[key in tasks for key in zip(pays["attribute"], pays["task"])]].sort_values("d_tpr")
@@ -168,7 +184,12 @@ def _degenerate(run: RunFolder) -> Iterator[str]:
 
 
 def _shrunk(run: RunFolder) -> Iterator[str]:
-    found = list(dict.fromkeys(row.method for row in rows(shrinkage_verdict(run)) if not row.below))
+    cells = summary(run)
+    lower = {(row.method, row.column) for row in rows(cells) if row.difference < 0}
+    verdicts = (
+        row for row in rows(shrinkage_verdict(run)) if not row.below and (row.method, f"Bias@{row.delta_name}") in lower
+    )
+    found = list(dict.fromkeys(row.method for row in verdicts))
     if found:
         yield (
             f"Under {_names(found)}, scores of different tasks lie closer together (Bias), but no closer than drawing all scores of "
@@ -203,5 +224,9 @@ def _certainty(run: RunFolder) -> Iterator[str]:
             if (run.recipe.get("data") or {}).get("resplit")
             else "all of one split of the people"
         )
-        narrow = ", and so few seeds make intervals too narrow" if seeds < 5 else ""
+        narrow = (
+            ", never leave the range of the differences seen, and are too narrow with so few"
+            if seeds < _FEW_SEEDS
+            else ""
+        )
         yield f"{seeds} seeds, {split}; intervals are over seeds{narrow}."

@@ -33,6 +33,8 @@ LEGEND = {
     "task's distribution of scores alone, not on who gets which score: it does not say whether like people are treated alike",
     "VR": "violation rate: the share of such pairs that are farther apart than the tolerance; of the distributions alone, as Bias",
     "@p": "the tolerance: a quantile (p75: 75 %) of distances between people in the reference model, or a fixed number",
+    "inconsistency": "how far apart in rank like people are, in units of any two people: 0 is always alike, 1 is chance",
+    "flip gap": "how far a person's rank moves when only the sensitive value among the inputs is exchanged",
     "MAE": "mean absolute error of a predicted number, in its unit",
     "Δm": "mean relative loss to the reference; below 0 is better",
 }
@@ -59,7 +61,7 @@ INTENDED = (
     "This card reports how well each method does, for whom, and how that was measured. It is no approval of any use: "
     "whether a model may decide about people is not settled by these numbers."
 )
-_AT_MOST, _FEW_SEEDS = 12, 5
+_AT_MOST = 12
 
 
 def notes(run: RunFolder) -> list[str]:
@@ -148,9 +150,6 @@ def _data(card: Json) -> Iterator[str]:
 
 
 def _method(run: RunFolder) -> Iterator[str]:
-    if len(run.seeds) < _FEW_SEEDS:
-        count = f"{len(run.seeds)} seeds" if len(run.seeds) > 1 else "one seed"
-        yield f"Only {count}: differences of the size of the standard deviation between seeds are not established."
     if run.split == "val":
         yield "No test split was evaluated: the numbers are of the validation split, which also chose the checkpoints."
     else:
@@ -186,15 +185,10 @@ def gain_verdict(found: pd.DataFrame) -> str:
 
 def comparison_notes(run: RunFolder, lacking: str, strangers: Sequence[str], first: str) -> Iterator[str]:
     """Yield the limits of a comparison; ``lacking``: why there is no drift; ``strangers``: runs of other data than ``first``."""
-    seeds = min(len(run.of(method)) for method in run.methods)
     yield (
         "± is the standard deviation between seeds. Intervals are 95 % bootstrap intervals of the mean paired difference to "
         f"{run.reference}: seeds are resampled, the {run.split} rows are not, so they do not cover another sample of people."
     )
-    if seeds < 2:
-        yield "One seed: no intervals."
-    elif seeds < _FEW_SEEDS:
-        yield f"With {seeds} seeds an interval never leaves the range of the differences seen: it is too narrow."
     yield (
         "Ranks under raw thresholds use each method's own thresholds and are a diagnostic; those under the fixed tolerance "
         "compare. An order is robust where the difference in Bias exceeds the two drift budgets together."

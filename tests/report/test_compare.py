@@ -15,6 +15,7 @@ from libmtl_fair.cli import app
 from libmtl_fair.errors import CheckpointError, RecipeError
 from libmtl_fair.report import read_run
 from libmtl_fair.report.compare import compare
+from libmtl_fair.report.findings import findings
 from libmtl_fair.report.notes import gain_verdict
 from libmtl_fair.report.page import comparison_table, render_comparison, write_comparison
 from libmtl_fair.report.page import render as render_report
@@ -178,7 +179,7 @@ def test_a_method_may_lack_a_measure(builder):
     path.write_text(json.dumps(metrics))
     found = compare([made])
     assert pd.isna(found.cells["low"]).all()
-    assert any("One seed: no intervals" in note for note in found.notes)
+    assert any(text.startswith("One seed: nothing shows how much of this") for _, text in findings(found.run))
 
 
 def test_errors(run_dir, tmp_path):

@@ -97,7 +97,7 @@ def test_equalised_odds_0_of_a_model_that_selects_nobody_or_everybody_is_never_b
     cells = cells_of(honest)
     assert cells["EO diff sex"].mean == 0
     assert f"relif is no decision to be judged: income {words}; long_hours {words}." in said(honest)
-    assert "No method makes groups more alike" in said(honest)
+    assert "No method makes groups, or people who are alike, more alike" in said(honest)
     assert not is_praised(honest)
     assert not cells["macro accuracy"].best
     assert {row[1].text for row in task_sheet(read_run(honest)).body if "⚠" in row[3].text} == {"relif"}
@@ -251,6 +251,20 @@ def test_page_comparison_card_and_terminal_share_the_sentences(honest: Path) -> 
     done = CliRunner().invoke(app, ["compare", str(honest)])
     assert done.exit_code == 0, done.output
     assert sentences[0] in " ".join(done.output.split())
+
+
+def test_like_people_treated_more_alike_are_said_and_only_for_sure(honest: Path) -> None:
+    for method, value in (("plain", 0.34), ("relif", 0.24)):
+        for seed in (0, 1, 2):
+            path = honest / method / f"seed{seed}" / "metrics.json"
+            row = {"task": "macro", "metric": "inconsistency", "value": value + 0.01 * seed * (method == "relif")}
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"consistency": {"test": {"rows": [row]}}}))
+    text = said(honest)
+    assert (
+        "relif treats like people more alike: their ranks are 25% instead of 34% as far apart as those of any two people"
+        in text
+    )
+    assert re.search(r"95 % interval of the change over 3 seeds: -0\.1\d\d to -0\.08\d", text)
 
 
 def test_one_seed_has_no_certainty(builder: Any) -> None:
