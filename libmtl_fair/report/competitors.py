@@ -16,7 +16,10 @@ import torch
 from libmtl_fair import metrics
 from libmtl_fair.errors import CheckpointError, FairMTLError
 from libmtl_fair.files import file_digest, read_json, write_json
+from libmtl_fair.metrics.arrays import as_floats
 from libmtl_fair.metrics.decisions import thresholds_in_use
+from libmtl_fair.metrics.near_pairs import NearPairs
+from libmtl_fair.metrics.people import scores_of
 from libmtl_fair.metrics.post_models import (
     STRENGTHS,
     Along,
@@ -29,6 +32,7 @@ from libmtl_fair.metrics.post_models import (
     pick,
     worst_gap,
 )
+from libmtl_fair.metrics.ranks import RankedTask, mean_known
 from libmtl_fair.metrics.verdicts import FEWEST, MOST
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.report import judged
@@ -40,10 +44,11 @@ TITLE = "Beside simple competitors"
 EQUAL_DISPARITY, EQUAL_UTILITY, AS_IT_IS = "equal disparity", "equal utility", "as it is"
 UTILITIES = {"accuracy": "accuracy", "macro AUC": "auc"}
 _EO = "EO "
+INCONSISTENCY = "inconsistency"
 _EQUAL = {"utility": 1e-3, "disparity": 1e-2}
 """Means that differ by at most this count as equal, unless an interval says otherwise (ours)."""
 _DEGENERATE = "degenerate"
-_FORMAT = 1
+_FORMAT = 2
 Values = dict[str, float]
 
 
@@ -66,7 +71,7 @@ def families(run: RunFolder) -> list[Family]:
         for what, fit in (("offsets", fit_offsets), ("thresholds", fit_thresholds)):
             how = partial(fit, sensitive=name, threshold=threshold)
             found.append(Family(f"{what} ({name})", (reference,), (f"{_EO}{name}",), how))
-    every = (*(f"{_EO}{name}" for name in attributes),)
+    every = (*(f"{_EO}{name}" for name in attributes), INCONSISTENCY)
     found += [
         Family(f"blend with {other}", (reference, other), every, lambda _: Blend()) for other in _unaware(run)[:1]
     ]
@@ -103,6 +108,11 @@ def _measured(run: RunFolder, split: str) -> dict[tuple[str, int], Values]:
     names = {metric: name for name, metric in UTILITIES.items()}
     for row in rows(frame[(frame["task"] == "macro") & frame["metric"].isin(names) & frame["value"].notna()]):
         found.setdefault((row.method, row.seed), {})[names[row.metric]] = row.value
+    people = part.frame("consistency")
+    for row in rows(
+        people[(people["task"] == "macro") & (people["metric"] == INCONSISTENCY) & people["value"].notna()]
+    ):
+        found.setdefault((row.method, row.seed), {})[INCONSISTENCY] = row.value
     for made in (d for d in judged.decisions(part) if not d.label):
         for seed in made.by_seed:
             gap, own = made.gap("equalized_odds", seed).value, found.setdefault((made.method, seed), {})
@@ -125,7 +135,10 @@ class Bench:
         self._held: dict[tuple[str, str], Predictions] = {}
         self._along: dict[tuple[str, str], Along] = {}
         self._models: dict[str, PostModel] = {}
+        self._found: dict[str, NearPairs] = {}
         self._fresh: set[str] = set()
+        name = f"_seed{seed}" if (run.recipe.get("data") or {}).get("resplit") else ""
+        self._near = {part: self.path.parents[1] / f"near_pairs_{part}{name}.npz" for part in ("val", self.split)}
 
     def values(self, family: Family, strength: float, part: str) -> Values:
         """Return utilities and disparities of a competitor on a part; undefined ones are absent."""
@@ -178,6 +191,8 @@ class Bench:
         cut = thresholds_in_use(self._path(family, "val")(strength) if decides == "base_rate" else made, decides)
         gaps = {a: worst_gap(made, a, thresholds=cut, min_group_size=self.smallest) for a in self.attributes}
         found = {f"{_EO}{attribute}": gap for attribute, gap in gaps.items()}
+        if INCONSISTENCY in family.measures and self._near[part].exists():
+            found[INCONSISTENCY] = inconsistency(made, self._path(family, "val")(strength), self._pairs(part))
         macro = metrics.utility(made, cut)["macro"]
         found |= {name: macro[metric] for name, metric in UTILITIES.items() if metric in macro}
         scores = {name: made.task(name).probabilities(made.outputs[name]) for name in binary_tasks(made)}
@@ -193,10 +208,23 @@ class Bench:
             self._along[family.name, part] = self._models[family.name].along(*held)
         return self._along[family.name, part]
 
+    def _pairs(self, part: str) -> NearPairs:
+        if part not in self._found:
+            self._found[part] = NearPairs.load(self._near[part])
+        return self._found[part]
+
     def _predictions(self, method: str, part: str) -> Predictions:
         if (method, part) not in self._held:
             self._held[method, part] = load_predictions(self.items[method], part)
         return self._held[method, part]
+
+
+def inconsistency(predictions: Predictions, val: Predictions, pairs: NearPairs) -> float:
+    """Return the inconsistency of a model's predictions, mean over tasks, as :class:`ConsistencyAudit` has it, and no more."""
+    scores, base = (scores_of(p) for p in (predictions, val))
+    labels = {t.name: val.labels[t.name].numpy() for t in predictions.tasks if t.kind == "multiclass"}
+    tasks = [RankedTask(n, as_floats(s), as_floats(base[n]), labels.get(n), None, None) for n, s in scores.items()]
+    return mean_known([float(task.gaps(pairs).mean()) for task in tasks if not task.undefined])
 
 
 _KEYS = ["method", "competitor", "measure", "at", "utility"]
@@ -212,7 +240,8 @@ def dominated(run: RunFolder) -> pd.DataFrame:
 
     Returns
     -------
-    One row a method, competitor, measure (``EO <attribute>``: the worst binary task's), ``at`` and utility (accuracy, and macro AUC where
+    One row a method, competitor, measure (``EO <attribute>``: the worst binary task's; ``inconsistency``: blends
+    and the run's own competitors), ``at`` and utility (accuracy, and macro AUC where
     both have scores): these, strength, seeds, d_utility, d_utility_low, d_utility_high, d_disparity, d_disparity_low,
     d_disparity_high, verdict, dominated. ``verdict``: "dominated" where the competitor has at least the utility and at most the
     disparity, one of them clearly (the interval excludes 0), and no utility or disparity clearly worse; "ahead" where the method
@@ -261,7 +290,7 @@ def _pairs(run: RunFolder) -> Iterator[tuple[object, ...]]:
         bench = Bench(run, seed)
         for method in (name for name in asked if name in bench.items):
             own, val = (numbers[split].get((method, seed), {}) for split in (run.split, "val"))
-            for measure in (name for name in own if name.startswith(_EO)):
+            for measure in (name for name in own if name not in UTILITIES):
                 present = (name for name in made if name in bench.items)
                 others = [(name, AS_IT_IS, math.nan, numbers[run.split].get((name, seed), {})) for name in present]
                 for family in every if measure in val else ():
@@ -309,8 +338,9 @@ def _told(row: Any) -> str:
         ends = (-getattr(row, f"{name}{end}") for end in ("", "_high", "_low"))
         return "{} [{}, {}]".format(*(f"{value:+.{digits}f}" for value in ends))
 
+    what = "gap" if row.measure.startswith(_EO) else row.measure
     free = "" if row.at == AS_IT_IS else ", which needs no training of its own"
-    return f"{row.competitor}{free}: {row.utility} {number_of('d_utility', 4)}, gap {number_of('d_disparity', 3)} against it"
+    return f"{row.competitor}{free}: {row.utility} {number_of('d_utility', 4)}, {what} {number_of('d_disparity', 3)} against it"
 
 
 def lacking(run: RunFolder) -> str:

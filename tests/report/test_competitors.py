@@ -265,3 +265,33 @@ def test_a_run_of_the_reference_alone_has_no_competitors(tmp_path: Path) -> None
     assert dominated(run).empty
     assert verdicts(run) == []
     assert competitor_sheet(run) is None
+
+
+def test_a_blend_is_beside_methods_in_inconsistency(tmp_path: Path) -> None:
+    from libmtl_fair.recipe import Recipe
+    from libmtl_fair.recipe.run import run_recipe
+
+    recipe = {
+        "name": "people",
+        "data": {"name": "adult", "tasks": ["income", "occupation"], "sensitive": ["sex"], "subset": 900},
+        "model": {"hidden": [8]},
+        "train": {"epochs": 2, "batch_size": 64},
+        "seeds": [0, 1],
+        "methods": {
+            "plain": {"weighting": "EW"},
+            "blind": {"weighting": "EW", "unaware": True},
+            "other": {"weighting": "UW"},
+        },
+        "metrics": {"n_bootstrap": 20},
+        "output": {"report": False},
+    }
+    run = read_run(run_recipe(Recipe.from_dict(recipe), tmp_path / "run", device="cpu"))
+    blend = next(family for family in families(run) if "blend" in family.name)
+    for part in ("val", "test"):
+        own = competitors._measured(run, part)
+        for method, strength in (("plain", 0.0), ("blind", 1.0)):
+            found = Bench(run, 1).values(blend, strength, part)
+            assert found["inconsistency"] == pytest.approx(own[method, 1]["inconsistency"], abs=1e-4)
+    beside = dominated(run).query("measure == 'inconsistency'")
+    assert set(beside["method"]) == {"other"}
+    assert set(beside["competitor"]) == {"blend with blind", "blind"}
