@@ -24,6 +24,8 @@ from libmtl_fair.recipe.build import loaders, make_dataset, make_trainer
 from libmtl_fair.recipe.people import people_of
 from libmtl_fair.recipe.run import run_recipe
 from libmtl_fair.report import read_run, tables, write_report
+from libmtl_fair.report.compare import compare
+from libmtl_fair.report.page import write_comparison
 from libmtl_fair.report.people import people_again
 from libmtl_fair.report.summary import summary_values
 from libmtl_fair.tune import tune
@@ -310,3 +312,11 @@ def test_flip_gap_needs_a_sensitive_attribute():
         parse_measure("flip_gap", {"income": "binary"}, [], ["0.275"])
     measure = parse_measure("inconsistency", {"income": "binary"}, [], ["0.275"])
     assert measure.fair and measure.direction == "minimize"
+
+
+def test_a_comparison_has_both_columns_and_its_page_the_reference(folder, tmp_path):
+    found = compare([folder])
+    cells = found.cells.set_index(["column", "method"])["mean"]
+    assert cells["inconsistency", "plain"] == pytest.approx(values(folder, "plain")["inconsistency"])
+    assert cells["flip gap", "unaware"] == 0 and ("flip gap", "offsets") not in cells
+    assert "relationship (tells sex" in write_comparison(found, tmp_path)[0].read_text()
