@@ -195,8 +195,8 @@ class ConsistencyAudit:
         DataError : no task, scores of another length than the features, or references that lack a task.
         """
         reference_scores, twins = reference_scores or self.reference_scores, twins or self.twins
-        if not scores:
-            raise DataError("a consistency audit needs the scores of at least one task")
+        if not isinstance(scores, Mapping) or not scores:
+            raise DataError("a consistency audit needs the scores of at least one task, as {task: [N]}")
         tasks = []
         for name, values in scores.items():
             held = as_floats(values)

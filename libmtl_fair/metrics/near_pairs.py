@@ -169,7 +169,7 @@ def find_near_pairs(
     Parameters
     ----------
     matrix : [N, D], Euclidean distance (scikit-learn: a tree for few columns, brute force for many); with ``distance``
-        "precomputed" [N, N]; or what a function ``distance(x, y)`` is given rows of.
+        "precomputed" [N, N]; or what a function ``distance(x, y)``, or a metric that scikit-learn knows by name, is given rows of.
 
     Raises
     ------
@@ -228,7 +228,10 @@ class _Given:
 
         found = self.matrix[rows]
         if self.distance != "precomputed":
-            found = pairwise_distances(found, self.matrix, metric=self.distance)
+            try:
+                found = pairwise_distances(found, self.matrix, metric=self.distance)
+            except (ValueError, TypeError) as error:
+                raise DataError(f"distance {self.distance!r} gives no number for two people: {error}") from error
         if not (np.isfinite(found) & (found >= 0)).all():
             raise DataError("distances between people must be finite and at least 0")
         squared = np.array(found, dtype=np.float64) ** 2

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from libmtl_fair.report import judged, notes
 from libmtl_fair.report import summary as numbers
-from libmtl_fair.report.run_folder import Json, RunFolder, records, rows
+from libmtl_fair.report.run_folder import Json, RunFolder, SeedRun, records, rows
 
 GAPS = (*numbers.GAPS, "mean EO diff", "mean DP diff")
 """How columns of the summary begin that compare groups."""
@@ -259,9 +259,17 @@ def consistency_sheet(run: RunFolder, tasks: bool = False) -> Sheet | None:
     made = pd.DataFrame(body)
     made = made if tasks else made.drop(columns="task")
     title = "By task" if tasks else "Inconsistency, mean over tasks"
-    return sheet(
-        title, [*(["task", "method"] if tasks else ["method"]), *columns.values()], made, "" if tasks else PEOPLE
-    )
+    marked = [
+        f"{task} of {i.method}, seed {i.seed} ({why})" for i in run.runs for task, why in _undefined(i, run.split)
+    ]
+    note = f"Undefined, and left out of means: {'; '.join(marked)}." if marked else ""
+    note = note if tasks else f"{PEOPLE} {note}".strip()
+    return sheet(title, [*(["task", "method"] if tasks else ["method"]), *columns.values()], made, note)
+
+
+def _undefined(item: SeedRun, split: str) -> list[tuple[str, str]]:
+    found = item.people(split).get("undefined")
+    return [(str(task), str(why)) for task, why in found.items()] if isinstance(found, dict) else []
 
 
 def worst_sheet(run: RunFolder) -> Sheet | None:
@@ -275,7 +283,11 @@ def worst_sheet(run: RunFolder) -> Sheet | None:
     if not set(names) <= set(frame):
         return None
     ranks = [c for c in frame if str(c).endswith((", row", ", other"))]
-    frame = frame[["method", *names, *ranks]].astype({"source_row": int, "source_other": int})
+    frame = (
+        frame[["method", *names, *ranks]]
+        .dropna(subset=["source_row", "source_other"])
+        .astype({"source_row": int, "source_other": int})
+    )
     heads = ["method", *names.values(), *(f"rank {str(c).replace(', other', ', other row')}" for c in ranks)]
     return sheet("Worst-treated pairs", heads, frame, digits=3)
 

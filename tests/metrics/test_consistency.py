@@ -274,10 +274,12 @@ def test_report_reads_well_and_gives_plain_values():
     ("options", "run", "message"),
     [
         ({}, {}, "at least one task"),
+        ({}, np.zeros(20), "as {task"),
         ({}, {"t": np.zeros(9)}, "for 20 people"),
         ({"reference_scores": {"s": np.zeros(5)}}, {"t": np.arange(20.0)}, "no task|unknown task|task"),
         ({"reference_scores": {"t": np.full(5, np.nan)}}, {"t": np.arange(20.0)}, "no finite score"),
         ({"reference_scores": {"t": np.zeros((5, 2))}}, {"t": np.arange(20.0)}, "2 columns"),
+        ({"distance": "chebishev"}, {"t": np.arange(20.0)}, "chebishev"),
         ({"sensitive": np.zeros(3)}, {"t": np.arange(20.0)}, "3 values for 20 people"),
         ({"twins": {"t": np.zeros((20, 2))}}, {"t": np.arange(20.0)}, "twins of task 't'"),
     ],

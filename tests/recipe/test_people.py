@@ -251,18 +251,34 @@ def test_an_older_run_is_audited_from_the_recipes_data_or_says_why_not(folder, t
     assert "the data have changed since" in next(iter(people_again([old]).said.values()))
 
 
+def tampered(folder: Path, to: Path, change) -> Path:
+    """Copy a run and change the outputs of its plain model on both parts."""
+    shutil.copytree(folder, to)
+    for part in ("val", "test"):
+        path = to / f"plain/seed0/predictions_{part}.parquet"
+        held = Predictions.load(path)
+        outputs = {name: change(output) for name, output in held.outputs.items()}
+        scores = {task.name: task.score(outputs[task.name]) for task in held.tasks}
+        Predictions(held.tasks, scores, outputs, held.labels, held.groups, held.group_names).save(path)
+    return to
+
+
 def test_constant_predictions_put_in_place_later_are_undefined(folder, tmp_path):
-    tampered = tmp_path / "tampered"
-    shutil.copytree(folder, tampered)
-    path = tampered / "plain/seed0/predictions_test.parquet"
-    held = Predictions.load(path)
-    constant = {name: torch.zeros_like(output) for name, output in held.outputs.items()}
-    scores = {task.name: task.score(constant[task.name]) for task in held.tasks}
-    Predictions(held.tasks, scores, constant, held.labels, held.groups, held.group_names).save(path)
-    item = read_run(tampered).of("plain")[0]
-    assert set(item.people("test")["undefined"]) == {"income", "college", "hours"}
-    shown = summary_values(read_run(tampered))
+    made = tampered(folder, tmp_path / "constant", torch.zeros_like)
+    run = read_run(made)
+    assert set(run.of("plain")[0].people("test")["undefined"]) == {"income", "college", "hours"}
+    assert "income of plain, seed 0 (one distinct score)" in tables.consistency_sheet(run).note
+    shown = summary_values(run)
     assert not ((shown["method"] == "plain") & shown["column"].isin(["inconsistency", "flip gap"])).any()
+    assert write_report(made, interactive=False).exists()
+
+
+def test_shrunk_predictions_are_no_more_consistent(folder, tmp_path):
+    made = tampered(folder, tmp_path / "shrunk", lambda output: output / 8)
+    before, after = values(folder, "plain"), values(made, "plain")
+    assert after["inconsistency"] == pytest.approx(before["inconsistency"], abs=1e-3)
+    assert "flip" in after and math.isnan(after["flip"])  # it needs the model
+    assert write_report(made, interactive=False).exists()
 
 
 def test_damaged_content_is_an_error_of_ours(folder, tmp_path):
