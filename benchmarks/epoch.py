@@ -96,9 +96,10 @@ def libmtl_epoch(x: Tensor, labels: dict[str, Tensor]) -> Callable[[], None]:
     return epoch
 
 
-def fair_epoch(x: Tensor, labels: dict[str, Tensor], weighting: str) -> Callable[[], None]:
+def fair_epoch(x: Tensor, labels: dict[str, Tensor], weighting: str, args: Any = None) -> Callable[[], None]:
     """Return one epoch of FairTrainer on a resident loader."""
-    trainer = lf.FairTrainer(weighting=weighting, device="cpu", progress=False, select="last", **settings(len(labels)))
+    kept = {"device": "cpu", "progress": False, "select": "last", "weight_args": args}
+    trainer = lf.FairTrainer(weighting=weighting, **kept, **settings(len(labels)))
     loader = lf.ResidentLoader(x, labels, batch_size=BATCH, shuffle=True, seed=0, device="cpu")
 
     def epoch() -> None:
@@ -185,7 +186,7 @@ def main() -> None:
         variants = {
             "LibMTL": libmtl_epoch(*data),
             "plain": fair_epoch(*data, "EW"),
-            "ReLiF": fair_epoch(*data, "ReLiF"),
+            "ReLiF": fair_epoch(*data, "ReLiF", {"pairs": "random"}),
         }
         seconds = measure(variants, options.rounds)
         row = {

@@ -38,7 +38,7 @@ from libmtl_fair.tune.stacked import Rows, Stack
 PAYS = 1.1
 METHODS = {
     "plain": {"weighting": "EW"},
-    "relif": {"weighting": "ReLiF"},
+    "relif": {"weighting": "ReLiF", "pairs": "random"},
     "fairmt": {"weighting": "FairMT"},
     "glf": {"weighting": "LambdaMix", "lam": 0.95, "heads": {"loss": "glf"}},
 }

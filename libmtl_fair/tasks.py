@@ -79,6 +79,10 @@ class Task:
         """Return probabilities, or the predicted value for regression: [B] or [B, C]."""
         raise NotImplementedError
 
+    def log_odds(self, output: Tensor) -> Tensor:
+        """Return the log-odds of each probability, or the predicted value for regression: [B] or [B, C]."""
+        return output
+
     def score(self, output: Tensor) -> Tensor:
         """Return the audit score of each example, [B], in [0, 1]: its highest probability (METHODS.md, section 0)."""
         p = self.probabilities(output)
@@ -102,6 +106,8 @@ class Binary(Task):
         if output.dim() == 2 and output.shape[1] == 2:
             return output[:, 1] - output[:, 0]
         return output.reshape(output.shape[0])
+
+    log_odds = logit
 
     def example_losses(self, output: Tensor, labels: Tensor) -> Tensor:
         """Return binary cross-entropy from logits, [B]."""
@@ -146,6 +152,11 @@ class Multiclass(Task):
     def probabilities(self, output: Tensor) -> Tensor:
         """Return softmax probabilities, [B, C]."""
         return torch.softmax(output, dim=-1)
+
+    def log_odds(self, output: Tensor) -> Tensor:
+        """Return the log-odds of each class against all others, [B, C]."""
+        log_p = torch.log_softmax(output, dim=-1)
+        return log_p - torch.log((-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).eps))
 
 
 @dataclass(frozen=True)
@@ -223,7 +234,7 @@ class Regression(Task):
         """Return the predicted value in standardised units, [B]."""
         return output.reshape(output.shape[0])
 
-    value = probabilities
+    value = log_odds = probabilities
 
     def example_losses(self, output: Tensor, labels: Tensor) -> Tensor:
         """Return the squared error in standardised units, [B]."""

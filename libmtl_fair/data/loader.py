@@ -235,7 +235,7 @@ class ResidentLoader:
         any method, is of the weighted population. Equal weights give the very order of no weights.
     reference : [N, r] finite, by whose Euclidean distance people are alike or not, for methods that compare near people: the
         embedding of a frozen model that saw no sensitive attribute, say; or a :class:`Reference`, which makes it of ``x``.
-        Moved to the device when it is first asked for; of more than 128 columns it keeps 128 principal components.
+        Moved to the device when it is first asked for; of more than 64 columns it keeps 32 principal components.
 
     Raises
     ------
@@ -292,7 +292,7 @@ class ResidentLoader:
 
     @property
     def reference(self) -> Tensor | None:
-        """Return the reference features of all rows, [N, r <= 128], on the device; None where there are none."""
+        """Return the reference features of all rows, [N, r <= 64], on the device; None where there are none."""
         if self._given is not None:
             given = self._given.features(self._x) if isinstance(self._given, Reference) else self._given.to(self.device)
             self._given, self._reference = None, narrowed(given).contiguous()

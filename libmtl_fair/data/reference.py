@@ -18,8 +18,8 @@ CLIP = 5.0
 """Standardised numbers are clipped at plus and minus this."""
 TELLS = 0.25
 """A column tells an attribute where guessing the group from it makes this share of the majority guess's errors good."""
-WIDEST = 128
-"""Principal components that training keeps of a wider reference."""
+WIDEST, COMPONENTS = 64, 32
+"""Training keeps this many principal components of a reference that is wider."""
 _BINS = 50
 
 
@@ -118,13 +118,13 @@ def tells(values: NDArray[np.float32], ids: NDArray[np.int64]) -> float:
     return float(max(0.0, right - largest) / (len(ids) - largest)) if largest < len(ids) else 0.0
 
 
-def narrowed(features: Tensor, widest: int = WIDEST) -> Tensor:
-    """Return features [N, r], of r > ``widest`` their first principal components: a step's product of all pairs costs r.
+def narrowed(features: Tensor) -> Tensor:
+    """Return features [N, r], of r > 64 their first 32 principal components: a step's product of all pairs costs r.
 
-    Of 310 columns of a table of 20 categories, the nearest of 512 by 128 components was 2 % further away than the nearest.
+    Among batches of 512, the nearest by them is .7 % further away than the nearest on adult, 3 % on a table of 310 columns.
     """
-    if features.shape[1] <= widest:
+    if features.shape[1] <= WIDEST:
         return features
     centred = features - features.mean(0)
-    directions: Tensor = torch.linalg.eigh((centred.T @ centred).double()).eigenvectors[:, -widest:]
+    directions: Tensor = torch.linalg.eigh((centred.T @ centred).double()).eigenvectors[:, -COMPONENTS:]
     return centred @ directions.to(features.dtype)

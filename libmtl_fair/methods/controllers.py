@@ -201,6 +201,68 @@ class ViolationController(Controller):
         )
 
 
+class ShareController(Controller):
+    """Control of the weight of near pairs towards a share of plain training's own inconsistency (METHODS.md, 1.4; ours).
+
+    In the first ``warmup`` valid steps lambda is 0 and the running inconsistency I~ finds its level; then, with
+    ``goal = max(share level, floor)``, ``lambda <- clip(lambda (1 + step_size clip(I~ / goal - 1, -1, 1)), initial / 5, 3 initial)``.
+
+    Raises
+    ------
+    RecipeError : a setting out of its range.
+
+    >>> controller = ShareController(share=0.5, step_size=0.1, initial=1.0, warmup=1, smoothing=1.0)
+    >>> [round(controller.update(torch.tensor(i)).item(), 6) for i in (0.4, 0.3)]
+    [0.0, 1.05]
+    """
+
+    numbers: ClassVar[tuple[str, ...]] = ("share", "floor", "step_size", "initial", "warmup", "smoothing")
+    value: Tensor
+    smoothed: Tensor
+    level: Tensor
+    steps: Tensor
+
+    def __init__(
+        self,
+        share: float,
+        floor: float = 0.05,
+        step_size: float = 0.02,
+        *,
+        initial: float = 0.05,
+        warmup: int = 100,
+        smoothing: float = 0.1,
+    ) -> None:
+        super().__init__()
+        _require(0 < share <= 1, "ShareController: share", "in (0, 1]", share)
+        _require(0 < smoothing <= 1, "ShareController: smoothing", "in (0, 1]", smoothing)
+        _require(0 < initial < math.inf, "ShareController: initial", "finite and above 0", initial)
+        _require(warmup >= 1, "ShareController: warmup", "at least 1 step", warmup)
+        _require(0 < floor <= 1, "ShareController: floor", "in (0, 1]", floor)
+        self.share, self.floor, self.step_size = share, floor, step_size
+        self.initial, self.warmup, self.smoothing = initial, warmup, smoothing
+        for name, start in (("value", initial), ("smoothed", 0.0), ("level", 0.0)):
+            self.register_buffer(name, torch.tensor(float(start)))
+        self.register_buffer("steps", torch.tensor(0))
+
+    @torch.no_grad()
+    def update(self, inconsistency: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Take in one step's inconsistency and return the lambda to use in it: 0 while warming up. Elsewhere as the others."""
+        xp, found, ok, n = self._arrays(inconsistency, valid)
+        smoothed = xp.where(n.steps > 0, n.smoothed + n.smoothing * (found - n.smoothed), found)
+        steps = n.steps + ok
+        level = xp.where(steps > n.warmup, n.level, smoothed)
+        goal = xp.where(n.share * level > n.floor, n.share * level, n.floor)
+        error = xp.clip(smoothed / goal - 1, -1.0, 1.0)
+        moved = xp.clip(n.value * (1 + n.step_size * error), n.initial / 5, 3 * n.initial)
+        self._keep(
+            smoothed=xp.where(ok, smoothed, n.smoothed),
+            level=xp.where(ok, level, n.level),
+            steps=steps,
+            value=xp.where(ok & (steps > n.warmup), moved, n.value),
+        )
+        return torch.where(self.steps > self.warmup, self.value, 0.0)
+
+
 class DualAscent(Controller):
     """Projected dual ascent on the multiplier eta of the constraint ``Phi <= epsilon``.
 

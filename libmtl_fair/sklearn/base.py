@@ -19,6 +19,7 @@ from torch import Tensor
 
 from libmtl_fair.data.features import FeatureEncoder
 from libmtl_fair.data.loader import ResidentLoader, representative
+from libmtl_fair.data.reference import fit_reference
 from libmtl_fair.errors import CheckpointError, RecipeError
 from libmtl_fair.libmtl import checkpoint
 from libmtl_fair.libmtl.trainer import FairTrainer
@@ -124,9 +125,13 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
         seed: int,
         weights: Tensor | None,
     ) -> None:
+        known = {name: ids.numpy() for name, ids in groups.ids.items()}
+        reference = fit_reference(self.encoder_, x.numpy(), known)
+
         def loader(rows: Tensor, **options: Any) -> ResidentLoader:
+            options |= {"reference": reference, "group_names": groups.names}
             taken, own = groups.take(rows), {name: values[rows] for name, values in labels.items()}
-            return ResidentLoader(x[rows], own, taken.ids, device=self.device, group_names=taken.names, **options)
+            return ResidentLoader(x[rows], own, taken.ids, device=self.device, **options)
 
         held_out = int(len(x) * self.validation_fraction)
         generator = torch.Generator().manual_seed(seed)

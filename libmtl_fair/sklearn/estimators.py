@@ -29,9 +29,10 @@ class FairMTLClassifier(ClassifierMixin, FairMTLBase):  # type: ignore[misc]
 
     Parameters
     ----------
-    method : ``"none"`` (plain, the baseline), ``"fairmt"``, ``"glf"``, ``"gld"``, ``"adversarial"``, ``"bgl"``, ``"dpl"``,
-        ``"fprl"``, ``"tprl"``, or a LibMTL weighting. ``"relif"`` and ``"fairbranch"`` compare tasks with each other and
-        are refused here: they need :class:`FairMTLEstimator` and two targets.
+    method : ``"none"`` (plain, the baseline), ``"relif"`` (near people, by X without the columns that tell
+        ``sensitive_features``), ``"fairmt"``, ``"glf"``, ``"gld"``, ``"adversarial"``, ``"bgl"``, ``"dpl"``, ``"fprl"``,
+        ``"tprl"``, or a LibMTL weighting. ``"fairbranch"`` compares tasks with each other and is refused here: it needs
+        :class:`FairMTLEstimator` and two targets.
     epochs, batch_size, lr, weight_decay : of training with Adam.
     hidden, dropout : widths of the hidden layers and dropout between them.
     method_args : settings of the method, as in recipes: ``{"target": "eo <= 0.05"}``.
@@ -116,7 +117,8 @@ class FairMTLEstimator(FairMTLBase):
     ----------
     method : ``"none"`` (plain, the baseline), ``"relif"``, ``"fairmt"``, ``"fairbranch"``, ``"glf"``, ``"gld"``,
         ``"adversarial"``, ``"bgl"``, ``"dpl"``, ``"fprl"``, ``"tprl"``, or a LibMTL weighting such as ``"GradNorm"``.
-        ReLiF and FairBranch compare tasks: Y needs two columns or more.
+        FairBranch compares tasks: Y needs two columns or more. ReLiF compares near people by X without the columns that
+        tell ``sensitive_features``: give these, or X without them.
     tasks : ``{column: "binary" | "multiclass" | "regression"}`` where it is not to be told from the values. Without it:
         text, categories and booleans are classes, two values are binary, up to 20 different integers are classes,
         other numbers are regression targets.

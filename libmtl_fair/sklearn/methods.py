@@ -36,7 +36,7 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "none": Method("EW", needs_groups=False),
-    "relif": Method("ReLiF", needs_groups=False, least_tasks=2),
+    "relif": Method("ReLiF", needs_groups=False),
     "fairmt": Method("FairMT"),
     "fairbranch": Method("FBGrad", "FairBranch", least_tasks=2),
     "glf": Method("LambdaMix", heads="glf"),

@@ -44,8 +44,6 @@ def test_value_and_slope_are_those_of_the_definition(logits: bool) -> None:
             (slope,) = torch.autograd.grad(expected, own)
             torch.testing.assert_close(found.value[m, t], expected.detach(), rtol=1e-12, atol=1e-12)
             torch.testing.assert_close(found.slope[m, t], slope, rtol=1e-12, atol=1e-12)
-            ranks = values[m, t].argsort().argsort().double()
-            torch.testing.assert_close(found.ranks[m, t], by_loops(ranks, nearest[m], False))
     single = F.near_gaps(values.float(), nearest.unsqueeze(-2), logits=logits)
     assert single.value.dtype == torch.float32
     torch.testing.assert_close(single.slope.double(), found.slope, rtol=1e-3, atol=1e-6)
@@ -68,7 +66,6 @@ def test_shrinking_gains_nothing(seed: int, size: int, scale: float, shift: floa
     found = F.near_gaps(values[0], nearest)
     moved = F.near_gaps(shift + scale * values[0], nearest)
     torch.testing.assert_close(moved.value, found.value, rtol=1e-7, atol=1e-9)
-    torch.testing.assert_close(moved.ranks, found.ranks, rtol=1e-12, atol=0)
     assert abs(float(found.slope @ (values[0] - shift))) <= 1e-9 * (1 + abs(shift))
 
 
@@ -89,14 +86,13 @@ def test_people_permuted_at_random_give_one() -> None:
     nearest = F.nearest_others(torch.randn(4000, 3, generator=g))
     found = F.near_gaps(torch.randn(20, 4000, generator=g), nearest.expand(20, -1), logits=True)
     assert float((found.value - 1).abs().max()) < 0.05
-    assert float((found.ranks - 1).abs().max()) < 0.05
 
 
 @pytest.mark.parametrize("values", [[0.3, 0.3, 0.3], [1e4] * 5, [2.0]])
 def test_without_spread_the_term_is_absent(values: list[float]) -> None:
     found = F.near_gaps(torch.tensor(values), torch.zeros(len(values), dtype=torch.int64), logits=True)
     assert not found.present
-    assert float(found.value) == float(found.ranks) == 0
+    assert float(found.value) == 0
     assert torch.equal(found.slope, torch.zeros(len(values)))
 
 

@@ -42,7 +42,7 @@ def make_data(n: int = N, seed: int = 0) -> tuple[Tensor, dict[str, Tensor], dic
 def make_loader(n: int = N, seed: int = 0, **options: Any) -> lf.ResidentLoader:
     x, labels, groups = make_data(n, seed)
     return lf.ResidentLoader(
-        x, labels, groups, **{"batch_size": 32, "shuffle": True, "seed": 1, "device": "cpu", **options}
+        x, labels, groups, **{"batch_size": 32, "shuffle": True, "seed": 1, "device": "cpu", "reference": x, **options}
     )
 
 

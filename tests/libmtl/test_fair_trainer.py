@@ -32,7 +32,11 @@ class Rows(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, i: int) -> Any:
         labels: dict[str, Any] = {t: v[i] for t, v in self.labels.items()}
-        return self.x[i], {**labels, "sensitive": {a: v[i] for a, v in self.groups.items()}}
+        return self.x[i], {
+            **labels,
+            "sensitive": {a: v[i] for a, v in self.groups.items()},
+            "reference": self.x[i],
+        }
 
 
 class TestDropIn:
@@ -244,7 +248,7 @@ class TestValidation:
 
 class TestHistory:
     def test_one_row_a_step_and_results_on_the_last_row(self, kit: Any) -> None:
-        trainer = kit.trainer("ReLiF")
+        trainer = kit.trainer("ReLiF", weight_args={"pairs": "random"})
         trainer.train(kit.loader(), epochs=2, val_dataloaders=kit.loader(seed=1))
         found = trainer.history
         assert found["epoch"].tolist() == [0, 0, 0, 1, 1, 1]
@@ -320,7 +324,8 @@ class TestNoWaiting:
             ("GLS", {}),
             ("GradNorm", {}),
             ("MGDA", {}),
-            ("ReLiF", {}),
+            ("ReLiF", {"pairs": "near"}),
+            ("ReLiF", {"pairs": "random"}),
             ("ReLiF", {"prototypes": "confident"}),
         ],
     )
@@ -365,7 +370,7 @@ class TestIncompleteData:
         x, labels, groups = kit.data()
         labels["b"][: 32 if kind == "one batch" else 96] = float("nan")
         loader = lf.ResidentLoader(x, labels, groups, batch_size=32, shuffle=False, device="cpu")
-        args = {"min_count": 1} if weighting == "FairMT" else {}
+        args = {"FairMT": {"min_count": 1}, "ReLiF": {"pairs": "random"}}.get(weighting, {})
         trainer = kit.trainer(weighting, weight_args=args)
         before = kit.parameters(trainer)
         with warnings.catch_warnings():
@@ -397,14 +402,14 @@ class TestIncompleteData:
         x, labels, groups = kit.data()
         groups = {"sex": torch.cat([torch.zeros(48), torch.ones(48)]).long()}
         loader = lf.ResidentLoader(x, labels, groups, batch_size=24, shuffle=False, device="cpu")
-        args = {"min_count": 1} if weighting == "FairMT" else {}
+        args = {"FairMT": {"min_count": 1}, "ReLiF": {"pairs": "random"}}.get(weighting, {})
         trainer = kit.trainer(weighting, weight_args=args)
         trainer.train(loader, epochs=2)
         assert all(bool(v.isfinite().all()) for v in kit.parameters(trainer).values())
 
     def test_a_batch_of_one(self, kit: Any) -> None:
-        for weighting in ("EW", "ReLiF"):
-            trainer = kit.trainer(weighting)
+        for weighting, args in (("EW", {}), ("ReLiF", {"pairs": "random"}), ("ReLiF", {"pairs": "near"})):
+            trainer = kit.trainer(weighting, weight_args=args)
             trainer.train(kit.loader(33), epochs=1)  # 32 and 1
             assert all(bool(v.isfinite().all()) for v in kit.parameters(trainer).values())
 
@@ -464,7 +469,7 @@ class TestDivergence:
         kit.assert_same(kit.parameters(trainer), before)
 
     def test_relif_state_goes_back_too(self, kit: Any) -> None:
-        trainer, loader = kit.trainer("ReLiF"), kit.loader()
+        trainer, loader = kit.trainer("ReLiF", weight_args={"pairs": "random"}), kit.loader()
         trainer.train(loader, epochs=1)
         held = {name: value.clone() for name, value in trainer.model.named_buffers()}
         assert len(held) > 3

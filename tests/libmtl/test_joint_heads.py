@@ -59,6 +59,7 @@ def loader(kit: SimpleNamespace) -> Any:
         shuffle=True,
         seed=1,
         device="cpu",
+        reference=x.double(),
     )
 
 
@@ -122,8 +123,10 @@ def test_every_optimizer_moves_joint_heads_as_it_moves_each(kit: SimpleNamespace
             (name, {})
             for name in ("EW", "UW", "DWA", "GLS", "RLW", "GradNorm", "MGDA", "PCGrad", "CAGrad", "GradVac", "IMTL")
         ),
-        ("ReLiF", {}),
-        ("ReLiF", {"base": "PCGrad"}),
+        ("ReLiF", {"pairs": "near"}),
+        ("ReLiF", {"pairs": "near", "base": "PCGrad"}),
+        ("ReLiF", {"pairs": "random"}),
+        ("ReLiF", {"pairs": "random", "base": "PCGrad"}),
         ("FairMT", {"eta_0": 2.0, "min_count": 2}),
         ("FairMT", {"eta_0": 2.0, "min_count": 2, "proxy": "full"}),
         ("FairMT", {"eta_0": 2.0, "min_count": 2, "alpha": "base", "base": "MGDA"}),

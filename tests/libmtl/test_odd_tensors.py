@@ -19,7 +19,7 @@ from libmtl_fair.models import MLP, linear_heads
 
 METHODS: dict[str, dict[str, Any]] = {
     "EW": {},
-    "ReLiF": {},
+    "ReLiF": {"pairs": "random"},
     "FairMT": {"min_count": 2, "eta_0": 1.0},
     "FBGrad": {},
     "GroupRegulariser": {},
@@ -172,6 +172,7 @@ def test_a_base_may_count_its_steps(kit: SimpleNamespace, method: str, monkeypat
         self.step = 0
 
     args = {"base": "GLS", **({"alpha": "base", "min_count": 2} if method == "FairMT" else {})}
+    args |= {"pairs": "random"} if method == "ReLiF" else {}
     monkeypatch.setitem(METHODS, method, args)
     plain = train(kit, method, kit.data()[1])
     monkeypatch.setattr(weighting_namespace.GLS, "init_param", init_param)

@@ -18,8 +18,11 @@ MIXED = (*BINARY, lf.Regression("c"), lf.Multiclass("d", 3))
 METHODS: list[tuple[str, dict[str, Any]]] = [
     ("EW", {}),
     ("ReLiF", {}),
-    ("ReLiF", {"prototypes": "confident"}),
+    ("ReLiF", {"share": 0.5}),
     ("ReLiF", {"base": "UW"}),
+    ("ReLiF", {"pairs": "random"}),
+    ("ReLiF", {"prototypes": "confident"}),
+    ("ReLiF", {"pairs": "random", "base": "UW"}),
     ("FairMT", {}),
     ("FairMT", {"alpha": "proxy"}),
     ("FairMT", {"target": "dp <= 0.1", "lipschitz": True, "threshold": "base_rate"}),
@@ -50,6 +53,7 @@ def test_a_step_reads_no_value(method: str, args: dict[str, Any], tasks: tuple[l
         for t in tasks
     }
     labels["sensitive"] = {"sex": torch.zeros(16, dtype=torch.long, device="meta")}
+    labels["reference"] = torch.zeros(16, 3, device="meta")
     log = StepLog()
     for _ in range(2):
         stepping.step(trainer, (torch.zeros(16, 6, device="meta"), labels), 0, log)

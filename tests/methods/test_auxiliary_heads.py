@@ -213,8 +213,8 @@ def test_every_variant_trains_and_is_left_out_of_results(variant: str) -> None:
 
 
 OUR_ARGS: dict[str, dict[str, Any]] = {
-    "ReLiF": {},
-    "ReLiF, PCGrad": {"base": "PCGrad"},
+    "ReLiF": {"pairs": "random"},
+    "ReLiF, PCGrad": {"pairs": "random", "base": "PCGrad"},
     "FBGrad": {"where": "everywhere"},
     "GroupRegulariser": {"loss": "gap"},
     "LambdaMix": {},

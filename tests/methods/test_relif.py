@@ -1,4 +1,4 @@
-"""ReLiF (METHODS.md, 1.2): steps replayed by hand in float64, composition with every base, ablations, edge cases."""
+"""ReLiF's random pairs (METHODS.md, 1.2): steps replayed by hand in float64, composition with every base, ablations, edge cases."""
 
 from __future__ import annotations
 
@@ -45,6 +45,8 @@ def make_trainer(
 ) -> Any:
     torch.manual_seed(2)
     heads = linear_heads(tasks, 8)
+    if weighting == "ReLiF":
+        args = {"pairs": "random", **args}
     return lf.FairTrainer(
         lf.task_dict(tasks), weighting, "HPS", lambda: MLP(6, (16, 8)), heads, rep_grad, False,
         {"optim": "sgd", "lr": 0.2}, None, device="cpu", progress=False, seed=1, select="last", weight_args=args,
@@ -263,6 +265,9 @@ def test_the_paper_preset() -> None:
         None,
     )
     assert ReLiFSettings.from_args("ReLiF", {"preset": "paper", "target": 0.16}).target == 0.16
+    eicu = ReLiFSettings.from_args("ReLiF", {"preset": "eicu"})
+    different = {name for name in ReLiFSettings.model_fields if getattr(eicu, name) != getattr(paper, name)}
+    assert different == {"preset", "target"} and (eicu.target, eicu.form) == (0.16, "random")
 
 
 def test_our_defaults() -> None:
@@ -365,6 +370,7 @@ def test_representations_of_their_own() -> None:
     trainer = lf.FairTrainer(
         lf.task_dict(TASKS), "ReLiF", "HPS", lambda: MLP(6, (16, 8)), linear_heads(TASKS, 8), False, True,
         {"optim": "sgd", "lr": 0.1}, None, device="cpu", progress=False, seed=1, select="last",
+        weight_args={"pairs": "random"},
     )  # fmt: skip
     trainer.train(loaders, epochs=3)
     assert trainer.history[["lambda", "r", "tau", "kappa", "lipschitz"]].notna().all(axis=None)

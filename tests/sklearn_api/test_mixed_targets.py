@@ -173,8 +173,17 @@ def test_methods_that_need_groups_say_so(people, method):
 
 
 def test_comparing_methods_need_two_tasks(people):
-    with pytest.raises(RecipeError, match="'relif' compares tasks.*at least 2, found 1.*FairMTLEstimator"):
-        FairMTLClassifier("relif").fit(people.numbers, people.y)
+    with pytest.raises(RecipeError, match="'fairbranch' compares tasks.*at least 2, found 1.*FairMTLEstimator"):
+        FairMTLClassifier("fairbranch").fit(people.numbers, people.y, sensitive_features=people.groups)
+
+
+def test_relif_compares_near_people_of_one_task_by_what_does_not_tell_their_groups(people):
+    fitted = FairMTLClassifier("relif", epochs=2, random_state=0).fit(people.numbers, people.y)
+    assert fitted.history_["inconsistency"].notna().all()
+    told = people.numbers.copy()
+    told[:, 0] = np.asarray(people.groups["sex"]) == "f"
+    with pytest.warns(UserWarning, match="no reference features"):  # nothing is left to compare by
+        FairMTLEstimator("relif", epochs=1).fit(told[:, :1], people.Y, sensitive_features=people.groups)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ def own(name, low, high, log=True, path=None):
 
 # In the order in which studies draw them: another order is other trials.
 BUILT_IN = {
-    "{weighting: ReLiF}": own("target", 0.01, 0.2)
+    "{weighting: ReLiF}": own("lam", 0.01, 0.15),
+    "{weighting: ReLiF, pairs: random}": own("target", 0.01, 0.2)
     | own("eta", 0.01, 0.3)
     | own("lambda_max", 1.0, 20.0)
     | own("beta", 0.05, 0.5)

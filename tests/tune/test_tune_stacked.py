@@ -27,6 +27,8 @@ METHODS = (
     "methods.paper={weighting: ReLiF, preset: paper, lambda_0: 0.5, warmup: 1, eta: 0.3}",
     "methods.rough={weighting: ReLiF, scaling: false, detach_distance: false, control: false, lambda_0: 2.0}",
     "methods.sampled={weighting: ReLiF, lambda_0: 2.0, lipschitz: false}",
+    "methods.near={weighting: ReLiF}",
+    "methods.share={weighting: ReLiF, share: 0.5, warmup: 2, eta: 0.03, lam: 0.1}",
     "methods.regulariser={weighting: GroupRegulariser, loss: tprl, lam: 0.8}",
     f"methods.own={HEADS % 'glf, target: label+accuracy'}",
 )
@@ -50,6 +52,10 @@ MEMBERS = [
     ("rough", {}, 12),
     ("sampled", {}, 13),
     ("regulariser", {}, 18),
+    ("near", {("lam",): 0.1}, 19),
+    ("near", {("lam",): 0.02, DROPOUT: 0.2}, 20),
+    ("share", {}, 21),
+    ("share", {("share",): 0.9, ("lam",): 0.03}, 22),
 ]
 OWN_HEADS = [("own", {("lam",): 0.6}, 3), ("own", {LR: 0.02, ("lam",): 0.9}, 4)]
 
@@ -237,6 +243,8 @@ def test_members_of_a_method_are_computed_together(world):
         ("rough",): "ReLiFPart",
         ("sampled",): "Own",
         ("regulariser",): "Own",
+        ("near", "near"): "NearPart",
+        ("share", "share"): "NearPart",
     }
 
 

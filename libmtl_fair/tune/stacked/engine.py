@@ -13,6 +13,7 @@ from torch import Tensor
 
 from libmtl_fair.data import Dataset
 from libmtl_fair.data.loader import epoch_order
+from libmtl_fair.data.reference import narrowed
 from libmtl_fair.errors import HostError
 from libmtl_fair.libmtl import FairTrainer
 from libmtl_fair.libmtl import checkpoint_selection as judging
@@ -23,7 +24,7 @@ from libmtl_fair.tune.stacked.parts import Step, parts_of
 
 
 class Rows:
-    """Training data on a device: ``x`` [N, F], ``y`` [N, T] (NaN where missing), ``groups`` (each [N]); a loader of validation data."""
+    """Training data on a device: ``x`` [N, F], ``y`` [N, T] (NaN where missing), ``groups`` (each [N]), ``reference`` [N, r]."""
 
     def __init__(self, data: Dataset, device: torch.device) -> None:
         split, self.device = data.train, device
@@ -33,6 +34,8 @@ class Rows:
         self.y = torch.where(y < 0, torch.nan, y)
         self.complete = not bool(self.y.isnan().any())
         self.groups = {name: ids.to(device) for name, ids in split.groups.items()}
+        features = None if split.reference is None else narrowed(split.reference.features(split.x))
+        self.reference = None if features is None else features.to(device)
         self.val = data.val.loader(8192, device=device)
 
 
@@ -65,7 +68,9 @@ class Stack:
         for trainer in add:
             trainer.prepare_groups(self.rows.val)
             trainer.epoch_steps = -(-len(self.rows.y) // self.batch_size)
-        self.members = [self.members[m] for m in kept] + [Member(trainer) for trainer in add]
+        self.members = [self.members[m] for m in kept] + [
+            Member(trainer, self.rows.reference is not None) for trainer in add
+        ]
         self._weights.change(kept, self.trainers, add)
         self._adam.change(kept, add)
         for trainer in drop:
@@ -117,7 +122,8 @@ class Stack:
             out = room(f"h{i}", (*rows.shape, layer.bias.shape[2]), h) if layer is not heads else None
             h = torch.baddbmm(layer.bias, h, layer.weight, out=out)
         y = self.rows.y.index_select(0, rows.flatten()).view(*rows.shape, -1)
-        step = Step(h, received[-1][0], heads.weight, y, rows, self.rows.groups, self.rows.complete)
+        data = self.rows.groups, self.rows.complete, self.rows.reference
+        step = Step(h, received[-1][0], heads.weight, y, rows, *data)
         self._backward(batch, received, *self._objective(step))
         self._adam.step(self.weights.flat, self.weights.grad)
 

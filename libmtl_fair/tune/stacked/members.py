@@ -62,8 +62,9 @@ def shape(recipe: Recipe, method: str) -> tuple[object, ...]:
 class Member:
     """One training of a stack; its random draws come from a generator of its own, in the order in which it would draw them alone."""
 
-    def __init__(self, trainer: FairTrainer) -> None:
+    def __init__(self, trainer: FairTrainer, reference: bool = False) -> None:
         self.trainer = trainer
+        self.near = reference and not trainer.auxiliary and bool(getattr(trainer.model, "needs_reference", False))
         self.device = trainer.device
         self.seed = trainer.seed or 0
         self.generator = torch.Generator(self.device).manual_seed(self.seed + 1)  # as a trainer does
@@ -90,7 +91,12 @@ class Member:
             default.set_state(held)
 
     def logit_gradients(
-        self, z: Tensor, h: Tensor, labels: dict[str, Any], groups: Mapping[str, Tensor]
+        self,
+        z: Tensor,
+        h: Tensor,
+        labels: dict[str, Any],
+        groups: Mapping[str, Tensor],
+        reference: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the gradients of its own weighting to the logits [B, C] and, past the heads, to h [B, d]."""
         trainer, model = self.trainer, self.trainer.model
@@ -98,6 +104,7 @@ class Member:
         own = tuple(name for name in trainer.task_name if type(model.decoders[name]) is nn.Linear)
         others = {name: model.decoders[name](h) for name in trainer.auxiliary if name not in own}
         made = stepping.made_of(trainer, Columns(own, z, [1] * len(own), others), labels, groups)
+        made = made._replace(reference=lambda: reference)
         if isinstance(model, FairWeighting):
             model.fair_batch = stepping.fair_batch(trainer, made, trainer.epoch, h)
         with self.drawing():

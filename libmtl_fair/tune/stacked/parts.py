@@ -25,7 +25,7 @@ Key = tuple[object, ...]
 class Step:
     """One step: logits z [M, B, C], what the heads received h [M, B, d], their weights [M, d, C], labels y [M, B, T] (NaN: missing).
 
-    ``rows`` [M, B] index the training data and its ``groups``; ``complete``: no label is missing there.
+    ``rows`` [M, B] index the training data, its ``groups`` and its ``reference`` [N, r]; ``complete``: no label is missing there.
     """
 
     z: Tensor
@@ -35,6 +35,7 @@ class Step:
     rows: Tensor
     groups: Mapping[str, Tensor]
     complete: bool
+    reference: Tensor | None = None
 
     def loss_gradient(self) -> Tensor:
         """Return the gradient of the main tasks' losses to their logits, [M, B, T]."""
@@ -46,7 +47,8 @@ class Step:
         if len(places) == len(self.z):
             return self
         at = torch.tensor(places, device=self.z.device)
-        return Step(self.z[at], self.h[at], self.heads[at], self.y[at], self.rows[at], self.groups, self.complete)
+        taken = self.z[at], self.h[at], self.heads[at], self.y[at], self.rows[at]
+        return Step(*taken, self.groups, self.complete, self.reference)
 
 
 class Part(ABC):
@@ -89,9 +91,44 @@ class Own(Part):
         (member,) = self.members
         labels = dict(zip(member.trainer.main_tasks, step.y[0].clone().unbind(1)))
         groups = {name: ids.index_select(0, step.rows[0]) for name, ids in step.groups.items()}
+        reference = None if step.reference is None else step.reference.index_select(0, step.rows[0])
         with torch.enable_grad():
-            to_z, to_h = member.logit_gradients(step.z[0], step.h[0], labels, groups)
+            to_z, to_h = member.logit_gradients(step.z[0], step.h[0], labels, groups, reference)
         return to_z.unsqueeze(0), None if to_h is None else to_h.unsqueeze(0)
+
+
+class NearPart(Part):
+    """Members under ReLiF that compare near people."""
+
+    @staticmethod
+    def key(member: Member) -> Key | None:
+        """Return what members of one part have in common; None where a member's own weighting has to do it."""
+        model, trainer = member.trainer.model, member.trainer
+        if trainer.weighting != "ReLiF" or not member.near:
+            return None
+        return ("near", model.share is None)
+
+    def __init__(self, places: Sequence[int], members: Sequence[Member]) -> None:
+        super().__init__(places, members)
+        self.models = [member.trainer.model for member in members]
+        self.lam = torch.tensor([float(model.settings.lam) for model in self.models], device=members[0].device)
+        self.share = None if self.models[0].share is None else stack([model.share for model in self.models])
+
+    def save(self) -> None:
+        """Give the members' modules their controllers."""
+        if self.share is not None:
+            unstack(self.share, [model.share for model in self.models])
+
+    def gradients(self, step: Step) -> tuple[Tensor, Tensor | None]:
+        """Return the gradients of the losses plus lambda times near people's gaps."""
+        assert step.reference is not None
+        people = step.reference.index_select(0, step.rows.flatten()).view(*step.rows.shape, -1)
+        main = step.z[:, :, : step.y.shape[2]].mT.contiguous()
+        gaps = F.near_gaps(main, F.nearest_others(people).unsqueeze(1), logits=True)
+        strength, present = self.lam, gaps.present.sum(1)
+        if self.share is not None:
+            strength = self.share.update(gaps.value.sum(1) / present, present > 0)
+        return step.loss_gradient().add_(gaps.slope.mul_(strength.to(main.dtype).view(-1, 1, 1)).mT), None
 
 
 class ReLiFPart(Part):
@@ -101,7 +138,7 @@ class ReLiFPart(Part):
     def key(member: Member) -> Key | None:
         """Return what members of one part have in common; None where a member's own weighting has to do it."""
         trainer = member.trainer
-        if trainer.weighting != "ReLiF" or trainer.auxiliary:
+        if trainer.weighting != "ReLiF" or trainer.auxiliary or member.near:
             return None
         s, tasks = trainer.model.settings, len(trainer.task_name)
         if not s.lipschitz or tasks < 2 or (s.task_pairs is not None and s.task_pairs < tasks * (tasks - 1) // 2):
@@ -250,7 +287,9 @@ def parts_of(members: Sequence[Member]) -> list[Part]:
     """Return the parts of a stack, each with the places of its members."""
     groups: dict[Key, tuple[type[Part], list[int]]] = {}
     for place, member in enumerate(members):
-        found = ((key, kind) for kind in (Plain, ReLiFPart, FairMTPart, HeadsPart) if (key := kind.key(member)))
+        found = (
+            (key, kind) for kind in (Plain, NearPart, ReLiFPart, FairMTPart, HeadsPart) if (key := kind.key(member))
+        )
         key, kind = next(found, (("own", place), Own))
         groups.setdefault(key, (kind, []))[1].append(place)
     return [kind(places, [members[m] for m in places]) for kind, places in groups.values()]

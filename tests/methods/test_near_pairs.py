@@ -1,0 +1,297 @@
+"""ReLiF's near pairs (METHODS.md, 1.4): the whole objective by loops in float64, composition, the controller, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import libmtl_fair as lf
+from libmtl_fair.errors import HostError, RecipeError
+from libmtl_fair.libmtl import step as stepping
+from libmtl_fair.methods.controllers import ShareController
+from libmtl_fair.methods.relif import ReLiFSettings
+from libmtl_fair.metrics import ConsistencyAudit
+from libmtl_fair.models import MLP, linear_heads
+
+BINARY = (lf.Binary("a"), lf.Binary("b"))
+MIXED = (lf.Binary("a"), lf.Multiclass("m", 3), lf.Multilabel("l", 2), lf.Regression("c"))
+
+
+def make_loader(n: int = 96, batch_size: int = 32, shuffle: bool = False, **options: Any) -> lf.ResidentLoader:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 6, generator=g)
+    noisy = x + torch.randn(n, 6, generator=g)
+    labels = {
+        "a": (noisy[:, 0] > 0).float(),
+        "b": (noisy[:, 1] > 0.5).float(),
+        "m": noisy[:, 1:4].argmax(1),
+        "l": (noisy[:, 2:4] > 0).float(),
+        "c": noisy[:, 0] - noisy[:, 4],
+    }
+    given = {"reference": x[:, :3], "shuffle": shuffle, "seed": 0, "device": "cpu", **options}
+    return lf.ResidentLoader(x, labels, batch_size=batch_size, **given)
+
+
+def make_trainer(
+    tasks: tuple[lf.Task, ...] = BINARY, weighting: str = "ReLiF", rep_grad: bool = False, **args: Any
+) -> Any:
+    torch.manual_seed(2)
+    return lf.FairTrainer(
+        lf.task_dict(tasks), weighting, "HPS", lambda: MLP(6, (16, 8)), linear_heads(tasks, 8), rep_grad, False,
+        {"optim": "sgd", "lr": 0.2}, None, device="cpu", progress=False, seed=1, select="last", weight_args=args,
+    )  # fmt: skip
+
+
+def columns_of(task: lf.Task, output: Tensor) -> list[tuple[Tensor, float, bool]]:
+    """What a task compares: (values [B], what they count, whether they are log-odds)."""
+    if task.kind == "regression":
+        return [(output[:, 0], 1.0, False)]
+    if task.kind == "binary":
+        return [(output[:, 0], 1.0, True)]
+    if task.kind == "multilabel":
+        return [(output[:, c], 1 / output.shape[1], True) for c in range(output.shape[1])]
+    p = torch.softmax(output, 1)
+    return [((p[:, c] / (1 - p[:, c])).log(), float(p[:, c].detach().mean()), True) for c in range(output.shape[1])]
+
+
+def mean_gap(f: Tensor, nearest: list[int]) -> Tensor:
+    size = len(f)
+    gini = sum(((f[i] - f[j]).abs() for i in range(size) for j in range(size)), f.new_zeros(())) / (size * (size - 1))
+    return sum(((f[i] - f[nearest[i]]).abs() for i in range(size)), f.new_zeros(())) / size / gini
+
+
+def term_by_loops(tasks: tuple[lf.Task, ...], outputs: dict[str, Tensor], reference: Tensor) -> Tensor:
+    """Return the sum of R_t, read aloud from METHODS.md."""
+    nearest = []
+    for i in range(len(reference)):
+        distances = [float((reference[i] - reference[j]).norm()) if j != i else np.inf for j in range(len(reference))]
+        nearest.append(int(np.argmin(distances)))
+    total = reference.new_zeros(())
+    for task in tasks:
+        for values, share, logits in columns_of(task, outputs[task.name]):
+            parts = (values, torch.sigmoid(values)) if logits else (values,)
+            total = total + share * sum(mean_gap(part, nearest) for part in parts) / len(parts)
+    return total
+
+
+def expected(trainer: Any, tasks: tuple[lf.Task, ...], batch: Any, lam: float, loss: bool = True) -> tuple[Any, Any]:
+    """The gradient of the losses plus lam times the term, by autograd in float64, and the term."""
+    encoder = copy.deepcopy(trainer.model.encoder).double()
+    heads = {t.name: copy.deepcopy(trainer.model.decoders[t.name]).double() for t in tasks}
+    h = encoder(batch[0].double())
+    outputs = {name: head(h) for name, head in heads.items()}
+    term = term_by_loops(tasks, outputs, batch[1]["reference"].double())
+    total = lam * term
+    if loss:
+        total = total + sum(t.loss(outputs[t.name], batch[1][t.name]) for t in tasks)
+    named = {f"encoder.{n}": p for n, p in encoder.named_parameters()}
+    named |= {f"decoders.{t}.{n}": p for t, head in heads.items() for n, p in head.named_parameters()}
+    grads = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), grads)}, term.detach()
+
+
+def one_backward(trainer: Any, batch: Any) -> dict[str, Tensor]:
+    trainer.model.epoch, trainer.model.train_loss_buffer = 2, np.ones((len(trainer.task_name), 4))
+    made = stepping.losses_of(trainer, batch)
+    trainer.optimizer.zero_grad()
+    torch.manual_seed(11)
+    if trainer.representation is not None:
+        trainer.model.fair_batch = stepping.fair_batch(trainer, made, 0)
+    trainer.model.backward(made[0], **({} if trainer.representation is not None else trainer.weight_args))
+    return {n: p.grad.double() for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def assert_same(found: Tensor, wanted: Tensor, name: str, rtol: float = 5e-4) -> None:
+    assert float((found - wanted).abs().max()) <= rtol * max(float(wanted.abs().max()), 1e-3), name
+
+
+@pytest.mark.parametrize("rep_grad", [False, True])
+@pytest.mark.parametrize("tasks", [BINARY[:1], BINARY, MIXED], ids=["one", "binary", "mixed"])
+def test_the_gradient_is_that_of_the_losses_plus_lambda_times_the_term(tasks: Any, rep_grad: bool) -> None:
+    trainer, batch = make_trainer(tasks, rep_grad=rep_grad, lam=0.7), next(iter(make_loader()))
+    wanted, term = expected(trainer, tasks, batch, 0.7)
+    found = one_backward(trainer, batch)
+    assert found.keys() == wanted.keys()
+    for name, grad in found.items():
+        assert_same(grad, wanted[name], name)
+    trace = {name: float(value) for name, value in trainer.model.trace.items()}
+    assert trace == pytest.approx({"lambda": 0.7, "inconsistency": float(term) / len(tasks)}, rel=1e-4)
+
+
+def test_in_double_precision_it_is_exact() -> None:
+    held = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        trainer, batch = make_trainer(MIXED, lam=0.3), next(iter(make_loader()))
+        trainer.model.double()
+        batch = (
+            batch[0].double(),
+            {k: v.double() if v.is_floating_point() else v for k, v in batch[1].items() if k != "sensitive"},
+        )
+        wanted, _ = expected(trainer, MIXED, batch, 0.3)
+        for name, grad in one_backward(trainer, batch).items():
+            assert_same(grad, wanted[name], name, 1e-9)
+    finally:
+        torch.set_default_dtype(held)
+
+
+@pytest.mark.parametrize(("base", "rep_grad"), [("UW", False), ("GradNorm", False), ("MGDA", True), ("PCGrad", False)])
+def test_a_base_balances_the_losses_and_the_term_is_added(base: str, rep_grad: bool) -> None:
+    batch = next(iter(make_loader()))
+    alone = one_backward(make_trainer(MIXED, base, rep_grad), batch)
+    trainer = make_trainer(MIXED, rep_grad=rep_grad, base=base, lam=0.7)
+    term, _ = expected(trainer, MIXED, batch, 0.7, loss=False)
+    for name, grad in one_backward(trainer, batch).items():
+        assert_same(grad, alone[name] + term.get(name, 0), name, 1e-3)
+
+
+def test_one_input_a_task_has_one_reference_a_task() -> None:
+    loaders = {t.name: make_loader(48 + 20 * i, 24 + i) for i, t in enumerate(BINARY)}
+    torch.manual_seed(2)
+    trainer = lf.FairTrainer(
+        lf.task_dict(BINARY), "ReLiF", "HPS", lambda: MLP(6, (16, 8)), linear_heads(BINARY, 8), False, True,
+        {"optim": "sgd", "lr": 0.1}, None, device="cpu", progress=False, seed=1, select="last",
+    )  # fmt: skip
+    trainer.train(loaders, epochs=2)
+    assert trainer.history[["lambda", "inconsistency"]].notna().all(axis=None)
+
+
+def test_without_a_reference_it_says_so_once_and_uses_random_pairs() -> None:
+    trainer, random = make_trainer(), make_trainer(pairs="random")
+    with pytest.warns(
+        UserWarning, match=r"gives no reference features, .*pairs='random'.*ResidentLoader\(\.\.\., reference="
+    ):
+        trainer.train(make_loader(reference=None), epochs=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.train(make_loader(reference=None), epochs=2)
+    random.train(make_loader(), epochs=2)
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, random.model.state_dict()[name]), name
+    for args in ({"pairs": "near"}, {"lam": 0.1}):
+        with pytest.raises(
+            HostError, match=r"needs reference features, .*ResidentLoader\(\.\.\., reference=features\)"
+        ):
+            make_trainer(**args).train(make_loader(reference=None), epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("args", "form"),
+    [
+        ({}, None),
+        ({"eta": 0.1, "warmup": 5, "base": "UW"}, None),
+        ({"lam": 0.1}, "near"),
+        ({"lambda": 0.1}, "near"),
+        ({"share": 0.7}, "near"),
+        ({"beta": 0.3, "lambda_0": 5.0}, "random"),
+        ({"control": False}, "random"),
+        ({"preset": "paper"}, "random"),
+        ({"preset": "eicu", "eta": 0.01}, "random"),
+        ({"pairs": "near", "eta": 0.1}, "near"),
+    ],
+)
+def test_the_settings_given_say_which_form_is_meant(args: dict[str, Any], form: str | None) -> None:
+    assert ReLiFSettings.from_args("ReLiF", args).form == form
+
+
+@pytest.mark.parametrize(
+    ("args", "match"),
+    [
+        ({"pairs": "nearest"}, r"unknown pairs 'nearest'; did you mean 'near'"),
+        ({"pairs": "near", "beta": 0.3}, r"ReLiF: beta is a setting of pairs='random', and pairs='near'"),
+        ({"pairs": "random", "lam": 0.3}, r"ReLiF: lam is a setting of pairs='near', and pairs='random'"),
+        ({"preset": "paper", "lam": 0.3}, r"lam is a setting of pairs='near'"),
+        ({"preset": "paper", "pairs": "near"}, r"is a setting of pairs='random', and pairs='near'"),
+        ({"beta": 0.3, "lam": 0.3}, r"lam is a setting of pairs='near', and pairs='random'"),
+        ({"lam": -1.0}, r"lam must be >= 0, found -1"),
+        ({"share": 0.0}, r"share must be in \(0, 1\]"),
+        ({"floor": 0.0}, r"floor must be in \(0, 1\]"),
+        ({"share": 0.5, "lam": 0.0}, r"initial must be finite and above 0"),
+        ({"share": 0.5, "warmup": 0}, r"warmup must be at least 1 step"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(args: dict[str, Any], match: str) -> None:
+    with pytest.raises(RecipeError, match=match):
+        make_trainer(**args)
+
+
+def test_the_controller_by_hand() -> None:
+    """Level: the running inconsistency at the end of the warm-up; then lambda moves by its distance to the goal."""
+    controller = ShareController(0.5, 0.05, 0.1, initial=0.1, warmup=2, smoothing=0.5)
+    signal = [0.6, 0.4, 0.5, 0.1, float("nan"), 0.1, 0.05, 0.02]
+    smooth, level, lam, steps, wanted = None, 0.0, 0.1, 0, []
+    for value in signal:
+        if value == value:
+            smooth, steps = value if smooth is None else smooth + 0.5 * (value - smooth), steps + 1
+            if steps <= 2:
+                level = smooth
+            else:
+                error = min(max(smooth / max(0.5 * level, 0.05) - 1, -1), 1)
+                lam = min(max(lam * (1 + 0.1 * error), 0.02), 0.3)
+        wanted.append(lam if steps > 2 else 0.0)
+    found = [controller.update(torch.tensor(value)).item() for value in signal]
+    assert found == pytest.approx(wanted)
+    bounded = ShareController(0.5, eta := 0.05, 1.0, initial=0.1, warmup=1)
+    assert [bounded.update(torch.tensor(0.9)).item() for _ in range(9)][-1] == pytest.approx(0.3) and eta
+
+
+def test_a_share_of_plains_own_is_kept() -> None:
+    """The wished share of the inconsistency at the end of the warm-up is reached, with less weight where it is larger."""
+    ends = {}
+    for share in (0.6, 0.9):
+        trainer = make_trainer(share=share, warmup=60, eta=0.05, lam=0.5)
+        trainer.train(make_loader(384, 128, shuffle=True), epochs=100)
+        history = trainer.history
+        assert (history["lambda"].iloc[:60] == 0).all()
+        level, last = history["inconsistency"].iloc[40:60].mean(), history["inconsistency"].iloc[-40:].mean()
+        ends[share] = (last / level, history["lambda"].iloc[-40:].mean())
+    assert abs(ends[0.6][0] - 0.6) < 0.15
+    assert ends[0.6][1] > ends[0.9][1]
+
+
+def test_resume_and_checkpoints_keep_the_controller(tmp_path: Any) -> None:
+    def trainer(folder: str, **options: Any) -> Any:
+        torch.manual_seed(2)
+        return lf.FairTrainer(
+            lf.task_dict(BINARY), "ReLiF", "HPS", lambda: MLP(6, (16, 8)), linear_heads(BINARY, 8), False, False,
+            {"optim": "adam", "lr": 0.01}, None, device="cpu", progress=False, seed=1, select="last",
+            weight_args={"share": 0.7, "warmup": 4}, run_dir=tmp_path / folder, **options,
+        )  # fmt: skip
+
+    whole = trainer("whole")
+    whole.train(make_loader(shuffle=True), epochs=4)
+    trainer("cut").train(make_loader(shuffle=True), epochs=2)
+    again = trainer("cut", resume=True)
+    again.train(make_loader(shuffle=True), epochs=4)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+    assert {"share.level", "share.value"} <= set(whole.model.state_dict())
+
+
+def test_people_who_are_alike_get_closer_ranks_and_scores_are_not_shrunk() -> None:
+    """What it is for: a weight shown to the model only, which the reference leaves out, decides ranks less."""
+    g = torch.Generator().manual_seed(0)
+    people, hidden = torch.randn(1200, 3, generator=g), torch.randint(0, 2, (1200, 1), generator=g).float()
+    x = torch.cat([people, 2 * hidden - 1], 1)
+    chance = torch.sigmoid(1.5 * people[:, 0] + 0.7 * x[:, 3])
+    label = (torch.rand(1200, generator=g) < chance).float()
+    loader = lf.ResidentLoader(x, {"a": label}, batch_size=200, shuffle=True, seed=0, device="cpu", reference=people)
+    found = {}
+    for weighting, args in (("EW", {}), ("ReLiF", {"lam": 0.15})):
+        torch.manual_seed(2)
+        trainer = lf.FairTrainer(
+            lf.task_dict(BINARY[:1]), weighting, "HPS", lambda: MLP(4, (16, 8)), linear_heads(BINARY[:1], 8), False, False,
+            {"optim": "adam", "lr": 0.01}, None, device="cpu", progress=False, seed=1, select="last", weight_args=args,
+        )  # fmt: skip
+        trainer.train(loader, epochs=15)
+        scores = trainer.predict(
+            lf.ResidentLoader(x, {"a": label}, batch_size=1200, shuffle=False, device="cpu")
+        ).scores
+        found[weighting] = ConsistencyAudit(people.numpy()).run({"a": scores["a"].numpy()}).inconsistency
+    assert found["ReLiF"] < 0.85 * found["EW"]
