@@ -72,9 +72,14 @@ def test_run_folder_is_complete(finished):
                 "checkpoint.pt",
             ):
                 assert (folder / name).stat().st_size > 0, folder / name
-    history = pd.read_csv(out / "relif" / "seed0" / "history.csv")
-    assert {"lambda", "r", "r_smooth", "tau", "kappa", "lipschitz"} <= set(history)
-    assert history["lambda"].notna().all()
+    traces = {
+        "relif": {"lambda", "inconsistency"},
+        "relif_paper": {"lambda", "r", "r_smooth", "tau", "kappa", "lipschitz"},
+    }
+    for method, columns in traces.items():
+        history = pd.read_csv(out / method / "seed0" / "history.csv")
+        assert columns <= set(history)
+        assert history["lambda"].notna().all()
 
 
 def test_one_tolerance_holds_for_all_methods_and_seeds(finished):
@@ -216,11 +221,11 @@ def test_a_wrong_type_names_setting_file_and_line(tmp_path):
     assert done.returncode == 2
     assert "--set methods.relif.beta=high: methods.relif.beta: ReLiF: beta must be above 0, found 'high'" in done.stderr
     recipe = tmp_path / "wrong.yaml"
-    recipe.write_text((RECIPES / "quickstart.yaml").read_text().replace("beta: 0.3", "beta: high"))
+    recipe.write_text((RECIPES / "quickstart.yaml").read_text().replace("preset: paper", "preset: paper, beta: high"))
     done = cli("run", recipe, "--out", tmp_path / "r")
     assert done.returncode == 2
     line = next(i for i, text in enumerate(recipe.read_text().splitlines(), 1) if "beta: high" in text)
-    assert f"wrong.yaml:{line}: methods.relif.beta: ReLiF: beta must be above 0" in done.stderr
+    assert f"wrong.yaml:{line}: methods.relif_paper.beta: ReLiF: beta must be above 0" in done.stderr
 
 
 @pytest.mark.parametrize("asked", ["--help", "--version"])

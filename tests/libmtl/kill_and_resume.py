@@ -24,7 +24,7 @@ import libmtl_fair as lf
 from libmtl_fair.models import MLP
 
 WEIGHTINGS = ("EW", "ReLiF", "FairMT", "GradNorm", "DWA", "GradVac")
-SETTINGS = {"ReLiF": {"warmup": 5}, "FairMT": {"min_count": 2, "target": "eo <= 0.01"}}
+SETTINGS = {"ReLiF": {"warmup": 5, "pairs": "random"}, "FairMT": {"min_count": 2, "target": "eo <= 0.01"}}
 TASKS = (lf.Binary("a"), lf.Binary("b"), lf.Regression("c"))
 
 
