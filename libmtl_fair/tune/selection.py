@@ -89,9 +89,7 @@ def standings(
     for trial in trials:
         bad = [f"{task} {why}" for task, why in trial.user_attrs.get("degenerate", {}).items()]
         lost = list(_losses(trial, baseline, rules.within)) if rules and baseline is not None else []
-        over = [
-            (v, f"{name} is missed by {v:.4f}") for name, v in trial.constraints.items() if _is_rule(name) and v > 0
-        ]
+        over = [(v, f"{name} is missed by {v:.4f}") for name, v in _constraints(trial) if v > 0]
         if bound is not None and rules is not None:
             over += _over(study, trial, bound, rules.confidence)
         miss = float(len(bad)), max((v for v, _ in lost), default=0.0), sum(v for v, _ in over)
@@ -100,9 +98,9 @@ def standings(
     return found, [s for s in found if all(own <= best + _SAME for own, best in zip(s.miss, least))]
 
 
-def _is_rule(name: str) -> bool:
-    """Whether a constraint is one of the study's own; Optuna numbers those for its dashboard."""
-    return name != DEGENERATE and not name.isdigit()
+def _constraints(trial: FrozenTrial) -> list[tuple[str, float]]:
+    """Return by how much the study's own constraints are violated; Optuna numbers those for its dashboard."""
+    return [(name, v) for name, v in trial.constraints.items() if name != DEGENERATE and not name.isdigit()]
 
 
 def _losses(trial: FrozenTrial, baseline: FrozenTrial, within: float | None) -> Iterator[tuple[float, str]]:
@@ -249,14 +247,15 @@ def explain(study: optuna.Study, trial: FrozenTrial, how: str = "best", rules: R
 
 def _few(study: optuna.Study, trial: FrozenTrial) -> list[str]:
     """Return the groups, and of which tasks, that have too few people for equalised odds in some seed."""
-    found, least = {}, study_recipe(study).metrics.min_group_size if RECIPE in study.user_attrs else 0
-    for counts in trial.user_attrs.get("counts", []):
-        for task, attribute in ((task, a) for task, of in counts.items() for a in of if a):
-            groups = counts[task][attribute]
-            for name, fits in zip(groups, enough(list(groups.values()), min_group_size=least)):
-                if not fits:
-                    found[f"{attribute} {name} ({task})"] = True
-    return list(found)
+    least = study_recipe(study).metrics.min_group_size if RECIPE in study.user_attrs else 0
+    seeds = trial.user_attrs.get("counts", [])
+    tables = [(task, a, groups) for counts in seeds for task, of in counts.items() for a, groups in of.items() if a]
+    fits = [
+        (f"{a} {name} ({task})", fit)
+        for task, a, g in tables
+        for name, fit in zip(g, enough([*g.values()], min_group_size=least))
+    ]
+    return list(dict.fromkeys(name for name, fit in fits if not fit))
 
 
 def trial_by_number(study: optuna.Study, number: int) -> FrozenTrial:
@@ -300,13 +299,9 @@ def chosen(
     RecipeError : none of these, or no such trial.
     """
     wanted = selection(how)
-    if wanted is not None:
-        return (
-            trial_by_number(study, wanted)
-            if isinstance(wanted, int)
-            else select(study, wanted, confidence=confidence, within=within)
-        )
-    return knee(study, within=within)
+    if isinstance(wanted, int):
+        return trial_by_number(study, wanted)
+    return knee(study, within=within) if wanted is None else select(study, wanted, confidence=confidence, within=within)
 
 
 def to_recipe(trial: FrozenTrial, reference: Recipe | None = None, seeds: Sequence[int] | None = None) -> Recipe:

@@ -53,9 +53,9 @@ def test_names_notes_constraints_and_artifacts(folder):
     assert "Constraints: eo_difference <= 0.0001" in shown["note"]["body"]
     baseline = shown["trials"][0]
     assert "baseline" in baseline["note"]["body"]
-    assert len(baseline["constraints"]) == 1
+    assert len(baseline["constraints"]) == 2  # its own, and that no decision is degenerate
     kept = {artifact["filename"] for artifact in baseline["artifacts"]}
-    assert kept >= {"metrics.json", "recipe.yaml", "checkpoint_seed1000.pt", "history_seed1000.png"}
+    assert kept >= {"metrics.json", "recipe.yaml", "checkpoint_seed0.pt", "history_seed0.png"}
 
 
 @pytest.mark.filterwarnings("ignore")
