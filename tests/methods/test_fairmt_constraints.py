@@ -19,8 +19,8 @@ import libmtl_fair as lf
 from libmtl_fair import functional as F
 from libmtl_fair.errors import HostError, RecipeError
 from libmtl_fair.methods import FairMTSettings
-from libmtl_fair.methods.fairmt.duals import Pace, Window
-from libmtl_fair.methods.fairmt.targets import Target, chosen
+from libmtl_fair.methods.controllers import Pace, Window
+from libmtl_fair.methods.targets import Target, chosen
 from libmtl_fair.models import MLP, linear_heads
 
 N, BATCH, FEATURES, WIDTH, LR = 240, 48, 5, 6, 0.1

@@ -16,12 +16,13 @@ from libmtl_fair.errors import HostError, RecipeError, unknown
 from libmtl_fair.libmtl.gradients import add_gradients, carry_representation_gradients, extra_gradients
 from libmtl_fair.libmtl.state import TrainingState
 from libmtl_fair.methods.base import Penalty, Settings, Written
+from libmtl_fair.methods.controllers import START, Pace, Window, decay_of, pursue
 from libmtl_fair.methods.fairmt.constraint import BinaryColumns, Constraint, MixedColumns, OutputColumns, evaluate
-from libmtl_fair.methods.fairmt.duals import START, Duals, Found, Pace, Window, decay_of, pursue
+from libmtl_fair.methods.fairmt.duals import Duals, Found
 from libmtl_fair.methods.fairmt.settings import DEFAULT_TARGET, FairMTSettings
-from libmtl_fair.methods.fairmt.targets import Target, chosen
 from libmtl_fair.methods.fairmt.task_weights import Gradients, TaskWeights, uniform
 from libmtl_fair.methods.relif import LipschitzScales
+from libmtl_fair.methods.targets import Target, chosen
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.tasks import AUXILIARY_PREFIX, Binary, Multilabel, Regression, Task
 

@@ -9,8 +9,8 @@ from libmtl_fair.errors import RecipeError, unknown
 from libmtl_fair.functional.simplex import AGGREGATION_SOLVERS
 from libmtl_fair.methods.base import Names, Settings, setting
 from libmtl_fair.methods.controllers import DualAscent
-from libmtl_fair.methods.fairmt.targets import Target, read_table
 from libmtl_fair.methods.relif import ReLiFSettings
+from libmtl_fair.methods.targets import Target, read_table
 
 _LIPSCHITZ = ("prototypes", "k", "beta", "mu", "quantile", "scaling", "scale_ema", "detach_distance", "task_pairs")
 
