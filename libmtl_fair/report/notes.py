@@ -68,6 +68,7 @@ def notes(run: RunFolder) -> list[str]:
     """Return the notes of a run, the most important first."""
     return [
         *_again(run),
+        *_constraints(run),
         *_gains(run),
         *_small_groups(run),
         *_data(run.data_card),
@@ -84,6 +85,24 @@ def _again(run: RunFolder) -> Iterator[str]:
             f"Measured again: the saved predictions of {'; '.join(found[:_AT_MOST])}{more} are not those that the run measured. "
             "The numbers here are those of the predictions that are there now."
         )
+
+
+def _constraints(run: RunFolder) -> Iterator[str]:
+    """Say what was asked of each method's decisions and what came of it, the unmet first."""
+    frame = run.frame("constraint")
+    told = []
+    for (method, task, attribute, target), found in frame.groupby(
+        ["method", "task", "attribute", "target"], sort=False
+    ):
+        met, ends = int((found["val_met"] == True).sum()), int((found["at_bound"] == True).sum())  # noqa: E712
+        text = (
+            f"{method}, {task}, {attribute}: {target} was asked (a difference of at most {found['tolerance'].mean():.3f}); it is "
+            f"{found['train'].mean():.3f} on training and {found['val'].mean():.3f} on validation decisions, freed of chance: met on "
+            f"validation, within one standard error, for {met} of {len(found)} seeds"
+        )
+        bound = f"; the multiplier ended at its bound for {ends}" if ends else ""
+        told.append((met == len(found), f"{text}{bound}."))
+    yield from [text for _, text in sorted(told, key=lambda item: item[0])][:_AT_MOST]
 
 
 def _gains(run: RunFolder) -> Iterator[str]:

@@ -29,6 +29,11 @@ _FRAMES: Mapping[str, tuple[list[str], list[str], list[str]]] = {
     "shrinkage": (["delta_name"], ["a", "bias", "brier", "bias_slope", "brier_slope"], []),
     "groups": (["task", "attribute", "metric", "group", "flag"], ["value", "n", "low", "high"], []),
     "consistency": (["task", "metric"], ["value", "low", "high"], []),
+    "constraint": (
+        ["task", "attribute", "target"],
+        ["tolerance", "plain", "eta", "train", "train_error", "val", "val_error"],
+        ["train_met", "val_met", "at_bound"],
+    ),
 }
 """The texts, the numbers and what else each table has; ``pairs`` is the audit by task pair."""
 _TEXTS = {"layer": str, "kind": str, "task_a": str, "task_b": str}
@@ -52,6 +57,8 @@ class SeedRun:
         if part == "pairs":
             audits = self.entries("audit", split)
             return [{**pair, "delta_name": e["delta_name"]} for e in audits for pair in e.get("per_pair") or []]
+        if part == "constraint":
+            return list(self.metrics.get(part) or [])
         found = (self.metrics.get(part) or {}).get(split) or []
         if part == "consistency":
             return list(self.people(split).get("rows") or [])
@@ -155,7 +162,7 @@ class RunFolder:
         ``utility`` (task ``macro`` too), ``audit``, ``pairs`` (the audit by task pair), ``shrinkage`` (the envelope of the
         shrunk reference), ``groups`` or ``consistency`` (of people; task ``macro``: mean over tasks); ``utility_base_rate`` and
         ``groups_base_rate`` are of the decisions that select as many as are positive on validation data (none in runs of earlier
-        versions).
+        versions); ``constraint``: what a method was asked to keep, of training and validation decisions.
         """
         texts, numbers, plain = _FRAMES[part.removesuffix(_BASE_RATE)]
         found = [

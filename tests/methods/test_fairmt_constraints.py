@@ -292,7 +292,7 @@ class Reference:
                 else:
                     level = self.level[key]
                     tau = max(self.s.floor, target.bound * level) if target.relative else target.bound
-                    e = min(max(gap / tau - 1, -1.0), 1.0) if there else 0.0
+                    e = min(max(gap / (self.s.aim * tau) - 1, -1.0), 1.0) if there else 0.0
                     log_eta = self.log_eta[key] = min(max(log_eta + gain * e, math.log(1e-4)), 0.0)
                     p = min(max(base, 1e-12), 1 - 1e-12)
                     strength = min(1.0, math.exp(log_eta + e)) * share * -(p * math.log(p) + (1 - p) * math.log(1 - p))
@@ -342,7 +342,7 @@ CASES: list[tuple[tuple[lf.Task, ...], dict[str, Any]]] = [
     (BINARY, {"targets": {"a": {"sex": "eo <= 0.01", "race": "dp <= 0.05"}}}),
     (BINARY, {"target": "eo <= 0.1", "targets": {"b": "eop <= 0.01"}, "attributes": ["race"]}),
     (BINARY, {"target": "eo <= 0.01", "intersectional": True, "min_count": 2}),
-    (BINARY, {"target": "eo <= 0.01", "reference": "lcb"}),
+    (BINARY, {"target": "eo <= 0.01", "reference": "lcb", "aim": 1.0}),
     (BINARY, {"target": "eo <= 0.01", "symmetric": True, "attributes": ["race"], "ema": 0.5}),
     (MIXED, {"target": "eo <= 0.02"}),
     (MIXED, {"target": "dp <= 0.02", "attributes": ["sex"]}),
@@ -473,15 +473,14 @@ def test_what_cannot_be_met_is_said_with_its_multiplier_at_the_bound() -> None:
     assert (row["at_bound"], row["train_met"]) == (True, False)
 
 
-def test_the_epoch_kept_is_none_of_plain_training() -> None:
-    """Utility is best while training is plain: that epoch is not chosen."""
-    torch.manual_seed(0)
-    trainer = make_trainer((lf.Binary("a"),), lr=0.5, select="best", target="eo <= 0.05")
-    source = lf.ResidentLoader(*biased(3000), batch_size=100, shuffle=True, seed=0, device="cpu")
-    judged = lf.ResidentLoader(*biased(3000, seed=3), batch_size=1000, shuffle=False, device="cpu")
+def test_the_epoch_kept_is_none_of_plain_training_and_keeps_the_constraint() -> None:
+    """By utility alone the first epoch, which is plain, would be chosen."""
+    trainer = make_trainer((lf.Binary("a"),), lr=0.5, select="best", target="eo <= 0.15")
+    source = lf.ResidentLoader(*biased(6000), batch_size=50, shuffle=True, seed=0, device="cpu")
+    judged = lf.ResidentLoader(*biased(6000, seed=3), batch_size=2000, shuffle=False, device="cpu")
     trainer.select_by = lambda results: -float(trainer.epoch)  # the earlier, the better
-    trainer.train(source, None, 6, judged)
-    assert trainer.best["epoch"] >= 1
+    trainer.train(source, None, 5, judged)
+    assert (trainer.best["admitted"], trainer.best["epoch"] >= 1) == (True, True)
     (row,) = trainer.model.constraint_rows(val=trainer.predict(judged))
     assert row["val_met"]
 

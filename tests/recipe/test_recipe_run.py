@@ -16,6 +16,7 @@ from libmtl_fair.recipe.build import keep_labels, make_dataset, utility_of
 from libmtl_fair.recipe.measure import Protocol
 from libmtl_fair.recipe.run import run_recipe
 from libmtl_fair.report import read_run, shrinkage_verdict
+from libmtl_fair.report.notes import notes
 
 
 def recipe(**changes):
@@ -175,6 +176,9 @@ def test_what_came_of_a_constraint_is_kept_on_training_and_validation_decisions(
     (folder / "metrics.json").unlink()
     again = run_recipe(asked, out, device="cpu", resume=True)
     assert numbers(again, "fair")["constraint"] == rows
+    assert read_run(out).frame("constraint")["target"].tolist() == ["eo <= 0.05"] * 2
+    said = [note for note in notes(read_run(out)) if "eo <= 0.05 was asked" in note]
+    assert len(said) == 2 and all(" of 1 seeds" in note for note in said)
 
 
 def test_a_constraint_that_is_none_names_the_place(tmp_path):

@@ -106,7 +106,8 @@ class Duals:
         bound, relative, share = (x.numpy() if local else x for x in (self.bound, self.relative, self.share))
         sums = recent.numpy().astype(np.float64) if local else recent.to(state.dtype)
         gap, noise, there, enough = self.decisions(sums)
-        used = pursue(log_eta, level, gap, there, pace, lambda plain: self.tolerance(plain, bound, relative))
+        aim = self.rule.settings.aim
+        used = pursue(log_eta, level, gap, there, pace, lambda plain: aim * self.tolerance(plain, bound, relative))
         return Found(gap, noise, there, None if used is None else used * share * self.units(sums), enough)
 
     def units(self, sums: Any) -> Any:

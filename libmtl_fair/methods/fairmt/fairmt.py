@@ -259,10 +259,9 @@ class FairMT(Penalty):
             self.lipschitz_state = torch.stack([torch.full_like(value, START).log(), value, value])
         log_eta, level, mean = self.lipschitz_state
         mean += (value - mean) / (1 if first else length)
-        aim = Target.read(self.settings.target or DEFAULT_TARGET)
-        used = pursue(
-            log_eta, level, mean, torch.isfinite(mean), pace, lambda plain: aim.tolerance(plain, self.settings.floor)
-        )
+        target, s = Target.read(self.settings.target or DEFAULT_TARGET), self.settings
+        there = torch.isfinite(mean)
+        used = pursue(log_eta, level, mean, there, pace, lambda plain: s.aim * target.tolerance(plain, s.floor))
         self.trace = {**self.trace, "eta/lipschitz": log_eta.exp(), "psi/lipschitz": value}
         return torch.zeros_like(value) if used is None else used * 0.69314718
 

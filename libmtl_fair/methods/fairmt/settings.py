@@ -52,6 +52,13 @@ class FairMTSettings(Settings):
         {}, "task -> its own target, or attribute -> target; without ``target`` only these are constrained", ours=True
     )
     floor: float = setting(0.04, "least difference that a target in % asks for", ours=True, gt=0, le=1)
+    aim: float = setting(
+        0.75,
+        "share of the tolerance that the multipliers aim at, so that what training decisions keep holds for other people too",
+        ours=True,
+        gt=0,
+        le=1,
+    )
     threshold: str = setting(
         "half",
         'decisions: ``"half"``, at 0.5, or ``"base_rate"``, where as many are chosen as are positive',
