@@ -310,15 +310,13 @@ def test_a_trainer_audits_people(recipe_file):
         trainer.audit(sources["test"])
 
 
-def test_tune_knows_both_objectives(recipe_file, tmp_path):
+@pytest.mark.parametrize("stacked", [0, 2])
+def test_tune_knows_both_objectives(recipe_file, stacked):
     recipe = load_recipe(recipe_file, ["methods={plain: {weighting: EW}, relif: {weighting: ReLiF}}"])
-    study = tune(recipe, 3, objectives=("macro_auc", "inconsistency", "flip_gap"), storage=str(tmp_path / "s.journal"))
+    study = tune(recipe, 3, objectives=("macro_auc", "inconsistency", "flip_gap"), stacked=stacked)
     for trial in study.trials:
         auc, inconsistency, flip = trial.values
-        assert 0 < inconsistency < 1.5 and 0 <= flip < 2 and 0 < auc < 1
-    first = study.trials[0]
-    outcome = people_of(recipe, make_dataset(recipe, 0), parts=("val",))
-    assert outcome.audits["val"].pairs.k == 10 and first.user_attrs
+        assert 0 < inconsistency < 1.5 and 0 < flip < 2 and 0 < auc < 1
 
 
 def test_flip_gap_needs_a_sensitive_attribute():
