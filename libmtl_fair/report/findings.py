@@ -9,7 +9,7 @@ import pandas as pd
 
 from libmtl_fair import metrics
 from libmtl_fair.report import judged
-from libmtl_fair.report.competitors import verdicts
+from libmtl_fair.report.competitors import dominated, lacking
 from libmtl_fair.report.run_folder import RunFolder, rows
 from libmtl_fair.report.summary import LABELS, column_of, shrinkage_verdict, summary
 
@@ -45,9 +45,7 @@ def _findings(run: RunFolder) -> Iterator[Finding]:
         )
     if nothing_said := [*_degenerate(run), *_shrunk(run), *_no_gap(run), *_too_few(run)]:
         yield "What says nothing", " ".join(nothing_said)
-    if said := verdicts(run):
-        yield "Beside simple competitors", " ".join(said)
-    yield "How sure", " ".join(_certainty(run))
+    yield "How far to trust it", " ".join(filter(None, (*_competitors(run), *_certainty(run))))
 
 
 def _first(texts: list[str]) -> str:
@@ -212,6 +210,27 @@ def _too_few(run: RunFolder) -> Iterator[str]:
     if found:
         more = f", and {len(found) - _FIRST} more" if len(found) > _FIRST else ""
         yield f"Too few people to be judged, and in no gap: {', '.join(found[:_FIRST])}{more}."
+
+
+def _competitors(run: RunFolder) -> Iterator[str]:
+    """Say which methods a simple competitor beats; the numbers stand in the table of competitors."""
+    found = dominated(run)
+    if found.empty or found["seeds"].max() < 2:
+        yield from filter(
+            None, [lacking(run) if found.empty else "One seed: nothing can be said of simple competitors."]
+        )
+        return
+    beaten = found[found["dominated"]].groupby("method", sort=False)["competitor"].unique()
+    for method, by in list(beaten.items())[:_FIRST]:
+        yield (
+            f"{method} is beaten by what is simpler ({_names(by)}): as useful or more, with a gap as small or smaller, and one of them "
+            "clearly, on the same people."
+        )
+    if others := [method for method in dict.fromkeys(found["method"]) if method not in list(beaten.index)[:_FIRST]]:
+        more = [method for method in others if method in beaten.index]
+        yield f"So {'are' if len(more) > 1 else 'is'} {_names(more)}." if more else ""
+        level = [method for method in others if method not in beaten.index]
+        yield f"No simple competitor is shown to beat {_names(level)}." if level else ""
 
 
 def _certainty(run: RunFolder) -> Iterator[str]:

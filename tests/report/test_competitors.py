@@ -255,7 +255,7 @@ def test_compare_and_report_show_it(made: Path) -> None:
     for page in (render(run, interactive=False), render_comparison(compare([made]))):
         assert "Beside simple competitors" in page
         assert "worse is dominated in equalised odds by sex" in page
-    assert dict(findings(run))["Beside simple competitors"].startswith("worse is dominated")
+    assert dict(findings(run))["How far to trust it"].startswith("worse is beaten by what is simpler (")
     both = compare([made, shutil.copytree(made, made.parent / "copy")])
     assert "copy/worse" in set(dominated(both.run)["method"]) or "copy/worse" in " ".join(verdicts(both.run))
 
