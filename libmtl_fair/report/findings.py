@@ -171,12 +171,11 @@ def _utility_falls(run: RunFolder, method: str) -> Iterator[str]:
 
 def _degenerate(run: RunFolder) -> Iterator[str]:
     found = judged.why_degenerate(run)
-    for method in list(found)[:_FIRST]:
-        yield (
-            f"{method} is no decision to be judged: {found[method]}. A gap between groups that all get the same answer is no fairness."
-        )
+    yield from (f"{method} is no decision to be judged: {found[method]}." for method in list(found)[:_FIRST])
     if len(found) > _FIRST:
         yield f"So are {_names(list(found)[_FIRST:])}."
+    if found:
+        yield "A gap between groups that all get the same answer is no fairness."
     if found and len(found) == len(run.methods) and judged.decisions(run, judged.BASE_RATE):
         yield "Look at the columns of the base rate, where as many get a yes as should."
 
