@@ -212,7 +212,8 @@ def gap_of(measure: Measure, counts: Counts, how: Metrics, ends: bool = True) ->
     if not found:
         raise UndefinedError(
             f"objective {measure.name} is undefined on the validation data: {GAPS[measure.metric]} needs two groups of at "
-            f"least {how.min_group_size} people and 10 of each label that it is about; {'; '.join(lacking)}"
+            f"least {how.min_group_size} people and 10 of each label that it is about; {'; '.join(lacking)}. "
+            "Take more rows, or a larger validation share"
         )
     value, end = np.mean(found, axis=0) if measure.mean else np.max(found, axis=0)
     return float(value), float(end)
