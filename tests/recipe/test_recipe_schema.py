@@ -31,7 +31,7 @@ def test_the_shipped_quickstart_is_valid():
     assert tuple(recipe.data.tasks) == ("income", "never_married", "long_hours")
     assert recipe.data.sensitive == ("sex", "race")
     assert recipe.seeds == (0, 1, 2)
-    assert list(recipe.methods) == ["plain", "relif", "relif_paper"]
+    assert list(recipe.methods) == ["plain", "relif", "relif_paper", "unaware"]
 
 
 def test_a_recipe_is_frozen(write, recipe_text):
