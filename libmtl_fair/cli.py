@@ -293,9 +293,13 @@ def exec(
 def methods(name: Annotated[str | None, Argument(help="show one with its settings")] = None) -> None:
     """List the weightings and architectures that recipes and LibMTL can name, or describe one."""
     from libmtl_fair.libmtl.registry import OUR_ARCHITECTURES, OUR_WEIGHTINGS, architecture_names, weighting_names
+    from libmtl_fair.methods.base import Declared
+    from libmtl_fair.recipe.post import POST_SETTINGS
+    from libmtl_fair.recipe.sections import POST
 
-    ours = {**OUR_WEIGHTINGS, **OUR_ARCHITECTURES}
-    known = {"weightings": weighting_names(), "architectures": architecture_names()}
+    posts = {each.removeprefix(POST): cls for each, cls in POST_SETTINGS.items()}
+    ours: dict[str, type] = {**OUR_WEIGHTINGS, **OUR_ARCHITECTURES, **posts}
+    known = {"weightings": weighting_names(), "architectures": architecture_names(), "post (after training)": [*posts]}
     every = [each for names in known.values() for each in names]
     if name is not None and name not in every:
         raise RecipeError(unknown("method", name, every))
@@ -310,7 +314,8 @@ def methods(name: Annotated[str | None, Argument(help="show one with its setting
     shown = ours.get(name or "")
     if shown is not None:
         paper = getattr(shown, "source", "") or "the source"
-        for row in shown.settings_class.described():
+        settings: type[Declared] = getattr(shown, "settings_class", shown)
+        for row in settings.described():
             search = f"; searched: {row['search']}" if row["search"] else ""
             facts = f"{row['type']}, {row['range']}; default: {row['default']}{search}"
             out.print(

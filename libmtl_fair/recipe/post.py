@@ -43,6 +43,8 @@ class PostSettings(Declared):
 
     aliases: ClassVar[Mapping[str, str]] = {"attributes": "attribute"}
     n_of: ClassVar[int] = 1
+    source: ClassVar[str] = "ours"
+    cost: ClassVar[str] = "no training"
 
     attribute: Names | None = setting(None, "sensitive attribute; several are crossed; null is all, crossed")
     constraint: str = setting("equalized_odds", _GAP, choices=tuple(LIFTED))
@@ -72,7 +74,7 @@ class PathSettings(PostSettings):
 
 
 class OffsetsSettings(PathSettings):
-    """Lift-only logit offsets per group: :func:`libmtl_fair.metrics.fit_offsets`."""
+    """Logits of groups lifted to the best group's rate, along a strength (metrics.fit_offsets)."""
 
     def fit(self, val: Predictions, threshold: float | str, seed: int) -> PostModel:
         """Return the fitted offsets."""
@@ -80,8 +82,9 @@ class OffsetsSettings(PathSettings):
 
 
 class ThresholdsSettings(PathSettings):
-    """Thresholds per group by fairlearn's ``ThresholdOptimizer``: :func:`libmtl_fair.metrics.fit_thresholds`."""
+    """Thresholds per group by fairlearn's ThresholdOptimizer (metrics.fit_thresholds)."""
 
+    source: ClassVar[str] = "Hardt et al., NeurIPS 2016; fairlearn"
     constraint: str = setting(
         "equalized_odds",
         "fairlearn's constraint",
@@ -99,14 +102,16 @@ class ThresholdsSettings(PathSettings):
 
 
 class BlendSettings(PathSettings):
-    """Outputs of two methods mixed, ``(1 - strength)`` of the first and ``strength`` of the second."""
+    """Outputs of two methods mixed: 1 - strength of the first, strength of the second."""
 
     n_of: ClassVar[int] = 2
 
 
 class ExponentiatedGradientSettings(PostSettings):
-    """fairlearn's ``ExponentiatedGradient`` for every binary task, on the recipe's encoded inputs; other tasks are those of ``of``."""
+    """fairlearn's ExponentiatedGradient for every binary task, on the encoded inputs; other tasks are those of `of`."""
 
+    source: ClassVar[str] = "Agarwal et al., ICML 2018; fairlearn"
+    cost: ClassVar[str] = "up to max_iter fits of the estimator a task"
     constraint: str = setting(
         "equalized_odds",
         "what is bounded",

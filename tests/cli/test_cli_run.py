@@ -207,6 +207,8 @@ def test_one_method_is_described_with_its_settings():
     assert shown.returncode == 0
     for word in ("target", "0.1", "in [0, 1]", "ours", "arXiv:2606.10632", "cost:"):
         assert word in shown.stdout, word
+    shown = cli("methods", "offsets")
+    assert "strength" in shown.stdout and "exclude" not in shown.stderr
     shown = cli("methods", "FairBranch")
     assert shown.returncode == 0
     assert "threshold" in shown.stdout
