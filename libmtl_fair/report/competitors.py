@@ -118,6 +118,9 @@ def _measured(run: RunFolder, split: str) -> dict[tuple[str, int], Values]:
             gap, own = made.gap("equalized_odds", seed).value, found.setdefault((made.method, seed), {})
             if gap == gap:
                 own[f"{_EO}{made.attribute}"] = max(gap, own.get(f"{_EO}{made.attribute}", 0.0))
+            n, (_, fp, _, tp) = made.by_seed[seed].to_numpy().sum(), made.by_seed[seed].to_numpy().sum(0)
+            void = n > 0 and not FEWEST <= (fp + tp) / n <= MOST
+            own[_DEGENERATE] = max(float(void), own.get(_DEGENERATE, 0.0))
     return found
 
 
@@ -175,9 +178,9 @@ class Bench:
     def _of(self, family: Family) -> Json:
         """Return what is kept of a competitor; what was made of other predictions or settings is forgotten."""
         if family.name not in self._fresh:
-            files = (
-                self.items[m].folder / f"predictions_{part}.parquet" for m in family.of for part in ("val", "test")
-            )
+            parts = ("val", "test")
+            files = [self.items[m].folder / f"predictions_{part}.parquet" for m in family.of for part in parts]
+            files += self._near.values() if INCONSISTENCY in family.measures else ()
             digest = hashlib.sha256(f"{_FORMAT} {self.threshold} {self.smallest} {self.attributes}".encode())
             for file in files:
                 digest.update(file_digest(file).encode() if file.exists() else b"")
@@ -290,7 +293,7 @@ def _pairs(run: RunFolder) -> Iterator[tuple[object, ...]]:
         bench = Bench(run, seed)
         for method in (name for name in asked if name in bench.items):
             own, val = (numbers[split].get((method, seed), {}) for split in (run.split, "val"))
-            for measure in (name for name in own if name not in UTILITIES):
+            for measure in (name for name in own if name.startswith((_EO, INCONSISTENCY))):
                 present = (name for name in made if name in bench.items)
                 others = [(name, AS_IT_IS, math.nan, numbers[run.split].get((name, seed), {})) for name in present]
                 for family in every if measure in val else ():
