@@ -109,7 +109,11 @@ class Declared(BaseModel):
         preset = given.get("preset")
         if preset is not None and preset not in cls.presets:
             raise RecipeError(f"{method}: {unknown('preset', preset, cls.presets)}")
-        return cls(**{**cls.presets.get(str(preset), {}), **given})
+        try:
+            return cls(**{**cls.presets.get(str(preset), {}), **given})
+        except RecipeError as error:  # at the name that was written
+            error.where = tuple(a for a in args if cls.aliases.get(a, a) in error.where) or error.where
+            raise
 
     @classmethod
     def search_space(cls, given: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:

@@ -331,7 +331,9 @@ class DualAscent(Controller):
 
 LEAST, START = 1e-4, 0.05
 """Lowest multiplier, and the first; the highest is 1: a task may lose by its constraint what its labels hold at most."""
-_GAIN, _LIMIT, _SLOTS = 15.0, 0.05, 256
+_GAIN, _LIMIT = 15.0, 0.05
+SLOTS = 256
+"""Slots that a window has at most."""
 
 
 class Pace(NamedTuple):
@@ -369,9 +371,9 @@ class Window:
         ring: Tensor | None, recent: Tensor | None, now: Tensor, step: int, length: int
     ) -> tuple[Tensor, Tensor]:
         """Return the ring [slots, ...] and the sums in it after ``now`` [...], the step's, has taken the oldest one's place."""
-        if ring is None or recent is None:
-            ring, recent = now.new_zeros((min(length, _SLOTS), *now.shape)), torch.zeros_like(now)
-        each = -(-length // _SLOTS)
+        if ring is None or recent is None or len(ring) != min(length, SLOTS):
+            ring, recent = now.new_zeros((min(length, SLOTS), *now.shape)), torch.zeros_like(now)
+        each = -(-length // SLOTS)
         slot = ring[(step // each) % len(ring)]
         if step % each == 0:
             recent -= slot

@@ -100,6 +100,9 @@ def _constraints(run: RunFolder) -> Iterator[str]:
             f"{found['train'].mean():.3f} on training and {found['val'].mean():.3f} on validation decisions, freed of chance: met on "
             f"validation, within one standard error, for {met} of {len(found)} seeds"
         )
+        share = found["val_selected"].mean()
+        if share < 0.01 or share > 0.99:
+            text += f". That says nothing: {100 * share:.1f} % of people are selected"
         bound = f"; the multiplier ended at its bound for {ends}" if ends else ""
         told.append((met == len(found), f"{text}{bound}."))
     yield from [text for _, text in sorted(told, key=lambda item: item[0])][:_AT_MOST]

@@ -31,7 +31,7 @@ _FRAMES: Mapping[str, tuple[list[str], list[str], list[str]]] = {
     "consistency": (["task", "metric"], ["value", "low", "high"], []),
     "constraint": (
         ["task", "attribute", "target"],
-        ["tolerance", "plain", "eta", "train", "train_error", "val", "val_error"],
+        ["tolerance", "plain", "eta", "train", "train_error", "train_selected", "val", "val_error", "val_selected"],
         ["train_met", "val_met", "at_bound"],
     ),
 }

@@ -457,6 +457,7 @@ def test_a_sentence_is_met_and_said_to_be() -> None:
         expected.append(gap_by_hand([r.mean() for r in rows], [len(r) for r in rows], 5))
     assert (row["val"], row["val_error"]) == pytest.approx(max(expected)[:2], abs=1e-6)
     assert row["val_met"] == (row["val"] <= 0.08 + row["val_error"])
+    assert row["val_selected"] == pytest.approx(passed.mean(), abs=1e-6)
 
 
 def test_what_cannot_be_met_is_said_with_its_multiplier_at_the_bound() -> None:

@@ -126,32 +126,32 @@ class Duals:
             found = torch.where(self.rule.parity, torch.cat([refused, -refused], -1), found)
         return found.flatten(-3, -2)
 
-    def rows(self, state: Tensor, **parts: tuple[Tensor, Tensor, Tensor]) -> list[dict[str, Any]]:
+    def selected(self, sums: Tensor) -> Tensor:
+        """Return the share of people who are passed, [A, K]."""
+        k, shape = self.rule.n_rates, (self.rule.n_attributes, self.rule.n_groups, 4 * self.rule.n_rates)
+        positive, negative, missed, alarms = torch.split(sums.reshape(shape).sum(-2), k, -1)
+        return (positive - missed + alarms) / (positive + negative).clamp(min=1)
+
+    def rows(self, state: Tensor, **sums: Tensor) -> list[dict[str, Any]]:
         """Return a row a constraint: task, attribute, target, what is tolerated, and of each part of the data what was reached.
 
-        ``parts``: difference, error, presence [A, K]. Met: the difference is at most one standard error above what is tolerated.
+        ``sums`` [A * G, 4K] of each part. Met: the difference is at most one standard error above what is tolerated.
         """
         log_eta, level = state.cpu()
         tolerance = self.tolerance(level, self.bound.cpu(), self.relative.cpu())
+        parts = {part: (*self.decisions(values)[:3], self.selected(values)) for part, values in sums.items()}
         found = []
         for a, k in [(a, k) for a in range(len(self.attributes)) for k in range(len(self.tasks))]:
             target = self.targets.get((self.columns[k], self.attributes[a]))
             if target is None:
                 continue
             eta, tau = math.exp(log_eta[a, k]), float(tolerance[a, k])
-            row: dict[str, Any] = {
-                "task": self.tasks[k],
-                "attribute": self.attributes[a],
-                "target": str(target),
-                "tolerance": tau,
-            }
-            row |= {"plain": float(level[a, k]), "eta": eta, "at_bound": eta > 0.99}
+            row: dict[str, Any] = {"task": self.tasks[k], "attribute": self.attributes[a], "target": str(target)}
+            row |= {"tolerance": tau, "plain": float(level[a, k]), "eta": eta, "at_bound": eta > 0.99}
             for part, values in parts.items():
-                gap, noise, there = (x[a, k].item() for x in values)
-                row |= (
-                    {part: gap, f"{part}_error": noise, f"{part}_met": bool(gap <= tau + noise)}
-                    if there
-                    else {part: None}
-                )
+                gap, noise, there, passed = (x[a, k].item() for x in values)
+                row[part] = gap if there else None
+                if there:
+                    row |= {f"{part}_error": noise, f"{part}_met": gap <= tau + noise, f"{part}_selected": passed}
             found.append(row)
         return found

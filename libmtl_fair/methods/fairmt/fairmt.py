@@ -16,7 +16,7 @@ from libmtl_fair.errors import HostError, RecipeError, unknown
 from libmtl_fair.libmtl.gradients import add_gradients, carry_representation_gradients, extra_gradients
 from libmtl_fair.libmtl.state import TrainingState
 from libmtl_fair.methods.base import Penalty, Settings, Written
-from libmtl_fair.methods.controllers import START, Pace, Window, decay_of, pursue
+from libmtl_fair.methods.controllers import SLOTS, START, Pace, Window, decay_of, pursue
 from libmtl_fair.methods.fairmt.constraint import BinaryColumns, Constraint, MixedColumns, OutputColumns, evaluate
 from libmtl_fair.methods.fairmt.duals import Duals, Found
 from libmtl_fair.methods.fairmt.settings import DEFAULT_TARGET, FairMTSettings
@@ -62,7 +62,7 @@ class FairMT(Penalty):
 
     settings_class = FairMTSettings
     source = "arXiv:2512.00469"
-    cost = "1.5 to 1.9 plain steps with 2 to 40 tasks (docs/RESULTS.md)"
+    cost = "1.7 to 1.9 plain steps with 2 to 40 tasks (docs/RESULTS.md)"
     needs_groups = True
     settings: FairMTSettings
     lipschitz: LipschitzScales | None
@@ -123,14 +123,14 @@ class FairMT(Penalty):
         if self.lipschitz is not None:
             scores, embedding = batch.score_matrix, batch.embedding
             lipschitz = self.lipschitz(scores.detach(), embedding.detach(), move=embedding.requires_grad).term
-        if self._constraint is None:
-            self._lay_out([batch.task(name) for name in self._main], batch.n_groups, batch.multi_input)
+        tasks = [batch.task(name) for name in self._main] if self._constraint is None else []
+        rule = self._constraint or self._lay_out(tasks, batch.n_groups, batch.multi_input)
         with torch.no_grad():
             if self.settings.form == "phi":
-                grads, share, strength = self._phi(batch, lipschitz)
+                grads, share, strength = self._phi(batch, rule, lipschitz)
                 strength = strength * observed.sum()
             else:
-                grads, share = self._constraints(batch, lipschitz)
+                grads, share = self._constraints(batch, rule, lipschitz)
                 strength = torch.ones_like(share)
         if lipschitz is not None:
             value = lipschitz.attached(scores, embedding)
@@ -148,11 +148,10 @@ class FairMT(Penalty):
 
     # -- the source's form -----------------------------------------------------------------------------------------
 
-    def _phi(self, batch: FairBatch, lipschitz: F.LipschitzTerm | None) -> tuple[list[Tensor], Tensor, Tensor]:
+    def _phi(
+        self, batch: FairBatch, rule: Constraint, lipschitz: F.LipschitzTerm | None
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Move the running sums and eta; return the gradient of Phi to the outputs, w* of the Lipschitz term, and eta before."""
-        rule = self._constraint
-        assert rule is not None
-        assert self.presence is not None
         blocks, members = self._blocks(batch, rule)
         found, self.running = evaluate(rule, rule.sums(blocks, members), self.running, lipschitz)
         eta = self.dual.value.clone()
@@ -162,10 +161,13 @@ class FairMT(Penalty):
             tasks = len(self._main)
             self.trace |= {"psi/lipschitz": psi[-1], "w/lipschitz": w[-1]}
             psi, w, present = psi[:tasks], w[:tasks], present[:tasks]
-        self.presence.add_(present)
+        self._note_presence(present)
         self._trace("psi", psi)
         self._trace("w", w)
         return rule.pull_back(blocks, members, found.to_sums), found.w[-1], eta
+
+    def _note_presence(self, present: Tensor) -> None:
+        self.presence = present.to(torch.float32) if self.presence is None else self.presence + present
 
     def _trace(self, name: str, values: Tensor) -> None:
         """Note a number a main task."""
@@ -176,10 +178,11 @@ class FairMT(Penalty):
 
     # -- constraints of their own ----------------------------------------------------------------------------------
 
-    def _constraints(self, batch: FairBatch, lipschitz: F.LipschitzTerm | None) -> tuple[list[Tensor], Tensor]:
+    def _constraints(
+        self, batch: FairBatch, rule: Constraint, lipschitz: F.LipschitzTerm | None
+    ) -> tuple[list[Tensor], Tensor]:
         """Move sums and multipliers; return the gradient of all constraints to the main tasks' outputs, and the term's strength."""
-        rule, duals = self._constraint, self._duals
-        assert rule is not None
+        duals = self._duals
         assert duals is not None
         pace, length = self._pace(batch)
         if not self.past_steps:
@@ -187,7 +190,7 @@ class FairMT(Penalty):
             self.decay = decay_of(rows, batch.epoch_steps) if self.settings.ema is None else self.settings.ema
         self.past_steps, self.plain_steps = self.past_steps + 1, self.plain_steps + pace.warm
         if self.settings.threshold == "base_rate":
-            self._move_cut(batch)
+            self._move_cut(batch, rule)
         blocks, members = self._blocks(batch, rule)
         now, half = rule.sums(blocks, members), 2 * rule.n_rates
         self.running = (
@@ -200,7 +203,12 @@ class FairMT(Penalty):
         rates, counts = rule.rates(self.running[..., :half], self.running[..., half:])
         psi, there, slope = rule.lifted(rates, counts * torch.as_tensor(found.enough, device=self.device), 0.0)
         k = rule.n_rates
-        self._record(found, torch.where(there[..., :k] | there[..., k:], psi[..., :k] + psi[..., k:], torch.nan))
+        self._record(
+            duals,
+            self.multipliers,
+            found,
+            torch.where(there[..., :k] | there[..., k:], psi[..., :k] + psi[..., k:], torch.nan),
+        )
         strength = self._individual(lipschitz, pace, length)
         if found.strength is None:
             return [torch.zeros_like(z) for z in self._targets_of(batch)], strength
@@ -216,10 +224,8 @@ class FairMT(Penalty):
         own = iter(grads)
         return [next(own) if n in self._limited else torch.zeros_like(batch.outputs[n]) for n in self._main], strength
 
-    def _move_cut(self, batch: FairBatch) -> None:
+    def _move_cut(self, batch: FairBatch, rule: Constraint) -> None:
         """Move the running thresholds [K] towards those that choose as many as are positive in this batch."""
-        rule = self._constraint
-        assert rule is not None
         found = []
         for task in rule.tasks:
             column = OutputColumns([task], [batch.outputs[task.name].detach()], [batch.labels[task.name]], 1.0)
@@ -245,10 +251,10 @@ class FairMT(Penalty):
                     "them can be plain"
                 )
             self.epoch_length += 1
-            return Pace(True, 0.0), 256
+            return Pace(True, 0.0), SLOTS
         length = batch.epoch_steps or self.epoch_length
         total = max(epochs * length, self.past_steps + 1)
-        return Pace.of(self.past_steps, length, total), length if self.ring is None else max(length, len(self.ring))
+        return Pace.of(self.past_steps, length, total), length
 
     def _individual(self, lipschitz: F.LipschitzTerm | None, pace: Pace, length: int) -> Tensor:
         """Return the strength of ReLiF's term: a constraint of its own, on its mean over about an epoch."""
@@ -265,16 +271,13 @@ class FairMT(Penalty):
         self.trace = {**self.trace, "eta/lipschitz": log_eta.exp(), "psi/lipschitz": value}
         return torch.zeros_like(value) if used is None else used * 0.69314718
 
-    def _record(self, found: Found, psi: Tensor) -> None:
-        assert self.presence is not None
-        assert self.multipliers is not None
-        assert self._duals is not None
+    def _record(self, duals: Duals, state: Tensor, found: Found, psi: Tensor) -> None:
         there = torch.as_tensor(found.present, device=self.device)
-        self.presence.add_(there.reshape(self.presence.shape))
+        self._note_presence(there)
         gap = torch.as_tensor(found.gap, device=self.device).masked_fill(~there, torch.nan)
-        values = {"eta": self.multipliers[0].exp(), "gap": gap, "psi": psi}
+        values = {"eta": state[0].exp(), "gap": gap, "psi": psi}
         self.trace = {name: value.flatten() for name, value in values.items()}
-        self.trace_labels = dict.fromkeys(values, self._duals.labels)
+        self.trace_labels = dict.fromkeys(values, duals.labels)
 
     # -- task weights ----------------------------------------------------------------------------------------------
 
@@ -317,8 +320,8 @@ class FairMT(Penalty):
 
     # -- what a batch gives the constraint -------------------------------------------------------------------------
 
-    def _lay_out(self, tasks: Sequence[Task], n_groups: Mapping[str, int], multi_input: bool) -> None:
-        """Lay out columns, groups and targets of the main tasks."""
+    def _lay_out(self, tasks: Sequence[Task], n_groups: Mapping[str, int], multi_input: bool) -> Constraint:
+        """Return the layout of columns, groups and targets of the main tasks."""
         s = self.settings
         for name in s.attributes or ():
             if name not in n_groups:
@@ -333,15 +336,12 @@ class FairMT(Penalty):
         widths = [0 if isinstance(task, Regression) else task.out_features for task in tasks]
         blocks = [[t] for t in range(len(tasks))] if multi_input else [list(range(len(tasks)))]
         rule = self._constraint = Constraint(s, tasks, widths, n_groups, blocks, self.device)
-        shape: tuple[int, ...] = (len(tasks),)
         if s.form == "constraints":
             attributes = ["*".join(n_groups)] if rule.crossed else list(n_groups)
             columns = [task.name for task, width in zip(tasks, widths) for _ in range(width)]
             targets = chosen(s.target, s.targets, DEFAULT_TARGET, self._limited, attributes)
             self._duals = Duals(rule, columns, attributes, targets, self.device)
-            shape = self._duals.bound.shape
-        if self.presence is None:
-            self.presence = torch.zeros(shape, device=self.device)
+        return rule
 
     def _blocks(self, batch: FairBatch, rule: Constraint) -> tuple[list[BinaryColumns | MixedColumns], list[Tensor]]:
         members = [rule.membership(batch.task_groups(self._limited[block[0]])) for block in rule.blocks]
@@ -376,16 +376,17 @@ class FairMT(Penalty):
 
         ``train``, unless it is among the ``parts`` (``val=...``: predictions), is what was decided in the last epoch of training. A
         part has ``<part>`` (the difference of decisions, freed of chance; None where there are too few people),
-        ``<part>_error`` and ``<part>_met``. Empty where nothing was constrained.
+        ``<part>_error``, ``<part>_met`` and ``<part>_selected`` (the share passed). Empty where nothing was constrained.
         """
         if self.recent is None or self.multipliers is None:
             return []
-        if self._constraint is None:  # of a checkpoint
+        rule, sums = self._constraint, {"train": self.recent}
+        if rule is None:  # of a checkpoint
             known = next(iter(parts.values()))
             tasks = [task for task in known.tasks if task.name in self._main]
-            self._lay_out(tasks, {name: len(names) for name, names in known.group_names.items()}, self.multi_input)
-        rule, duals, sums = self._constraint, self._duals, {"train": self.recent}
-        assert rule is not None
+            counts = {name: len(names) for name, names in known.group_names.items()}
+            rule = self._lay_out(tasks, counts, self.multi_input)
+        duals = self._duals
         assert duals is not None
         with torch.no_grad():
             for part, found in parts.items():
@@ -398,7 +399,7 @@ class FairMT(Penalty):
                 columns = self._output_columns([*range(len(rule.tasks))], outputs, labels, rule)
                 made = torch.cat(columns.parts, -1).to(rule.dtype)
                 sums[part] = (rule.membership(groups).mT @ made)[:, columns.width :]
-            return duals.rows(self.multipliers, **{p: duals.decisions(s)[:3] for p, s in sums.items()})
+            return duals.rows(self.multipliers, **sums)
 
     def admits(self, predictions: Callable[[], Predictions]) -> bool:
         """Whether the model of now may be chosen for its utility: training is no longer plain, and these decisions are allowed."""
