@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
@@ -19,6 +20,7 @@ from libmtl_fair.methods.controllers import Controller, ShareController, Violati
 SCALE_FLOOR = 1e-4
 DISTANCE_FLOOR = 1e-3
 PAIRS = ("near", "random")
+_LOG = logging.getLogger(__name__)
 HOW_TO = (
     "give the loader one: ResidentLoader(..., reference=features), [N, r] and without sensitive attributes; load_table, "
     "load_dataset, recipes and estimators do so themselves"
@@ -289,10 +291,10 @@ class ReLiF(Penalty):
             raise HostError(f"ReLiF with near pairs needs reference features, by which people are alike: {HOW_TO}")
         if not self._told:
             self._told = True
-            warnings.warn(
-                "ReLiF: the loader gives no reference features, so that near people cannot be told and pairs='random', the "
-                f"published form's variant, is used. For near pairs {HOW_TO}; or say pairs='random'",
-                stacklevel=2,
+            _LOG.info(  # no warning: LibMTL users' loaders have none, and this is what ReLiF has been for them
+                "ReLiF: the loader gives no reference features, so that near people cannot be told and pairs='random', the published "
+                "form's variant, is used. For near pairs %s; or say pairs='random'",
+                HOW_TO,
             )
         return self._random(batch)
 

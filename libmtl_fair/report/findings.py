@@ -121,7 +121,7 @@ def _alike(run: RunFolder, method: str) -> str:
         return ""
     own = found[method]
     return (
-        f"{method} treats like people more alike: their ranks are {own.mean:.0%} instead of {found[run.reference].mean:.0%} as far apart "
+        f"{method} treats like people more alike: their ranks are {own.mean:.1%} instead of {found[run.reference].mean:.1%} as far apart "
         f"as those of any two people (95 % interval of the change over {int(own.pairs)} seeds: {own.low:+.3f} to {own.high:+.3f})."
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pandas as pd
@@ -402,7 +403,10 @@ def summary_table(run: RunFolder, width: int | None = None) -> Table | Group:
     if width_of(columns, methods) <= width:
         return table(columns, methods)
     per_part = max(1, (width - 4 - max(map(len, methods))) // (max(16, *map(len, columns)) + 3))
-    return Group(*(table(methods, columns[i : i + per_part]) for i in range(0, len(columns), per_part)))
+    parts = [table(methods, columns[i : i + per_part]) for i in range(0, len(columns), per_part)]
+    for before, after in pairwise(parts):  # one title above all, one caption below
+        before.caption = after.title = None
+    return Group(*parts)
 
 
 def titled(title: str, run: RunFolder) -> Table:

@@ -261,7 +261,7 @@ def test_like_people_treated_more_alike_are_said_and_only_for_sure(honest: Path)
             path.write_text(json.dumps(json.loads(path.read_text()) | {"consistency": {"test": {"rows": [row]}}}))
     text = said(honest)
     assert (
-        "relif treats like people more alike: their ranks are 25% instead of 34% as far apart as those of any two people"
+        "relif treats like people more alike: their ranks are 25.0% instead of 34.0% as far apart as those of any two people"
         in text
     )
     assert re.search(r"95 % interval of the change over 3 seeds: -0\.1\d\d to -0\.08\d", text)
