@@ -151,8 +151,15 @@ def _cells(kind: str, rows: Rows, threshold: float | Tensor, dtype: torch.dtype)
 
 
 def base_rates(rows: Rows) -> Tensor:
-    """Return the threshold of each column that selects as many rows as are positive (fewer, where values tie there)."""
+    """Return the threshold of each column that selects as many rows as are positive (fewer, where values tie there).
+
+    Where values tie at it, it lies halfway to the next one above: else rounding would decide who of the tied is selected elsewhere.
+    """
     truth = (rows.labels > 0.5).double().masked_fill(~rows.observed, torch.nan).reshape(len(rows.labels), -1)
-    found = F.base_rate_threshold(rows.values.double().reshape(truth.shape), truth)
+    values = rows.values.double().reshape(truth.shape)
+    found = F.base_rate_threshold(values, truth)
+    values = values.masked_fill(truth.isnan(), -torch.inf)
+    above = values.masked_fill(values <= found, torch.inf).amin(0)
+    found = found.where(((values == found).sum(0) < 2) | above.isinf(), (found + above) / 2)
     found = found.masked_fill((truth != 0).all(0), -torch.inf)
     return found if rows.values.dim() == 2 else found[0]
