@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,7 @@ def make_space(recipe: Recipe) -> dict[str, tuple[Parameter, ...]]:
     for method in methods:
         if method not in recipe.methods:
             raise recipe.error(("tune", "methods"), unknown("method", method, recipe.methods))
-        known, found = _built_in(recipe, method), []
+        known, found = _built_in(recipe, method, asked or ()), []
         for name, entry in (asked or {name: "builtin" for name in known if name != "weight_decay"}).items():
             path = (_SHARED.get(name) or known.get(name) or (tuple(name.split(".")), None))[0]
             try:
@@ -98,13 +98,23 @@ def make_space(recipe: Recipe) -> dict[str, tuple[Parameter, ...]]:
     return space
 
 
-def _built_in(recipe: Recipe, method: str) -> dict[str, tuple[Path, Entry]]:
-    """Return name -> place and range: of the method's and its architecture's settings (whole numbers last), then the shared ones."""
+def _built_in(recipe: Recipe, method: str, asked: Iterable[str]) -> dict[str, tuple[Path, Entry]]:
+    """Return name -> place and range: of the method's and its architecture's settings (whole numbers last), then the shared ones.
+
+    A method of several forms has the ranges of the one that its settings, and those ``asked`` for, belong to.
+    """
     model, found = recipe.model_for(method), {}
     weighting = OUR_WEIGHTINGS.get(recipe.methods[method].weighting)
     given = recipe.methods[method].args
     for cls, place in ((weighting, ()), (OUR_ARCHITECTURES.get(model.architecture), ("arch_args",))):
-        ranges = settings.search_space(given) if (settings := getattr(cls, "settings_class", None)) else {}
+        settings = getattr(cls, "settings_class", None)
+        ranges = settings.search_space(given) if settings else {}
+        if other := {
+            n: settings.model_fields[n].default
+            for n in asked
+            if settings and n in settings.model_fields and n not in ranges
+        }:
+            ranges = ranges | settings.search_space({**given, **other})
         for name, entry in sorted(ranges.items(), key=lambda item: isinstance(item[1].get("low"), int)):
             found[name] = ((*place, name), entry)
     found |= {name: (path, entry) for name, (path, entry) in _SHARED.items() if entry is not None}
