@@ -51,6 +51,10 @@ def test_old_module_names_answer_with_a_warning(old):
 
 
 def test_old_names_hand_on_the_present_things():
+    for old in ("weighting", "weighting.relif"):
+        sys.modules.pop(f"libmtl_fair.{old}", None)
+    with pytest.warns(DeprecationWarning, match=r"libmtl_fair\.weighting is libmtl_fair\.methods now"):
+        importlib.import_module("libmtl_fair.weighting")
     with pytest.warns(DeprecationWarning, match=r"libmtl_fair\.weighting\.relif is libmtl_fair\.methods\.relif now"):
         module = importlib.import_module("libmtl_fair.weighting.relif")
     assert module.ReLiF is lf.ReLiF

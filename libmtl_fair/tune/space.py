@@ -107,13 +107,10 @@ def _built_in(recipe: Recipe, method: str, asked: Iterable[str]) -> dict[str, tu
     weighting = OUR_WEIGHTINGS.get(recipe.methods[method].weighting)
     given = recipe.methods[method].args
     for cls, place in ((weighting, ()), (OUR_ARCHITECTURES.get(model.architecture), ("arch_args",))):
-        settings = getattr(cls, "settings_class", None)
-        ranges = settings.search_space(given) if settings else {}
-        if other := {
-            n: settings.model_fields[n].default
-            for n in asked
-            if settings and n in settings.model_fields and n not in ranges
-        }:
+        if (settings := getattr(cls, "settings_class", None)) is None:
+            continue
+        ranges, fields = settings.search_space(given), settings.model_fields
+        if other := {name: fields[name].default for name in asked if name in fields and name not in ranges}:
             ranges = ranges | settings.search_space({**given, **other})
         for name, entry in sorted(ranges.items(), key=lambda item: isinstance(item[1].get("low"), int)):
             found[name] = ((*place, name), entry)
