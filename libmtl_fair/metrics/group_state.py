@@ -159,7 +159,9 @@ def base_rates(rows: Rows) -> Tensor:
     values = rows.values.double().reshape(truth.shape)
     found = F.base_rate_threshold(values, truth)
     values = values.masked_fill(truth.isnan(), -torch.inf)
-    above = values.masked_fill(values <= found, torch.inf).amin(0)
-    found = found.where(((values == found).sum(0) < 2) | above.isinf(), (found + above) / 2)
+    above = (
+        values.masked_fill(values <= found, torch.inf).amin(0).clamp(max=1.0)
+    )  # probabilities: 1 where there is no next
+    found = found.where((values == found).sum(0) < 2, (found + above) / 2)
     found = found.masked_fill((truth != 0).all(0), -torch.inf)
     return found if rows.values.dim() == 2 else found[0]
