@@ -20,8 +20,8 @@ def base_rate_thresholds(predictions: Predictions) -> dict[str, float | list[flo
     """Return task -> the threshold above which as many are selected as are positive, of binary and multilabel tasks.
 
     ``predictions`` are those on *validation* data; the thresholds are then held (METHODS.md, 5): on test data they would use what
-    is not known yet. Fewer are selected where probabilities tie there. A task without labels is not in it, a label without any has 0.5,
-    and so has a task of which decisions alone are meant (``Predictions.decided``).
+    is not known yet. Where probabilities tie there, the nearest number that can be is selected. A task without labels is not in
+    it, a label without any has 0.5, and so has a task of which decisions alone are meant (``Predictions.decided``).
     """
     found: dict[str, float | list[float]] = {}
     for task in predictions.tasks:

@@ -151,17 +151,20 @@ def _cells(kind: str, rows: Rows, threshold: float | Tensor, dtype: torch.dtype)
 
 
 def base_rates(rows: Rows) -> Tensor:
-    """Return the threshold of each column that selects as many rows as are positive (fewer, where values tie there).
+    """Return the threshold of each column that selects as many rows as are positive, or where values tie there the nearest number.
 
-    Where values tie at it, it lies halfway to the next one above: else rounding would decide who of the tied is selected elsewhere.
+    Above or below those who tie it lies halfway to the next value: else rounding would decide who of them is selected elsewhere.
     """
     truth = (rows.labels > 0.5).double().masked_fill(~rows.observed, torch.nan).reshape(len(rows.labels), -1)
     values = rows.values.double().reshape(truth.shape)
     found = F.base_rate_threshold(values, truth)
-    values = values.masked_fill(truth.isnan(), -torch.inf)
+    values = values.masked_fill(truth.isnan(), torch.nan)
     above = (
-        values.masked_fill(values <= found, torch.inf).amin(0).clamp(max=1.0)
-    )  # probabilities: 1 where there is no next
-    found = found.where((values == found).sum(0) < 2, (found + above) / 2)
+        values.masked_fill(~(values > found), torch.inf).amin(0).clamp(max=1.0)
+    )  # of probabilities: 1 and 0 where none is next
+    below = values.masked_fill(~(values < found), -torch.inf).amax(0).clamp(min=0.0)
+    wanted, more, tied = (truth == 1).sum(0), (values > found).sum(0), (values == found).sum(0)
+    fewer = (wanted - more).abs() <= (more + tied - wanted).abs()
+    found = found.where(tied < 2, (found + above.where(fewer, below)) / 2)
     found = found.masked_fill((truth != 0).all(0), -torch.inf)
     return found if rows.values.dim() == 2 else found[0]

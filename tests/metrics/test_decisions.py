@@ -96,10 +96,12 @@ def test_thresholds_in_use_of_numbers_and_mappings():
         GroupMetrics(TASKS, {"sex": 2}, {"b": [0.1, 0.2]})
 
 
-@pytest.mark.parametrize(("many", "few", "share"), [(-13.8, 2.0, 0.1), (13.8, -2.0, 0.0)])
+@pytest.mark.parametrize(
+    ("many", "few", "share"), [(-13.8, 2.0, 0.1), (13.8, -2.0, 0.0), (-13.8, -15.0, 0.0), (0.7, -2.0, 0.9)]
+)
 def test_who_is_tied_at_the_threshold_is_not_decided_by_rounding(many, few, share):
     """Nearly all people have one score: what is chosen on validation must not select all of them for a last digit elsewhere."""
-    held = predicted(rate=0.3)
+    held = predicted(rate=0.8 if share == 0.9 else 0.3)
     logits = torch.where(torch.arange(1000) % 10 == 0, few, many)[:, None]
     tied = Predictions(
         held.tasks[:1],
