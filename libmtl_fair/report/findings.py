@@ -219,16 +219,20 @@ def _competitors(run: RunFolder) -> Iterator[str]:
             None, [lacking(run) if found.empty else "One seed: nothing can be said of simple competitors."]
         )
         return
-    beaten = found[found["dominated"]].groupby("method", sort=False)["competitor"].unique()
-    for method, by in list(beaten.items())[:_FIRST]:
+    what = {True: "in how alike like people are treated", False: "between groups"}
+    found = found.assign(what=(found["measure"] == "inconsistency").map(what))
+    beaten = {str(method): part for method, part in found[found["dominated"]].groupby("method", sort=False)}
+    for method, part in list(beaten.items())[:_FIRST]:
+        by = part.groupby("what", sort=False)["competitor"].unique()
+        told = "; ".join(f"{what} by {_names(names)}" for what, names in by.items())
         yield (
-            f"{method} is beaten by what is simpler ({_names(by)}): as useful or more, with a gap as small or smaller, and one of them "
+            f"{method} is beaten by what is simpler ({told}): as useful or more, with a gap as small or smaller, and one of them "
             "clearly, on the same people."
         )
-    if others := [method for method in dict.fromkeys(found["method"]) if method not in list(beaten.index)[:_FIRST]]:
-        more = [method for method in others if method in beaten.index]
+    if others := [method for method in dict.fromkeys(found["method"]) if method not in list(beaten)[:_FIRST]]:
+        more = [method for method in others if method in beaten]
         yield f"So {'are' if len(more) > 1 else 'is'} {_names(more)}." if more else ""
-        level = [method for method in others if method not in beaten.index]
+        level = [method for method in others if method not in beaten]
         yield f"No simple competitor is shown to beat {_names(level)}." if level else ""
 
 
