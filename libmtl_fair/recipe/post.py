@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.recipe.sections import POST
 from libmtl_fair.tasks import with_nan
+
+if TYPE_CHECKING:
+    from fairlearn.reductions import ExponentiatedGradient
 
 Row = dict[str, Any]
 Parts = Mapping[str, Predictions]
@@ -254,9 +257,9 @@ def reduction(settings: ExponentiatedGradientSettings, seed: int) -> Any:
     return reductions.ExponentiatedGradient(base[settings.estimator](), moment, **search)
 
 
-def expected_decisions(model: Any, x: Array) -> Floats:
+def expected_decisions(reduction: ExponentiatedGradient, x: Array) -> Floats:
     """Return the mean decision of a fitted ``ExponentiatedGradient``, [N] in [0, 1]: its predictors', weighted."""
-    used = [(weight, predictor) for weight, predictor in zip(model.weights_, model.predictors_) if weight > 0]
+    used = [(weight, predictor) for weight, predictor in zip(reduction.weights_, reduction.predictors_) if weight > 0]
     return as_floats(sum(weight * predictor.predict(x) for weight, predictor in used))
 
 
