@@ -328,7 +328,7 @@ def decision_gap(rate: A, count: A, min_count: float | A = 1.0) -> tuple[A, A, A
 
     >>> gap, noise, present = decision_gap(torch.tensor([[0.5], [0.1]]), torch.tensor([[100.0], [100.0]]))
     >>> [round(float(x), 4) for x in (gap, noise)]
-    [0.3956, 0.0583]
+    [0.3957, 0.0583]
     """
     xp: Any = torch if isinstance(rate, Tensor) else np
     known = (count >= min_count) & (count > 0)
