@@ -6,7 +6,7 @@ it is 0: people of the same merits have the same odds, and the gap that there is
 ``census_direct`` women of the same merits have lower odds; in ``census_proxy`` too, and sex is no input, but occupation and hours
 tell much of it.
 
-    python benchmarks/untouched.py --out runs/untouched      # an hour on one core; goes on where it was interrupted
+    python benchmarks/untouched.py --out runs/untouched      # under an hour on one core; goes on where it was interrupted
     python benchmarks/untouched.py --smoke                   # a minute, on few rows and one epoch: its numbers mean nothing
 """
 

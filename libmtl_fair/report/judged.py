@@ -61,7 +61,7 @@ def decisions(run: RunFolder, end: str = "") -> list[Decisions]:
 def _decisions(run: RunFolder, end: str) -> Iterator[Decisions]:
     frame = run.frame("groups_base_rate" if end else "groups")
     frame = frame[~frame["group"].isin(NO_GROUP)]
-    smallest = int((run.recipe.get("metrics") or {}).get("min_group_size") or 30)
+    smallest = int((run.recipe.get("metrics") or {}).get("min_group_size", 30))
     names = frame["metric"].str.extract(_LABEL, expand=False).fillna("")
     for label in dict.fromkeys(names[frame["metric"].str.match(_LABEL)]):
         suffix = f"[{label}]" if label else ""

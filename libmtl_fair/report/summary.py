@@ -140,7 +140,9 @@ def _verdicts(run: RunFolder, cells: pd.DataFrame) -> pd.DataFrame:
         metric, attribute, end = column_of(row.column)
         decision = metric in ("equalized_odds", "demographic_parity", "equal_opportunity")
         at = judged.BASE_RATE * row.column.endswith(judged.BASE_RATE)
-        none = why.get(at, {}).get(row.method, "") if decision or row.column.removesuffix(at) in decided else ""
+        # Scores that decide the same for all even at the base rate rank nobody, and alike in every group.
+        judged_at = ends[-1:] if metric == "auc" else [at] if decision or row.column.removesuffix(at) in decided else []
+        none = "; ".join(why[e][row.method] for e in judged_at if row.method in why.get(e, {}))
         tasks = ", ".join(down.get(end, {}).get((row.method, attribute), [])) if decision else ""
         sure = row.high < 0 if row.pairs > 1 else row.difference < 0
         gain = bool(decision and not none and not tasks and sure and (row.method, attribute) in gainers.get(end, set()))

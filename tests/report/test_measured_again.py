@@ -18,7 +18,7 @@ from libmtl_fair.recipe.run import run_recipe
 from libmtl_fair.report import read_run, shrinkage_verdict
 from libmtl_fair.report.compare import compare
 from libmtl_fair.report.notes import notes
-from libmtl_fair.report.summary import glf_delta_m
+from libmtl_fair.report.summary import glf_delta_m, summary
 
 RECIPE = {
     "name": "small",
@@ -170,3 +170,13 @@ def test_delta_m_beside_glfs_is_on_its_scale(run_dir):
     assert glf_delta_m(read_run(run_dir))["other"] == pytest.approx(by_hand / 2)
     found = compare([run_dir]).overview.set_index("method")["glf_delta_m"]
     assert found["plain"] == 0 and found["other"] == pytest.approx(by_hand / 2)
+
+
+def test_a_constant_model_is_best_in_no_gap(run_dir):
+    """Nor in differences of AUC: a model that ranks nobody ranks nobody alike in every group."""
+    tamper(run_dir, CHANGES["constant"])
+    run, item = found(run_dir)
+    cells = summary(run, further=True)
+    gaps = cells[(cells["method"] == item.method) & cells["column"].str.contains(" diff ")]
+    assert gaps["column"].str.startswith("mean AUC diff").any()
+    assert not gaps["best"].any() and (gaps["why"] != "").all()
