@@ -21,10 +21,15 @@ class Columns(Mapping[str, Tensor]):
 
     Parameters
     ----------
-    names, matrix : [B, C], in the order of the columns.
-    widths : how many columns each has, [B, width]; None is one each, as [B].
-    others : further tensors, which are not in the matrix.
+    names, matrix : tuple of str, Tensor
+        [B, C], in the order of the columns.
+    widths : sequence of int, optional
+        How many columns each has, [B, width]; None is one each, as [B].
+    others : mapping of str to Tensor, optional
+        Further tensors, which are not in the matrix.
 
+    Examples
+    --------
     >>> labels = Columns(("a", "b"), torch.tensor([[0.0, 1.0], [2.0, 3.0]]))
     >>> labels["b"].tolist(), list(labels)
     ([1.0, 3.0], ['a', 'b'])
@@ -111,19 +116,31 @@ class FairBatch:
 
     Attributes
     ----------
-    tasks : task name -> task, in ``task_dict`` order; None where its kind is not known.
-    h : what the heads received, [B, d], or task -> [B, d] where the tasks' representations differ.
-    outputs : task -> head output after ``process_preds``; without ``matrices`` the losses hang on each.
-    labels : task -> labels, NaN or -100 where missing; what an auxiliary task trains on is its own (``AuxiliaryLabels``).
-    losses : [T], attached to the graph.
-    groups : attribute -> int64 [B], -1 unknown. With one input per task: task -> attribute -> int64 [B].
-    n_groups : attribute -> number of groups.
-    epoch, step : 0-based; ``step`` counts over the whole training.
-    standard_losses : whether every loss is its task's own ``Task.loss``, so that its gradient may be written out.
-    matrices : of the main tasks, where all are binary ones of a single logit; the losses hang on its ``logits``.
-    reference : [B, r], by whose Euclidean distance examples are alike or not; with one input per task: task -> [B, r]. There
+    tasks : mapping of str to Task or None
+        Task name -> task, in ``task_dict`` order; None where its kind is not known.
+    h : Tensor or dict of str to Tensor
+        What the heads received, [B, d], or task -> [B, d] where the tasks' representations differ.
+    outputs : mapping of str to Tensor
+        Task -> head output after ``process_preds``; without ``matrices`` the losses hang on each.
+    labels : mapping of str to Tensor
+        Task -> labels, NaN or -100 where missing; what an auxiliary task trains on is its own (``AuxiliaryLabels``).
+    losses : Tensor
+        [T], attached to the graph.
+    groups : mapping of str to Tensor or mapping of str to mapping of str to Tensor
+        Attribute -> int64 [B], -1 unknown. With one input per task: task -> attribute -> int64 [B].
+    n_groups : mapping of str to int
+        Attribute -> number of groups.
+    epoch, step : int, default 0
+        0-based; ``step`` counts over the whole training.
+    standard_losses : bool, default False
+        Whether every loss is its task's own ``Task.loss``, so that its gradient may be written out.
+    matrices : Matrices, optional
+        Of the main tasks, where all are binary ones of a single logit; the losses hang on its ``logits``.
+    reference : Tensor or mapping of str to Tensor, optional
+        [B, r], by whose Euclidean distance examples are alike or not; with one input per task: task -> [B, r]. There
         where the loader gives it and the weighting says ``needs_reference``.
-    epoch_steps : steps of an epoch; None where the loader does not say.
+    epoch_steps : int, optional
+        Steps of an epoch; None where the loader does not say.
     """
 
     tasks: Mapping[str, Task | None]
@@ -146,7 +163,8 @@ class FairBatch:
 
         Raises
         ------
-        HostError : the kind of this task could not be told from its loss.
+        HostError
+            The kind of this task could not be told from its loss.
         """
         task = self.tasks[name]
         if task is None:

@@ -32,15 +32,24 @@ class Predictions:
 
     Attributes
     ----------
-    tasks : the tasks, in ``task_dict`` order.
-    scores : task -> audit score in [0, 1], [N] (METHODS.md, section 0).
-    outputs : task -> raw head output, [N], [N, 1] or [N, C].
-    labels : task -> labels as the loader gave them (NaN or -100 where missing).
-    groups : attribute -> group ids int64 [N], -1 unknown.
-    group_names : attribute -> names, index = id.
-    embeddings : representation that the heads received, [N, d], or one per task; None unless asked for.
-    decided : tasks of which decisions alone are meant: no AUC, no Brier of their scores.
-    people : what an audit of people found of them: "inconsistency", "flip_gap"; empty unless one was made.
+    tasks : tuple of Task
+        The tasks, in ``task_dict`` order.
+    scores : dict of str to Tensor
+        Task -> audit score in [0, 1], [N] (METHODS.md, section 0).
+    outputs : dict of str to Tensor
+        Task -> raw head output, [N], [N, 1] or [N, C].
+    labels : dict of str to Tensor
+        Task -> labels as the loader gave them (NaN or -100 where missing).
+    groups : dict of str to Tensor
+        Attribute -> group ids int64 [N], -1 unknown.
+    group_names : dict of str to list of str
+        Attribute -> names, index = id.
+    embeddings : Tensor or dict of str to Tensor, optional
+        Representation that the heads received, [N, d], or one per task; None unless asked for.
+    decided : tuple of str, default ()
+        Tasks of which decisions alone are meant: no AUC, no Brier of their scores.
+    people : dict of str to float
+        What an audit of people found of them: "inconsistency", "flip_gap"; empty unless one was made.
     """
 
     tasks: tuple[Task, ...]
@@ -69,7 +78,8 @@ class Predictions:
 
         Raises
         ------
-        DataError : fewer names than groups, or two alike.
+        DataError
+            Fewer names than groups, or two alike.
         """
         ids, names = self.groups[attribute].numpy(), self._names(attribute)
         highest = int(ids.max(initial=-1))
@@ -88,7 +98,8 @@ class Predictions:
 
         Raises
         ------
-        DataError : tasks that have inputs of their own, so that a row is no example; or fewer names than groups.
+        DataError
+            Tasks that have inputs of their own, so that a row is no example; or fewer names than groups.
         """
         import pandas as pd
 
@@ -141,7 +152,8 @@ class Predictions:
 
         Raises
         ------
-        CheckpointError : no such file, or not written by :meth:`save`.
+        CheckpointError
+            No such file, or not written by :meth:`save`.
         """
         import pandas as pd
         import pyarrow as pa

@@ -40,7 +40,8 @@ class Task:
 
     Parameters
     ----------
-    name : key of the task in labels, outputs, heads and tables.
+    name : str
+        Key of the task in labels, outputs, heads and tables.
     """
 
     name: str
@@ -188,7 +189,8 @@ class Multilabel(Task):
 
         Raises
         ------
-        DataError : labels of another shape.
+        DataError
+            Labels of another shape.
         """
         if labels.dim() != 2:
             raise DataError(
@@ -212,10 +214,12 @@ class Regression(Task):
 
     Parameters
     ----------
-    mean, std : of the target on the training part, so that metrics can be shown in native units.
-    score_range : (q10, q90) of a *reference model's* validation outputs, in standardised units. The audit score is the
-        output squashed by it, ``clip((s - q10) / (q90 - q10 + 1e-6), 0, 1)``. Without a reference it is that of a
-        standard normal, (-1.2816, 1.2816) (ours); :meth:`with_score_range` freezes the reference model's.
+    mean, std : float
+        Of the target on the training part, so that metrics can be shown in native units.
+    score_range : tuple of (float, float), optional
+        (q10, q90) of a *reference model's* validation outputs, in standardised units. The audit score is the output
+        squashed by it, ``clip((s - q10) / (q90 - q10 + 1e-6), 0, 1)``. Without a reference it is that of a standard
+        normal, (-1.2816, 1.2816) (ours); :meth:`with_score_range` freezes the reference model's.
     """
 
     mean: float = 0.0

@@ -36,7 +36,8 @@ def dataset_spec(name: str) -> TableSpec:
 
     Raises
     ------
-    DataError : an unknown name, with the near one.
+    DataError
+        An unknown name, with the near one.
     """
     if name not in dataset_names():
         raise DataError(f"{unknown('dataset', name, dataset_names())}. For a table of your own use load_table")
@@ -48,8 +49,11 @@ def describe_dataset(name: str) -> Card:
 
     Raises
     ------
-    DataError : an unknown name.
+    DataError
+        An unknown name.
 
+    Examples
+    --------
     >>> describe_dataset("adult")["default_sensitive"]
     ['sex', 'race']
     """
@@ -91,25 +95,40 @@ def load_dataset(
 
     Parameters
     ----------
-    name : see :func:`dataset_names`.
-    tasks : which of its tasks, in which order; None for the default set. A column that leaks any of them is no input.
-    sensitive : its attributes; ``"race:top2"`` keeps the two largest groups, ``"sex*race"`` intersects. None: default.
-    seed : of subset and split. The same seed gives the same rows whatever tasks are chosen.
-    split : shares of train, val and test, stratified on the dataset's first task.
-    missing : rows without a sensitive value: "drop" (id -1: they train, but leave group statistics), "group" (a group
+    name : str
+        See :func:`dataset_names`.
+    tasks : sequence of str or str, optional
+        Which of its tasks, in which order; None for the default set. A column that leaks any of them is no input.
+    sensitive : sequence of str or str, optional
+        Its attributes; ``"race:top2"`` keeps the two largest groups, ``"sex*race"`` intersects. None: default.
+    seed : int, default 0
+        Of subset and split. The same seed gives the same rows whatever tasks are chosen.
+    split : sequence of float or str, default (0.6, 0.2, 0.2)
+        Shares of train, val and test, stratified on the dataset's first task.
+    missing : MissingRule, default "drop"
+        Rows without a sensitive value: "drop" (id -1: they train, but leave group statistics), "group" (a group
         "(missing)" of their own) or "error". Counts are in the card.
-    keep_groups : {attribute: groups to keep, or how many of the largest}; other rows get id -1, counted in the card.
-    subset : a number of rows, or a share, drawn before the split.
-    min_frequency : one-hot categories with fewer rows (int) or a smaller share (float) in training become "(rare)".
-    sensitive_inputs : whether the columns of the chosen sensitive attributes may be inputs.
-    test_seed : of subset and test rows, where they are to stay while ``seed`` divides the other rows; None: ``seed``.
-    frame : the table itself, a DataFrame or a .csv or .parquet path, instead of the shipped or fetched one.
+    keep_groups : mapping of str to Keep, optional
+        {attribute: groups to keep, or how many of the largest}; other rows get id -1, counted in the card.
+    subset : int or float, optional
+        A number of rows, or a share, drawn before the split.
+    min_frequency : int or float, optional
+        One-hot categories with fewer rows (int) or a smaller share (float) in training become "(rare)".
+    sensitive_inputs : bool, default True
+        Whether the columns of the chosen sensitive attributes may be inputs.
+    test_seed : int, optional
+        Of subset and test rows, where they are to stay while ``seed`` divides the other rows; None: ``seed``.
+    frame : DataFrame or str or Path, optional
+        The table itself, a DataFrame or a .csv or .parquet path, instead of the shipped or fetched one.
 
     Raises
     ------
-    DataError : unknown name, task, attribute, group or column; a class absent from train; an attribute with one group;
-        an empty split; missing sensitive values under "error"; a fetch without network.
+    DataError
+        Unknown name, task, attribute, group or column; a class absent from train; an attribute with one group; an empty
+        split; missing sensitive values under "error"; a fetch without network.
 
+    Examples
+    --------
     >>> data = load_dataset("german", tasks=["bad_credit", "owns_home"], sensitive=["age"])
     >>> len(data.train), len(data.val), len(data.test), data.groups
     (600, 200, 200, {'age': ['25 and under', 'over 25']})
@@ -155,21 +174,33 @@ def load_table(
 
     Parameters
     ----------
-    source : a .csv, .csv.gz or .parquet file, or a DataFrame.
-    tasks : {name: TaskSpec or a mapping of its fields}, in order; a recipe gives mappings.
-    sensitive : {attribute: SensitiveSpec, a mapping of its fields, or a column}, or a list of columns.
-    features : input columns, or {column: "numeric" | "categorical" | "auto"}. None: every column that no task reads or
+    source : str or Path or DataFrame
+        A .csv, .csv.gz or .parquet file, or a DataFrame.
+    tasks : mapping of str to TaskSpec or mapping of str to object
+        {name: TaskSpec or a mapping of its fields}, in order; a recipe gives mappings.
+    sensitive : mapping of str to SensitiveSpec or mapping of str to object or str or sequence of str, default ()
+        {attribute: SensitiveSpec, a mapping of its fields, or a column}, or a list of columns.
+    features : Features, optional
+        Input columns, or {column: "numeric" | "categorical" | "auto"}. None: every column that no task reads or
         forbids.
-    categorical : input columns that are categories although they hold numbers.
-    split : three shares, or the name of a column that holds "train", "val" and "test".
-    stratify : True (first task), a task's name, or False.
-    seed, missing, keep_groups, subset, min_frequency, sensitive_inputs, test_seed : as for :func:`load_dataset`.
-    name, title, licence, notes : for the data card.
+    categorical : sequence of str, default ()
+        Input columns that are categories although they hold numbers.
+    split : sequence of float or str, default (0.6, 0.2, 0.2)
+        Three shares, or the name of a column that holds "train", "val" and "test".
+    stratify : str or bool, default True
+        True (first task), a task's name, or False.
+    seed, missing, keep_groups, subset, min_frequency, sensitive_inputs, test_seed : as there
+        As for :func:`load_dataset`.
+    name, title, licence, notes : str, str, str, sequence of str, optional
+        For the data card.
 
     Raises
     ------
-    DataError : file or column not there, an input that gives a task away, and all that :func:`load_dataset` raises.
+    DataError
+        File or column not there, an input that gives a task away, and all that :func:`load_dataset` raises.
 
+    Examples
+    --------
     >>> frame = pd.DataFrame({"age": range(20, 60), "sex": ["f", "m"] * 20, "ill": [0, 0, 1, 1] * 10})
     >>> data = load_table(frame, tasks={"ill": {"kind": "binary", "column": "ill"}}, sensitive=["sex"])
     >>> data.inputs, data.groups, len(data.train)

@@ -25,13 +25,20 @@ class Split:
 
     Attributes
     ----------
-    x : float32 [N, F].
-    labels : {task: [N] or [N, C]}; NaN or -100 where missing; regression targets in units of the training part.
-    groups : {attribute: int64 [N]}; -1 where not known.
-    rows : int64 [N], position of each row in the source table.
-    group_names : {attribute: names}, index = id.
-    feature_names : of the columns of ``x``.
-    reference : which columns make the reference features, by which people are alike; None for none.
+    x : Tensor
+        float32 [N, F].
+    labels : dict of str to Tensor
+        {task: [N] or [N, C]}; NaN or -100 where missing; regression targets in units of the training part.
+    groups : dict of str to Tensor
+        {attribute: int64 [N]}; -1 where not known.
+    rows : Tensor
+        int64 [N], position of each row in the source table.
+    group_names : dict of str to list of str
+        {attribute: names}, index = id.
+    feature_names : tuple of str, default ()
+        Of the columns of ``x``.
+    reference : Reference, optional
+        Which columns make the reference features, by which people are alike; None for none.
     """
 
     x: Tensor
@@ -80,13 +87,20 @@ class Dataset:
 
     Attributes
     ----------
-    name : of the dataset.
-    train, val, test : its parts.
-    tasks : in the order chosen.
-    groups : {attribute: names of its groups}, index = id.
-    card : what the data are, as plain values ready for JSON.
-    encoder : the fitted encoding, for new rows.
-    tell_tale : {attribute: source columns that show it}, inputs or not.
+    name : str
+        Of the dataset.
+    train, val, test : Split
+        Its parts.
+    tasks : tuple of Task
+        In the order chosen.
+    groups : dict of str to list of str
+        {attribute: names of its groups}, index = id.
+    card : Card
+        What the data are, as plain values ready for JSON.
+    encoder : FeatureEncoder
+        The fitted encoding, for new rows.
+    tell_tale : dict of str to tuple of str
+        {attribute: source columns that show it}, inputs or not.
     """
 
     name: str
@@ -125,7 +139,8 @@ class Dataset:
 
         Raises
         ------
-        DataError : no such task.
+        DataError
+            No such task.
         """
         if name not in self.task_names:
             raise DataError(unknown("task", name, self.task_names))
@@ -144,7 +159,8 @@ class Dataset:
 
         Raises
         ------
-        DataError : no input is left.
+        DataError
+            No input is left.
         """
         shown = {column for columns in self.tell_tale.values() for column in columns}
         encoder = self.encoder.without(shown)

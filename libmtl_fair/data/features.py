@@ -30,10 +30,14 @@ class FeatureEncoder:
 
     Attributes
     ----------
-    kinds : {input column: "numeric" or "categorical"}, in order.
-    fill, centre, scale : of each numeric column.
-    gaps : which numeric columns (counted among them) had missing values in training.
-    categories, rare : values of each categorical column, frequent and rare.
+    kinds : Kinds
+        {input column: "numeric" or "categorical"}, in order.
+    fill, centre, scale : tuple of float
+        Of each numeric column.
+    gaps : tuple of int
+        Which numeric columns (counted among them) had missing values in training.
+    categories, rare : tuple of tuple of str
+        Values of each categorical column, frequent and rare.
     """
 
     kinds: Kinds

@@ -39,12 +39,16 @@ class TableDataset(Dataset[Batch]):
 
     Parameters
     ----------
-    x, labels, groups, group_names, feature_names, reference : as for :class:`ResidentLoader`.
+    x, labels, groups, group_names, feature_names, reference : as there
+        As for :class:`ResidentLoader`.
 
     Raises
     ------
-    DataError : as :class:`ResidentLoader`.
+    DataError
+        As :class:`ResidentLoader`.
 
+    Examples
+    --------
     >>> import torch
     >>> from torch.utils.data import DataLoader
     >>> rows = TableDataset(torch.eye(3), {"t": torch.arange(3)}, {"sex": torch.tensor([0, 1, -1])})
@@ -219,29 +223,44 @@ class ResidentLoader:
 
     Parameters
     ----------
-    x : [N, ...] features, finite.
-    labels : {task: [N] or [N, C]}; NaN (float) or -100 (integer) where missing.
-    groups : {attribute: integer [N]}; ids 0..G-1, -1 where not known.
-    batch_size : rows a batch.
-    shuffle : a new order every epoch; without it batches are views of the data in its own order: do not write to them.
-    seed : of the order. Epoch e's order depends on ``(seed, e)`` and the kind of device only. None draws a seed from
+    x : Array
+        [N, ...] features, finite.
+    labels : mapping of str to Array
+        {task: [N] or [N, C]}; NaN (float) or -100 (integer) where missing.
+    groups : mapping of str to Array, optional
+        {attribute: integer [N]}; ids 0..G-1, -1 where not known.
+    batch_size : int
+        Rows a batch.
+    shuffle : bool
+        A new order every epoch; without it batches are views of the data in its own order: do not write to them.
+    seed : int, optional
+        Of the order. Epoch e's order depends on ``(seed, e)`` and the kind of device only. None draws a seed from
         torch's global generator, as torch's DataLoader does.
-    device : "auto" (cuda if there is one, else cpu) or a torch device.
-    drop_last : leave out the last batch if it is not full.
-    group_names : {attribute: names}, index = id. Without it ids count up to the highest found.
-    feature_names : of the columns of ``x``, for messages.
-    weights : [N] of at least 0; needs ``shuffle``. An epoch then draws its N rows in proportion to them, a row of weight w
-        floor or ceil of N w / sum(w) times (systematic resampling, **ours**). So every loss and every group statistic, of
-        any method, is of the weighted population. Equal weights give the very order of no weights.
-    reference : [N, r] finite, by whose Euclidean distance people are alike or not, for methods that compare near people: the
-        embedding of a frozen model that saw no sensitive attribute, say; or a :class:`Reference`, which makes it of ``x``.
-        Moved to the device when it is first asked for; of more than 64 columns it keeps 32 principal components.
+    device : str or torch.device, default "auto"
+        "auto" (cuda if there is one, else cpu) or a torch device.
+    drop_last : bool, default False
+        Leave out the last batch if it is not full.
+    group_names : mapping of str to sequence of str, optional
+        {attribute: names}, index = id. Without it ids count up to the highest found.
+    feature_names : sequence of str, default ()
+        Of the columns of ``x``, for messages.
+    weights : Array, optional
+        [N] of at least 0; needs ``shuffle``. An epoch then draws its N rows in proportion to them, a row of weight w
+        floor or ceil of N w / sum(w) times (systematic resampling, **ours**). So every loss and every group statistic,
+        of any method, is of the weighted population. Equal weights give the very order of no weights.
+    reference : Tensor or None
+        [N, r] finite, by whose Euclidean distance people are alike or not, for methods that compare near people: the
+        embedding of a frozen model that saw no sensitive attribute, say; or a :class:`Reference`, which makes it of
+        ``x``. Moved to the device when it is first asked for; of more than 64 columns it keeps 32 principal components.
 
     Raises
     ------
-    DataError : weights without ``shuffle``, lengths differ, a feature is not finite, a group id is below -1, or there would
-        be no batch.
+    DataError
+        Weights without ``shuffle``, lengths differ, a feature is not finite, a group id is below -1, or there would be
+        no batch.
 
+    Examples
+    --------
     >>> import torch
     >>> loader = ResidentLoader(torch.eye(4), {"t": torch.arange(4)}, {"sex": torch.tensor([0, 1, 1, -1])},
     ...                         batch_size=3, shuffle=False, device="cpu")
@@ -318,7 +337,8 @@ class ResidentLoader:
 
         Raises
         ------
-        DataError : the state is of other data, another batch size, or lacks a field.
+        DataError
+            The state is of other data, another batch size, or lacks a field.
         """
         for field in ("n_rows", "batch_size"):
             if state.get(field) != getattr(self, field):
@@ -437,7 +457,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
     Raises
     ------
-    DataError : no such device.
+    DataError
+        No such device.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -29,9 +29,12 @@ class Reference:
 
     Attributes
     ----------
-    columns, factors : positions among the inputs; 1 for a number and its gaps, 1 / sqrt 2 for a column of a category, weighted.
-    inputs : the source columns that are in it.
-    left_out : source column -> why it is not.
+    columns, factors : tuple of int, tuple of float
+        Positions among the inputs; 1 for a number and its gaps, 1 / sqrt 2 for a column of a category, weighted.
+    inputs : tuple of str
+        The source columns that are in it.
+    left_out : mapping of str to str
+        Source column -> why it is not.
     """
 
     columns: tuple[int, ...]
@@ -65,8 +68,10 @@ def telling(
 
     Parameters
     ----------
-    groups : attribute -> ids [N], -1 where not known.
-    tell_tale : attribute -> source columns that are known to show it; others are found (:func:`tells`).
+    groups : mapping of str to ndarray of int64
+        Attribute -> ids [N], -1 where not known.
+    tell_tale : mapping of str to collection of str, optional
+        Attribute -> source columns that are known to show it; others are found (:func:`tells`).
     """
     sources, numbers = encoder.sources, {name for name, kind in encoder.kinds.items() if kind == "numeric"}
     left_out: dict[str, str] = {}

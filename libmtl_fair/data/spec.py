@@ -66,22 +66,33 @@ class TaskSpec(_Spec):
 
     Parameters
     ----------
-    kind : "binary", "multiclass", "multilabel" or "regression".
-    column : the labels' column (``columns`` for multilabel: one 0/1 column a label); in a mapping of tasks it may be left
+    kind : TaskKind
+        "binary", "multiclass", "multilabel" or "regression".
+    column : Text, optional
+        The labels' column (``columns`` for multilabel: one 0/1 column a label); in a mapping of tasks it may be left
         out where it has the task's name.
-    positive : binary: the value that counts as 1, every other one as 0.
-    threshold : binary, numeric column: 1 where the value is at least this.
-    expression : binary, instead of ``column``: comparisons of columns, as ``"death == 1 and d.time <= 180"``.
-    classes : multiclass: the values in order of their ids, or {value: class name}; other values become unlabelled.
-        Without it: all values, sorted.
-    transform : regression: "log" or "log1p" of the column.
-    standardise : regression: labels in units of the training part's mean and standard deviation.
-    forbids : input columns that leak this task, besides its own columns.
-    definition : one line for the data card.
+    positive : str or int or float or bool, optional
+        Binary: the value that counts as 1, every other one as 0.
+    threshold : float, optional
+        Binary, numeric column: 1 where the value is at least this.
+    expression : Text, optional
+        Binary, instead of ``column``: comparisons of columns, as ``"death == 1 and d.time <= 180"``.
+    classes : Classes, optional
+        Multiclass: the values in order of their ids, or {value: class name}; other values become unlabelled. Without
+        it: all values, sorted.
+    transform : Transform, optional
+        Regression: "log" or "log1p" of the column.
+    standardise : bool, default True
+        Regression: labels in units of the training part's mean and standard deviation.
+    forbids : OptionalNames, default ()
+        Input columns that leak this task, besides its own columns.
+    definition : str, default ""
+        One line for the data card.
 
     Raises
     ------
-    DataError : an unknown field, a wrong type, or fields that do not fit the kind.
+    DataError
+        An unknown field, a wrong type, or fields that do not fit the kind.
     """
 
     kind: TaskKind
@@ -121,17 +132,25 @@ class SensitiveSpec(_Spec):
 
     Parameters
     ----------
-    column : the column; for an intersection leave it out and name the attributes in ``of``.
-    bins : numeric column: ascending edges; k edges make k + 1 groups, an edge belongs to the group above it.
-    labels : names of the groups: of the bins in order; for other columns their order (all values must be there).
-    merge : {value: group}, for merging small groups; values not named keep their own.
-    keep : groups to keep, or how many of the largest; rows of the others get id -1 (unknown), counted in the card.
-    of : names of two or more attributes to intersect.
-    also_in : input columns, besides ``column``, from which the attribute can be read off.
+    column : Text, optional
+        The column; for an intersection leave it out and name the attributes in ``of``.
+    bins : Edges, default ()
+        Numeric column: ascending edges; k edges make k + 1 groups, an edge belongs to the group above it.
+    labels : OptionalNames, default ()
+        Names of the groups: of the bins in order; for other columns their order (all values must be there).
+    merge : Renames
+        {value: group}, for merging small groups; values not named keep their own.
+    keep : Keep, optional
+        Groups to keep, or how many of the largest; rows of the others get id -1 (unknown), counted in the card.
+    of : OptionalNames, default ()
+        Names of two or more attributes to intersect.
+    also_in : OptionalNames, default ()
+        Input columns, besides ``column``, from which the attribute can be read off.
 
     Raises
     ------
-    DataError : an unknown field, a wrong type, edges that do not ascend, or neither column nor intersection.
+    DataError
+        An unknown field, a wrong type, edges that do not ascend, or neither column nor intersection.
     """
 
     column: Text | None = None
@@ -165,14 +184,22 @@ class TableSpec:
 
     Parameters
     ----------
-    name, title, source, licence : for the card.
-    tasks, sensitive : all that may be chosen; ``default_tasks`` and ``default_sensitive`` are chosen without a choice.
-    candidates : columns that may be inputs. What the chosen tasks forbid is taken out of them.
-    excluded : {column: why it is never an input}.
-    kinds : {candidate: "numeric" or "categorical"}, where it is not to be told from the column's type.
-    stratify : name of the task that splits are stratified on, chosen or not, so that rows do not move with the choice.
-    keep_rows : frame -> bool mask of the rows to keep, and ``filter`` in words.
-    notes : known problems, for the card.
+    name, title, source, licence : str
+        For the card.
+    tasks, sensitive : mapping of str to TaskSpec, mapping of str to SensitiveSpec
+        All that may be chosen; ``default_tasks`` and ``default_sensitive`` are chosen without a choice.
+    candidates : tuple of str
+        Columns that may be inputs. What the chosen tasks forbid is taken out of them.
+    excluded : mapping of str to str
+        {column: why it is never an input}.
+    kinds : mapping of str to str
+        {candidate: "numeric" or "categorical"}, where it is not to be told from the column's type.
+    stratify : str, optional
+        Name of the task that splits are stratified on, chosen or not, so that rows do not move with the choice.
+    keep_rows : callable (DataFrame) -> pd.Series[bool], optional
+        Frame -> bool mask of the rows to keep, and ``filter`` in words.
+    notes : tuple of str, default ()
+        Known problems, for the card.
     """
 
     name: str

@@ -34,6 +34,8 @@ def head_gram(logit_grads: Sequence[Tensor], head_weights: Sequence[Tensor], ran
     DataError
         If the tensors do not fit together.
 
+    Examples
+    --------
     >>> head_gram([torch.tensor([[2.0]]), torch.tensor([[1.0]])], [torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]])])
     tensor([[4., 2.],
             [2., 2.]])
@@ -53,10 +55,14 @@ def head_products(
 
     Parameters
     ----------
-    grads, other : [..., B, C] gradients of the losses and of the other objective to all logits.
-    weights : [..., C, d] of the heads.
-    owner : [C, T] one-hot, which task a logit belongs to; None where each task has one.
-    rank_one : the source's form: the norm of each logit's gradient in place of the gradient, so that the diagonal is that of
+    grads, other : Tensor
+        [..., B, C] gradients of the losses and of the other objective to all logits.
+    weights : Tensor
+        [..., C, d] of the heads.
+    owner : Tensor, optional
+        [C, T] one-hot, which task a logit belongs to; None where each task has one.
+    rank_one : bool, default False
+        The source's form: the norm of each logit's gradient in place of the gradient, so that the diagonal is that of
         the exact form (the root mean square times sqrt(B)).
     """
     overlap, c = weights @ weights.mT, grads.shape[-1]

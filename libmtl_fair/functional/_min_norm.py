@@ -45,7 +45,8 @@ def min_norm_weights(
 
     Returns
     -------
-    Tensor [T] or [..., T] of the type of ``gram``, >= 0, sum 1. NaN if an entry of the problem is not finite.
+    Tensor
+        [T] or [..., T], of the type of ``gram``, >= 0, sum 1. NaN if an entry of the problem is not finite.
 
     Raises
     ------
@@ -54,6 +55,8 @@ def min_norm_weights(
     DataError
         If the shapes do not fit.
 
+    Examples
+    --------
     >>> min_norm_weights(torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
     tensor([0.7500, 0.2500])
     """

@@ -60,14 +60,17 @@ def lift(
         Cost of each group (a rate or an error) and the examples behind it, which may be fractions (decayed sums).
     bound : Tensor [..., G, C], optional
         The best group is the one whose bound is least, in place of the one whose cost is.
-    symmetric, normalise, min_count
+    symmetric, normalise, min_count : bool = False, bool = False, float or Tensor = 0.0
         As in :class:`LiftOptions`; a group counts where its count is positive and at least ``min_count``.
 
     Returns
     -------
-    (value [..., C], present bool [..., C], slope [..., G, C]): the slope is the value's derivative to the cost; the value is
-    differentiable by autograd too.
+    tuple of (Tensor, Tensor, Tensor)
+        (value [..., C], present bool [..., C], slope [..., G, C]): the slope is the value's derivative to the cost; the
+        value is differentiable by autograd too.
 
+    Examples
+    --------
     >>> value, present, slope = lift(torch.tensor([[0.1], [0.6]]), torch.ones(2, 1))
     >>> value, slope.squeeze(1)
     (tensor([0.5000]), tensor([0., 1.]))
@@ -120,19 +123,22 @@ def aeod(
         Group ids, -1 unknown.
     n_groups : int
         Number of groups G.
-    symmetric, normalise, reference, min_count
-        See :class:`LiftOptions`. With ``normalise`` or ``symmetric`` the
-        value lies in [0, 2]; "lcb" takes Wilson's 95 % bounds (highest lower bound of TPR, lowest upper bound of FPR).
+    symmetric, normalise, reference, min_count : bool = False, bool = False, str = "max", float = 0.0
+        See :class:`LiftOptions`. With ``normalise`` or ``symmetric`` the value lies in [0, 2]; "lcb" takes Wilson's 95
+        % bounds (highest lower bound of TPR, lowest upper bound of FPR).
 
     Returns
     -------
-    (value scalar, present bool scalar).
+    tuple of (Tensor, Tensor)
+        (value scalar, present bool scalar).
 
     Raises
     ------
     RecipeError
         For an unknown reference, or ``symmetric`` together with "lcb".
 
+    Examples
+    --------
     >>> value, present = aeod(torch.tensor([0.9, 0.4]), torch.tensor([1, 1]), torch.tensor([0, 1]), 2)
     >>> value, present
     (tensor(0.5000), tensor(True))
@@ -319,13 +325,16 @@ def decision_gap(rate: A, count: A, min_count: float | A = 1.0) -> tuple[A, A, A
 
     Parameters
     ----------
-    rate, count : [..., G, C], tensors or arrays
+    rate, count : Tensor or ndarray [..., G, C]
         Share of decisions in [0, 1] and the examples behind it; groups with fewer than ``min_count`` are absent.
 
     Returns
     -------
-    (gap, standard error ``sqrt(n)``, present), each [..., C]: 0, 0 and False with fewer than two groups.
+    tuple of (Tensor, Tensor, Tensor) or of ndarrays
+        (gap, standard error ``sqrt(n)``, present), each [..., C]: 0, 0 and False with fewer than two groups.
 
+    Examples
+    --------
     >>> gap, noise, present = decision_gap(torch.tensor([[0.5], [0.1]]), torch.tensor([[100.0], [100.0]]))
     >>> [round(float(x), 4) for x in (gap, noise)]
     [0.3957, 0.0583]

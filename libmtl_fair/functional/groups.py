@@ -63,11 +63,13 @@ def cell_means(values: Tensor, condition: Tensor, member: Tensor) -> tuple[Tenso
 
     Parameters
     ----------
-    values, condition : [..., B, K], or [..., B, 1] for all K
+    values, condition : Tensor [..., B, K], or [..., B, 1] for all K
         The condition is 0 or 1; a value that does not count must be finite.
-    member : [..., B, G]
+    member : Tensor [..., B, G]
         0 or 1: see :func:`group_indicator`.
 
+    Examples
+    --------
     >>> one = torch.tensor([[1.0], [1.0], [0.0]])
     >>> cell_means(torch.tensor([[1.0], [2.0], [4.0]]), one, group_indicator(torch.tensor([1, 1, 0]), 2))
     (tensor([[0.0000, 1.5000]]), tensor([[0., 2.]]))
@@ -86,6 +88,8 @@ def cross_groups(groups: Sequence[Tensor], n_groups: Sequence[int]) -> tuple[Ten
     DataError
         If there is no attribute, or not one number of groups for each.
 
+    Examples
+    --------
     >>> cross_groups([torch.tensor([0, 1, 1]), torch.tensor([2, 0, -1])], [2, 3])
     (tensor([ 2,  3, -1]), 6)
     """
@@ -233,6 +237,8 @@ def quantile_bins(target: Tensor, n_bins: int = 4) -> Tensor:
     RecipeError
         If ``n_bins`` is below 1.
 
+    Examples
+    --------
     >>> quantile_bins(torch.tensor([5.0, 1.0, torch.nan, 3.0, 4.0]), 2)
     tensor([ 1,  0, -1,  0,  1])
     """

@@ -34,6 +34,8 @@ def huber(u: Tensor, beta: float) -> Tensor:
     RecipeError
         If ``beta`` is not positive.
 
+    Examples
+    --------
     >>> huber(torch.tensor([0.05, -1.0]), beta=0.1)
     tensor([0.0125, 0.9500])
     """
@@ -51,6 +53,8 @@ def huberized_hinge(z: Tensor, mu: float) -> Tensor:
     RecipeError
         If ``mu`` is not positive.
 
+    Examples
+    --------
     >>> huberized_hinge(torch.tensor([-1.0, 0.05, 1.0]), mu=0.05)
     tensor([0.0000, 0.0250, 0.9750])
     """
@@ -154,7 +158,9 @@ def prototype_pairs(
 
     Returns
     -------
-    (gap [P], distance [P]), with ``return_mask`` also mask [P] of bool. All are finite, also where the mask is False.
+    tuple of (Tensor, Tensor) or tuple of (Tensor, Tensor, Tensor)
+        (gap [P], distance [P]), with ``return_mask`` also mask [P] of bool. All are finite, also where the mask is
+        False.
 
     Raises
     ------
@@ -163,6 +169,8 @@ def prototype_pairs(
     DataError
         If the shapes of scores and embeddings do not fit.
 
+    Examples
+    --------
     >>> gap, distance = prototype_pairs(torch.tensor([[0.9, 0.1], [0.2, 0.6]]), torch.eye(2), k=1)
     >>> gap, distance
     (tensor([0.3000]), tensor([0.5000]))
@@ -215,7 +223,7 @@ def lipschitz_derivatives(
 
     Parameters
     ----------
-    scores, embeddings, k, valid, mode, max_task_pairs
+    scores, embeddings, k, valid, mode, max_task_pairs : Tensor or int or None or str
         As for :func:`prototype_pairs`, with leading dimensions; embeddings are [..., B, d] or [..., T, B, d].
     scales : callable
         Given |gap| [..., P], floored distance [..., P] and mask [..., P] (None where all pairs count), returns tau and kappa

@@ -15,8 +15,9 @@ def example_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
 
     Parameters
     ----------
-    logits, labels : of one shape; labels in [0, 1], not finite where missing. What is returned has the logits' type, and
-        float32 at least; a loss of a missing label has a gradient of 0.
+    logits, labels : Tensor
+        Of one shape; labels in [0, 1], not finite where missing. What is returned has the logits' type, and float32 at
+        least; a loss of a missing label has a gradient of 0.
     """
     target = labels.to(torch.promote_types(logits.dtype, torch.float32))
     # 1 or 0 as a float, which multiplies and sums twice as fast as a bool; by operations that torch.func.vmap knows
@@ -30,8 +31,11 @@ def mean_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     Parameters
     ----------
-    logits, labels : [..., B, T]; labels in [0, 1], not finite where missing.
+    logits, labels : Tensor
+        [..., B, T]; labels in [0, 1], not finite where missing.
 
+    Examples
+    --------
     >>> z = torch.tensor([[0.0, 2.0], [0.0, 5.0]], requires_grad=True)
     >>> y = torch.tensor([[1.0, 1.0], [0.0, torch.nan]])
     >>> losses, labelled = mean_cross_entropy(z, y)
@@ -51,9 +55,12 @@ def mean_cross_entropy_gradient(probabilities: Tensor, labels: Tensor, labelled:
 
     Parameters
     ----------
-    probabilities : the logits' sigmoid, [..., B, T].
-    labels : [..., B, T].
-    labelled : [..., T], how many labels each task has; None says that none is missing.
+    probabilities : Tensor
+        The logits' sigmoid, [..., B, T].
+    labels : Tensor
+        [..., B, T].
+    labelled : Tensor, optional
+        [..., T], how many labels each task has; None says that none is missing.
     """
     wrong = probabilities - labels
     if labelled is None:

@@ -56,13 +56,18 @@ def near_gaps(values: Tensor, nearest: Tensor, *, logits: bool = False) -> NearG
 
     Parameters
     ----------
-    values : f, or with ``logits`` log-odds z: f is then half z and half sigmoid(z), each divided by its own G.
-    nearest : n(i), int64 [..., B]; leading dimensions broadcast.
+    values : Tensor
+        f, or with ``logits`` log-odds z: f is then half z and half sigmoid(z), each divided by its own G.
+    nearest : Tensor
+        n(i), int64 [..., B]; leading dimensions broadcast.
 
     Raises
     ------
-    DataError : shapes that do not fit.
+    DataError
+        Shapes that do not fit.
 
+    Examples
+    --------
     >>> found = near_gaps(torch.tensor([0.0, 1.0, 3.0]), torch.tensor([1, 0, 1]))
     >>> round(found.value.item(), 4)  # a mean gap of 4 / 3 by a Gini mean difference of 2
     0.6667

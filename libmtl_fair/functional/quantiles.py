@@ -34,6 +34,8 @@ def masked_quantile(x: Tensor, q: float, mask: Tensor | None = None) -> Tensor:
     RecipeError
         If ``q`` is not in [0, 1].
 
+    Examples
+    --------
     >>> masked_quantile(torch.tensor([3.0, 1.0, 9.0, 2.0]), 0.5, torch.tensor([True, True, False, True]))
     tensor(2.)
     """

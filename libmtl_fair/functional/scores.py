@@ -37,16 +37,23 @@ def group_auc(
 
     Parameters
     ----------
-    scores, positive : [N], finite, of any dtype; bool [N].
-    groups : ids [N] in 0..G-1.
-    weight : [N]: an example counts as often (as in scikit-learn).
-    errors : DeLong's standard errors, too; with weights by weighted placements.
+    scores, positive : Tensor
+        [N], finite, of any dtype; bool [N].
+    groups : Tensor
+        Ids [N] in 0..G-1.
+    weight : Tensor, optional
+        [N]: an example counts as often (as in scikit-learn).
+    errors : bool, default False
+        DeLong's standard errors, too; with weights by weighted placements.
 
     Returns
     -------
-    (value, error, positives, negatives), each [G] on the CPU: float64 AUC, NaN where a group lacks positives or negatives; its
-    standard error, NaN where fewer than two of either, or not asked for; counts.
+    tuple of (Tensor, Tensor, Tensor, Tensor)
+        (value, error, positives, negatives), each [G] on the CPU: float64 AUC, NaN where a group lacks positives or
+        negatives; its standard error, NaN where fewer than two of either, or not asked for; counts.
 
+    Examples
+    --------
     >>> scores, positive = torch.tensor([0.1, 0.9, 0.5, 0.5]), torch.tensor([False, True, False, True])
     >>> group_auc(scores, positive, torch.tensor([0, 0, 1, 1]), 2)[0].tolist()
     [1.0, 0.5]

@@ -20,6 +20,8 @@ def linear_cka(a: Tensor, b: Tensor) -> Tensor:
     DataError
         If the matrices do not have the same rows.
 
+    Examples
+    --------
     >>> a = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]])
     >>> linear_cka(a, 5 * a.flip(1)), linear_cka(a, torch.ones(3, 1))
     (tensor(1.), tensor(0.))
@@ -57,6 +59,8 @@ def pair_by_similarity(sim: Tensor, threshold: float) -> list[tuple[int, ...]]:
     DataError
         If ``sim`` is not square.
 
+    Examples
+    --------
     >>> pair_by_similarity(torch.tensor([[1.0, 0.2, 0.9], [0.2, 1.0, 0.8], [0.9, 0.8, 1.0]]), 0.5)
     [(0, 2), (1,)]
     """

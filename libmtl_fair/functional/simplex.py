@@ -73,13 +73,16 @@ def aggregate_disparities(
 
     Returns
     -------
-    (phi [...], w [..., T] detached).
+    tuple of (Tensor, Tensor)
+        (phi [...], w [..., T] detached).
 
     Raises
     ------
     RecipeError
         If ``mu`` is not positive or the solver is unknown.
 
+    Examples
+    --------
     >>> phi, w = aggregate_disparities(torch.tensor([0.5, 0.1]), mu=0.5)
     >>> phi, w
     (tensor(0.3800), tensor([0.9000, 0.1000]))

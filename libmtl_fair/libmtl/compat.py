@@ -136,7 +136,8 @@ def heal() -> list[str]:
 
     Returns
     -------
-    list of str : what was changed and why, one line each; empty if it had been done before.
+    list of str
+        What was changed and why, one line each; empty if it had been done before.
     """
     changed = []
     for owner, method, replacement, why in list(_patches()):

@@ -95,8 +95,11 @@ def task_dict(tasks: Iterable[Task]) -> dict[str, Entry]:
 
     Raises
     ------
-    RecipeError : no task, or two of one name.
+    RecipeError
+        No task, or two of one name.
 
+    Examples
+    --------
     >>> list(task_dict([Binary("income"), Regression("hours")]))
     ['income', 'hours']
     """

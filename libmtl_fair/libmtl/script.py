@@ -61,11 +61,13 @@ def run_script(path: str | Path, args: Sequence[str] = ()) -> dict[str, object]:
 
     Returns
     -------
-    dict : the script's global names.
+    dict of str to object
+        The script's global names.
 
     Raises
     ------
-    RecipeError : there is no such script. The script's own exceptions, ``SystemExit`` included, go through unchanged.
+    RecipeError
+        There is no such script. The script's own exceptions, ``SystemExit`` included, go through unchanged.
     """
     script = Path(path)
     if not script.is_file():

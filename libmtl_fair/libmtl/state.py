@@ -146,12 +146,18 @@ class TrainingState(Trainer):  # type: ignore[misc]
 
     Attributes
     ----------
-    auxiliary : name -> auxiliary task, there in training only; ``main_tasks`` are the others' names.
-    binary : the main tasks where all are binary and have one input, else empty.
-    samples : batches that a step takes.
-    weight_args : what ``model.backward`` is called with.
-    representation : what the heads received, where the weighting asks for it.
-    epoch_steps : steps of an epoch, None where the loader does not say.
+    auxiliary : dict of str to Task
+        Name -> auxiliary task, there in training only; ``main_tasks`` are the others' names.
+    binary : tuple of str
+        The main tasks where all are binary and have one input, else empty.
+    samples : int
+        Batches that a step takes.
+    weight_args : dict of str to object
+        What ``model.backward`` is called with.
+    representation : RepresentationHook or None
+        What the heads received, where the weighting asks for it.
+    epoch_steps : int or None
+        Steps of an epoch, None where the loader does not say.
     """
 
     model: Model

@@ -47,26 +47,42 @@ class FairTrainer(TrainingState):
 
     Parameters
     ----------
-    task_dict : LibMTL's; :func:`libmtl_fair.task_dict` builds one with masked losses. Order is task order.
-    weighting, architecture : a name or a class, ours or LibMTL's.
-    encoder_class : called without arguments, as LibMTL does.
-    decoders : task -> head; a plain dict or ``nn.ModuleDict``.
-    rep_grad, multi_input, optim_param, scheduler_param : as in LibMTL. Optimisers are fused where the device can.
-    device : ``"auto"`` (CUDA where there is one, else the CPU) or a torch device.
-    run_dir : folder for checkpoints (``last.pt`` each epoch, ``best.pt``) and ``history.csv``; None keeps nothing.
-    resume : continue from ``run_dir/last.pt`` if there is one, to the numbers of an uninterrupted run.
-    seed : seeds Python, numpy and torch when made and again when training starts; None leaves them alone.
-    progress : a progress bar, where the error stream is a terminal.
-    select : ``"best"``: after training the model holds its best epoch on validation data; ``"last"``: its last.
-    select_by : validation results -> number, higher is better; default is LibMTL's mean relative improvement.
-    loggers : where each epoch's numbers go besides ``epochs.jsonl`` in ``run_dir``: ``"tensorboard"``, ``"mlflow"``, or
+    task_dict : mapping of str to mapping of str to object
+        LibMTL's; :func:`libmtl_fair.task_dict` builds one with masked losses. Order is task order.
+    weighting, architecture : str or type[nn.Module]
+        A name or a class, ours or LibMTL's.
+    encoder_class : callable () -> nn.Module
+        Called without arguments, as LibMTL does.
+    decoders : mapping of str to nn.Module
+        Task -> head; a plain dict or ``nn.ModuleDict``.
+    rep_grad, multi_input, optim_param, scheduler_param : bool or mapping of str to object or None
+        As in LibMTL. Optimisers are fused where the device can.
+    device : str or torch.device, default "auto"
+        ``"auto"`` (CUDA where there is one, else the CPU) or a torch device.
+    run_dir : str or Path, optional
+        Folder for checkpoints (``last.pt`` each epoch, ``best.pt``) and ``history.csv``; None keeps nothing.
+    resume : bool, default False
+        Continue from ``run_dir/last.pt`` if there is one, to the numbers of an uninterrupted run.
+    seed : int, optional
+        Seeds Python, numpy and torch when made and again when training starts; None leaves them alone.
+    progress : bool, default True
+        A progress bar, where the error stream is a terminal.
+    select : str, default "best"
+        ``"best"``: after training the model holds its best epoch on validation data; ``"last"``: its last.
+    select_by : callable (Results) -> float, optional
+        Validation results -> number, higher is better; default is LibMTL's mean relative improvement.
+    loggers : iterable of str or Tracker, default ()
+        Where each epoch's numbers go besides ``epochs.jsonl`` in ``run_dir``: ``"tensorboard"``, ``"mlflow"``, or
         objects with ``log_epoch(epoch, values)``; see :mod:`libmtl_fair.libmtl.loggers`.
-    weight_args, arch_args : hyperparameters, as in LibMTL; missing ones take LibMTL's defaults.
+    weight_args, arch_args : mapping of str to object, optional
+        Hyperparameters, as in LibMTL; missing ones take LibMTL's defaults.
 
     Raises
     ------
-    HostError : weighting, architecture, heads or device that do not fit.
-    RecipeError : a hyperparameter, optimiser or scheduler that does not make sense.
+    HostError
+        Weighting, architecture, heads or device that do not fit.
+    RecipeError
+        A hyperparameter, optimiser or scheduler that does not make sense.
     """
 
     def __init__(
@@ -150,15 +166,21 @@ class FairTrainer(TrainingState):
 
         Parameters
         ----------
-        train_dataloaders, test_dataloaders, val_dataloaders : a loader, or task -> loader with ``multi_input``.
-        epochs : in all; a resumed run, or a second call, goes on to this number.
-        return_weight : return the tasks' weights of every step, [T, steps] numpy, NaN where a weighting has none.
+        train_dataloaders, test_dataloaders, val_dataloaders : Loaders, Loaders or None, Loaders or None
+            A loader, or task -> loader with ``multi_input``.
+        epochs : int, default 1
+            In all; a resumed run, or a second call, goes on to this number.
+        return_weight : bool, default False
+            Return the tasks' weights of every step, [T, steps] numpy, NaN where a weighting has none.
 
         Raises
         ------
-        DivergenceError : a loss was not finite: says epoch, step and task; the last good state is kept.
-        DataError : a loader that does not fit.
-        CheckpointError : a run folder that cannot be written, or a checkpoint that does not fit.
+        DivergenceError
+            A loss was not finite: says epoch, step and task; the last good state is kept.
+        DataError
+            A loader that does not fit.
+        CheckpointError
+            A run folder that cannot be written, or a checkpoint that does not fit.
         """
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
             raise RecipeError(f"epochs must be a whole number of at least 0, found {epochs!r}")
@@ -345,10 +367,14 @@ class FairTrainer(TrainingState):
 
         Parameters
         ----------
-        delta : tolerance of the fixed-delta audit; ``options`` are its own.
-        people : what the loader's people are compared by, in its order: reference features [N, d], or a ConsistencyAudit. With
-            ``delta`` too its report is the fixed-delta report's ``people``; without ``delta`` it is what is returned.
-        validation : loader of validation data, which ranks refer to; None: the audit's reference scores, or the same people.
+        delta : float or Tensor or Floats, optional
+            Tolerance of the fixed-delta audit; ``options`` are its own.
+        people : ConsistencyAudit or Features, optional
+            What the loader's people are compared by, in its order: reference features [N, d], or a ConsistencyAudit.
+            With ``delta`` too its report is the fixed-delta report's ``people``; without ``delta`` it is what is
+            returned.
+        validation : Loaders, optional
+            Loader of validation data, which ranks refer to; None: the audit's reference scores, or the same people.
         """
         from libmtl_fair.metrics import ConsistencyAudit, FixedDeltaAudit
         from libmtl_fair.metrics.people import audit_people

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
@@ -41,13 +42,20 @@ def setting(
 
     Parameters
     ----------
-    default : its value where nothing is given; for a mapping ``{}``.
-    help : one line.
-    ours : whether the default (or the setting itself) is ours and not the source's.
-    expected : how an error names what is allowed; None says it from the bounds.
-    choices : the texts that it takes.
-    search : what a study searches unless told: ``(low, high)``, ``(low, high, "log")``, or a list of choices.
-    bounds : ``gt``, ``ge``, ``lt``, ``le`` of a number, ``min_length`` of a list, and what else pydantic's ``Field`` takes.
+    default : object
+        Its value where nothing is given; for a mapping ``{}``.
+    help : str
+        One line.
+    ours : bool, default False
+        Whether the default (or the setting itself) is ours and not the source's.
+    expected : str, optional
+        How an error names what is allowed; None says it from the bounds.
+    choices : sequence of str, optional
+        The texts that it takes.
+    search : sequence of object, optional
+        What a study searches unless told: ``(low, high)``, ``(low, high, "log")``, or a list of choices.
+    bounds : object
+        ``gt``, ``ge``, ``lt``, ``le`` of a number, ``min_length`` of a list, and what else pydantic's ``Field`` takes.
     """
     extra = {"ours": ours, "expected": expected, "choices": choices, "search": search}
     made: Any = Field
@@ -62,7 +70,8 @@ class Declared(BaseModel):
 
     Raises
     ------
-    RecipeError : an unknown setting, or a value of the wrong type or out of range. Its ``where`` names the setting.
+    RecipeError
+        An unknown setting, or a value of the wrong type or out of range. Its ``where`` names the setting.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
@@ -83,8 +92,11 @@ class Declared(BaseModel):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: object) -> None:
         """Document every setting from its declaration."""
-        lines = [f"    {name} : {field.description}" for name, field in cls.model_fields.items()]
-        cls.__doc__ = "\n".join([(cls.__doc__ or "").rstrip(), "", "    Parameters", "    ----------", *lines, "    "])
+        rows = cls.described()
+        lines = [f"{r['name']} : {r['type']}, default {r['default']}\n    {r['help']}." for r in rows]
+        cls.__doc__ = "\n".join(
+            [inspect.cleandoc(vars(cls).get("__doc__") or ""), "", "Parameters", "----------", *lines]
+        )
 
     def check(self) -> None:
         """Raise a RecipeError where settings do not go together."""
@@ -95,7 +107,8 @@ class Declared(BaseModel):
 
         Raises
         ------
-        RecipeError : an unknown name or preset, a setting given under two names, or a value out of range.
+        RecipeError
+            An unknown name or preset, a setting given under two names, or a value out of range.
         """
         given: dict[str, object] = {}
         for name, value in args.items():

@@ -25,7 +25,8 @@ class Controller(nn.Module):
 
     Attributes
     ----------
-    numbers : names of the settings that an update reads.
+    numbers : tuple of str, default ()
+        Names of the settings that an update reads.
     """
 
     numbers: ClassVar[tuple[str, ...]] = ()
@@ -135,6 +136,8 @@ class ViolationController(Controller):
     RecipeError
         If a setting is out of its range.
 
+    Examples
+    --------
     >>> controller = ViolationController(target=0.1, step_size=0.5, warmup=0)
     >>> round(controller.update(torch.tensor(0.3)).item(), 6)
     0.11
@@ -209,8 +212,11 @@ class ShareController(Controller):
 
     Raises
     ------
-    RecipeError : a setting out of its range.
+    RecipeError
+        A setting out of its range.
 
+    Examples
+    --------
     >>> controller = ShareController(share=0.5, step_size=0.1, initial=1.0, warmup=1, smoothing=1.0)
     >>> [round(controller.update(torch.tensor(i)).item(), 6) for i in (0.4, 0.3)]
     [0.0, 1.05]
@@ -285,6 +291,8 @@ class DualAscent(Controller):
     RecipeError
         If a setting is out of its range.
 
+    Examples
+    --------
     >>> dual = DualAscent(rho=0.5, epsilon=0.1)
     >>> round(dual.update(torch.tensor(0.3)).item(), 6)
     0.1

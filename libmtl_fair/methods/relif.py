@@ -205,7 +205,8 @@ class LipschitzScales(Controller):
 
         Raises
         ------
-        RecipeError : fewer than two tasks.
+        RecipeError
+            Fewer than two tasks.
         """
         s, sizes = self.settings, None
         if scores.shape[-2] < 2:

@@ -79,7 +79,8 @@ def chosen(
 
     Raises
     ------
-    RecipeError : a task or attribute that there is none of, or that has no decisions.
+    RecipeError
+        A task or attribute that there is none of, or that has no decisions.
     """
     table = read_table(targets)
     general = Target.read(target or default) if target or not table else None

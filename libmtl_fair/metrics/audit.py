@@ -28,10 +28,14 @@ class AuditReport:
 
     Attributes
     ----------
-    bias, violation_rate : means over task pairs of E[(|p_i - p_j| - delta)+] and of P(|p_i - p_j| > delta), in [0, 1].
-    per_pair : one row per task pair: task_a, task_b, bias, violation_rate, delta, n_pairs.
-    protocol : what was drawn and how: delta and its source, exact or pools and seeds, tasks, examples per task.
-    people : the audit of people of the same scores, where it was asked for.
+    bias, violation_rate : float
+        Means over task pairs of E[(|p_i - p_j| - delta)+] and of P(|p_i - p_j| > delta), in [0, 1].
+    per_pair : DataFrame
+        One row per task pair: task_a, task_b, bias, violation_rate, delta, n_pairs.
+    protocol : dict of str to object
+        What was drawn and how: delta and its source, exact or pools and seeds, tasks, examples per task.
+    people : ConsistencyReport or None
+        The audit of people of the same scores, where it was asked for.
     """
 
     bias: float
@@ -67,14 +71,21 @@ class FixedDeltaAudit:
 
     Parameters
     ----------
-    delta : tolerance in [0, 1]: a number, or a symmetric [T, T] matrix in task order. Choose it once, from a reference
+    delta : Values
+        Tolerance in [0, 1]: a number, or a symmetric [T, T] matrix in task order. Choose it once, from a reference
         model (:func:`conformal_delta`, :func:`quantile_delta`), and hold it fixed for every method.
-    pool_size : examples drawn per task, without replacement, with ``eval_seed``; all if there are fewer.
-    n_pairs : index pairs per task pair, drawn with replacement with ``pair_seed``.
-    exact : the expectation over all pairs of all valid examples instead, in float64: no pools, no seeds, no sampling
-        error (ours). O(n log n), and memory of the scores' order.
-    delta_source : where the tolerance comes from, for the protocol (model, representation, pairs, quantile or alpha).
+    pool_size : int, default 256
+        Examples drawn per task, without replacement, with ``eval_seed``; all if there are fewer.
+    n_pairs : int, default 4096
+        Index pairs per task pair, drawn with replacement with ``pair_seed``.
+    exact : bool, default False
+        The expectation over all pairs of all valid examples instead, in float64: no pools, no seeds, no sampling error
+        (ours). O(n log n), and memory of the scores' order.
+    delta_source : object, optional
+        Where the tolerance comes from, for the protocol (model, representation, pairs, quantile or alpha).
 
+    Examples
+    --------
     >>> audit = FixedDeltaAudit(0.25, exact=True)
     >>> report = audit.run({"a": [0.0, 0.5], "b": [0.5, 1.0]})
     >>> report.bias, report.violation_rate
@@ -105,12 +116,15 @@ class FixedDeltaAudit:
 
         Parameters
         ----------
-        scores : task -> [N] in [0, 1], in task order; a score that is not finite makes the example invalid.
-        valid : task -> bool [N], examples to use; all finite ones where a task is not named. A task without any is absent.
+        scores : mapping of str to Values
+            Task -> [N] in [0, 1], in task order; a score that is not finite makes the example invalid.
+        valid : mapping of str to Values, optional
+            Task -> bool [N], examples to use; all finite ones where a task is not named. A task without any is absent.
 
         Raises
         ------
-        DataError : fewer than two tasks (with valid examples), scores outside of [0, 1], or delta of the wrong shape.
+        DataError
+            Fewer than two tasks (with valid examples), scores outside of [0, 1], or delta of the wrong shape.
         """
         arrays = {task: as_floats(values) for task, values in scores.items()}
         masks = {task: _usable(task, score, (valid or {}).get(task)) for task, score in arrays.items()}

@@ -35,8 +35,13 @@ def delta_m(
 
     Raises
     ------
-    DataError : a method lacks one of the baseline's metrics. RecipeError : no such definition.
+    DataError
+        A method lacks one of the baseline's metrics.
+    RecipeError
+        No such definition.
 
+    Examples
+    --------
     >>> {m: round(v, 9) for m, v in delta_m({"fair": {"auc": 0.81}}, {"auc": 0.9}).items()}
     {'fair': 10.0}
     """
@@ -116,8 +121,11 @@ def paired_difference(
 
     Raises
     ------
-    DataError : the two have different numbers of seeds.
+    DataError
+        The two have different numbers of seeds.
 
+    Examples
+    --------
     >>> paired_difference([0.9, 0.8], [0.8, 0.7])["n"]
     2.0
     """

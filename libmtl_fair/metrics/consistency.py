@@ -34,16 +34,25 @@ class ConsistencyReport:
 
     Attributes
     ----------
-    inconsistency : I, the mean over tasks of I_t: how far apart near people are in rank, in units of any two people.
-    interval : (low, high) of I, node-robust.
-    per_task : one row a task: task, inconsistency, low, high, calibrated (Ic), violation_0.1, violation_0.3 (V), decisions (D),
-        selected (share), gini, flip (F, mean over attributes), undefined (why, or "").
-    decisions : task -> D_t, near people with different decisions, in units of any two people.
-    cross_task : X, whether a person's profile over tasks changes between near people.
-    flips : attribute, task, flip (F_t), changed (share of decisions that change when the sensitive value is swapped).
-    split : attribute, pairs ("equal" or "different" sensitive value), n, share, inconsistency.
-    worst_pairs : the ten worst-treated pairs: row, other, distance, inconsistency (mean over tasks), and both ranks by task.
-    protocol : n, anchors, k, pairs, quantiles of the distance, share at distance 0, what ranks refer to, confidence.
+    inconsistency : float
+        I, the mean over tasks of I_t: how far apart near people are in rank, in units of any two people.
+    interval : tuple of (float, float)
+        (low, high) of I, node-robust.
+    per_task : DataFrame
+        One row a task: task, inconsistency, low, high, calibrated (Ic), violation_0.1, violation_0.3 (V), decisions
+        (D), selected (share), gini, flip (F, mean over attributes), undefined (why, or "").
+    decisions : dict of str to float
+        Task -> D_t, near people with different decisions, in units of any two people.
+    cross_task : float
+        X, whether a person's profile over tasks changes between near people.
+    flips : DataFrame
+        Attribute, task, flip (F_t), changed (share of decisions that change when the sensitive value is swapped).
+    split : DataFrame
+        Attribute, pairs ("equal" or "different" sensitive value), n, share, inconsistency.
+    worst_pairs : DataFrame
+        The ten worst-treated pairs: row, other, distance, inconsistency (mean over tasks), and both ranks by task.
+    protocol : dict of str to object
+        n, anchors, k, pairs, quantiles of the distance, share at distance 0, what ranks refer to, confidence.
     """
 
     inconsistency: float
@@ -122,19 +131,31 @@ class ConsistencyAudit:
 
     Parameters
     ----------
-    features : [N, d], standardised (it is clipped at 5) and without what tells a sensitive attribute; a DataFrame of numbers and
-        categories; or :class:`NearPairs` that were found before.
-    weights : of the features, see :func:`reference_matrix`.
-    distance : a function d(x, y), or "precomputed" where ``features`` are the distances [N, N].
-    k : near others of each person.
-    reference_scores : task -> [M] or [M, C], the model's validation scores, that ranks refer to; None: the audited ones.
-    sensitive : attribute -> [N], or [N]; below 0 or missing is unknown. Pairs are split by it.
-    twins : scores of the flip twins, as ``scores``: of one attribute, or attribute -> twins, or attribute -> a list of them, one for
-        each other value, which are averaged. A person whose score there is NaN has no twin.
-    anchors : above so many people, near pairs are those of a draw of so many with ``seed``, still among all.
-    train : rows that the numbers of ``features`` are standardised on; None: they are standardised already.
-    confidence : of intervals.
+    features : Features or NearPairs
+        [N, d], standardised (it is clipped at 5) and without what tells a sensitive attribute; a DataFrame of numbers
+        and categories; or :class:`NearPairs` that were found before.
+    weights : Weights, optional
+        Of the features, see :func:`reference_matrix`.
+    distance : Distance, optional
+        A function d(x, y), or "precomputed" where ``features`` are the distances [N, N].
+    k : int, default 10
+        Near others of each person.
+    reference_scores : Scores, optional
+        Task -> [M] or [M, C], the model's validation scores, that ranks refer to; None: the audited ones.
+    sensitive : mapping of str to Values or Values, optional
+        Attribute -> [N], or [N]; below 0 or missing is unknown. Pairs are split by it.
+    twins : Twins, optional
+        Scores of the flip twins, as ``scores``: of one attribute, or attribute -> twins, or attribute -> a list of
+        them, one for each other value, which are averaged. A person whose score there is NaN has no twin.
+    anchors : int, default 20000
+        Above so many people, near pairs are those of a draw of so many with ``seed``, still among all.
+    train : Features, optional
+        Rows that the numbers of ``features`` are standardised on; None: they are standardised already.
+    confidence : float, default 0.95
+        Of intervals.
 
+    Examples
+    --------
     >>> rng = np.random.default_rng(0)
     >>> people = rng.normal(size=(500, 2))
     >>> audit = ConsistencyAudit(people)
@@ -182,17 +203,25 @@ class ConsistencyAudit:
 
         Parameters
         ----------
-        scores : task -> any scalar score [N], or probabilities of classes [N, C], whose values are averaged with class shares
-            (the labels', else the mean probabilities). A person whose score is not finite is left out of the task.
-        reference_scores, twins : in place of the audit's own: they belong to a model.
-        labels : task -> labels of the people of ``reference_scores`` (0/1, or class ids; NaN or negative: missing), for the
-            calibrated inconsistency Ic of binary tasks: near people's difference in the rate of positives at their rank.
-        thresholds : a score above it is a decision; one for all [N] scores within [0, 1], or by task. Classes: the likeliest.
-        decisions : task -> [N], in place of thresholds.
+        scores : Scores
+            Task -> any scalar score [N], or probabilities of classes [N, C], whose values are averaged with class
+            shares (the labels', else the mean probabilities). A person whose score is not finite is left out of the
+            task.
+        reference_scores, twins : Scores or None, Twins or None
+            In place of the audit's own: they belong to a model.
+        labels : Scores, optional
+            Task -> labels of the people of ``reference_scores`` (0/1, or class ids; NaN or negative: missing), for the
+            calibrated inconsistency Ic of binary tasks: near people's difference in the rate of positives at their
+            rank.
+        thresholds : float or mapping of str to float, default 0.5
+            A score above it is a decision; one for all [N] scores within [0, 1], or by task. Classes: the likeliest.
+        decisions : Scores, optional
+            Task -> [N], in place of thresholds.
 
         Raises
         ------
-        DataError : no task, scores of another length than the features, or references that lack a task.
+        DataError
+            No task, scores of another length than the features, or references that lack a task.
         """
         reference_scores, twins = reference_scores or self.reference_scores, twins or self.twins
         if not isinstance(scores, Mapping) or not scores:
@@ -250,7 +279,8 @@ def consistency_ratio(
 
     Raises
     ------
-    DataError : the two audits have different near pairs.
+    DataError
+        The two audits have different near pairs.
     """
     if method.pairs.digest != reference.pairs.digest or method.gaps.shape != reference.gaps.shape:
         raise DataError("a ratio compares two models over the same near pairs; run one ConsistencyAudit on both")
@@ -268,11 +298,18 @@ def consistency_score(
 
     Parameters
     ----------
-    y_score : [N]; ``predict_proba``'s [N, 2] (the second column counts) or [N, C]; a list of these, or task -> one, for several tasks.
-    X : [N, d] array or DataFrame, raw: numbers are standardised on these rows.
-    leave_out : columns of X that are no reference: the sensitive ones and what tells them.
-    options : of :class:`ConsistencyAudit`.
+    y_score : Values or sequence of Values or Scores
+        [N]; ``predict_proba``'s [N, 2] (the second column counts) or [N, C]; a list of these, or task -> one, for
+        several tasks.
+    X : Features
+        [N, d] array or DataFrame, raw: numbers are standardised on these rows.
+    leave_out : iterable of str or int, default ()
+        Columns of X that are no reference: the sensitive ones and what tells them.
+    options : object
+        Of :class:`ConsistencyAudit`.
 
+    Examples
+    --------
     >>> X = np.arange(100.0)[:, None]
     >>> consistency_score(X[:, 0] ** 3, X) > 0.8
     True

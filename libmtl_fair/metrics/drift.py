@@ -46,7 +46,8 @@ def drift(reports: Mapping[str, AuditReport], induced: Mapping[str, Values], ref
 
     Raises
     ------
-    DataError : no method, or one without thresholds.
+    DataError
+        No method, or one without thresholds.
     """
     missing = sorted(set(reports) - set(induced))
     if not reports or missing:

@@ -42,7 +42,8 @@ def to_fairlearn(
 
     Raises
     ------
-    DataError : unknown task or attribute, or a multilabel task without ``label``.
+    DataError
+        Unknown task or attribute, or a multilabel task without ``label``.
     """
     found = predictions.task(task)
     attributes = attributes_of(predictions, sensitive)
@@ -71,7 +72,8 @@ def metric_frame(
 
     Raises
     ------
-    DataError : as :func:`to_fairlearn`, or no row is left.
+    DataError
+        As :func:`to_fairlearn`, or no row is left.
     """
     from fairlearn.metrics import MetricFrame
 

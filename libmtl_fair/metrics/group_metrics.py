@@ -27,23 +27,41 @@ class GroupMetrics:
 
     Parameters
     ----------
-    tasks : the tasks (:mod:`libmtl_fair.tasks`).
-    n_groups : attribute -> number of groups G; ids are 0..G-1, -1 unknown.
-    threshold : a probability above it is a positive decision. One number, or task -> number (multilabel: or one a label), such
-        as :func:`base_rate_thresholds` of validation predictions gives; or ``"base_rate"``: that of the *audited* examples, which
-        uses their labels. Multiclass tasks decide for the likeliest class.
-    empty : a rate without denominator is ``"missing"`` (NaN, and out of the gaps), or 0 as in ``"fairlearn"``.
-    missing : rows of unknown group: ``"drop"`` (counted), ``"group"`` (a group named unknown), or ``"error"``.
-    min_group_size : smaller groups, and gaps that rest on one, are flagged ``"small"``.
-    min_class : rates that rest on fewer positives (TPR), negatives (FPR) or selected, AUC on fewer of either, and gaps that rest on
-        such a rate are flagged ``"few"``.
-    group_names : attribute -> names in the order of ids; the ids themselves where not given.
-    intersections : attributes to cross, ``[("sex", "race")]``, or True for all; shown as ``"sex & race"``.
-    method : gaps ``"between_groups"`` or ``"to_overall"``; agg : equalised odds, ``"worst_case"`` or ``"mean"``.
-    confidence : level of the intervals; None leaves them out. n_bootstrap, seed : their replicates. Nominal 95 % covered
-        93 to 97 % in simulations with groups of 100 or more, but for corners that :mod:`libmtl_fair.metrics.intervals` names.
-    auc : AUC per group; keeps every score until :meth:`compute`.
+    tasks : sequence of Task
+        The tasks (:mod:`libmtl_fair.tasks`).
+    n_groups : mapping of str to int
+        Attribute -> number of groups G; ids are 0..G-1, -1 unknown.
+    threshold : float or str or mapping of str to Threshold, default 0.5
+        A probability above it is a positive decision. One number, or task -> number (multilabel: or one a label), such
+        as :func:`base_rate_thresholds` of validation predictions gives; or ``"base_rate"``: that of the *audited*
+        examples, which uses their labels. Multiclass tasks decide for the likeliest class.
+    empty : str, default "missing"
+        A rate without denominator is ``"missing"`` (NaN, and out of the gaps), or 0 as in ``"fairlearn"``.
+    missing : str, default "drop"
+        Rows of unknown group: ``"drop"`` (counted), ``"group"`` (a group named unknown), or ``"error"``.
+    min_group_size : int, default 30
+        Smaller groups, and gaps that rest on one, are flagged ``"small"``.
+    min_class : int, default 10
+        Rates that rest on fewer positives (TPR), negatives (FPR) or selected, AUC on fewer of either, and gaps that
+        rest on such a rate are flagged ``"few"``.
+    group_names : mapping of str to sequence of str, optional
+        Attribute -> names in the order of ids; the ids themselves where not given.
+    intersections : bool or iterable of sequence of str, optional
+        Attributes to cross, ``[("sex", "race")]``, or True for all; shown as ``"sex & race"``.
+    method : str, default "between_groups"
+        Gaps ``"between_groups"`` or ``"to_overall"``.
+    agg : str, default "worst_case"
+        Equalised odds, ``"worst_case"`` or ``"mean"``.
+    confidence : float or None, default 0.95
+        Level of the intervals; None leaves them out.
+    n_bootstrap, seed : int
+        Their replicates. Nominal 95 % covered 93 to 97 % in simulations with groups of 100 or more, but for corners
+        that :mod:`libmtl_fair.metrics.intervals` names.
+    auc : bool, default True
+        AUC per group; keeps every score until :meth:`compute`.
 
+    Examples
+    --------
     >>> import torch, libmtl_fair as lf
     >>> metrics = GroupMetrics([lf.Binary("income")], {"sex": 2}, confidence=None)
     >>> batch = {"income": torch.tensor([2.0, -1.0, 3.0, -2.0])}, {"income": torch.tensor([1.0, 1.0, 1.0, 0.0])}
@@ -111,8 +129,9 @@ class GroupMetrics:
 
         Raises
         ------
-        DataError : a task or attribute is missing, lengths differ, ids outside of -1..G-1, or a score that is not finite
-            where a label is (on a GPU the last two are found by :meth:`compute`, so that no step waits).
+        DataError
+            A task or attribute is missing, lengths differ, ids outside of -1..G-1, or a score that is not finite where
+            a label is (on a GPU the last two are found by :meth:`compute`, so that no step waits).
         """
         ids = self._ids(groups)
         weight, size = None if sample_weight is None else sample_weight.detach(), len(next(iter(ids.values())))

@@ -83,10 +83,14 @@ class GroupNoise:
 
     Attributes
     ----------
-    values, shares : [P, K, G] estimates, NaN where a group has none; shares of the groups in the overall ones, ``centre`` [P, K].
-    noise : [P or 1, K, G, R] replicates of the standardised error.
-    sizes, error : [P, K, G] denominators of rates, redrawn as binomials; or (None) standard errors of other values.
-    bounds : smallest and largest possible value.
+    values, shares : Floats
+        [P, K, G] estimates, NaN where a group has none; shares of the groups in the overall ones, ``centre`` [P, K].
+    noise : Floats
+        [P or 1, K, G, R] replicates of the standardised error.
+    sizes, error : Floats, optional
+        [P, K, G] denominators of rates, redrawn as binomials; or (None) standard errors of other values.
+    bounds : tuple of (float, float), default (0.0, 1.0)
+        Smallest and largest possible value.
     """
 
     values: Floats

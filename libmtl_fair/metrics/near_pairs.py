@@ -90,13 +90,17 @@ def reference_matrix(features: Features, weights: Weights | None = None, train: 
 
     Parameters
     ----------
-    features : array [N, d] of numbers, or a DataFrame of numbers and categories (text, categorical, boolean).
-    weights : column -> weight, or [d]; 1 where a column is not named.
-    train : rows that numbers are standardised on. None: they are standardised already.
+    features : Features
+        Array [N, d] of numbers, or a DataFrame of numbers and categories (text, categorical, boolean).
+    weights : Weights, optional
+        Column -> weight, or [d]; 1 where a column is not named.
+    train : Features, optional
+        Rows that numbers are standardised on. None: they are standardised already.
 
     Raises
     ------
-    DataError : missing or infinite numbers, a column of more than 1,000 categories, weights that do not fit.
+    DataError
+        Missing or infinite numbers, a column of more than 1,000 categories, weights that do not fit.
     """
     frame = _frame(features)
     factors = _weights(frame, weights)
@@ -168,12 +172,15 @@ def find_near_pairs(
 
     Parameters
     ----------
-    matrix : [N, D], Euclidean distance (scikit-learn: a tree for few columns, brute force for many); with ``distance``
-        "precomputed" [N, N]; or what a function ``distance(x, y)``, or a metric that scikit-learn knows by name, is given rows of.
+    matrix : Floats
+        [N, D], Euclidean distance (scikit-learn: a tree for few columns, brute force for many); with ``distance``
+        "precomputed" [N, N]; or what a function ``distance(x, y)``, or a metric that scikit-learn knows by name, is
+        given rows of.
 
     Raises
     ------
-    DataError : fewer than two people, or distances that are not finite and at least 0.
+    DataError
+        Fewer than two people, or distances that are not finite and at least 0.
     """
     n = len(matrix)
     if n < 2 or k < 1 or anchors < 1:

@@ -26,11 +26,15 @@ def audit_people(
 
     Parameters
     ----------
-    audit : of the same people.
-    reference : the model's validation predictions: ranks refer to them, and their labels calibrate; None: the audit's own, or
+    audit : ConsistencyAudit
+        Of the same people.
+    reference : Predictions, optional
+        The model's validation predictions: ranks refer to them, and their labels calibrate; None: the audit's own, or
         the predictions themselves.
-    twins : attribute -> predictions of the same people with each other sensitive value; who has no known group has no twin.
-    threshold : of decisions of binary tasks: a number, task -> number, or "base_rate": of the reference's labels.
+    twins : mapping of str to sequence of Predictions, optional
+        Attribute -> predictions of the same people with each other sensitive value; who has no known group has no twin.
+    threshold : float or str or Held, default 0.5
+        Of decisions of binary tasks: a number, task -> number, or "base_rate": of the reference's labels.
     """
     base = reference or predictions
     bars = {name: bar for name, bar in thresholds_in_use(base, threshold).items() if isinstance(bar, float)}

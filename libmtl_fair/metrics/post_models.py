@@ -96,7 +96,10 @@ def fit_offsets(
 
     Raises
     ------
-    RecipeError : an unknown constraint. DataError : an unknown attribute.
+    RecipeError
+        An unknown constraint.
+    DataError
+        An unknown attribute.
     """
     if constraint not in LIFTED:
         raise RecipeError(unknown("constraint of offsets", constraint, LIFTED))

@@ -76,7 +76,8 @@ class PostProcessed:
 
         Raises
         ------
-        DataError : a loader without a trainer, scores without groups, or of another length.
+        DataError
+            A loader without a trainer, scores without groups, or of another length.
         """
         if not (isinstance(predictions, Predictions | list | tuple) or hasattr(predictions, "__array__")):
             if self.trainer is None:
@@ -120,8 +121,9 @@ def post_process(
 
     Raises
     ------
-    DataError : the task is not binary, a trainer without validation data, or a group lacks positives or negatives, for which
-        no threshold can be chosen.
+    DataError
+        The task is not binary, a trainer without validation data, or a group lacks positives or negatives, for which no
+        threshold can be chosen.
     """
     from fairlearn.postprocessing import ThresholdOptimizer
 
@@ -189,8 +191,10 @@ def barycentre(
 
     Raises
     ------
-    FairMTLError : equipy is not installed.
-    DataError : another kind of task, or fewer than two groups.
+    FairMTLError
+        Equipy is not installed.
+    DataError
+        Another kind of task, or fewer than two groups.
     """
     try:
         from equipy.fairness import FairWasserstein

@@ -89,8 +89,11 @@ def group_auc(
 
     Raises
     ------
-    DataError : lengths differ, or a score is not finite.
+    DataError
+        Lengths differ, or a score is not finite.
 
+    Examples
+    --------
     >>> group_auc([0.1, 0.9, 0.5, 0.5], [0, 1, 0, 1], [0, 0, 1, 1], 2).value.tolist()
     [1.0, 0.5]
     """

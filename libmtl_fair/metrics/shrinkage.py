@@ -83,18 +83,24 @@ def shrinkage_curve(
 
     Parameters
     ----------
-    scores : task -> [N] in [0, 1].
-    labels : task -> [N], what the score should have been (:func:`score_targets`), NaN or negative where missing.
-    delta : tolerance, a number or [T, T].
-    centre : one centre in [0, 1] for all; None takes the best for each ``a``.
+    scores : mapping of str to Values
+        Task -> [N] in [0, 1].
+    labels : mapping of str to Values
+        Task -> [N], what the score should have been (:func:`score_targets`), NaN or negative where missing.
+    delta : Values
+        Tolerance, a number or [T, T].
+    centre : float, optional
+        One centre in [0, 1] for all; None takes the best for each ``a``.
 
     Returns
     -------
-    Columns a, c, bias, violation_rate, brier (the error), bias_slope, brier_slope.
+    DataFrame
+        Columns a, c, bias, violation_rate, brier (the error), bias_slope, brier_slope.
 
     Raises
     ------
-    DataError : fewer than two tasks.
+    DataError
+        Fewer than two tasks.
     """
     if len(scores) < 2:
         raise DataError(f"a shrinkage curve needs at least two tasks, found {list(scores)}")

@@ -74,8 +74,11 @@ def pair_distances(
 
     Raises
     ------
-    DataError : fewer than two tasks with valid examples.
+    DataError
+        Fewer than two tasks with valid examples.
 
+    Examples
+    --------
     >>> pair_distances(np.eye(4), ["a", "b"], n_pairs=1000).max().item()
     0.5
     """

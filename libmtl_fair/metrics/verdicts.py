@@ -198,7 +198,8 @@ def changes(reference: Values | pd.DataFrame, method: Values | pd.DataFrame) -> 
 
     Raises
     ------
-    DataError : the two have different groups.
+    DataError
+        The two have different groups.
     """
     before, after = _tables(reference), _tables(method)
     if before.shape != after.shape:
@@ -245,7 +246,8 @@ def counts_from_rows(frame: pd.DataFrame, label: str = "") -> pd.DataFrame:
 
     Raises
     ------
-    DataError : rows of several tasks, attributes or models.
+    DataError
+        Rows of several tasks, attributes or models.
     """
     names = ["base_rate", "true_positive_rate", "false_positive_rate"]
     suffix = f"[{label}]" if label else ""

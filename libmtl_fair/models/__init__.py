@@ -20,13 +20,21 @@ class MLP(nn.Module):
 
     Parameters
     ----------
-    in_features : width of the input.
-    hidden : widths, at least one.
-    dropout : probability in [0, 1).
-    norm : None, ``"batch"`` or ``"layer"``.
+    in_features : int
+        Width of the input.
+    hidden : sequence of int, default (128, 64)
+        Widths, at least one.
+    dropout : float, default 0.0
+        Probability in [0, 1).
+    norm : str, optional
+        None, ``"batch"`` or ``"layer"``.
 
+    Notes
+    -----
     ``blocks`` is the ordered list of layers, which FairBranch branches at.
 
+    Examples
+    --------
     >>> MLP(10, (8, 4)).out_features
     4
     """

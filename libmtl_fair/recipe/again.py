@@ -26,8 +26,10 @@ def measured_again(
 
     Raises
     ------
-    CheckpointError : a file of predictions or the protocol cannot be read.
-    RecipeError : the recipe cannot, or the predictions are of other tasks.
+    CheckpointError
+        A file of predictions or the protocol cannot be read.
+    RecipeError
+        The recipe cannot, or the predictions are of other tasks.
     """
     held: dict[str, Predictions] = {}
     try:

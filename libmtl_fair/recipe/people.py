@@ -115,7 +115,8 @@ def kept_audit(recipe: Recipe, folder: Path, part: str, seed: int, predictions: 
 
     Raises
     ------
-    CheckpointError : a damaged file, or one of other people.
+    CheckpointError
+        A damaged file, or one of other people.
     """
     for name in (f"near_pairs_{part}_seed{seed}.npz", f"near_pairs_{part}.npz"):
         if (folder / name).exists():

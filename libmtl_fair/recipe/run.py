@@ -42,9 +42,12 @@ class Run:
 
     Parameters
     ----------
-    out : folder; None takes the recipe's ``output.dir``, else ``runs/<name>`` (a new number if that is taken).
-    resume : go on in a folder that holds the same recipe; what is finished there is not trained again.
-    note : called with one line before each training.
+    out : str or Path, optional
+        Folder; None takes the recipe's ``output.dir``, else ``runs/<name>`` (a new number if that is taken).
+    resume : bool, default False
+        Go on in a folder that holds the same recipe; what is finished there is not trained again.
+    note : callable (str) -> None, optional
+        Called with one line before each training.
     """
 
     def __init__(

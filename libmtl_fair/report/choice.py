@@ -30,17 +30,23 @@ class Rule:
 
     Parameters
     ----------
-    measures : columns of the summary that are better when lower, such as ``"EO diff sex"``.
-    within : what each task may lose against the reference on validation data, in points (hundredths).
-    among : patterns of the methods to choose from, such as ``"main_*"``; the reference is always one of them, so a choice
+    measures : sequence of str
+        Columns of the summary that are better when lower, such as ``"EO diff sex"``.
+    within : float, default 0.5
+        What each task may lose against the reference on validation data, in points (hundredths).
+    among : sequence of str, default ("*",)
+        Patterns of the methods to choose from, such as ``"main_*"``; the reference is always one of them, so a choice
         exists.
-    pooled : one choice for all seeds, by means over their validation data. It is less noisy; but where every seed has a split
-        of its own, one seed's validation rows are test rows of others.
-    allow : what is not refused after all: ``"degenerate"``, ``"levelling-down"``.
+    pooled : bool, default False
+        One choice for all seeds, by means over their validation data. It is less noisy; but where every seed has a
+        split of its own, one seed's validation rows are test rows of others.
+    allow : sequence of str, default ()
+        What is not refused after all: ``"degenerate"``, ``"levelling-down"``.
 
     Raises
     ------
-    RecipeError : no measure, a loss that is not a number of at least 0, or an unknown thing to allow.
+    RecipeError
+        No measure, a loss that is not a number of at least 0, or an unknown thing to allow.
     """
 
     measures: Sequence[str]
@@ -68,8 +74,10 @@ def choose(run: RunFolder, rule: Rule) -> pd.DataFrame:
 
     Raises
     ------
-    RecipeError : an unknown measure, one that is better when higher, or patterns that fit no method.
-    CheckpointError : the run has no validation results.
+    RecipeError
+        An unknown measure, one that is better when higher, or patterns that fit no method.
+    CheckpointError
+        The run has no validation results.
     """
     run = dataclasses.replace(run, on="val")
     values = summary_values(run, further=True)

@@ -56,14 +56,19 @@ def compare(run_dirs: Sequence[str | Path], deltas: Sequence[str] = (), rule: Ru
 
     Parameters
     ----------
-    run_dirs : run folders with the same tasks.
-    deltas : tolerances other than those of the first run; see :func:`libmtl_fair.report.reaudit.tolerances`.
-    rule : how to choose among the methods on validation data; the choice is then one method more.
+    run_dirs : sequence of str or Path
+        Run folders with the same tasks.
+    deltas : sequence of str, default ()
+        Tolerances other than those of the first run; see :func:`libmtl_fair.report.reaudit.tolerances`.
+    rule : Rule, optional
+        How to choose among the methods on validation data; the choice is then one method more.
 
     Raises
     ------
-    RecipeError : no run, runs of other tasks, or a rule that does not fit them.
-    CheckpointError : a folder is incomplete or damaged, or lacks the predictions that auditing again needs.
+    RecipeError
+        No run, runs of other tasks, or a rule that does not fit them.
+    CheckpointError
+        A folder is incomplete or damaged, or lacks the predictions that auditing again needs.
     """
     runs = [read_run(path) for path in run_dirs]
     if not runs:

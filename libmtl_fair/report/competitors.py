@@ -243,13 +243,14 @@ def dominated(run: RunFolder) -> pd.DataFrame:
 
     Returns
     -------
-    One row a method, competitor, measure (``EO <attribute>``: the worst binary task's; ``inconsistency``: blends
-    and the run's own competitors), ``at`` and utility (accuracy, and macro AUC where
-    both have scores): these, strength, seeds, d_utility, d_utility_low, d_utility_high, d_disparity, d_disparity_low,
-    d_disparity_high, verdict, dominated. ``verdict``: "dominated" where the competitor has at least the utility and at most the
-    disparity, one of them clearly (the interval excludes 0), and no utility or disparity clearly worse; "ahead" where the method
-    is clearly better in one and clearly worse in none; "trades" where it is both; else "not distinguishable". A competitor that selects
-    nobody or everybody dominates nothing.
+    DataFrame
+        One row a method, competitor, measure (``EO <attribute>``: the worst binary task's; ``inconsistency``: blends
+        and the run's own competitors), ``at`` and utility (accuracy, and macro AUC where both have scores): these,
+        strength, seeds, d_utility, d_utility_low, d_utility_high, d_disparity, d_disparity_low, d_disparity_high,
+        verdict, dominated. ``verdict``: "dominated" where the competitor has at least the utility and at most the
+        disparity, one of them clearly (the interval excludes 0), and no utility or disparity clearly worse; "ahead"
+        where the method is clearly better in one and clearly worse in none; "trades" where it is both; else "not
+        distinguishable". A competitor that selects nobody or everybody dominates nothing.
     """
     return run.once("dominated", lambda: _dominated(run))
 

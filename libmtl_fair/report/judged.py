@@ -186,8 +186,10 @@ def who_pays(run: RunFolder, end: str = "") -> pd.DataFrame:
 
     Returns
     -------
-    One row a method, binary task, attribute and group with enough people: method, task, attribute, group, n, positives, negatives,
-    and for each of selection, tpr, fpr, error: ``<name>_before``, ``<name>``, ``d_<name>``, ``se_<name>``.
+    DataFrame
+        One row a method, binary task, attribute and group with enough people: method, task, attribute, group, n,
+        positives, negatives, and for each of selection, tpr, fpr, error: ``<name>_before``, ``<name>``, ``d_<name>``,
+        ``se_<name>``.
     """
     return run.once(f"who_pays{end}", lambda: _who_pays(run, end))
 

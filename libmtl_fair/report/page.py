@@ -34,13 +34,16 @@ def write_report(run_dir: str | Path, *, interactive: bool = True) -> Path:
 
     Parameters
     ----------
-    run_dir : folder of a finished run.
-    interactive : draw utility, bias and group plots with plotly, whose library is inlined once (about 5 MB); without it every
+    run_dir : str or Path
+        Folder of a finished run.
+    interactive : bool, default True
+        Draw utility, bias and group plots with plotly, whose library is inlined once (about 5 MB); without it every
         plot is a static picture and the page has some 100 kB.
 
     Raises
     ------
-    CheckpointError : the folder is incomplete or damaged (it says which file), or the report cannot be written.
+    CheckpointError
+        The folder is incomplete or damaged (it says which file), or the report cannot be written.
     """
     run = read_run(run_dir)
     plots = list(plots_of(run))

@@ -44,11 +44,13 @@ def people_again(run_dirs: Sequence[str | Path], split: str | None = None) -> Pe
 
     Parameters
     ----------
-    split : ``"test"`` or ``"val"``; None takes what the first run reports.
+    split : str, optional
+        ``"test"`` or ``"val"``; None takes what the first run reports.
 
     Raises
     ------
-    CheckpointError : a folder is incomplete or damaged.
+    CheckpointError
+        A folder is incomplete or damaged.
     """
     runs = [read_run(path) for path in run_dirs]
     split = split or (runs[0].split if runs else "test")

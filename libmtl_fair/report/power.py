@@ -72,7 +72,8 @@ def power_of_numbers(
 
     Raises
     ------
-    RecipeError : neither or both of gap and people, or numbers out of range.
+    RecipeError
+        Neither or both of gap and people, or numbers out of range.
     """
     if (gap is None) == (people is None):
         raise RecipeError("power needs a run folder, --gap (people needed), or --people twice (the gap that they show)")

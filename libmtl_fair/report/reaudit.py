@@ -142,15 +142,21 @@ def reaudit(
 
     Parameters
     ----------
-    run_dirs : run folders.
-    deltas : see :func:`tolerances`.
-    split : ``"test"`` or ``"val"``; None takes what the first run reports.
-    exact : all pairs of all examples, or the run's sampled protocol; None takes what the first run's protocol says.
+    run_dirs : sequence of str or Path
+        Run folders.
+    deltas : sequence of str, default ()
+        See :func:`tolerances`.
+    split : str, optional
+        ``"test"`` or ``"val"``; None takes what the first run reports.
+    exact : bool, optional
+        All pairs of all examples, or the run's sampled protocol; None takes what the first run's protocol says.
 
     Raises
     ------
-    RecipeError : no run, a tolerance or split that does not exist, or runs of different tasks.
-    CheckpointError : a folder is incomplete or damaged, or holds no predictions.
+    RecipeError
+        No run, a tolerance or split that does not exist, or runs of different tasks.
+    CheckpointError
+        A folder is incomplete or damaged, or holds no predictions.
     """
     runs = [read_run(path) for path in run_dirs]
     if not runs:

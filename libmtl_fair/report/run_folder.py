@@ -202,7 +202,8 @@ def read_run(path: str | Path) -> RunFolder:
 
     Raises
     ------
-    CheckpointError : no such folder, no recipe, a method and seed without metrics, or a damaged file: it says which.
+    CheckpointError
+        No such folder, no recipe, a method and seed without metrics, or a damaged file: it says which.
     """
     path = Path(path)
     if not path.is_dir():

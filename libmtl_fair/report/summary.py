@@ -325,8 +325,9 @@ def gains(run: RunFolder) -> pd.DataFrame:
 
     Returns
     -------
-    One row a method and task, and one for ``"mean"`` over tasks: method, task, seeds, and for each of knowledge, ep and eo
-    its mean over seeds and ``<name>_sd``. Empty without a single-task method.
+    DataFrame
+        One row a method and task, and one for ``"mean"`` over tasks: method, task, seeds, and for each of knowledge, ep
+        and eo its mean over seeds and ``<name>_sd``. Empty without a single-task method.
     """
     alone, keys = single_task_methods(run), ["method", "seed", "task"]
     columns = ["method", "task", "seeds", *(f"{name}{end}" for name in GAINS for end in ("", "_sd"))]

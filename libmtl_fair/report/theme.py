@@ -149,8 +149,10 @@ def conflict_map(table: pd.DataFrame, value: str, layers: Sequence[str], epochs:
 
     Parameters
     ----------
-    table : columns kind, layer, epoch and ``value``.
-    value : ``"conflicts"`` (task pairs at an angle above 90 degrees), their ``"share"``, or the mean ``"angle"``.
+    table : DataFrame
+        Columns kind, layer, epoch and ``value``.
+    value : str
+        ``"conflicts"`` (task pairs at an angle above 90 degrees), their ``"share"``, or the mean ``"angle"``.
     """
     unit, shades, written = _MAPS[value]
     few = len(layers) * len(epochs) <= 120 and len(epochs) <= 12

@@ -191,7 +191,8 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
 
         Raises
         ------
-        CheckpointError : it cannot be written, or a parameter or class is no plain value.
+        CheckpointError
+            It cannot be written, or a parameter or class is no plain value.
         """
         check_is_fitted(self)
         parameters = self.get_params()
@@ -218,7 +219,8 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
 
         Raises
         ------
-        CheckpointError : missing, damaged, or of another estimator.
+        CheckpointError
+            Missing, damaged, or of another estimator.
         """
         content = checkpoint.load(Path(path), torch.device("cpu"))
         if content.get("kind") != _KIND:

@@ -29,22 +29,38 @@ class FairMTLClassifier(ClassifierMixin, FairMTLBase):  # type: ignore[misc]
 
     Parameters
     ----------
-    method : ``"none"`` (plain, the baseline), ``"relif"`` (near people, by X without the columns that tell
-        ``sensitive_features``), ``"fairmt"``, ``"glf"``, ``"gld"``, ``"adversarial"``, ``"bgl"``, ``"dpl"``, ``"fprl"``,
-        ``"tprl"``, or a LibMTL weighting. ``"fairbranch"`` compares tasks with each other and is refused here: it needs
-        :class:`FairMTLEstimator` and two targets.
-    epochs, batch_size, lr, weight_decay : of training with Adam.
-    hidden, dropout : widths of the hidden layers and dropout between them.
-    method_args : settings of the method, as in recipes: ``{"target": "eo <= 0.05"}``.
-    validation_fraction : share of the rows held out to choose the best epoch; 0 keeps the last epoch.
-    device : ``"auto"``, ``"cpu"``, ``"cuda:0"``, ...
-    random_state : None, an int or a ``numpy.random.RandomState``.
+    method : str
+        ``"none"`` (plain, the baseline), ``"relif"`` (near people, by X without the columns that tell
+        ``sensitive_features``), ``"fairmt"``, ``"glf"``, ``"gld"``, ``"adversarial"``, ``"bgl"``, ``"dpl"``,
+        ``"fprl"``, ``"tprl"``, or a LibMTL weighting. ``"fairbranch"`` compares tasks with each other and is refused
+        here: it needs :class:`FairMTLEstimator` and two targets.
+    epochs, batch_size, lr, weight_decay : int, int, float, float, default 30, 128, 0.003, 1e-05
+        Of training with Adam.
+    hidden, dropout : tuple of int = (64, 32), float = 0.0
+        Widths of the hidden layers and dropout between them.
+    method_args : mapping of str to object, optional
+        Settings of the method, as in recipes: ``{"target": "eo <= 0.05"}``.
+    validation_fraction : float, default 0.0
+        Share of the rows held out to choose the best epoch; 0 keeps the last epoch.
+    device : str, default "auto"
+        ``"auto"``, ``"cpu"``, ``"cuda:0"``, ...
+    random_state : int or numpy.random.RandomState, optional
+        Of initial weights and batches.
 
     Attributes
     ----------
-    classes_ : the classes, sorted. ``history_``: one row a training step. ``groups_``: attribute -> names of its groups.
-    constraint_ : after ``fit`` with ``"fairmt"``, a row a constraint: what was tolerated, what training reached, and whether it is met.
+    classes_ : ndarray
+        The classes, sorted.
+    history_ : DataFrame
+        One row a training step.
+    groups_ : dict of str to list of str
+        Attribute -> names of its groups.
+    constraint_ : DataFrame
+        After ``fit`` with ``"fairmt"``, a row a constraint: what was tolerated, what training reached, and whether it
+        is met.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> rng = np.random.default_rng(0)
     >>> X, sex = rng.normal(size=(200, 3)), rng.integers(0, 2, 200)
@@ -59,17 +75,23 @@ class FairMTLClassifier(ClassifierMixin, FairMTLBase):  # type: ignore[misc]
 
         Parameters
         ----------
-        X : array or DataFrame; text and category columns are one-hot encoded, gaps are filled.
-        y : binary or multiclass labels without gaps.
-        sensitive_features : groups, one column or a table of them, missing values allowed; most methods need them.
-        sample_weight : [N] of at least 0: how much a row counts, in losses and in the methods' group statistics. Each epoch
-            draws rows in proportion to it (see :class:`~libmtl_fair.data.ResidentLoader`), so a weight of 2 is as good as a
+        X : array or DataFrame
+            Text and category columns are one-hot encoded, gaps are filled.
+        y : array or Series
+            Binary or multiclass labels without gaps.
+        sensitive_features : array, Series or DataFrame, optional
+            Groups, one column or a table of them, missing values allowed; most methods need them.
+        sample_weight : array, optional
+            [N] of at least 0: how much a row counts, in losses and in the methods' group statistics. Each epoch draws
+            rows in proportion to it (see :class:`~libmtl_fair.data.ResidentLoader`), so a weight of 2 is as good as a
             row given twice only in the mean over epochs; a weight of 0 leaves the row out.
 
         Raises
         ------
-        RecipeError : unknown method, or a parameter out of range.
-        DataError : a method that needs groups got none, or rows do not fit.
+        RecipeError
+            Unknown method, or a parameter out of range.
+        DataError
+            A method that needs groups got none, or rows do not fit.
         """
         if y is None:
             raise ValueError("FairMTLClassifier requires y to be passed, but the target y is None")
@@ -115,20 +137,27 @@ class FairMTLEstimator(FairMTLBase):
 
     Parameters
     ----------
-    method : ``"none"`` (plain, the baseline), ``"relif"``, ``"fairmt"``, ``"fairbranch"``, ``"glf"``, ``"gld"``,
+    method : str
+        ``"none"`` (plain, the baseline), ``"relif"``, ``"fairmt"``, ``"fairbranch"``, ``"glf"``, ``"gld"``,
         ``"adversarial"``, ``"bgl"``, ``"dpl"``, ``"fprl"``, ``"tprl"``, or a LibMTL weighting such as ``"GradNorm"``.
         FairBranch compares tasks: Y needs two columns or more. ReLiF compares near people by X without the columns that
         tell ``sensitive_features``: give these, or X without them.
-    tasks : ``{column: "binary" | "multiclass" | "regression"}`` where it is not to be told from the values. Without it:
-        text, categories and booleans are classes, two values are binary, up to 20 different integers are classes,
-        other numbers are regression targets.
-    epochs, batch_size, lr, weight_decay, hidden, dropout, method_args, validation_fraction, device, random_state :
-        as for :class:`FairMTLClassifier`.
+    tasks : Declared, optional
+        ``{column: "binary" | "multiclass" | "regression"}`` where it is not to be told from the values. Without it:
+        text, categories and booleans are classes, two values are binary, up to 20 different integers are classes, other
+        numbers are regression targets.
+    epochs, batch_size, lr, weight_decay, hidden, dropout, method_args, validation_fraction, device, random_state : as there
+        As for :class:`FairMTLClassifier`.
 
     Attributes
     ----------
-    targets_ : one a column of Y, with kind and classes. ``history_``: one row a training step.
+    targets_ : list of Target
+        One a column of Y, with kind and classes.
+    history_ : DataFrame
+        One row a training step.
 
+    Examples
+    --------
     >>> import numpy as np
     >>> rng = np.random.default_rng(0)
     >>> X = rng.normal(size=(200, 3))
@@ -160,14 +189,19 @@ class FairMTLEstimator(FairMTLBase):
 
         Parameters
         ----------
-        X, sensitive_features, sample_weight : as for :meth:`FairMTLClassifier.fit`.
-        Y : DataFrame (one column a task), Series or array; NaN, None or NA where a label is missing.
-        y : another name of Y, for tools that write ``fit(X, y=...)``.
+        X, sensitive_features, sample_weight : as there
+            As for :meth:`FairMTLClassifier.fit`.
+        Y : DataFrame, Series or array, optional
+            One column a task; NaN, None or NA where a label is missing.
+        y : DataFrame, Series or array, optional
+            Another name of Y, for tools that write ``fit(X, y=...)``.
 
         Raises
         ------
-        RecipeError : unknown method, too few tasks for it, or a parameter out of range.
-        DataError : a method that needs groups got none, or a target whose kind cannot be told.
+        RecipeError
+            Unknown method, too few tasks for it, or a parameter out of range.
+        DataError
+            A method that needs groups got none, or a target whose kind cannot be told.
         """
         if Y is not None and y is not None:
             raise DataError("fit got both Y and y, which are two names of the same table; give one")
@@ -196,7 +230,8 @@ class FairMTLEstimator(FairMTLBase):
 
         Raises
         ------
-        DataError : there is no classification target.
+        DataError
+            There is no classification target.
         """
         check_is_fitted(self)
         chosen = [(target, target.classes) for target in self.targets_ if target.classes is not None]

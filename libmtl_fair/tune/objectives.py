@@ -194,7 +194,8 @@ def gap_of(measure: Measure, counts: Counts, how: Metrics, ends: bool = True) ->
 
     Raises
     ------
-    UndefinedError : none is left.
+    UndefinedError
+        None is left.
     """
     found, lacking = [], []
     for task in counts if measure.task is None else (measure.task,):

@@ -311,7 +311,8 @@ def study_recipe(study: optuna.Study) -> Recipe:
 
     Raises
     ------
-    CheckpointError : the study was not made by this package.
+    CheckpointError
+        The study was not made by this package.
     """
     held = study.user_attrs.get(RECIPE)
     if held is None:

@@ -82,7 +82,8 @@ def standings(
 
     Raises
     ------
-    FairMTLError : the study has no complete trial.
+    FairMTLError
+        The study has no complete trial.
     """
     trials, found = complete(study), []
     baseline = next((t for t in trials if t.user_attrs.get(ROLE) == "baseline"), None)
@@ -153,7 +154,8 @@ def front(study: optuna.Study) -> tuple[list[FrozenTrial], bool]:
 
     Raises
     ------
-    FairMTLError : the study has no complete trial.
+    FairMTLError
+        The study has no complete trial.
     """
     least = standings(study)[1]
     found = _undominated([each.trial for each in least], _signs(study))
@@ -180,8 +182,10 @@ def select(
 
     Raises
     ------
-    RecipeError : the study has no disparity.
-    FairMTLError : it has no complete trial.
+    RecipeError
+        The study has no disparity.
+    FairMTLError
+        It has no complete trial.
     """
     number = isinstance(max_disparity, int | float) and not isinstance(max_disparity, bool)
     if not number or not math.isfinite(max_disparity):
@@ -210,7 +214,8 @@ def knee(study: optuna.Study, *, within: float | None = None) -> FrozenTrial:
 
     Raises
     ------
-    FairMTLError : the study has no complete trial.
+    FairMTLError
+        The study has no complete trial.
     """
     trials = _undominated([each.trial for each in standings(study, Rules(within=within))[1]], _signs(study))
     values = np.array([t.values for t in trials]) * _signs(study)
@@ -263,7 +268,8 @@ def trial_by_number(study: optuna.Study, number: int) -> FrozenTrial:
 
     Raises
     ------
-    RecipeError : there is none of that number, or it is not complete.
+    RecipeError
+        There is none of that number, or it is not complete.
     """
     trials = study.get_trials(deepcopy=False)
     if not 0 <= number < len(trials):
@@ -296,7 +302,8 @@ def chosen(
 
     Raises
     ------
-    RecipeError : none of these, or no such trial.
+    RecipeError
+        None of these, or no such trial.
     """
     wanted = selection(how)
     if isinstance(wanted, int):
@@ -311,7 +318,8 @@ def to_recipe(trial: FrozenTrial, reference: Recipe | None = None, seeds: Sequen
 
     Raises
     ------
-    RecipeError : the trial was not made by :func:`tune`, or never began.
+    RecipeError
+        The trial was not made by :func:`tune`, or never began.
     """
     held = trial.user_attrs.get("recipe")
     if held is None:

@@ -31,13 +31,16 @@ def open_storage(where: str | Path | BaseStorage | None) -> BaseStorage:
 
     Parameters
     ----------
-    where : a file (a journal, for one machine), ``grpc://host:port`` (a proxy, for many workers), a database URL such as
+    where : str or Path or BaseStorage or None
+        A file (a journal, for one machine), ``grpc://host:port`` (a proxy, for many workers), a database URL such as
         ``postgresql://user@host/name`` (several machines), an Optuna storage, or None (memory of this process).
 
     Raises
     ------
-    RecipeError : an address that does not make sense, or whose driver is not installed.
-    CheckpointError : the file cannot be written, or nothing answers there.
+    RecipeError
+        An address that does not make sense, or whose driver is not installed.
+    CheckpointError
+        The file cannot be written, or nothing answers there.
     """
     if where is None or isinstance(where, BaseStorage):
         return where or InMemoryStorage()

@@ -74,23 +74,37 @@ def tune(
 
     Parameters
     ----------
-    recipe : a recipe or its file; its ``tune`` section says what the other arguments leave open.
-    n_trials : trials of the study in all: calling again goes on to this number.
-    objectives : names such as ``macro_auc`` (up) or ``eo_difference`` (down); see :mod:`libmtl_fair.tune.objectives`.
-    storage : a journal file, a database URL, ``grpc://host:port``, an Optuna storage, or None: memory of this process.
-    workers : processes that work on it; more than one need a storage that they can share.
-    stacked : trials trained at once as one batched model; 1 trains one at a time; 0 is 16 on a GPU and 1 elsewhere.
-    resume : False refuses to go on with a study that has trials.
-    study_name : default is the recipe's name.
-    timeout : seconds after which no trial is begun.
-    new_study : where the study of this name is about something else, begin another (``<name>-2``, ...).
-    grace : seconds without a sign of life after which a worker on another machine counts as dead.
+    recipe : Recipe or str or Path
+        A recipe or its file; its ``tune`` section says what the other arguments leave open.
+    n_trials : int, optional
+        Trials of the study in all: calling again goes on to this number.
+    objectives : sequence of str, optional
+        Names such as ``macro_auc`` (up) or ``eo_difference`` (down); see :mod:`libmtl_fair.tune.objectives`.
+    storage : str or Path or BaseStorage, optional
+        A journal file, a database URL, ``grpc://host:port``, an Optuna storage, or None: memory of this process.
+    workers : int, default 1
+        Processes that work on it; more than one need a storage that they can share.
+    stacked : int, default 0
+        Trials trained at once as one batched model; 1 trains one at a time; 0 is 16 on a GPU and 1 elsewhere.
+    resume : bool, default True
+        False refuses to go on with a study that has trials.
+    study_name : str, optional
+        Default is the recipe's name.
+    timeout : float, optional
+        Seconds after which no trial is begun.
+    new_study : bool, default False
+        Where the study of this name is about something else, begin another (``<name>-2``, ...).
+    grace : float
+        Seconds without a sign of life after which a worker on another machine counts as dead.
 
     Raises
     ------
-    RecipeError : something that does not make sense, or a study about something else: says what differs.
-    CheckpointError : the storage cannot be used; nothing finished is lost.
-    FairMTLError : all trials fail.
+    RecipeError
+        Something that does not make sense, or a study about something else: says what differs.
+    CheckpointError
+        The storage cannot be used; nothing finished is lost.
+    FairMTLError
+        All trials fail.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     settings = recipe.tune or Tune()

@@ -61,11 +61,16 @@ class BranchEvent:
 
     Attributes
     ----------
-    block : 1-based number of the block that was copied.
-    compared : task groups before the event.
-    similarity : of each pair of them, [n][n].
-    groups : task groups after it, each with its own copy of the block.
-    epoch, step : when, 0-based; None for an event by hand.
+    block : int
+        1-based number of the block that was copied.
+    compared : tuple of Group
+        Task groups before the event.
+    similarity : tuple of tuple of float
+        Of each pair of them, [n][n].
+    groups : tuple of Group
+        Task groups after it, each with its own copy of the block.
+    epoch, step : int, optional
+        When, 0-based; None for an event by hand.
     """
 
     block: int
@@ -90,9 +95,11 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
 
     Raises
     ------
-    HostError : fewer than two tasks; an encoder without blocks, or with one block and ``keep_first``; heads without
-        a linear layer, or of different input width.
-    RecipeError : a setting out of range.
+    HostError
+        Fewer than two tasks; an encoder without blocks, or with one block and ``keep_first``; heads without a linear
+        layer, or of different input width.
+    RecipeError
+        A setting out of range.
     """
 
     settings_class: ClassVar[type[FairBranchSettings]] = FairBranchSettings
@@ -227,8 +234,10 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
 
         Parameters
         ----------
-        optimizer : that trains this model; new parameters join it with copied state. ``FairTrainer``'s is known.
-        epoch, step : recorded in the event.
+        optimizer : torch.optim.Optimizer, optional
+            That trains this model; new parameters join it with copied state. ``FairTrainer``'s is known.
+        epoch, step : int, optional
+            Recorded in the event.
         """
         compared = self._compared() if self.can_branch else []
         if not compared or (self.tree.depth < self.tree.n_blocks and identical(compared)):

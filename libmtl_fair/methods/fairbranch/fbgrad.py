@@ -90,11 +90,16 @@ class Plan:
 
     Attributes
     ----------
-    corrected : sets that several tasks share, where each task's fairness gradient is needed apart.
-    joined : parameters that take the tasks' fairness gradients as a sum: ``uncorrected``, sets of one task, or all of them.
-    heads : parameters of all heads, in task order; ``owner`` is which task each number in them belongs to.
-    common : what the sum of the accuracy losses is derived by on its own, heads first: all but the joined ones.
-    passes : positions of the tasks of each pass for fairness gradients in corrected sets.
+    corrected : list of ParameterSet
+        Sets that several tasks share, where each task's fairness gradient is needed apart.
+    joined : list of Tensor
+        Parameters that take the tasks' fairness gradients as a sum: ``uncorrected``, sets of one task, or all of them.
+    heads : list of list of Tensor
+        Parameters of all heads, in task order; ``owner`` is which task each number in them belongs to.
+    common : list of Tensor
+        What the sum of the accuracy losses is derived by on its own, heads first: all but the joined ones.
+    passes : list of list of int
+        Positions of the tasks of each pass for fairness gradients in corrected sets.
     """
 
     def __init__(
@@ -196,8 +201,10 @@ class FBGrad(FairWeighting):
 
     Raises
     ------
-    HostError : ``rep_grad=True``; an architecture without heads of its own for each task.
-    RecipeError : a setting out of range, or an unknown sensitive attribute.
+    HostError
+        ``rep_grad=True``; an architecture without heads of its own for each task.
+    RecipeError
+        A setting out of range, or an unknown sensitive attribute.
     """
 
     settings_class = FBGradSettings
@@ -315,7 +322,8 @@ class FBGrad(FairWeighting):
 
         Raises
         ------
-        HostError : nothing was recorded.
+        HostError
+            Nothing was recorded.
         """
         from libmtl_fair.metrics.conflicts import ConflictRecord
 

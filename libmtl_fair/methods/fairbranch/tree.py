@@ -22,11 +22,16 @@ class BranchTree:
 
     Attributes
     ----------
-    tasks : in task order.
-    levels : one entry a block, from the input up: the groups of tasks, each with its own copy of the block. Groups are in
+    tasks : Group
+        In task order.
+    levels : tuple of tuple of Group
+        One entry a block, from the input up: the groups of tasks, each with its own copy of the block. Groups are in
         the order of their first task; every group lies within one group of the block below.
-    depth : number of blocks from the input that no event has reached yet (d_c): the trunk, shared by all tasks.
+    depth : int
+        Number of blocks from the input that no event has reached yet (d_c): the trunk, shared by all tasks.
 
+    Examples
+    --------
     >>> tree = BranchTree.start(["a", "b", "c"], 2).branch([(0, 2), (1,)])
     >>> print(tree)
     block 1: all tasks
@@ -125,7 +130,8 @@ class BranchTree:
 
         Raises
         ------
-        HostError : a field is missing, or the levels are no nested partitions.
+        HostError
+            A field is missing, or the levels are no nested partitions.
         """
         missing = {"tasks", "levels", "depth"} - set(content)
         if missing:

@@ -35,8 +35,9 @@ class BinaryColumns:
 
     Attributes
     ----------
-    parts : [..., B, 2K] each, misses, then false alarms: the costs; 1 where a column counts, else 0; and, where decisions are
-        asked for, the costs of those.
+    parts : list of Tensor
+        [..., B, 2K] each, misses, then false alarms: the costs; 1 where a column counts, else 0; and, where decisions
+        are asked for, the costs of those.
     """
 
     def __init__(
@@ -124,11 +125,16 @@ class Constraint(Controller):
 
     Parameters
     ----------
-    settings : of FairMT.
-    tasks, widths : in order of psi; how many classification columns each has, 0 for regression.
-    n_groups : number of groups of each attribute, in order.
-    blocks : indices of the tasks that share a batch: one block with all tasks, or one a task with ``multi_input``.
-    crossed : the attributes' numbers of groups where they are intersected, else empty.
+    settings : FairMTSettings
+        Of FairMT.
+    tasks, widths : sequence of Task, sequence of int
+        In order of psi; how many classification columns each has, 0 for regression.
+    n_groups : mapping of str to int
+        Number of groups of each attribute, in order.
+    blocks : sequence of sequence of int
+        Indices of the tasks that share a batch: one block with all tasks, or one a task with ``multi_input``.
+    crossed : sequence of int
+        The attributes' numbers of groups where they are intersected, else empty.
     """
 
     numbers: ClassVar[tuple[str, ...]] = ("mu", "ema", "sharpness", "min_count", "fpr_weight")

@@ -36,8 +36,10 @@ class Duals:
 
     Parameters
     ----------
-    rule : of the columns' rates; told which parts of a column count.
-    columns : the task of each column. ``attributes``: their names. ``targets``: (task, attribute) -> its target.
+    rule : Constraint
+        Of the columns' rates; told which parts of a column count.
+    columns : sequence of str
+        The task of each column. ``attributes``: their names. ``targets``: (task, attribute) -> its target.
     """
 
     def __init__(

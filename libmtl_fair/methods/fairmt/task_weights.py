@@ -27,10 +27,15 @@ class Gradients:
 
     Attributes
     ----------
-    roots : the one matrix [B, C] that all outputs are columns of, or each task's own output; ``sizes``: columns of each task.
-    losses, fairness : gradients of each task's loss to its output, and of Phi, in the shape of the roots.
-    observed : bool [T], tasks with a label in this batch.
-    term : w* times ReLiF's term, attached to the graph; None without it.
+    roots : list of Tensor
+        The one matrix [B, C] that all outputs are columns of, or each task's own output; ``sizes``: columns of each
+        task.
+    losses, fairness : list of Tensor
+        Gradients of each task's loss to its output, and of Phi, in the shape of the roots.
+    observed : Tensor
+        bool [T], tasks with a label in this batch.
+    term : Tensor or None
+        w* times ReLiF's term, attached to the graph; None without it.
     """
 
     roots: list[Tensor]
@@ -70,7 +75,8 @@ class TaskWeights:
 
     Raises
     ------
-    HostError : a proxy that ``rep_grad=True`` rules out.
+    HostError
+        A proxy that ``rep_grad=True`` rules out.
     """
 
     def __init__(self, model: Model, settings: FairMTSettings, tasks: Sequence[str]) -> None:

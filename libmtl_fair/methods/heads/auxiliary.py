@@ -53,8 +53,10 @@ class AuxiliaryTask(Task):
 
     Parameters
     ----------
-    mains : the main tasks whose labels it uses: one, or all for a shared head.
-    attributes : sensitive attributes; several are crossed.
+    mains : tuple of Task, default ()
+        The main tasks whose labels it uses: one, or all for a shared head.
+    attributes : tuple of str, default ()
+        Sensitive attributes; several are crossed.
     """
 
     mains: tuple[Task, ...] = ()
@@ -68,7 +70,8 @@ class AuxiliaryTask(Task):
 
         Raises
         ------
-        HostError : it is shared by main tasks, which then have no examples in common.
+        HostError
+            It is shared by main tasks, which then have no examples in common.
         """
         if len(self.mains) > 1:
             raise HostError(
@@ -88,7 +91,8 @@ class AuxiliaryTask(Task):
 
         Raises
         ------
-        DataError : an attribute that the loader does not give, or more groups than the head tells apart.
+        DataError
+            An attribute that the loader does not give, or more groups than the head tells apart.
         """
         for name in self.attributes:
             if name not in groups:
@@ -217,28 +221,43 @@ def add_fairness_heads(
 
     Parameters
     ----------
-    task_dict, decoders : as LibMTL takes them; both are left as they are.
-    loss : a disparity of group losses (``glf``, ``gld``, ``bgl``) or of scores (``gap``, ``lift``, ``dpl``, ``fprl``,
-        ``tprl``); ``adversarial``; several of these, each a task of its own (``fair:<main>/<attribute>/<loss>`` from the second
-        on); or ``group_specific``: no auxiliary task, but one main head per group (see :class:`GroupHeads`).
-    sensitive : attributes as the loader names them; a mapping also says their number of groups, or the groups' names.
-    target : what the head says. ``"main"`` **(ours, default)**: what the main head says, which stays fixed, so that the
+    task_dict, decoders : mapping of str to mapping of str to object, mapping of str to nn.Module
+        As LibMTL takes them; both are left as they are.
+    loss : str or sequence of str, default "glf"
+        A disparity of group losses (``glf``, ``gld``, ``bgl``) or of scores (``gap``, ``lift``, ``dpl``, ``fprl``,
+        ``tprl``); ``adversarial``; several of these, each a task of its own (``fair:<main>/<attribute>/<loss>`` from
+        the second on); or ``group_specific``: no auxiliary task, but one main head per group (see :class:`GroupHeads`).
+    sensitive : sequence of str or mapping of str to int or sequence of str, default ()
+        Attributes as the loader names them; a mapping also says their number of groups, or the groups' names.
+    target : str, optional
+        What the head says. ``"main"`` **(ours, default)**: what the main head says, which stays fixed, so that the
         encoder alone is moved; ``"label"`` (as published): a head of its own, trained by the disparity alone;
         ``"label+accuracy"``: that also learns the task; ``"group"``: the group, for ``adversarial`` only.
-    conditional : compare groups within each class (quantile bin, for regression) **(ours, default)**, as equalised odds
-        asks for; False compares them as a whole, as published. None is True, but for ``dpl``.
-    heads : ``"per_task"``, or ``"shared"``: one auxiliary task per attribute, with the sum over the main tasks.
-    intersectional : cross all attributes into one.
-    tasks : main tasks that get heads; default all.
-    bins : quantile bins of a regression target.
-    sharpness : of the scores in ``gap``, ``dpl``, ``fprl``, ``tprl``; see :class:`GroupLoss` **(ours)**.
-    n_groups : attribute -> number of groups, where it must be known beforehand (``adversarial``, ``group_specific``).
-    in_features : width of the representation; default is that of the main head's first linear layer.
+    conditional : bool, optional
+        Compare groups within each class (quantile bin, for regression) **(ours, default)**, as equalised odds asks for;
+        False compares them as a whole, as published. None is True, but for ``dpl``.
+    heads : str, default "per_task"
+        ``"per_task"``, or ``"shared"``: one auxiliary task per attribute, with the sum over the main tasks.
+    intersectional : bool, default False
+        Cross all attributes into one.
+    tasks : sequence of str, optional
+        Main tasks that get heads; default all.
+    bins : int, default 4
+        Quantile bins of a regression target.
+    sharpness : float, optional
+        Of the scores in ``gap``, ``dpl``, ``fprl``, ``tprl``; see :class:`GroupLoss` **(ours)**.
+    n_groups : mapping of str to int, optional
+        Attribute -> number of groups, where it must be known beforehand (``adversarial``, ``group_specific``).
+    in_features : int, optional
+        Width of the representation; default is that of the main head's first linear layer.
 
     Raises
     ------
-    RecipeError : options that are unknown or exclude each other, or a main task named ``fair:...``.
+    RecipeError
+        Options that are unknown or exclude each other, or a main task named ``fair:...``.
 
+    Examples
+    --------
     >>> from libmtl_fair import Binary, task_dict
     >>> tasks, heads = add_fairness_heads(task_dict([Binary("income")]), {"income": nn.Linear(8, 1)}, sensitive=("sex",))
     >>> list(tasks)

@@ -61,8 +61,10 @@ class LambdaMix(FairWeighting):
 
         Raises
         ------
-        RecipeError : no auxiliary fairness task.
-        HostError : a base together with ``rep_grad=True``.
+        RecipeError
+            No auxiliary fairness task.
+        HostError
+            A base together with ``rep_grad=True``.
         """
         super().configure(settings)
         fair = [name.startswith(AUXILIARY_PREFIX) for name in self.task_name]

@@ -126,13 +126,17 @@ class GroupHeads(nn.Module):
 
     Parameters
     ----------
-    head : the main head; each group gets a head of its shape, with parameters of its own.
-    attributes : sensitive attributes; several are crossed.
-    n_groups : number of groups of each.
+    head : nn.Module
+        The main head; each group gets a head of its shape, with parameters of its own.
+    attributes : sequence of str
+        Sensitive attributes; several are crossed.
+    n_groups : sequence of int
+        Number of groups of each.
 
     Raises
     ------
-    RecipeError : no attribute, or fewer than two groups.
+    RecipeError
+        No attribute, or fewer than two groups.
     """
 
     def __init__(self, head: nn.Module, attributes: Sequence[str], n_groups: Sequence[int]) -> None:
@@ -151,7 +155,8 @@ class GroupHeads(nn.Module):
 
         Raises
         ------
-        DataError : an attribute that the loader does not give.
+        DataError
+            An attribute that the loader does not give.
         """
         self._groups = None
         if not groups:

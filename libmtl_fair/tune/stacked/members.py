@@ -117,7 +117,8 @@ class Member:
 
         Raises
         ------
-        HostError : the method asked for a gradient to the weights themselves.
+        HostError
+            The method asked for a gradient to the weights themselves.
         """
         trainer = self.trainer
         if any(p.grad is not None for p in trainer.model.parameters()):
