@@ -59,7 +59,7 @@ tune: {{objectives: [macro_auc, eo_difference], trials: {TRIALS}}}
 
 # %%
 def machine(name: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "libmtl_fair.tune", "tune", recipe, "--storage", folder / "study.journal"]
+    command = [sys.executable, "-m", "libmtl_fair", "tune", recipe, "--storage", folder / "study.journal"]
     command += ["--out", folder / name]
     return subprocess.Popen(
         list(map(str, command)), env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL

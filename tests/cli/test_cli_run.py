@@ -241,6 +241,13 @@ def test_help_and_version_need_no_torch(asked):
     assert ("libmtl-fair 0.1.0" if asked == "--version" else "tune") in done.stdout
 
 
+def test_the_package_is_the_command_line_too():
+    done = subprocess.run(
+        [sys.executable, "-m", "libmtl_fair", "--version"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and done.stdout.startswith("libmtl-fair "), done.stderr
+
+
 def test_power_of_a_run_and_of_numbers(finished):
     _, out = finished
     done = cli("power", out, "--gap", "0.1")
