@@ -28,6 +28,10 @@ class CheckpointError(FairMTLError):
     """A checkpoint or a run folder cannot be written, read or continued."""
 
 
+class DamagedFileError(CheckpointError):
+    """A file is not as it was written: bytes changed, lost or added."""
+
+
 def near(name: str, options: Iterable[str]) -> str | None:
     """Return the option whose spelling is nearest to ``name``, or None if none is near.
 

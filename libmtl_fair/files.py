@@ -1,10 +1,13 @@
-"""Writing files so that a kill, a full disk or a second writer never leaves half of one."""
+"""Files that a kill, a full disk or a second writer never leaves half written; seals, which show damage before a file is read."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import logging
 import math
+import mmap
 import os
 import re
 import secrets
@@ -13,8 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from libmtl_fair.errors import CheckpointError
+from libmtl_fair.errors import CheckpointError, DamagedFileError
 
+BLANK_SEAL = "libmtl_fair sha256 " + "0" * 64
+"""A seal before the digest is known: a format that nothing may follow, such as parquet or JSON, holds it somewhere inside."""
+_BLANK = BLANK_SEAL.encode()
+_MARK = _BLANK[:-64]
+_SEAL = "seal"
+_ZIP_END = b"PK\x05\x06"
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
 
@@ -36,13 +45,98 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
-        raise CheckpointError(
-            f"cannot write {path}: {error.strerror or error}. Choose a writable folder with --out, or free some space; "
-            "what was saved before is untouched"
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"cannot write {path}: {error.strerror or error}. Choose a writable folder with --out, or free some space; "
+        "what was saved before is untouched"
+    )
+
+
+def append_text(path: str | Path, text: str) -> None:
+    """Add ``text`` (UTF-8) to a file and flush it to disk; where that fails the file is as it was, and a CheckpointError says why."""
+    try:
+        with open(path, "ab") as stream:
+            end = stream.tell()
+            try:
+                stream.write(text.encode())
+                stream.flush()
+                os.fsync(stream.fileno())
+            except OSError:
+                os.ftruncate(stream.fileno(), end)
+                raise
+    except OSError as error:
+        raise _unwritable(Path(path), error) from error
+
+
+@contextmanager
+def sealed_path(path: str | Path) -> Iterator[Path]:
+    """Like :func:`atomic_path`; the file gets a seal, the SHA-256 of all its other bytes, which moves with it.
+
+    The seal takes the place of a :data:`BLANK_SEAL` in the file; where there is none it is added at the end, as the comment of a
+    zip archive. See :func:`is_sealed`.
+    """
+    with atomic_path(path) as temporary:
+        yield temporary
+        with open(temporary, "r+b") as stream:
+            end = stream.seek(0, os.SEEK_END)
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as held:
+                at = held.rfind(_BLANK)
+                zipped = held[-22:-18] == _ZIP_END and held[-2:] == bytes(2)
+            if at < 0:
+                at = end
+                if zipped:
+                    stream.seek(end - 2)
+                    stream.write(len(_BLANK).to_bytes(2, "little"))
+                stream.seek(end)
+                stream.write(_BLANK)
+                stream.flush()
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as held:
+                digest = _digest_around(held, at)
+            stream.seek(at + len(_MARK))
+            stream.write(digest)
+
+
+def is_sealed(path: str | Path) -> bool:
+    """Whether a file has a seal, which then fits its content: every changed, lost or added byte is noticed.
+
+    A byte of the seal's own mark may be what changed: a format whose files all have seals must refuse one without.
+
+    Raises
+    ------
+    DamagedFileError
+        The seal does not fit.
+    OSError
+        The file cannot be read.
+    """
+    with open(path, "rb") as stream:
+        if not os.fstat(stream.fileno()).st_size:
+            return False
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as held:
+            at = held.rfind(_MARK)
+            if at >= 0 and held[at + len(_MARK) : at + len(_BLANK)] != _digest_around(held, at):
+                raise DamagedFileError(f"{path} is damaged or was changed: it does not fit its seal (SHA-256)")
+    return at >= 0
+
+
+def _digest_around(content: mmap.mmap, at: int) -> bytes:
+    """Return the SHA-256 of a file with a blank seal at ``at``, in hexadecimals."""
+    with memoryview(content) as view, view[:at] as before, view[at + len(_BLANK) :] as after:
+        found = hashlib.sha256(before)
+        found.update(_BLANK)
+        found.update(after)
+    return found.hexdigest().encode()
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """Log a warning, which Python shows on the error stream where logging is not set up; each text once a process."""
+    logging.getLogger("libmtl_fair").warning(text)
 
 
 def remove_leftovers(folder: str | Path) -> None:
@@ -66,19 +160,35 @@ def write_text(path: str | Path, text: str) -> Path:
     return Path(path)
 
 
-def write_json(path: str | Path, value: object) -> Path:
-    """Write ``value`` as JSON atomically; NaN and infinities become null, so that every reader takes it."""
-    return write_text(path, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
+def write_json(path: str | Path, value: object, *, sealed: bool = False) -> Path:
+    """Write ``value`` as JSON atomically; NaN and infinities become null, so that every reader takes it.
+
+    ``sealed``: a mapping gets a seal, as its last entry.
+    """
+    held = {**value, _SEAL: BLANK_SEAL} if sealed and isinstance(value, dict) else value
+    with sealed_path(path) if sealed else atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(plain(held), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return Path(path)
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file; one that is missing, unreadable or not JSON is a CheckpointError."""
+def read_json(path: str | Path, *, sealed: bool = False) -> Any:
+    """Read a JSON file; one that is missing, unreadable or not JSON is a CheckpointError.
+
+    ``sealed``: one whose seal does not fit is refused, too; a seal is not among the values returned.
+    """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        if sealed:
+            is_sealed(path)
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged ({error}); run again to make it anew") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, DamagedFileError):
+            raise
+        raise DamagedFileError(f"{path} is damaged ({error}); run again with --resume to make it anew") from error
+    if isinstance(found, dict):
+        found.pop(_SEAL, None)
+    return found
 
 
 def plain(value: object) -> Any:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from libmtl_fair.errors import CheckpointError, DataError
+from libmtl_fair.errors import CheckpointError, DamagedFileError, DataError
 from libmtl_fair.tasks import IGNORE_INDEX, KINDS, Task
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Values = NDArray[Any]
     Column = ExtensionArray | NDArray[np.generic] | pd.Series
 
-_META = b"libmtl_fair"
+_META, _SEAL = b"libmtl_fair", b"libmtl_fair seal"
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Predictions:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        from libmtl_fair.files import atomic_path
+        from libmtl_fair.files import BLANK_SEAL, sealed_path
 
         frame = self.frame()
         for task in self.tasks:
@@ -139,10 +139,12 @@ class Predictions:
             "group_names": {attribute: self._names(attribute) for attribute in self.groups},
             "shapes": {t.name: list(self.outputs[t.name].shape[1:]) for t in self.tasks},
             "decided": list(self.decided),
+            "sealed": True,
         }
         table = pa.Table.from_pandas(frame, preserve_index=False)
-        table = table.replace_schema_metadata({**(table.schema.metadata or {}), _META: json.dumps(meta).encode()})
-        with atomic_path(path) as temporary:
+        ours = {_META: json.dumps(meta).encode(), _SEAL: BLANK_SEAL.encode()}
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), **ours})
+        with sealed_path(path) as temporary:
             pq.write_table(table, temporary)
         return Path(path)
 
@@ -153,15 +155,20 @@ class Predictions:
         Raises
         ------
         CheckpointError
-            No such file, or not written by :meth:`save`.
+            No such file, not written by :meth:`save`, or damaged since.
         """
         import pandas as pd
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        from libmtl_fair.files import is_sealed
+
         try:
+            sealed = is_sealed(path)
             table = pq.read_table(path)
             meta = json.loads((table.schema.metadata or {})[_META])
+            if meta.get("sealed") and not sealed:
+                raise DamagedFileError("its seal is missing")
         except (OSError, KeyError, ValueError, pa.ArrowException) as error:
             raise CheckpointError(
                 f"{path} holds no predictions of libmtl_fair ({error}); run the recipe again"

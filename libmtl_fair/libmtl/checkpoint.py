@@ -1,6 +1,6 @@
 """Checkpoints that resume exactly: model, optimiser, scheduler, controllers, random state, loaders and history.
 
-A checkpoint is data: it is read with ``weights_only=True``, and written whole or not at all.
+A checkpoint is data: it is read with ``weights_only=True``, and written whole or not at all. Its seal is checked before it is read.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from libmtl_fair.errors import CheckpointError
-from libmtl_fair.files import atomic_path, remove_leftovers, write_text
+from libmtl_fair.errors import CheckpointError, DamagedFileError
+from libmtl_fair.files import is_sealed, remove_leftovers, say_once, sealed_path, write_text
 from libmtl_fair.libmtl.batches import per_task
 from libmtl_fair.libmtl.history import History
 from libmtl_fair.libmtl.state import Loader, Loaders, Plain, TrainingState
 
-FORMAT = 1
-LAST, BEST, HISTORY = "last.pt", "best.pt", "history.csv"
+FORMAT = 2
+"""2 has a seal, and its history in a file of its own; 1 had neither and is still read."""
+LAST, PREVIOUS, BEST, HISTORY = "last.pt", "previous.pt", "best.pt", "history.csv"
 _FIELDS = {
     "fingerprint", "structure", "method", "tasks", "settings", "epoch", "step", "model", "attributes", "optimizer",
     "scheduler", "random", "loaders", "history", "best", "first",
@@ -140,8 +141,8 @@ def set_loader_states(loaders: Mapping[str, Any], states: Mapping[str, Plain]) -
 
 
 def save(path: Path, content: Mapping[str, Plain]) -> None:
-    """Write a checkpoint whole or not at all."""
-    with atomic_path(path) as temporary:
+    """Write a checkpoint whole or not at all, with a seal."""
+    with sealed_path(path) as temporary:
         try:
             torch.save({"format": FORMAT, **content}, temporary)
         except RuntimeError as error:
@@ -152,24 +153,45 @@ def load(path: Path, device: torch.device, *, state_dict_too: bool = False) -> d
     """Read a checkpoint: tensors and plain values only, never code.
 
     ``state_dict_too`` also takes a plain state_dict, as LibMTL's git main saves it; it comes back under ``"model"``.
+
+    Raises
+    ------
+    DamagedFileError
+        Its bytes are not those that were written, or it is no checkpoint at all.
+    CheckpointError
+        It is missing, or of another format.
     """
     try:
+        sealed = is_sealed(path)
+        if not sealed and zipfile.is_zipfile(path):
+            _check_sums(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about the pickle protocol of files that are not ours
             content = torch.load(path, map_location=device, weights_only=True)
+        known = content if isinstance(content, dict) else {}
+        if known.get("format") == FORMAT and not sealed:
+            raise EOFError("its seal is missing")
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint at {path}") from error
     except _DAMAGE as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
+        raise DamagedFileError(
             f"checkpoint {path} is damaged or not ours ({first}); delete it to start afresh"
         ) from error
-    known = content if isinstance(content, dict) else {}
     if state_dict_too and known and all(isinstance(value, Tensor) for value in known.values()):
         return {"model": known}
-    if known.get("format") != FORMAT:
-        raise CheckpointError(f"checkpoint {path} is not of format {FORMAT}; delete it to start afresh")
+    if known.get("format") not in (1, FORMAT):
+        raise CheckpointError(f"checkpoint {path} is not of format 1 or {FORMAT}; delete it to start afresh")
+    if not sealed:
+        say_once(f"checkpoint {path} is of an earlier version, without a seal: some damage of it would not be seen")
     return known
+
+
+def _check_sums(path: Path) -> None:
+    """Check the CRC of every record of a zip archive, which torch does not."""
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
 
 
 def fingerprint(state: Mapping[str, Plain]) -> dict[str, list[int]]:
