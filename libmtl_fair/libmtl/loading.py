@@ -1,8 +1,9 @@
 """Import LibMTL, whatever state torchvision and LibMTL's other requirements are in.
 
 LibMTL's package imports ``torchvision.models.utils``, which torchvision dropped in 2021; its git main also imports
-cvxpy, qpsolvers and torch_geometric at start, for a few of its methods. So stand-ins take those names in
-``sys.modules`` while LibMTL is imported, and are taken away right after. Nothing else is changed.
+cvxpy, qpsolvers and torch_geometric at start, for a few of its methods. So stand-ins take the names that are missing in
+``sys.modules`` while LibMTL is imported, and are taken away right after. torchvision itself is neither imported nor hidden:
+whoever asks for it meanwhile (torch_geometric and transformers do) finds what is installed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, Literal, NoReturn
 
@@ -37,31 +39,29 @@ class _Absent(ModuleType):
 
 
 def _stand_ins() -> dict[str, ModuleType]:
-    models, utils = ModuleType("torchvision.models"), ModuleType("torchvision.models.utils")
+    """Return name -> module for what LibMTL imports and is not there; each has a spec, which importers may ask for."""
+    utils = ModuleType("torchvision.models.utils")
     vars(utils)["load_state_dict_from_url"] = torch.hub.load_state_dict_from_url
-    vars(models)["utils"] = utils
-    vision = ModuleType("torchvision")
-    vars(vision)["models"] = models
-    optional = [name for name in ("cvxpy", "qpsolvers", "torch_geometric") if name not in sys.modules]
-    absent = [_Absent(name) for name in optional if importlib.util.find_spec(name) is None]
-    return {module.__name__: module for module in (vision, models, utils, *absent)}
+    absent = [_Absent(name) for name in ("cvxpy", "qpsolvers", "torch_geometric") if not _installed(name)]
+    found = {module.__name__: module for module in (utils, *absent) if module.__name__ not in sys.modules}
+    for name, module in found.items():
+        module.__spec__ = ModuleSpec(name, None)
+    return found
+
+
+def _installed(name: str) -> bool:
+    return name in sys.modules or importlib.util.find_spec(name) is not None
 
 
 @contextmanager
-def _replaced(stand_ins: dict[str, ModuleType]) -> Iterator[None]:
-    """Put the stand-ins into ``sys.modules``; on leaving, put back whatever was there."""
-
-    def taken_out() -> dict[str, ModuleType]:
-        hidden = [name for name in sys.modules if name in stand_ins or name.startswith("torchvision.")]
-        return {name: sys.modules.pop(name) for name in hidden}
-
-    before = taken_out()
+def _present(stand_ins: dict[str, ModuleType]) -> Iterator[None]:
+    """Put the stand-ins into ``sys.modules`` for a while."""
     sys.modules.update(stand_ins)
     try:
         yield
     finally:
-        taken_out()
-        sys.modules.update(before)
+        for name in stand_ins:
+            sys.modules.pop(name, None)
 
 
 def load_libmtl() -> ModuleType:
@@ -71,7 +71,7 @@ def load_libmtl() -> ModuleType:
         return loaded
     _forget_libmtl()
     try:
-        with _replaced(_stand_ins()):
+        with _present(_stand_ins()):
             return importlib.import_module("LibMTL")
     except (ImportError, AttributeError, RuntimeError, SyntaxError) as error:
         _forget_libmtl()

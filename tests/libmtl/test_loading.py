@@ -99,6 +99,36 @@ print(json.dumps(torchvision.models.resnet))
     assert found == "real"
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_requirement_that_asks_for_torchvision_hears_the_truth(load: Any, tmp_path: Path, installed: bool) -> None:
+    """As torch_geometric asks, which LibMTL's git main imports at start."""
+    ask = f"from importlib.util import find_spec\nassert (find_spec('torchvision') is not None) is {installed}"
+    package(tmp_path, "torch_geometric", ask)
+    package(tmp_path, "LibMTL", "import torch_geometric\nraise ImportError('came so far')")
+    if installed:
+        package(tmp_path, "torchvision", "")
+    said, same, present, _ = load(tmp_path, "" if installed else "sys.modules['torchvision'] = None")
+    assert "came so far" in said
+    assert same
+    assert "torch_geometric" in present
+
+
+BERT = """
+from transformers import BertConfig, BertModel
+made = BertModel(BertConfig(vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4))
+"""
+
+
+def test_transformers_after_us_and_before_us(load: Any, fresh: Any) -> None:
+    """torchvision is hidden: a build for another torch, as one may find it, fails in transformers itself."""
+    pytest.importorskip("transformers")
+    hidden = "import json, sys\nsys.modules['torchvision'] = None\n"
+    assert fresh(f"{hidden}{BERT}\nprint(json.dumps(sum(p.numel() for p in made.parameters())))") > 100
+    said, same, _, _ = load(before=f"{hidden}{BERT}")
+    assert said in ("package", "git main")
+    assert same
+
+
 def test_no_libmtl(load: Any) -> None:
     hide = """
 import importlib.abc

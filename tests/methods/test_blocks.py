@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 from typing import Any
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from libmtl_fair.errors import HostError
-from libmtl_fair.methods.fairbranch.blocks import BranchedEncoder, find_blocks
+from libmtl_fair.methods.fairbranch.blocks import find_blocks
+from libmtl_fair.methods.fairbranch.branched import BranchedEncoder
 from libmtl_fair.models import MLP
 
 
@@ -172,13 +175,109 @@ class Skips(nn.Module):
             return self.blocks[1](self.blocks[0](x) * 2)  # type: ignore[no-any-return]
         if self.how == "before":
             return self.blocks[1](self.blocks[0](x + 1))  # type: ignore[no-any-return]
+        if self.how == "twice":
+            return self.blocks[1](self.blocks[0](self.blocks[0](x)))  # type: ignore[no-any-return]
+        if self.how == "other order":
+            return self.blocks[0](self.blocks[1](x))  # type: ignore[no-any-return]
         return self.blocks[0](x)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("how", ["after", "between", "before", "one block only"])
-def test_a_forward_that_is_no_chain_of_its_blocks_is_told(how: str) -> None:
-    with pytest.raises(HostError, match=r"Skips\.forward does more than run its blocks in order"):
+@pytest.mark.parametrize("how", ["after", "between", "before"])
+def test_what_a_forward_does_beside_its_blocks_is_done_in_every_branch(how: str) -> None:
+    x, encoder = torch.randn(2, 3), Skips(how)
+    expected = encoder(x)
+    branched = BranchedEncoder(encoder, ["a", "b"])
+    for level in (2, 1, 0):
+        split_all(branched, level)
+        assert all(torch.equal(rep, expected) for rep in branched(x).values())
+
+
+@pytest.mark.parametrize("how", ["one block only", "twice", "other order"])
+def test_a_forward_that_does_not_run_each_block_once_in_order_is_told(how: str) -> None:
+    with pytest.raises(HostError, match=r"Skips\.forward does not run each of its blocks once and in their order"):
         BranchedEncoder(Skips(how), ["a", "b"])(torch.randn(2, 3))
+
+
+def resnet() -> nn.Module:
+    """A nested encoder as LibMTL's office example makes one: a ResNet as a submodule, pooling, then a hidden layer."""
+
+    class Office(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.resnet_network, self.avgpool = Stages(), nn.AdaptiveAvgPool2d((1, 1))
+            self.hidden_layer = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Dropout(0.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.hidden_layer(torch.flatten(self.avgpool(self.resnet_network(x)), 1))  # type: ignore[no-any-return]
+
+    return Office()
+
+
+PATHS = [*(f"resnet_network.layer{i}" for i in range(1, 5)), "hidden_layer"]
+
+
+@pytest.mark.parametrize("paths", [None, PATHS, PATHS[2:]])
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_a_nested_resnet_branches_and_its_gradients_are_those_of_an_encoder_a_task(paths: Any, level: int) -> None:
+    torch.manual_seed(0)
+    encoder, x = resnet().double(), torch.randn(6, 1, 8, 8).double()
+    alone = {task: copy.deepcopy(encoder) for task in "ab"}
+    branched = BranchedEncoder(encoder, ["a", "b"], paths)
+    assert branched.tree.n_blocks == len(paths or PATHS)
+    split_all(branched, level)
+    reps = branched(x)
+    sum((i + 1.0) * reps[task].pow(2).sum() for i, task in enumerate("ab")).backward()  # type: ignore[union-attr]
+    for i, task in enumerate("ab"):
+        rep = alone[task](x)
+        assert torch.equal(reps[task], rep)
+        ((i + 1.0) * rep.pow(2).sum()).backward()
+    stem = encoder.resnet_network.conv1.weight.grad  # type: ignore[union-attr]
+    torch.testing.assert_close(stem, sum(e.resnet_network.conv1.weight.grad for e in alone.values()))  # type: ignore[misc,union-attr]
+    for task in "ab":
+        last = branched.copies(branched.tree.n_blocks - 1)[branched.tree.path(task)[-1]]
+        torch.testing.assert_close(last[0].weight.grad, alone[task].hidden_layer[0].weight.grad)  # type: ignore[index,union-attr]
+    assert int(encoder.resnet_network.bn1.num_batches_tracked) == 1  # type: ignore[union-attr, arg-type]
+    torch.testing.assert_close(encoder.resnet_network.bn1.running_mean, alone["a"].resnet_network.bn1.running_mean)  # type: ignore[union-attr]
+
+
+def test_every_copy_of_a_nested_encoder_runs_once_and_its_stem_once() -> None:
+    encoder = resnet()
+    branched, calls = BranchedEncoder(encoder, list("abc")), []
+    split_all(branched, 2)
+    for module in [m for level in range(5) for m in branched.copies(level)] + [encoder.resnet_network.conv1]:  # type: ignore[union-attr]
+        module.register_forward_hook(lambda m, *_: calls.append(m))  # type: ignore[union-attr]
+    branched(torch.randn(4, 1, 8, 8))
+    assert len(calls) == len(set(calls)) == 2 + 3 * 3 + 1
+    calls.clear()
+    branched(torch.randn(4, 1, 8, 8), ["b"])
+    assert len(calls) == 2 + 3 + 1
+
+
+def _libmtls() -> nn.Module:
+    return importlib.import_module("LibMTL.model.resnet").resnet18()  # type: ignore[no-any-return]
+
+
+def _torchvisions() -> nn.Module:
+    try:
+        return importlib.import_module("torchvision.models").resnet18(num_classes=8)  # type: ignore[no-any-return]
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a build for another torch
+        pytest.skip(f"torchvision cannot be imported: {error}")
+
+
+@pytest.mark.parametrize(("make", "n_blocks"), [(_libmtls, 4), (_torchvisions, 5)])
+def test_the_resnets_that_libmtls_users_bring(make: Any, n_blocks: int) -> None:
+    encoder, x = make().eval(), torch.randn(2, 3, 33, 33)
+    with torch.no_grad():
+        expected = encoder(x)
+        branched = BranchedEncoder(encoder, ["a", "b"])
+        assert branched.tree.n_blocks == n_blocks
+        split_all(branched, 2)
+        assert all(torch.equal(rep, expected) for rep in branched(x).values())
+
+
+def test_a_path_that_is_none_is_told_with_the_near_one() -> None:
+    with pytest.raises(HostError, match=r"Office: unknown block 'resnet_network.layer5'; did you mean"):
+        find_blocks(resnet(), ["resnet_network.layer1", "resnet_network.layer5"])
 
 
 def test_the_encoder_itself_cannot_be_run_behind_the_models_back() -> None:

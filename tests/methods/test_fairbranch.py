@@ -71,6 +71,45 @@ def test_the_function_of_a_user_with_one_batch_and_gradients_is_preserved_in_tra
     assert all(torch.allclose(before[t], after[t], atol=1e-6) for t in before)
 
 
+class Convolutions(nn.Module):
+    """A small ResNet: batch norm and an in-place ReLU in the stem, four stages, one of them strided."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(2)
+        for i in range(1, 5):
+            stage = nn.Sequential(
+                nn.Conv2d(4, 4, 3, stride=1 + (i == 3), padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+            )
+            setattr(self, f"layer{i}", stage)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x)))).flatten(1)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("weighting", ["EW", "PCGrad", "FBGrad", "ReLiF", "FairMT"])
+def test_batch_norm_in_a_stem_trains_and_moves_once_a_step(weighting: str, branching: SimpleNamespace) -> None:
+    tasks = (lf.Binary("a"), lf.Binary("b"))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 1, 8, 8, generator=generator)
+    labels = {t.name: (x[:, 0, i, i] > 0).float() for i, t in enumerate(tasks)}
+    loader = lf.ResidentLoader(x, labels, {"sex": (x[:, 0, 3, 3] > 0).long()}, batch_size=8, shuffle=True, device="cpu")
+    trainer = branching.trainer(
+        weighting,
+        tasks=tasks,
+        encoder_class=Convolutions,
+        decoders={t.name: nn.Linear(16, 1) for t in tasks},
+        arch_args={"threshold": 1.0, "branch_every": 2, "unit": "steps"},
+    )
+    trainer.train(loader, epochs=3)
+    assert trainer.model.tree.depth < 4
+    assert len(trainer.model.tree.leaves) == 2
+    assert int(trainer.model.encoder.frame.bn1.num_batches_tracked) == 9
+    assert np.isfinite(trainer.history["loss/a"]).all()
+
+
 # -- optimisers ---------------------------------------------------------------------------------------------------
 
 OPTIMISERS = {

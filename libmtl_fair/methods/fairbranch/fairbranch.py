@@ -20,7 +20,7 @@ from libmtl_fair.libmtl.joint_heads import is_plain_linear
 from libmtl_fair.libmtl.loading import AbsArchitecture
 from libmtl_fair.libmtl.state import TrainingState, shared_or_each
 from libmtl_fair.methods.base import Declared, setting
-from libmtl_fair.methods.fairbranch.blocks import BranchedEncoder, joint_linear
+from libmtl_fair.methods.fairbranch.branched import BranchedEncoder, joint_linear
 from libmtl_fair.methods.fairbranch.similarity import head_layers, identical, similarity
 from libmtl_fair.methods.fairbranch.tree import BranchTree, Group
 
@@ -51,6 +51,13 @@ class FairBranchSettings(Declared):
     )
     keep_first: bool = setting(
         True, "the first block always stays shared, as in the source; False may branch it too **(ours)**"
+    )
+    blocks: list[str] | None = setting(
+        None,
+        "paths of the encoder's blocks, in the order in which its forward runs them; None: its own ``blocks``, or found",
+        ours=True,
+        expected="a list of paths of submodules, such as ['resnet.layer1', 'resnet.layer2']",
+        min_length=1,
     )
     max_events: int | None = setting(None, "no further branch events after so many; None for no limit", ge=0)
 
@@ -123,7 +130,7 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
         if len(task_name) < 2:
             raise HostError(f"FairBranch needs at least two tasks to tell apart, found {len(task_name)}: {task_name}")
         head_layers(dict(decoders.items()), task_name)
-        self.encoder = BranchedEncoder(encoder_class(), task_name)
+        self.encoder = BranchedEncoder(encoder_class(), task_name, self.branching.blocks)
         if self.tree.n_blocks == 1 and self.branching.keep_first:
             raise HostError(
                 "FairBranch: the encoder has one block, which keep_first=True never branches; use an encoder of two or "
