@@ -12,7 +12,7 @@ from libmtl_fair._imports import OldNames, lazy
 if TYPE_CHECKING:
     from libmtl_fair import data, functional, metrics, report, sklearn, tune
     from libmtl_fair.data import Dataset, ResidentLoader, load_dataset
-    from libmtl_fair.libmtl import DivergenceError, FairTrainer, FairWeighting, heal, register
+    from libmtl_fair.libmtl import DivergenceError, FairStep, FairTrainer, FairWeighting, heal, register
     from libmtl_fair.libmtl.losses import task_dict
     from libmtl_fair.methods import FairMT, FBGrad, GroupRegulariser, LambdaMix, ReLiF
     from libmtl_fair.methods.fairbranch.fairbranch import FairBranch
@@ -29,6 +29,7 @@ __all__ = [
     "FBGrad",
     "FairBranch",
     "FairMT",
+    "FairStep",
     "FairTrainer",
     "FairWeighting",
     "GroupRegulariser",
@@ -61,7 +62,7 @@ _HOMES = {
     "data.dataset": "Dataset",
     "data.loader": "ResidentLoader",
     "libmtl.losses": "task_dict",
-    "libmtl": "DivergenceError FairTrainer FairWeighting heal register",
+    "libmtl": "DivergenceError FairStep FairTrainer FairWeighting heal register",
     "methods": "FBGrad FairMT GroupRegulariser LambdaMix ReLiF",
     "methods.fairbranch.fairbranch": "FairBranch",
     "methods.heads.auxiliary": "add_fairness_heads drop_fairness_heads",

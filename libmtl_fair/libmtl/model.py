@@ -104,7 +104,7 @@ def compose(
     missing = [name for name in trainer.task_name if name not in decoders]
     if missing:
         raise HostError(f"no decoder (head) for task {missing[0]!r}; decoders has: {', '.join(decoders) or 'none'}")
-    bases, trainer.weight_args, settings = _weighting_bases(wanted, trainer.kwargs["weight_args"])
+    bases, trainer.weight_args, settings = weighting_bases(wanted, trainer.kwargs["weight_args"])
     heads = decoders if isinstance(decoders, nn.ModuleDict) else nn.ModuleDict(dict(decoders))
     arch = healed(shared)
     hard_sharing = issubclass(arch, architecture_namespace.HPS) and arch.forward in (forward, AbsArchitecture.forward)
@@ -148,9 +148,10 @@ def _raised_by_user(error: BaseException) -> bool:
     return any(not name.startswith(("LibMTL", "torch", "libmtl_fair", "numpy")) for name in names[1:])
 
 
-def _weighting_bases(
+def weighting_bases(
     weighting: type[nn.Module], given: Mapping[str, object]
 ) -> tuple[list[type[nn.Module]], dict[str, object], Settings | None]:
+    """Return the mended classes that a weighting is made of, what its ``backward`` is called with, and a method's settings."""
     if not issubclass(weighting, FairWeighting):
         return [healed(weighting)], weight_args(weighting, given), None
     settings = weighting.settings_class.from_args(weighting.__name__, given)

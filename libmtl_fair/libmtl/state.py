@@ -72,10 +72,10 @@ class Model(nn.Module):
     def bind_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Take note of the optimiser; a branching model's new parameters join it."""
 
-    def after_step(self, trainer: TrainingState, step: int) -> None:
+    def after_step(self, trainer: StepState, step: int) -> None:
         """Look at the trainer after a step."""
 
-    def after_epoch(self, trainer: TrainingState, epoch: int) -> None:
+    def after_epoch(self, trainer: StepState, epoch: int) -> None:
         """Look at the trainer after an epoch."""
 
 
@@ -141,41 +141,29 @@ class Best(TypedDict):
     admitted: NotRequired[bool]
 
 
-class TrainingState(Trainer):  # type: ignore[misc]
-    """What steps, evaluation, checkpoints and selection read of a trainer, and change.
+class StepState:
+    """What one step needs to know, in FairTrainer and in a loop of the user's own.
 
     Attributes
     ----------
-    auxiliary : dict of str to Task
-        Name -> auxiliary task, there in training only; ``main_tasks`` are the others' names.
-    binary : tuple of str
-        The main tasks where all are binary and have one input, else empty.
-    samples : int
-        Batches that a step takes.
-    weight_args : dict of str to object
-        What ``model.backward`` is called with.
-    representation : RepresentationHook or None
-        What the heads received, where the weighting asks for it.
-    epoch_steps : int or None
-        Steps of an epoch, None where the loader does not say.
+    tasks : task name -> task, None where its kind is not known; ``auxiliary`` are there in training only, ``main_tasks`` are
+        the others' names; ``binary`` the main tasks where all are binary and have one input, else empty.
+    model : the weighting; in a trainer the whole model.
+    weight_args : what ``model.backward`` is called with.
+    representation : what the heads received, where the weighting asks for it.
+    n_groups : attribute -> number of groups.
+    epoch_steps : steps of an epoch, None where nobody says; ``global_step`` those done.
     """
 
     model: Model
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler | torch.optim.lr_scheduler.ReduceLROnPlateau | None
-    representation: RepresentationHook | None
-    group_modules: list[TakesGroups]
+    representation: RepresentationHook | None = None
     weighting: str
     weight_args: dict[str, object]
-    kwargs: dict[str, dict[str, object]]
-    samples: int
-    device: torch.device
-    run_dir: Path | None
-    rep_grad: bool
+    n_groups: dict[str, int]
     multi_input: bool
-    select: str
-    select_by: Callable[[Results], float] | None
-    prepare_optimizer: Callable[[], None]
+    epoch: int
+    global_step: int
+    epoch_steps: int | None
 
     def take_tasks(self, task_dict: Mapping[str, Mapping[str, object]]) -> None:
         """Learn what is trained."""
@@ -196,11 +184,40 @@ class TrainingState(Trainer):  # type: ignore[misc]
         binary = not self.multi_input and all(isinstance(self.tasks[name], Binary) for name in self.main_tasks)
         self.binary = tuple(self.main_tasks) if binary else ()
 
+    @property
+    def own_losses(self) -> bool:
+        """Whether losses are :attr:`losses`' and not a user's."""
+        return True
+
+    def compute_losses(self, preds: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
+        """Return the losses of all tasks, [T]."""
+        return self.losses(preds, labels)
+
+
+class TrainingState(StepState, Trainer):  # type: ignore[misc]
+    """What steps, evaluation, checkpoints and selection read of a trainer, and change.
+
+    Attributes
+    ----------
+    samples : batches that a step takes.
+    """
+
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler | torch.optim.lr_scheduler.ReduceLROnPlateau | None
+    group_modules: list[TakesGroups]
+    kwargs: dict[str, dict[str, object]]
+    samples: int
+    device: torch.device
+    run_dir: Path | None
+    rep_grad: bool
+    select: str
+    select_by: Callable[[Results], float] | None
+    prepare_optimizer: Callable[[], None]
+
     def start_afresh(self) -> None:
         """Forget all training."""
         self.epoch = self.global_step = 0
-        self.epoch_steps: int | None = None
-        self.n_groups: dict[str, int] = {}
+        self.epoch_steps, self.n_groups = None, {}
         self.steps = History()
         self.best: Best = {"epoch": None, "score": float("-inf"), "results": None, "state": None, "structure": None}
         self.first_results: Results | None = None

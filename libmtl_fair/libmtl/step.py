@@ -13,7 +13,7 @@ from libmtl_fair.libmtl import batches
 from libmtl_fair.libmtl.evaluate import forward
 from libmtl_fair.libmtl.history import StepLog
 from libmtl_fair.libmtl.joint_heads import JointHeads
-from libmtl_fair.libmtl.state import Loaders, TrainingState
+from libmtl_fair.libmtl.state import Loaders, StepState, TrainingState
 from libmtl_fair.methods.base import FairWeighting
 
 SAMPLES = {"MoDo": 3, "SDMGrad": 3}
@@ -52,13 +52,10 @@ def step(trainer: TrainingState, batch: Any, epoch: int, log: StepLog, joint: Jo
     """Train one step and note what happened in ``log``."""
     model, several = trainer.model, trainer.samples > 1
     made = [losses_of(trainer, part) for part in (batch if several else [batch])]
-    losses = torch.stack([m.losses for m in made]) if several else made[0].losses
     trainer.optimizer.zero_grad()  # after the forward pass, where LibMTL does it
     if joint is not None:
         joint.zero_grad()
-    if isinstance(model, FairWeighting):
-        model.__dict__["fair_batch"] = fair_batch(trainer, made[0], epoch)
-    weights = model.backward(losses, **trainer.weight_args)
+    losses, weights = descend(trainer, made, epoch)
     if joint is not None:
         joint.collect_grad()
     trainer.optimizer.step()
@@ -108,57 +105,77 @@ def _of_every_task(references: Mapping[str, Callable[[], Tensor | None]]) -> dic
 
 
 def made_of(
-    trainer: TrainingState, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor], groups: Mapping[str, Any]
+    state: StepState,
+    outputs: Mapping[str, Tensor],
+    labels: Mapping[str, Tensor],
+    groups: Mapping[str, Any],
+    losses: Tensor | None = None,
 ) -> Made:
     """Return the losses of these outputs and labels of the main tasks; the labels of auxiliary tasks are made here.
 
     A fairness method may ask for gradients to the matrix of logits or, where there is none, to each output: the losses
-    have to go through it.
+    have to go through it. ``losses`` of the main tasks may have been made already, from these outputs.
     """
-    fair, through = trainer.representation is not None, outputs
-    matrices = _matrices(trainer, outputs, labels) if fair else None
+    fair, through = isinstance(state.model, FairWeighting), outputs
+    matrices = _matrices(state, outputs, labels) if fair and losses is None else None
     if matrices is not None:
-        others = {name: outputs[name] for name in trainer.auxiliary}
-        outputs = through = Columns(trainer.binary, matrices.logits, [1] * len(trainer.binary), others)
-        labels = Columns(trainer.binary, matrices.labels) if trainer.own_losses else labels
+        others = {name: outputs[name] for name in state.auxiliary}
+        outputs = through = Columns(state.binary, matrices.logits, [1] * len(state.binary), others)
+        labels = Columns(state.binary, matrices.labels) if state.own_losses else labels
     elif fair:
         through = dict(outputs)
-    if trainer.auxiliary:
-        flat = batches.flat_labels(labels, trainer.tasks)
-        ids = {name: groups[task.source] if trainer.multi_input else groups for name, task in trainer.auxiliary.items()}
-        made = {n: task.labels_from(flat, ids[n], trainer.n_groups) for n, task in trainer.auxiliary.items()}
+    if state.auxiliary:
+        flat = batches.flat_labels(labels, state.tasks)
+        ids = {name: groups[task.source] if state.multi_input else groups for name, task in state.auxiliary.items()}
+        made = {n: task.labels_from(flat, ids[n], state.n_groups) for n, task in state.auxiliary.items()}
         labels = beside(labels, made)
-    return Made(trainer.compute_losses(through, labels), outputs, labels, groups, matrices)
+    if losses is None:
+        losses = state.compute_losses(through, labels)
+    elif state.auxiliary:
+        found = {n: state.losses.one(n, outputs[n], labels[n]) for n in state.auxiliary} | dict(
+            zip(state.main_tasks, losses)
+        )
+        losses = torch.stack([found[name] for name in state.task_name])
+    return Made(losses, outputs, labels, groups, matrices)
 
 
-def _matrices(trainer: TrainingState, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Matrices | None:
-    logits = joined(outputs, trainer.binary) if trainer.binary else None
-    truth = None if logits is None else joined(labels, trainer.binary)
+def _matrices(state: StepState, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Matrices | None:
+    logits = joined(outputs, state.binary) if state.binary else None
+    truth = None if logits is None else joined(labels, state.binary)
     if logits is None or truth is None or logits.shape != truth.shape:
         return None
     return Matrices(logits, truth, (truth - truth).eq_(0).sum(0))
 
 
-def fair_batch(
-    trainer: TrainingState, made: Made, epoch: int, h: Tensor | dict[str, Tensor] | None = None
-) -> FairBatch:
+def fair_batch(state: StepState, made: Made, epoch: int, h: Tensor | dict[str, Tensor] | None = None) -> FairBatch:
     """Return the step as a fairness method may see it; ``h`` where something else than the model made it."""
     if h is None:
-        assert trainer.representation is not None
-        h = trainer.representation.take()
+        assert state.representation is not None
+        h = state.representation.take()
     return FairBatch(
-        tasks={name: trainer.tasks[name] for name in trainer.main_tasks} if trainer.auxiliary else trainer.tasks,
+        tasks={name: state.tasks[name] for name in state.main_tasks} if state.auxiliary else state.tasks,
         h=h,
         outputs=made.outputs,
-        labels=batches.flat_labels(made.labels, trainer.tasks),
+        labels=batches.flat_labels(made.labels, state.tasks),
         losses=made.losses,
         groups=made.groups,
-        n_groups=trainer.n_groups,
-        multi_input=trainer.multi_input,
+        n_groups=state.n_groups,
+        multi_input=state.multi_input,
         epoch=epoch,
-        step=trainer.global_step,
-        standard_losses=trainer.own_losses and trainer.losses.standard,
+        step=state.global_step,
+        standard_losses=state.own_losses and state.losses.standard,
         matrices=made.matrices,
-        reference=made.reference() if trainer.model.needs_reference else None,
-        epoch_steps=trainer.epoch_steps,
+        reference=made.reference() if state.model.needs_reference else None,
+        epoch_steps=state.epoch_steps,
     )
+
+
+def descend(
+    state: StepState, made: Sequence[Made], epoch: int, h: Tensor | dict[str, Tensor] | None = None
+) -> tuple[Tensor, Any]:
+    """Let the weighting leave the gradients of a step, of several batches where it takes several; return losses and weights."""
+    model = state.model
+    losses = made[0].losses if len(made) == 1 else torch.stack([m.losses for m in made])
+    if isinstance(model, FairWeighting):
+        model.__dict__["fair_batch"] = fair_batch(state, made[0], epoch, h)
+    return losses, model.backward(losses, **state.weight_args)

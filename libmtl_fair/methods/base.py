@@ -229,12 +229,15 @@ class FairWeighting(AbsWeighting):  # type: ignore[misc]
     """A weighting that uses a :class:`FairBatch`. Subclasses define ``settings_class``, :meth:`configure`, :meth:`step`.
 
     :class:`FairTrainer` sets ``fair_batch`` before each ``backward`` and composes the model as architecture, this
-    weighting, base weighting, so that :meth:`base_backward` reaches the base.
+    weighting, base weighting, so that :meth:`base_backward` reaches the base. A method that never asks for the representation says
+    ``needs_representation = False``, one that derives the losses by the outputs ``losses_from_outputs = True``.
     """
 
     settings_class: ClassVar[type[Settings]] = Settings
     needs_groups: ClassVar[bool] = False
     needs_reference: bool = False
+    needs_representation: bool = True
+    losses_from_outputs: bool = False
     source: ClassVar[str] = ""
     cost: ClassVar[str] = ""
     fair_batch: FairBatch | None = None
@@ -264,7 +267,7 @@ class FairWeighting(AbsWeighting):  # type: ignore[misc]
             name = type(self).fair_name()
             raise HostError(
                 f"{name} needs labels, groups and the representation of the step, which LibMTL.Trainer does not hand "
-                "over: use libmtl_fair.FairTrainer, which takes the same arguments"
+                "over: use libmtl_fair.FairTrainer, which takes the same arguments, or in a loop of your own libmtl_fair.FairStep"
             )
         if self.settings is None:
             self.configure(self.settings_class.from_args(type(self).fair_name(), kwargs))

@@ -64,6 +64,7 @@ class GroupRegulariser(Penalty):
     source = "Agarwal et al. 2019 (BGL); GLF's baselines"
     cost = "1.3 to 2 plain steps with 2 to 40 tasks (docs/RESULTS.md)"
     settings: GroupRegulariserSettings
+    needs_representation = False
 
     def configure(self, settings: Settings) -> None:
         """Take the settings."""

@@ -280,6 +280,7 @@ class ReLiF(Penalty):
             self.term = LipschitzScales(self.settings)
         self.share = self.settings.share_controller()
         self.needs_reference = self.settings.form != "random"
+        self.needs_representation = self.settings.form != "near"
         self.to(self.device)
 
     def penalty(self, batch: FairBatch) -> Written | None:

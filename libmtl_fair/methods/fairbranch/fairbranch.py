@@ -18,7 +18,7 @@ from libmtl_fair.errors import HostError
 from libmtl_fair.libmtl.compat import zero_grad_share_params
 from libmtl_fair.libmtl.joint_heads import is_plain_linear
 from libmtl_fair.libmtl.loading import AbsArchitecture
-from libmtl_fair.libmtl.state import TrainingState, shared_or_each
+from libmtl_fair.libmtl.state import StepState, shared_or_each
 from libmtl_fair.methods.base import Declared, setting
 from libmtl_fair.methods.fairbranch.branched import BranchedEncoder, joint_linear
 from libmtl_fair.methods.fairbranch.similarity import head_layers, identical, similarity
@@ -280,12 +280,12 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
         """Remember (weakly) which optimiser new parameters have to join."""
         self._optimizer = weakref.ref(optimizer)
 
-    def after_epoch(self, trainer: TrainingState, epoch: int) -> None:
+    def after_epoch(self, trainer: StepState, epoch: int) -> None:
         """Branch at the end of every ``branch_every``-th epoch."""
         if self.branching.unit == "epochs" and (epoch + 1) % self.branching.branch_every == 0:
             self._due(epoch, trainer.global_step)
 
-    def after_step(self, trainer: TrainingState, step: int) -> None:
+    def after_step(self, trainer: StepState, step: int) -> None:
         """Branch after every ``branch_every``-th step."""
         if self.branching.unit == "steps" and step % self.branching.branch_every == 0:
             self._due(self.epoch, step)

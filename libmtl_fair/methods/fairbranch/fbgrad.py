@@ -217,6 +217,7 @@ class FBGrad(FairWeighting):
         "tasks without a common branch share one; T for where=everywhere"
     )
     settings: FBGradSettings
+    needs_representation = False
     conflict_cosines: Tensor | None
     conflict_epochs: Tensor
 

@@ -14,7 +14,7 @@ from libmtl_fair import functional as F
 from libmtl_fair.batch import Columns, FairBatch
 from libmtl_fair.errors import HostError, RecipeError, unknown
 from libmtl_fair.libmtl.gradients import add_gradients, carry_representation_gradients, extra_gradients
-from libmtl_fair.libmtl.state import TrainingState
+from libmtl_fair.libmtl.state import StepState
 from libmtl_fair.methods.base import Penalty, Settings, Written
 from libmtl_fair.methods.controllers import SLOTS, START, Pace, Window, decay_of, pursue
 from libmtl_fair.methods.fairmt.constraint import BinaryColumns, Constraint, MixedColumns, OutputColumns, evaluate
@@ -91,6 +91,8 @@ class FairMT(Penalty):
         if len(self._main) < len(self.task_name):
             is_main = torch.tensor([name in self._main for name in self.task_name], device=self.device)
             self._rows, self._others = is_main.nonzero().squeeze(1), (~is_main).nonzero().squeeze(1)
+        self.losses_from_outputs = self.settings.weighing == "proxy"
+        self.needs_representation = self.losses_from_outputs or self.settings.lipschitz
         self._alpha = TaskWeights(self, self.settings, self._main)
         self._absent: set[str] = set()
 
@@ -408,7 +410,7 @@ class FairMT(Penalty):
         warm = self.past_steps <= self.plain_steps
         return not warm and all(row.get("val_met", True) for row in self.constraint_rows(val=predictions()))
 
-    def after_epoch(self, trainer: TrainingState, epoch: int) -> None:
+    def after_epoch(self, trainer: StepState, epoch: int) -> None:
         """Say once which tasks had no two groups to compare in any step of an epoch; at the end, what could not be met."""
         parent = getattr(super(), "after_epoch", None)
         if parent is not None:

@@ -48,6 +48,7 @@ class LambdaMix(FairWeighting):
     settings_class = LambdaMixSettings
     source = "GLF, under review"
     settings: LambdaMixSettings
+    needs_representation = False
     scale: Tensor
     main: Tensor
     fair: Tensor

@@ -15,7 +15,7 @@ from libmtl_fair.libmtl import FairTrainer
 from libmtl_fair.libmtl import step as stepping
 from libmtl_fair.libmtl.optimizers import make_scheduler
 from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS, resolve_weighting
-from libmtl_fair.methods.base import FairWeighting, Penalty
+from libmtl_fair.methods.base import Penalty
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.tasks import Task
 
@@ -105,10 +105,8 @@ class Member:
         others = {name: model.decoders[name](h) for name in trainer.auxiliary if name not in own}
         made = stepping.made_of(trainer, Columns(own, z, [1] * len(own), others), labels, groups)
         made = made._replace(reference=lambda: reference)
-        if isinstance(model, FairWeighting):
-            model.fair_batch = stepping.fair_batch(trainer, made, trainer.epoch, h)
         with self.drawing():
-            model.backward(made.losses, **trainer.weight_args)
+            stepping.descend(trainer, [made], trainer.epoch, h)
         trainer.global_step += 1
         return torch.zeros_like(z) if z.grad is None else z.grad, h.grad
 

@@ -1,0 +1,362 @@
+"""FairStep: a method's step in a training loop of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from libmtl_fair.data.loader import SENSITIVE
+from libmtl_fair.errors import CheckpointError, DataError, HostError, unknown
+from libmtl_fair.libmtl import batches
+from libmtl_fair.libmtl.checkpoint import attributes, set_attributes
+from libmtl_fair.libmtl.gradients import add_gradients
+from libmtl_fair.libmtl.history import StepLog
+from libmtl_fair.libmtl.loose import loose
+from libmtl_fair.libmtl.losses import task_dict
+from libmtl_fair.libmtl.state import StepState
+from libmtl_fair.libmtl.step import SAMPLES, Made, descend, made_of
+from libmtl_fair.methods.base import FairWeighting
+from libmtl_fair.tasks import Task
+
+Values = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+_EPOCH_STEPS, _SPARE_GROUPS = 100, 16
+
+
+class FairStep(StepState, nn.Module):
+    """The step of any weighting, ours or LibMTL's, in a training loop of one's own: it leaves the gradients.
+
+    A module that holds the method's own state only (controllers, multipliers, UW's scales): ``state_dict`` and ``parameters`` are
+    theirs, the encoder and the heads stay the user's. :class:`FairTrainer` runs the same step.
+
+    Parameters
+    ----------
+    method : str or type
+        ``"ReLiF"``, ``"FairMT"``, ``"FBGrad"``, ``"GroupRegulariser"``, ``"LambdaMix"``, LibMTL's ``"MGDA"``, ``"PCGrad"``, ...;
+        a ``module:Class`` or a class.
+    tasks : sequence of Task, or task_dict
+        ``[lf.Binary("income"), ...]`` or what :func:`task_dict` or :func:`add_fairness_heads` gives; in the order of the losses.
+    heads : mapping of str to nn.Module, optional
+        Task -> head. FairMT's task weights read their last layers, FBGrad and a first step their parameters.
+    encoder : nn.Module, optional
+        What the tasks share. Without it the shared parameters are those that ``representation`` was made with, as one block.
+    n_groups : mapping of str to int, optional
+        Attribute -> number of groups. Without it room is made at the first step, for at least 16 groups an attribute.
+    epochs : int
+        Epochs of the whole training, by which FairMT's constraints pace themselves.
+    epoch_steps : int, optional
+        Steps of an epoch; without it 100, then what :meth:`close_epoch` counted.
+    multi_input : bool
+        Whether each task has examples of its own; ``groups`` is then task -> attribute -> ids.
+    **settings : object
+        The method's hyperparameters (``libmtl-fair methods NAME``).
+
+    Raises
+    ------
+    HostError
+        A method that needs what was not handed over.
+    RecipeError
+        A hyperparameter that does not make sense.
+
+    Examples
+    --------
+    >>> import libmtl_fair as lf
+    >>> heads = nn.ModuleDict({"a": nn.Linear(4, 1), "b": nn.Linear(4, 1)})
+    >>> fair = FairStep("GroupRegulariser", [lf.Binary("a"), lf.Binary("b")], heads, loss="gap", n_groups={"sex": 2})
+    >>> h, y, sex = torch.ones(6, 4), torch.ones(6), torch.tensor([0, 0, 0, 1, 1, 1])
+    >>> outputs = {task: head(h).squeeze(1) for task, head in heads.items()}
+    >>> losses = [nn.functional.softplus(-z).mean() for z in outputs.values()]
+    >>> _ = fair.backward(losses, representation=h, outputs=outputs, labels={"a": y, "b": y}, groups={"sex": sex})
+    >>> list(heads["a"].weight.grad.shape), list(fair.trace)
+    ([1, 4], ['loss/a', 'loss/b', 'regulariser'])
+    """
+
+    def __init__(
+        self,
+        method: str | type[nn.Module],
+        tasks: Sequence[Task] | Mapping[str, Mapping[str, object]],
+        /,  # a method may have a setting "tasks"
+        heads: Mapping[str, nn.Module] | None = None,
+        *,
+        encoder: nn.Module | None = None,
+        n_groups: Mapping[str, int] | None = None,
+        epochs: int = 10,
+        epoch_steps: int | None = None,
+        multi_input: bool = False,
+        **settings: object,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.multi_input = multi_input
+        self.take_tasks(tasks if isinstance(tasks, Mapping) else task_dict(tasks))
+        missing = [name for name in self.task_name if heads is not None and name not in heads]
+        if missing:
+            raise HostError(f"no head for task {missing[0]!r}; heads has: {', '.join(heads or ())}")
+        given = None if heads is None else {name: heads[name] for name in self.task_name}
+        self.model, self.weight_args = loose(method, self.task_name, given, encoder, multi_input, settings)
+        self.weighting = type(self.model).__name__
+        if self.weighting in SAMPLES:
+            raise HostError(f"{self.weighting} takes {SAMPLES[self.weighting]} batches a step: use FairTrainer")
+        self.n_groups, self._declared = dict(n_groups or {}), n_groups is not None
+        self.epoch, self.global_step, self._first_step = 0, 0, 0
+        self.epoch_steps, self._counting = epoch_steps or _EPOCH_STEPS, epoch_steps is None
+        self.model.epoch, self.model.epochs = 0, epochs
+        self.model.train_loss_buffer = np.zeros((self.task_num, 0))
+        self._seen: Tensor | None = None  # losses times rows, and rows, [2, T]
+        self._last: dict[str, Tensor | float] = {}
+        self._waits = False
+
+    # -- the step ---------------------------------------------------------------------------------------------------
+
+    def backward(
+        self,
+        losses: Values | None = None,
+        *,
+        representation: Tensor | Mapping[str, Tensor] | None = None,
+        outputs: Mapping[str, Tensor] | None = None,
+        labels: Mapping[str, Any] | None = None,
+        groups: Mapping[str, Any] | None = None,
+        reference: Tensor | Mapping[str, Tensor] | None = None,
+    ) -> Tensor | None:
+        """Leave the step's gradients in ``.grad`` of encoder and heads, added to what is there; frees the graph.
+
+        Parameters
+        ----------
+        losses : Tensor [T], sequence or mapping of scalars, optional
+            Of each task, attached to the graph, made from ``outputs``. Fairness heads' losses are made here, and so are all without it.
+        representation : Tensor [B, d] or mapping of str to Tensor, optional
+            What the heads received, attached to the graph.
+        outputs : mapping of str to Tensor, optional
+            Task -> logits or values, [B], [B, 1] or [B, C].
+        labels : mapping of str to Tensor, optional
+            Task -> labels, NaN or -100 where missing; what a ResidentLoader gives brings ``groups`` and ``reference`` along.
+        groups : mapping of str to Tensor, optional
+            Attribute -> int64 [B], -1 unknown.
+        reference : Tensor [B, r], optional
+            By whose distance people are alike (ReLiF's near pairs).
+
+        Returns
+        -------
+        Tensor [T] or None
+            The tasks' weights, where the weighting has some.
+
+        Raises
+        ------
+        HostError
+            Something that this method needs was not handed over, or does not hang together.
+        DataError
+            Labels or groups that do not fit.
+        """
+        if self._waits:
+            raise HostError(
+                f"{self.weighting} looks at the losses after the optimiser's step: call after_update(losses) there"
+            )
+        fair = isinstance(self.model, FairWeighting)
+        given = None if losses is None else self._stacked(losses)
+        handed = {
+            "losses": losses,
+            "representation": representation,
+            "outputs": outputs,
+            "labels": labels,
+            "groups": groups,
+        }
+        wanted = ["outputs", "labels"] if fair or given is None else []
+        if fair and self.model.needs_representation and (reference is None or not self.model.needs_reference):
+            wanted.append("representation")
+        lacking = [name for name in wanted if handed[name] is None]
+        if lacking:
+            known = ", ".join(name for name, value in handed.items() if value is not None)
+            raise HostError(f"{self.weighting} needs {lacking[0]}= in backward, which was given {known or 'nothing'}")
+        self._settle(next((t for t in (given, *(outputs or {}).values()) if t is not None), None))
+        if given is not None and not wanted:
+            made = Made(given, {}, {}, {})
+        else:
+            made = self._made(given, outputs or {}, labels or {}, groups, reference)
+        h = representation if isinstance(representation, Tensor) else dict(representation or {})
+        self.model.look_at([made.losses], [h] if isinstance(h, Tensor) else list(h.values()))
+        held = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
+        for p, _ in held:
+            p.grad = None
+        if fair and self.global_step == self._first_step and self.model.losses_from_outputs:
+            self._check_graph(made)
+        found, weights = descend(self, [made], self.epoch, h)
+        self.model.look_at((), ())
+        add_gradients(held)
+        self._note(found.detach(), weights, len(next(iter(made.outputs.values()), found)))
+        return None if weights is None else torch.as_tensor(weights)
+
+    def after_update(self, losses: Values) -> None:
+        """Show the losses of the same batch after the optimiser's step to a weighting that looks at them (FAMO)."""
+        if hasattr(self.model, "update_w"):
+            with torch.no_grad():
+                self.model.update_w(self._stacked(losses).detach())
+        self._waits = False
+
+    def close_epoch(self) -> dict[str, float]:
+        """End an epoch: DWA, GradNorm and FairMT go by epochs. Return the mean training losses, ``loss/<task>``."""
+        if self._seen is None:
+            raise HostError("close_epoch: there was no step in this epoch")
+        total, rows = self._seen.double().cpu().numpy()
+        self.model.train_loss_buffer = np.append(self.model.train_loss_buffer, (total / rows)[:, None], axis=1)
+        self.model.after_epoch(self, self.epoch)
+        if self._counting:
+            self.epoch_steps = self.global_step - self._first_step
+        self._seen, self._first_step = None, self.global_step
+        self.epoch += 1
+        self.model.epoch = self.epoch
+        return {f"loss/{task}": float(value) for task, value in zip(self.task_name, total / rows)}
+
+    @property
+    def trace(self) -> dict[str, float]:
+        """What the last step recorded: ``loss/<task>``, ``weight/<task>`` and the method's own numbers. Reading waits for the device."""
+        log = StepLog()
+        log.add(self._last, 1)
+        columns = log.read(self.task_name, getattr(self.model, "trace_labels", {})) if self._last else {}
+        return {name: float(values[0]) for name, values in columns.items()}
+
+    # -- state ------------------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return what the method keeps outside its parameters and buffers: tensors and plain values."""
+        counts = {
+            "epoch": self.epoch,
+            "step": self.global_step,
+            "first": self._first_step,
+            "epoch_steps": self.epoch_steps,
+        }
+        return {
+            "method": self.weighting,
+            "tasks": self.task_name,
+            "counts": counts,
+            "seen": self._seen,
+            "n_groups": self.n_groups,
+            "attributes": attributes(self.model),
+        }
+
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Put back what :meth:`get_extra_state` gave.
+
+        Raises
+        ------
+        CheckpointError
+            A state of another method, or of other tasks.
+        """
+        try:
+            if (state["method"], list(state["tasks"])) != (self.weighting, self.task_name):
+                raise CheckpointError(
+                    f"FairStep: the state is of {state['method']} on {', '.join(state['tasks'])}; this one is {self.weighting} on "
+                    f"{', '.join(self.task_name)}"
+                )
+            counts = state["counts"]
+            self.epoch, self.global_step, self._first_step = counts["epoch"], counts["step"], counts["first"]
+            self.epoch_steps, self._seen, self.n_groups = counts["epoch_steps"], state["seen"], dict(state["n_groups"])
+            set_attributes(self.model, state["attributes"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"FairStep: this is no state of a FairStep ({error!r})") from error
+
+    # -- what was handed over ---------------------------------------------------------------------------------------
+
+    def _stacked(self, losses: Values) -> Tensor:
+        """Return the losses as one tensor: of all tasks, or of the main ones."""
+        names = self.main_tasks
+        if isinstance(losses, Mapping):
+            for name in [*names, *losses]:
+                if name not in losses or name not in names:
+                    raise HostError(f"losses: {unknown('task', name, names if name in losses else list(losses))}")
+            losses = [losses[name] for name in names]
+        if not isinstance(losses, Tensor):
+            numbers = [loss for loss in losses if not isinstance(loss, Tensor) or loss.numel() != 1]
+            if numbers:
+                raise HostError(f"losses: each must be a tensor of one number, found {numbers[0]!r:.80}")
+            losses = torch.stack([loss.reshape(()) for loss in losses])
+        if losses.shape != (len(names),):
+            raise HostError(
+                f"losses: expected one a task, [{len(names)}] for {', '.join(names)}; found shape {list(losses.shape)}"
+            )
+        return losses
+
+    def _made(
+        self,
+        losses: Tensor | None,
+        outputs: Mapping[str, Tensor],
+        labels: Mapping[str, Any],
+        groups: Mapping[str, Any] | None,
+        reference: Tensor | Mapping[str, Tensor] | None,
+    ) -> Made:
+        missing = [name for name in self.task_name if name not in outputs]
+        if missing:
+            raise HostError(f"outputs has none for task {missing[0]!r}; it has: {', '.join(outputs) or 'none'}")
+        labels = {**labels, **({} if groups is None else {SENSITIVE: groups})}
+        device = self.model.device
+        if self.multi_input:
+            by_task = labels.pop(SENSITIVE, {})
+            parts = {
+                t: batches.split((None, {**labels, SENSITIVE: by_task.get(t, {})}), device, [t])
+                for t in self.main_tasks
+            }
+            truth: Mapping[str, Tensor] = {task: part.labels[task] for task, part in parts.items()}
+            ids: Mapping[str, Any] = {task: part.groups for task, part in parts.items()}
+            rows = {task: (outputs[task], {task: truth[task], **ids[task]}) for task in self.main_tasks}
+        else:
+            part = batches.split((None, labels), device, self.main_tasks)
+            truth, ids = part.labels, part.groups
+            rows = {task: (outputs[task], {task: truth[task], **ids}) for task in self.main_tasks}
+            reference = reference if reference is not None else part.reference()
+        for task, (output, others) in rows.items():
+            odd = [name for name, other in others.items() if len(other) != len(output)]
+            if odd:
+                found = len(others[odd[0]])
+                raise DataError(f"{odd[0]!r} has {found} rows, and the output of task {task!r} has {len(output)}")
+        self._take_groups([*ids.values()] if self.multi_input else [ids])
+        return made_of(self, outputs, truth, ids, losses)._replace(reference=lambda: reference)
+
+    def _take_groups(self, found: Sequence[Mapping[str, Tensor]]) -> None:
+        """Know how many groups there are: what was said, or room for those of the first step and more."""
+        ids = {name: [part[name] for part in found if name in part] for part in found for name in part}
+        needs = self.auxiliary or getattr(self.model, "needs_groups", False)
+        if needs and not ids:
+            raise HostError(f"{self.weighting} needs groups=: attribute -> group ids [B], -1 where not known")
+        for name, parts in ids.items():
+            odd = [part.dtype for part in parts if part.is_floating_point()]
+            if odd:
+                raise DataError(f"groups of {name!r}: expected whole numbers, found {odd[0]}")
+            if name in self.n_groups and parts[0].device.type != "cpu":
+                continue  # no step waits for a device
+            if name not in self.n_groups and self._declared:
+                raise DataError(f"groups: {unknown('attribute', name, self.n_groups)}; n_groups says which there are")
+            highest = max(int(part.max()) for part in parts if len(part)) if parts[0].device.type != "meta" else 0
+            limit = self.n_groups.setdefault(name, max(_SPARE_GROUPS, 2 * highest + 2))
+            if highest >= limit:
+                raise DataError(
+                    f"groups of {name!r}: found id {highest}, and there is room for {limit}: make FairStep with "
+                    f"n_groups={{{name!r}: {highest + 1}}} or more"
+                )
+
+    def _settle(self, like: Tensor | None) -> None:
+        """Follow the losses to their device."""
+        if like is not None and like.device != self.model.device:
+            self.model.to(like.device)
+            self.model.device = like.device
+
+    def _check_graph(self, made: Made) -> None:
+        """Say, in the first step, which loss was not made from its output: the method goes by the gradients there."""
+        roots = [made.outputs[name] for name in self.main_tasks] if made.matrices is None else []
+        found = torch.autograd.grad(made.losses.sum(), roots, retain_graph=True, allow_unused=True) if roots else ()
+        for name, grad in zip(self.main_tasks, found):
+            task = self.tasks[name]
+            if grad is None and (task is None or bool(task.observed(made.labels[name]).any())):
+                raise HostError(
+                    f"the loss of task {name!r} does not depend on outputs[{name!r}]: hand over the very tensor that the loss was "
+                    "computed from"
+                )
+
+    def _note(self, losses: Tensor, weights: Any, rows: int) -> None:
+        now = torch.stack([losses * rows, torch.full_like(losses, rows)])
+        self._seen = now if self._seen is None else self._seen + now
+        self._last = {"loss": losses, **getattr(self.model, "trace", {})}
+        if weights is not None:
+            self._last["weight"] = torch.as_tensor(weights)
+        self.global_step += 1
+        self._waits = hasattr(self.model, "update_w")

@@ -1,0 +1,258 @@
+"""FairStep in a plain PyTorch loop: the training that FairTrainer would have done; its state, its trace, its errors."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from loop_kit import EPOCHS, MIXED, TASKS, losses_of, made, make_loader, trainer_of
+from torch import nn
+
+import libmtl_fair as lf
+from libmtl_fair.errors import CheckpointError, DataError, FairMTLError, HostError
+from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS, resolve_weighting
+
+METHODS: list[tuple[str, dict[str, Any], Any]] = [
+    *((name, {}, MIXED) for name in ("EW", "UW", "GradNorm", "PCGrad", "MGDA", "DWA", "GradVac", "CAGrad")),
+    ("ReLiF", {}, TASKS),
+    ("ReLiF", {"share": 0.5, "base": "UW"}, TASKS),
+    ("ReLiF", {"pairs": "random", "k": 4}, MIXED),
+    ("FairMT", {"min_count": 1}, TASKS),
+    ("FairMT", {"min_count": 1, "base": "PCGrad"}, MIXED),
+    ("FairMT", {"form": "phi", "min_count": 1}, TASKS),
+    ("FairMT", {"form": "phi", "min_count": 1, "proxy": "full"}, MIXED),
+    ("FairMT", {"form": "phi", "alpha": "uniform", "min_count": 1}, TASKS),
+    ("FBGrad", {"where": "everywhere"}, TASKS),
+    ("FBGrad", {"where": "none", "base": "MGDA"}, MIXED),
+    ("GroupRegulariser", {"loss": "gap", "tasks": ("a", "b")}, TASKS),
+    ("LambdaMix", {}, TASKS),
+    ("LambdaMix", {"base": "UW"}, TASKS),
+]
+
+
+def run(method: str, args: dict[str, Any], tasks: Any, form: str = "dict", epochs: int = EPOCHS, **options: Any) -> Any:
+    """Train in a loop of one's own; return the step and the model."""
+    entries, net = made(tasks, method == "LambdaMix")
+    loader = make_loader()
+    given = {"n_groups": loader.n_groups, "epochs": epochs, "epoch_steps": len(loader), **options}
+    fair = lf.FairStep(method, entries, net.heads, encoder=net.encoder if method == "FBGrad" else None, **given, **args)
+    optimizer = torch.optim.Adam([*net.parameters(), *fair.parameters()], lr=1e-2)
+    torch.manual_seed(0)
+    random.seed(0)
+    for _ in range(epochs):
+        for x, labels in loader:
+            h, outputs = net(x)
+            losses: Any = losses_of(entries, outputs, labels)
+            losses = {"dict": losses, "list": [*losses.values()], "tensor": torch.stack([*losses.values()])}.get(form)
+            optimizer.zero_grad()
+            fair.backward(losses, representation=h, outputs=outputs, labels=labels, groups=labels["sensitive"])
+            optimizer.step()
+        fair.close_epoch()
+    return fair, net
+
+
+@pytest.mark.parametrize(("method", "args", "tasks"), METHODS)
+def test_a_loop_of_ones_own_is_what_the_trainer_does(method: str, args: dict[str, Any], tasks: Any) -> None:
+    fair, net = run(method, args, tasks)
+    trainer = trainer_of(method, tasks, args, method == "LambdaMix")
+    torch.manual_seed(0)
+    random.seed(0)
+    trainer.train(make_loader(), None, EPOCHS)
+    for name, found in trainer.model.encoder.state_dict().items():
+        torch.testing.assert_close(net.encoder.state_dict()[name], found, rtol=1e-6, atol=1e-9, msg=name)
+    for name, found in trainer.model.decoders.state_dict().items():
+        torch.testing.assert_close(net.heads.state_dict()[name], found, rtol=1e-6, atol=1e-9, msg=name)
+    last = trainer.history.iloc[-1]
+    assert fair.trace.keys() == {name for name in last.index if name not in ("epoch", "step", "train_s")}
+    for name, value in fair.trace.items():
+        np.testing.assert_allclose(value, last[name], rtol=1e-6, atol=1e-9, err_msg=name)
+
+
+def test_every_method_of_ours_is_among_them() -> None:
+    assert {method for method, _, _ in METHODS} >= set(OUR_WEIGHTINGS)
+
+
+@pytest.mark.parametrize("form", ["list", "tensor", "none"])
+def test_losses_may_be_a_list_a_tensor_or_left_out(form: str) -> None:
+    _, a = run("FairMT", {"form": "phi", "min_count": 1}, TASKS)
+    _, b = run("FairMT", {"form": "phi", "min_count": 1}, TASKS, form)
+    for p, q in zip(a.parameters(), b.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+def test_groups_that_nobody_counted_find_room() -> None:
+    args = {"form": "phi", "min_count": 1}
+    (fair, a), (_, b) = run("FairMT", args, TASKS, n_groups=None), run("FairMT", args, TASKS)
+    assert fair.n_groups == {"sex": 16, "race": 16}
+    for p, q in zip(a.parameters(), b.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("method", "args"), [("FairMT", {"min_count": 1}), ("GradNorm", {}), ("ReLiF", {"pairs": "random"})]
+)
+def test_a_state_continues_exactly(method: str, args: dict[str, Any], tmp_path: Any) -> None:
+    entries, net = made(TASKS)
+    loader = make_loader()
+    options = {"n_groups": loader.n_groups, "epochs": EPOCHS, "epoch_steps": len(loader)}
+    fair = lf.FairStep(method, entries, net.heads, **options, **args)
+    optimizer = torch.optim.SGD([*net.parameters(), *fair.parameters()], lr=0.1)
+
+    def train(fair: Any, net: Any, optimizer: Any, loader: Any, epochs: int) -> None:
+        for _ in range(epochs):
+            for x, labels in loader:
+                h, outputs = net(x)
+                optimizer.zero_grad()
+                fair.backward(losses_of(entries, outputs, labels), representation=h, outputs=outputs, labels=labels)
+                optimizer.step()
+            fair.close_epoch()
+
+    torch.manual_seed(0)
+    train(fair, net, optimizer, loader, 2)
+    held = [copy.deepcopy(part.state_dict()) for part in (net, optimizer, loader)]
+    torch.save(fair.state_dict(), tmp_path / "fair.pt")
+    random_state = torch.get_rng_state()
+    train(fair, net, optimizer, loader, 1)
+    other = lf.FairStep(method, entries, (again := made(TASKS)[1]).heads, **options, **args)
+    optimizer, loader = torch.optim.SGD([*again.parameters(), *other.parameters()], lr=0.1), make_loader()
+    for part, state in zip((again, optimizer, loader), held):
+        part.load_state_dict(state)
+    other.load_state_dict(torch.load(tmp_path / "fair.pt", weights_only=True))
+    torch.set_rng_state(random_state)
+    train(other, again, optimizer, loader, 1)
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), again.parameters()))
+    assert other.trace == pytest.approx(fair.trace, nan_ok=True)
+
+
+def test_gradients_add_to_those_that_are_there() -> None:
+    entries, net = made(MIXED)
+    x, labels = next(iter(make_loader()))
+
+    def leave(times: int) -> list[Any]:
+        fair = lf.FairStep("MGDA", entries, net.heads)
+        net.zero_grad()
+        for _ in range(times):
+            h, outputs = net(x)
+            fair.backward(losses_of(entries, outputs, labels), representation=h)
+        return [p.grad.clone() for p in net.parameters()]
+
+    for once, twice in zip(leave(1), leave(2)):
+        torch.testing.assert_close(2 * once, twice)
+
+
+def test_the_shared_parameters_are_found_or_said() -> None:
+    entries, net = made(MIXED)
+    x, labels = next(iter(make_loader()))
+    grads = []
+    for options, handed in (({}, True), ({"encoder": net.encoder}, False), ({"encoder": net.encoder}, True)):
+        fair = lf.FairStep("PCGrad", entries, **options)
+        net.zero_grad()
+        h, outputs = net(x)
+        random.seed(0)
+        fair.backward(losses_of(entries, outputs, labels), **({"representation": h} if handed else {}))
+        grads.append([p.grad.clone() for p in net.parameters()])
+    for other in grads[1:]:
+        torch.testing.assert_close(grads[0], other)
+
+
+EW: Any = resolve_weighting("EW")
+
+
+class Looks(EW):  # as git main's FAMO does
+    """A weighting that looks at the losses after the optimiser's step."""
+
+    def update_w(self, losses: Any) -> None:
+        """Keep them."""
+        self.seen = losses
+
+
+def test_a_weighting_may_be_shown_the_losses_after_the_step() -> None:
+    entries, net = made(TASKS)
+    x, labels = next(iter(make_loader()))
+    fair = lf.FairStep(Looks, entries, net.heads)
+    for _ in range(2):
+        h, outputs = net(x)
+        fair.backward(losses_of(entries, outputs, labels), representation=h)
+        with pytest.raises(HostError, match="after_update"):
+            fair.backward(losses_of(entries, outputs, labels), representation=h)
+        fair.after_update(again := losses_of(entries, net(x)[1], labels))
+        assert fair.model.seen.tolist() == [loss.item() for loss in again.values()]
+
+
+def test_no_setting_has_the_name_of_an_argument() -> None:
+    taken = set(inspect.signature(lf.FairStep).parameters) - {"tasks"}
+    assert not [(n, s) for n, c in OUR_WEIGHTINGS.items() for s in c.settings_class.model_fields if s in taken]
+
+
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("labels", {"labels": None}, "needs labels="),
+    ("outputs", {"outputs": None}, "needs outputs="),
+    ("representation", {"representation": None}, "needs representation="),
+    ("groups", {"groups": None}, "needs groups="),
+    ("a task's output", {"outputs": {"a": torch.zeros(16)}}, "outputs has none for task 'b'"),
+    ("a task's labels", {"labels": {"a": torch.zeros(16)}}, "no task 'b'"),
+    ("rows of labels", {"labels": {"a": torch.zeros(4), "b": torch.zeros(16)}}, "'a' has 4 rows"),
+    ("rows of groups", {"groups": {"sex": torch.zeros(4).long()}}, "'sex' has 4 rows"),
+    ("kind of groups", {"groups": {"sex": torch.zeros(16)}}, "whole numbers"),
+    ("attribute", {"groups": {"sez": torch.zeros(16).long()}}, "did you mean 'sex'"),
+    ("high group", {"groups": {"sex": torch.full((16,), 7)}}, "found id 7"),
+    ("too few losses", {"losses": [torch.ones(())]}, "expected one a task"),
+    ("losses that are no numbers", {"losses": [torch.ones(3), 1.0]}, "one number"),
+    ("losses of other tasks", {"losses": {"a": torch.ones(()), "B": torch.ones(())}}, "'b'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
+def test_what_does_not_fit_is_said(changes: dict[str, Any], message: str) -> None:
+    entries, net = made(TASKS)
+    x, labels = next(iter(make_loader()))
+    h, outputs = net(x)
+    given = {
+        "losses": losses_of(entries, outputs, labels),
+        "representation": h,
+        "outputs": outputs,
+        "groups": labels["sensitive"],
+    }
+    given["labels"] = {name: labels[name] for name in entries}
+    fair = lf.FairStep("FairMT", entries, net.heads, form="phi", n_groups={"sex": 2, "race": 3})
+    with pytest.raises(FairMTLError, match=message):
+        fair.backward(**{**given, **changes})
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_a_loss_that_was_made_from_something_else_is_said() -> None:
+    entries, net = made(TASKS)
+    x, labels = next(iter(make_loader()))
+    h, outputs = net(x)
+    fair = lf.FairStep("FairMT", entries, net.heads, form="phi")
+    losses, others = losses_of(entries, outputs, labels), {task: z.clone() for task, z in outputs.items()}
+    with pytest.raises(HostError, match="the loss of task 'a' does not depend"):
+        fair.backward(losses, representation=h, outputs=others, labels=labels)
+
+
+def test_what_a_method_cannot_do_without_is_said_when_it_is_made() -> None:
+    entries, net = made(TASKS)
+    with pytest.raises(HostError, match="heads="):
+        lf.FairStep("FBGrad", entries)
+    with pytest.raises(HostError, match="no head for task 'b'"):
+        lf.FairStep("EW", entries, {"a": nn.Linear(1, 1)})
+    with pytest.raises(HostError, match="3 batches"):
+        lf.FairStep(type("MoDo", (EW,), {}), entries)
+    with pytest.raises(FairMTLError, match="did you mean 'lam'"):
+        lf.FairStep("ReLiF", entries, lamb=1)
+    fair = lf.FairStep("MGDA", entries, net.heads)
+    with pytest.raises(HostError, match="representation="):
+        fair.backward([net.encoder(torch.ones(2, 6)).sum()] * 2)
+    with pytest.raises(HostError, match="no step"):
+        fair.close_epoch()
+    with pytest.raises(CheckpointError, match="EW on a, b"):
+        fair.set_extra_state(lf.FairStep("EW", entries).get_extra_state())
+    with pytest.raises(CheckpointError, match="no state"):
+        fair.set_extra_state({"method": "MGDA"})
+    with pytest.raises(DataError, match="no task 'a'"):
+        lf.FairStep("EW", entries, net.heads).backward(outputs=net(torch.ones(2, 6))[1], labels={"c": torch.ones(2)})
