@@ -67,6 +67,15 @@ class Task:
         """Return which examples have a label: bool [B]."""
         return with_nan(self.flat(labels)).isfinite()
 
+    @property
+    def labels_are(self) -> str:
+        """What labels of this kind are, for messages."""
+        return "finite numbers, NaN where missing"
+
+    def wrong(self, labels: Tensor) -> Tensor:
+        """Return which values are no labels of this kind, bool like ``labels``; a missing label is none of them."""
+        return torch.isinf(labels)
+
     def example_losses(self, output: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of each example, [B]; 0, with zero gradient, where the label is missing."""
         raise NotImplementedError
@@ -90,8 +99,24 @@ class Task:
         return p if p.dim() == 1 else p.amax(dim=-1)
 
 
+class _YesNo(Task):
+    """Labels of 0 and 1."""
+
+    @property
+    def labels_are(self) -> str:
+        """What labels of this kind are, for messages."""
+        return f"0 or 1; where missing NaN, or {IGNORE_INDEX} among whole numbers"
+
+    def wrong(self, labels: Tensor) -> Tensor:
+        """Return which values are neither 0 nor 1 nor missing, bool like ``labels``."""
+        if labels.dtype == torch.bool:
+            return torch.zeros_like(labels)
+        other = (labels != 0) & (labels != 1)
+        return other & (~labels.isnan() if labels.is_floating_point() else labels != IGNORE_INDEX)
+
+
 @dataclass(frozen=True)
-class Binary(Task):
+class Binary(_YesNo):
     """A yes/no task. Output: one logit ([B] or [B, 1]) or two ([B, 2]); labels 0/1, NaN (or -100) where missing.
 
     >>> import torch
@@ -144,6 +169,18 @@ class Multiclass(Task):
         """Number of classes."""
         return self.n_classes
 
+    @property
+    def labels_are(self) -> str:
+        """What labels of this kind are, for messages."""
+        return f"whole numbers 0 to {self.n_classes - 1}, {IGNORE_INDEX} where missing"
+
+    def wrong(self, labels: Tensor) -> Tensor:
+        """Return which values are neither a class nor missing, bool like ``labels``."""
+        outside = (labels < 0) | (labels >= self.n_classes)
+        if labels.is_floating_point():
+            return (outside | (labels != labels.floor())) & ~labels.isnan()
+        return outside & (labels != IGNORE_INDEX)
+
     def example_losses(self, output: Tensor, labels: Tensor) -> Tensor:
         """Return cross-entropy from logits, [B]."""
         labels = self.flat(labels)
@@ -161,7 +198,7 @@ class Multiclass(Task):
 
 
 @dataclass(frozen=True)
-class Multilabel(Task):
+class Multilabel(_YesNo):
     """Any of ``n_labels``. Output: logits [B, C]; labels float [B, C] of 0/1, NaN where missing.
 
     An example counts as observed if at least one of its labels is; its loss is the mean over those observed.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -16,6 +16,8 @@ from torch.utils.data import Dataset, default_collate
 from libmtl_fair.batch import Columns
 from libmtl_fair.data.reference import Reference, narrowed
 from libmtl_fair.errors import DataError, near
+from libmtl_fair.faults import Faults, check_labels, need_few_groups
+from libmtl_fair.tasks import Task
 
 Array: TypeAlias = "Tensor | NDArray[Any]"
 """What loaders take: a tensor or a numpy array."""
@@ -162,6 +164,7 @@ def _groups(attribute: str, values: Array, n_rows: int) -> Tensor:
         )
     if int(tensor.min()) < -1:
         raise DataError(f"{what}: found id {int(tensor.min())}; ids are 0..G-1, and -1 where the group is not known")
+    need_few_groups(what, int(tensor.max()) + 1)
     return tensor.long()
 
 
@@ -308,6 +311,7 @@ class ResidentLoader:
         self._labels = _packed(rows.labels, self.device)
         self._groups = _packed(rows.groups, self.device)
         self._given, self._reference = rows.reference, cast("Tensor | None", None)
+        self._checked: set[Task] = set()
 
     @property
     def reference(self) -> Tensor | None:
@@ -316,6 +320,16 @@ class ResidentLoader:
             given = self._given.features(self._x) if isinstance(self._given, Reference) else self._given.to(self.device)
             self._given, self._reference = None, narrowed(given).contiguous()
         return self._reference
+
+    def check(self, tasks: Iterable[Task | None]) -> None:
+        """Raise DataError where labels are none of the task's kind; every task is looked at once."""
+        wanted = {task.name: task for task in tasks if task is not None and task not in self._checked}
+        for name, labels in _columns(self._labels, slice(None)).items() if wanted else ():
+            if (task := wanted.get(name)) is not None:
+                faults = Faults()
+                check_labels(faults, task, labels)
+                faults.check()
+                self._checked.add(task)
 
     def __len__(self) -> int:
         """Return the number of batches an epoch."""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from libmtl_fair.batch import Columns
-from libmtl_fair.data.loader import REFERENCE, SENSITIVE, Epoch, Packed
+from libmtl_fair.data.loader import REFERENCE, SENSITIVE, Epoch, Packed, ResidentLoader
 from libmtl_fair.errors import DataError, unknown
+from libmtl_fair.faults import MOST_GROUPS, check_labels, need_few_groups
 from libmtl_fair.libmtl.state import Loader, Loaders, TrainingState
 from libmtl_fair.tasks import Task
 
@@ -32,11 +33,12 @@ def drawn(loader: Loader) -> Iterator[object]:
     return found.packed() if isinstance(found, Epoch) else found
 
 
-def split(batch: object, device: torch.device, tasks: Sequence[str]) -> Packed:
-    """Take one batch apart: inputs, labels of the tasks, attribute -> group ids, reference features, on the device.
+def split(batch: object, trainer: TrainingState, tasks: Sequence[str]) -> Packed:
+    """Take one batch apart: inputs, labels of the tasks, attribute -> group ids, reference features, on the trainer's device.
 
-    A bare label tensor belongs to the one task in ``tasks``.
+    A bare label tensor belongs to the one task in ``tasks``. Labels and ids are checked as they come; a resident loader's were.
     """
+    device, resident = trainer.device, isinstance(batch, Packed)
     if not isinstance(batch, Packed):
         if not isinstance(batch, (list, tuple)) or len(batch) != 2:
             raise DataError(f"a loader must yield pairs (x, labels), found {type(batch).__name__}")
@@ -59,8 +61,28 @@ def split(batch: object, device: torch.device, tasks: Sequence[str]) -> Packed:
     if missing:
         found = [key for key in labels if key not in (SENSITIVE, REFERENCE)]
         raise DataError(f"the loader's labels have no task {missing[0]!r}; {unknown('task', missing[0], found)}")
+    if not resident:
+        _check(trainer, labels, batch.groups, tasks)
     taken = {task: to_device(labels[task], device) for task in tasks}
     return Packed(to_device(batch.x, device), taken, groups, batch.reference)
+
+
+def _check(
+    trainer: TrainingState, labels: Mapping[str, Any], groups: Mapping[str, Tensor], tasks: Sequence[str]
+) -> None:
+    for name in tasks:
+        task = trainer.task_dict[name].get("task")
+        if task is not None and isinstance(labels[name], Tensor):
+            check_labels(trainer.faults, task, labels[name])
+    for attribute, ids in groups.items():
+        if ids.is_floating_point() or ids.is_complex() or ids.dim() != 1:
+            raise DataError(
+                f"groups of sensitive attribute {attribute!r}: expected whole ids [B], found {ids.dtype} of shape {list(ids.shape)}; "
+                "give ids 0..G-1, and -1 where the group is not known"
+            )
+        most = trainer.n_groups.get(attribute, MOST_GROUPS) if trainer.model.training else MOST_GROUPS
+        expected = f"ids 0 to {most - 1}, -1 where the group is not known"
+        trainer.faults.note((ids < -1) | (ids >= most), ids, f"groups of sensitive attribute {attribute!r}", expected)
 
 
 def flat_labels(labels: Mapping[str, Tensor], tasks: Mapping[str, Task | None]) -> Mapping[str, Tensor]:
@@ -74,13 +96,17 @@ def flat_labels(labels: Mapping[str, Tensor], tasks: Mapping[str, Task | None]) 
 
 def per_task(trainer: TrainingState, loaders: Loaders) -> Mapping[str, Loader]:
     """Return task -> loader, or one loader under an empty name."""
-    if not trainer.multi_input:
-        return {"": loaders}
-    assert isinstance(loaders, Mapping)
-    missing = [task for task in trainer.main_tasks if task not in loaders]
-    if missing:
-        raise DataError(f"multi_input=True needs one loader a task; there is none for {missing[0]!r}")
-    return {task: loaders[task] for task in trainer.main_tasks}
+    found: Mapping[str, Loader] = {"": loaders}
+    if trainer.multi_input:
+        assert isinstance(loaders, Mapping)
+        missing = [task for task in trainer.main_tasks if task not in loaders]
+        if missing:
+            raise DataError(f"multi_input=True needs one loader a task; there is none for {missing[0]!r}")
+        found = {task: loaders[task] for task in trainer.main_tasks}
+    for name, loader in found.items():
+        if isinstance(loader, ResidentLoader):
+            loader.check(trainer.task_dict[task].get("task") for task in ([name] if name else trainer.main_tasks))
+    return found
 
 
 def endless(loader: Loader) -> Iterator[object]:
@@ -117,6 +143,7 @@ def group_counts(loaders: Sequence[Loader]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for loader in loaders:
         for name, count in (declared(loader, "n_groups") or _scan(loader)).items():
+            need_few_groups(f"groups of sensitive attribute {name!r}", int(count))
             counts[name] = max(int(count), counts.get(name, 0))
     return counts
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from libmtl_fair.errors import HostError
+from libmtl_fair.faults import Faults
 from libmtl_fair.libmtl.history import History
 from libmtl_fair.libmtl.loading import Trainer
 from libmtl_fair.libmtl.losses import Entry, LossBank, tasks_of
@@ -207,6 +208,7 @@ class TrainingState(StepState, Trainer):  # type: ignore[misc]
     group_modules: list[TakesGroups]
     kwargs: dict[str, dict[str, object]]
     samples: int
+    faults: Faults
     device: torch.device
     run_dir: Path | None
     rep_grad: bool

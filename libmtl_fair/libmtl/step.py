@@ -83,14 +83,14 @@ def _rows(trainer: TrainingState, outputs: Mapping[str, Tensor]) -> int | Sequen
 def losses_of(trainer: TrainingState, part: Any) -> Made:
     """Return what one batch gives, or one batch a task."""
     if not trainer.multi_input:
-        inputs, labels, groups, reference = batches.split(part, trainer.device, trainer.main_tasks)
+        inputs, labels, groups, reference = batches.split(part, trainer, trainer.main_tasks)
         made = made_of(trainer, forward(trainer, inputs, None, groups), labels, groups)
         return made._replace(reference=reference)
     outputs: dict[str, Tensor] = {}
     truth: dict[str, Tensor] = {}
     by_task, inputs, references = {}, {}, {}
     for task in trainer.main_tasks:
-        inputs[task], labels, by_task[task], references[task] = batches.split(part[task], trainer.device, [task])
+        inputs[task], labels, by_task[task], references[task] = batches.split(part[task], trainer, [task])
         outputs.update(forward(trainer, inputs[task], task, by_task[task]))
         truth.update(labels)
     for name, auxiliary in trainer.auxiliary.items():  # on the examples of its main task

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from libmtl_fair.data.loader import resolve_device
 from libmtl_fair.errors import DataError, HostError, RecipeError
+from libmtl_fair.faults import Faults
 from libmtl_fair.files import need_writable
 from libmtl_fair.libmtl import checkpoint
 from libmtl_fair.libmtl import checkpoint_selection as selection
@@ -135,7 +136,7 @@ class FairTrainer(TrainingState):
         self.model = compose(self, weighting, architecture, encoder_class, decoders)
         self.group_modules = [m for m in self.model.modules() if isinstance(m, TakesGroups)]
         self.representation = RepresentationHook(self.model) if isinstance(self.model, FairWeighting) else None
-        self.samples = stepping.SAMPLES.get(self.weighting, 1)
+        self.samples, self.faults = stepping.SAMPLES.get(self.weighting, 1), Faults()
         self.prepare_optimizer()
         self.start_afresh()
         self.validation: Loaders | None = None
@@ -277,6 +278,7 @@ class FairTrainer(TrainingState):
                 stepping.step(self, batch, epoch, log, joint)
             if not len(log):
                 raise DataError(f"epoch {epoch}: the training loader has no batch")
+            self.faults.check()
             columns = log.read(self.task_name, getattr(self.model, "trace_labels", {}))
             losses = np.stack([columns[f"loss/{task}"] for task in self.task_name], 1)
             fault = selection.fault(self, epoch, losses)

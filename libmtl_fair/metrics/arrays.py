@@ -9,6 +9,8 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from libmtl_fair.errors import DataError
+
 Array: TypeAlias = NDArray[Any]
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
@@ -25,6 +27,33 @@ def as_numpy(values: Values) -> Array:
 def as_floats(values: Values) -> Floats:
     """Return ``values`` as a float64 array."""
     return np.asarray(as_numpy(values), dtype=np.float64)
+
+
+def as_weights(values: Values, n_rows: int) -> Floats:
+    """Return row weights [N] as float64; negative ones, and such as are not finite, are refused."""
+    weight = as_floats(values)
+    if weight.shape != (n_rows,):
+        raise DataError(f"sample_weight has shape {list(weight.shape)} for {n_rows} rows; expected [{n_rows}]")
+    wrong = np.flatnonzero(~((weight >= 0) & (weight < np.inf)))
+    if len(wrong):
+        raise DataError(
+            f"sample_weight: found {weight[wrong[0]]:g} in row {wrong[0]} ({len(wrong)} such values in all); expected finite "
+            "numbers of at least 0"
+        )
+    return weight
+
+
+def as_ids(values: Values, what: str = "groups") -> Array:
+    """Return group ids [N] as whole numbers of any width; fractions, text and missing values are refused."""
+    ids = as_numpy(values)
+    if ids.dtype == object and all(isinstance(each, int | np.integer) for each in ids.flat):
+        ids = ids.astype(np.int64)
+    whole = ids.dtype.kind in "iub" or (ids.dtype.kind == "f" and bool((np.floor(ids) == ids).all()))
+    if ids.ndim != 1 or not (whole or not len(ids)):
+        raise DataError(
+            f"{what}: expected whole ids [N], -1 where not known, found {ids.dtype} of shape {list(ids.shape)}"
+        )
+    return ids
 
 
 def divide(numerator: Array, denominator: Array) -> Floats:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from libmtl_fair import functional as F
 from libmtl_fair.errors import DataError, RecipeError, unknown
+from libmtl_fair.faults import Faults, need_few_groups
 from libmtl_fair.metrics.group_state import TaskState
 from libmtl_fair.metrics.group_table import RESERVED, GroupTable, Options, add_task, to_frame
 from libmtl_fair.metrics.rates import check_option
@@ -114,8 +115,7 @@ class GroupMetrics:
         """Forget everything that was accumulated."""
         for state in self._states.values():
             state.reset(self.sizes)
-        self._bad: dict[str, Tensor] = {}
-        self._unknown: dict[str, Tensor] = {}
+        self._faults = Faults()
         return self
 
     def update(
@@ -130,20 +130,28 @@ class GroupMetrics:
         Raises
         ------
         DataError
-            A task or attribute is missing, lengths differ, ids outside of -1..G-1, or a score that is not finite where
-            a label is (on a GPU the last two are found by :meth:`compute`, so that no step waits).
+            A task or attribute is missing, shapes differ, labels that are none of the task's kind, ids outside of
+            -1..G-1, weights that are negative or not finite, a score that is not finite where a label is (on a GPU values
+            are checked there and said by :meth:`compute`, so that no step waits).
         """
         ids = self._ids(groups)
         weight, size = None if sample_weight is None else sample_weight.detach(), len(next(iter(ids.values())))
-        if weight is not None and len(weight) != size:
-            raise DataError(f"sample_weight has {len(weight)} entries for a batch of {size}")
+        if weight is not None:
+            if weight.shape != (size,):
+                raise DataError(
+                    f"sample_weight has shape {list(weight.shape)} for a batch of {size}; expected [{size}]"
+                )
+            self._faults.note(
+                ~((weight >= 0) & (weight < torch.inf)), weight, "sample_weight", "finite numbers of at least 0"
+            )
+        rows = []
         for name, state in self._states.items():
             for what, given in (("outputs", outputs), ("labels", labels)):
                 if name not in given:
                     raise DataError(f"{what} lack task {name!r}; found: {', '.join(map(str, given)) or '(none)'}")
-            state.update(outputs[name].detach(), labels[name], ids, weight)
-        if not any(i.is_cuda for i in ids.values()):
-            self._check()
+            rows.append(state.taken(outputs[name].detach(), labels[name], ids, weight))
+        for state, taken in zip(self._states.values(), rows):
+            state.add(taken)
         return self
 
     def merge(self, other: GroupMetrics) -> GroupMetrics:
@@ -152,9 +160,7 @@ class GroupMetrics:
             raise DataError("GroupMetrics can be merged only with the same tasks, attributes and numbers of groups")
         for name, state in self._states.items():
             state.merge(other._states[name])
-        for mine, theirs in ((self._bad, other._bad), (self._unknown, other._unknown)):
-            for attribute, count in theirs.items():
-                _count(mine, attribute, count)
+        self._faults.merge(other._faults)
         return self
 
     def compute(self) -> pd.DataFrame:
@@ -164,7 +170,8 @@ class GroupMetrics:
         ``min_group_size``), ``few`` (under ``min_class`` people behind the rate), ``undefined`` (no denominator, nothing seen), ``single``
         (a gap of one group), ``dropped`` (count of unknown rows left out), or empty.
         """
-        self._check()
+        for faults in (self._faults, *(state.faults for state in self._states.values())):
+            faults.check()
         tables = []
         for t, (task, state) in enumerate(self._states.items()):
             kept = state.rows() if state.stored else None
@@ -187,11 +194,18 @@ class GroupMetrics:
         for attribute, size in self.declared.items():
             if attribute not in groups:
                 raise DataError(f"groups lack attribute {attribute!r}; found: {', '.join(groups) or '(none)'}")
-            given = groups[attribute].detach().long()
+            given = groups[attribute].detach()
+            if given.is_floating_point() or given.is_complex() or given.dim() != 1:
+                raise DataError(
+                    f"attribute {attribute!r}: expected whole group ids [B], found {given.dtype} of shape {list(given.shape)}"
+                )
+            given = given.long()
             known = given.clamp(-1, size - 1)
-            _count(self._bad, attribute, known != given)
+            expected = f"ids -1 to {size - 1}; n_groups declares {size} groups"
+            self._faults.note(known != given, given, f"attribute {attribute!r}: group ids", expected)
             if self.missing == "error":
-                _count(self._unknown, attribute, given == -1)
+                expected = "a known group in every row; pass missing='drop' or missing='group', or fill them in"
+                self._faults.note(given == -1, given, f"attribute {attribute!r}: group ids", expected)
             found[attribute] = torch.where(known < 0, size, known) if self.missing == "group" else known
         if len({len(i) for i in found.values()}) > 1:
             raise DataError(f"groups must have one length, found { {a: len(i) for a, i in found.items()} }")
@@ -199,21 +213,10 @@ class GroupMetrics:
             found[name], _ = F.cross_groups([found[p] for p in parts], [self.sizes[p] for p in parts])
         return found
 
-    def _check(self) -> None:
-        """Raise for ids outside of their range, unknown ones under ``missing="error"``, broken scores; synchronises."""
-        for attribute, size in self.declared.items():
-            if count := int(self._bad.get(attribute, 0)):
-                why = f"{count} group ids lie outside of -1..{size - 1}; n_groups declares {size} groups"
-                raise DataError(f"attribute {attribute!r}: {why}")
-            if count := int(self._unknown.get(attribute, 0)):
-                why = f"{count} rows have no known group; pass missing='drop' or missing='group', or fill them in"
-                raise DataError(f"attribute {attribute!r}: {why}")
-        for state in self._states.values():
-            state.check()
-
     def _names(self, attribute: str, size: int, given: Sequence[str] | None) -> list[str]:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise RecipeError(f"n_groups[{attribute!r}] must be an integer of at least 1, found {size!r}")
+        need_few_groups(f"n_groups[{attribute!r}]", size)
         names = [str(i) for i in range(size)] if given is None else [str(n) for n in given]
         if len(names) != size or len(set(names)) != size:
             raise RecipeError(f"group_names[{attribute!r}] must be {size} different names, found {names}")
@@ -235,11 +238,6 @@ class GroupMetrics:
             if len(set(parts)) < 2:
                 raise RecipeError(f"an intersection crosses at least two attributes, found {list(parts)}")
         return {_JOIN.join(parts): parts for parts in crossings}
-
-
-def _count(into: dict[str, Tensor], attribute: str, flags: Tensor) -> None:
-    count = flags.sum()
-    into[attribute] = into[attribute] + count.to(into[attribute].device) if attribute in into else count
 
 
 def _threshold(given: float | str | Mapping[str, Threshold], task: Task) -> Threshold:

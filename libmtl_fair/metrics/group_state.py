@@ -11,6 +11,7 @@ from torch import Tensor
 
 from libmtl_fair import functional as F
 from libmtl_fair.errors import DataError
+from libmtl_fair.faults import Faults, check_labels
 from libmtl_fair.metrics.arrays import Floats
 from libmtl_fair.tasks import Task
 
@@ -48,39 +49,56 @@ class TaskState:
         self.sizes = dict(sizes)
         self._tables: dict[str, Tensor] = {}
         self._batches: list[Rows] = []
-        self._bad: list[Tensor] = []
+        self.faults = Faults()
 
-    def update(self, output: Tensor, labels: Tensor, ids: Mapping[str, Tensor], weight: Tensor | None) -> None:
-        """Add one batch."""
-        labels, values = torch.as_tensor(labels, device=output.device).detach(), self.task.probabilities(output)
-        name, many, size = self.task.name, len(values), len(next(iter(ids.values())))
-        if not many == len(labels) == size:
-            raise DataError(f"task {name!r}: {many} outputs and {len(labels)} labels for {size} group ids")
+    def taken(self, output: Tensor, labels: Tensor, ids: Mapping[str, Tensor], weight: Tensor | None) -> Rows:
+        """Return one batch as rows; what does not fit is refused, or noted where its device would have to be waited for."""
+        name, size = self.task.name, len(next(iter(ids.values())))
+        values = self._values(output)
+        labels = self.task.flat(torch.as_tensor(labels, device=output.device).detach())
+        wide = tuple(values.shape) if self.task.kind == "multilabel" else (len(values),)
+        if not len(values) == len(labels) == size or labels.shape != wide:
+            found = f"{len(values)} outputs and labels of shape {list(labels.shape)} for {size} group ids"
+            raise DataError(f"task {name!r}: {found}; expected labels of shape {list(wide)}")
+        check_labels(self.faults, self.task, labels)
         observed = torch.isfinite(labels) if labels.is_floating_point() else labels >= 0
         if values.is_cuda or not torch.isfinite(values.sum()):  # on the CPU one sum tells that all is well
             broken = ~torch.isfinite(values)
-            self._bad.append(((broken if broken.dim() == observed.dim() else broken.any(-1)) & observed).sum())
-        rows = Rows(values, labels, observed, dict(ids), weight)
+            seen = observed if broken.dim() == observed.dim() else observed[:, None]
+            expected = "finite numbers wherever there is a label: the model has diverged, or its outputs are masked"
+            self.faults.note(broken & seen, values, f"task {name!r}: scores", expected)
+        return Rows(values, labels, observed, dict(ids), weight)
+
+    def add(self, rows: Rows) -> None:
+        """Add one batch."""
+        ids = rows.ids
         if self.counted:
-            bar = torch.tensor(self.threshold).to(values) if isinstance(self.threshold, list) else self.threshold
+            bar = torch.tensor(self.threshold).to(rows.values) if isinstance(self.threshold, list) else self.threshold
             self._add({a: self._count(rows, a, bar) for a in ids})
         if self.stored:
             self._batches.append(rows._replace(ids={a: given.to(torch.int32) for a, given in ids.items()}))
 
-    def check(self) -> None:
-        """Raise for scores that are not finite where there is a label; synchronises."""
-        bad, self._bad = sum(map(int, self._bad)), []
-        if bad:
+    def _values(self, output: Tensor) -> Tensor:
+        """Return probabilities or values, [B] or [B, C], in float32 at least; outputs of another shape are refused."""
+        width = int(self.task.out_features)
+        widths = {"binary": (1, 2), "regression": (1,)}.get(self.task.kind, (width,))
+        flat = output.dim() == 1 and 1 in widths and self.task.kind != "multilabel"
+        if not flat and not (output.dim() == 2 and output.shape[1] in widths):
+            shapes = " or ".join(f"[B, {each}]" for each in widths)
             raise DataError(
-                f"task {self.task.name!r}: {bad} labelled examples have a score that is not finite (NaN or infinite); "
-                "the model has diverged, or its outputs are masked"
+                f"task {self.task.name!r} ({self.task.kind}): outputs of shape {list(output.shape)}; expected {shapes}"
             )
+        if not output.is_floating_point():
+            raise DataError(
+                f"task {self.task.name!r}: outputs are {output.dtype}; expected the head's raw numbers, not decisions"
+            )
+        return self.task.probabilities(output.float() if output.dtype.itemsize < 4 else output)
 
     def merge(self, other: TaskState) -> None:
         """Add the counts and rows of another state of the same task."""
         self._add(other._tables)
         self._batches += other._batches
-        self._bad += other._bad
+        self.faults.merge(other.faults)
 
     def rows(self) -> Rows:
         """Return all kept rows on the CPU; ids as int64, weights as float64."""

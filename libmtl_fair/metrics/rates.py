@@ -9,7 +9,19 @@ from typing import Literal
 import numpy as np
 
 from libmtl_fair.errors import DataError, RecipeError, unknown
-from libmtl_fair.metrics.arrays import Array, Bools, Floats, Ints, Values, as_floats, as_numpy, divide
+from libmtl_fair.faults import need_few_groups
+from libmtl_fair.metrics.arrays import (
+    Array,
+    Bools,
+    Floats,
+    Ints,
+    Values,
+    as_floats,
+    as_ids,
+    as_numpy,
+    as_weights,
+    divide,
+)
 
 Method = Literal["between_groups", "to_overall"]
 Aggregate = Literal["worst_case", "mean"]
@@ -53,10 +65,12 @@ def group_counts(
     ``y_true`` and ``y_pred`` are 0/1 (any dtype), ``groups`` ids in -1..G-1; rows of unknown group (-1) are left out.
     Linear in n and independent of G; int64 counts, or float64 sums of ``sample_weight``.
     """
-    y, p, g = (as_numpy(v).reshape(-1) for v in (y_true, y_pred, groups))
+    y, p = (as_numpy(v).reshape(-1) for v in (y_true, y_pred))
+    g = as_ids(as_numpy(groups).reshape(-1))
+    need_few_groups("groups", n_groups)
     if not len(y) == len(p) == len(g):
         raise DataError(f"y_true, y_pred and groups must have one length, found {len(y)}, {len(p)} and {len(g)}")
-    weight = None if sample_weight is None else as_floats(sample_weight)
+    weight = None if sample_weight is None else as_weights(sample_weight, len(y))
     size = 4 * (n_groups + 1)
     total: Array = np.zeros(size, dtype=np.int64 if weight is None else np.float64)
     for start in range(0, len(y), _CHUNK):
@@ -71,10 +85,10 @@ def _pack(y: Array, p: Array, g: Array, n_groups: int) -> Ints:
         raise DataError(
             "y_true and y_pred must hold 0 and 1 only; leave out missing labels (NaN, -100) before counting"
         )
-    codes = np.add(g, 1, casting="unsafe", dtype=np.int64)
-    low, high = codes.min() - 1, codes.max() - 1
+    low, high = g.min(), g.max()
     if low < -1 or high >= n_groups:
         raise DataError(f"group ids must lie in -1..{n_groups - 1} for n_groups={n_groups}, found {low} to {high}")
+    codes = np.add(g, 1, casting="unsafe", dtype=np.int64)
     for bit in (y, p):
         codes += codes
         np.add(codes, bit, out=codes, casting="unsafe")

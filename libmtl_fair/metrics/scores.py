@@ -10,7 +10,8 @@ import torch
 
 from libmtl_fair import functional as F
 from libmtl_fair.errors import DataError
-from libmtl_fair.metrics.arrays import Floats, Ints, Values, as_floats, as_numpy, divide
+from libmtl_fair.faults import Faults, check_labels
+from libmtl_fair.metrics.arrays import Array, Floats, Ints, Values, as_floats, as_ids, as_numpy, as_weights, divide
 from libmtl_fair.metrics.decisions import Held, thresholds_in_use
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.tasks import Regression, Task
@@ -25,10 +26,30 @@ _CELLS_AT_ONCE = 1 << 18
 def auc_score(scores: Values, positive: Values) -> float:
     """Return the area under the ROC curve of ``scores`` [N] for bool ``positive`` [N]; NaN where one class is empty.
 
+    Raises
+    ------
+    DataError : shapes differ, a score is not finite, or a label neither 0 nor 1.
+
     >>> auc_score([0.1, 0.4, 0.4, 0.8], [False, False, True, True])
     0.875
     """
-    return float(F.auc(torch.as_tensor(as_numpy(scores)), torch.as_tensor(as_numpy(positive)).bool()))
+    score, label = as_numpy(scores), as_numpy(positive)
+    _need_scores("auc_score", score, label)
+    return float(F.auc(torch.as_tensor(score), torch.as_tensor(label).bool()))
+
+
+def _need_scores(what: str, score: Array, label: Array) -> None:
+    """Raise DataError for scores that are not finite numbers [N], and labels that are not 0 and 1."""
+    if score.ndim != 1 or score.shape != label.shape or score.dtype.kind not in "iuf" or label.dtype.kind not in "iufb":
+        found = f"{score.dtype} {list(score.shape)} and {label.dtype} {list(label.shape)}"
+        raise DataError(f"{what}: expected scores [N] and as many labels of 0 and 1, found {found}")
+    if not np.isfinite(score).all():
+        raise DataError(f"{what}: {int((~np.isfinite(score)).sum())} scores are not finite; leave them out")
+    wrong = np.flatnonzero((label != 0) & (label != 1))
+    if len(wrong):
+        raise DataError(
+            f"{what}: found label {label[wrong[0]]:g} in row {wrong[0]}; expected 0 and 1, missing ones left out"
+        )
 
 
 def task_utility(task: Task, output: Values, labels: Values) -> dict[str, float]:
@@ -38,7 +59,10 @@ def task_utility(task: Task, output: Values, labels: Values) -> dict[str, float]
     :func:`libmtl_fair.functional.task_scores`.
     """
     native = (task.mean, task.std) if isinstance(task, Regression) else (0.0, 1.0)
-    return F.task_scores(task.kind, task.probabilities(torch.as_tensor(output)), torch.as_tensor(labels), native=native)
+    truth, faults = torch.as_tensor(labels), Faults()
+    check_labels(faults, task, truth)
+    faults.check()
+    return F.task_scores(task.kind, task.probabilities(torch.as_tensor(output)), truth, native=native)
 
 
 def utility(predictions: Predictions, threshold: float | str | Held = 0.5) -> dict[str, dict[str, float]]:
@@ -97,17 +121,16 @@ def group_auc(
     >>> group_auc([0.1, 0.9, 0.5, 0.5], [0, 1, 0, 1], [0, 0, 1, 1], 2).value.tolist()
     [1.0, 0.5]
     """
-    columns = [as_numpy(scores), as_numpy(y_true), as_numpy(groups)]
+    columns = [as_numpy(scores), as_numpy(y_true), as_ids(groups)]
     sizes, group = [len(column) for column in columns], columns[2]
     if len(set(sizes)) > 1:
         raise DataError("scores, y_true and groups must have one length, found {}, {} and {}".format(*sizes))
     if sample_weight is not None:
-        columns.append(as_floats(sample_weight))
+        columns.append(as_weights(sample_weight, len(group)))
     if len(group) and (group.min() < 0 or group.max() >= n_groups):
         columns = [column[(group >= 0) & (group < n_groups)] for column in columns]
     score, label, group, *weight = columns
-    if not np.isfinite(score).all():
-        raise DataError(f"group_auc: {int((~np.isfinite(score)).sum())} scores are not finite; leave them out")
+    _need_scores("group_auc", score, label)
     tensor = torch.from_numpy
     weights = tensor(weight[0]) if weight else None
     found = F.group_auc(tensor(score), tensor(label > 0), tensor(group), n_groups, weight=weights, errors=errors)
@@ -137,8 +160,8 @@ def group_regression(
     >>> found.values[0].tolist()
     [0.5, 0.0]
     """
-    p, y, group = as_floats(prediction), as_floats(target), as_numpy(groups).astype(np.int64)
-    w = np.ones(len(p)) if sample_weight is None else as_floats(sample_weight)
+    p, y, group = as_floats(prediction), as_floats(target), as_ids(groups).astype(np.int64)
+    w = np.ones(len(p)) if sample_weight is None else as_weights(sample_weight, len(p))
     weight = np.bincount(group, w, minlength=n_groups)
 
     def mean(values: Floats) -> Floats:
@@ -175,7 +198,7 @@ def ks_distance(prediction: Values, groups: Values, n_groups: int) -> float:
     >>> ks_distance([0.0, 1.0, 2.0, 3.0], [0, 0, 1, 1], 2)
     1.0
     """
-    values, group = as_floats(prediction), as_numpy(groups).astype(np.int64)
+    values, group = as_floats(prediction), as_ids(groups).astype(np.int64)
     counts = np.bincount(group, minlength=n_groups)
     present = np.flatnonzero(counts)
     if len(present) < 2:
