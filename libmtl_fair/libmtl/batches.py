@@ -27,18 +27,34 @@ def to_device(inputs: Any, device: torch.device) -> Any:
     return inputs
 
 
-def drawn(loader: Loader) -> Iterator[object]:
-    """Yield a loader's batches; those of a resident loader as the matrices that they are."""
+def drawn(loader: Loader, trainer: TrainingState | None = None, tasks: Sequence[str] = ()) -> Iterator[object]:
+    """Yield a loader's batches; those of a resident loader as the matrices that they are, others' labels and ids checked for a trainer."""
     found = iter(loader)
-    return found.packed() if isinstance(found, Epoch) else found
+    if isinstance(found, Epoch):
+        return found.packed()
+    return found if trainer is None else _checked(trainer, found, tasks)
 
 
-def split(batch: object, trainer: TrainingState, tasks: Sequence[str]) -> Packed:
-    """Take one batch apart: inputs, labels of the tasks, attribute -> group ids, reference features, on the trainer's device.
+def _checked(trainer: TrainingState, found: Iterator[Any], tasks: Sequence[str]) -> Iterator[object]:
+    """Yield batches whose labels and ids are what they should be: refused before they go to a device, or noted where they lie."""
+    declared_tasks = [(name, trainer.task_dict[name].get("task")) for name in tasks]
+    for batch in found:
+        labels = batch[1] if isinstance(batch, (list, tuple)) and len(batch) == 2 else None
+        labels = {tasks[0]: labels} if isinstance(labels, Tensor) else labels
+        if isinstance(labels, Mapping):
+            for name, task in declared_tasks:
+                if task is not None and isinstance(labels.get(name), Tensor):
+                    check_labels(trainer.faults, task, labels[name])
+            for attribute, ids in labels.get(SENSITIVE, {}).items():
+                _check_ids(trainer, attribute, ids)
+        yield batch
 
-    A bare label tensor belongs to the one task in ``tasks``. Labels and ids are checked as they come; a resident loader's were.
+
+def split(batch: object, device: torch.device, tasks: Sequence[str]) -> Packed:
+    """Take one batch apart: inputs, labels of the tasks, attribute -> group ids, reference features, on the device.
+
+    A bare label tensor belongs to the one task in ``tasks``.
     """
-    device, resident = trainer.device, isinstance(batch, Packed)
     if not isinstance(batch, Packed):
         if not isinstance(batch, (list, tuple)) or len(batch) != 2:
             raise DataError(f"a loader must yield pairs (x, labels), found {type(batch).__name__}")
@@ -61,28 +77,19 @@ def split(batch: object, trainer: TrainingState, tasks: Sequence[str]) -> Packed
     if missing:
         found = [key for key in labels if key not in (SENSITIVE, REFERENCE)]
         raise DataError(f"the loader's labels have no task {missing[0]!r}; {unknown('task', missing[0], found)}")
-    if not resident:
-        _check(trainer, labels, batch.groups, tasks)
     taken = {task: to_device(labels[task], device) for task in tasks}
     return Packed(to_device(batch.x, device), taken, groups, batch.reference)
 
 
-def _check(
-    trainer: TrainingState, labels: Mapping[str, Any], groups: Mapping[str, Tensor], tasks: Sequence[str]
-) -> None:
-    for name in tasks:
-        task = trainer.task_dict[name].get("task")
-        if task is not None and isinstance(labels[name], Tensor):
-            check_labels(trainer.faults, task, labels[name])
-    for attribute, ids in groups.items():
-        if ids.is_floating_point() or ids.is_complex() or ids.dim() != 1:
-            raise DataError(
-                f"groups of sensitive attribute {attribute!r}: expected whole ids [B], found {ids.dtype} of shape {list(ids.shape)}; "
-                "give ids 0..G-1, and -1 where the group is not known"
-            )
-        most = trainer.n_groups.get(attribute, MOST_GROUPS) if trainer.model.training else MOST_GROUPS
-        expected = f"ids 0 to {most - 1}, -1 where the group is not known"
-        trainer.faults.note((ids < -1) | (ids >= most), ids, f"groups of sensitive attribute {attribute!r}", expected)
+def _check_ids(trainer: TrainingState, attribute: str, ids: Tensor) -> None:
+    what = f"groups of sensitive attribute {attribute!r}"
+    if ids.is_floating_point() or ids.is_complex() or ids.dim() != 1:
+        raise DataError(
+            f"{what}: expected whole ids [B], found {ids.dtype} of shape {list(ids.shape)}; give ids 0..G-1, and -1 where the "
+            "group is not known"
+        )
+    most = trainer.n_groups.get(attribute, MOST_GROUPS) if trainer.model.training else MOST_GROUPS
+    trainer.faults.note((ids < -1) | (ids >= most), ids, what, f"ids 0 to {most - 1}, -1 where the group is not known")
 
 
 def flat_labels(labels: Mapping[str, Tensor], tasks: Mapping[str, Task | None]) -> Mapping[str, Tensor]:
@@ -109,11 +116,11 @@ def per_task(trainer: TrainingState, loaders: Loaders) -> Mapping[str, Loader]:
     return found
 
 
-def endless(loader: Loader) -> Iterator[object]:
+def endless(trainer: TrainingState, loader: Loader, tasks: Sequence[str]) -> Iterator[object]:
     """Yield the loader's batches again and again, each pass through a new iterator."""
     while True:
         empty = True
-        for batch in drawn(loader):
+        for batch in drawn(loader, trainer, tasks):
             empty = False
             yield batch
         if empty:

@@ -38,9 +38,11 @@ def draw(trainer: TrainingState, loaders: Loaders) -> Iterator[object]:
     """
     found = batches.per_task(trainer, loaders)
     if not trainer.multi_input and trainer.samples == 1:
-        yield from batches.drawn(found[""])
+        yield from batches.drawn(found[""], trainer, trainer.main_tasks)
         return
-    streams = {name: batches.endless(loader) for name, loader in found.items()}
+    streams = {
+        name: batches.endless(trainer, loader, [name] if name else trainer.main_tasks) for name, loader in found.items()
+    }
     lengths: list[Any] = list(found.values())
     for _ in range(max(map(len, lengths))):
         taken = [{name: next(stream) for name, stream in streams.items()} for _ in range(trainer.samples)]
@@ -83,14 +85,14 @@ def _rows(trainer: TrainingState, outputs: Mapping[str, Tensor]) -> int | Sequen
 def losses_of(trainer: TrainingState, part: Any) -> Made:
     """Return what one batch gives, or one batch a task."""
     if not trainer.multi_input:
-        inputs, labels, groups, reference = batches.split(part, trainer, trainer.main_tasks)
+        inputs, labels, groups, reference = batches.split(part, trainer.device, trainer.main_tasks)
         made = made_of(trainer, forward(trainer, inputs, None, groups), labels, groups)
         return made._replace(reference=reference)
     outputs: dict[str, Tensor] = {}
     truth: dict[str, Tensor] = {}
     by_task, inputs, references = {}, {}, {}
     for task in trainer.main_tasks:
-        inputs[task], labels, by_task[task], references[task] = batches.split(part[task], trainer, [task])
+        inputs[task], labels, by_task[task], references[task] = batches.split(part[task], trainer.device, [task])
         outputs.update(forward(trainer, inputs[task], task, by_task[task]))
         truth.update(labels)
     for name, auxiliary in trainer.auxiliary.items():  # on the examples of its main task
