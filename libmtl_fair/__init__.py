@@ -10,13 +10,15 @@ from libmtl_fair import errors
 from libmtl_fair._imports import OldNames, lazy
 
 if TYPE_CHECKING:
-    from libmtl_fair import data, functional, metrics, report, sklearn, tune
-    from libmtl_fair.data import Dataset, ResidentLoader, load_dataset
+    from libmtl_fair import data, deploy, functional, metrics, report, sklearn, tune
+    from libmtl_fair.data import Dataset, ResidentLoader, load_dataset, load_table
+    from libmtl_fair.deploy import Predictor, load
     from libmtl_fair.libmtl import DivergenceError, FairStep, FairTrainer, FairWeighting, heal, register
     from libmtl_fair.libmtl.losses import task_dict
     from libmtl_fair.methods import FairMT, FBGrad, GroupRegulariser, LambdaMix, ReLiF
     from libmtl_fair.methods.fairbranch.fairbranch import FairBranch
     from libmtl_fair.methods.heads.auxiliary import add_fairness_heads, drop_fairness_heads
+    from libmtl_fair.metrics.post_processing import post_process
     from libmtl_fair.predictions import Predictions
     from libmtl_fair.tasks import Binary, Multiclass, Multilabel, Regression, Task
 
@@ -37,18 +39,23 @@ __all__ = [
     "Multiclass",
     "Multilabel",
     "Predictions",
+    "Predictor",
     "ReLiF",
     "Regression",
     "ResidentLoader",
     "Task",
     "add_fairness_heads",
     "data",
+    "deploy",
     "drop_fairness_heads",
     "errors",
     "functional",
     "heal",
+    "load",
     "load_dataset",
+    "load_table",
     "metrics",
+    "post_process",
     "register",
     "report",
     "sklearn",
@@ -57,15 +64,18 @@ __all__ = [
 ]
 
 _HOMES = {
-    **dict.fromkeys(("data", "functional", "metrics", "report", "sklearn", "tune"), ""),
-    "data.catalogue": "load_dataset",
+    **dict.fromkeys(("data", "deploy", "functional", "metrics", "report", "sklearn", "tune"), ""),
+    "data.catalogue": "load_dataset load_table",
     "data.dataset": "Dataset",
     "data.loader": "ResidentLoader",
+    "deploy.loading": "load",
+    "deploy.predictor": "Predictor",
     "libmtl.losses": "task_dict",
     "libmtl": "DivergenceError FairStep FairTrainer FairWeighting heal register",
     "methods": "FBGrad FairMT GroupRegulariser LambdaMix ReLiF",
     "methods.fairbranch.fairbranch": "FairBranch",
     "methods.heads.auxiliary": "add_fairness_heads drop_fairness_heads",
+    "metrics.post_processing": "post_process",
     "predictions": "Predictions",
     "tasks": "Binary Multiclass Multilabel Regression Task",
 }

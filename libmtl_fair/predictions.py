@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from libmtl_fair.errors import CheckpointError, DamagedFileError, DataError
-from libmtl_fair.tasks import IGNORE_INDEX, KINDS, Task
+from libmtl_fair.tasks import IGNORE_INDEX, Task, task_from_dict, task_to_dict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -135,7 +135,7 @@ class Predictions:
             for c, output in enumerate(np.atleast_2d(self.outputs[task.name].numpy().T)):
                 frame[f"{task.name}/output_{c}"] = output
         meta = {
-            "tasks": [{"kind": t.kind, **asdict(t)} for t in self.tasks],
+            "tasks": [task_to_dict(task) for task in self.tasks],
             "group_names": {attribute: self._names(attribute) for attribute in self.groups},
             "shapes": {t.name: list(self.outputs[t.name].shape[1:]) for t in self.tasks},
             "decided": list(self.decided),
@@ -174,10 +174,7 @@ class Predictions:
                 f"{path} holds no predictions of libmtl_fair ({error}); run the recipe again"
             ) from error
         frame = table.to_pandas()
-        tasks = []
-        for entry in meta["tasks"]:
-            kind: Callable[..., Task] = KINDS[entry.pop("kind")]
-            tasks.append(kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}))
+        tasks = [task_from_dict(entry) for entry in meta["tasks"]]
         outputs, labels, scores = {}, {}, {}
         for task in tasks:
             columns = [c for c in frame if str(c).startswith(f"{task.name}/output_")]
@@ -189,6 +186,18 @@ class Predictions:
         codes = {a: pd.Categorical(frame[f"sensitive/{a}"], categories=known).codes for a, known in names.items()}
         groups = {a: torch.from_numpy(code.astype(np.int64)) for a, code in codes.items()}
         return cls(tuple(tasks), scores, outputs, labels, groups, names, decided=tuple(meta.get("decided") or ()))
+
+
+def side_by_side(found: Sequence[Predictions]) -> Predictions:
+    """Return predictions of several models of one task each, for the same examples, as those of one model."""
+    if len(found) == 1:
+        return found[0]
+    joined: dict[str, Any] = {
+        name: {task: value for each in found for task, value in getattr(each, name).items()}
+        for name in ("scores", "outputs", "labels")
+    }
+    vectors = {each.tasks[0].name: each.embeddings for each in found if isinstance(each.embeddings, Tensor)}
+    return replace(found[0], tasks=tuple(each.tasks[0] for each in found), embeddings=vectors or None, **joined)
 
 
 def _numbered(name: str, values: Values, shown: Callable[[Values], Column] = np.asarray) -> dict[str, Column]:

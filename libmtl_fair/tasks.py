@@ -8,8 +8,8 @@ shows, the probabilities that group metrics read, and the score in [0, 1] that t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as nnf
@@ -201,16 +201,20 @@ class Multiclass(Task):
 class Multilabel(_YesNo):
     """Any of ``n_labels``. Output: logits [B, C]; labels float [B, C] of 0/1, NaN where missing.
 
-    An example counts as observed if at least one of its labels is; its loss is the mean over those observed.
+    An example counts as observed if at least one of its labels is; its loss is the mean over those observed. ``labels`` may name
+    them, in order.
     """
 
     n_labels: int = 2
+    labels: tuple[str, ...] | None = None
     kind: ClassVar[str] = "multilabel"
 
     def __post_init__(self) -> None:
         """Check the number of labels."""
         super().__post_init__()
         _need_count(self.name, "n_labels", self.n_labels, 1)
+        if self.labels is not None and len(self.labels) != self.n_labels:
+            raise RecipeError(f"task {self.name!r}: {len(self.labels)} label names for n_labels={self.n_labels}")
 
     @property
     def out_features(self) -> int:
@@ -309,3 +313,20 @@ def _need_count(task: str, field: str, found: object, least: int) -> None:
 
 KINDS: Mapping[str, type[Task]] = {cls.kind: cls for cls in (Binary, Multiclass, Multilabel, Regression)}
 """Task kinds by name, as recipes spell them."""
+
+
+def task_to_dict(task: Task) -> dict[str, Any]:
+    """Return a task as plain values, its kind among them."""
+    return {"kind": task.kind, **asdict(task)}
+
+
+def task_from_dict(values: Mapping[str, Any]) -> Task:
+    """Read what :func:`task_to_dict` gave, from JSON too.
+
+    >>> task_from_dict(task_to_dict(Binary("income")))
+    Binary(name='income')
+    """
+    fields = {name: tuple(item) if isinstance(item, list) else item for name, item in values.items() if name != "kind"}
+    made: type[Any] = KINDS[values["kind"]]
+    task: Task = made(**fields)
+    return task

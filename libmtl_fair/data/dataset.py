@@ -12,6 +12,7 @@ from libmtl_fair.data.card import Card, card_markdown, dataset_card
 from libmtl_fair.data.features import FeatureEncoder, feature_kinds, fit_encoder
 from libmtl_fair.data.labels import make_task
 from libmtl_fair.data.loader import ResidentLoader, TableDataset
+from libmtl_fair.data.new_rows import NewRows, fit_new_rows
 from libmtl_fair.data.reference import Reference, fit_reference
 from libmtl_fair.data.selection import Choice, read_table
 from libmtl_fair.data.spec import TableSpec
@@ -98,9 +99,11 @@ class Dataset:
     card : Card
         What the data are, as plain values ready for JSON.
     encoder : FeatureEncoder
-        The fitted encoding, for new rows.
+        The fitted encoding of the inputs.
     tell_tale : dict of str to tuple of str
         {attribute: source columns that show it}, inputs or not.
+    new_rows : NewRows
+        How rows of other tables are read, for models in use.
     """
 
     name: str
@@ -111,8 +114,13 @@ class Dataset:
     groups: dict[str, list[str]]
     feature_names: tuple[str, ...]
     card: Card
-    encoder: FeatureEncoder
+    new_rows: NewRows
     tell_tale: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def encoder(self) -> FeatureEncoder:
+        """Return the fitted encoding of the inputs."""
+        return self.new_rows.encoder
 
     @property
     def n_features(self) -> int:
@@ -176,7 +184,8 @@ class Dataset:
         train, val, test = (
             replace(s, x=s.x[:, kept], feature_names=names, reference=reference) for s in self.splits().values()
         )
-        return replace(self, train=train, val=val, test=test, feature_names=names, encoder=encoder)
+        seen = replace(self.new_rows, encoder=encoder)
+        return replace(self, train=train, val=val, test=test, feature_names=names, new_rows=seen)
 
     def card_markdown(self) -> str:
         """Return the data card as Markdown."""
@@ -213,6 +222,6 @@ def build_dataset(spec: TableSpec, frame: pd.DataFrame, choice: Choice) -> Datas
         groups=names,
         feature_names=encoder.names,
         card=dataset_card(table, len(frame), parts, encoder),
-        encoder=encoder,
+        new_rows=fit_new_rows(table, encoder, tuple(task for task, _ in made.values())),
         tell_tale={name: tuple(sorted(columns)) for name, columns in table.tell_tale.items()},
     )

@@ -241,7 +241,7 @@ def make_task(labels: RawLabels, train: NDArray[np.int64]) -> tuple[Task, Values
         return Binary(labels.name), labels.values
     if labels.spec.kind == "multiclass":
         return Multiclass(labels.name, n_classes=len(labels.classes), classes=labels.classes), labels.values
-    return Multilabel(labels.name, n_labels=len(labels.classes)), labels.values
+    return Multilabel(labels.name, n_labels=len(labels.classes), labels=labels.classes), labels.values
 
 
 def _scaled(labels: RawLabels, train: NDArray[np.int64]) -> tuple[Task, NDArray[np.float32]]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from libmtl_fair.data.frames import Series, column_of
 from libmtl_fair.data.labels import RawLabels, raw_labels, task_columns
 from libmtl_fair.data.sensitive import Groups, choose_sensitive, make_groups, tell_tale_columns
-from libmtl_fair.data.spec import TableSpec, TaskSpec
+from libmtl_fair.data.spec import SensitiveSpec, TableSpec, TaskSpec
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.validation import Keep, Listed, MissingRule, checked
 
@@ -60,7 +60,8 @@ class Choice:
 class Table:
     """The rows in use, ``rows`` being their positions in the source, with labels, groups and strata.
 
-    ``stratified_on`` is the task of the strata, "" for none; ``tell_tale`` the columns that show each attribute.
+    ``stratified_on`` is the task of the strata, "" for none; ``tell_tale`` the columns that show each attribute; ``known``: the specs
+    of all attributes, of which intersections are made.
     """
 
     spec: TableSpec
@@ -72,6 +73,7 @@ class Table:
     stratified_on: str
     stratum: Rows | None
     tell_tale: Mapping[str, set[str]]
+    known: Mapping[str, SensitiveSpec]
 
     @property
     def tasks(self) -> dict[str, TaskSpec]:
@@ -123,6 +125,7 @@ def read_table(spec: TableSpec, frame: pd.DataFrame, choice: Choice) -> Table:
         stratified_on=stratify,
         stratum=strata(raw_labels(stratify, spec.tasks[stratify], frame)) if stratify else None,
         tell_tale={name: tell_tale_columns(item, known) for name, item in attributes.items()},
+        known=known,
     )
     taken = draw_subset(table.stratum, len(frame), choice.subset, choice.of_test)
     if len(taken) == len(frame):

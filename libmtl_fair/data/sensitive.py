@@ -102,8 +102,7 @@ def make_groups(attribute: str, spec: SensitiveSpec, frame: pd.DataFrame, missin
 
 def _from_column(attribute: str, spec: SensitiveSpec, frame: pd.DataFrame, missing: MissingRule) -> Groups:
     where = f"sensitive attribute {attribute!r}"
-    series = column_of(frame, str(spec.column), where)
-    text, order = _binned(as_numbers(series, where), spec) if spec.bins else (as_text(series), list(spec.labels))
+    text, order = _text(attribute, spec, frame)
     if spec.merge:
         for value in spec.merge:
             if value not in text:
@@ -125,6 +124,30 @@ def _from_column(attribute: str, spec: SensitiveSpec, frame: pd.DataFrame, missi
     if gap.any() and missing == "group":
         ids, names = np.where(gap, len(names), ids), [*names, MISSING_GROUP]
     return Groups(attribute, spec, ids, tuple(names), gap)
+
+
+def _text(attribute: str, spec: SensitiveSpec, frame: pd.DataFrame) -> tuple[NDArray[np.object_], list[str]]:
+    """Return the values of an attribute's column as text, None where missing, and their declared order."""
+    where = f"sensitive attribute {attribute!r}"
+    series = column_of(frame, str(spec.column), where)
+    return _binned(as_numbers(series, where), spec) if spec.bins else (as_text(series), list(spec.labels))
+
+
+def known_groups(
+    attribute: str, known: Specs, names: Sequence[str], frame: pd.DataFrame, missing: MissingRule
+) -> NDArray[np.int64]:
+    """Return the group ids of new rows, int64 [N], among the ``names`` that training found; -1 for any other value."""
+
+    def text(name: str) -> NDArray[np.object_]:
+        spec = known[name]
+        if spec.of:
+            parts = [text(part) for part in spec.of]
+            return np.array([None if None in cell else " & ".join(cell) for cell in zip(*parts)], dtype=object)
+        found, _ = _text(name, spec, frame)
+        rest = MISSING_GROUP if missing == "group" else None
+        return np.array([rest if value is None else spec.merge.get(value, value) for value in found], dtype=object)
+
+    return ids_of(text(attribute), names)
 
 
 def _binned(values: NDArray[np.float64], spec: SensitiveSpec) -> tuple[NDArray[np.object_], list[str]]:

@@ -11,7 +11,8 @@ import random
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from libmtl_fair.libmtl.state import Loader, Loaders, Plain, TrainingState
 FORMAT = 2
 """2 has a seal, and its history in a file of its own; 1 had neither and is still read."""
 LAST, PREVIOUS, BEST, HISTORY = "last.pt", "previous.pt", "best.pt", "history.csv"
+CHECKPOINT = "checkpoint.pt"
+"""What a finished run calls its last one, which holds the chosen epoch too."""
 _FIELDS = {
     "fingerprint", "structure", "method", "tasks", "settings", "epoch", "step", "model", "attributes", "optimizer",
     "scheduler", "random", "loaders", "history", "best", "first",
@@ -69,6 +72,16 @@ def set_random_state(state: Mapping[str, Plain]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave the global generators as they were."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
 
 
 def seed_everything(seed: int) -> None:
@@ -319,6 +332,20 @@ def reshape(trainer: TrainingState, structure: Plain) -> None:
     if structure is not None and structure != trainer.model.structure():
         trainer.model.restore_structure(structure)
         trainer.prepare_optimizer()
+
+
+def chosen_weights(path: Path, select: str) -> dict[str, Plain]:
+    """Return the state_dict (``model``) and branches (``structure``) that a finished training kept: the best epoch's or the last's.
+
+    CheckpointError where the file is missing, damaged, or none of a training.
+    """
+    content = load(path, torch.device("cpu"))
+    best = content.get("best") if select == "best" else None
+    held = best if isinstance(best, dict) and best.get("state") is not None else content
+    model, structure = held.get("state", content.get("model")), held.get("structure")
+    if not isinstance(model, dict):
+        raise CheckpointError(f"checkpoint {path} holds no model; run again to make it anew")
+    return {"model": model, "structure": structure}
 
 
 def load_weights(trainer: TrainingState, path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -123,10 +123,22 @@ def utility_of(tasks: Mapping[str, Task | None]) -> Callable[[Results], float]:
     return judge
 
 
+class Shape(Protocol):
+    """What a model's shape needs of data: the width of the inputs and the names of the groups."""
+
+    @property
+    def n_features(self) -> int:
+        """Return the number of columns of x."""
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """Return attribute -> names of its groups."""
+
+
 def make_trainer(
-    recipe: Recipe, method: str, data: Dataset, tasks: tuple[Task, ...], seed: int, **options: Any
+    recipe: Recipe, method: str, data: Shape, tasks: tuple[Task, ...], seed: int, **options: Any
 ) -> FairTrainer:
-    """Return the trainer of one method and seed of a recipe; ``options`` go to :class:`FairTrainer`."""
+    """Return the trainer of one method and seed of a recipe; ``options`` go to :class:`FairTrainer`, above the recipe's own."""
     spec, train, model = recipe.methods[method], recipe.train_for(method), recipe.model_for(method)
     if model.encoder != "mlp":
         raise recipe.error(
@@ -135,9 +147,9 @@ def make_trainer(
     heads = None if spec.heads is None else spec.heads.model_dump(exclude_none=True)
     judge = utility_of({t.name: t for t in tasks}) if train.select_by == "utility" else None
     settled = {"progress": False, "select_by": judge, "loggers": recipe.output.loggers, "weight_args": dict(spec.args)}
-    return build_trainer(
-        spec.weighting, model, train, tasks, data.n_features, data.groups, seed, heads=heads, **settled, **options
-    )
+    made = settled | options
+    weighting = str(made.pop("weighting", spec.weighting))
+    return build_trainer(weighting, model, train, tasks, data.n_features, data.groups, seed, heads=heads, **made)
 
 
 def build_trainer(

@@ -105,7 +105,7 @@ def measure(recipe: Recipe, method: str, seed: int, predictions: Mapping[str, Pr
     content: Row = {
         "method": method,
         "seed": seed,
-        "thresholds": {"base_rate": base_rate},
+        "thresholds": {"base_rate": base_rate, "in_use": in_use},
         "weighting": weighting,
         "settings": settings,
         "utility": each(lambda p: metrics.utility(p, in_use)),

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
-import torch
-from scipy.special import logit
 
 from libmtl_fair.data import Dataset, Split
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.methods.base import Declared, Names, setting
 from libmtl_fair.metrics import post_models
-from libmtl_fair.metrics.arrays import Array, Bools, Floats, as_floats
-from libmtl_fair.metrics.post_models import LIFTED, PostModel, binary_tasks, with_outputs, worst_gap
+from libmtl_fair.metrics.arrays import Array, Bools, as_floats
+from libmtl_fair.metrics.post_models import LIFTED, PostModel, binary_tasks, worst_gap
 from libmtl_fair.metrics.post_processing import group_labels
 from libmtl_fair.predictions import Predictions
+from libmtl_fair.recipe.reduction import decided_by, reduction, voters_of
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.recipe.sections import POST
 from libmtl_fair.tasks import with_nan
-
-if TYPE_CHECKING:
-    from fairlearn.reductions import ExponentiatedGradient
 
 Row = dict[str, Any]
 Parts = Mapping[str, Predictions]
@@ -188,6 +183,14 @@ def make_post(recipe: Recipe, method: str, seed: int, data: Dataset, sources: Ma
         raise recipe.error(("methods", method), str(error)) from error
 
 
+def fitted(recipe: Recipe, method: str, seed: int, val: Predictions) -> PostModel:
+    """Return what a post-processing along a strength is made of, fitted on validation predictions of its first model."""
+    spec = recipe.methods[method]
+    settings = POST_SETTINGS[spec.weighting].from_args(spec.weighting, spec.args)
+    assert isinstance(settings, PathSettings)
+    return settings.fit(val, recipe.metrics.threshold, seed)
+
+
 def _on_path(
     recipe: Recipe, settings: PathSettings, seed: int, held: Mapping[str, list[Predictions]]
 ) -> tuple[Row, Row]:
@@ -217,50 +220,17 @@ def _on_path(
 
 def _reduced(settings: ExponentiatedGradientSettings, seed: int, data: Dataset, held: Parts) -> tuple[Row, Row]:
     """Train a randomised classifier for each binary task; its score is the expected decision."""
-    outputs: dict[str, Row] = {part: {} for part in held}
-    about: Row = {"predictors": {}}
+    about: Row = {"predictors": {}, "voters": {}}
     for task in binary_tasks(held["val"]):
-        model = reduction(settings, seed)
+        model = reduction(settings.constraint, settings.estimator, seed, eps=settings.eps, max_iter=settings.max_iter)
         rows, y, groups = _rows(data.train, held["val"], task, settings.attribute)
         x = data.train.x.numpy()[rows].astype(np.float64)
         with warnings.catch_warnings(action="ignore"):  # fairlearn's own, of what pandas will change
             model.fit(x, y, sensitive_features=groups)
-        about["predictors"][task] = int((model.weights_ > 0).sum())
-        for part in held:
-            expected = expected_decisions(model, getattr(data, part).x.numpy().astype(np.float64))
-            outputs[part][task] = torch.as_tensor(logit(np.clip(expected, 1e-6, 1 - 1e-6)), dtype=torch.float64)
-    made = {part: with_outputs(p, outputs[part]) for part, p in held.items()}
+        voters = about["voters"][task] = voters_of(model)
+        about["predictors"][task] = len(voters)
+    made = {part: decided_by(about["voters"], p, getattr(data, part).x) for part, p in held.items()}
     return made, {"chosen_by": "fairlearn's ExponentiatedGradient on training data", **about}
-
-
-def reduction(settings: ExponentiatedGradientSettings, seed: int) -> Any:
-    """Return the unfitted ``ExponentiatedGradient``."""
-    from fairlearn import reductions
-    from sklearn.ensemble import HistGradientBoostingClassifier
-    from sklearn.linear_model import LogisticRegression
-
-    names = {
-        "true_positive_rate_parity": "TruePositiveRateParity",
-        "false_positive_rate_parity": "FalsePositiveRateParity",
-    }
-    names |= {
-        "equalized_odds": "EqualizedOdds",
-        "demographic_parity": "DemographicParity",
-        "error_rate_parity": "ErrorRateParity",
-    }
-    moment = getattr(reductions, names[settings.constraint])(difference_bound=settings.eps)
-    base = {
-        "logistic": partial(LogisticRegression, max_iter=1000),
-        "boosting": partial(HistGradientBoostingClassifier, random_state=seed),
-    }
-    search = {"eps": settings.eps, "max_iter": settings.max_iter}
-    return reductions.ExponentiatedGradient(base[settings.estimator](), moment, **search)
-
-
-def expected_decisions(reduction: ExponentiatedGradient, x: Array) -> Floats:
-    """Return the mean decision of a fitted ``ExponentiatedGradient``, [N] in [0, 1]: its predictors', weighted."""
-    used = [(weight, predictor) for weight, predictor in zip(reduction.weights_, reduction.predictors_) if weight > 0]
-    return as_floats(sum(weight * predictor.predict(x) for weight, predictor in used))
 
 
 def _rows(train: Split, like: Predictions, task: str, attribute: Names | None) -> tuple[Array, Array, Array]:

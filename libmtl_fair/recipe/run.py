@@ -7,7 +7,7 @@ import itertools
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from libmtl_fair.data import Dataset
 from libmtl_fair.data.loader import resolve_device
 from libmtl_fair.errors import CheckpointError
 from libmtl_fair.files import atomic_path, read_json, write_json, write_text
+from libmtl_fair.libmtl.checkpoint import BEST, CHECKPOINT, LAST
 from libmtl_fair.libmtl.loading import LINEAGE
 from libmtl_fair.libmtl.trainer import FairTrainer
-from libmtl_fair.predictions import Predictions
+from libmtl_fair.predictions import Predictions, side_by_side
 from libmtl_fair.recipe.build import EVAL_BATCH, check, data_for, loaders, make_dataset, make_trainer, only
 from libmtl_fair.recipe.measure import Protocol, digests, measure, pool_embeddings
 from libmtl_fair.recipe.people import People, people_of
@@ -35,6 +36,8 @@ _CHOSEN_BY = {
     "improvement": "LibMTL's mean relative improvement, on validation",
 }
 _Trained = dict[tuple[str, ...], FairTrainer]
+MODEL = "model.json"
+"""What a method's folder holds for models in use, besides weights."""
 
 
 class Run:
@@ -136,6 +139,7 @@ class Run:
         content["timing"] = {"train_s": spent, "epochs": 0}
         if recipe.output.predictions:
             content["digest"] = digests(folder, predictions)
+        voters = made.pop("voters", None)
         if made:
             content |= {"post": made, "checkpoint": {"chosen_by": made["chosen_by"]}}
         for first in list(trained.values())[:1]:
@@ -149,13 +153,29 @@ class Run:
             _write_structure(first, folder)
         constraints = self._constraints(trained, data, predictions["val"])
         content |= {"constraint": constraints} if constraints else {}
+        self._write_model(folder, method, seed, predictions["val"].tasks, content, voters)
         write_json(folder / "metrics.json", content)
         for trainer in trained.values():  # the last checkpoint also holds the chosen epoch: keep one
             assert trainer.run_dir is not None
-            if (trainer.run_dir / "last.pt").exists():
-                os.replace(trainer.run_dir / "last.pt", trainer.run_dir / "checkpoint.pt")
-            (trainer.run_dir / "best.pt").unlink(missing_ok=True)
+            if (trainer.run_dir / LAST).exists():
+                os.replace(trainer.run_dir / LAST, trainer.run_dir / CHECKPOINT)
+            (trainer.run_dir / BEST).unlink(missing_ok=True)
         return protocol
+
+    def _write_model(
+        self,
+        folder: Path,
+        method: str,
+        seed: int,
+        tasks: tuple[Task, ...],
+        content: Mapping[str, Any],
+        voters: object,
+    ) -> None:
+        """Write what a model in use needs besides its weights: how rows are read, thresholds, and what it was made of."""
+        rows = dataclasses.replace(data_for(self.recipe, method, self.data(seed)).new_rows, tasks=tasks)
+        about = {"method": method, "seed": seed, "thresholds": content["thresholds"]["in_use"], "rows": rows.to_dict()}
+        post = {"strength": content["post"].get("strength"), "voters": voters} if "post" in content else {}
+        write_json(folder / MODEL, {**about, "post": post}, sealed=True)
 
     def _constraints(self, trained: _Trained, data: Dataset, val: Predictions) -> list[dict[str, Any]]:
         """Return what came of each constraint that a method set: of the kept model, on training and validation decisions."""
@@ -170,7 +190,7 @@ class Run:
         """Return the trained model, or one for each task where the method is single-task."""
         parts = {tasks: folder}
         if self.recipe.methods[method].single_task:
-            parts = {(task,): folder / "single" / str(i) for i, task in enumerate(tasks)}
+            parts = {(task,): folder / single_folder(i) for i, task in enumerate(tasks)}
         settings, trained = self.recipe.train_for(method), {}
         for chosen, run_dir in parts.items():
             names = tuple(task.name for task in chosen)
@@ -202,14 +222,12 @@ class Run:
         for names, trainer in trained.items():
             rows = getattr(only(data, names), part)
             found.append(trainer.predict(rows.loader(EVAL_BATCH, device=self.device), embeddings=True))
-        if len(found) == 1:
-            return found[0]
-        joined: dict[str, Any] = {
-            name: {task: value for each in found for task, value in getattr(each, name).items()}
-            for name in ("scores", "outputs", "labels")
-        }
-        joined["embeddings"] = {each.tasks[0].name: each.embeddings for each in found}
-        return dataclasses.replace(found[0], tasks=tuple(each.tasks[0] for each in found), **joined)
+        return side_by_side(found)
+
+
+def single_folder(index: int) -> Path:
+    """Return where, in a method's folder, the model of one task is."""
+    return Path("single") / str(index)
 
 
 def _write_structure(trainer: FairTrainer, folder: Path) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -89,7 +88,7 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
         rows = torch.from_numpy(encoded)
         self.n_columns_ = rows.shape[1]
         importance = None if weights is None else torch.from_numpy(weights)
-        with _random_state_kept():
+        with checkpoint.random_state_kept():
             trainer = self._trainer(method, seed)
             self._train(trainer, rows, labels, groups, seed, importance)
         structure = getattr(trainer.model, "structure", None)
@@ -149,7 +148,7 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
 
     def _rebuild(self) -> None:
         """Make the model of the main tasks, in float64 on the CPU, so that no prediction depends on its batch."""
-        with _random_state_kept():
+        with checkpoint.random_state_kept():
             self.model_ = self._trainer(self._checked(), None).model
         if self.structure_ is not None:
             self.model_.restore_structure(self.structure_)
@@ -252,16 +251,6 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
 
     def _publish(self) -> None:
         """Set what scikit-learn looks for beyond ``targets_``."""
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Leave the global generators as they were: an estimator's seed is its own."""
-    state = checkpoint.random_state()
-    try:
-        yield
-    finally:
-        checkpoint.set_random_state(state)
 
 
 def _target(values: dict[str, Any]) -> Target:
