@@ -11,7 +11,7 @@ import mmap
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -189,24 +189,6 @@ def read_json(path: str | Path, *, sealed: bool = False) -> Any:
     if isinstance(found, dict):
         found.pop(_SEAL, None)
     return found
-
-
-def _seal(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def write_sealed(path: str | Path, content: Mapping[str, object]) -> Path:
-    """Write a mapping as JSON with its own SHA-256, so that :func:`read_sealed` sees any damage."""
-    return write_json(path, {**(held := plain(dict(content))), "sha256": _seal(held)})
-
-
-def read_sealed(path: str | Path) -> dict[str, Any]:
-    """Read what :func:`write_sealed` wrote; one that is missing, damaged or changed is a CheckpointError."""
-    content = read_json(path)
-    seal = content.pop("sha256", None) if isinstance(content, dict) else None
-    if seal is None or seal != _seal(content):
-        raise CheckpointError(f"{path} is damaged: it is not what was written; run again to make it anew")
-    return dict(content)
 
 
 def plain(value: object) -> Any:

@@ -12,7 +12,7 @@ from libmtl_fair.cli.common import BAD_INPUT, DONE, FAILED, INTERRUPTED, app
 
 __all__ = ["BAD_INPUT", "DONE", "FAILED", "INTERRUPTED", "app", "main"]
 
-for family in ("starting", "running", "reading"):  # --help lists them in this order
+for family in ("starting", "running", "reading", "using"):  # --help lists them in this order
     import_module(f"libmtl_fair.cli.{family}")
 
 

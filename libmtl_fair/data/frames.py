@@ -12,6 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from libmtl_fair.errors import DataError, near, unknown
+from libmtl_fair.files import atomic_path
 
 Series: TypeAlias = "pd.Series[Any]"
 """A column of a table."""
@@ -19,6 +20,7 @@ Values: TypeAlias = NDArray[Any]
 """Labels or classes of any type."""
 
 _LARGEST = 1e30
+_PARQUET, _CSV = (".parquet", ".pq"), (".csv", ".csv.gz")
 
 
 def read_frame(source: str | Path | pd.DataFrame) -> pd.DataFrame:
@@ -41,13 +43,29 @@ def _read_file(path: Path) -> pd.DataFrame:
         hint = f"; did you mean {str(path.parent / guess)!r}?" if guess else "; check the path"
         raise DataError(f"no file {str(path)!r}{hint}")
     try:
-        if name.endswith((".parquet", ".pq")):
+        if name.endswith(_PARQUET):
             return pd.read_parquet(path)
-        if name.endswith((".csv", ".csv.gz")):
+        if name.endswith(_CSV):
             return pd.read_csv(path, low_memory=False)
     except (OSError, ValueError, EOFError, zlib.error) as error:
         raise DataError(f"{str(path)!r} cannot be read as a table: {error}") from error
     raise DataError(f"{str(path)!r}: expected a .csv, .csv.gz or .parquet file")
+
+
+def need_table_name(path: str | Path) -> None:
+    """Refuse a file to write that is named neither .csv, .csv.gz nor .parquet."""
+    if not Path(path).name.lower().endswith((*_PARQUET, *_CSV)):
+        raise DataError(f"a table to write: expected a name that ends with .parquet, .csv or .csv.gz, found {str(path)!r}")
+
+
+def write_frame(frame: pd.DataFrame, path: str | Path) -> None:
+    """Write a table, without its index, to a .csv, .csv.gz or .parquet file, whole or not at all."""
+    need_table_name(path)
+    with atomic_path(path) as temporary:
+        if Path(path).name.lower().endswith(_PARQUET):
+            frame.to_parquet(temporary, index=False)
+        else:
+            frame.to_csv(temporary, index=False, compression="gzip" if str(path).endswith("gz") else None)
 
 
 def column_of(frame: pd.DataFrame, name: str, where: str) -> Series:

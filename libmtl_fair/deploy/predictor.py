@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -41,9 +42,8 @@ class Network:
             tasks = [task for task in trainer.tasks.values() if task is not None and not task.auxiliary]
             labels = {task.name: _no_labels(task, n_rows) for task in tasks}
             names = {attribute: rows.groups[attribute] for attribute in groups}
-            loader = ResidentLoader(
-                x, labels, groups, batch_size=EVAL_BATCH, shuffle=False, device=trainer.device, group_names=names
-            )
+            how: dict[str, Any] = {"batch_size": EVAL_BATCH, "shuffle": False, "seed": 0, "device": trainer.device}
+            loader = ResidentLoader(x, labels, groups, group_names=names, **how)
             found.append(trainer.predict(loader, embeddings=True))
         return side_by_side(found)
 

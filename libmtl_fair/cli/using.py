@@ -1,0 +1,38 @@
+"""Commands that use a trained model: ``predict``."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+from rich.markup import escape
+from typer import Argument, Option
+
+from libmtl_fair.cli.common import command, say
+
+RunDir = Annotated[Path, Argument(metavar="RUN_DIR", help="folder of a finished run")]
+MethodName = Annotated[str | None, Option("--method", metavar="NAME", help="whose model (default: see lf.load)")]
+SeedNumber = Annotated[int | None, Option("--seed", metavar="N", help="of which seed (default: the first)")]
+
+
+@command()
+def predict(
+    folder: RunDir,
+    table: Annotated[Path, Argument(metavar="TABLE", help="new rows: .csv or .parquet, columns as in training")],
+    target: Annotated[Path, Option("--out", metavar="FILE", help=".parquet or .csv")] = Path("predictions.parquet"),
+    method: MethodName = None,
+    seed: SeedNumber = None,
+) -> None:
+    """Predict new rows: for each task its decision, class or value in native units, and its score; one row a row of TABLE."""
+    from libmtl_fair.data.frames import need_table_name, write_frame
+    from libmtl_fair.deploy import load
+
+    need_table_name(target)
+    predictor = load(folder, method, seed)
+    with warnings.catch_warnings(action="ignore"):  # its notes are shown below
+        found = predictor.predict(table)
+    for note in predictor.notes:
+        say(f"note: {escape(note)}")
+    write_frame(found, target)
+    say(f"predictions of {escape(predictor.method)}, seed {predictor.seed}, for {len(found)} rows: {escape(str(target))}")
