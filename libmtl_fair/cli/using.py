@@ -35,4 +35,6 @@ def predict(
     for note in predictor.notes:
         say(f"note: {escape(note)}")
     write_frame(found, target)
-    say(f"predictions of {escape(predictor.method)}, seed {predictor.seed}, for {len(found)} rows: {escape(str(target))}")
+    say(
+        f"predictions of {escape(predictor.method)}, seed {predictor.seed}, for {len(found)} rows: {escape(str(target))}"
+    )

@@ -55,7 +55,9 @@ def _read_file(path: Path) -> pd.DataFrame:
 def need_table_name(path: str | Path) -> None:
     """Refuse a file to write that is named neither .csv, .csv.gz nor .parquet."""
     if not Path(path).name.lower().endswith((*_PARQUET, *_CSV)):
-        raise DataError(f"a table to write: expected a name that ends with .parquet, .csv or .csv.gz, found {str(path)!r}")
+        raise DataError(
+            f"a table to write: expected a name that ends with .parquet, .csv or .csv.gz, found {str(path)!r}"
+        )
 
 
 def write_frame(frame: pd.DataFrame, path: str | Path) -> None:

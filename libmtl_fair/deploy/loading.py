@@ -131,9 +131,7 @@ def _attributes(network: Network) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for names in found for name in names))
 
 
-def _network(
-    own: Path, recipe: Recipe, method: str, seed: int, rows: NewRows, device: str
-) -> Network:
+def _network(own: Path, recipe: Recipe, method: str, seed: int, rows: NewRows, device: str) -> Network:
     """Return the trained network of a method (of a single-task one, those of its tasks) without what only training needs."""
     single = recipe.methods[method].single_task
     parts: dict[Path, tuple[Task, ...]] = {own: rows.tasks}
