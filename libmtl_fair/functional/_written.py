@@ -26,7 +26,7 @@ class _Written(torch.autograd.Function):
 
 
 def written(value: Tensor, *pairs: tuple[Tensor, Tensor | None]) -> Tensor:
-    """Attach a value [...] to the graph by (tensor [..., *], derivative of the value to it or None); once differentiable.
+    """Attach a value [...] to the graph by (tensor [...], derivative of the value to it or None); once differentiable.
 
     >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> written(torch.tensor(5.0), (x, 2 * x.detach())).backward()

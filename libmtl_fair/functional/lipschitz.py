@@ -226,14 +226,16 @@ def lipschitz_derivatives(
     scores, embeddings, k, valid, mode, max_task_pairs : Tensor or int or None or str
         As for :func:`prototype_pairs`, with leading dimensions; embeddings are [..., B, d] or [..., T, B, d].
     scales : callable
-        Given |gap| [..., P], floored distance [..., P] and mask [..., P] (None where all pairs count), returns tau and kappa
+        Given ``|gap|`` [..., P], floored distance [..., P] and mask [..., P] (None where all pairs count), returns tau and kappa
         [...]: the place for moving quantiles.
     generator : torch.Generator or a sequence of them
         One for all, or one for each of the leading dimension's trainings.
     sizes : Tensor [...], optional
         Prototypes of each training where they differ; ``k`` is then the largest.
     beta, mu : float or Tensor [...]
+        Of the two Huber functions.
     min_distance : float
+        Distances are at least this.
     detach_distance : bool
         No derivative to the embeddings.
 

@@ -49,9 +49,9 @@ class NearGaps(NamedTuple):
 
 @torch.no_grad()
 def near_gaps(values: Tensor, nearest: Tensor, *, logits: bool = False) -> NearGaps:
-    """Return R = mean_i |f(x_i) - f(x_n(i))| / G(f) of values [..., B] and its derivative, by one sort and no B x B matrix.
+    """Return ``R = mean_i |f(x_i) - f(x_n(i))| / G(f)`` of values [..., B] and its derivative, by one sort and no B x B matrix.
 
-    G is the Gini mean difference, the mean of |f_i - f_j| over all pairs of different examples; the derivative is of both, so
+    G is the Gini mean difference, the mean of ``|f_i - f_j|`` over all pairs of different examples; the derivative is of both, so
     that scaling the values about any centre changes nothing. Where two values are equal their gap has derivative 0.
 
     Parameters

@@ -29,7 +29,7 @@ class AuditReport:
     Attributes
     ----------
     bias, violation_rate : float
-        Means over task pairs of E[(|p_i - p_j| - delta)+] and of P(|p_i - p_j| > delta), in [0, 1].
+        Means over task pairs of ``E[(|p_i - p_j| - delta)+]`` and of ``P(|p_i - p_j| > delta)``, in [0, 1].
     per_pair : DataFrame
         One row per task pair: task_a, task_b, bias, violation_rate, delta, n_pairs.
     protocol : dict of str to object
@@ -66,7 +66,7 @@ class AuditReport:
 class FixedDeltaAudit:
     """Measure how far the scores of different tasks lie apart, beyond a tolerance that is held fixed.
 
-    With gaps D = |p_i(x) - p_j(y)| between examples x of task i and y of task j:
+    With gaps ``D = |p_i(x) - p_j(y)|`` between examples x of task i and y of task j:
     ``Bias_ij = mean((D - delta_ij)+)``, ``VR_ij = mean(1[D > delta_ij])``, both averaged over unordered task pairs.
 
     Parameters

@@ -305,7 +305,7 @@ def consistency_score(
         [N, d] array or DataFrame, raw: numbers are standardised on these rows.
     leave_out : iterable of str or int, default ()
         Columns of X that are no reference: the sensitive ones and what tells them.
-    options : object
+    **options : object
         Of :class:`ConsistencyAudit`.
 
     Examples

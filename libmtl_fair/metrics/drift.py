@@ -40,8 +40,8 @@ def drift(reports: Mapping[str, AuditReport], induced: Mapping[str, Values], ref
 
     Columns: method, raw_bias, raw_violation_rate, fixed_bias, fixed_violation_rate, rank_raw, rank_fixed, rank_shift,
     mean_threshold, ratio_to_reference, budget, robust. Rank 1 is the lowest Bias. ``budget`` is
-    eps_m = mean over task pairs of |delta_m - delta_ref|; ``robust`` says whether the fixed order against *every* other
-    method is, that is |Bias_A - Bias_B| > eps_A + eps_B (:func:`robust_pairs` has it pair by pair). The ``reports`` are taken again
+    eps_m = mean over task pairs of ``|delta_m - delta_ref|``; ``robust`` says whether the fixed order against *every* other
+    method is, that is ``|Bias_A - Bias_B| > eps_A + eps_B`` (:func:`robust_pairs` has it pair by pair). The ``reports`` are taken again
     under ``induced`` (:func:`induced_thresholds`) and ``reference`` (number or [T, T]), on the same scores and pairs.
 
     Raises

@@ -52,7 +52,7 @@ class NearPairs:
     def variance(self, values: Floats) -> float:
         """Return the node-robust variance of the mean of ``values`` [A, k], already centred at 0.
 
-        A person may be in many pairs: (sum_i h_i^2 - sum_pairs u^2) / |E|^2, h_i being the sum over the pairs that contain i
+        A person may be in many pairs: ``(sum_i h_i^2 - sum_pairs u^2) / |E|^2``, h_i being the sum over the pairs that contain i
         on either side.
         """
         first = np.repeat(self.anchors, self.k)

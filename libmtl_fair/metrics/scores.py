@@ -192,7 +192,7 @@ def group_regression(
 def ks_distance(prediction: Values, groups: Values, n_groups: int) -> float:
     """Return the largest Kolmogorov-Smirnov distance between two groups' predictions, in [0, 1]; NaN with one group.
 
-    The largest over pairs of groups of sup |F_g - F_h| is sup of (max_g F_g - min_g F_g): one sort and O(n G) in all. Row
+    The largest over pairs of groups of ``sup |F_g - F_h|`` is sup of ``max_g F_g - min_g F_g``: one sort and O(n G) in all. Row
     weights are not used.
 
     >>> ks_distance([0.0, 1.0, 2.0, 3.0], [0, 0, 1, 1], 2)
