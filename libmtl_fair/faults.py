@@ -34,6 +34,8 @@ class Faults:
     at_once : bool
         False: also on the CPU only :meth:`check` says it.
 
+    Examples
+    --------
     >>> labels = torch.tensor([0.0, 5.0, 1.0])
     >>> Faults().note(labels > 1, labels, "task 'income': labels", "0 or 1")
     Traceback (most recent call last):

@@ -53,7 +53,9 @@ def test_every_page_has_something_to_say(generated):
     assert not [dotted for dotted in listed(generated) if not (inspect.getdoc(item(dotted)) or "").strip()]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpydoc tries each name as a module, and old names are some
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # numpydoc tries each name as a module, and old names are some
 def test_parameters_are_in_numpydocs_form(generated):
     wrong = []
     for found in map(item, listed(generated)):
@@ -104,3 +106,29 @@ def test_links_between_files_lead_to_pages(generated):
     assert generated.site_links("[a](docs/METHODS.md), [b](RESULTS.md)") == "[a](/METHODS.md), [b](/RESULTS.md)"
     assert generated.site_links("[a](../recipes/glf_results.md)") == "a"
     assert generated.site_links("[a](https://x.y/Z.md)") == "[a](https://x.y/Z.md)"
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_loop_of_ones_own_trains_as_it_stands_there():
+    import torch
+
+    torch.manual_seed(0)
+    x = torch.randn(64, 10)
+    labels = {"income": (torch.rand(64) > 0.5).float(), "hours": x[:, 0]}
+    (code,) = blocks("guide/step.md", "python")
+    names = {"loader": [(x, labels, {"sex": torch.randint(0, 2, (64,))})] * 10}
+    exec(code, names)
+    assert names["losses"]["hours"].item() < 0.5 * x[:, 0].var().item()
+    assert "eta/income" in names["fair"].trace
+
+
+def test_the_recipe_of_ones_own_table_is_one():
+    from libmtl_fair.recipe import Recipe
+    from libmtl_fair.recipe.yaml_source import parse_yaml
+
+    (text,) = blocks("guide/own_table.md", "yaml")
+    recipe = Recipe.from_dict(parse_yaml(text).data)
+    assert list(recipe.methods) == ["plain", "fairmt"]

@@ -62,7 +62,8 @@ class NewRows:
 
         Raises
         ------
-        DataError : the table lacks input columns (all are named), or holds values that do not fit theirs.
+        DataError
+            The table lacks input columns (all are named), or holds values that do not fit theirs.
         """
         self._need(self.encoder.kinds, frame, "inputs of the model")
         return torch.from_numpy(self.encoder.encode(frame))
@@ -72,7 +73,8 @@ class NewRows:
 
         Raises
         ------
-        DataError : the columns of a ``needed`` attribute are not there; or values that are not numbers where these are binned.
+        DataError
+            The columns of a ``needed`` attribute are not there; or values that are not numbers where these are binned.
         """
         found = {}
         for attribute, names in self.groups.items():

@@ -44,9 +44,11 @@ def load(run_dir: str | Path, method: str | None = None, seed: int | None = None
 
     Raises
     ------
-    CheckpointError : no run, an unfinished or damaged one (it says which file), or one of an earlier version, which did not keep
-        its encoding, whose data are no longer there.
-    RecipeError : a method or seed that the run does not have, or none where it has several.
+    CheckpointError
+        No run, an unfinished or damaged one (it says which file), or one of an earlier version, which did not keep its
+        encoding, whose data are no longer there.
+    RecipeError
+        A method or seed that the run does not have, or none where it has several.
 
     Notes
     -----

@@ -133,7 +133,8 @@ class Predictor:
 
         Raises
         ------
-        DataError : columns that are missing, or values that do not fit those of training.
+        DataError
+            Columns that are missing, or values that do not fit those of training.
         """
         found = self.predictions(table)
         made: dict[str, Values] = {}
@@ -170,7 +171,8 @@ class Predictor:
 
         Raises
         ------
-        DataError : a threshold for no binary or multilabel task; and as :meth:`predict`.
+        DataError
+            A threshold for no binary or multilabel task; and as :meth:`predict`.
         """
         for name in thresholds or ():
             if name not in self.thresholds:
@@ -185,7 +187,8 @@ class Predictor:
 
         Raises
         ------
-        DataError : the method is made of others after training, and has none.
+        DataError
+            The method is made of others after training, and has none.
         """
         found = self.predictions(table).embeddings
         if found is None:

@@ -105,8 +105,10 @@ def loose(
 
     Raises
     ------
-    HostError : a method that needs what was not handed over, or a weighting's ``init_param`` does.
-    RecipeError : a setting that does not fit.
+    HostError
+        A method that needs what was not handed over, or a weighting's ``init_param`` does.
+    RecipeError
+        A setting that does not fit.
     """
     wanted = resolve_weighting(method)
     bases, weight_args, declared = weighting_bases(wanted, settings)

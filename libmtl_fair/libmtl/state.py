@@ -147,13 +147,19 @@ class StepState:
 
     Attributes
     ----------
-    tasks : task name -> task, None where its kind is not known; ``auxiliary`` are there in training only, ``main_tasks`` are
-        the others' names; ``binary`` the main tasks where all are binary and have one input, else empty.
-    model : the weighting; in a trainer the whole model.
-    weight_args : what ``model.backward`` is called with.
-    representation : what the heads received, where the weighting asks for it.
-    n_groups : attribute -> number of groups.
-    epoch_steps : steps of an epoch, None where nobody says; ``global_step`` those done.
+    tasks : dict of str to Task or None
+        Task name -> task, None where its kind is not known; ``auxiliary`` are there in training only, ``main_tasks``
+        are the others' names; ``binary`` the main tasks where all are binary and have one input, else empty.
+    model : Model
+        The weighting; in a trainer the whole model.
+    weight_args : dict of str to object
+        What ``model.backward`` is called with.
+    representation : RepresentationHook, optional
+        What the heads received, where the weighting asks for it.
+    n_groups : dict of str to int
+        Attribute -> number of groups.
+    epoch_steps : int or None
+        Steps of an epoch, None where nobody says; ``global_step`` those done.
     """
 
     model: Model
@@ -200,7 +206,8 @@ class TrainingState(StepState, Trainer):  # type: ignore[misc]
 
     Attributes
     ----------
-    samples : batches that a step takes.
+    samples : int
+        Batches that a step takes.
     """
 
     optimizer: torch.optim.Optimizer

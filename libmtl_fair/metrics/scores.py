@@ -28,8 +28,11 @@ def auc_score(scores: Values, positive: Values) -> float:
 
     Raises
     ------
-    DataError : shapes differ, a score is not finite, or a label neither 0 nor 1.
+    DataError
+        Shapes differ, a score is not finite, or a label neither 0 nor 1.
 
+    Examples
+    --------
     >>> auc_score([0.1, 0.4, 0.4, 0.8], [False, False, True, True])
     0.875
     """
