@@ -168,7 +168,7 @@ class FairTrainer(TrainingState):
         Parameters
         ----------
         train_dataloaders, test_dataloaders, val_dataloaders : Loaders, Loaders or None, Loaders or None
-            Loaders, Loaders or None, Loaders or None A loader, or task -> loader with ``multi_input``.
+            A loader, or task -> loader with ``multi_input``.
         epochs : int, default 1
             In all; a resumed run, or a second call, goes on to this number.
         return_weight : bool, default False
