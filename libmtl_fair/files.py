@@ -28,10 +28,11 @@ _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, keep: Path | None = None) -> Iterator[Path]:
     """Give a temporary path beside ``path``; on leaving, flush it to disk and rename it over ``path``.
 
-    Readers see the old file or the new one, whole. A failure leaves the old file and removes the temporary one.
+    Readers see the old file or the new one, whole. A failure leaves the old file and removes the temporary one. With ``keep`` the
+    old file gets that name first: a kill between the two leaves it under that name only.
     """
     path = Path(path)
     temporary: Path | None = None
@@ -42,6 +43,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
@@ -75,13 +78,13 @@ def append_text(path: str | Path, text: str) -> None:
 
 
 @contextmanager
-def sealed_path(path: str | Path) -> Iterator[Path]:
+def sealed_path(path: str | Path, keep: Path | None = None) -> Iterator[Path]:
     """Like :func:`atomic_path`; the file gets a seal, the SHA-256 of all its other bytes, which moves with it.
 
     The seal takes the place of a :data:`BLANK_SEAL` in the file; where there is none it is added at the end, as the comment of a
     zip archive. See :func:`is_sealed`.
     """
-    with atomic_path(path) as temporary:
+    with atomic_path(path, keep) as temporary:
         yield temporary
         with open(temporary, "r+b") as stream:
             end = stream.seek(0, os.SEEK_END)

@@ -6,6 +6,7 @@ A checkpoint is data: it is read with ``weights_only=True``, and written whole o
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import random
 import struct
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from libmtl_fair.errors import CheckpointError, DamagedFileError
-from libmtl_fair.files import is_sealed, remove_leftovers, say_once, sealed_path, write_text
+from libmtl_fair.files import is_sealed, remove_leftovers, say_once, sealed_path
 from libmtl_fair.libmtl.batches import per_task
 from libmtl_fair.libmtl.history import History
 from libmtl_fair.libmtl.state import Loader, Loaders, Plain, TrainingState
@@ -153,9 +154,9 @@ def set_loader_states(loaders: Mapping[str, Any], states: Mapping[str, Plain]) -
 # -- files --------------------------------------------------------------------------------------------------------
 
 
-def save(path: Path, content: Mapping[str, Plain]) -> None:
-    """Write a checkpoint whole or not at all, with a seal."""
-    with sealed_path(path) as temporary:
+def save(path: Path, content: Mapping[str, Plain], keep: Path | None = None) -> None:
+    """Write a checkpoint whole or not at all, with a seal; the one that it replaces is kept as ``keep``."""
+    with sealed_path(path, keep) as temporary:
         try:
             torch.save({"format": FORMAT, **content}, temporary)
         except RuntimeError as error:
@@ -255,9 +256,10 @@ def set_trained(trainer: TrainingState, content: Mapping[str, Plain]) -> None:
 
 
 def save_training(trainer: TrainingState, loaders: Loaders) -> None:
-    """Write ``last.pt`` and ``history.csv``, each whole or not at all."""
+    """Write ``history.csv``, then ``last.pt``, which says how far it goes; the checkpoint before is kept as ``previous.pt``."""
     assert trainer.run_dir is not None
     state = trained(trainer)
+    trainer.steps.write(trainer.run_dir / HISTORY)
     content = {
         **state,
         "fingerprint": fingerprint(state["model"]),
@@ -272,29 +274,51 @@ def save_training(trainer: TrainingState, loaders: Loaders) -> None:
         "best": trainer.best,
         "first": trainer.first_results,
     }
-    save(trainer.run_dir / LAST, content)
-    write_text(trainer.run_dir / HISTORY, trainer.steps.to_csv())
+    save(trainer.run_dir / LAST, content, keep=trainer.run_dir / PREVIOUS)
 
 
 def resume(trainer: TrainingState, loaders: Loaders) -> None:
-    """Continue from ``last.pt`` if there is one."""
+    """Continue from ``last.pt``, or the checkpoint before where it is damaged or a kill left none; write ``history.csv`` as it was then."""
     assert trainer.run_dir is not None
     remove_leftovers(trainer.run_dir)
-    if (trainer.run_dir / LAST).exists():
+    if any((trainer.run_dir / name).exists() for name in (LAST, PREVIOUS)):
         restore(trainer, loaders)
+        trainer.steps.write(trainer.run_dir / HISTORY)
 
 
 def restore(trainer: TrainingState, loaders: Loaders | None) -> Path:
     """Put everything back that :func:`save_training` wrote; ``loaders`` None leaves them alone. Return the file."""
     assert trainer.run_dir is not None
-    path = trainer.run_dir / LAST
+    last, previous = trainer.run_dir / LAST, trainer.run_dir / PREVIOUS
+    if last.exists() or not previous.exists():
+        try:
+            _restore(trainer, loaders, last)
+            return last
+        except DamagedFileError as error:
+            if not previous.exists():
+                raise
+            damage = error
+        try:
+            _restore(trainer, loaders, previous)
+        except DamagedFileError:
+            raise damage from None
+        say_once(f"{damage}. Here the checkpoint before it is taken: training goes on after epoch {trainer.epoch}")
+    else:
+        _restore(trainer, loaders, previous)
+    os.replace(previous, last)
+    return last
+
+
+def _restore(trainer: TrainingState, loaders: Loaders | None, path: Path) -> None:
+    """Nothing is changed where the checkpoint, or the history beside it, is damaged."""
     content = load(path, trainer.device)
     _check(trainer, content, path)
-    reshape(trainer, content["structure"])
-    check_fits(path, trainer.model, content["fingerprint"])
     try:
+        steps = History.read(path.with_name(HISTORY), content["history"])
+        reshape(trainer, content["structure"])
+        check_fits(path, trainer.model, content["fingerprint"])
         set_trained(trainer, content)
-        trainer.steps = History.from_state(content["history"])
+        trainer.steps = steps
         trainer.best, trainer.first_results = content["best"], content["first"]
         trainer.epoch, trainer.global_step = content["epoch"], content["step"]
         if loaders is not None:
@@ -304,7 +328,6 @@ def restore(trainer: TrainingState, loaders: Loaders | None) -> Path:
         raise CheckpointError(
             f"checkpoint {path} does not fit this run ({error}); use another run_dir, or delete it to start afresh"
         ) from error
-    return path
 
 
 def _check(trainer: TrainingState, content: Mapping[str, Plain], path: Path) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -10,10 +14,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from libmtl_fair.errors import DamagedFileError
+from libmtl_fair.files import append_text, write_text
+
 if TYPE_CHECKING:
     import pandas as pd
 
 Floats: TypeAlias = npt.NDArray[np.float64]
+Columns: TypeAlias = dict[str, npt.NDArray[np.generic]]
+_NEEDED = "the checkpoint beside it goes on from them; put it back, or delete both to start afresh"
 
 
 class StepLog:
@@ -70,12 +79,22 @@ def _block(values: Sequence[Tensor | float]) -> Floats:
 
 
 class History:
-    """All steps so far. Columns ``epoch, step, loss/<task>``, a weighting's traces; epoch results on an epoch's last row."""
+    """All steps so far. Columns ``epoch, step, loss/<task>``, a weighting's traces; epoch results on an epoch's last row.
+
+    On disk it is a CSV file with every digit, to which epochs are appended; a checkpoint keeps the number of its rows and a chained
+    digest of their values.
+    """
 
     def __init__(self, frame: pd.DataFrame | None = None) -> None:
-        self._frames = [] if frame is None else [frame]
-        self._new: list[dict[str, npt.NDArray[np.generic]]] = []
-        self._steps = 0 if frame is None else len(frame)
+        self._frames: list[pd.DataFrame] = []
+        self._new: list[Columns] = []
+        self._names: dict[str, None] = {}  # in the order of their first epoch
+        self._steps, self._digest = 0, ""
+        self._saved = (0, 0, -1)  # rows, columns and bytes of the file
+        if frame is not None:
+            self._frames = [frame]
+            for _, block in frame.groupby("epoch", sort=False):
+                self._count({str(name): values.to_numpy() for name, values in block.items()})
 
     def add_epoch(self, epoch: int, steps: Mapping[str, Floats], results: Mapping[str, float]) -> None:
         """Append an epoch's steps, name -> [steps]; ``results`` go on its last row."""
@@ -83,7 +102,18 @@ class History:
         last = {name: np.append(np.full(count - 1, np.nan), value) for name, value in results.items()}
         numbers = np.arange(self._steps, self._steps + count)
         self._new.append({"epoch": np.full(count, epoch), "step": numbers, **steps, **last})
-        self._steps += count
+        self._count(self._new[-1])
+
+    def _count(self, block: Columns) -> None:
+        """Take note of an epoch: its rows, its columns, and the digest of its values, of whatever is not all missing."""
+        self._steps += len(block["step"])
+        self._names.update(dict.fromkeys(block))
+        found = hashlib.sha256(self._digest.encode())
+        for name, values in sorted(block.items()):
+            numbers = np.asarray(values, dtype=np.float64)
+            if not (missing := np.isnan(numbers)).all():
+                found.update(name.encode() + np.where(missing, np.nan, numbers).tobytes())
+        self._digest = found.hexdigest()
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -100,19 +130,47 @@ class History:
         """One row an epoch: means over steps, and the epoch's results."""
         return self.frame.drop(columns="step").groupby("epoch", as_index=False).mean()
 
-    def to_csv(self) -> str:
-        """Return the frame as CSV text with every digit."""
-        return str(self.frame.to_csv(index=False))
-
-    def state_dict(self) -> dict[str, list[str] | Tensor]:
-        """Return the frame as names and one float64 matrix [rows, columns]: exact, and plain enough for a checkpoint."""
-        frame = self.frame
-        return {"columns": list(frame.columns), "values": torch.from_numpy(frame.to_numpy(dtype=np.float64, copy=True))}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> History:
-        """Read what :meth:`state_dict` gave."""
+    def write(self, path: Path) -> None:
+        """Bring a CSV file up to date: the last epoch is appended; a new column, or a file of somebody else, has it written whole."""
         import pandas as pd
 
-        frame = pd.DataFrame(state["values"].cpu().numpy(), columns=state["columns"])
-        return cls(frame.astype({"epoch": np.int64, "step": np.int64}))
+        rows, columns, size = self._saved
+        whole = columns < len(self._names) or not path.exists() or path.stat().st_size != size
+        block = self._new[-1] if self._new and rows + len(self._new[-1]["step"]) == self._steps else None
+        if whole or (block is None and rows < self._steps):
+            write_text(path, self.frame.to_csv(index=False))
+        elif block is not None:
+            append_text(path, pd.DataFrame(block).reindex(columns=list(self._names)).to_csv(index=False, header=False))
+        self._saved = self._steps, len(self._names), path.stat().st_size
+
+    def state_dict(self) -> dict[str, list[str] | int | str]:
+        """Return what tells whether a file holds this history, see :meth:`read`."""
+        return {"names": list(self._names), "rows": self._steps, "digest": self._digest}
+
+    @classmethod
+    def read(cls, path: Path, state: Mapping[str, Any]) -> History:
+        """Return the history that :meth:`state_dict` spoke of: the first rows of a file; later ones are cut off in its next writing.
+
+        Raises
+        ------
+        DamagedFileError
+            The file does not hold it.
+        """
+        import pandas as pd
+
+        if "values" in state:  # format 1 of checkpoints held it itself
+            frame = pd.DataFrame(state["values"].cpu().numpy(), columns=state["columns"])
+            return cls(frame.astype({"epoch": np.int64, "step": np.int64}))
+        names, rows = list(state["names"]), state["rows"]
+        try:
+            with open(path, newline="", encoding="utf-8") as stream:  # pandas' own reader does not promise every digit
+                kept = itertools.islice(csv.reader(stream), 1, rows + 1)
+                values = [[float(cell) if cell else np.nan for cell in row[: len(names)]] for row in kept]
+            frame = pd.DataFrame(np.array(values, dtype=np.float64), columns=names)
+            found = cls(frame)
+        except (OSError, ValueError, csv.Error) as error:
+            raise DamagedFileError(f"{path} cannot be read ({error}), and {_NEEDED}") from error
+        if found._digest != state["digest"]:
+            raise DamagedFileError(f"{path} does not hold the {rows} steps of training so far, and {_NEEDED}")
+        found._frames = [frame.astype({"epoch": np.int64, "step": np.int64})]
+        return found

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Protocol
 
 from libmtl_fair.errors import HostError, RecipeError, unknown
-from libmtl_fair.files import write_text
+from libmtl_fair.files import append_text, write_text
 from libmtl_fair.libmtl.state import TrainingState
 
 EPOCHS = "epochs.jsonl"
@@ -38,7 +38,7 @@ def _import(module: str, product: str) -> ModuleType:
 
 
 class JsonLines:
-    """One JSON object an epoch in a file, written whole each time; a resumed run replaces the epochs it trains again.
+    """One JSON object an epoch, appended to a file; a resumed run replaces the epochs it trains again.
 
     >>> import tempfile
     >>> tracker = JsonLines(Path(tempfile.mkdtemp()) / "epochs.jsonl")
@@ -49,22 +49,23 @@ class JsonLines:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._lines: dict[int, str] = {}
 
     def start(self, trainer: TrainingState) -> None:
         """Keep what a run that is continued has logged; a fresh run starts afresh."""
-        self._lines = {}
+        kept: dict[int, str] = {}
         if trainer.epoch > 0 and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                found = re.match(r'\{"epoch": (\d+)\b.*\}$', line)  # a line that a kill cut off is left out
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+                found = re.match(
+                    r'\{"epoch": (\d+)\b[^\ufffd]*\}$', line
+                )  # one that a kill cut off, or damaged, is left out
                 if found and int(found[1]) < trainer.epoch:
-                    self._lines[int(found[1])] = line
+                    kept[int(found[1])] = line
+        write_text(self.path, "".join(f"{line}\n" for line in kept.values()))
 
     def log_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """Add an epoch; numbers that are not finite become null."""
         plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._lines[epoch] = json.dumps({"epoch": epoch, **plain})
-        write_text(self.path, "".join(f"{line}\n" for line in self._lines.values()))
+        append_text(self.path, json.dumps({"epoch": epoch, **plain}) + "\n")
 
 
 class TensorBoard:

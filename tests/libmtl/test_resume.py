@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import errno
+import json
 import os
 import pickle
 import random
@@ -212,9 +213,9 @@ def test_any_damage_is_our_error(saved: Path) -> None:
     ("content", "match"),
     [
         (b"not a checkpoint at all", r"damaged or not ours"),
-        ({"weights": torch.ones(3)}, r"is not of format 1"),
-        ([1, 2], r"is not of format 1"),
-        ({"format": 99}, r"is not of format 1"),
+        ({"weights": torch.ones(3)}, r"is not of format 1 or 2"),
+        ([1, 2], r"is not of format 1 or 2"),
+        ({"format": 99}, r"is not of format 1 or 2"),
         ({"format": 1, "model": {}}, r"lacks 'attributes': it is none of a whole run"),
     ],
 )
@@ -335,6 +336,65 @@ def test_a_full_disk_keeps_what_was_saved(
         trainer.train(loader, epochs=2)
     assert (tmp_path / "last.pt").read_bytes() == kept
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+def epochs_apart(kit: Any, folder: Path) -> Any:
+    """Train three epochs; return the trainer that was left in peace."""
+    whole = kit.trainer()
+    whole.train(kit.loader(), epochs=4)
+    kit.trainer(run_dir=folder).train(kit.loader(), epochs=3)
+    return whole
+
+
+def finish(kit: Any, folder: Path, whole: Any) -> None:
+    last = kit.trainer(run_dir=folder, resume=True)
+    last.train(kit.loader(), epochs=4)
+    kit.assert_same(kit.parameters(whole), kit.parameters(last))
+    expected = whole.history.drop(columns="train_s")
+    pd.testing.assert_frame_equal(expected, last.history.drop(columns="train_s"), check_exact=True)
+    held = pd.read_csv(folder / "history.csv").drop(columns="train_s")
+    pd.testing.assert_frame_equal(expected, held)
+    assert [json.loads(line)["epoch"] for line in (folder / "epochs.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "state", ["last.pt flipped", "last.pt cut", "no last.pt", "history.csv cut", "epochs.jsonl damaged"]
+)
+def test_damage_of_the_last_epoch_costs_that_epoch_only(
+    kit: Any, tmp_path: Path, state: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = epochs_apart(kit, tmp_path)
+    path = tmp_path / state.split()[-2 if state[0] != "n" else -1]
+    content = path.read_bytes()
+    if state.startswith("no "):  # killed between the two renames
+        path.unlink()
+    elif state.endswith("flipped"):
+        path.write_bytes(content[:900] + bytes([content[900] ^ 8]) + content[901:])
+    elif state.startswith("epochs"):
+        path.write_bytes(content.replace(b'{"epoch": 1', b'{"\xffpoch": 1'))
+    else:
+        path.write_bytes(content[: int(0.9 * len(content))])
+    if state.startswith("epochs"):
+        resume(kit, tmp_path)
+        lines = path.read_text().splitlines()
+        assert [json.loads(line)["epoch"] for line in lines] == [0, 2]
+        return
+    finish(kit, tmp_path, whole)
+    said = "training goes on after epoch 2" in caplog.text
+    assert said != state.startswith("no ")
+
+
+def test_nothing_written_in_an_epoch_grows_with_the_epochs_before(kit: Any, tmp_path: Path) -> None:
+    sizes: list[tuple[int, int]] = []
+
+    class Sizes:
+        def log_epoch(self, epoch: int, values: Any) -> None:
+            if epoch:
+                sizes.append(((tmp_path / "last.pt").stat().st_size, (tmp_path / "history.csv").stat().st_ino))
+
+    kit.trainer(run_dir=tmp_path, loggers=[Sizes()]).train(kit.loader(), epochs=40)
+    assert sizes[-1][0] <= sizes[3][0] + 64
+    assert len({inode for _, inode in sizes}) == 1  # appended to, never replaced
 
 
 def test_leftovers_of_a_killed_writer_are_removed(kit: Any, saved: Path) -> None:
