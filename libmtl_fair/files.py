@@ -48,13 +48,14 @@ def atomic_path(path: str | Path, keep: Path | None = None) -> Iterator[Path]:
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
-def _unwritable(path: Path, error: OSError) -> CheckpointError:
+def unwritable(path: Path, error: OSError) -> CheckpointError:
+    """Return the error that says why a file cannot be written."""
     return CheckpointError(
         f"cannot write {path}: {error.strerror or error}. Choose a writable folder with --out, or free some space; "
         "what was saved before is untouched"
@@ -74,7 +75,7 @@ def append_text(path: str | Path, text: str) -> None:
                 os.ftruncate(stream.fileno(), end)
                 raise
     except OSError as error:
-        raise _unwritable(Path(path), error) from error
+        raise unwritable(Path(path), error) from error
 
 
 @contextmanager
@@ -142,9 +143,9 @@ def say_once(text: str) -> None:
     logging.getLogger("libmtl_fair").warning(text)
 
 
-def remove_leftovers(folder: str | Path) -> None:
-    """Remove temporary files that a killed writer left behind in the folder."""
-    for left in Path(folder).glob(".*.tmp"):
+def remove_leftovers(folder: str | Path, *, deep: bool = False) -> None:
+    """Remove temporary files that a killed writer left behind in the folder; ``deep``: in those inside it, too."""
+    for left in Path(folder).glob("**/.*.tmp" if deep else ".*.tmp"):
         if _LEFTOVER.fullmatch(left.name):
             left.unlink(missing_ok=True)
 

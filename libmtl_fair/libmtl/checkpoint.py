@@ -277,6 +277,20 @@ def save_training(trainer: TrainingState, loaders: Loaders) -> None:
     save(trainer.run_dir / LAST, content, keep=trainer.run_dir / PREVIOUS)
 
 
+def close_training(folder: Path) -> None:
+    """Keep one checkpoint of a finished training."""
+    if (folder / LAST).exists():
+        os.replace(folder / LAST, folder / CHECKPOINT)
+    for name in (BEST, PREVIOUS):
+        (folder / name).unlink(missing_ok=True)
+
+
+def reopen_training(folder: Path) -> None:
+    """Undo :func:`close_training`, so that a training that was not measured is gone on with."""
+    if (folder / CHECKPOINT).exists() and not (folder / LAST).exists():
+        os.replace(folder / CHECKPOINT, folder / LAST)
+
+
 def resume(trainer: TrainingState, loaders: Loaders) -> None:
     """Continue from ``last.pt``, or the checkpoint before where it is damaged or a kill left none; write ``history.csv`` as it was then."""
     assert trainer.run_dir is not None

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from libmtl_fair.data.loader import resolve_device
 from libmtl_fair.errors import DataError, HostError, RecipeError
 from libmtl_fair.faults import Faults
-from libmtl_fair.files import need_writable
 from libmtl_fair.libmtl import checkpoint
 from libmtl_fair.libmtl import checkpoint_selection as selection
 from libmtl_fair.libmtl import step as stepping
@@ -30,6 +29,7 @@ from libmtl_fair.libmtl.loggers import Tracker, Trackers
 from libmtl_fair.libmtl.model import compose
 from libmtl_fair.libmtl.optimizers import make_optimizer, make_scheduler
 from libmtl_fair.libmtl.state import Loaders, RepresentationHook, Results, TakesGroups, TrainingState
+from libmtl_fair.locks import alone_in_its_folder
 from libmtl_fair.methods.base import FairWeighting
 from libmtl_fair.predictions import Predictions
 
@@ -155,6 +155,7 @@ class FairTrainer(TrainingState):
 
     # -- training ---------------------------------------------------------------------------------------------
 
+    @alone_in_its_folder
     def train(
         self,
         train_dataloaders: Loaders,
@@ -217,8 +218,6 @@ class FairTrainer(TrainingState):
             self._warned = True
             message = "no validation loader: the last epoch is kept (an epoch is never chosen on test data)"
             warnings.warn(message, stacklevel=3)
-        if self.run_dir is not None:
-            need_writable(self.run_dir)
         if self._before_best is not None and self.epoch < epochs:
             self._before_best.put_back(self)
             self._before_best = None

@@ -13,7 +13,8 @@ import pandas as pd
 import torch
 
 from libmtl_fair import metrics
-from libmtl_fair.files import file_digest
+from libmtl_fair.errors import CheckpointError, DamagedFileError
+from libmtl_fair.files import file_digest, read_json
 from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS
 from libmtl_fair.metrics.decisions import Held
 from libmtl_fair.metrics.shrinkage import targets
@@ -72,11 +73,24 @@ class Protocol:
         return {"deltas": self.deltas, "score_ranges": self.score_ranges, **self.about}
 
     @classmethod
+    def read(cls, path: Path) -> Protocol:
+        """Read the file of a run; DamagedFileError where it is not what was written."""
+        try:
+            return cls.from_dict(read_json(path, sealed=True))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise DamagedFileError(
+                f"{path} is damaged: expected deltas and score_ranges as a run writes them ({type(error).__name__}: {error}); "
+                "run again with --resume to make it anew"
+            ) from error
+
+    @classmethod
     def from_dict(cls, values: Row) -> Protocol:
         """Read what :meth:`to_dict` gave."""
         ranges = {name: (float(low), float(high)) for name, (low, high) in values["score_ranges"].items()}
         about = {k: v for k, v in values.items() if k not in ("deltas", "score_ranges")}
-        return cls(dict(values["deltas"]), ranges, about)
+        return cls({name: float(delta) for name, delta in values["deltas"].items()}, ranges, about)
 
 
 def _delta(name: float | str, audit: Audit, predictions: Predictions) -> float:

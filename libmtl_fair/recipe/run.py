@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -17,11 +16,12 @@ import torch
 
 from libmtl_fair.data import Dataset
 from libmtl_fair.data.loader import resolve_device
-from libmtl_fair.errors import CheckpointError
-from libmtl_fair.files import atomic_path, read_json, write_json, write_text
-from libmtl_fair.libmtl.checkpoint import BEST, CHECKPOINT, LAST
+from libmtl_fair.errors import CheckpointError, DamagedFileError
+from libmtl_fair.files import atomic_path, is_sealed, read_json, remove_leftovers, write_json, write_text
+from libmtl_fair.libmtl.checkpoint import close_training, reopen_training
 from libmtl_fair.libmtl.loading import LINEAGE
 from libmtl_fair.libmtl.trainer import FairTrainer
+from libmtl_fair.locks import alone_in
 from libmtl_fair.predictions import Predictions, side_by_side
 from libmtl_fair.recipe.build import EVAL_BATCH, check, data_for, loaders, make_dataset, make_trainer, only
 from libmtl_fair.recipe.measure import Protocol, digests, measure, pool_embeddings
@@ -30,6 +30,7 @@ from libmtl_fair.recipe.post import PARTS, check_post_data, made_of, make_post
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.tasks import Task
 
+METRICS, PROTOCOL = "metrics.json", "audit_protocol.json"
 _PACKAGES = ("torch", "LibMTL", "numpy", "scikit-learn", "fairlearn", "optuna", "pandas", "libmtl_fair")
 _CHOSEN_BY = {
     "utility": "mean of AUC, accuracy or R2 over tasks, on validation",
@@ -75,18 +76,31 @@ class Run:
         return [(method, seed) for method in methods for seed in self.recipe.seeds]
 
     def __call__(self) -> Path:
-        """Run everything; return the folder."""
+        """Run everything; return the folder.
+
+        The files of a method and seed are written in one order, its checkpoint last but one and ``metrics.json`` last: a run that is
+        resumed completes whatever was not, from the last checkpoint.
+
+        Raises
+        ------
+        CheckpointError
+            Another process works in the folder, or it cannot be written or gone on with.
+        """
+        with alone_in(self.out):
+            remove_leftovers(self.out, deep=True)
+            return self._all()
+
+    def _all(self) -> Path:
         from libmtl_fair.report import write_report, write_summary
 
         write_text(self.out / "recipe.yaml", self.recipe.to_yaml())
         write_json(self.out / "environment.json", environment(self.device))
         write_json(self.out / "data_card.json", self.data(self.recipe.seeds[0]).card)
         check_post_data(self.recipe, self.data(self.recipe.seeds[0]))
-        held = self.out / "audit_protocol.json"
-        protocol = Protocol.from_dict(read_json(held)) if held.exists() else None
+        protocol = self._protocol()
         for method, seed in self.jobs:
             folder = self.out / method / f"seed{seed}"
-            if not (folder / "metrics.json").exists():
+            if protocol is None or not self._done(folder):
                 protocol = self._one(method, seed, folder, protocol)
         write_summary(self.out)
         if self.recipe.output.report:
@@ -108,6 +122,30 @@ class Run:
             self._people = {key: people_of(self.recipe, self.data(seed), self.out, name)}
         return self._people[key]
 
+    def _protocol(self) -> Protocol | None:
+        """Return the protocol that the folder holds; None where there is none, or where it is damaged: it is chosen again, the same."""
+        held = self.out / PROTOCOL
+        try:
+            return Protocol.read(held) if held.exists() else None
+        except DamagedFileError as error:
+            self.note(f"{error}; it is chosen again")
+            return None
+
+    def _done(self, folder: Path) -> bool:
+        """Whether a method and seed is measured, and its numbers and predictions are as they were written; what is not is made again."""
+        if not (folder / METRICS).exists():
+            return False
+        try:
+            read_json(folder / METRICS, sealed=True)
+            for path in folder.glob("predictions_*.parquet"):
+                is_sealed(path)
+        except DamagedFileError as error:
+            self.note(f"{error}; it is made again from the checkpoint")
+            return False
+        for run_dir in _run_dirs(folder):
+            close_training(run_dir)  # runs of earlier versions did so last
+        return True
+
     def _one(self, method: str, seed: int, folder: Path, protocol: Protocol | None) -> Protocol:
         self.note(f"{method}, seed {seed}")
         recipe = self.recipe
@@ -125,7 +163,7 @@ class Run:
         spent = time.perf_counter() - started
         if protocol is None:
             protocol = Protocol.choose(recipe, method, seed, predictions["val"])
-            write_json(self.out / "audit_protocol.json", protocol.to_dict())
+            write_json(self.out / PROTOCOL, protocol.to_dict(), sealed=True)
             frozen = protocol.freeze(tasks)
             predictions = {part: p.rescored(frozen) for part, p in predictions.items()}
         if recipe.output.predictions:
@@ -136,7 +174,7 @@ class Run:
                 np.savez_compressed(stream, **pool_embeddings(recipe, predictions))
         content = measure(recipe, method, seed, predictions, protocol)
         content["consistency"] = self._consistency(method, seed, predictions, trained)
-        content["timing"] = {"train_s": spent, "epochs": 0}
+        content["timing"] = {"train_s": sum(_seconds(t) for t in trained.values()) if trained else spent, "epochs": 0}
         if recipe.output.predictions:
             content["digest"] = digests(folder, predictions)
         voters = made.pop("voters", None)
@@ -154,12 +192,10 @@ class Run:
         constraints = self._constraints(trained, data, predictions["val"])
         content |= {"constraint": constraints} if constraints else {}
         self._write_model(folder, method, seed, predictions["val"].tasks, content, voters)
-        write_json(folder / "metrics.json", content)
-        for trainer in trained.values():  # the last checkpoint also holds the chosen epoch: keep one
+        for trainer in trained.values():
             assert trainer.run_dir is not None
-            if (trainer.run_dir / LAST).exists():
-                os.replace(trainer.run_dir / LAST, trainer.run_dir / CHECKPOINT)
-            (trainer.run_dir / BEST).unlink(missing_ok=True)
+            close_training(trainer.run_dir)
+        write_json(folder / METRICS, content, sealed=True)
         return protocol
 
     def _write_model(
@@ -194,6 +230,7 @@ class Run:
         settings, trained = self.recipe.train_for(method), {}
         for chosen, run_dir in parts.items():
             names = tuple(task.name for task in chosen)
+            reopen_training(run_dir)
             where = {"device": self.device, "run_dir": run_dir, "resume": True}
             trainer = make_trainer(self.recipe, method, data, chosen, seed, **where)
             sources = loaders(only(data, names), settings.batch_size, seed, self.device)
@@ -230,6 +267,16 @@ def single_folder(index: int) -> Path:
     return Path("single") / str(index)
 
 
+def _run_dirs(folder: Path) -> list[Path]:
+    """Return where a method and seed was trained: its folder, or those of its tasks' own models."""
+    return [folder, *folder.glob("single/*")]
+
+
+def _seconds(trainer: FairTrainer) -> float:
+    """Return the seconds of all steps, those before a kill included."""
+    return float(trainer.history["train_s"].sum()) if trainer.epoch else 0.0
+
+
 def _write_structure(trainer: FairTrainer, folder: Path) -> None:
     """Write the branches of a branching model, last and chosen, and the recorded conflicts, where there are any."""
     chosen = trainer.model.structure() if hasattr(trainer.model, "structure") else None
@@ -253,7 +300,7 @@ def _claim(recipe: Recipe, out: Path | None, resume: bool) -> Path:
                 f"{chosen} was made with another recipe; give another --out, or the recipe it was made with"
             )
         raise CheckpointError(f"{chosen} holds a run already; add --resume to go on with it, or give another --out")
-    write_json(chosen / "run.json", {"fingerprint": recipe.fingerprint(), "name": recipe.name})
+    write_json(chosen / "run.json", {"fingerprint": recipe.fingerprint(), "name": recipe.name}, sealed=True)
     return chosen
 
 
@@ -263,7 +310,16 @@ def _fits(folder: Path, recipe: Recipe, resume: bool) -> bool:
         if not folder.exists() or not any(folder.iterdir()):
             return True
         held = folder / "run.json"
-        return resume and held.exists() and read_json(held).get("fingerprint") == recipe.fingerprint()
+        if not resume or not held.exists():
+            return False
+        found = read_json(held, sealed=True)
+        if not isinstance(found, dict) or not isinstance(found.get("fingerprint"), str):
+            raise DamagedFileError(f"{held} is damaged: expected a mapping with a fingerprint, found {str(found)[:60]}")
+        return bool(found["fingerprint"] == recipe.fingerprint())
+    except DamagedFileError as error:
+        raise DamagedFileError(
+            f"{error}. It says of which recipe the run is: put it back, or give another --out; nothing was changed"
+        ) from error
     except OSError as error:
         raise CheckpointError(
             f"cannot use {folder}: {error.strerror or error}; give another folder with --out"

@@ -68,6 +68,7 @@ def notes(run: RunFolder) -> list[str]:
     """Return the notes of a run, the most important first."""
     return [
         *_again(run),
+        *_edited(run),
         *_constraints(run),
         *_gains(run),
         *_small_groups(run),
@@ -80,11 +81,20 @@ def notes(run: RunFolder) -> list[str]:
 def _again(run: RunFolder) -> Iterator[str]:
     found = [f"{item.method}, seed {item.seed} ({', '.join(item.again)})" for item in run.runs if item.again]
     if found:
-        more = f" and {len(found) - _AT_MOST} more" if len(found) > _AT_MOST else ""
         yield (
-            f"Measured again: the saved predictions of {'; '.join(found[:_AT_MOST])}{more} are not those that the run measured. "
+            f"Measured again: the saved predictions of {_listed(found)} are not those that the run measured. "
             "The numbers here are those of the predictions that are there now."
         )
+
+
+def _edited(run: RunFolder) -> Iterator[str]:
+    found = [f"{item.method}/seed{item.seed}/metrics.json" for item in run.runs if item.edited]
+    if found:
+        yield f"Not as the run wrote them, edited or damaged: {_listed(found)}. 'libmtl-fair run ... --resume' makes them anew."
+
+
+def _listed(found: Sequence[str]) -> str:
+    return "; ".join(found[:_AT_MOST]) + (f" and {len(found) - _AT_MOST} more" if len(found) > _AT_MOST else "")
 
 
 def _constraints(run: RunFolder) -> Iterator[str]:

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from libmtl_fair.errors import CheckpointError, RecipeError
-from libmtl_fair.files import file_digest, read_json
+from libmtl_fair.errors import CheckpointError, DamagedFileError, RecipeError
+from libmtl_fair.files import file_digest, is_sealed, read_json
 from libmtl_fair.recipe.yaml_source import read_yaml
 
 Json = dict[str, Any]
@@ -44,6 +44,7 @@ class SeedRun:
     """One method trained with one seed: its folder and what ``metrics.json`` says; a damaged file is a CheckpointError.
 
     ``again`` names the splits whose saved predictions are not those that were measured: the numbers were then taken again, from them.
+    ``edited``: ``metrics.json`` does not fit its seal.
     """
 
     method: str
@@ -51,6 +52,7 @@ class SeedRun:
     folder: Path
     metrics: Json
     again: tuple[str, ...] = ()
+    edited: bool = False
 
     def entries(self, part: str, split: str) -> list[Json]:
         """Return the rows of a table, see :meth:`RunFolder.frame`, as the file has them."""
@@ -80,7 +82,7 @@ class SeedRun:
         ):
             file = self.folder / "metrics.json"
             raise CheckpointError(
-                f"{file} is damaged: consistency.{split} is not what a run writes; run again to make it anew"
+                f"{file} is damaged: consistency.{split} is not what a run writes; run again with --resume to make it anew"
             )
         return named
 
@@ -91,7 +93,19 @@ class SeedRun:
 
     def history(self) -> pd.DataFrame | None:
         """Return the training history, or None if none was kept."""
-        return _table(self.folder / "history.csv")
+        path = self.folder / "history.csv"
+        frame = _table(path)
+        for name, column in () if frame is None else frame.items():
+            if not pd.api.types.is_numeric_dtype(column):
+                wrong = next(
+                    i
+                    for i, value in enumerate(column, 2)
+                    if not isinstance(value, int | float) and not _is_number(value)
+                )
+                raise CheckpointError(
+                    f"{path}:{wrong} is damaged: column {name!r} holds {column.iloc[wrong - 2]!r}, expected a number"
+                )
+        return frame
 
     def structure(self) -> Json | None:
         """Return the branches of a branching model, ``{"last": ..., "chosen": ...}``, or None for any other model."""
@@ -103,7 +117,9 @@ class SeedRun:
         path = self.folder / "conflicts.csv"
         frame = _table(path)
         if frame is not None and not {"epoch", "layer", "kind", "cosine", "angle"} <= set(frame.columns):
-            raise CheckpointError(f"{path} is damaged: columns {list(frame.columns)}; run again to make it anew")
+            raise CheckpointError(
+                f"{path} is damaged: columns {list(frame.columns)}; run again with --resume to make it anew"
+            )
         return frame
 
 
@@ -183,6 +199,13 @@ def number(value: object) -> float:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
+def _is_number(text: str) -> bool:
+    try:
+        return float(text) is not None
+    except ValueError:
+        return False
+
+
 def rows(frame: pd.DataFrame) -> Iterator[Any]:
     """Rows of a frame as named tuples, whose fields are of any type."""
     yield from frame.itertuples(index=False)
@@ -259,15 +282,20 @@ def _seed_run(method: str, seed: int, file: Path) -> SeedRun:
     for part in (*_SPLIT_PARTS, "settings", "checkpoint"):
         _checked(file, metrics.get(part) or {}, f" under {part!r}")
     if not metrics.get("utility"):
-        raise CheckpointError(f"{file} is damaged: it has no 'utility'; run again to make it anew")
+        raise CheckpointError(f"{file} is damaged: it has no 'utility'; run again with --resume to make it anew")
     for part, kind in _SPLIT_PARTS.items():
         for split, value in (metrics.get(part) or {}).items():
             inner = value.values() if isinstance(value, dict) else value
             if not isinstance(value, kind) or not all(isinstance(row, dict) for row in inner):
                 raise CheckpointError(
-                    f"{file} is damaged: {part}.{split} is not what a run writes; run again to make it anew"
+                    f"{file} is damaged: {part}.{split} is not what a run writes; run again with --resume to make it anew"
                 )
-    return SeedRun(method, seed, file.parent, metrics)
+    try:
+        is_sealed(file)
+        edited = False
+    except DamagedFileError:
+        edited = True
+    return SeedRun(method, seed, file.parent, metrics, edited=edited)
 
 
 def _table(path: Path) -> pd.DataFrame | None:
@@ -276,4 +304,4 @@ def _table(path: Path) -> pd.DataFrame | None:
     except pd.errors.EmptyDataError:
         return None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); run again to make it anew") from error
+        raise CheckpointError(f"{path} is damaged ({error}); run again with --resume to make it anew") from error

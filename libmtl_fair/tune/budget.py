@@ -9,23 +9,18 @@ and is gone, or when its counter has not moved for ``grace`` seconds of the obse
 
 from __future__ import annotations
 
-import os
-import socket
 import threading
 import time
-from pathlib import Path
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
+from libmtl_fair.locks import GRACE, address, alive, machine
 from libmtl_fair.tune.plan import SLOT, Plan
 from libmtl_fair.tune.storage import storage_failures
 
-GRACE = 60.0
-"""Seconds without a sign of life after which a worker on another machine counts as dead."""
 LOST, WORKER, BEAT = "lost", "worker", "heartbeat"
-_PROC = Path("/proc")
 
 
 def slots(study: optuna.Study) -> dict[int, FrozenTrial]:
@@ -86,42 +81,6 @@ def give_up(study: optuna.Study, trial: FrozenTrial | optuna.Trial, why: str) ->
     except UpdateFinishedTrialError:
         return False
     return True
-
-
-def machine() -> str:
-    """Return a name of this machine and its process table, the same in all processes that can see each other's ids."""
-    boot, table = _PROC / "sys/kernel/random/boot_id", _PROC / "self/ns/pid"
-    found = boot.read_text(encoding="utf-8").strip() if boot.exists() else ""
-    return " ".join(filter(None, [socket.gethostname(), found, os.readlink(table) if table.exists() else ""]))
-
-
-def started(pid: int) -> str | None:
-    """Return when a process of this machine began, in the kernel's own count; None if it is gone or nothing says."""
-    try:
-        stat = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    fields = stat.rsplit(")", 1)[-1].split()
-    return None if fields[0] == "Z" else fields[19]
-
-
-def alive(pid: int, since: str | None) -> bool:
-    """Whether the process that began at ``since`` still runs on this machine."""
-    if (_PROC / "self/stat").exists():
-        now = started(pid)
-        return now is not None and since in (None, now)
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def address() -> dict[str, object]:
-    """Return who works here: machine, process, and when it began."""
-    return {"machine": machine(), "pid": os.getpid(), "started": started(os.getpid())}
 
 
 class Heartbeat:

@@ -21,9 +21,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from libmtl_fair.errors import FairMTLError
-from libmtl_fair.files import atomic_path, read_json, write_json, write_text
+from libmtl_fair.files import atomic_path, write_json, write_text
 from libmtl_fair.metrics.decisions import thresholds_in_use
 from libmtl_fair.predictions import Predictions
+from libmtl_fair.recipe.measure import Protocol
 from libmtl_fair.recipe.schema import Recipe, load_recipe
 from libmtl_fair.report.theme import PALETTE, REFERENCE, themed
 from libmtl_fair.tune.evidence import sampling_deviation
@@ -264,7 +265,7 @@ def agreement_table(folder: Path) -> Table:
 
     ± after a mean: over seeds; after the difference: of drawing other people, of the first seed.
     """
-    recipe, deltas = load_recipe(folder / "recipe.yaml"), read_json(folder / "audit_protocol.json")["deltas"]
+    recipe, deltas = load_recipe(folder / "recipe.yaml"), Protocol.read(folder / "audit_protocol.json").deltas
     title = "validation and test agree? (± over seeds; of the difference: over people)"
     table = Table("", "validation", "test", "test - validation", title=title, title_justify="left")
     for method in sorted({path.parent.parent.name for path in folder.glob("*/seed*/predictions_test.parquet")}):

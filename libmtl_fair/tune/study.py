@@ -24,11 +24,12 @@ from optuna.trial import FrozenTrial
 
 from libmtl_fair.data.loader import resolve_device
 from libmtl_fair.errors import CheckpointError, FairMTLError, RecipeError, unknown
+from libmtl_fair.locks import GRACE
 from libmtl_fair.recipe.schema import Recipe, load_recipe
 from libmtl_fair.recipe.sections import Tune
 from libmtl_fair.recipe.yaml_source import Source
 from libmtl_fair.tune.artifacts import Keeper, describe
-from libmtl_fair.tune.budget import GRACE, fill, finished
+from libmtl_fair.tune.budget import fill, finished
 from libmtl_fair.tune.plan import FINGERPRINT, FIXED, Plan, fingerprint, stamp
 from libmtl_fair.tune.stacking import Places, aloud
 from libmtl_fair.tune.storage import open_storage, storage_errors

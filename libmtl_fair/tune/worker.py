@@ -21,13 +21,14 @@ from libmtl_fair.data.loader import ResidentLoader, resolve_device
 from libmtl_fair.errors import CheckpointError, FairMTLError
 from libmtl_fair.libmtl import FairTrainer
 from libmtl_fair.libmtl.state import Results
+from libmtl_fair.locks import GRACE
 from libmtl_fair.metrics.decisions import Held, thresholds_in_use
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.build import EVAL_BATCH, data_for, loaders, make_trainer
 from libmtl_fair.recipe.measure import Protocol
 from libmtl_fair.tasks import Regression, Task
 from libmtl_fair.tune.artifacts import Keeper
-from libmtl_fair.tune.budget import GRACE, Heartbeat, Reaper, claim, fill, give_up, slots
+from libmtl_fair.tune.budget import Heartbeat, Reaper, claim, fill, give_up, slots
 from libmtl_fair.tune.evidence import counts_of, degenerate_tasks, utilities
 from libmtl_fair.tune.objectives import PEOPLE, upper_end, value_of
 from libmtl_fair.tune.plan import DEGENERATE, Candidate, Outcome, Plan

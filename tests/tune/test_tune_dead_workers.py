@@ -17,6 +17,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from libmtl_fair import locks
 from libmtl_fair.tune import budget
 from libmtl_fair.tune.budget import claim, fill
 from libmtl_fair.tune.plan import Plan
@@ -202,13 +203,13 @@ def test_heartbeats_are_written_and_stop_with_the_trial(small):
     before = study.get_trials()[0].user_attrs[budget.BEAT]
     time.sleep(0.1)
     assert study.get_trials()[0].user_attrs[budget.BEAT] == before
-    assert study.get_trials()[0].user_attrs[budget.WORKER] == budget.address()
+    assert study.get_trials()[0].user_attrs[budget.WORKER] == locks.address()
 
 
 def test_this_process_lives_and_a_reused_number_does_not():
-    assert budget.alive(os.getpid(), budget.started(os.getpid()))
-    if budget.started(os.getpid()) is not None:
-        assert not budget.alive(os.getpid(), "1")
+    assert locks.alive(os.getpid(), locks.started(os.getpid()))
+    if locks.started(os.getpid()) is not None:
+        assert not locks.alive(os.getpid(), "1")
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    assert not budget.alive(ended.pid, "1")
+    assert not locks.alive(ended.pid, "1")
