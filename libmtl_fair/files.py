@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from libmtl_fair.errors import CheckpointError, DamagedFileError
 
@@ -22,7 +22,7 @@ BLANK_SEAL = "libmtl_fair sha256 " + "0" * 64
 """A seal before the digest is known: a format that nothing may follow, such as parquet or JSON, holds it somewhere inside."""
 _BLANK = BLANK_SEAL.encode()
 _MARK = _BLANK[:-64]
-_SEAL = "seal"
+_SEAL, _BESIDE = "seal", ".sha256"
 _ZIP_END = b"PK\x05\x06"
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
@@ -107,7 +107,7 @@ def sealed_path(path: str | Path, keep: Path | None = None) -> Iterator[Path]:
 
 
 def is_sealed(path: str | Path) -> bool:
-    """Whether a file has a seal, which then fits its content: every changed, lost or added byte is noticed.
+    """Whether a file has a seal, inside or beside it, which then fits its content: every changed, lost or added byte is noticed.
 
     A byte of the seal's own mark may be what changed: a format whose files all have seals must refuse one without.
 
@@ -118,6 +118,11 @@ def is_sealed(path: str | Path) -> bool:
     OSError
         The file cannot be read.
     """
+    beside = Path(f"{path}{_BESIDE}")
+    if beside.exists():
+        if beside.read_bytes()[:64] != file_digest(path).encode():
+            raise DamagedFileError(f"{path} is damaged or was changed: it does not fit {beside.name}")
+        return True
     with open(path, "rb") as stream:
         if not os.fstat(stream.fileno()).st_size:
             return False
@@ -164,15 +169,20 @@ def write_text(path: str | Path, text: str) -> Path:
     return Path(path)
 
 
-def write_json(path: str | Path, value: object, *, sealed: bool = False) -> Path:
+def write_json(path: str | Path, value: object, *, sealed: bool | Literal["beside"] = False) -> Path:
     """Write ``value`` as JSON atomically; NaN and infinities become null, so that every reader takes it.
 
-    ``sealed``: a mapping gets a seal, as its last entry.
+    ``sealed``: a mapping gets a seal, as its last entry; ``"beside"``: the digest is in ``<path>.sha256`` instead, as ``sha256sum``
+    writes it, and there before the file: a kill between the two leaves a file that does not fit.
     """
-    held = {**value, _SEAL: BLANK_SEAL} if sealed and isinstance(value, dict) else value
-    with sealed_path(path) if sealed else atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(plain(held), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    return Path(path)
+    path = Path(path)
+    held = {**value, _SEAL: BLANK_SEAL} if sealed is True and isinstance(value, dict) else value
+    text = json.dumps(plain(held), indent=1, allow_nan=False) + "\n"
+    if sealed == "beside":
+        write_text(f"{path}{_BESIDE}", f"{hashlib.sha256(text.encode()).hexdigest()}  {path.name}\n")
+    with sealed_path(path) if sealed is True else atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
 
 
 def read_json(path: str | Path, *, sealed: bool = False) -> Any:

@@ -16,7 +16,7 @@ import torch
 
 import libmtl_fair as lf
 from libmtl_fair.errors import CheckpointError, DamagedFileError
-from libmtl_fair.files import append_text, is_sealed, read_json, sealed_path, write_json
+from libmtl_fair.files import append_text, file_digest, is_sealed, read_json, sealed_path, write_json
 from libmtl_fair.libmtl import checkpoint
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.sklearn import FairMTLEstimator
@@ -116,6 +116,17 @@ def test_json_with_a_seal(tmp_path: Path) -> None:
     path.write_text("[" * 100_000)
     with pytest.raises(DamagedFileError, match=r"a\.json is damaged"):
         read_json(path)
+
+
+def test_json_with_its_digest_beside_it(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "a.json", {"a": 1.25}, sealed="beside")
+    assert json.loads(path.read_text()) == {"a": 1.25} == read_json(path, sealed=True)
+    assert (tmp_path / "a.json.sha256").read_text() == f"{file_digest(path)}  a.json\n"
+    path.write_text(path.read_text().replace("1.25", "1.35"))
+    with pytest.raises(DamagedFileError, match=r"a\.json is damaged or was changed: it does not fit a\.json\.sha256"):
+        read_json(path, sealed=True)
+    (tmp_path / "a.json.sha256").unlink()
+    assert read_json(path, sealed=True) == {"a": 1.35}
 
 
 def test_a_seal_of_any_other_file(tmp_path: Path) -> None:

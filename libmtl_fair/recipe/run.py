@@ -163,7 +163,7 @@ class Run:
         spent = time.perf_counter() - started
         if protocol is None:
             protocol = Protocol.choose(recipe, method, seed, predictions["val"])
-            write_json(self.out / PROTOCOL, protocol.to_dict(), sealed=True)
+            write_json(self.out / PROTOCOL, protocol.to_dict(), sealed="beside")
             frozen = protocol.freeze(tasks)
             predictions = {part: p.rescored(frozen) for part, p in predictions.items()}
         if recipe.output.predictions:
@@ -195,7 +195,7 @@ class Run:
         for trainer in trained.values():
             assert trainer.run_dir is not None
             close_training(trainer.run_dir)
-        write_json(folder / METRICS, content, sealed=True)
+        write_json(folder / METRICS, content, sealed="beside")
         return protocol
 
     def _write_model(
@@ -300,7 +300,7 @@ def _claim(recipe: Recipe, out: Path | None, resume: bool) -> Path:
                 f"{chosen} was made with another recipe; give another --out, or the recipe it was made with"
             )
         raise CheckpointError(f"{chosen} holds a run already; add --resume to go on with it, or give another --out")
-    write_json(chosen / "run.json", {"fingerprint": recipe.fingerprint(), "name": recipe.name}, sealed=True)
+    write_json(chosen / "run.json", {"fingerprint": recipe.fingerprint(), "name": recipe.name}, sealed="beside")
     return chosen
 
 

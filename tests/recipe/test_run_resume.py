@@ -59,7 +59,7 @@ def state(folder: Path) -> dict[str, object]:
     numbers = {}
     for path in sorted(folder.glob("*/seed*/metrics.json")):
         content = json.loads(path.read_text())
-        numbers[str(path.relative_to(folder))] = {k: v for k, v in content.items() if k not in ("timing", "seal")}
+        numbers[str(path.relative_to(folder))] = {k: v for k, v in content.items() if k != "timing"}
     rows = {str(p.relative_to(folder)): len(p.read_text().splitlines()) for p in folder.rglob("*.csv")}
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     return {"names": names, "rows": rows, "numbers": numbers}
