@@ -137,7 +137,7 @@ class Run:
             return False
         try:
             read_json(folder / METRICS, sealed=True)
-            for path in folder.glob("predictions_*.parquet"):
+            for path in (*folder.glob("predictions_*.parquet"), *folder.glob(MODEL)):
                 is_sealed(path)
         except DamagedFileError as error:
             self.note(f"{error}; it is made again from the checkpoint")
