@@ -25,7 +25,7 @@ def predict(
     seed: SeedNumber = None,
 ) -> None:
     """Predict new rows: for each task its decision, class or value in native units, and its score; one row a row of TABLE."""
-    from libmtl_fair.data.frames import need_table_name, write_frame
+    from libmtl_fair.data.tables import need_table_name, write_frame
     from libmtl_fair.deploy import load
 
     need_table_name(target)

@@ -6,19 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from libmtl_fair.data.features import FeatureEncoder
 from libmtl_fair.data.labels import RawLabels, task_columns
 from libmtl_fair.data.selection import PARTS, Rows, Table, leaks
 from libmtl_fair.data.sensitive import Groups
 from libmtl_fair.data.spec import TaskSpec
+from libmtl_fair.data.tables import taken_as_missing
 
 Card = dict[str, Any]
 SMALL_GROUP = 30
 """Groups with fewer test rows than this are named in the card (METHODS.md 5: they are flagged in every table)."""
 
 
-def dataset_card(table: Table, rows_in_source: int, parts: Mapping[str, Rows], encoder: FeatureEncoder) -> Card:
+def dataset_card(table: Table, source: pd.DataFrame, parts: Mapping[str, Rows], encoder: FeatureEncoder) -> Card:
     """Return the whole card as plain values, ready for JSON."""
     spec, choice = table.spec, table.choice
     used = np.sort(np.concatenate(list(parts.values())))
@@ -36,7 +38,7 @@ def dataset_card(table: Table, rows_in_source: int, parts: Mapping[str, Rows], e
         "title": spec.title,
         "source": spec.source,
         "licence": spec.licence,
-        "rows_in_source": rows_in_source,
+        "rows_in_source": len(source),
         "rows": len(used),
         "filter": spec.filter,
         "subset": choice.subset,
@@ -50,6 +52,8 @@ def dataset_card(table: Table, rows_in_source: int, parts: Mapping[str, Rows], e
         "inputs": inputs,
         "n_features": len(encoder.names),
         "missing_inputs": {name: count for name, count in gaps.items() if count},
+        "taken_as_missing": taken_as_missing(source),
+        "other_categories": {name: len(rare) for (name, _), rare in zip(encoder.categorical(), encoder.rare) if rare},
         "dropped": dropped,
         "tasks": {item.name: _task_card(item, table.groups, used) for item in table.labels},
         "groups": groups,
@@ -143,6 +147,12 @@ def card_markdown(card: Card) -> str:
     split, tasks = card["split"], card["tasks"]
     sizes = ", ".join(f"{part} {rows:,}" for part, rows in split["rows"].items())
     gaps = ", ".join(f"{name} {count:,}" for name, count in card["missing_inputs"].items())
+    words = card.get("taken_as_missing", {})  # cards of before have none
+    taken = "; ".join(
+        f"{name}: " + ", ".join(f"{word!r} {count:,} times" for word, count in found.items())
+        for name, found in words.items()
+    )
+    other = ", ".join(f"{count:,} of {name}" for name, count in card.get("other_categories", {}).items())
     lines = [
         f"# Data card: {card['title']}",
         "",
@@ -153,6 +163,8 @@ def card_markdown(card: Card) -> str:
         f"- Inputs ({len(card['inputs'])} columns, {card['n_features']} features): {', '.join(card['inputs'])}",
         f"- Sensitive attributes among the inputs: {', '.join(card['sensitive_inputs']) or 'none'}",
         f"- Missing input values: {gaps or 'none'}",
+        *([f"- Taken as missing: {taken}"] if taken else []),
+        *([f"- Categories that became one, (other): {other}"] if other else []),
         *("", "## Tasks", ""),
         *_markdown_table(
             ["task", "kind", "definition", "labelled", "missing", "base rate"],

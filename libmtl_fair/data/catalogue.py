@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -10,12 +10,14 @@ import pandas as pd
 
 from libmtl_fair.data.card import Card
 from libmtl_fair.data.dataset import Dataset, build_dataset
+from libmtl_fair.data.expressions import evaluate
 from libmtl_fair.data.fetched import FETCHED
-from libmtl_fair.data.frames import column_of, read_frame
+from libmtl_fair.data.frames import column_of
 from libmtl_fair.data.loader import SENSITIVE
 from libmtl_fair.data.selection import Choice, choose_inputs, choose_tasks, leaks
 from libmtl_fair.data.shipped import SHIPPED
-from libmtl_fair.data.spec import SensitiveSpec, TableSpec, TaskSpec, make_spec
+from libmtl_fair.data.spec import MAX_CATEGORIES, SensitiveSpec, TableSpec, TaskSpec, make_spec
+from libmtl_fair.data.tables import Source, read_frame, to_pandas
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.validation import Keep, Listed, MissingRule, checked
 
@@ -87,9 +89,10 @@ def load_dataset(
     subset: int | float | None = None,
     *,
     min_frequency: int | float | None = None,
+    max_categories: int = MAX_CATEGORIES,
     sensitive_inputs: bool = True,
     test_seed: int | None = None,
-    frame: pd.DataFrame | str | Path | None = None,
+    frame: Source | None = None,
 ) -> Dataset:
     """Load a dataset by name, ready for multi-task training.
 
@@ -113,13 +116,15 @@ def load_dataset(
     subset : int or float, optional
         A number of rows, or a share, drawn before the split.
     min_frequency : int or float, optional
-        One-hot categories with fewer rows (int) or a smaller share (float) in training become "(rare)".
+        One-hot categories with fewer rows (int) or a smaller share (float) in training become "(other)".
+    max_categories : int, default 100
+        One-hot categories of a column, at most: the most frequent in training; the rest become "(other)", said in the card.
     sensitive_inputs : bool, default True
         Whether the columns of the chosen sensitive attributes may be inputs.
     test_seed : int, optional
         Of subset and test rows, where they are to stay while ``seed`` divides the other rows; None: ``seed``.
-    frame : DataFrame or str or Path, optional
-        The table itself, a DataFrame or a .csv or .parquet path, instead of the shipped or fetched one.
+    frame : Source, optional
+        The table itself, of pandas, polars, pyarrow, ..., or a .csv or .parquet path, instead of the shipped or fetched one.
 
     Raises
     ------
@@ -135,8 +140,9 @@ def load_dataset(
     """
     spec = dataset_spec(name)
     choice = Choice(
-        tasks, sensitive, seed, split, missing, keep_groups, subset, min_frequency, sensitive_inputs, test_seed
-    )
+        tasks, sensitive, seed, split, missing, keep_groups, subset, min_frequency, sensitive_inputs, test_seed,
+        max_categories,
+    )  # fmt: skip
     choose_tasks(spec, tasks)
     if frame is not None:
         table = read_frame(frame)
@@ -150,7 +156,7 @@ def load_dataset(
 
 
 def load_table(
-    source: str | Path | pd.DataFrame,
+    source: Source,
     *,
     tasks: Mapping[str, TaskSpec | Mapping[str, object]],
     sensitive: Mapping[str, SensitiveSpec | Mapping[str, object] | str] | Sequence[str] = (),
@@ -163,8 +169,12 @@ def load_table(
     keep_groups: Mapping[str, Keep] | None = None,
     subset: int | float | None = None,
     min_frequency: int | float | None = None,
+    max_categories: int = MAX_CATEGORIES,
     sensitive_inputs: bool = True,
     test_seed: int | None = None,
+    drop: Sequence[str] = (),
+    where: str | None = None,
+    missing_values: Sequence[str] = (),
     name: str | None = None,
     title: str | None = None,
     licence: str = "not stated",
@@ -174,8 +184,8 @@ def load_table(
 
     Parameters
     ----------
-    source : str or Path or DataFrame
-        A .csv, .csv.gz or .parquet file, or a DataFrame.
+    source : Source
+        A .csv, .csv.gz or .parquet file, or a table of pandas, polars, pyarrow or another library that narwhals reads.
     tasks : mapping of str to TaskSpec or mapping of str to object
         {name: TaskSpec or a mapping of its fields}, in order; a recipe gives mappings.
     sensitive : mapping of str to SensitiveSpec or mapping of str to object or str or sequence of str, default ()
@@ -189,8 +199,14 @@ def load_table(
         Three shares, or the name of a column that holds "train", "val" and "test".
     stratify : str or bool, default True
         True (first task), a task's name, or False.
-    seed, missing, keep_groups, subset, min_frequency, sensitive_inputs, test_seed : as there
+    seed, missing, keep_groups, subset, min_frequency, max_categories, sensitive_inputs, test_seed : as there
         As for :func:`load_dataset`.
+    drop : sequence of str, default ()
+        Columns that are no inputs, such as ids.
+    where : str, optional
+        Rows to keep: comparisons of columns, as ``"age >= 18 and country == 'DE'"``; rows where one is missing are left out.
+    missing_values : sequence of str, default ()
+        Words that are missing values in text columns, too, besides the empty cell; see :mod:`libmtl_fair.data.tables`.
     name, title, licence, notes : str, str, str, sequence of str, optional
         For the data card.
 
@@ -206,7 +222,8 @@ def load_table(
     >>> data.inputs, data.groups, len(data.train)
     (('age', 'sex'), {'sex': ['f', 'm']}, 24)
     """
-    frame = read_frame(source)
+    source = to_pandas(source)
+    frame = read_frame(source, missing_values)
     task_specs: dict[str, TaskSpec] = {}
     for key, value in checked(dict, tasks, "tasks").items():
         if checked(str, key, "a task's name") == SENSITIVE:
@@ -218,7 +235,7 @@ def load_table(
     named = dict(sensitive) if isinstance(sensitive, Mapping) else columns
     categories = checked(Listed, categorical, "categorical")
     groups = _attributes(named, set(frame.columns))
-    candidates = _candidates(frame, task_specs, features, split)
+    candidates = _candidates(frame, task_specs, features, split, checked(Listed, drop, "drop"))
     for column in categories:
         column_of(frame, column, "categorical")
     if not isinstance(stratify, bool) and stratify not in tuple(task_specs):
@@ -237,11 +254,16 @@ def load_table(
         default_sensitive=tuple(named),
         kinds={**kinds, **dict.fromkeys(categories, "categorical")},
         stratify=stratify if isinstance(stratify, str) else None if stratify else "",
+        excluded=dict.fromkeys(checked(Listed, drop, "drop"), "dropped, as asked"),
+        keep_rows=None if where is None else _filter(checked(str, where, "where")),
+        filter=where or "",
         notes=checked(Listed, notes, "notes"),
+        missing_values=checked(Listed, missing_values, "missing_values"),
     )
     choice = Choice(
-        None, tuple(named), seed, split, missing, keep_groups, subset, min_frequency, sensitive_inputs, test_seed
-    )
+        None, tuple(named), seed, split, missing, keep_groups, subset, min_frequency, sensitive_inputs, test_seed,
+        max_categories,
+    )  # fmt: skip
     return build_dataset(spec, frame, choice)
 
 
@@ -257,15 +279,27 @@ def _attributes(named: Mapping[str, object], columns: Collection[str]) -> dict[s
     return {part: SensitiveSpec(column=part) for spec in specs.values() for part in spec.of} | specs
 
 
+def _filter(where: str) -> Callable[[pd.DataFrame], pd.Series[bool]]:
+    def keep(frame: pd.DataFrame) -> pd.Series[bool]:
+        return pd.Series(evaluate(where, frame, "where") == 1)
+
+    return keep
+
+
 def _candidates(
-    frame: pd.DataFrame, tasks: Mapping[str, TaskSpec], features: Features, split: object
+    frame: pd.DataFrame, tasks: Mapping[str, TaskSpec], features: Features, split: object, drop: Collection[str]
 ) -> tuple[str, ...]:
     forbidden = leaks(tasks)
+    for column in drop:
+        column_of(frame, column, "drop")
     if features is None:
-        return tuple(str(column) for column in frame.columns if column not in forbidden and column != split)
+        out = {*forbidden, *drop, split} if isinstance(split, str) else {*forbidden, *drop}
+        return tuple(str(column) for column in frame.columns if column not in out)
     columns = tuple(features) if isinstance(features, Mapping) else checked(Listed, features, "features")
     for column in columns:
         column_of(frame, column, "features")
+        if column in drop:
+            raise DataError(f"feature {column!r} is in features and in drop; take it out of one")
         if column in forbidden:
             raise DataError(
                 f"feature {column!r} gives away task {forbidden[column][0]!r}; one input serves all tasks, so take it out "

@@ -198,7 +198,7 @@ def build_dataset(spec: TableSpec, frame: pd.DataFrame, choice: Choice) -> Datas
     parts = table.parts()
     made = {item.name: make_task(item, parts["train"]) for item in table.labels}
     kinds = feature_kinds(table.frame, table.inputs, spec.kinds)
-    encoder, x = fit_encoder(table.frame, parts["train"], kinds, choice.min_frequency)
+    encoder, x = fit_encoder(table.frame, parts["train"], kinds, choice.min_frequency, choice.max_categories)
     names = {item.attribute: list(item.names) for item in table.groups}
     training = parts["train"]
     known = {item.attribute: item.ids[training] for item in table.groups}
@@ -221,7 +221,7 @@ def build_dataset(spec: TableSpec, frame: pd.DataFrame, choice: Choice) -> Datas
         tasks=tuple(task for task, _ in made.values()),
         groups=names,
         feature_names=encoder.names,
-        card=dataset_card(table, len(frame), parts, encoder),
+        card=dataset_card(table, frame, parts, encoder),
         new_rows=fit_new_rows(table, encoder, tuple(task for task, _ in made.values())),
         tell_tale={name: tuple(sorted(columns)) for name, columns in table.tell_tale.items()},
     )

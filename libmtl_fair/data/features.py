@@ -11,14 +11,19 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from libmtl_fair.data.frames import as_numbers, as_text, column_of, ids_of, is_numeric
+from libmtl_fair.data.frames import as_numbers, as_text, column_of, ids_of, is_date, is_numeric
+from libmtl_fair.data.spec import MAX_CATEGORIES
 from libmtl_fair.errors import DataError, unknown
+from libmtl_fair.memory import need_memory
 
 FeatureKind = Literal["numeric", "categorical"]
 Kinds = Mapping[str, FeatureKind]
 _T = TypeVar("_T")
 MISSING_CATEGORY = "(missing)"
 """Category of a row without a value, if the training part has such rows."""
+OTHER = "(other)"
+"""Category of the rare ones, and of those beyond ``max_categories``."""
+_FEW = 20
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class FeatureEncoder:
         numeric = _of_kind(self.kinds, "numeric")
         names = [*numeric, *(f"{numeric[i]}={MISSING_CATEGORY}" for i in self.gaps)]
         for name, known, rare in zip(_of_kind(self.kinds, "categorical"), self.categories, self.rare):
-            names += [f"{name}={value}" for value in (*known, *(["(rare)"] if rare else []))]
+            names += [f"{name}={value}" for value in (*known, *([OTHER] if rare else []))]
         return tuple(names)
 
     @property
@@ -65,6 +70,10 @@ class FeatureEncoder:
         for name, known, rare in zip(_of_kind(self.kinds, "categorical"), self.categories, self.rare):
             sources += [name] * (len(known) + bool(rare))
         return tuple(sources)
+
+    def categorical(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """Return the categorical columns with their frequent categories."""
+        return tuple(zip(_of_kind(self.kinds, "categorical"), self.categories))
 
     def without(self, columns: Collection[str]) -> FeatureEncoder:
         """Return the encoding without some input columns."""
@@ -124,27 +133,29 @@ class FeatureEncoder:
 def feature_kinds(
     frame: pd.DataFrame, columns: Sequence[str], declared: Mapping[str, str] | None = None
 ) -> dict[str, FeatureKind]:
-    """Return the kind of each input column: as declared, else numeric for numbers and booleans, else categorical."""
+    """Return the kind of each input column: as declared, else numeric for numbers, booleans and dates."""
     kinds: dict[str, FeatureKind] = {}
     for name in columns:
         kind = (declared or {}).get(name, "auto")
         series = column_of(frame, name, "features")
         if kind not in ("auto", *get_args(FeatureKind)):
             raise DataError(f"feature {name!r}: {unknown('kind', kind, ['auto', *get_args(FeatureKind)])}")
-        if series.dtype.kind in "mM":
-            raise DataError(
-                f"feature {name!r} holds dates; make a number of it (such as a year or an age) or leave it out"
-            )
-        kinds[name] = "numeric" if kind == "numeric" or (kind == "auto" and is_numeric(series)) else "categorical"
+        number = is_numeric(series) or is_date(series)
+        kinds[name] = "numeric" if kind == "numeric" or (kind == "auto" and number) else "categorical"
     return kinds
 
 
 def fit_encoder(
-    frame: pd.DataFrame, train: NDArray[np.int64], kinds: Kinds, min_frequency: int | float | None = None
+    frame: pd.DataFrame,
+    train: NDArray[np.int64],
+    kinds: Kinds,
+    min_frequency: int | float | None = None,
+    max_categories: int = MAX_CATEGORIES,
 ) -> tuple[FeatureEncoder, NDArray[np.float32]]:
     """Fit on the rows in ``train``; return the encoder and the inputs of all rows, float32 [N, F].
 
-    ``min_frequency``: categories with fewer rows (int) or a smaller share (float) than this become one, "(rare)".
+    ``min_frequency``: categories with fewer rows (int) or a smaller share (float) than this become one, "(other)", and so do
+    all but the ``max_categories`` most frequent. A text column of which nearly every row has a value of its own is refused.
     """
     numbers, texts = _numbers(frame, kinds), _texts(frame, kinds)
     part = numbers[train]
@@ -160,16 +171,39 @@ def fit_encoder(
     constant = scale <= len(whole) * np.finfo(np.float64).eps * np.abs(centre)  # but for rounding, as in scikit-learn
     counts = [Counter(text[train].tolist()) for text in texts]
     least = min_frequency if isinstance(min_frequency, int) else (min_frequency or 0) * len(part)
+    for name, count in zip(_of_kind(kinds, "categorical"), counts):
+        _no_id(name, count)
+    frequent = [_frequent(count, least, max_categories) for count in counts]
     encoder = FeatureEncoder(
         kinds=dict(kinds),
         fill=tuple(fill.tolist()),
         centre=tuple(centre.tolist()),
         scale=tuple(np.where(constant, 1.0, scale).tolist()),
         gaps=tuple(np.flatnonzero(~seen.all(0)).tolist()),
-        categories=tuple(tuple(sorted(value for value in count if count[value] >= least)) for count in counts),
-        rare=tuple(tuple(sorted(value for value in count if count[value] < least)) for count in counts),
+        categories=tuple(tuple(sorted(kept)) for kept in frequent),
+        rare=tuple(tuple(sorted(set(count) - kept)) for count, kept in zip(counts, frequent)),
+    )
+    need_memory(
+        12 * len(frame) * max(len(encoder.names), 1),
+        f"the inputs ({len(frame):,} rows of {len(encoder.names):,} columns after encoding)",
+        "leave columns out (drop), lower max_categories, or take a subset",
     )
     return encoder, encoder._encoded(numbers, texts)
+
+
+def _no_id(name: str, count: Counter[str]) -> None:
+    rows = count.total() - count[MISSING_CATEGORY]
+    if len(count) > max(_FEW, 0.9 * rows):
+        raise DataError(
+            f"feature {name!r} looks like an id or free text: {len(count):,} different values in {rows:,} rows, so it tells "
+            f"nothing of new rows; leave it out (drop: [{name}] in a recipe, drop=[{name!r}] in Python)"
+        )
+
+
+def _frequent(count: Counter[str], least: float, most: int) -> set[str]:
+    """Return the categories that keep a column of their own: the most frequent, and, of equals, the first by name."""
+    kept = [value for value in count if count[value] >= least]
+    return set(sorted(kept, key=lambda value: (-count[value], value))[:most])
 
 
 def _of_kind(kinds: Kinds, kind: FeatureKind) -> list[str]:

@@ -1,18 +1,16 @@
-"""Reading tables and their columns, with messages that name the file, the column and the near name."""
+"""Columns of tables as numbers, text and ids, with messages that name the column and the near name."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Hashable, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from libmtl_fair.errors import DataError, near, unknown
-from libmtl_fair.files import atomic_path
+from libmtl_fair.data.tables import settled
+from libmtl_fair.errors import DataError, unknown
 
 Series: TypeAlias = "pd.Series[Any]"
 """A column of a table."""
@@ -20,54 +18,6 @@ Values: TypeAlias = NDArray[Any]
 """Labels or classes of any type."""
 
 _LARGEST = 1e30
-_PARQUET, _CSV = (".parquet", ".pq"), (".csv", ".csv.gz")
-
-
-def read_frame(source: str | Path | pd.DataFrame) -> pd.DataFrame:
-    """Return a table from a DataFrame, or a .csv, .csv.gz or .parquet file."""
-    frame, what = (source, "the frame") if isinstance(source, pd.DataFrame) else (_read_file(Path(source)), str(source))
-    if len(frame) == 0:
-        raise DataError(f"{what} has no rows")
-    if not all(isinstance(column, str) for column in frame.columns):
-        frame = frame.rename(columns=str)
-    repeated = frame.columns[frame.columns.duplicated()]
-    if len(repeated):
-        raise DataError(f"{what}: column {repeated[0]!r} is there twice; rename one")
-    return frame.infer_objects()
-
-
-def _read_file(path: Path) -> pd.DataFrame:
-    name = path.name.lower()
-    if not path.is_file():
-        guess = near(path.name, [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else [])
-        hint = f"; did you mean {str(path.parent / guess)!r}?" if guess else "; check the path"
-        raise DataError(f"no file {str(path)!r}{hint}")
-    try:
-        if name.endswith(_PARQUET):
-            return pd.read_parquet(path)
-        if name.endswith(_CSV):
-            return pd.read_csv(path, low_memory=False)
-    except (OSError, ValueError, EOFError, zlib.error) as error:
-        raise DataError(f"{str(path)!r} cannot be read as a table: {error}") from error
-    raise DataError(f"{str(path)!r}: expected a .csv, .csv.gz or .parquet file")
-
-
-def need_table_name(path: str | Path) -> None:
-    """Refuse a file to write that is named neither .csv, .csv.gz nor .parquet."""
-    if not Path(path).name.lower().endswith((*_PARQUET, *_CSV)):
-        raise DataError(
-            f"a table to write: expected a name that ends with .parquet, .csv or .csv.gz, found {str(path)!r}"
-        )
-
-
-def write_frame(frame: pd.DataFrame, path: str | Path) -> None:
-    """Write a table, without its index, to a .csv, .csv.gz or .parquet file, whole or not at all."""
-    need_table_name(path)
-    with atomic_path(path) as temporary:
-        if Path(path).name.lower().endswith(_PARQUET):
-            frame.to_parquet(temporary, index=False)
-        else:
-            frame.to_csv(temporary, index=False, compression="gzip" if str(path).endswith("gz") else None)
 
 
 def column_of(frame: pd.DataFrame, name: str, where: str) -> Series:
@@ -83,7 +33,12 @@ def is_numeric(series: Series) -> bool:
 
 
 def as_numbers(series: Series, where: str) -> NDArray[np.float64]:
-    """Return a numeric column as float64 with NaN where missing; text, dates and numbers beyond 1e30 are refused."""
+    """Return a numeric column as float64 with NaN where missing; text and numbers beyond 1e30 are refused.
+
+    Dates are days since 1970-01-01 (UTC), durations are days.
+    """
+    if is_date(series):
+        return _days(series)
     if isinstance(series.dtype, pd.CategoricalDtype) and pd.api.types.is_numeric_dtype(series.cat.categories):
         series = series.astype(np.float64)
     if not is_numeric(series):
@@ -101,13 +56,26 @@ def as_numbers(series: Series, where: str) -> NDArray[np.float64]:
     return values
 
 
+def is_date(series: Series) -> bool:
+    """Return whether the column holds dates or durations."""
+    return series.dtype.kind in "mM"
+
+
+def _days(series: Series) -> NDArray[np.float64]:
+    start = pd.Timedelta(0) if series.dtype.kind == "m" else pd.Timestamp(0, tz=getattr(series.dt, "tz", None))
+    passed: Any = series - start
+    return np.asarray(passed / pd.Timedelta(days=1), dtype=np.float64)
+
+
 def as_text(series: Series) -> NDArray[np.object_]:
     """Return a column as strings, with None where missing; whole numbers lose their ``.0``.
 
     >>> as_text(pd.Series([1.0, float("nan"), 2.0])).tolist()
     ['1', None, '2']
     """
-    if pd.api.types.is_float_dtype(series):
+    if series.dtype.kind == "M":
+        values = series.astype(str).tolist()
+    elif pd.api.types.is_float_dtype(series):
         numbers = series.to_numpy(dtype=float, na_value=0).tolist()
         values = [str(int(number)) if number.is_integer() else str(number) for number in numbers]
     else:
@@ -125,3 +93,45 @@ def values_in(text: NDArray[np.object_], most: int | None = None) -> list[str]:
 def ids_of(values: NDArray[np.object_], names: Sequence[Hashable]) -> NDArray[np.int64]:
     """Return the position of each value among ``names``, -1 where it is none of them: int64 [N]."""
     return pd.Index(list(names), dtype=object).get_indexer(pd.Index(values, dtype=object)).astype(np.int64)
+
+
+def group_ids(values: object, where: str, names: Sequence[str] | None = None) -> tuple[NDArray[Any], list[str] | None]:
+    """Return group ids [N] and the groups' names: of text, truth values and categories; numbers are ids already.
+
+    Parameters
+    ----------
+    values : object
+        Group labels or ids [N] in any container; missing labels are -1.
+    where : str
+        For the error.
+    names : sequence of str, optional
+        Names in the order of ids; without it, those that occur, sorted.
+
+    Raises
+    ------
+    DataError
+        A label that is none of the names.
+
+    Examples
+    --------
+    >>> group_ids(["m", "f", None], "sex")
+    (array([ 1,  0, -1]), ['f', 'm'])
+    """
+    found = settled(values)
+    column = found if isinstance(found, pd.Series) else None
+    if column is None:
+        array = np.asarray(found)
+        if array.ndim != 1 or array.dtype.kind not in "OUSTb":
+            return array, None
+        column = settled(pd.Series(array.astype(object)))
+    if is_numeric(column) and not pd.api.types.is_bool_dtype(column):
+        if pd.api.types.is_integer_dtype(column):
+            return column.to_numpy(dtype=np.int64, na_value=-1), None
+        return column.to_numpy(dtype=np.float64, na_value=np.nan), None
+    text = as_text(column)
+    known = values_in(text) if names is None else [str(name) for name in names]
+    ids = ids_of(text, known)
+    strange = np.flatnonzero((ids < 0) & ~pd.isna(text))
+    if len(strange):
+        raise DataError(f"{where}: {unknown('group', str(text[strange[0]]), known)}")
+    return ids, known

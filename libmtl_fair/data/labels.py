@@ -1,108 +1,30 @@
-"""Labels of one task from a table, with missing ones kept as missing, and the checks that the kind fits.
-
-Binary labels may come from comparisons of columns, ``"death == 1 and d.time <= 180"``: read as data, never run as code.
-"""
+"""Labels of one task from a table, with missing ones kept as missing, and the checks that the kind fits."""
 
 from __future__ import annotations
 
-import operator
-import re
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from libmtl_fair.data.frames import Series, Values, as_numbers, as_text, column_of, ids_of, is_numeric, values_in
+from libmtl_fair.data.expressions import evaluate, expression_columns
+from libmtl_fair.data.frames import (
+    Series,
+    Values,
+    as_numbers,
+    as_text,
+    column_of,
+    ids_of,
+    is_numeric,
+    values_in,
+)
 from libmtl_fair.data.spec import TaskSpec
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.tasks import IGNORE_INDEX, Binary, Multiclass, Multilabel, Regression, Task
 
 _MOST_CLASSES = 200
 _MOST_SHOWN = 12
-_OPERATORS: dict[str, Callable[[Any, Any], object]] = {
-    "==": operator.eq,
-    "!=": operator.ne,
-    ">=": operator.ge,
-    "<=": operator.le,
-    ">": operator.gt,
-    "<": operator.lt,
-}
-_TERM = re.compile(
-    r"""\s*(?:`(?P<quoted>[^`]+)`|(?P<name>[^\s=<>!`'"][^=<>!`'"]*?))\s*
-        (?P<op>==|!=|>=|<=|>|<)\s*
-        (?:'(?P<single>[^']*)'|"(?P<double>[^"]*)"|(?P<bare>[^\s'"=<>!](?:(?!\s(?:and|or)(?:\s|$))[^'"=<>!])*?))\s*
-        (?:\s(?P<join>and|or)\s|$)""",
-    re.VERBOSE,
-)
-
-
-class Comparison(NamedTuple):
-    """``column op value``; a quoted value is text, a bare one a number if it reads as one."""
-
-    column: str
-    op: str
-    value: str | float
-
-
-def parse(expression: str) -> list[list[Comparison]]:
-    """Return the expression as an *or* of *ands* of comparisons ("and" binds closer, there are no brackets).
-
-    Column names with ``=``, ``<``, ``>`` or the word "and" go in back-ticks, text values in quotes.
-
-    >>> parse("death == 1 and d.time <= 180")
-    [[Comparison(column='death', op='==', value=1.0), Comparison(column='d.time', op='<=', value=180.0)]]
-    """
-    alternatives: list[list[Comparison]] = [[]]
-    position = 0
-    while True:
-        match = _TERM.match(expression, position)
-        if match is None:
-            raise DataError(
-                f"expression {expression!r}: cannot read {expression[position:].strip()!r}; expected comparisons such as "
-                "\"age >= 65\" or \"job == 'clerk'\", joined by 'and' or 'or'"
-            )
-        value: str | float | None = match["single"] if match["single"] is not None else match["double"]
-        if value is None:
-            value = match["bare"]
-            with suppress(ValueError):
-                value = float(match["bare"])
-        alternatives[-1].append(Comparison(match["quoted"] or match["name"], match["op"], value))
-        if match["join"] is None:
-            return alternatives
-        if match["join"] == "or":
-            alternatives.append([])
-        position = match.end()
-
-
-def expression_columns(expression: str) -> tuple[str, ...]:
-    """Return the columns that the expression compares."""
-    return tuple(dict.fromkeys(term.column for terms in parse(expression) for term in terms))
-
-
-def evaluate(expression: str, frame: pd.DataFrame, where: str) -> NDArray[np.float32]:
-    """Return 1, 0, or NaN where any column that is compared is missing: float32 [N]."""
-    columns = {name: column_of(frame, name, where) for name in expression_columns(expression)}
-    met = [
-        np.all([_compare(columns[term.column], term, where) for term in terms], axis=0) for terms in parse(expression)
-    ]
-    missing = np.any([series.isna() for series in columns.values()], axis=0)
-    return np.where(missing, np.nan, np.any(met, axis=0)).astype(np.float32)
-
-
-def _compare(series: Series, term: Comparison, where: str) -> NDArray[np.bool_]:
-    value = term.value
-    if is_numeric(series):
-        if isinstance(value, str):
-            raise DataError(f"{where}: column {term.column!r} holds numbers, but is compared with the text {value!r}")
-        return np.asarray(_OPERATORS[term.op](series.to_numpy(dtype=float, na_value=np.nan), value), dtype=bool)
-    if term.op not in ("==", "!="):
-        raise DataError(f"{where}: column {term.column!r} holds text; it can be compared with == and != only")
-    text = series.astype(object).map(str).to_numpy(dtype=object)
-    return np.asarray(_OPERATORS[term.op](text, value if isinstance(value, str) else f"{value:g}"), dtype=bool)
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,22 @@ from functools import partial
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from libmtl_fair.batch import Columns
+from libmtl_fair.data.frames import as_numbers, group_ids, is_date, is_numeric
 from libmtl_fair.data.reference import Reference, narrowed
+from libmtl_fair.data.tables import settled
 from libmtl_fair.errors import DataError, near
 from libmtl_fair.faults import Faults, check_labels, need_few_groups
 from libmtl_fair.tasks import Task
 
 Array: TypeAlias = "Tensor | NDArray[Any]"
-"""What loaders take: a tensor or a numpy array."""
+"""What loaders take: a tensor, a numpy array, or a table or column of pandas, polars, pyarrow, ..."""
 
 Batch: TypeAlias = "tuple[Tensor, dict[str, Any]]"
 """``(x, labels)``: labels hold one tensor a task and, under ``"sensitive"``, a dict attribute -> int64 group ids.
@@ -74,8 +77,9 @@ class TableDataset(Dataset[Batch]):
         self.x = _features(x, feature_names)
         self.reference = _reference(reference, labels, len(self.x))
         self.labels = {task: _labels(task, values, len(self.x)) for task, values in labels.items()}
-        self.groups = {name: _groups(name, ids, len(self.x)) for name, ids in (groups or {}).items()}
-        self.group_names = _names(self.groups, group_names or {})
+        named: dict[str, Sequence[str]] = dict(group_names or {})
+        self.groups = {name: _groups(name, ids, len(self.x), named) for name, ids in (groups or {}).items()}
+        self.group_names = _names(self.groups, named)
         self.n_groups = {attribute: len(names) for attribute, names in self.group_names.items()}
         self.task_names: tuple[str, ...] = tuple(self.labels)
 
@@ -100,12 +104,22 @@ def collate(rows: list[Batch]) -> Batch:
     return x, labels
 
 
+def as_plain(values: object) -> object:
+    """Return a table or column of any library as numbers where it holds them: float64, NaN where missing."""
+    found = settled(values)
+    if isinstance(found, pd.Series) and (is_numeric(found) or is_date(found)):
+        return found.to_numpy() if found.dtype.kind in "iub" else as_numbers(found, "values")
+    if isinstance(found, pd.DataFrame) and all(is_numeric(found[name]) or is_date(found[name]) for name in found):
+        return np.column_stack([as_numbers(found[name], "values") for name in found])
+    return found
+
+
 def as_tensor(values: object, what: str, n_rows: int | None = None) -> Tensor:
     """Return ``values`` as a tensor. A numpy float64 array becomes torch's default dtype; a tensor keeps its own."""
     if isinstance(values, Tensor):
         tensor = values.detach()
     else:
-        array = np.asarray(values)
+        array = np.asarray(as_plain(values))
         if array.dtype == object or array.dtype.kind in "USMm":
             raise DataError(
                 f"{what}: expected a tensor or a numeric array, found dtype {array.dtype}; encode it as numbers"
@@ -153,9 +167,12 @@ def _labels(task: str, values: Array, n_rows: int) -> Tensor:
     return tensor
 
 
-def _groups(attribute: str, values: Array, n_rows: int) -> Tensor:
-    """Return group ids int64 [N], each at least -1 (unknown)."""
+def _groups(attribute: str, values: Array, n_rows: int, names: dict[str, Sequence[str]]) -> Tensor:
+    """Return group ids int64 [N], each at least -1 (unknown); ``names`` gets those of labels."""
     what = f"groups of sensitive attribute {attribute!r}"
+    if not isinstance(values, Tensor):
+        values, found = group_ids(values, what, names.get(attribute))
+        names |= {} if found is None else {attribute: found}
     tensor = as_tensor(values, what, n_rows)
     if tensor.dim() != 1 or tensor.is_floating_point() or tensor.is_complex():
         raise DataError(
@@ -231,7 +248,7 @@ class ResidentLoader:
     labels : mapping of str to Array
         {task: [N] or [N, C]}; NaN (float) or -100 (integer) where missing.
     groups : mapping of str to Array, optional
-        {attribute: integer [N]}; ids 0..G-1, -1 where not known.
+        {attribute: [N]}; ids 0..G-1, -1 where not known, or labels (text, truth values), whose sorted names are the groups.
     batch_size : int
         Rows a batch.
     shuffle : bool

@@ -43,6 +43,8 @@ class NewRows:
         The rule for rows without a sensitive value: "drop", "group" or "error".
     transforms : dict of str to str
         Regression -> "log" or "log1p", where its labels are of that.
+    missing_values : tuple of str
+        Words that were missing values in text columns, too.
     """
 
     encoder: FeatureEncoder
@@ -51,6 +53,7 @@ class NewRows:
     sensitive: Mapping[str, SensitiveSpec]
     missing: MissingRule = "drop"
     transforms: Mapping[str, Transform] = field(default_factory=dict)
+    missing_values: tuple[str, ...] = ()
 
     @property
     def n_features(self) -> int:
@@ -128,6 +131,7 @@ class NewRows:
             "sensitive": {name: spec.model_dump(exclude_defaults=True) for name, spec in self.sensitive.items()},
             "missing": self.missing,
             "transforms": dict(self.transforms),
+            "missing_values": list(self.missing_values),
         }
 
     @classmethod
@@ -146,6 +150,7 @@ class NewRows:
             sensitive,
             values["missing"],
             dict(values["transforms"]),
+            tuple(values.get("missing_values", ())),
         )
 
     @staticmethod
@@ -166,4 +171,5 @@ def fit_new_rows(table: Table, encoder: FeatureEncoder, tasks: tuple[Task, ...])
     parts = {part: known[part] for spec in chosen.values() for part in spec.of}
     transforms = {item.name: item.spec.transform for item in table.labels if item.spec.transform is not None}
     names = {item.attribute: list(item.names) for item in table.groups}
-    return NewRows(encoder, tasks, names, parts | chosen, table.choice.missing, transforms)
+    words = table.spec.missing_values
+    return NewRows(encoder, tasks, names, parts | chosen, table.choice.missing, transforms, words)

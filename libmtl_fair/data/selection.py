@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from libmtl_fair.data.frames import Series, column_of
 from libmtl_fair.data.labels import RawLabels, raw_labels, task_columns
 from libmtl_fair.data.sensitive import Groups, choose_sensitive, make_groups, tell_tale_columns
-from libmtl_fair.data.spec import SensitiveSpec, TableSpec, TaskSpec
+from libmtl_fair.data.spec import MAX_CATEGORIES, SensitiveSpec, TableSpec, TaskSpec
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.validation import Keep, Listed, MissingRule, checked
 
@@ -35,6 +35,7 @@ class Choice:
     min_frequency: int | float | None
     sensitive_inputs: bool
     test_seed: int | None = None
+    max_categories: int = MAX_CATEGORIES
 
     def __post_init__(self) -> None:
         """Check what scikit-learn and pandas will be given."""
@@ -49,6 +50,9 @@ class Choice:
         counts = isinstance(rare, int) and not isinstance(rare, bool) and rare >= 1
         if not (rare is None or counts or (isinstance(rare, float) and 0 < rare < 1)):
             raise DataError(f"min_frequency must be a number of rows or a share between 0 and 1, found {rare!r}")
+
+        if isinstance(self.max_categories, bool) or not isinstance(self.max_categories, int) or self.max_categories < 1:
+            raise DataError(f"max_categories must be a whole number of at least 1, found {self.max_categories!r}")
 
     @property
     def of_test(self) -> int:

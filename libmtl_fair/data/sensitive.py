@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from libmtl_fair.data.frames import as_numbers, as_text, column_of, ids_of, values_in
+from libmtl_fair.data.frames import Series, as_numbers, as_text, column_of, ids_of, is_date, is_numeric, values_in
 from libmtl_fair.data.spec import SensitiveSpec
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.validation import Keep, Listed, MissingRule, checked
@@ -19,6 +19,8 @@ from libmtl_fair.validation import Keep, Listed, MissingRule, checked
 Specs = Mapping[str, SensitiveSpec]
 MISSING_GROUP = "(missing)"
 """Name of the group of rows without a value, under ``missing="group"``."""
+MOST_NUMBERS = 10
+"""Whole numbers that may be a group each, as codes are; more are refused."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,9 @@ def make_groups(attribute: str, spec: SensitiveSpec, frame: pd.DataFrame, missin
 
 def _from_column(attribute: str, spec: SensitiveSpec, frame: pd.DataFrame, missing: MissingRule) -> Groups:
     where = f"sensitive attribute {attribute!r}"
+    series = column_of(frame, str(spec.column), where)
+    if not (spec.bins or spec.merge or spec.labels):
+        need_groups(series, where)
     text, order = _text(attribute, spec, frame)
     if spec.merge:
         for value in spec.merge:
@@ -148,6 +153,42 @@ def known_groups(
         return np.array([rest if value is None else spec.merge.get(value, value) for value in found], dtype=object)
 
     return ids_of(text(attribute), names)
+
+
+def need_groups(series: Series, where: str) -> None:
+    """Refuse numbers that would make a group each, and dates, with bins that would do.
+
+    Raises
+    ------
+    DataError
+        More than 10 different numbers, more than 2 with fractions, or dates.
+
+    Examples
+    --------
+    >>> need_groups(pd.Series([0, 1, 1]), "sex")
+    """
+    if not (is_date(series) or (is_numeric(series) and not pd.api.types.is_bool_dtype(series))):
+        return
+    values = as_numbers(series, where)
+    seen = np.unique(values[~np.isnan(values)])
+    if not is_date(series) and len(seen) <= (MOST_NUMBERS if (seen % 1 == 0).all() else 2):
+        return
+    what = "dates" if is_date(series) else f"{len(seen)} different numbers, from {seen[0]:g} to {seen[-1]:g}"
+    advice = "make an age, a year or the like of it first"
+    if not is_date(series):
+        edges = f"[{', '.join(f'{edge:g}' for edge in quartiles(values))}]"
+        advice = (
+            f"give bins, such as its quartiles: bins: {edges} in a recipe, pd.cut(column, [...]) before an estimator"
+        )
+    raise DataError(f"{where}: column {series.name!r} holds {what}; one group a value compares nobody: {advice}")
+
+
+def quartiles(values: NDArray[np.float64]) -> list[float]:
+    """Return the three quartiles as edges of bins, rounded where that keeps them apart, each once and none at the bottom."""
+    seen = values[~np.isnan(values)]
+    edges = np.quantile(seen, [0.25, 0.5, 0.75])
+    rounded = np.round(edges) if len(np.unique(np.round(edges))) == len(np.unique(edges)) else edges
+    return [float(f"{edge:.6g}") for edge in np.unique(rounded) if edge > seen.min()]
 
 
 def _binned(values: NDArray[np.float64], spec: SensitiveSpec) -> tuple[NDArray[np.object_], list[str]]:

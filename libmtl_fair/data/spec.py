@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TaskKind = Literal["binary", "multiclass", "multilabel", "regression"]
+MAX_CATEGORIES = 100
+"""One-hot categories of a column, without a choice."""
 Transform = Literal["log", "log1p"]
 
 _ALLOWED = {
@@ -200,6 +202,8 @@ class TableSpec:
         Frame -> bool mask of the rows to keep, and ``filter`` in words.
     notes : tuple of str, default ()
         Known problems, for the card.
+    missing_values : tuple of str, default ()
+        Words that are missing values in text columns, too.
     """
 
     name: str
@@ -217,6 +221,7 @@ class TableSpec:
     keep_rows: Callable[[pd.DataFrame], pd.Series[bool]] | None = None
     filter: str = ""
     notes: tuple[str, ...] = ()
+    missing_values: tuple[str, ...] = ()
 
 
 def make_spec(cls: type[_AnySpec], value: object, what: str, name: str) -> _AnySpec:

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from libmtl_fair.data.fetched import FETCHED
-from libmtl_fair.data.frames import Values, read_frame
+from libmtl_fair.data.frames import Values
 from libmtl_fair.data.loader import ResidentLoader
 from libmtl_fair.data.new_rows import NewRows
+from libmtl_fair.data.tables import read_frame
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.libmtl.trainer import FairTrainer
 from libmtl_fair.metrics.decisions import Held, thresholds_in_use
@@ -202,7 +203,7 @@ class Predictor:
 
         Groups are those of the attributes whose columns the table has.
         """
-        frame = read_frame(table)
+        frame = read_frame(table, self.rows.missing_values)
         if self.dataset in FETCHED:
             frame = FETCHED[self.dataset].named(frame)
         groups = self.rows.group_ids(frame, self.needs)

@@ -9,6 +9,8 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from libmtl_fair.data.frames import is_numeric
+from libmtl_fair.data.tables import to_pandas
 from libmtl_fair.errors import DataError
 
 Array: TypeAlias = NDArray[Any]
@@ -16,12 +18,20 @@ Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
 Bools: TypeAlias = NDArray[np.bool_]
 Values: TypeAlias = ArrayLike | Tensor
-"""What users give: a tensor, an array, a Series or a list."""
+"""What users give: a tensor, an array, a column of pandas, polars, pyarrow, ..., or a list."""
 
 
 def as_numpy(values: Values) -> Array:
-    """Return ``values`` (tensor, array, Series or list) as a numpy array; a CPU tensor is not copied."""
-    return np.asarray(values.detach().cpu().numpy() if isinstance(values, Tensor) else values)
+    """Return ``values`` (tensor, array, column of any library, or list) as a numpy array; a CPU tensor is not copied.
+
+    Nullable numbers and truth values with gaps are float64, NaN where missing.
+    """
+    if isinstance(values, Tensor):
+        return np.asarray(values.detach().cpu().numpy())
+    found = to_pandas(values)
+    if isinstance(found, pd.Series) and pd.api.types.is_extension_array_dtype(found.dtype) and is_numeric(found):
+        return found.to_numpy(dtype=np.float64, na_value=np.nan)
+    return np.asarray(found)
 
 
 def as_floats(values: Values) -> Floats:

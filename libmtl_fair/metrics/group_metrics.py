@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from libmtl_fair import functional as F
+from libmtl_fair.data.frames import group_ids
 from libmtl_fair.errors import DataError, RecipeError, unknown
 from libmtl_fair.faults import Faults, need_few_groups
+from libmtl_fair.metrics.arrays import Values, as_numpy
 from libmtl_fair.metrics.group_state import TaskState
 from libmtl_fair.metrics.group_table import RESERVED, GroupTable, Options, add_task, to_frame
 from libmtl_fair.metrics.rates import check_option
@@ -120,12 +122,12 @@ class GroupMetrics:
 
     def update(
         self,
-        outputs: Mapping[str, Tensor],
-        labels: Mapping[str, Tensor],
-        groups: Mapping[str, Tensor],
+        outputs: Mapping[str, Tensor | Values],
+        labels: Mapping[str, Tensor | Values],
+        groups: Mapping[str, Tensor | Values],
         sample_weight: Tensor | None = None,
     ) -> GroupMetrics:
-        """Add a batch: raw outputs and labels by task, group ids [B] by attribute, optionally weights [B].
+        """Add a batch: raw outputs and labels by task, group ids or names [B] by attribute, optionally weights [B].
 
         Raises
         ------
@@ -149,7 +151,7 @@ class GroupMetrics:
             for what, given in (("outputs", outputs), ("labels", labels)):
                 if name not in given:
                     raise DataError(f"{what} lack task {name!r}; found: {', '.join(map(str, given)) or '(none)'}")
-            rows.append(state.taken(outputs[name].detach(), labels[name], ids, weight))
+            rows.append(state.taken(_tensor(outputs[name]).detach(), _tensor(labels[name]), ids, weight))
         for state, taken in zip(self._states.values(), rows):
             state.add(taken)
         return self
@@ -188,13 +190,13 @@ class GroupMetrics:
                 tables.append((task, attribute, table))
         return to_frame(tables)
 
-    def _ids(self, groups: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _ids(self, groups: Mapping[str, Tensor | Values]) -> dict[str, Tensor]:
         """Return ids int64 [B] of every attribute and intersection; unknown ones as the rule says."""
         found: dict[str, Tensor] = {}
         for attribute, size in self.declared.items():
             if attribute not in groups:
                 raise DataError(f"groups lack attribute {attribute!r}; found: {', '.join(groups) or '(none)'}")
-            given = groups[attribute].detach()
+            given = self._given(attribute, groups[attribute]).detach()
             if given.is_floating_point() or given.is_complex() or given.dim() != 1:
                 raise DataError(
                     f"attribute {attribute!r}: expected whole group ids [B], found {given.dtype} of shape {list(given.shape)}"
@@ -212,6 +214,13 @@ class GroupMetrics:
         for name, parts in self.crossed.items():
             found[name], _ = F.cross_groups([found[p] for p in parts], [self.sizes[p] for p in parts])
         return found
+
+    def _given(self, attribute: str, values: Tensor | Values) -> Tensor:
+        """Return ids [B]; labels (text, truth values) are the groups of their names."""
+        if isinstance(values, Tensor):
+            return values
+        ids, _ = group_ids(values, f"attribute {attribute!r}", self.names[attribute][: self.declared[attribute]])
+        return torch.as_tensor(ids)
 
     def _names(self, attribute: str, size: int, given: Sequence[str] | None) -> list[str]:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
@@ -238,6 +247,10 @@ class GroupMetrics:
             if len(set(parts)) < 2:
                 raise RecipeError(f"an intersection crosses at least two attributes, found {list(parts)}")
         return {_JOIN.join(parts): parts for parts in crossings}
+
+
+def _tensor(values: Tensor | Values) -> Tensor:
+    return values if isinstance(values, Tensor) else torch.tensor(as_numpy(values))
 
 
 def _threshold(given: float | str | Mapping[str, Threshold], task: Task) -> Threshold:

@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import pandas as pd
 
+from libmtl_fair.data.frames import as_numbers, is_date
+from libmtl_fair.data.tables import settled
 from libmtl_fair.errors import CheckpointError, DataError, unknown
 from libmtl_fair.files import atomic_path
 from libmtl_fair.metrics.arrays import Bools, Floats, Ints, Values, as_floats
@@ -133,8 +135,10 @@ def reference_matrix(features: Features, weights: Weights | None = None, train: 
 
 
 def _frame(features: Features) -> pd.DataFrame:
+    features = settled(features)
     if isinstance(features, pd.DataFrame):
-        return features
+        dates = {name: as_numbers(features[name], "reference") for name in features if is_date(features[name])}
+        return pd.DataFrame({name: dates.get(name, features[name]) for name in features}) if dates else features
     values = as_floats(features)
     if values.ndim != 2:
         raise DataError(f"reference features must be [N, d], found shape {list(values.shape)}")

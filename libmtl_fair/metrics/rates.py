@@ -7,7 +7,9 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
+from torch import Tensor
 
+from libmtl_fair.data.frames import group_ids
 from libmtl_fair.errors import DataError, RecipeError, unknown
 from libmtl_fair.faults import need_few_groups
 from libmtl_fair.metrics.arrays import (
@@ -148,11 +150,13 @@ def combine(parts: Floats, agg: str, worst: np.ufunc) -> Floats:
 class GroupRates:
     """Confusion tables of G groups, ``counts`` [G, 4] (tn, fp, fn, tp), and everything that follows from them.
 
+    ``names`` are the groups' where they were labels.
     A rate without denominator is NaN and drops out, or with ``empty="fairlearn"`` 0, as there.
     """
 
     counts: Floats | Ints
     empty: Empty = "missing"
+    names: tuple[str, ...] = ()
     _known: dict[str, tuple[Floats, Floats]] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -206,15 +210,38 @@ def group_rates(
     y_true: Values,
     y_pred: Values,
     groups: Values,
-    n_groups: int,
+    n_groups: int | None = None,
     sample_weight: Values | None = None,
     empty: Empty = "missing",
 ) -> GroupRates:
-    """Return rates per group, their differences and ratios, from arrays or CPU tensors, in one pass.
+    """Return rates per group, their differences and ratios, from arrays, columns of any library or CPU tensors, in one pass.
+
+    Parameters
+    ----------
+    y_true, y_pred : Values
+        0 or 1, [N].
+    groups : Values
+        Ids 0..G-1 [N], -1 unknown; or labels (text, truth values), whose groups are in the order of their sorted names.
+    n_groups : int, optional
+        G; without it as many as occur.
+    sample_weight : Values, optional
+        Of at least 0, [N].
+    empty : Empty, default "missing"
+        What a rate without denominator is: NaN, or 0 as in ``"fairlearn"``.
+
+    Raises
+    ------
+    DataError
+        Lengths differ, values that are not 0 or 1, or ids outside of -1..G-1.
 
     >>> rates = group_rates([1, 0, 1, 0], [1, 1, 0, 0], [0, 0, 1, 1], n_groups=2)
     >>> rates.equalized_odds_difference(), rates.difference("demographic_parity")
     (1.0, 1.0)
+    >>> group_rates([1, 0, 1, 0], [1, 1, 0, 0], ["m", "m", "f", "f"]).names
+    ('f', 'm')
     """
     check_option("rule for empty", empty, ("missing", "fairlearn"))
-    return GroupRates(group_counts(y_true, y_pred, groups, n_groups, sample_weight), empty)
+    ids, names = (groups, None) if isinstance(groups, Tensor) else group_ids(groups, "groups")
+    if n_groups is None:
+        n_groups = len(names) if names is not None else int(as_ids(ids).max(initial=-1)) + 1
+    return GroupRates(group_counts(y_true, y_pred, ids, n_groups, sample_weight), empty, tuple(names or ()))

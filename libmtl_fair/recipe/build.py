@@ -55,7 +55,7 @@ def check(recipe: Recipe) -> None:
 def make_dataset(recipe: Recipe, seed: int) -> Dataset:
     """Return the recipe's data; ``seed`` decides the split where the recipe says ``resplit``."""
     data = recipe.data
-    names = ("split", "missing", "subset", "min_frequency", "sensitive_inputs")
+    names = ("split", "missing", "subset", "min_frequency", "max_categories", "sensitive_inputs")
     options: dict[str, Any] = {name: getattr(data, name) for name in names}
     options |= {"seed": seed if data.resplit else data.split_seed, "keep_groups": dict(data.keep_groups) or None}
     options["test_seed"] = data.test_seed if data.resplit else None
@@ -72,6 +72,9 @@ def make_dataset(recipe: Recipe, seed: int) -> Dataset:
             tasks=data.tasks,
             sensitive=data.sensitive or (),
             features=features,
+            drop=data.drop,
+            where=data.where,
+            missing_values=data.missing_values,
             name=recipe.name,
             **options,
         )

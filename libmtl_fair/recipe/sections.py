@@ -20,7 +20,8 @@ from pydantic import (
     model_validator,
 )
 
-from libmtl_fair.data.spec import SensitiveSpec, TaskSpec
+from libmtl_fair.data.expressions import parse
+from libmtl_fair.data.spec import MAX_CATEGORIES, SensitiveSpec, TaskSpec
 from libmtl_fair.validation import STRICT, Keep, MissingRule, Names, OptionalNames, Text, distinct, form, listed
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
@@ -121,6 +122,11 @@ def _subset(value: object) -> int | float:
     raise ValueError(f"expected at least 10 rows, or a share between 0 and 1, found {value!r}")
 
 
+def _readable(expression: str) -> str:
+    parse(expression)
+    return expression
+
+
 _AS_IS = PlainSerializer(lambda value: value)
 OptionalText = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
 Settings = Annotated[dict[str, Any], PlainValidator(_settings)]
@@ -143,9 +149,13 @@ Tasks = Annotated[_NAMES | Annotated[dict[Text, TaskSpec], *_DECLARED], Discrimi
 Sensitive = Annotated[_NAMES | Annotated[dict[Text, SensitiveSpec], *_DECLARED], Discriminator(form)]
 
 
+_LATER = ("test_seed", "max_categories", "drop", "where", "missing_values")
+
+
 class Data(Section):
     """What to train on: a built-in data set by ``name``, or a ``table`` (CSV, parquet) with its columns declared.
 
+    ``where`` keeps the rows that it says, ``drop`` names columns that are no inputs, ``missing_values`` words that are missing in text.
     ``resplit`` divides the rows anew for each seed; with ``test_seed`` the test rows are those of that seed for all of them.
     """
 
@@ -164,6 +174,10 @@ class Data(Section):
     missing: MissingRule = "drop"
     label_fraction: Share = 1.0
     min_frequency: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    max_categories: Annotated[int, Field(ge=1, le=10**6)] = MAX_CATEGORIES
+    drop: OptionalNames = ()
+    where: Annotated[Text, AfterValidator(_readable)] | None = None
+    missing_values: OptionalNames = ()
     subset: Subset | None = None
 
     @model_validator(mode="after")
@@ -177,6 +191,8 @@ class Data(Section):
                 "a built-in data set declares its own columns: expected 'tasks' and 'sensitive' as lists of names and no "
                 "'features' or 'categorical' (they belong to 'table')"
             )
+        if self.name is not None and (self.drop or self.where or self.missing_values):
+            raise ValueError("'drop', 'where' and 'missing_values' belong to a 'table', found them beside 'name'")
         if self.table is not None and not isinstance(self.tasks, dict):
             raise ValueError("a table needs 'tasks' as a mapping, such as tasks: {income: {kind: binary}}")
         if self.table is not None and self.sensitive is None:
@@ -188,7 +204,8 @@ class Data(Section):
     @model_serializer(mode="wrap")
     def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, object]:
         """Leave out what is not said, so that recipes from before this field keep their fingerprints."""
-        return {name: value for name, value in write(self).items() if name != "test_seed" or value is not None}
+        later = {name: type(self).model_fields[name].default for name in _LATER}
+        return {n: item for n, item in write(self).items() if n not in later or (item and item != later[n])}
 
 
 class Encoder(Section):

@@ -14,7 +14,9 @@ from sklearn.utils.validation import _check_sample_weight, validate_data
 from torch import Tensor
 
 from libmtl_fair.data.features import FeatureEncoder, FeatureKind, feature_kinds, fit_encoder
-from libmtl_fair.data.frames import ids_of
+from libmtl_fair.data.frames import as_numbers, as_text, ids_of, is_date, values_in
+from libmtl_fair.data.sensitive import need_groups
+from libmtl_fair.data.tables import settled, to_pandas
 from libmtl_fair.errors import DataError
 
 Rows = NDArray[np.float64] | pd.DataFrame
@@ -23,6 +25,14 @@ Rows = NDArray[np.float64] | pd.DataFrame
 
 def check_inputs(estimator: BaseEstimator, x: object, *, reset: bool) -> Rows:
     """Return X as scikit-learn checks it: a float64 array, or a DataFrame where it has text columns."""
+    x = settled(x)
+    if isinstance(x, pd.DataFrame):
+        dates = [place for place in range(x.shape[1]) if is_date(x.iloc[:, place])]
+        if dates:
+            columns = [x.iloc[:, place] for place in range(x.shape[1])]
+            for place in dates:
+                columns[place] = pd.Series(as_numbers(columns[place], "X"), index=x.index, name=x.columns[place])
+            x = pd.concat(columns, axis=1)
     texts = not reset and bool(estimator.encoder_.categories)
     if texts and not isinstance(x, pd.DataFrame):
         raise DataError("fitted on a DataFrame with text columns: give a DataFrame with the same columns")
@@ -95,24 +105,28 @@ def read_groups(values: object, n_rows: int, known: Mapping[str, list[str]] | No
     if len(frame) != n_rows:
         raise DataError(f"sensitive_features has {len(frame)} rows, X has {n_rows}; give one row for each of X")
     for column in frame:
-        text, name = frame[column].astype(object).map(str, na_action="ignore"), str(column)
-        names = (known or {}).get(name) or sorted(set(text.dropna()))
+        name, series = str(column), settled(frame[column])
+        if known is None:
+            need_groups(series.rename(name), "sensitive_features")
+        text = as_text(series)
+        names = (known or {}).get(name) or values_in(text)
         if len(names) < 2:
             raise DataError(
                 f"sensitive feature {name!r} has one group ({', '.join(names) or 'none known'}); comparing needs two"
             )
-        made.ids[name] = torch.from_numpy(ids_of(text.to_numpy(dtype=object), names))
+        made.ids[name] = torch.from_numpy(ids_of(text, names))
         made.names[name] = list(names)
     return made
 
 
 def _frame(values: object) -> pd.DataFrame:
+    values = to_pandas(values)
     if isinstance(values, pd.DataFrame):
         return values
     if isinstance(values, pd.Series):
         return values.to_frame(values.name if values.name is not None else "sensitive_feature")
     if isinstance(values, dict):
-        return pd.DataFrame({name: np.asarray(column) for name, column in values.items()})
+        return pd.DataFrame({name: np.asarray(to_pandas(column)) for name, column in values.items()})
     array = np.asarray(values, dtype=object)
     if array.ndim not in (1, 2):
         raise DataError(f"sensitive_features must be one column or a table, found {array.ndim} dimensions")

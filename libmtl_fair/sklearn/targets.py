@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from libmtl_fair.data.frames import Series, Values, ids_of
+from libmtl_fair.data.tables import settled
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.tasks import AUXILIARY_PREFIX, IGNORE_INDEX, Binary, Multiclass, Regression, Task
 
@@ -75,6 +76,7 @@ class Target:
 
 def read_table(y: object) -> pd.DataFrame:
     """Return Y as a DataFrame; one column is one task."""
+    y = settled(y)
     if isinstance(y, pd.DataFrame):
         frame = y
     elif isinstance(y, pd.Series):

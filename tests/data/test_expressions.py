@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from libmtl_fair.data.labels import evaluate, expression_columns, parse
+from libmtl_fair.data.expressions import evaluate, expression_columns, parse
 from libmtl_fair.errors import DataError
 
 FRAME = pd.DataFrame(

@@ -106,7 +106,6 @@ def test_missing_rule(people) -> None:
         ({"features": []}, "leave no input column"),
         ({"features": ["empty"]}, "feature 'empty' has no value in the training part"),
         ({"features": ["endless"]}, "feature 'endless': column 'endless' is -?inf in row 3"),
-        ({"features": ["day"]}, "feature 'day' holds dates"),
         ({"categorical": ["jbo"]}, "categorical: unknown column 'jbo'; did you mean 'job'"),
         ({"stratify": "sikc"}, "stratify: unknown task 'sikc'; did you mean 'sick'"),
         ({"split": "flod"}, "split: unknown column 'flod'"),
@@ -119,7 +118,6 @@ def test_missing_rule(people) -> None:
 def test_bad_features_and_splits(people, options, message) -> None:
     people["empty"] = np.nan
     people["endless"] = people["cost"].where(people.index != 3, -np.inf)
-    people["day"] = pd.Timestamp("2020-01-01")
     people["fold"] = ["train", "val"] * 100
     with pytest.raises(DataError, match=message):
         load(people, **options)

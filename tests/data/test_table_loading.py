@@ -133,7 +133,7 @@ def test_unknown_categories_are_all_zero_and_missing_ones_too_if_training_has_no
 def test_rare_categories(people) -> None:
     people.loc[people.index[:4], "job"] = ["p", "q", "r", "s"]
     data = load_table(people, tasks=TASKS, sensitive=["sex"], features=["job", "age"], min_frequency=10)
-    assert "job=(rare)" in data.feature_names
+    assert "job=(other)" in data.feature_names
     assert not {"job=p", "job=q"} & set(data.feature_names)
     assert len(data.feature_names) == data.train.x.shape[1]
 
