@@ -13,6 +13,7 @@ from libmtl_fair.libmtl.compat import zero_grad_share_params
 from libmtl_fair.libmtl.model import weighting_bases
 from libmtl_fair.libmtl.registry import resolve_weighting
 from libmtl_fair.libmtl.state import Model
+from libmtl_fair.models import Heads
 
 
 class NotGiven(nn.Module):
@@ -36,7 +37,7 @@ class Loose(Model):
         super().__init__()
         self.task_name, self.task_num = list(task_name), len(task_name)
         self.multi_input = several
-        given = nn.ModuleDict({name: NotGiven() for name in task_name} if heads is None else dict(heads))
+        given = Heads({name: NotGiven() for name in task_name} if heads is None else dict(heads))
         vars(self).update(decoders=given, encoder=encoder)  # not registered: their state is the user's
         first = next((p for module in (given, encoder) if module is not None for p in module.parameters()), None)
         self.device = torch.device("cpu") if first is None else first.device

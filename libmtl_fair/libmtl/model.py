@@ -16,6 +16,7 @@ from libmtl_fair.libmtl.loading import AbsArchitecture, architecture_namespace
 from libmtl_fair.libmtl.registry import resolve_architecture, resolve_weighting, weight_args
 from libmtl_fair.libmtl.state import Model, TrainingState
 from libmtl_fair.methods.base import FairWeighting, Settings
+from libmtl_fair.models import Heads, any_names
 from libmtl_fair.tasks import AUXILIARY_PREFIX
 
 
@@ -105,14 +106,15 @@ def compose(
     if missing:
         raise HostError(f"no decoder (head) for task {missing[0]!r}; decoders has: {', '.join(decoders) or 'none'}")
     bases, trainer.weight_args, settings = weighting_bases(wanted, trainer.kwargs["weight_args"])
-    heads = decoders if isinstance(decoders, nn.ModuleDict) else nn.ModuleDict(dict(decoders))
+    heads = decoders if isinstance(decoders, nn.ModuleDict) else Heads(dict(decoders))
     arch = healed(shared)
     hard_sharing = issubclass(arch, architecture_namespace.HPS) and arch.forward in (forward, AbsArchitecture.forward)
     fused = [FusedHeads] if hard_sharing and not trainer.rep_grad and not trainer.multi_input else []
     cls = type("MTLmodel", (*fused, arch, *bases, Model), {})
     options = (trainer.rep_grad, trainer.multi_input, trainer.device)
     try:
-        model = cls(trainer.task_name, encoder_class, heads, *options, **trainer.kwargs["arch_args"])
+        with any_names(trainer.task_name):
+            model = cls(trainer.task_name, encoder_class, heads, *options, **trainer.kwargs["arch_args"])
     except (AttributeError, KeyError, TypeError, IndexError, ValueError) as error:
         if not shared.__module__.startswith("LibMTL.") or _raised_by_user(error):
             raise

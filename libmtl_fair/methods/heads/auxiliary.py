@@ -27,6 +27,7 @@ from libmtl_fair.methods.heads.group_losses import (
     mean_losses,
 )
 from libmtl_fair.methods.heads.modules import Adversary, DetachedHead, GroupHeads, fresh_copy
+from libmtl_fair.models import Heads
 from libmtl_fair.tasks import AUXILIARY_PREFIX, Task
 
 TARGETS = ("main", "label", "label+accuracy", "group")
@@ -271,7 +272,7 @@ def add_fairness_heads(
                 bins=bins, sharpness=sharpness, n_groups=n_groups, in_features=in_features,
             )  # fmt: skip
             modules = dict(made.items())
-        return entries, nn.ModuleDict(modules)
+        return entries, Heads(modules)
     adversarial, specific = loss == "adversarial", loss == "group_specific"
     target = target or ("group" if adversarial else "main")
     _one_of("fairness loss", loss, LOSSES)
@@ -303,7 +304,7 @@ def add_fairness_heads(
     if specific:
         counts = [sizes[name] for name in names]
         modules |= {main.name: GroupHeads(modules[main.name], names, counts) for main in mains}
-        return entries, nn.ModuleDict(modules)
+        return entries, Heads(modules)
     for attributes in (names,) if intersectional else tuple((name,) for name in names):
         for chosen in [mains] if heads == "shared" else [(main,) for main in mains]:
             name = (
@@ -326,7 +327,7 @@ def add_fairness_heads(
                 followed = [main.name for main in chosen]
                 modules[name] = DetachedHead(followed, own) if target == "main" else fresh_copy(*own)
             entries[name] = entry(task)
-    return entries, nn.ModuleDict(modules)
+    return entries, Heads(modules)
 
 
 def _loss_of(task: Task) -> str:
