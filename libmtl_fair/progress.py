@@ -6,8 +6,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from libmtl_fair.shown import Screen
 
 
 @contextmanager
@@ -17,6 +18,6 @@ def bar(title: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]
         yield lambda text: None
         return
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), "{task.fields[note]}")
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=Screen(stderr=True), transient=True) as progress:
         job = progress.add_task(title, total=total, completed=done, note="")
         yield lambda text: progress.update(job, advance=1, note=text)

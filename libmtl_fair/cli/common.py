@@ -17,14 +17,15 @@ from typer import Option
 
 import libmtl_fair
 from libmtl_fair.errors import CheckpointError, DataError, FairMTLError, HostError, RecipeError
+from libmtl_fair.shown import Screen
 
 if TYPE_CHECKING:
     from libmtl_fair.report import RunFolder
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 75
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-out = Console()
-err = Console(stderr=True)
+out = Screen()
+err = Screen(stderr=True)
 
 Several = list[str] | None
 

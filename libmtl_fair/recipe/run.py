@@ -28,6 +28,7 @@ from libmtl_fair.recipe.measure import Protocol, digests, measure, pool_embeddin
 from libmtl_fair.recipe.people import People, people_of
 from libmtl_fair.recipe.post import PARTS, check_post_data, made_of, make_post
 from libmtl_fair.recipe.schema import Recipe
+from libmtl_fair.shown import csv_text
 from libmtl_fair.tasks import Task
 
 METRICS, PROTOCOL = "metrics.json", "audit_protocol.json"
@@ -283,7 +284,7 @@ def _write_structure(trainer: FairTrainer, folder: Path) -> None:
     if chosen is not None:
         write_json(folder / "structure.json", {"last": trainer.last_structure or chosen, "chosen": chosen})
     if getattr(trainer.model, "conflict_cosines", None) is not None:
-        write_text(folder / "conflicts.csv", trainer.model.conflicts.frame().to_csv(index=False))
+        write_text(folder / "conflicts.csv", csv_text(trainer.model.conflicts.frame()))
 
 
 def _claim(recipe: Recipe, out: Path | None, resume: bool) -> Path:

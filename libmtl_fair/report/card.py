@@ -22,6 +22,7 @@ from libmtl_fair.report.tables import (
     summary_sheet,
     task_sheet,
 )
+from libmtl_fair.shown import printable
 
 
 def write_card(run_dir: str | Path) -> tuple[Path, Path]:
@@ -88,7 +89,7 @@ def card_markdown(run: RunFolder) -> str:
     }
     parts = [f"# Fairness card: {_escape(run.name)}", _escape(run.recipe.get("description") or ""), INTENDED]
     parts += [part for title, own in sections.items() if any(own) for part in (f"## {title}", *own)]
-    return "\n\n".join(filter(None, parts)) + "\n"
+    return printable("\n\n".join(filter(None, parts)) + "\n")
 
 
 def _list(items: Facts) -> str:

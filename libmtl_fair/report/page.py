@@ -21,6 +21,7 @@ from libmtl_fair.report.plots import bars, first_plots, plots_of, scatters, writ
 from libmtl_fair.report.run_folder import Json, RunFolder, read_run, rows
 from libmtl_fair.report.summary import PEOPLE
 from libmtl_fair.report.theme import REFERENCE, Plot, colours, label
+from libmtl_fair.shown import printable
 
 if TYPE_CHECKING:
     from libmtl_fair.report.compare import Comparison
@@ -175,7 +176,7 @@ def _page(
     names += glance.heads if glance else ()
     first = {"findings": findings(run), "glance": glance, "legend": notes.legend(names), "marks": tables.MARKS}
     drawn = {"figures": shown, "figures_json": Markup(text), "plotly": Markup(library), "plots": pictures}
-    return environment.get_template(template).render(run=run, **drawn, **first, **context)
+    return printable(environment.get_template(template).render(run=run, **drawn, **first, **context))
 
 
 def _safe(text: object) -> str:

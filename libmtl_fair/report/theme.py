@@ -17,6 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from libmtl_fair.files import atomic_path
+from libmtl_fair.shown import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -119,7 +120,7 @@ def colours(methods: Sequence[str]) -> dict[str, str]:
 
 def label(text: object, longest: int = 40) -> str:
     """Text for a plot: shortened, on one line, and never hidden from a legend by a leading underscore."""
-    line = " ".join(str(text).split())
+    line = printable(" ".join(str(text).split()))
     line = line if len(line) <= longest else line[: longest - 1] + "…"
     return f" {line}" if line.startswith("_") else line
 

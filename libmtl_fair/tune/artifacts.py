@@ -20,6 +20,7 @@ from libmtl_fair.files import write_text
 from libmtl_fair.libmtl import FairTrainer
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.report.theme import themed
+from libmtl_fair.shown import csv_text
 from libmtl_fair.tune.plan import DESCRIBED, ROLE, Outcome
 from libmtl_fair.tune.storage import open_storage, storage_errors
 
@@ -46,7 +47,7 @@ class Keeper:
             folder = Path(name)
             torch.save(trainer.model.state_dict(), folder / f"checkpoint_seed{seed}.pt")
             if len(trainer.history):  # a stacked training keeps none
-                write_text(folder / f"history_seed{seed}.csv", trainer.epochs.to_csv(index=False))
+                write_text(folder / f"history_seed{seed}.csv", csv_text(trainer.epochs))
                 _plot(trainer, folder / f"history_seed{seed}.png")
             self._upload(folder, trial)
 

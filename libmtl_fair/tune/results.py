@@ -27,6 +27,7 @@ from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.measure import Protocol
 from libmtl_fair.recipe.schema import Recipe, load_recipe
 from libmtl_fair.report.theme import PALETTE, REFERENCE, themed
+from libmtl_fair.shown import csv_text, printable
 from libmtl_fair.tune.evidence import sampling_deviation
 from libmtl_fair.tune.objectives import MACROS, parse_measure, value_of
 from libmtl_fair.tune.plan import DESCRIBED, FIXED, ROLE, Candidate, Plan, study_recipe
@@ -152,7 +153,7 @@ def _write(study: optuna.Study, trial: FrozenTrial, test: Mapping[int, Found], s
         write_text(folder / "best.yaml", best),
         page(study, folder / "study.html"),
         *([image(study, folder / "front.png")] if disparity(study) is not None else []),
-        write_text(folder / "trials.csv", trials_table(study).to_csv(index=False)),
+        write_text(folder / "trials.csv", csv_text(trials_table(study))),
         write_json(folder / "result.json", content),
     ]
 
@@ -184,7 +185,7 @@ def page(study: optuna.Study, path: str | Path) -> Path:
         parts = [figure.to_html(include_plotlyjs=i == 0, **own) for i, figure in enumerate(figures)]
     head = f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{name}</title></head>"
     title = f"<body style='font-family:sans-serif;max-width:70rem;margin:auto'><h1>Study {name}</h1>"
-    return write_text(path, head + title + "\n".join(parts) + "</body></html>\n")
+    return write_text(path, printable(head + title + "\n".join(parts) + "</body></html>\n"))
 
 
 def _front_figure(study: optuna.Study) -> go.Figure:
