@@ -108,7 +108,8 @@ def odd_run(tmp_path_factory):
         frame[name] = (frame.u + rng.normal(size=600) > 0).astype(int)
     frame.to_csv(folder / "t.csv", index=False)
     recipe = {
-        "name": "odd", "description": f"=odd{ESC}",
+        "name": "odd",
+        "description": f"=odd{ESC}",
         "data": {
             "table": str(folder / "t.csv"),
             "tasks": {name: {"kind": "binary"} for name in ODD},

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from libmtl_fair.errors import DamagedFileError
 from libmtl_fair.files import append_text, write_text
+from libmtl_fair.shown import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -138,7 +139,7 @@ class History:
         whole = columns < len(self._names) or not path.exists() or path.stat().st_size != size
         block = self._new[-1] if self._new and rows + len(self._new[-1]["step"]) == self._steps else None
         if whole or (block is None and rows < self._steps):
-            write_text(path, self.frame.to_csv(index=False))
+            write_text(path, printable(self.frame.to_csv(index=False)))
         elif block is not None:
             append_text(path, pd.DataFrame(block).reindex(columns=list(self._names)).to_csv(index=False, header=False))
         self._saved = self._steps, len(self._names), path.stat().st_size
