@@ -9,6 +9,9 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
+
+from libmtl_fair.errors import HostError
 
 _MOVED = {
     "data.loader": "data.rows",
@@ -70,6 +73,15 @@ def lazy(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], object
         return found
 
     return attribute, lambda: sorted({*sys.modules[package].__dict__, *where})
+
+
+def optional(module: str, extra: str, product: str = "") -> Any:
+    """Return an optional module; HostError names the extra that brings it."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        name = product or module.partition(".")[0]
+        raise HostError(f"{name} is not installed: pip install 'libmtl_fair[{extra}]'") from error
 
 
 def _moved(name: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Commands that use a trained model: ``predict``."""
+"""Commands that use a trained model: ``predict``, ``export``."""
 
 from __future__ import annotations
 
@@ -38,3 +38,18 @@ def predict(
     say(
         f"predictions of {escape(predictor.method)}, seed {predictor.seed}, for {len(found)} rows: {escape(str(target))}"
     )
+
+
+@command()
+def export(
+    folder: RunDir,
+    format: Annotated[str, Option("--format", metavar="FORMAT", help="onnx, torch-export or safetensors")] = "onnx",
+    target: Annotated[Path, Option("--out", metavar="DIR", help="folder of the exported model")] = Path("exported"),
+    method: MethodName = None,
+    seed: SeedNumber = None,
+) -> None:
+    """Export a model, with its preprocessing and a model card beside it; needs libmtl_fair[export]."""
+    from libmtl_fair.deploy import export as write
+
+    for path in write(folder, format, target, method=method, seed=seed):
+        say(f"export: {escape(str(path))}")

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 from libmtl_fair._imports import lazy
 
 if TYPE_CHECKING:
+    from libmtl_fair.deploy.export import export
     from libmtl_fair.deploy.loading import load
     from libmtl_fair.deploy.predictor import Predictor
 
-__getattr__, __dir__ = lazy(__name__, {"deploy.loading": "load", "deploy.predictor": "Predictor"})
+__getattr__, __dir__ = lazy(
+    __name__, {"deploy.export": "export", "deploy.loading": "load", "deploy.predictor": "Predictor"}
+)
 
-__all__ = ["Predictor", "load"]
+__all__ = ["Predictor", "export", "load"]

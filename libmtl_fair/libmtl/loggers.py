@@ -1,4 +1,4 @@
-"""Where an epoch's numbers go while training runs: JSON lines always, TensorBoard and MLflow where they are installed.
+"""Where an epoch's numbers go while training runs: JSON lines always, TensorBoard, MLflow and W&B where they are installed.
 
 A tracker is anything with ``log_epoch(epoch, values)``; ``start(trainer)`` and ``finish()`` are called if it has them.
 ``FairTrainer(..., loggers=["tensorboard", MyTracker()])`` takes names and objects.
@@ -10,12 +10,11 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Protocol
 
-from libmtl_fair.errors import HostError, RecipeError, unknown
+from libmtl_fair._imports import optional
+from libmtl_fair.errors import RecipeError, unknown
 from libmtl_fair.files import append_text, write_text
 from libmtl_fair.libmtl.state import TrainingState
 
@@ -28,13 +27,6 @@ class Tracker(Protocol):
 
     def log_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """Take the numbers of an epoch."""
-
-
-def _import(module: str, product: str) -> ModuleType:
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise HostError(f"{product} is not installed: pip install 'libmtl_fair[{product.lower()}]'") from error
 
 
 class JsonLines:
@@ -76,7 +68,7 @@ class TensorBoard:
 
     def __init__(self, log_dir: str | Path | None = None) -> None:
         self.log_dir = log_dir
-        self._writer_class = _import("torch.utils.tensorboard", "TensorBoard").SummaryWriter
+        self._writer_class = optional("torch.utils.tensorboard", "tensorboard", "TensorBoard").SummaryWriter
 
     def start(self, trainer: TrainingState) -> None:
         """Open the event file; epochs that a resumed run trains again are purged."""
@@ -103,7 +95,7 @@ class MLflow:
 
     def __init__(self, experiment: str | None = None, run_name: str | None = None) -> None:
         self.experiment, self.run_name, self._own = experiment, run_name, False
-        self._mlflow = _import("mlflow", "MLflow")
+        self._mlflow = optional("mlflow", "mlflow", "MLflow")
 
     def start(self, trainer: TrainingState) -> None:
         """Start a run, unless one is active, and log the method's settings."""
@@ -127,7 +119,39 @@ class MLflow:
             self._own = False
 
 
-_BY_NAME = {"tensorboard": TensorBoard, "mlflow": MLflow}
+class WandB:
+    """A run of Weights & Biases, by its own settings; needs the extra ``libmtl_fair[wandb]`` (HostError without it).
+
+    ``project`` and ``name`` are as in W&B; None takes its defaults. A run that has begun is used, and left open. Without a network:
+    ``WANDB_MODE=offline``.
+    """
+
+    def __init__(self, project: str | None = None, name: str | None = None) -> None:
+        self.project, self.name, self._own = project, name, False
+        self._wandb = optional("wandb", "wandb", "W&B")
+
+    def start(self, trainer: TrainingState) -> None:
+        """Start a run, unless one has begun, and note the method's settings."""
+        if self._wandb.run is None:
+            folder = None if trainer.run_dir is None else str(trainer.run_dir)
+            self._wandb.init(project=self.project, name=self.name, dir=folder)
+            self._own = True
+        settings = {"weighting": trainer.weighting, "seed": trainer.seed, **trainer.kwargs["weight_args"]}
+        self._wandb.config.update(settings, allow_val_change=True)
+
+    def log_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Log the numbers that are finite."""
+        finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
+        self._wandb.log({"epoch": epoch, **finite})
+
+    def finish(self) -> None:
+        """End the run that :meth:`start` started."""
+        if self._own:
+            self._wandb.finish()
+            self._own = False
+
+
+_BY_NAME = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}
 
 
 class Trackers:

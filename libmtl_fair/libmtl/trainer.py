@@ -73,8 +73,8 @@ class FairTrainer(TrainingState):
     select_by : callable (Results) -> float, optional
         Validation results -> number, higher is better; default is LibMTL's mean relative improvement.
     loggers : iterable of str or Tracker, default ()
-        Where each epoch's numbers go besides ``epochs.jsonl`` in ``run_dir``: ``"tensorboard"``, ``"mlflow"``, or
-        objects with ``log_epoch(epoch, values)``; see :mod:`libmtl_fair.libmtl.loggers`.
+        Where each epoch's numbers go besides ``epochs.jsonl`` in ``run_dir``: ``"tensorboard"``, ``"mlflow"``,
+        ``"wandb"``, or objects with ``log_epoch(epoch, values)``; see :mod:`libmtl_fair.libmtl.loggers`.
     weight_args, arch_args : mapping of str to object, optional
         Hyperparameters, as in LibMTL; missing ones take LibMTL's defaults.
 

@@ -464,4 +464,4 @@ class Output(Section):
     predictions: bool = True
     embeddings: bool = True
     report: bool = True
-    loggers: Annotated[tuple[Literal["tensorboard", "mlflow"], ...], Field(strict=False)] = ()
+    loggers: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb"], ...], Field(strict=False)] = ()

@@ -1,0 +1,103 @@
+"""A Hugging Face model card: front matter with ``model-index``, how to use the model, and the run's fairness card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from libmtl_fair.deploy.predictor import Predictor
+from libmtl_fair.recipe.yaml_source import emit_yaml
+from libmtl_fair.report.card import card_markdown
+from libmtl_fair.report.run_folder import RunFolder, number, read_run, rows
+
+_KINDS = {"regression": "tabular-regression"}
+_METRICS = {
+    "accuracy": "accuracy",
+    "auc": "roc_auc",
+    "f1": "f1",
+    "mae": "mae",
+    "rmse": "rmse",
+    "r2": "r_squared",
+    "brier": "brier_score",
+}
+_GAPS = ("equalized_odds", "equal_opportunity", "demographic_parity")
+_LOADED = {
+    "onnx": """import json, numpy as np, onnxruntime, pandas as pd
+
+about = json.load(open("preprocessing.json"))
+session = onnxruntime.InferenceSession("model.onnx")
+x = np.zeros((N, len(about["columns"])), dtype=np.float32)  # see below
+outputs = dict(zip(about["tasks"], session.run(list(about["tasks"]), {"x": x})))""",
+    "torch-export": """import torch
+
+model = torch.export.load("model.pt2").module()
+outputs = model(x)  # task -> tensor; x as below""",
+    "safetensors": """from safetensors import safe_open
+
+with safe_open("model.safetensors", "pt") as file:  # weights; the metadata describe the model
+    weights = {name: file.get_tensor(name) for name in file.keys()}""",
+}
+
+
+def model_card(predictor: Predictor, format: str) -> str:
+    """Return the card of an exported model as Markdown with YAML front matter."""
+    run = read_run(predictor.run_dir)
+    kinds = {_KINDS.get(task.kind, "tabular-classification") for task in predictor.tasks}
+    data = {
+        "type": str(run.data_card.get("name") or run.name),
+        "name": str(run.data_card.get("title") or run.name),
+        "split": run.split,
+    }
+    front: dict[str, Any] = {
+        "library_name": "libmtl_fair",
+        "pipeline_tag": min(kinds),
+        "tags": ["fairness", "multi-task-learning", "LibMTL", *sorted(kinds), format],
+        "metrics": sorted(
+            {entry["type"] for _, entry in _measured(predictor, run) if entry["type"] in _METRICS.values()}
+        ),
+        "model-index": [
+            {
+                "name": f"{run.name}: {predictor.method}",
+                "results": [
+                    {
+                        "task": {"type": _KINDS.get(task.kind, "tabular-classification"), "name": task.name},
+                        "dataset": data,
+                        "metrics": [entry for of, entry in _measured(predictor, run) if of == task.name],
+                    }
+                    for task in predictor.tasks
+                ],
+            }
+        ],
+    }
+    cut = ", ".join(f"{task} above {bar}" for task, bar in predictor.thresholds.items())
+    text = (
+        f"# {run.name}: {predictor.method}\n\nMethod `{predictor.method}`, seed {predictor.seed}, of a run of libmtl_fair. It predicts "
+        f"{', '.join(f'{task.name} ({task.kind})' for task in predictor.tasks)} from {', '.join(predictor.inputs)}.\n\n"
+        f"## How to use it\n\n```python\n{_LOADED[format]}\n```\n\n"
+        "`x` is float32, one row a person, one column for each entry of `columns` in `preprocessing.json`, in that order: a number is "
+        "(value - `minus`) / `divided_by`, with `if_missing` in place of a missing value; the others are 1 or 0: whether the input is "
+        "missing, is the `value` (null: missing), or is among the `values`. A category that is in no column is 0 in all of them. Outputs "
+        "are named as the tasks: the probability of a binary task, of each class or label, a regression's value in native units. "
+        f"Decisions: {cut or 'the likeliest class'}.\n\n"
+    )
+    card = card_markdown(run).replace("# Fairness card", "## Fairness card", 1)
+    head, _, rest = card.partition("\n")
+    return f"---\n{emit_yaml(front)}---\n\n{text}{head}\n" + rest.replace("\n## ", "\n### ").replace(
+        "\n### ### ", "\n#### "
+    )
+
+
+def _measured(predictor: Predictor, run: RunFolder) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (task, entry of the index) of what was measured of this method and seed: utility, then differences between groups."""
+    for part, wanted in (("utility", _METRICS), ("groups", dict.fromkeys(_GAPS))):
+        frame = run.frame(part)
+        frame = frame[(frame["method"] == predictor.method) & (frame["seed"] == predictor.seed)]
+        if part == "groups":
+            frame = frame[frame["group"] == "difference"]
+        for row in rows(frame[frame["metric"].isin(wanted) & frame["value"].notna()]):
+            value = round(number(row.value), 6)
+            if part == "utility":
+                yield str(row.task), {"type": wanted[row.metric], "value": value, "name": str(row.metric)}
+            else:
+                what = f"{row.metric} difference by {row.attribute}"
+                yield str(row.task), {"type": f"{row.metric}_difference", "value": value, "name": what}

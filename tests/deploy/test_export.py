@@ -1,0 +1,138 @@
+"""Exported models give our numbers, named as the tasks, from what is shipped beside them alone; the card is a model card."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+import libmtl_fair as lf
+from libmtl_fair.deploy import export
+from libmtl_fair.errors import HostError, RecipeError
+from libmtl_fair.methods.heads.auxiliary import drop_fairness_heads
+
+TASKS = ("rich", "colour", "pay", "hobbies")
+
+
+@pytest.fixture
+def rows(frame):
+    """Rows with gaps and with a category that training did not have."""
+    return frame.assign(job=np.where(frame.index % 9 == 0, "astronaut", frame["job"])).head(90)
+
+
+def encoded(about: dict, rows: pd.DataFrame) -> np.ndarray:
+    """What preprocessing.json says, by pandas alone."""
+    made = []
+    for column in about["columns"]:
+        values = rows[column["input"]]
+        match column["is"]:
+            case "number":
+                made.append((values.fillna(column["if_missing"]) - column["minus"]) / column["divided_by"])
+            case "missing":
+                made.append(values.isna())
+            case "value":
+                made.append(values.isna() if column["value"] is None else values == column["value"])
+            case _:
+                made.append(values.isin(column["values"]))
+    return np.column_stack(made).astype(np.float32)
+
+
+def assert_ours(predictor, rows, outputs) -> None:
+    with warnings.catch_warnings(action="ignore"):
+        proba, found = predictor.predict_proba(rows), predictor.predict(rows)
+    assert outputs["rich"] == pytest.approx(proba["rich"][1].to_numpy(), abs=1e-5)
+    assert outputs["colour"] == pytest.approx(proba["colour"].to_numpy(), abs=1e-5)
+    assert outputs["hobbies"] == pytest.approx(proba["hobbies"].to_numpy(), abs=1e-5)
+    assert outputs["pay"] == pytest.approx(found["pay"].to_numpy(), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["plain", "branched"])
+def test_onnxruntime_gives_our_numbers(run, rows, tmp_path, method):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, beside, card = export(run, "onnx", tmp_path, method=method)
+    assert [path.name for path in (model, beside, card)] == ["model.onnx", "preprocessing.json", "README.md"]
+    about, predictor = json.loads(beside.read_text()), lf.load(run, method)
+    session = onnxruntime.InferenceSession(model)
+    assert [each.name for each in session.get_inputs()] == ["x"]
+    assert tuple(each.name for each in session.get_outputs()) == TASKS
+    assert json.loads(session.get_modelmeta().custom_metadata_map["libmtl_fair"]) == about
+    x = encoded(about, rows)
+    with warnings.catch_warnings(action="ignore"):
+        assert x == pytest.approx(predictor.rows.encode(rows).numpy(), abs=1e-6)
+    for part in (rows, rows[:1]):
+        outputs = dict(zip(TASKS, session.run(list(TASKS), {"x": encoded(about, part)})))
+        assert_ours(predictor, part, outputs)
+    decided = session.run(["rich"], {"x": x})[0] > about["tasks"]["rich"]["threshold"]
+    with warnings.catch_warnings(action="ignore"):
+        assert decided.astype(int).tolist() == predictor.predict(rows)["rich"].tolist()
+    likeliest = session.run(["colour"], {"x": x})[0].argmax(1)
+    assert [about["tasks"]["colour"]["classes"][i] for i in likeliest] == predictor.decide(rows)["colour"].tolist()
+
+
+def test_torch_export_gives_our_numbers(run, rows, tmp_path):
+    model, beside, _ = export(run, "torch-export", tmp_path, method="glf")
+    with warnings.catch_warnings(action="ignore"):
+        held = {"preprocessing.json": ""}
+        program = torch.export.load(model, extra_files=held)
+    assert held["preprocessing.json"] == json.dumps(json.loads(beside.read_text()))
+    outputs = program.module()(torch.from_numpy(encoded(json.loads(beside.read_text()), rows)))
+    assert tuple(outputs) == TASKS
+    assert_ours(lf.load(run, "glf"), rows, {name: value.numpy() for name, value in outputs.items()})
+
+
+def test_safetensors_hold_the_model_in_use(run, tmp_path):
+    safetensors = pytest.importorskip("safetensors")
+    model, beside, _ = export(run, "safetensors", tmp_path, method="branched")
+    ours = drop_fairness_heads(lf.load(run, "branched").source.trainers[0]).state_dict()
+    with safetensors.safe_open(model, "pt") as file:
+        about = json.loads(file.metadata()["libmtl_fair"])
+        held = {name.removeprefix("0."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    assert held.keys() == ours.keys() and all(torch.equal(value, held[name]) for name, value in ours.items())
+    assert about["model"]["hidden"] == [8, 8] and about["preprocessing"] == json.loads(beside.read_text())
+    assert about["structure"]["tree"]
+
+
+def test_what_is_no_function_of_the_inputs_is_refused(run, tmp_path):
+    with pytest.raises(
+        HostError, match=r"'by_group' takes the groups of the rows.*export a trained method \(plain, branched"
+    ):
+        export(run, "onnx", tmp_path, method="by_group")
+    with pytest.raises(HostError, match="'lifted' takes the groups"):
+        export(run, "onnx", tmp_path, method="lifted")
+    with pytest.raises(HostError, match="'mixed' is made after training"):
+        export(run, "onnx", tmp_path, method="mixed")
+    with pytest.raises(RecipeError, match="unknown format 'onix'; did you mean 'onnx'"):
+        export(run, "onix", tmp_path, method="plain")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_the_extra_the_error_names_it(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(HostError, match=r"onnx is not installed: pip install 'libmtl_fair\[export\]'"):
+        export(run, "onnx", tmp_path, method="plain")
+
+
+def test_the_card_is_a_model_card(run, tmp_path):
+    card = export(run, "torch-export", tmp_path, method="plain")[2].read_text()
+    _, front, text = card.split("---\n", 2)
+    about = YAML(typ="safe").load(front)
+    assert about["library_name"] == "libmtl_fair" and about["pipeline_tag"] == "tabular-classification"
+    (model,) = about["model-index"]
+    assert [result["task"]["name"] for result in model["results"]] == list(TASKS)
+    measured = json.loads((run / "plain" / "seed0" / "metrics.json").read_text())
+    rich = {entry["name"]: entry["value"] for entry in model["results"][0]["metrics"]}
+    assert rich["auc"] == pytest.approx(measured["utility"]["test"]["rich"]["auc"], abs=1e-6)
+    gap = next(row["value"] for row in measured["groups"]["test"] if (row["task"], row["attribute"], row["metric"], row["group"])
+               == ("rich", "sex", "equalized_odds", "difference"))  # fmt: skip
+    assert rich["equalized_odds difference by sex"] == pytest.approx(gap, abs=1e-6)
+    assert "## Fairness card: people" in text and "### Limits" in text and "\n## Limits" not in text
+    hub = pytest.importorskip("huggingface_hub")
+    results = hub.ModelCard(card).data.eval_results
+    assert {result.task_name for result in results} == set(TASKS)
