@@ -11,7 +11,7 @@ from torch import nn
 
 from libmtl_fair import Binary, FairTrainer, ResidentLoader, task_dict
 from libmtl_fair.errors import HostError, RecipeError
-from libmtl_fair.libmtl.loggers import MLflow, TensorBoard
+from libmtl_fair.libmtl.loggers import MLflow, TensorBoard, WandB
 
 
 def make(tmp_path=None, **options):
@@ -109,7 +109,7 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     np.testing.assert_allclose([e.value for e in events.Scalars("loss/a")], trainer.epochs["loss/a"], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "tracker"), [("tensorboard", TensorBoard), ("mlflow", MLflow)])
+@pytest.mark.parametrize(("name", "tracker"), [("tensorboard", TensorBoard), ("mlflow", MLflow), ("wandb", WandB)])
 def test_without_the_extra_it_says_what_to_install(monkeypatch, name, tracker):
     for module in [m for m in sys.modules if m.split(".")[0] == name or m.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, module)
@@ -141,6 +141,20 @@ def test_mlflow_gets_settings_and_epochs(monkeypatch):
     assert calls[-1] == ("end",)
 
 
+def test_wandb_gets_settings_and_epochs_without_a_network(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    trainer, loader = make(tmp_path, loggers=[WandB("fairness", "first")])
+    trainer.train(loader, None, 2)
+    assert wandb.run is None and list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    with wandb.init(project="fairness", dir=tmp_path) as own:
+        trainer, loader = make(loggers=["wandb"])
+        trainer.train(loader, None, 2)
+        assert own.config["weighting"] == "EW" and own.summary["epoch"] == 1
+        assert own.summary["loss/a"] == pytest.approx(trainer.epochs["loss/a"].iloc[-1])
+
+
 def test_a_recipe_names_its_loggers(tmp_path):
     pytest.importorskip("tensorboard")
     from libmtl_fair.recipe import Recipe
@@ -159,7 +173,7 @@ def test_a_recipe_names_its_loggers(tmp_path):
     assert [line["epoch"] for line in lines(folder)] == [0, 1]
     assert list((folder / "tensorboard").glob("events*"))
     with pytest.raises(RecipeError, match="output.loggers"):
-        Recipe.from_dict({**content, "output": {"loggers": ["wandb"]}})
+        Recipe.from_dict({**content, "output": {"loggers": ["neptune"]}})
 
 
 @pytest.mark.parametrize(
