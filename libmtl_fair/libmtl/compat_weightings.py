@@ -136,10 +136,10 @@ def graddrop_backward(self: Model, losses: Tensor, **kwargs: float) -> None:
 @mends("MGDA._find_min_norm_element", "its loop never counted, and could run for ever")
 def mgda_solution(self: Model, grads: Tensor) -> Tensor:
     """Return the weights [T] of the smallest vector in the hull of ``grads`` [T, P]; two tasks: LibMTL's own closed form."""
-    gram = grads @ grads.T
-    if self.task_num == 1:
+    gram = grads @ grads.T  # not self.task_num: MOML calls an MGDA that is part of no model
+    if len(grads) == 1:
         return torch.ones_like(grads[:, 0])
-    if self.task_num > 2:
+    if len(grads) > 2:
         weights: Tensor = F.min_norm_weights(gram)
         return weights
     v11, v12, v22 = gram[0, 0], gram[0, 1], gram[1, 1]
@@ -249,6 +249,21 @@ def imtl_backward(self: Model, losses: Tensor, **_: object) -> Record:
         return torch.cat([1 - rest.sum().unsqueeze(0), rest])
 
     return _weigh(self, self.loss_scale.exp() * losses - self.loss_scale, solve)
+
+
+@mends("ExcessMTL.backward", "rep_grad=True weighed by zeros and left the encoder without a gradient")
+def excess_backward(self: Model, losses: Tensor, **kwargs: float) -> Record:
+    """ExcessMTL (He et al. 2024); the first step sets the reference."""
+    found = self._get_grads(losses, mode="autograd")
+    grads: Tensor = found[1] if self.rep_grad else found
+    self.grad_sum = grads**2 + (0 if self.grad_sum is None else self.grad_sum)
+    excess = (grads**2 / torch.sqrt(self.grad_sum + 1e-7)).sum(1)
+    if self.first_epoch:
+        self.initial_w, self.first_epoch = excess, False
+    else:
+        grown = self.loss_weight * torch.exp(excess / self.initial_w.clamp(min=_TINY) * kwargs["robust_step_size"])
+        self.loss_weight = (grown / grown.sum() * self.task_num).detach()
+    return _descend(self, (losses * self.loss_weight).sum(), self.loss_weight)
 
 
 @mends("Aligned_MTL.backward", "torch.symeig is gone")

@@ -89,9 +89,11 @@ def compute_grad(self: Model, losses: Tensor, mode: str, rep_grad: bool = False)
     if mode not in ("backward", "autograd"):
         raise HostError(f"gradient mode must be 'backward' or 'autograd', found {mode!r}")
     if rep_grad:
-        torch.autograd.backward(losses.sum())  # each task has a leaf of its own
-        leaves = [self.rep_tasks[task] for task in self.task_name]
-        grads = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.detach().clone() for leaf in leaves]
+        leaves = [self.rep_tasks[task] for task in self.task_name]  # each task has one of its own
+        if mode == "backward":
+            torch.autograd.backward(losses.sum())
+        found = [leaf.grad for leaf in leaves] if mode == "backward" else gradients(losses.sum(), leaves)
+        grads = [torch.zeros_like(leaf) if g is None else g.detach().clone() for leaf, g in zip(leaves, found)]
         return grads if isinstance(self.rep, dict) else torch.stack(grads)
     shared = shared_parameters(self)
     if mode == "backward":

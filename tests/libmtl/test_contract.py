@@ -27,10 +27,9 @@ from libmtl_fair.models import MLP
 REPRESENTATION_ONLY = {"GradDrop"}
 PARAMETERS_ONLY = {
     *("PCGrad", "GradVac", "CAGrad"),
-    *("Nash_MTL", "MoCo", "DB_MTL", "FairGrad", "MoDo", "SDMGrad", "UPGrad", "ExcessMTL"),  # git main
+    *("Nash_MTL", "MoCo", "DB_MTL", "FairGrad", "MoDo", "SDMGrad", "UPGrad"),  # git main
 }
 NEEDS = {"Nash_MTL": "cvxpy", "UPGrad": "qpsolvers"}
-ONE_ENCODER = {"ExcessMTL"}  # asks for model.encoder, which architectures of experts lack
 EQUAL_BATCHES = {"FairMT"}  # with inputs of their own, the tasks' batches must be of one size: see its own suite
 RESNET = {"Cross_stitch", "MTAN", "PLE", "LTB"}
 SINGLE_INPUT = {"Cross_stitch", "LTB"} | ({"PLE"} if LINEAGE == "git main" else set())
@@ -88,8 +87,6 @@ def combinations() -> list[Any]:
         if (multi and arch in SINGLE_INPUT) or arch in ELSEWHERE or weighting in OURS_ELSEWHERE:
             continue
         if weighting in EQUAL_BATCHES and multi:
-            continue
-        if weighting in ONE_ENCODER and arch in ("MMoE", "CGC", "DSelect_k"):
             continue
         lacking = NEEDS.get(weighting)
         marks = (

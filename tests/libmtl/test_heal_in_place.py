@@ -105,6 +105,17 @@ print(json.dumps(results))
     assert {name: gaps for name, gaps in found.items() if max(gaps) > 1e-4} == {}
 
 
+def test_an_mgda_that_is_part_of_no_model_solves(run: Any) -> None:
+    """As MOML makes one in the Trainer of LibMTL's git main."""
+    found = run("""
+lf.heal()
+solver = weighting_namespace.MGDA()
+print(json.dumps([solver._find_min_norm_element(torch.tensor(g)).tolist() for g in ([[2.0, 0.0], [0.0, 1.0]], torch.eye(3).tolist())]))
+""")
+    assert found[0] == pytest.approx([0.2, 0.8])
+    assert found[1] == pytest.approx([1 / 3] * 3, abs=1e-5)
+
+
 def test_heal_says_what_it_changed_and_once_is_enough(run: Any) -> None:
     first, second, third = run("""
 first = lf.heal()

@@ -42,10 +42,11 @@ LibMTL_args = argparse.ArgumentParser()
 LibMTL_args.add_argument("--weighting", default="EW")
 LibMTL_args.add_argument("--arch", default="HPS")
 LibMTL_args.add_argument("--rep_grad", action="store_true")
+LibMTL_args.add_argument("--robust_step_size", type=float, default=0.05)
 LibMTL_args.add_argument("--GradVac_beta", type=float, default=0.5)
 LibMTL_args.add_argument("--GradVac_group_type", type=int, default=0)
 def prepare_args(params):
-    known = {"EW": [], "RLW": [], "FAMO": [], "MoDo": [], "GradVac": ["GradVac_beta", "GradVac_group_type"]}
+    known = {"EW": [], "ExcessMTL": ["robust_step_size"], "RLW": [], "FAMO": [], "MoDo": [], "GradVac": ["GradVac_beta", "GradVac_group_type"]}
     if params.weighting not in known:
         raise ValueError("No support weighting method {}".format(params.weighting))
     kwargs = {"weight_args": {k: getattr(params, k) for k in known[params.weighting]}, "arch_args": {}}
@@ -94,6 +95,18 @@ from qpsolvers import solve_qp
 class AbsWeighting(nn.Module):
     def init_param(self):
         pass
+    def _compute_grad_dim(self):
+        pass
+    def _compute_grad(self, losses, mode, rep_grad=False):
+        pass
+    def _get_grads(self, losses, mode="backward"):
+        pass
+class ExcessMTL(AbsWeighting):
+    def init_param(self):
+        self.loss_weight, self.grad_sum, self.first_epoch = torch.ones(self.task_num), None, True
+    def backward(self, losses, **kwargs):
+        losses.sum().backward()
+        losses.sum().backward()
 class EW(AbsWeighting):
     def backward(self, losses, **kwargs):
         losses.sum().backward()
@@ -123,7 +136,7 @@ class FAMO(AbsWeighting):
 class UPGrad(AbsWeighting):
     def backward(self, losses, **kwargs):
         solve_qp(losses)
-__all__ = ["AbsWeighting", "EW", "RLW", "GradVac", "MoDo", "FAMO", "UPGrad"]
+__all__ = ["AbsWeighting", "EW", "RLW", "GradVac", "MoDo", "FAMO", "UPGrad", "ExcessMTL"]
 """,
     "trainer.py": """
 import torch, torch_geometric
@@ -236,6 +249,35 @@ print(json.dumps([losses, seen, len(trainer.history)]))
     assert all(values[-1] < values[0] for values in losses.values())
     assert seen == [True] * steps  # the losses after the step, every step
     assert steps == 16
+
+
+def test_excess_risks_are_weighed_by_hand_of_parameters_and_of_the_representation(named: Any) -> None:
+    """ExcessMTL, two steps of full batches: w = g' (g / sqrt(sum of g^2)), the first step's as reference."""
+    found = named("""
+full = lf.ResidentLoader(x, labels, batch_size=64, shuffle=False, device="cpu")
+result = []
+for rep_grad in (False, True):
+    trainer = fair("ExcessMTL", rep_grad=rep_grad)
+    seen = []
+    for epoch in range(2):
+        h = trainer.model.encoder(x)
+        losses = [torch.nn.functional.binary_cross_entropy_with_logits(trainer.model.decoders[t](h)[:, 0], labels[t]) for t in "ab"]
+        to = [h] if rep_grad else list(trainer.model.encoder.parameters())
+        grads = [torch.autograd.grad(loss, to, retain_graph=True) for loss in losses]
+        seen.append(torch.stack([g[0].sum(0) if rep_grad else torch.cat([p.flatten() for p in g]) for g in grads]))
+        before = [p.detach().clone() for p in trainer.model.encoder.parameters()]
+        trainer.train(full, epochs=epoch + 1)
+        assert all(not torch.equal(a, b) for a, b in zip(before, trainer.model.encoder.parameters()))
+    squares = [seen[0] ** 2, seen[0] ** 2 + seen[1] ** 2]
+    w = [(g * g / torch.sqrt(s + 1e-7)).sum(1) for g, s in zip(seen, squares)]
+    weights = torch.exp(w[1] / w[0] * 0.05)
+    expected = (weights / weights.sum() * 2).tolist()
+    result.append([trainer.history[["weight/a", "weight/b"]].to_numpy().tolist(), [[1.0, 1.0], expected]])
+print(json.dumps(result))
+""")
+    for weights, expected in found:
+        assert weights[0] == expected[0]
+        assert weights[1] == pytest.approx(expected[1], rel=1e-5)
 
 
 def test_hyperparameters_in_either_lineages_names(named: Any) -> None:

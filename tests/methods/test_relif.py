@@ -23,7 +23,7 @@ from libmtl_fair.models import MLP, linear_heads
 Array = np.ndarray[Any, Any]
 TASKS = (lf.Binary("a"), lf.Multiclass("b", 3), lf.Regression("c"))
 REPRESENTATION_ONLY = {"GradDrop"}
-PARAMETERS_ONLY = {"PCGrad", "GradVac", "CAGrad", "Nash_MTL", "MoCo", "DB_MTL", "FairGrad", "UPGrad", "ExcessMTL"}
+PARAMETERS_ONLY = {"PCGrad", "GradVac", "CAGrad", "Nash_MTL", "MoCo", "DB_MTL", "FairGrad", "UPGrad"}
 ELSEWHERE = {
     "MoDo",
     "SDMGrad",
