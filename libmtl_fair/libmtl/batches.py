@@ -12,18 +12,22 @@ from libmtl_fair.batch import Columns
 from libmtl_fair.data.loader import REFERENCE, SENSITIVE, Epoch, Packed, ResidentLoader
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.faults import MOST_GROUPS, check_labels, need_few_groups
+from libmtl_fair.libmtl.hooks import hooked
 from libmtl_fair.libmtl.state import Loader, Loaders, TrainingState
 from libmtl_fair.tasks import Task
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:
-    """Move a tensor, or a list, tuple or dict of them, to the device."""
+    """Move a tensor, a list, tuple or dict of them, or whatever has a ``.to`` (a graph, a tokenizer's output) to the device."""
     if isinstance(inputs, Tensor):
         return inputs.to(device, non_blocking=True)
+    if callable(getattr(inputs, "to", None)):
+        return inputs.to(device)
     if isinstance(inputs, Mapping):
         return {key: to_device(value, device) for key, value in inputs.items()}
     if isinstance(inputs, (list, tuple)):
-        return type(inputs)(to_device(value, device) for value in inputs)
+        moved = [to_device(value, device) for value in inputs]
+        return type(inputs)(*moved) if hasattr(inputs, "_fields") else type(inputs)(moved)
     return inputs
 
 
@@ -39,32 +43,40 @@ def _checked(trainer: TrainingState, found: Iterator[Any], tasks: Sequence[str])
     """Yield batches whose labels and ids are what they should be: refused before they go to a device, or noted where they lie."""
     declared_tasks = [(name, trainer.task_dict[name].get("task")) for name in tasks]
     for batch in found:
-        labels = batch[1] if isinstance(batch, (list, tuple)) and len(batch) == 2 else None
-        labels = {tasks[0]: labels} if isinstance(labels, Tensor) else labels
-        if isinstance(labels, Mapping):
-            for name, task in declared_tasks:
-                if task is not None and isinstance(labels.get(name), Tensor):
-                    check_labels(trainer.faults, task, labels[name])
-            for attribute, ids in labels.get(SENSITIVE, {}).items():
-                _check_ids(trainer, attribute, ids)
-        yield batch
+        inputs, labels = _pair(batch, tasks)
+        for name, task in declared_tasks:
+            if task is not None and isinstance(labels.get(name), Tensor):
+                check_labels(trainer.faults, task, labels[name])
+        for attribute, ids in labels.get(SENSITIVE, {}).items():
+            _check_ids(trainer, attribute, ids)
+        yield inputs, labels
+
+
+def _pair(batch: object, tasks: Sequence[str]) -> tuple[Any, Mapping[str, Any]]:
+    """Return inputs, and labels by task with groups under ``"sensitive"``, of what a loader yields.
+
+    That is ``(x, labels)`` or ``(x, labels, groups)``; a bare label tensor belongs to the one task in ``tasks``.
+    """
+    groups = batch[2] if isinstance(batch, (list, tuple)) and len(batch) == 3 else {}
+    if not isinstance(batch, (list, tuple)) or len(batch) not in (2, 3) or not isinstance(groups, Mapping):
+        what = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (list, tuple)) else type(batch).__name__
+        raise DataError(
+            f"a loader must yield pairs (x, labels), or (x, labels, groups) with a dict attribute -> ids, found {what}"
+        )
+    inputs, labels = batch[:2]
+    if not isinstance(labels, Mapping):
+        if len(tasks) != 1 or not isinstance(labels, Tensor):
+            raise DataError(
+                f"labels must be a dict task -> tensor, found {type(labels).__name__}; tasks: {', '.join(tasks)}"
+            )
+        labels = {tasks[0]: labels}
+    return inputs, {**labels, SENSITIVE: groups} if groups else labels
 
 
 def split(batch: object, device: torch.device, tasks: Sequence[str]) -> Packed:
-    """Take one batch apart: inputs, labels of the tasks, attribute -> group ids, reference features, on the device.
-
-    A bare label tensor belongs to the one task in ``tasks``.
-    """
+    """Take one batch apart: inputs, labels of the tasks, attribute -> group ids, reference features, on the device."""
     if not isinstance(batch, Packed):
-        if not isinstance(batch, (list, tuple)) or len(batch) != 2:
-            raise DataError(f"a loader must yield pairs (x, labels), found {type(batch).__name__}")
-        inputs, labels = batch
-        if not isinstance(labels, Mapping):
-            if len(tasks) != 1 or not isinstance(labels, Tensor):
-                raise DataError(
-                    f"labels must be a dict task -> tensor, found {type(labels).__name__}; tasks: {', '.join(tasks)}"
-                )
-            labels = {tasks[0]: labels}
+        inputs, labels = _pair(batch, tasks)
         features = None if REFERENCE in tasks else labels.get(REFERENCE)
         batch = Packed(inputs, labels, labels.get(SENSITIVE, {}), lambda: to_device(features, device))
     groups = {name: ids.to(device, non_blocking=True) for name, ids in batch.groups.items()}
@@ -113,7 +125,7 @@ def per_task(trainer: TrainingState, loaders: Loaders) -> Mapping[str, Loader]:
     for name, loader in found.items():
         if isinstance(loader, ResidentLoader):
             loader.check(trainer.task_dict[task].get("task") for task in ([name] if name else trainer.main_tasks))
-    return found
+    return found if trainer.own_batches else hooked(trainer, found, loaders)
 
 
 def endless(trainer: TrainingState, loader: Loader, tasks: Sequence[str]) -> Iterator[object]:
@@ -158,8 +170,9 @@ def group_counts(loaders: Sequence[Loader]) -> dict[str, int]:
 def _scan(loader: Loader) -> dict[str, int]:
     highest: dict[str, int] = {}
     for batch in loader:
-        labels = batch[1] if isinstance(batch, (list, tuple)) and len(batch) == 2 else None
-        groups = labels.get(SENSITIVE, {}) if isinstance(labels, Mapping) else {}
+        labels = batch[1] if isinstance(batch, (list, tuple)) and len(batch) > 1 else None
+        given = batch[2] if isinstance(batch, (list, tuple)) and len(batch) == 3 else {}
+        groups = labels.get(SENSITIVE, given) if isinstance(labels, Mapping) else given
         if not groups:
             return {}
         for name, ids in groups.items():

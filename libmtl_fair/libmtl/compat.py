@@ -7,7 +7,7 @@ A method that a user's subclass overrides is never touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import wraps
 from types import ModuleType
 from typing import Any
@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from libmtl_fair.libmtl.batches import to_device
 from libmtl_fair.libmtl.compat_weightings import UNCARRIED, gradvac_backward
 from libmtl_fair.libmtl.gradients import PATCHES, Method, carry_representation_gradients, mends
+from libmtl_fair.libmtl.hooks import next_batch, prepare_dataloaders
 from libmtl_fair.libmtl.loading import LINEAGE, Trainer, architecture_namespace, trainer_module, weighting_namespace
 from libmtl_fair.libmtl.state import Model, TrainingState
 
@@ -100,17 +102,13 @@ class _TorchForTrainer(ModuleType):
         return torch.load(*args, **{"weights_only": True, **place, **kwargs})
 
 
-def _process_data(self: TrainingState, loader: list[Any]) -> tuple[Tensor, Tensor | dict[str, Tensor]]:
+def _process_data(self: TrainingState, loader: list[Any]) -> tuple[object, Tensor | dict[str, Tensor]]:
     """Take the next batch; a loader that has run out starts again, and its own errors are seen."""
-    try:
-        data, label = next(loader[1])
-    except StopIteration:
-        loader[1] = iter(loader[0])
-        data, label = next(loader[1])
-    data = data.to(self.device, non_blocking=True)
+    data, label = next_batch(loader)[:2]
     if self.multi_input:
-        return data, label.to(self.device, non_blocking=True)
-    return data, {task: label[task].to(self.device, non_blocking=True) for task in self.task_name}
+        label = label[next(iter(label))] if isinstance(label, Mapping) else label
+        return to_device(data, self.device), to_device(label, self.device)
+    return to_device(data, self.device), {task: to_device(label[task], self.device) for task in self.task_name}
 
 
 def _returning_weights(original: Method) -> Method:
@@ -150,6 +148,9 @@ def heal() -> list[str]:
     if Trainer._process_data is not _process_data:
         Trainer._process_data = _process_data
         changed.append("Trainer._process_data: iterators have no .next(), and a bare except hid why")
+    if Trainer._prepare_dataloaders is not prepare_dataloaders:
+        Trainer._prepare_dataloaders = prepare_dataloaders
+        changed.append("Trainer._prepare_dataloaders: a _process_data of one's own may call .next(), which iterators lack")
     if not hasattr(Trainer.train, "heals"):
         Trainer.train = _returning_weights(Trainer.train)
         changed.append("Trainer.train: return_weight=True could return None")

@@ -109,7 +109,8 @@ def compose(
     heads = decoders if isinstance(decoders, nn.ModuleDict) else Heads(dict(decoders))
     arch = healed(shared)
     hard_sharing = issubclass(arch, architecture_namespace.HPS) and arch.forward in (forward, AbsArchitecture.forward)
-    fused = [FusedHeads] if hard_sharing and not trainer.rep_grad and not trainer.multi_input else []
+    plain = not trainer.rep_grad and not trainer.multi_input and trainer.own_forward
+    fused = [FusedHeads] if hard_sharing and plain else []
     cls = type("MTLmodel", (*fused, arch, *bases, Model), {})
     options = (trainer.rep_grad, trainer.multi_input, trainer.device)
     try:

@@ -159,11 +159,10 @@ def weight_args(cls: type[nn.Module], given: Mapping[str, object]) -> dict[str, 
 
     A user's subclass takes its LibMTL parent's defaults, and any name of its own.
     """
-    libmtls = [getattr(weighting_namespace, name) for name in weighting_names() if name not in OUR_WEIGHTINGS]
-    parent = next((c for c in cls.__mro__ if c in libmtls), None)
-    if parent is None:
+    name = _parent(cls, _WEIGHTING, "")
+    if not name:
         return dict(given)
-    name = parent.__name__
+    parent = getattr(weighting_namespace, name)
     args = dict(_default_args(name))
     for key, value in given.items():
         match = next((d for d in args if key in (d, f"{name}_{d}") or d == f"{name}_{key}"), None)
@@ -172,6 +171,12 @@ def weight_args(cls: type[nn.Module], given: Mapping[str, object]) -> dict[str, 
             raise RecipeError(f"{name} (LibMTL, {LINEAGE}): {reason}")
         args[match or key] = value
     return args
+
+
+def _parent(cls: type[nn.Module], kind: _Kind, default: str) -> str:
+    """Return the name of LibMTL's own class that a class is or derives from, whose options are its options too."""
+    libmtls = {getattr(kind.namespace, name): name for name in kind.names() if name not in kind.ours}
+    return next((libmtls[c] for c in cls.__mro__ if c in libmtls), default)
 
 
 def _options(cls: type[nn.Module]) -> dict[str, str]:
@@ -218,17 +223,21 @@ def _wrap_prepare_args(original: Prepare) -> Prepare:
         if weighting is None and architecture is None and not forgotten:
             return original(params)
         plain, given = copy.copy(params), _given(weighting, params)
-        if weighting:
+        declared = weighting is not None and hasattr(weighting, "settings_class")
+        if weighting and declared:
             plain.weighting = str(given.get("base", weighting.settings_class.model_fields["base"].default))
             _check_name("base weighting", plain.weighting, [n for n in weighting_names() if n not in OUR_WEIGHTINGS])
-        plain.arch = "HPS" if architecture else params.arch
+        elif weighting:
+            plain.weighting = _parent(weighting, _WEIGHTING, "EW")
+        if architecture:
+            plain.arch = _parent(architecture, _ARCHITECTURE, "HPS")
         for what in forgotten:
             setattr(plain, what, {"optim": "adam", "scheduler": None}[what])
         with contextlib.redirect_stdout(io.StringIO()):
             kwargs, optim_param, scheduler_param = original(plain)
         optim_param = forgotten.get("optim", optim_param)
         scheduler_param = forgotten.get("scheduler", scheduler_param)
-        if weighting:
+        if weighting and declared:
             base_args = {**kwargs["weight_args"], **given.pop("base_args", {})}
             kwargs["weight_args"] = {**given, "base_args": base_args} if base_args else given
             weighting.settings_class.from_args(weighting.__name__, kwargs["weight_args"])

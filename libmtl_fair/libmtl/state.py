@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from libmtl_fair.errors import HostError
 from libmtl_fair.faults import Faults
 from libmtl_fair.libmtl.history import History
+from libmtl_fair.libmtl.hooks import next_batch, prepare_dataloaders
 from libmtl_fair.libmtl.loading import Trainer
 from libmtl_fair.libmtl.losses import Entry, LossBank, tasks_of
 from libmtl_fair.predictions import Predictions
@@ -196,6 +197,21 @@ class StepState:
         """Whether losses are :attr:`losses`' and not a user's."""
         return True
 
+    _prepare_dataloaders = prepare_dataloaders
+
+    def _process_data(self, loader: list[Any]) -> Any:
+        """Return the next ``(x, labels)`` of [loader, iterator]; LibMTL's hook."""
+        return next_batch(loader)
+
+    def forward4loss(self, model: Model, inputs: Any, gts: Any, return_preds: bool = False) -> Any:
+        """Return the losses [T] of a batch, or of one a task, and the outputs if asked for; a hook of LibMTL's git main."""
+        if self.multi_input:
+            preds = {task: self.process_preds(model(inputs[task], task)[task], task) for task in self.task_name}
+        else:
+            preds = self.process_preds(model(inputs))
+        losses = self.compute_losses(preds, gts)
+        return (losses, preds) if return_preds else losses
+
     def compute_losses(self, preds: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
         """Return the losses of all tasks, [T]."""
         return self.losses(preds, labels)
@@ -232,10 +248,24 @@ class TrainingState(StepState, Trainer):  # type: ignore[misc]
         self.first_results: Results | None = None
         self.last_structure: Plain = None
 
+    def _is_ours(self, *names: str) -> bool:
+        """Whether methods are those below and not a user's."""
+        return all(getattr(type(self), n) is getattr(TrainingState, n) and n not in vars(self) for n in names)
+
     @property
     def own_losses(self) -> bool:
-        """Whether losses are :attr:`losses`' and not those of a user's ``_compute_loss``."""
-        return type(self)._compute_loss is TrainingState._compute_loss and "_compute_loss" not in vars(self)
+        """Whether losses are :attr:`losses`' and not those of a user's ``_compute_loss`` or ``forward4loss``."""
+        return self._is_ours("_compute_loss", "forward4loss")
+
+    @property
+    def own_forward(self) -> bool:
+        """Whether a step does not go through a ``forward4loss`` of the user's."""
+        return self._is_ours("forward4loss")
+
+    @property
+    def own_batches(self) -> bool:
+        """Whether batches are the loaders' and not those of a user's ``_prepare_dataloaders`` or ``_process_data``."""
+        return self._is_ours("_prepare_dataloaders", "_process_data")
 
     @property
     def own_outputs(self) -> bool:
@@ -245,6 +275,21 @@ class TrainingState(StepState, Trainer):  # type: ignore[misc]
     def _compute_loss(self, preds: Any, gts: Any, task_name: str | None = None) -> Tensor:
         """Return the losses of all tasks [T], or of one; LibMTL's hook, which a user's subclass may override."""
         return self.losses(preds, gts) if task_name is None else self.losses.one(task_name, preds, gts)
+
+    _prepare_dataloaders = prepare_dataloaders
+
+    def _process_data(self, loader: list[Any]) -> Any:
+        """Return the next ``(x, labels)`` of [loader, iterator]; LibMTL's hook."""
+        return next_batch(loader)
+
+    def forward4loss(self, model: Model, inputs: Any, gts: Any, return_preds: bool = False) -> Any:
+        """Return the losses [T] of a batch, or of one a task, and the outputs if asked for; a hook of LibMTL's git main."""
+        if self.multi_input:
+            preds = {task: self.process_preds(model(inputs[task], task)[task], task) for task in self.task_name}
+        else:
+            preds = self.process_preds(model(inputs))
+        losses = self.compute_losses(preds, gts)
+        return (losses, preds) if return_preds else losses
 
     def compute_losses(self, preds: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
         """Return the losses of all tasks, [T]."""

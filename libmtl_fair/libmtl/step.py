@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from libmtl_fair.batch import Columns, FairBatch, Matrices, beside, joined
+from libmtl_fair.errors import HostError
 from libmtl_fair.libmtl import batches
 from libmtl_fair.libmtl.evaluate import forward
 from libmtl_fair.libmtl.history import StepLog
@@ -84,6 +85,8 @@ def _rows(trainer: TrainingState, outputs: Mapping[str, Tensor]) -> int | Sequen
 
 def losses_of(trainer: TrainingState, part: Any) -> Made:
     """Return what one batch gives, or one batch a task."""
+    if not trainer.own_forward:
+        return _their_losses(trainer, part)
     if not trainer.multi_input:
         inputs, labels, groups, reference = batches.split(part, trainer.device, trainer.main_tasks)
         made = made_of(trainer, forward(trainer, inputs, None, groups), labels, groups)
@@ -99,6 +102,24 @@ def losses_of(trainer: TrainingState, part: Any) -> Made:
         outputs.update(forward(trainer, inputs[auxiliary.source], name, by_task[auxiliary.source]))
     made = made_of(trainer, outputs, truth, by_task)
     return made._replace(reference=lambda: _of_every_task(references))
+
+
+def _their_losses(trainer: TrainingState, part: Any) -> Made:
+    """Return what a user's own ``forward4loss`` makes of one batch, or of one a task."""
+    if trainer.auxiliary:
+        raise HostError("fairness heads make their own labels and losses: they do not go with a forward4loss of one's own")
+    parts = part if trainer.multi_input else {"": part}
+    found = {name: batches.split(x, trainer.device, [name] if name else trainer.main_tasks) for name, x in parts.items()}
+    truth = {task: y for packed in found.values() for task, y in packed.labels.items()}
+    references = {name: packed.reference for name, packed in found.items()}
+    inputs, groups = ({n: p.x for n, p in found.items()}, {n: p.groups for n, p in found.items()})
+    if trainer.multi_input:
+        losses, outputs = trainer.forward4loss(trainer.model, inputs, truth, return_preds=True)
+        return made_of(trainer, outputs, truth, groups, losses)._replace(reference=lambda: _of_every_task(references))
+    for module in trainer.group_modules:
+        module.take_groups(groups[""])
+    losses, outputs = trainer.forward4loss(trainer.model, inputs[""], truth, return_preds=True)
+    return made_of(trainer, outputs, truth, groups[""], losses)._replace(reference=references[""])
 
 
 def _of_every_task(references: Mapping[str, Callable[[], Tensor | None]]) -> dict[str, Tensor] | None:

@@ -149,9 +149,15 @@ class FairTrainer(TrainingState):
 
     def prepare_optimizer(self) -> None:
         """Make optimiser and scheduler for the model as it is now."""
-        self.optimizer = make_optimizer(self.model, self.optim_param)
-        self.scheduler = make_scheduler(self.optimizer, self.scheduler_param)
+        self._prepare_optimizer(self.optim_param, self.scheduler_param)
         self.model.bind_optimizer(self.optimizer)
+
+    def _prepare_optimizer(
+        self, optim_param: Mapping[str, object], scheduler_param: Mapping[str, object] | None
+    ) -> None:
+        """Set ``optimizer`` and ``scheduler``; LibMTL's hook."""
+        self.optimizer = make_optimizer(self.model, optim_param)
+        self.scheduler = make_scheduler(self.optimizer, scheduler_param)
 
     # -- training ---------------------------------------------------------------------------------------------
 

@@ -153,6 +153,46 @@ def test_command_line_errors(args: tuple[str, ...], match: str) -> None:
         prepare(*args)
 
 
+@pytest.fixture
+def registered() -> Iterator[Any]:
+    """Register classes of a user's own, without settings declared, and forget them after the test."""
+    made: list[type[nn.Module]] = []
+
+    def add(*classes: type[nn.Module]) -> None:
+        made.extend(classes)
+        register(*classes)
+
+    yield add
+    for cls in made:
+        for kind in (registry._WEIGHTING, registry._ARCHITECTURE):
+            if kind.ours.pop(cls.__name__, None):
+                delattr(kind.namespace, cls.__name__)
+                kind.namespace.__all__.remove(cls.__name__)
+
+
+def test_a_weighting_and_an_architecture_of_ones_own_on_the_command_line(registered: Any, kit: Any) -> None:
+    class Halved(AbsWeighting):  # type: ignore[misc]
+        def backward(self, losses: torch.Tensor, **_: object) -> None:
+            (losses.sum() / 2).backward()
+
+    class OwnNorm(weighting_namespace.GradNorm):  # type: ignore[misc, name-defined]
+        pass
+
+    class Plain(architecture_namespace.HPS):  # type: ignore[misc, name-defined]
+        pass
+
+    registered(Halved, OwnNorm, Plain)
+    (kwargs, _, _), said = prepare("--weighting", "Halved", "--arch", "Plain")
+    assert kwargs == {"weight_args": {}, "arch_args": {}}
+    assert "Halved" in said
+    (kwargs, _, _), _ = prepare("--weighting", "OwnNorm", "--alpha", "0.7")
+    assert kwargs["weight_args"] == {"alpha": 0.7}
+    trainer = kit.trainer("Halved", architecture="Plain")
+    trainer.train(kit.loader(), epochs=1)
+    assert isinstance(trainer.model, Halved)
+    assert isinstance(trainer.model, Plain)
+
+
 def test_names_and_classes_resolve() -> None:
     assert registry.resolve_weighting("EW") is weighting_namespace.EW
     assert registry.resolve_weighting(lf.ReLiF) is lf.ReLiF

@@ -1,0 +1,104 @@
+"""LibMTL's own way to batches, for Trainers whose users have changed it: ``_prepare_dataloaders`` and ``_process_data``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from libmtl_fair.errors import DataError
+
+if TYPE_CHECKING:
+    from libmtl_fair.libmtl.state import Loader, Loaders, TrainingState
+
+
+class _Batches(Iterator[Any]):
+    """An iterator with the ``.next()`` that iterators had, and LibMTL's scripts still call."""
+
+    def __init__(self, found: Iterator[Any]) -> None:
+        self._found = found
+
+    def __next__(self) -> Any:
+        return next(self._found)
+
+    next = __next__
+
+
+class _Wrapped:
+    """A loader whose iterators have ``.next()``; everything else is the loader's own."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader: Any = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return _Batches(iter(self._loader))
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
+def prepare_dataloaders(self: TrainingState, dataloaders: Any) -> tuple[Any, Any]:
+    """Return what ``_process_data`` takes, [loader, iterator], and the number of its batches; one a task with ``multi_input``."""
+    if not self.multi_input:
+        wrapped = _Wrapped(dataloaders)
+        return [wrapped, iter(wrapped)], len(wrapped)
+    each = {task: _Wrapped(dataloaders[task]) for task in self.task_name}
+    return {task: [w, iter(w)] for task, w in each.items()}, [len(w) for w in each.values()]
+
+
+def next_batch(loader: list[Any]) -> Any:
+    """Return the next batch of [loader, iterator]; one that has run out starts again."""
+    try:
+        return next(loader[1])
+    except StopIteration:
+        loader[1] = iter(loader[0])
+        return next(loader[1])
+
+
+class _Prepared:
+    """What a user's ``_prepare_dataloaders`` makes of all loaders, when first asked for."""
+
+    def __init__(self, trainer: TrainingState, loaders: Loaders) -> None:
+        self.trainer, self._loaders = trainer, loaders
+        self._made: tuple[Any, Any] | None = None
+
+    def of(self, name: str) -> tuple[Any, int]:
+        """Return a task's [loader, iterator], or whatever it is, and the number of its batches."""
+        if self._made is None:
+            self._made = self.trainer._prepare_dataloaders(self._loaders)
+        prepared, counts = self._made
+        if not name:
+            return prepared, counts
+        return prepared[name], counts[name] if isinstance(counts, Mapping) else counts[self.trainer.task_name.index(name)]
+
+
+class Hooked:
+    """A loader through a user's own ``_prepare_dataloaders`` and ``_process_data``."""
+
+    def __init__(self, prepared: _Prepared, name: str, loader: Loader) -> None:
+        self._prepared, self._name, self._loader = prepared, name, loader
+
+    def __iter__(self) -> Iterator[Any]:
+        given, count = self._prepared.of(self._name)
+        for _ in range(count):
+            batch = self._prepared.trainer._process_data(given)
+            if not isinstance(batch, (list, tuple)) or len(batch) not in (2, 3):
+                raise DataError(
+                    f"_process_data must return (inputs, labels), found {type(batch).__name__}"
+                    + (f" of {len(batch)}" if isinstance(batch, (list, tuple)) else "")
+                )
+            yield batch
+
+    def __len__(self) -> int:
+        return int(self._prepared.of(self._name)[1])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
+def hooked(trainer: TrainingState, loaders: Mapping[str, Loader], given: Loaders) -> dict[str, Hooked]:
+    """Return task -> loader through the trainer's hooks."""
+    prepared = _Prepared(trainer, given)
+    return {name: Hooked(prepared, name, loader) for name, loader in loaders.items()}

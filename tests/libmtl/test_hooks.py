@@ -1,0 +1,200 @@
+"""A user's own Trainer methods, as LibMTL's examples override them, are called and not passed over."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import libmtl_fair as lf
+from libmtl_fair.errors import DataError, HostError
+
+TASKS = (lf.Binary("a"), lf.Binary("b"))
+
+
+def rows(kit: SimpleNamespace) -> DataLoader[Any]:
+    """Four tensors a batch, as LibMTL's xtreme example has them: no pair of inputs and labels."""
+    x, labels, groups = kit.data()
+    return DataLoader(TensorDataset(x, labels["a"], labels["b"], groups["sex"]), batch_size=32)
+
+
+class Tokens(lf.FairTrainer):
+    """Takes batches apart itself, as the xtreme example does, ``.next()`` and bare except and all."""
+
+    calls = 0
+
+    def _process_data(self, loader: Any) -> Any:
+        type(self).calls += 1
+        try:
+            x, a, b, sex = loader[1].next()
+        except:  # noqa: E722
+            loader[1] = iter(loader[0])
+            x, a, b, sex = loader[1].next()
+        return {"x": x, "scale": 1.0}, {"a": a, "b": b, "sensitive": {"sex": sex}}
+
+
+class Inner(nn.Module):
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(features, 8)
+
+    def forward(self, inputs: Any) -> Tensor:
+        return torch.relu(self.layer(inputs["x"])) * inputs["scale"]
+
+
+@pytest.mark.parametrize("weighting", ["EW", "ReLiF", "FairMT", "MGDA"])
+def test_process_data(kit: SimpleNamespace, weighting: str) -> None:
+    Tokens.calls = 0
+    trainer = kit.trainer(weighting, TASKS, Tokens, encoder_class=lambda: Inner(kit.features))
+    trainer.train(rows(kit), rows(kit), epochs=3)
+    assert Tokens.calls >= 4 * 3
+    losses = trainer.epochs["loss/a"]
+    assert losses.iloc[-1] < losses.iloc[0]
+    assert trainer.predict(rows(kit)).scores["a"].shape == (96,)
+    plain = kit.trainer(weighting, TASKS, encoder_class=lambda: nn.Sequential(nn.Linear(kit.features, 8), nn.ReLU()))
+    x, labels, groups = kit.data()
+    loader = lf.ResidentLoader(
+        x, {t: labels[t] for t in "ab"}, {"sex": groups["sex"]}, batch_size=32, shuffle=False, device="cpu"
+    )
+    plain.train(loader, epochs=3)
+    assert losses.tolist() == pytest.approx(plain.epochs["loss/a"].tolist(), rel=1e-5)
+
+
+def test_process_data_that_returns_no_pair_is_told(kit: SimpleNamespace) -> None:
+    class Bad(lf.FairTrainer):
+        def _process_data(self, loader: Any) -> Any:
+            return next(loader[1])
+
+    with pytest.raises(DataError, match=r"_process_data must return \(inputs, labels\), found list of 4"):
+        kit.trainer("EW", TASKS, Bad).train(rows(kit), epochs=1)
+
+
+def test_prepare_dataloaders_with_inputs_a_task(kit: SimpleNamespace) -> None:
+    """Loaders are chosen by the hook: here the first half of the batches, and its own order of tasks."""
+
+    class Half(lf.FairTrainer):
+        def _prepare_dataloaders(self, dataloaders: Any) -> Any:
+            loaders, counts = super()._prepare_dataloaders(dataloaders)
+            return loaders, [count // 2 for count in counts]
+
+    x, labels, _ = kit.data(256)
+    loaders = {t: DataLoader(TensorDataset(x, labels[t]), batch_size=32) for t in "ab"}
+    trainer = kit.trainer("EW", TASKS, Half, multi_input=True)
+    trainer.train(loaders, loaders, epochs=2)
+    assert len(trainer.history) == 8
+
+
+@pytest.mark.parametrize(
+    ("weighting", "multi"), [("EW", False), ("EW", True), ("ReLiF", False), ("ReLiF", True), ("FairMT", False), ("PCGrad", True)]
+)
+def test_forward4loss(kit: SimpleNamespace, weighting: str, multi: bool) -> None:
+    class Doubled(lf.FairTrainer):
+        def forward4loss(self, model: Any, inputs: Any, gts: Any, return_preds: bool = False) -> Any:
+            if not self.multi_input:
+                preds = {task: 2 * z for task, z in model(inputs).items()}
+            else:
+                preds = {t: 2 * model(inputs[t], t)[t] for t in self.task_name}
+            losses = torch.zeros(self.task_num, device=self.device)
+            for i, task in enumerate(self.task_name):
+                losses[i] = nn.functional.binary_cross_entropy_with_logits(preds[task].squeeze(1), gts[task])
+            return (losses, preds) if return_preds else losses
+
+    x, labels, groups = kit.data()
+    if multi:
+        loaders: Any = {t: [(x, labels[t], {"sex": groups["sex"]})] * 4 for t in "ab"}
+    else:
+        loaders = [(x, {t: labels[t] for t in "ab"}, {"sex": groups["sex"]})] * 4
+    trainer = kit.trainer(weighting, TASKS, Doubled, multi_input=multi)
+    trainer.train(loaders, epochs=3)
+    assert trainer.epochs["loss/a"].iloc[-1] < trainer.epochs["loss/a"].iloc[0]
+
+    class Processed(lf.FairTrainer):
+        def process_preds(self, preds: Any, task_name: str | None = None) -> Any:
+            return 2 * preds if task_name else {task: 2 * z for task, z in preds.items()}
+
+    same = kit.trainer(weighting, TASKS, Processed, multi_input=multi)
+    same.train(loaders, epochs=3)
+    assert trainer.epochs["loss/a"].tolist() == pytest.approx(same.epochs["loss/a"].tolist(), rel=1e-4)
+
+
+def test_prepare_optimizer(kit: SimpleNamespace) -> None:
+    class Own(lf.FairTrainer):
+        def _prepare_optimizer(self, optim_param: Any, scheduler_param: Any) -> None:
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05)
+            self.scheduler = None
+
+    trainer = kit.trainer("EW", cls=Own)
+    trainer.train(kit.loader(), epochs=2)
+    assert isinstance(trainer.optimizer, torch.optim.SGD)
+    assert trainer.epochs["loss/a"].iloc[-1] < trainer.epochs["loss/a"].iloc[0]
+
+
+class Graph:
+    """What a graph library's batch is to us: something with ``.to``, which is no tensor, dict or list."""
+
+    def __init__(self, x: Tensor, where: str | None = None) -> None:
+        self.x, self.where = x, where
+
+    def to(self, device: torch.device) -> Graph:
+        return Graph(self.x.to(device), str(device))
+
+
+class Named(NamedTuple):
+    x: Tensor
+    other: Tensor
+
+
+@pytest.mark.parametrize("kind", ["graph", "named"])
+def test_inputs_that_are_no_tensor_go_to_the_device(kit: SimpleNamespace, kind: str) -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(kit.features, 8)
+
+        def forward(self, inputs: Any) -> Tensor:
+            assert getattr(inputs, "where", "cpu") == "cpu"
+            return torch.relu(self.layer(inputs.x))
+
+    x, labels, groups = kit.data()
+    made: Any = Graph(x) if kind == "graph" else Named(x, x)
+    loader = [(made, {**{t: labels[t] for t in "ab"}, "sensitive": groups})] * 3
+    trainer = kit.trainer("FairMT", TASKS, encoder_class=Encoder)
+    trainer.train(loader, epochs=3)
+    assert trainer.epochs["loss/a"].iloc[-1] < trainer.epochs["loss/a"].iloc[0]
+    assert len(trainer.predict(loader).scores["a"]) == 3 * 96
+
+
+def test_a_bare_label_tensor_carries_groups_as_a_third_part(kit: SimpleNamespace) -> None:
+    x, labels, groups = kit.data()
+    bare = {t: [(x, labels[t], groups)] * 2 for t in "ab"}
+    full = {t: [(x, {t: labels[t], "sensitive": groups})] * 2 for t in "ab"}
+    trainers = [kit.trainer("GroupRegulariser", TASKS, multi_input=True) for _ in range(2)]
+    for trainer, loaders in zip(trainers, (bare, full)):
+        trainer.train(loaders, epochs=2)
+    kit.assert_same(*(kit.parameters(t) for t in trainers))
+
+
+def test_a_third_part_that_is_no_groups_is_told(kit: SimpleNamespace) -> None:
+    x, labels, _ = kit.data()
+    with pytest.raises(DataError, match=r"\(x, labels, groups\) with a dict attribute -> ids, found tuple of 3"):
+        kit.trainer("EW", TASKS).train([(x, {t: labels[t] for t in "ab"}, x)], epochs=1)
+
+
+def test_fairness_heads_and_a_forward_of_ones_own(kit: SimpleNamespace) -> None:
+    class Own(lf.FairTrainer):
+        def forward4loss(self, model: Any, inputs: Any, gts: Any, return_preds: bool = False) -> Any:
+            return super().forward4loss(model, inputs, gts, return_preds)
+
+    tasks, heads = lf.add_fairness_heads(
+        lf.task_dict(TASKS), {t: nn.Linear(8, 1) for t in "ab"}, loss="gap", sensitive=("sex",)
+    )
+    trainer = Own(
+        tasks, "LambdaMix", "HPS", lambda: lf.models.MLP(kit.features, (16, 8)), heads, False, False,
+        {"optim": "adam", "lr": 1e-2}, None, device="cpu", progress=False, select="last",
+    )  # fmt: skip
+    with pytest.raises(HostError, match="fairness heads make their own labels"):
+        trainer.train(kit.loader(), epochs=1)
