@@ -80,7 +80,7 @@ def healed(cls: type[nn.Module]) -> type[nn.Module]:
     }
     if not overrides:
         return cls
-    return type(cls.__name__, (cls,), {**overrides, "__module__": cls.__module__, "__doc__": cls.__doc__})
+    return type(cls.__name__, (cls,), {**overrides, "__module__": cls.__module__, "__doc__": cls.__doc__, "heals": cls})
 
 
 class _TorchForTrainer(ModuleType):

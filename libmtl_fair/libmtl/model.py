@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from libmtl_fair.libmtl.compat import forward, healed
 from libmtl_fair.libmtl.joint_heads import JointHeads, is_plain_linear
 from libmtl_fair.libmtl.loading import AbsArchitecture, architecture_namespace
 from libmtl_fair.libmtl.registry import resolve_architecture, resolve_weighting, weight_args
-from libmtl_fair.libmtl.state import Model, TrainingState
+from libmtl_fair.libmtl.state import Keeper, Model, TrainingState
 from libmtl_fair.methods.base import FairWeighting, Settings
 from libmtl_fair.models import Heads, any_names
 from libmtl_fair.tasks import AUXILIARY_PREFIX
@@ -92,6 +92,41 @@ def _joined(outputs: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
     return outputs[names[0]] if len(names) == 1 else torch.cat([outputs[name] for name in names], -1)
 
 
+class Composed(Model):
+    """The last base of a trainer's model, which can be pickled and copied whole: its class is made anew from its parts.
+
+    What a step left behind stays behind; so does ``encoder_class``, which may be a local function and has been called.
+    """
+
+    made_of: ClassVar[tuple[type[nn.Module], ...]]
+
+    def __reduce__(self) -> tuple[Callable[..., Model], tuple[tuple[type[nn.Module], ...]], dict[str, Any]]:
+        """Name the classes that make the model, and its state."""
+        left = {"fair_batch": None, "fair_h": None, "fair_joint": None, "encoder_class": None, "_optimizer": None}
+        emptied = {"rep": {}, "rep_tasks": {}, "_seen_by_heads": {}, "fair_watchers": 0}
+        held = vars(self)
+        return _blank, (self.made_of,), {**held, **{k: v for k, v in {**left, **emptied}.items() if k in held}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state; nobody watches the heads any more."""
+        super().__setstate__(state)
+        for head in self.decoders.values():
+            watching = [key for key, hook in head._forward_pre_hooks.items() if isinstance(hook, Keeper)]
+            for key in watching:
+                del head._forward_pre_hooks[key]
+
+
+def _model_class(parts: tuple[type[nn.Module], ...]) -> type[Model]:
+    """Return the class made of these, LibMTL's faults mended."""
+    bases = (*map(healed, parts), Composed)
+    return type("MTLmodel", bases, {"made_of": parts})
+
+
+def _blank(parts: tuple[type[nn.Module], ...]) -> Model:
+    cls = _model_class(parts)
+    return cls.__new__(cls)
+
+
 def compose(
     trainer: TrainingState,
     weighting: str | type[nn.Module],
@@ -111,7 +146,7 @@ def compose(
     hard_sharing = issubclass(arch, architecture_namespace.HPS) and arch.forward in (forward, AbsArchitecture.forward)
     plain = not trainer.rep_grad and not trainer.multi_input and trainer.own_forward
     fused = [FusedHeads] if hard_sharing and plain else []
-    cls = type("MTLmodel", (*fused, arch, *bases, Model), {})
+    cls = _model_class((*fused, shared, *(vars(part).get("heals", part) for part in bases)))
     options = (trainer.rep_grad, trainer.multi_input, trainer.device)
     try:
         with any_names(trainer.task_name):

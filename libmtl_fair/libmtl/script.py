@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import inspect
 import runpy
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,9 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from libmtl_fair.errors import RecipeError
 from libmtl_fair.libmtl.compat import heal
 from libmtl_fair.libmtl.history import Floats
+from libmtl_fair.libmtl.loading import Trainer as _OWN
 from libmtl_fair.libmtl.loading import libmtl, trainer_module
 from libmtl_fair.libmtl.registry import OUR_ARCHITECTURES, OUR_WEIGHTINGS
 from libmtl_fair.libmtl.state import Loaders, Results
@@ -53,15 +56,52 @@ def _say(text: str) -> None:
     sys.stdout.flush()
 
 
+class _Deciding(type):
+    """Lets a script ask the class of its trainer for LibMTL's own attributes."""
+
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(_OWN, name)
+
+
+class Trainer(metaclass=_Deciding):
+    """``LibMTL.Trainer`` as a script sees it: becomes what the arguments ask for when it is made.
+
+    With a method of ours, or fairness heads, it is a :class:`ScriptTrainer`, since LibMTL's own cannot show a weighting its
+    batch; else it is LibMTL's own. A subclass of the script's stays in front of either.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(_OWN.__init__).bind_partial(self, *args, **kwargs).arguments
+        tasks = given.get("task_dict") or {}
+        heads = any(getattr(entry.get("task"), "auxiliary", False) for entry in tasks.values())
+        ours = heads or any(map(_is_ours, (given.get("weighting"), given.get("architecture"))))
+        own = type(self)
+        bases = (own, ScriptTrainer if ours else _OWN)
+        self.__class__ = type(own.__name__, bases, {"__module__": own.__module__, "__qualname__": own.__qualname__})
+        shown = vars(trainer_module)["Trainer"]
+        vars(trainer_module)["Trainer"] = _OWN  # by which its own constructor finds its base class
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            vars(trainer_module)["Trainer"] = shown
+
+
+def _is_ours(wanted: object) -> bool:
+    """Whether a weighting or architecture needs a trainer that knows fairness methods: its name, module:Class or class."""
+    if isinstance(wanted, str):
+        return ":" in wanted or hasattr({**OUR_WEIGHTINGS, **OUR_ARCHITECTURES}.get(wanted), "settings_class")
+    return hasattr(wanted, "settings_class")
+
+
 def run_script(path: str | Path, args: Sequence[str] = ()) -> dict[str, object]:
     """Run a script as ``python path args`` would, with our methods known to LibMTL and LibMTL healed.
 
-    Where ``args`` choose one of our methods (``--weighting ReLiF``), the ``LibMTL.Trainer`` that the script imports is a
-    :class:`ScriptTrainer`, since LibMTL's own cannot show a weighting its batch; else it is LibMTL's own, healed.
+    A trainer that the script makes with one of our methods is a :class:`ScriptTrainer`; any other is LibMTL's own, healed.
+    Without CUDA, ``.cuda()`` of tensors and modules leaves them where they are.
 
     Returns
     -------
-    dict of str to object
+    dict
         The script's global names.
 
     Raises
@@ -81,17 +121,21 @@ def run_script(path: str | Path, args: Sequence[str] = ()) -> dict[str, object]:
 
 @contextmanager
 def _running(script: Path, args: Sequence[str]) -> Iterator[None]:
-    """Let the script find its arguments, its folder and, where it asks for a method of ours, our trainer."""
-    argv, folder, held = sys.argv, str(script.resolve().parent), (libmtl.Trainer, trainer_module.Trainer)
-    words, ours = [word for arg in args for word in arg.split("=", 1)], {*OUR_WEIGHTINGS, *OUR_ARCHITECTURES}
+    """Let the script find its arguments, its folder, our trainer and, without CUDA, a ``.cuda()`` that does nothing."""
+    argv, folder = sys.argv, str(script.resolve().parent)
+    places: list[tuple[Any, str, Any]] = [(module, "Trainer", Trainer) for module in (libmtl, trainer_module)]
+    if not torch.cuda.is_available():
+        places += [(cls, "cuda", lambda self, *_, **__: self) for cls in (torch.Tensor, torch.nn.Module)]
+    held = [getattr(owner, name) for owner, name, _ in places]
     sys.argv = [str(script), *args]
     sys.path.insert(0, folder)
-    if any(option in ("--weighting", "--arch") and name in ours for option, name in itertools.pairwise(words)):
-        vars(libmtl)["Trainer"] = vars(trainer_module)["Trainer"] = ScriptTrainer
+    for owner, name, instead in places:
+        setattr(owner, name, instead)
     try:
         yield
     finally:
         sys.argv = argv
-        vars(libmtl)["Trainer"], vars(trainer_module)["Trainer"] = held
+        for (owner, name, _), own in zip(places, held):
+            setattr(owner, name, own)
         if folder in sys.path:
             sys.path.remove(folder)

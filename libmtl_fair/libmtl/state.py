@@ -89,22 +89,36 @@ class TakesGroups(Protocol):
         """Keep attribute -> group ids [B] until the next forward pass."""
 
 
+class Keeper:
+    """Shows a head's input to whoever watches; copies of the head share it, and it is not saved with one."""
+
+    def __init__(self, hook: RepresentationHook | None = None, task: str = "") -> None:
+        self._hook, self._task = hook, task
+
+    def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Keep what the head receives."""
+        if self._hook is not None:
+            self._hook.seen[self._task] = inputs[0]
+
+    def __deepcopy__(self, _: object) -> Keeper:
+        """Return itself."""
+        return self
+
+    def __reduce__(self) -> tuple[type[Keeper], tuple[()]]:
+        """Come back watching nothing."""
+        return Keeper, ()
+
+
 class RepresentationHook:
     """Keeps what each head received in the last forward pass; some models do so themselves while somebody watches."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
         self._own: Callable[[], Tensor | dict[str, Tensor] | None] | None = getattr(model, "take_representation", None)
-        self._seen: dict[str, Tensor] = {}
+        self.seen: dict[str, Tensor] = {}
         watched = [] if self._own else model.task_name
-        self._handles = [model.decoders[t].register_forward_pre_hook(self._keeper(t)) for t in watched]
+        self._handles = [model.decoders[t].register_forward_pre_hook(Keeper(self, t)) for t in watched]
         model.fair_watchers += 1
-
-    def _keeper(self, task: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:  # a function, which copies of a head share
-            self._seen[task] = inputs[0]
-
-        return keep
 
     def take(self) -> Tensor | dict[str, Tensor]:
         """Return the representation [B, d] where the heads shared one, else one per task; forget it."""
@@ -114,7 +128,7 @@ class RepresentationHook:
         if self._model.rep_grad:
             rep = self._model.rep
             return dict(rep) if isinstance(rep, dict) else rep
-        seen, self._seen = self._seen, {}
+        seen, self.seen = self.seen, {}
         return shared_or_each(seen)
 
     def remove(self) -> None:
