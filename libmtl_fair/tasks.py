@@ -7,7 +7,7 @@ shows, the probabilities that group metrics read, and the score in [0, 1] that t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ IGNORE_INDEX = -100
 AUXILIARY_PREFIX = "fair:"
 """Names of auxiliary fairness tasks start with this; names of other tasks must not."""
 
+_KNOWN = ("binary", "multiclass", "multilabel", "regression")
 _NORMAL_Q10 = -1.2815515655446004
 
 
@@ -38,6 +39,10 @@ def with_nan(labels: Tensor) -> Tensor:
 class Task:
     """One task of a multi-task model. Use :class:`Binary`, :class:`Multiclass`, :class:`Multilabel`, :class:`Regression`.
 
+    A subclass of one of these is of its kind. A kind of one's own derives from this class, has a ``kind`` and defines
+    :meth:`example_losses`, :meth:`probabilities` and :meth:`score`; it trains, predicts and is audited by its score. Methods
+    and metrics of groups know the four kinds only, and say so.
+
     Parameters
     ----------
     name : str
@@ -48,6 +53,12 @@ class Task:
     kind: ClassVar[str] = "task"
     auxiliary: ClassVar[bool] = False
     higher_is_better: ClassVar[bool] = True
+
+    def __init_subclass__(cls) -> None:
+        """Let what derives from a known kind be of that kind."""
+        known = next((base.kind for base in cls.__mro__[1:] if vars(base).get("kind", "task") in _KNOWN), None)
+        if known is not None:
+            cls.kind = known
 
     def __post_init__(self) -> None:
         """Check what every kind has in common."""
@@ -313,6 +324,16 @@ def _need_count(task: str, field: str, found: object, least: int) -> None:
 
 KINDS: Mapping[str, type[Task]] = {cls.kind: cls for cls in (Binary, Multiclass, Multilabel, Regression)}
 """Task kinds by name, as recipes spell them."""
+
+
+def need_known_kinds(who: str, tasks: Iterable[Task | None]) -> None:
+    """Raise RecipeError where a task is of a kind of one's own."""
+    for task in tasks:
+        if task is not None and task.kind not in (*_KNOWN, "auxiliary"):
+            raise RecipeError(
+                f"{who} knows {', '.join(_KNOWN)} tasks, and {task.name!r} is of a kind of your own, {task.kind!r} "
+                f"({type(task).__name__}): derive it from the class of one of these, or leave it out"
+            )
 
 
 def task_to_dict(task: Task) -> dict[str, Any]:

@@ -48,13 +48,14 @@ class TaskMetric(AbsMetric):  # type: ignore[misc]
     def __init__(self, task: Task) -> None:
         super().__init__()
         self.task = task
-        shown = _SHOWN[task.kind]
+        shown = _SHOWN.get(task.kind, {"Loss": ("loss", 0)})
         self.names, self.weights = list(shown), [better for _, better in shown.values()]
         self._scores = [score for score, _ in shown.values()]
 
     def update_fun(self, pred: Tensor, gt: Tensor) -> None:
         """Collect one batch."""
-        self.record.append(self.task.probabilities(pred.detach()))
+        known = self.task.kind in _SHOWN
+        self.record.append(self.task.probabilities(pred.detach()) if known else pred.detach())
         self.bs.append(self.task.flat(gt))
 
     def score_fun(self) -> list[float]:
@@ -62,6 +63,8 @@ class TaskMetric(AbsMetric):  # type: ignore[misc]
         if not self.record or not self.names:
             return [float("nan")] * len(self.names)
         values, labels = torch.cat(self.record), torch.cat(self.bs)
+        if self.task.kind not in _SHOWN:
+            return [float(self.task.loss(values, labels))]
         native = (self.task.mean, self.task.std) if isinstance(self.task, Regression) else (0.0, 1.0)
         return list(F.task_scores(self.task.kind, values, labels, self._scores, native).values())
 

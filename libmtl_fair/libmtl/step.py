@@ -16,6 +16,7 @@ from libmtl_fair.libmtl.history import StepLog
 from libmtl_fair.libmtl.joint_heads import JointHeads
 from libmtl_fair.libmtl.state import Loaders, StepState, TrainingState
 from libmtl_fair.methods.base import FairWeighting
+from libmtl_fair.tasks import need_known_kinds
 
 SAMPLES = {"MoDo": 3, "SDMGrad": 3}
 """Batches that one step of a LibMTL weighting takes, where it is more than one."""
@@ -170,8 +171,22 @@ def _matrices(state: StepState, outputs: Mapping[str, Tensor], labels: Mapping[s
     return Matrices(logits, truth, (truth - truth).eq_(0).sum(0))
 
 
+def _need_people(state: StepState, made: Made) -> None:
+    """Raise where tasks are of kinds that the method does not know, or outputs are more than numbers or classes of an example."""
+    if state.model.needs_known_kinds:
+        need_known_kinds(state.weighting, state.tasks.values())
+    for name in state.main_tasks:
+        if state.tasks[name] is not None and isinstance(z := made.outputs[name], Tensor) and z.dim() > 2:
+            raise HostError(
+                f"task {name!r}: {state.weighting} compares people, an output [B] or [B, C] each, and this head's is {list(z.shape)}: "
+                "pool it, or train this task with a weighting of LibMTL's"
+            )
+
+
 def fair_batch(state: StepState, made: Made, epoch: int, h: Tensor | dict[str, Tensor] | None = None) -> FairBatch:
     """Return the step as a fairness method may see it; ``h`` where something else than the model made it."""
+    if state.global_step == 0:
+        _need_people(state, made)
     if h is None:
         assert state.representation is not None
         h = state.representation.take()

@@ -230,7 +230,8 @@ class FairWeighting(AbsWeighting):  # type: ignore[misc]
 
     :class:`FairTrainer` sets ``fair_batch`` before each ``backward`` and composes the model as architecture, this
     weighting, base weighting, so that :meth:`base_backward` reaches the base. A method that never asks for the representation says
-    ``needs_representation = False``, one that derives the losses by the outputs ``losses_from_outputs = True``.
+    ``needs_representation = False``, one that derives the losses by the outputs ``losses_from_outputs = True``, and one that
+    reads decisions or labels, which tasks of a user's own kind lack, ``needs_known_kinds = True``.
     """
 
     settings_class: ClassVar[type[Settings]] = Settings
@@ -238,6 +239,7 @@ class FairWeighting(AbsWeighting):  # type: ignore[misc]
     needs_reference: bool = False
     needs_representation: bool = True
     losses_from_outputs: bool = False
+    needs_known_kinds: bool = False
     source: ClassVar[str] = ""
     cost: ClassVar[str] = ""
     fair_batch: FairBatch | None = None

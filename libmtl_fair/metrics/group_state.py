@@ -13,7 +13,7 @@ from libmtl_fair import functional as F
 from libmtl_fair.errors import DataError
 from libmtl_fair.faults import Faults, check_labels
 from libmtl_fair.metrics.arrays import Floats
-from libmtl_fair.tasks import Task
+from libmtl_fair.tasks import Task, need_known_kinds
 
 
 class Rows(NamedTuple):
@@ -35,6 +35,7 @@ class TaskState:
 
     def __init__(self, task: Task, threshold: float | str | list[float], auc: bool) -> None:
         """Decide what has to be kept."""
+        need_known_kinds("GroupMetrics", [task])
         self.task, self.auc = task, auc
         self.threshold = 0.5 if isinstance(threshold, str) else threshold
         self.late = threshold == "base_rate" and task.kind in ("binary", "multilabel")

@@ -208,6 +208,7 @@ class FBGrad(FairWeighting):
     """
 
     settings_class = FBGradSettings
+    needs_known_kinds = True
     needs_groups = True
     looks_at_heads = True
     takes_branches_apart = True

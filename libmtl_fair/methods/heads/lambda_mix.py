@@ -46,6 +46,7 @@ class LambdaMix(FairWeighting):
     """
 
     settings_class = LambdaMixSettings
+    needs_known_kinds = True
     source = "GLF, under review"
     settings: LambdaMixSettings
     needs_representation = False
