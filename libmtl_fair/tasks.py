@@ -56,7 +56,7 @@ class Task:
 
     def __init_subclass__(cls) -> None:
         """Let what derives from a known kind be of that kind."""
-        known = next((base.kind for base in cls.__mro__[1:] if vars(base).get("kind", "task") in _KNOWN), None)
+        known = next((kind for base in cls.__mro__[1:] if (kind := vars(base).get("kind")) in _KNOWN), None)
         if known is not None:
             cls.kind = known
 

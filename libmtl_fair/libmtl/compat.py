@@ -150,7 +150,9 @@ def heal() -> list[str]:
         changed.append("Trainer._process_data: iterators have no .next(), and a bare except hid why")
     if Trainer._prepare_dataloaders is not prepare_dataloaders:
         Trainer._prepare_dataloaders = prepare_dataloaders
-        changed.append("Trainer._prepare_dataloaders: a _process_data of one's own may call .next(), which iterators lack")
+        changed.append(
+            "Trainer._prepare_dataloaders: a _process_data of one's own may call .next(), which iterators lack"
+        )
     if not hasattr(Trainer.train, "heals"):
         Trainer.train = _returning_weights(Trainer.train)
         changed.append("Trainer.train: return_weight=True could return None")

@@ -259,7 +259,7 @@ def excess_backward(self: Model, losses: Tensor, **kwargs: float) -> Record:
     self.grad_sum = grads**2 + (0 if self.grad_sum is None else self.grad_sum)
     excess = (grads**2 / torch.sqrt(self.grad_sum + 1e-7)).sum(1)
     if self.first_epoch:
-        self.initial_w, self.first_epoch = excess, False
+        vars(self).update(initial_w=excess, first_epoch=False)
     else:
         grown = self.loss_weight * torch.exp(excess / self.initial_w.clamp(min=_TINY) * kwargs["robust_step_size"])
         self.loss_weight = (grown / grown.sum() * self.task_num).detach()

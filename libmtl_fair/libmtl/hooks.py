@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from libmtl_fair.errors import DataError
 
-if TYPE_CHECKING:
-    from libmtl_fair.libmtl.state import Loader, Loaders, TrainingState
+
+class Hooks(Protocol):
+    """What is asked of a trainer."""
+
+    multi_input: bool
+    task_name: list[str]
+    _prepare_dataloaders: Any
+    _process_data: Any
 
 
 class _Batches(Iterator[Any]):
@@ -26,7 +32,7 @@ class _Batches(Iterator[Any]):
 class _Wrapped:
     """A loader whose iterators have ``.next()``; everything else is the loader's own."""
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: Any) -> None:
         self._loader: Any = loader
 
     def __iter__(self) -> Iterator[Any]:
@@ -39,7 +45,7 @@ class _Wrapped:
         return getattr(self._loader, name)
 
 
-def prepare_dataloaders(self: TrainingState, dataloaders: Any) -> tuple[Any, Any]:
+def prepare_dataloaders(self: Hooks, dataloaders: Any) -> tuple[Any, Any]:
     """Return what ``_process_data`` takes, [loader, iterator], and the number of its batches; one a task with ``multi_input``."""
     if not self.multi_input:
         wrapped = _Wrapped(dataloaders)
@@ -60,7 +66,7 @@ def next_batch(loader: list[Any]) -> Any:
 class _Prepared:
     """What a user's ``_prepare_dataloaders`` makes of all loaders, when first asked for."""
 
-    def __init__(self, trainer: TrainingState, loaders: Loaders) -> None:
+    def __init__(self, trainer: Hooks, loaders: Any) -> None:
         self.trainer, self._loaders = trainer, loaders
         self._made: tuple[Any, Any] | None = None
 
@@ -71,13 +77,15 @@ class _Prepared:
         prepared, counts = self._made
         if not name:
             return prepared, counts
-        return prepared[name], counts[name] if isinstance(counts, Mapping) else counts[self.trainer.task_name.index(name)]
+        return prepared[name], counts[name] if isinstance(counts, Mapping) else counts[
+            self.trainer.task_name.index(name)
+        ]
 
 
 class Hooked:
     """A loader through a user's own ``_prepare_dataloaders`` and ``_process_data``."""
 
-    def __init__(self, prepared: _Prepared, name: str, loader: Loader) -> None:
+    def __init__(self, prepared: _Prepared, name: str, loader: Any) -> None:
         self._prepared, self._name, self._loader = prepared, name, loader
 
     def __iter__(self) -> Iterator[Any]:
@@ -98,7 +106,7 @@ class Hooked:
         return getattr(self._loader, name)
 
 
-def hooked(trainer: TrainingState, loaders: Mapping[str, Loader], given: Loaders) -> dict[str, Hooked]:
+def hooked(trainer: Hooks, loaders: Mapping[str, Any], given: Any) -> dict[str, Hooked]:
     """Return task -> loader through the trainer's hooks."""
     prepared = _Prepared(trainer, given)
     return {name: Hooked(prepared, name, loader) for name, loader in loaders.items()}

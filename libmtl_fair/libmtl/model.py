@@ -109,7 +109,7 @@ class Composed(Model):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the state; nobody watches the heads any more."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         for head in self.decoders.values():
             watching = [key for key, hook in head._forward_pre_hooks.items() if isinstance(hook, Keeper)]
             for key in watching:
@@ -160,7 +160,7 @@ def compose(
             follow = getattr(head, "follow", None)
             if follow is not None:
                 follow()  # tasks may have representations of their own: take the main task's
-    model.keeps_weights_on_device = True
+    vars(model)["keeps_weights_on_device"] = True
     model.init_param()
     if settings is not None:
         model.configure(settings)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from libmtl_fair.errors import RecipeError
+from libmtl_fair.libmtl import loading
 from libmtl_fair.libmtl.compat import heal
 from libmtl_fair.libmtl.history import Floats
-from libmtl_fair.libmtl.loading import Trainer as _OWN
 from libmtl_fair.libmtl.loading import libmtl, trainer_module
 from libmtl_fair.libmtl.registry import OUR_ARCHITECTURES, OUR_WEIGHTINGS
 from libmtl_fair.libmtl.state import Loaders, Results
@@ -54,6 +54,9 @@ def _say_test(results: Results) -> None:
 def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+_OWN: type[Any] = loading.Trainer
 
 
 class _Deciding(type):

@@ -211,21 +211,6 @@ class StepState:
         """Whether losses are :attr:`losses`' and not a user's."""
         return True
 
-    _prepare_dataloaders = prepare_dataloaders
-
-    def _process_data(self, loader: list[Any]) -> Any:
-        """Return the next ``(x, labels)`` of [loader, iterator]; LibMTL's hook."""
-        return next_batch(loader)
-
-    def forward4loss(self, model: Model, inputs: Any, gts: Any, return_preds: bool = False) -> Any:
-        """Return the losses [T] of a batch, or of one a task, and the outputs if asked for; a hook of LibMTL's git main."""
-        if self.multi_input:
-            preds = {task: self.process_preds(model(inputs[task], task)[task], task) for task in self.task_name}
-        else:
-            preds = self.process_preds(model(inputs))
-        losses = self.compute_losses(preds, gts)
-        return (losses, preds) if return_preds else losses
-
     def compute_losses(self, preds: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
         """Return the losses of all tasks, [T]."""
         return self.losses(preds, labels)
@@ -262,6 +247,21 @@ class TrainingState(StepState, Trainer):  # type: ignore[misc]
         self.first_results: Results | None = None
         self.last_structure: Plain = None
 
+    _prepare_dataloaders = prepare_dataloaders
+
+    def _process_data(self, loader: list[Any]) -> Any:
+        """Return the next ``(x, labels)`` of [loader, iterator]; LibMTL's hook."""
+        return next_batch(loader)
+
+    def forward4loss(self, model: Model, inputs: Any, gts: Any, return_preds: bool = False) -> Any:
+        """Return the losses [T] of a batch, or of one a task, and the outputs if asked for; a hook of LibMTL's git main."""
+        if self.multi_input:
+            preds = {task: self.process_preds(model(inputs[task], task)[task], task) for task in self.task_name}
+        else:
+            preds = self.process_preds(model(inputs))
+        losses = self.compute_losses(preds, gts)
+        return (losses, preds) if return_preds else losses
+
     def _is_ours(self, *names: str) -> bool:
         """Whether methods are those below and not a user's."""
         return all(getattr(type(self), n) is getattr(TrainingState, n) and n not in vars(self) for n in names)
@@ -289,21 +289,6 @@ class TrainingState(StepState, Trainer):  # type: ignore[misc]
     def _compute_loss(self, preds: Any, gts: Any, task_name: str | None = None) -> Tensor:
         """Return the losses of all tasks [T], or of one; LibMTL's hook, which a user's subclass may override."""
         return self.losses(preds, gts) if task_name is None else self.losses.one(task_name, preds, gts)
-
-    _prepare_dataloaders = prepare_dataloaders
-
-    def _process_data(self, loader: list[Any]) -> Any:
-        """Return the next ``(x, labels)`` of [loader, iterator]; LibMTL's hook."""
-        return next_batch(loader)
-
-    def forward4loss(self, model: Model, inputs: Any, gts: Any, return_preds: bool = False) -> Any:
-        """Return the losses [T] of a batch, or of one a task, and the outputs if asked for; a hook of LibMTL's git main."""
-        if self.multi_input:
-            preds = {task: self.process_preds(model(inputs[task], task)[task], task) for task in self.task_name}
-        else:
-            preds = self.process_preds(model(inputs))
-        losses = self.compute_losses(preds, gts)
-        return (losses, preds) if return_preds else losses
 
     def compute_losses(self, preds: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
         """Return the losses of all tasks, [T]."""

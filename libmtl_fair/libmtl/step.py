@@ -108,9 +108,13 @@ def losses_of(trainer: TrainingState, part: Any) -> Made:
 def _their_losses(trainer: TrainingState, part: Any) -> Made:
     """Return what a user's own ``forward4loss`` makes of one batch, or of one a task."""
     if trainer.auxiliary:
-        raise HostError("fairness heads make their own labels and losses: they do not go with a forward4loss of one's own")
+        raise HostError(
+            "fairness heads make their own labels and losses: they do not go with a forward4loss of one's own"
+        )
     parts = part if trainer.multi_input else {"": part}
-    found = {name: batches.split(x, trainer.device, [name] if name else trainer.main_tasks) for name, x in parts.items()}
+    found = {
+        name: batches.split(x, trainer.device, [name] if name else trainer.main_tasks) for name, x in parts.items()
+    }
     truth = {task: y for packed in found.values() for task, y in packed.labels.items()}
     references = {name: packed.reference for name, packed in found.items()}
     inputs, groups = ({n: p.x for n, p in found.items()}, {n: p.groups for n, p in found.items()})

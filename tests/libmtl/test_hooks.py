@@ -89,7 +89,8 @@ def test_prepare_dataloaders_with_inputs_a_task(kit: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weighting", "multi"), [("EW", False), ("EW", True), ("ReLiF", False), ("ReLiF", True), ("FairMT", False), ("PCGrad", True)]
+    ("weighting", "multi"),
+    [("EW", False), ("EW", True), ("ReLiF", False), ("ReLiF", True), ("FairMT", False), ("PCGrad", True)],
 )
 def test_forward4loss(kit: SimpleNamespace, weighting: str, multi: bool) -> None:
     class Doubled(lf.FairTrainer):

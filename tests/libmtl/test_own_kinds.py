@@ -44,7 +44,14 @@ def trained(kit: SimpleNamespace, weighting: str, tasks: Any) -> tuple[Any, Any]
     x, labels, groups = kit.data()
     given = {"a": labels["a"], "n": labels["c"].abs().round(), "o": labels["b"].long()}
     loader = lf.ResidentLoader(
-        x, {t.name: given[t.name] for t in tasks}, groups, batch_size=32, shuffle=True, seed=0, device="cpu", reference=x
+        x,
+        {t.name: given[t.name] for t in tasks},
+        groups,
+        batch_size=32,
+        shuffle=True,
+        seed=0,
+        device="cpu",
+        reference=x,
     )
     heads = {t.name: nn.Linear(8, t.out_features) for t in tasks}
     architecture = "FairBranch" if weighting == "FBGrad" else "HPS"
