@@ -1,14 +1,97 @@
-"""Commands to begin with: ``methods``, ``datasets``."""
+"""Commands to begin with: ``init``, ``check``, ``methods``, ``datasets``."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated
 
 from rich.markup import escape
-from typer import Argument
+from rich.prompt import Confirm, Prompt
+from typer import Argument, Option
 
-from libmtl_fair.cli.common import command, out, say, table
+from libmtl_fair.cli.common import Several, command, out, say, table
 from libmtl_fair.errors import RecipeError, unknown
+
+
+@command()
+def init(
+    source: Annotated[Path, Argument(metavar="TABLE", help="your table: .csv, .csv.gz or .parquet")],
+    targets: Annotated[Several, Option("--target", metavar="COLUMN", help="what to predict; may be repeated")] = None,
+    sensitive: Annotated[
+        Several, Option("--sensitive", metavar="COLUMN", help="whose groups to compare; may be repeated")
+    ] = None,
+    target: Annotated[Path, Option("--out", metavar="RECIPE", help="the recipe to write")] = Path("recipe.yaml"),
+    yes: Annotated[bool, Option("--yes", help="ask nothing, and write over a recipe that is there")] = False,
+) -> None:
+    """Write a recipe for a table of your own, with tasks, groups and columns to leave out as a first look suggests."""
+    from libmtl_fair.data.tables import read_frame
+    from libmtl_fair.files import atomic_path
+    from libmtl_fair.recipe import load_recipe
+    from libmtl_fair.recipe.build import make_dataset
+    from libmtl_fair.recipe.draft import draft
+    from libmtl_fair.recipe.look import look
+
+    asks = not yes and sys.stdin.isatty() and sys.stdout.isatty()
+    if target.exists() and not yes and not (asks and Confirm.ask(f"{target} is there; write over it?", default=False)):
+        raise RecipeError(f"{target} is there; give another name with --out, or --yes to write over it")
+    frame = read_frame(source)
+    found = look(frame, targets or (), sensitive or ())
+    if asks:
+        chosen = targets or _asked("Columns to predict", found.tasks)
+        groups = sensitive or _asked("Columns whose groups are compared", found.sensitive)
+        found = look(frame, chosen, groups)
+        found.drop = _asked("Columns that are no inputs", found.drop)
+        found.inputs = [n for n in frame.columns if n not in {*found.tasks, *found.drop}]
+    with atomic_path(target) as path:
+        path.write_text(draft(found, source, target), encoding="utf-8")
+    say(
+        escape(f"recipe: {target} (tasks: {', '.join(found.tasks)}; sensitive: {', '.join(found.sensitive) or 'none'})")
+    )
+    written = load_recipe(target)
+    make_dataset(written, written.seeds[0])
+    say(escape(f"next: read it; then libmtl-fair check {target}; then libmtl-fair run {target}"))
+
+
+def _asked(question: str, proposed: Iterable[str]) -> list[str]:
+    """Return the columns that a user names, separated by commas; - for none."""
+    shown = ", ".join(proposed)
+    answer = Prompt.ask(escape(f"{question} (separated by commas, - for none)"), default=shown or "-")
+    return [] if answer.strip() == "-" else [name.strip() for name in answer.split(",") if name.strip()]
+
+
+@command()
+def check(
+    recipe: Annotated[Path, Argument(metavar="RECIPE", help="a YAML recipe")],
+    overrides: Annotated[
+        Several, Option("--set", metavar="A.B=VALUE", help="change one entry; may be repeated")
+    ] = None,
+) -> None:
+    """Read everything that a recipe names and train nothing: rows, features, groups, positives, what is too small to judge."""
+    from libmtl_fair.recipe import load_recipe
+    from libmtl_fair.recipe.checked import check_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    found = check_recipe(loaded)
+    data, parts = found.data, found.data.splits()
+    sizes = ", ".join(f"{name} {len(part):,}" for name, part in parts.items())
+    say(escape(f"rows: {data.card['rows']:,} of {data.card['rows_in_source']:,} ({sizes})"))
+    say(escape(f"inputs: {len(data.inputs)} columns ({', '.join(data.inputs)}), {data.n_features} features"))
+    for column, why in data.card["dropped"].items():
+        say(escape(f"no input: {column} ({why})"))
+    for column, words in data.card["taken_as_missing"].items():
+        say(escape(f"missing: {column}: " + ", ".join(f"{word!r} {n:,} times" for word, n in words.items())))
+    for column, count in data.card["other_categories"].items():
+        say(escape(f"categories: {count:,} of {column} are one, (other)"))
+    table("tasks", ("task", "kind", *parts), found.tasks)
+    binary = [f"test positives of {task.name}" for task in data.tasks if task.kind == "binary"]
+    if found.groups:
+        table("groups", ("attribute", "group", *parts, *binary), found.groups)
+    for sentence in found.too_small:
+        say(f"[yellow]too small:[/] {escape(sentence)}")
+    trainings = sum(method.post is None for method in loaded.methods.values()) * len(loaded.seeds)
+    say(f"methods: {escape(', '.join(loaded.methods))}; {trainings} models are trained; nothing was trained now")
 
 
 @command()

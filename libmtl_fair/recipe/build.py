@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from libmtl_fair.libmtl.losses import task_dict
 from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS, architecture_names, resolve_weighting, weighting_names
 from libmtl_fair.libmtl.state import Results
 from libmtl_fair.libmtl.trainer import FairTrainer
+from libmtl_fair.memory import need_memory
 from libmtl_fair.methods.base import Declared
 from libmtl_fair.methods.heads.auxiliary import add_fairness_heads
 from libmtl_fair.models import MLP, linear_heads
@@ -84,6 +86,19 @@ def make_dataset(recipe: Recipe, seed: int) -> Dataset:
 def data_for(recipe: Recipe, method: str, data: Dataset) -> Dataset:
     """Return the data as a method sees them: without the inputs that show a sensitive attribute where it is ``unaware``."""
     return data.unaware() if recipe.methods[method].unaware else data
+
+
+def need_model(model: Model, n_features: int) -> None:
+    """Refuse a model whose weights, gradients and optimiser take more memory than there is.
+
+    Raises
+    ------
+    DataError
+        More than what is free.
+    """
+    widths = (n_features, *model.hidden)
+    weights = sum(a * b for a, b in itertools.pairwise(widths))
+    need_memory(16.0 * weights, f"a model of widths {list(widths)}", "give a smaller model.hidden, or fewer inputs")
 
 
 def keep_labels(data: Dataset, fraction: float, seed: int) -> Dataset:
@@ -171,6 +186,7 @@ def build_trainer(
 
     ``heads`` are arguments of :func:`add_fairness_heads`, ``options`` what else goes to :class:`FairTrainer`.
     """
+    need_model(model, n_features)
     if seed is not None:
         seed_everything(seed)
     described, decoders = task_dict(tasks), dict(linear_heads(tasks, model.hidden[-1]).items())
