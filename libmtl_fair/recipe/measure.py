@@ -25,27 +25,33 @@ from libmtl_fair.recipe.sections import Audit
 from libmtl_fair.tasks import Regression, Task
 
 Row = dict[str, Any]
+Ranges = dict[str, tuple[float, float]]
+_BY_SEED = "score_ranges_by_seed"
 
 
 @dataclass(frozen=True)
 class Protocol:
     """The tolerances (name -> [0, 1]) and score ranges of a run, fixed once from the reference's validation data.
 
-    ``score_ranges``: regression task -> (q10, q90) of outputs in standardised units; ``about``: where they come from.
+    Attributes
+    ----------
+    deltas : of the reference's first seed, for all.
+    score_ranges : regression task -> (q10, q90) of outputs in standardised units, of the reference's first seed.
+    about : where they come from.
+    by_seed : seed -> score ranges of that seed's reference; a seed that is not there has those of the first, as have all in
+        runs of before.
     """
 
     deltas: dict[str, float]
-    score_ranges: dict[str, tuple[float, float]]
+    score_ranges: Ranges
     about: Row = field(default_factory=dict)
+    by_seed: dict[int, Ranges] = field(default_factory=dict)
 
     @classmethod
     def choose(cls, recipe: Recipe, method: str, seed: int, predictions: Predictions) -> Protocol:
         """Choose tolerances and score ranges from the reference model's validation predictions."""
         audit, best = recipe.audit, recipe.train.select == "best"
-        fixed = [
-            t.with_score_range(predictions.outputs[t.name]) for t in predictions.tasks if isinstance(t, Regression)
-        ]
-        ranges = {task.name: task.score_range for task in fixed if task.score_range is not None}
+        ranges = _score_ranges(predictions)
         several = len(predictions.tasks) > 1
         deltas = {str(d): _delta(d, audit, predictions) for d in audit.deltas} if several else {}
         about = {
@@ -59,18 +65,27 @@ class Protocol:
             "checkpoint": "best, chosen on validation" if best else "last epoch",
             "methods": {name: {"weighting": m.weighting, **m.args} for name, m in recipe.methods.items()},
         }
-        return cls(deltas, ranges, about)
+        return cls(deltas, ranges, about, {seed: ranges} if ranges else {})
 
-    def freeze(self, tasks: tuple[Task, ...]) -> tuple[Task, ...]:
-        """Return the tasks with the frozen score ranges."""
-        known = self.score_ranges
+    def lacks(self, method: str, seed: int) -> bool:
+        """Whether this is a model of the reference whose score ranges are still to be taken in."""
+        return bool(self.by_seed) and method == self.about.get("reference_model") and seed not in self.by_seed
+
+    def with_seed(self, seed: int, predictions: Predictions) -> Protocol:
+        """Return the protocol with the score ranges of one more seed's reference, from its validation predictions."""
+        return replace(self, by_seed={**self.by_seed, seed: _score_ranges(predictions)})
+
+    def freeze(self, tasks: tuple[Task, ...], seed: int) -> tuple[Task, ...]:
+        """Return the tasks with the frozen score ranges of a seed."""
+        known = self.by_seed.get(seed, self.score_ranges)
         return tuple(
             replace(t, score_range=known[t.name]) if isinstance(t, Regression) and t.name in known else t for t in tasks
         )
 
     def to_dict(self) -> Row:
         """Return plain values."""
-        return {"deltas": self.deltas, "score_ranges": self.score_ranges, **self.about}
+        by_seed = {_BY_SEED: {str(seed): ranges for seed, ranges in self.by_seed.items()}} if self.by_seed else {}
+        return {"deltas": self.deltas, "score_ranges": self.score_ranges, **by_seed, **self.about}
 
     @classmethod
     def read(cls, path: Path) -> Protocol:
@@ -88,9 +103,19 @@ class Protocol:
     @classmethod
     def from_dict(cls, values: Row) -> Protocol:
         """Read what :meth:`to_dict` gave."""
-        ranges = {name: (float(low), float(high)) for name, (low, high) in values["score_ranges"].items()}
-        about = {k: v for k, v in values.items() if k not in ("deltas", "score_ranges")}
-        return cls({name: float(delta) for name, delta in values["deltas"].items()}, ranges, about)
+        by_seed = {int(seed): _pairs(ranges) for seed, ranges in values.get(_BY_SEED, {}).items()}
+        about = {k: v for k, v in values.items() if k not in ("deltas", "score_ranges", _BY_SEED)}
+        deltas = {name: float(delta) for name, delta in values["deltas"].items()}
+        return cls(deltas, _pairs(values["score_ranges"]), about, by_seed)
+
+
+def _score_ranges(predictions: Predictions) -> Ranges:
+    fixed = [t.with_score_range(predictions.outputs[t.name]) for t in predictions.tasks if isinstance(t, Regression)]
+    return {task.name: task.score_range for task in fixed if task.score_range is not None}
+
+
+def _pairs(ranges: Row) -> Ranges:
+    return {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
 
 
 def _delta(name: float | str, audit: Audit, predictions: Predictions) -> float:

@@ -101,7 +101,7 @@ class Run:
         protocol = self._protocol()
         for method, seed in self.jobs:
             folder = self.out / method / f"seed{seed}"
-            if protocol is None or not self._done(folder):
+            if protocol is None or protocol.lacks(method, seed) or not self._done(folder):
                 protocol = self._one(method, seed, folder, protocol)
         write_summary(self.out)
         if self.recipe.output.report:
@@ -151,7 +151,8 @@ class Run:
         self.note(f"{method}, seed {seed}")
         recipe = self.recipe
         data = data_for(recipe, method, self.data(seed))
-        tasks = data.tasks if protocol is None else protocol.freeze(data.tasks)
+        chooses = protocol is None or protocol.lacks(method, seed)  # its score ranges are those of its own outputs
+        tasks = data.tasks if protocol is None or chooses else protocol.freeze(data.tasks, seed)
         started = time.perf_counter()
         made: dict[str, Any] = {}
         trained: dict[tuple[str, ...], FairTrainer] = {}
@@ -162,10 +163,11 @@ class Run:
             sources = {name: self._saved(name, seed) for name in made_of(recipe, method)}
             predictions, made = make_post(recipe, method, seed, data, sources)
         spent = time.perf_counter() - started
-        if protocol is None:
-            protocol = Protocol.choose(recipe, method, seed, predictions["val"])
+        if protocol is None or chooses:
+            val = predictions["val"]
+            protocol = Protocol.choose(recipe, method, seed, val) if protocol is None else protocol.with_seed(seed, val)
             write_json(self.out / PROTOCOL, protocol.to_dict(), sealed="beside")
-            frozen = protocol.freeze(tasks)
+            frozen = protocol.freeze(tasks, seed)
             predictions = {part: p.rescored(frozen) for part, p in predictions.items()}
         if recipe.output.predictions:
             for part, p in predictions.items():

@@ -39,7 +39,10 @@ def checklist(run: RunFolder) -> Facts:
     if protocol.get("reference_model") is None:
         reference = f"{run.reference} (the recipe's first method); seed and split {MISSING}"
     scores = "number in [0, 1] by kind of task, the same mapping in training and audit, for every method"
-    if ranges := protocol.get("score_ranges"):
+    if ranges := protocol.get("score_ranges_by_seed"):
+        by_seed = words({f"seed {seed}": found for seed, found in ranges.items()})
+        scores += f"; regression squashed by the 10 % and 90 % quantiles of each seed's reference: {by_seed}"
+    elif ranges := protocol.get("score_ranges"):
         scores += f"; regression squashed by the reference's 10 % and 90 % quantiles: {words(ranges)}"
     own = [text for method in run.methods if (text := _own_thresholds(run, method, deltas))]
     pools = "exact: the expectation over all pairs of all valid examples; no pools, no seeds, no sampling error"

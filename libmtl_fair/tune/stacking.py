@@ -71,7 +71,7 @@ class Places:
         plan = self.worker.plan
         self._device = resolve_device(self.worker.device)
         self._data = plan.dataset(plan.recipe.seeds[0])
-        self._tasks = self.worker.protocol.freeze(self._data.tasks)
+        self._tasks = self.worker.protocol.freeze(self._data.tasks, plan.recipe.seeds[0])
         self._rows = Rows(self._data, self._device)
 
     def __call__(self) -> None:

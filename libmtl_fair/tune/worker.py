@@ -54,17 +54,19 @@ def protocol_of(study: optuna.Study, plan: Plan, device: str) -> Protocol:
     """Return a study's tolerances and score ranges; where it has none, those of the plan (of a reference model, if it takes one)."""
     if PROTOCOL in study.user_attrs:
         return Protocol.from_dict(study.user_attrs[PROTOCOL])
-    recipe, seed, made = plan.recipe, plan.seeds[0], Protocol({}, {})
+    recipe, made = plan.recipe, Protocol({}, {})
     for delta in map(str, recipe.audit.deltas):
         with suppress(ValueError):
             made.deltas[delta] = float(delta)
     levels = {m.level for m in plan.measures if m.level is not None}
     # a run freezes the score ranges of regression tasks before it trains other methods than the reference
-    scaled = any(isinstance(task, Regression) for task in plan.dataset(seed).tasks)
+    scaled = any(isinstance(task, Regression) for task in plan.dataset(plan.seeds[0]).tasks)
     if scaled or levels - set(made.deltas):
-        reference = Candidate(recipe, recipe.reference, [seed])
-        trainer, sources = _train(plan, reference, seed, plan.dataset(seed).tasks, device)
-        made = Protocol.choose(recipe, reference.method, seed, trainer.predict(sources["val"], embeddings=True))
+        for i, seed in enumerate(plan.seeds if scaled else plan.seeds[:1]):
+            reference = Candidate(recipe, recipe.reference, [seed])
+            trainer, sources = _train(plan, reference, seed, plan.dataset(seed).tasks, device)
+            val = trainer.predict(sources["val"], embeddings=True)
+            made = made.with_seed(seed, val) if i else Protocol.choose(recipe, reference.method, seed, val)
     study.set_user_attr(PROTOCOL, made.to_dict())
     return made
 
@@ -85,7 +87,7 @@ def run_trial(
     """
     outcome, began = Outcome(candidate.seeds), time.perf_counter()
     for i, seed in enumerate(candidate.seeds):
-        tasks = protocol.freeze(plan.dataset(seed).tasks)
+        tasks = protocol.freeze(plan.dataset(seed).tasks, seed)
         trainer, sources = _train(plan, candidate, seed, tasks, device, None if i else trial)
         bars = measure(plan, predicted(plan, candidate, trainer, seed, sources["val"]), protocol, outcome)
         if tested is not None:

@@ -17,6 +17,8 @@ from libmtl_fair.recipe.measure import Protocol
 from libmtl_fair.recipe.run import run_recipe
 from libmtl_fair.report import read_run, shrinkage_verdict
 from libmtl_fair.report.notes import notes
+from libmtl_fair.report.protocol import checklist
+from libmtl_fair.tasks import Regression
 
 
 def recipe(**changes):
@@ -88,25 +90,57 @@ def test_single_task_models_are_reported_as_one_method(tmp_path):
     assert found["utility"]["test"]["macro"]["auc"] != numbers(out, "plain")["utility"]["test"]["macro"]["auc"]
 
 
-def test_regression_scores_are_frozen_to_the_reference_model(tmp_path):
+@pytest.mark.parametrize("resplit", [False, True])
+def test_regression_scores_are_frozen_to_each_seeds_reference_model(tmp_path, resplit):
     tasks = ["bad_credit", "log_amount", "job"]
-    methods = {"plain": {"weighting": "EW"}, "other": {"weighting": "UW"}}
-    out = run_recipe(recipe(data={"tasks": tasks}, methods=methods), tmp_path / "run", device="cpu")
+    methods = {"plain": {"weighting": "EW"}, "other": {"weighting": "UW"}, "offsets": {"post": "offsets"}}
+    out = run_recipe(
+        recipe(data={"tasks": tasks, "resplit": resplit}, methods=methods, seeds=[0, 1]), tmp_path / "run", device="cpu"
+    )
     protocol = json.loads((out / "audit_protocol.json").read_text())
-    reference = Predictions.load(out / "plain" / "seed0" / "predictions_val.parquet")
-    low, high = np.quantile(reference.outputs["log_amount"].numpy().ravel(), [0.1, 0.9])
-    assert protocol["score_ranges"]["log_amount"] == pytest.approx([low, high], abs=1e-6)
-    for method in methods:
-        task = Predictions.load(out / method / "seed0" / "predictions_test.parquet").task("log_amount")
-        assert task.score_range == pytest.approx(tuple(protocol["score_ranges"]["log_amount"]))
-    assert read_run(out).frame("shrinkage")["a"].eq(1).sum() == 2  # tasks of any kind, both tolerances
+    by_seed, first = protocol["score_ranges_by_seed"], protocol["score_ranges"]
+    assert set(by_seed) == {"0", "1"} and by_seed["0"] == first and by_seed["1"] != first
+    for seed, ranges in by_seed.items():
+        reference = Predictions.load(out / "plain" / f"seed{seed}" / "predictions_val.parquet")
+        low, high = np.quantile(reference.outputs["log_amount"].numpy().ravel(), [0.1, 0.9])
+        assert ranges["log_amount"] == pytest.approx([low, high], abs=1e-6)
+        for method in methods:
+            held = Predictions.load(out / method / f"seed{seed}" / "predictions_test.parquet")
+            task = held.task("log_amount")
+            assert task.score_range == pytest.approx(tuple(ranges["log_amount"]))
+            torch.testing.assert_close(held.scores["log_amount"], task.score(held.outputs["log_amount"]))
+    assert read_run(out).frame("shrinkage")["a"].eq(1).sum() == 4  # tasks of any kind, both tolerances, a reference a seed
     verdict = shrinkage_verdict(read_run(out))
-    assert set(verdict["method"]) == {"other"} and verdict["curve_bias"].notna().all()
+    assert set(verdict["method"]) == {"other", "offsets"} and verdict["curve_bias"].notna().all()
+    told = dict(checklist(read_run(out)))["Score of each task"]
+    assert f"each seed's reference: seed 0: log_amount: {first['log_amount'][0]:.6g}" in told
+
+
+def test_a_run_of_before_goes_on_with_the_ranges_of_its_first_seed(tmp_path):
+    """A folder whose protocol holds one range for all seeds keeps it, so that its methods stay comparable."""
+    methods = {"plain": {"weighting": "EW"}, "relif": {"weighting": "ReLiF"}}
+    made = recipe(data={"tasks": ["bad_credit", "log_amount"]}, methods=methods, seeds=[0, 1])
+    out = run_recipe(made, tmp_path / "run", device="cpu")
+    protocol = json.loads((out / "audit_protocol.json").read_text())
+    del protocol["score_ranges_by_seed"]
+    (out / "audit_protocol.json").write_text(json.dumps(protocol))
+    for folder in (out / "plain" / "seed1", out / "relif" / "seed1"):
+        (folder / "metrics.json").unlink()
+    run_recipe(made, out, device="cpu", resume=True)
+    assert json.loads((out / "audit_protocol.json").read_text()) == protocol
+    for folder in (out / "plain" / "seed1", out / "relif" / "seed1"):
+        task = Predictions.load(folder / "predictions_test.parquet").task("log_amount")
+        assert task.score_range == pytest.approx(tuple(protocol["score_ranges"]["log_amount"]))
 
 
 def test_protocol_survives_its_file():
-    protocol = Protocol({"0.275": 0.275}, {"hours": (-1.0, 1.5)}, {"reference_model": "plain"})
-    assert Protocol.from_dict(json.loads(json.dumps(protocol.to_dict()))) == protocol
+    ranges = {"hours": (-1.0, 1.5)}
+    old = Protocol({"0.275": 0.275}, ranges, {"reference_model": "plain"})
+    new = Protocol({"0.275": 0.275}, ranges, {"reference_model": "plain"}, {0: ranges, 3: {"hours": (0.0, 1.0)}})
+    for protocol in (old, new):
+        assert Protocol.from_dict(json.loads(json.dumps(protocol.to_dict()))) == protocol
+    assert new.lacks("plain", 1) and not new.lacks("plain", 3) and not new.lacks("other", 1) and not old.lacks("plain", 1)
+    assert [new.freeze((Regression("hours"),), seed)[0].score_range for seed in (3, 7)] == [(0.0, 1.0), (-1.0, 1.5)]
 
 
 def test_label_fraction_hides_training_labels_only():
