@@ -141,6 +141,9 @@ class FairBatch:
         where the loader gives it and the weighting says ``needs_reference``.
     epoch_steps : int, optional
         Steps of an epoch; None where the loader does not say.
+    twins : mapping of str to Tensor, optional
+        Task -> outputs for the same people with another sensitive value, attached to a graph of their own. There where the
+        loader can make them and the weighting says ``needs_twins``.
     """
 
     tasks: Mapping[str, Task | None]
@@ -157,6 +160,7 @@ class FairBatch:
     matrices: Matrices | None = None
     reference: Tensor | Mapping[str, Tensor] | None = None
     epoch_steps: int | None = None
+    twins: Mapping[str, Tensor] | None = None
 
     def task(self, name: str) -> Task:
         """Return a task whose kind is known.
@@ -179,11 +183,11 @@ class FairBatch:
         return self.groups[name] if self.multi_input else self.groups  # type: ignore[return-value]
 
     @cached_property
-    def nearest(self) -> dict[str, Tensor]:
-        """Main task -> each example's nearest other one in the batch, int64 [B]; empty where there is no reference."""
+    def near(self) -> dict[str, F.Near]:
+        """Main task -> each example's nearest other one in the batch, and how near they are; empty where there is no reference."""
         if isinstance(self.reference, Tensor):
-            return dict.fromkeys(self.main, F.nearest_others(self.reference))
-        return {name: F.nearest_others(features) for name, features in (self.reference or {}).items()}
+            return dict.fromkeys(self.main, F.near_others(self.reference))
+        return {name: F.near_others(features) for name, features in (self.reference or {}).items()}
 
     @cached_property
     def main(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from libmtl_fair.data.new_rows import NewRows, fit_new_rows
 from libmtl_fair.data.reference import Reference, fit_reference
 from libmtl_fair.data.selection import Choice, read_table
 from libmtl_fair.data.spec import TableSpec
+from libmtl_fair.data.twins import Twins, fit_twins
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.tasks import Task
 
@@ -40,6 +41,8 @@ class Split:
         Of the columns of ``x``.
     reference : Reference, optional
         Which columns make the reference features, by which people are alike; None for none.
+    twins : Twins, optional
+        How the inputs become those of people with another sensitive value; None where no input shows one.
     """
 
     x: Tensor
@@ -49,6 +52,7 @@ class Split:
     group_names: dict[str, list[str]]
     feature_names: tuple[str, ...] = ()
     reference: Reference | None = None
+    twins: Twins | None = None
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -75,6 +79,7 @@ class Split:
             group_names=self.group_names,
             feature_names=self.feature_names,
             reference=self.reference,
+            twins=self.twins,
         )
 
     def torch_dataset(self) -> TableDataset:
@@ -182,7 +187,8 @@ class Dataset:
             reference = replace(reference, columns=tuple(kept.index(i) for i in reference.columns))
         names = encoder.names
         train, val, test = (
-            replace(s, x=s.x[:, kept], feature_names=names, reference=reference) for s in self.splits().values()
+            replace(s, x=s.x[:, kept], feature_names=names, reference=reference, twins=None)
+            for s in self.splits().values()
         )
         seen = replace(self.new_rows, encoder=encoder)
         return replace(self, train=train, val=val, test=test, feature_names=names, new_rows=seen)
@@ -203,6 +209,15 @@ def build_dataset(spec: TableSpec, frame: pd.DataFrame, choice: Choice) -> Datas
     training = parts["train"]
     known = {item.attribute: item.ids[training] for item in table.groups}
     reference = fit_reference(encoder, x[training], known, table.tell_tale)
+    card = dataset_card(table, frame, parts, encoder)
+    twins = fit_twins(
+        encoder.sources,
+        torch.from_numpy(x[training]),
+        {name: torch.from_numpy(ids) for name, ids in known.items()},
+        {name: len(each) for name, each in names.items()},
+        table.tell_tale,
+        {name: entry["column"] for name, entry in card["groups"].items()},
+    )
     splits = {
         part: Split(
             x=torch.from_numpy(x[rows]),
@@ -212,6 +227,7 @@ def build_dataset(spec: TableSpec, frame: pd.DataFrame, choice: Choice) -> Datas
             group_names=names,
             feature_names=encoder.names,
             reference=reference,
+            twins=twins,
         )
         for part, rows in parts.items()
     }
@@ -221,7 +237,7 @@ def build_dataset(spec: TableSpec, frame: pd.DataFrame, choice: Choice) -> Datas
         tasks=tuple(task for task, _ in made.values()),
         groups=names,
         feature_names=encoder.names,
-        card=dataset_card(table, frame, parts, encoder),
+        card=card,
         new_rows=fit_new_rows(table, encoder, tuple(task for task, _ in made.values())),
         tell_tale={name: tuple(sorted(columns)) for name, columns in table.tell_tale.items()},
     )

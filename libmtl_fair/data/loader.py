@@ -18,6 +18,7 @@ from libmtl_fair.batch import Columns
 from libmtl_fair.data.frames import as_numbers, group_ids, is_date, is_numeric
 from libmtl_fair.data.reference import Reference, narrowed
 from libmtl_fair.data.tables import settled
+from libmtl_fair.data.twins import Twins
 from libmtl_fair.errors import DataError, near
 from libmtl_fair.faults import Faults, check_labels, need_few_groups
 from libmtl_fair.tasks import Task
@@ -28,13 +29,16 @@ Array: TypeAlias = "Tensor | NDArray[Any]"
 Batch: TypeAlias = "tuple[Tensor, dict[str, Any]]"
 """``(x, labels)``: labels hold one tensor a task and, under ``"sensitive"``, a dict attribute -> int64 group ids.
 
-Under ``"reference"`` they may hold what people are compared by, [B, r]."""
+Under ``"reference"`` they may hold what people are compared by, [B, r], and under ``"twins"`` the inputs of their flip twins."""
 
 SENSITIVE = "sensitive"
 """Key under which a batch's labels hold the group ids; no task may have this name."""
 
 REFERENCE = "reference"
 """Key under which a batch's labels hold the reference features, where there are any."""
+
+TWINS = "twins"
+"""Key under which a batch's labels hold the inputs of the same people with another sensitive value, where there are any."""
 
 
 class TableDataset(Dataset[Batch]):
@@ -71,11 +75,13 @@ class TableDataset(Dataset[Batch]):
         group_names: Mapping[str, Sequence[str]] | None = None,
         feature_names: Sequence[str] = (),
         reference: Array | Reference | None = None,
+        twins: Array | Twins | None = None,
     ) -> None:
         if not labels:
             raise DataError("a loader needs the labels of at least one task, found none; expected {task: labels[N]}")
         self.x = _features(x, feature_names)
         self.reference = _reference(reference, labels, len(self.x))
+        self.twins = _twins(twins, labels, self.x)
         self.labels = {task: _labels(task, values, len(self.x)) for task, values in labels.items()}
         named: dict[str, Sequence[str]] = dict(group_names or {})
         self.groups = {name: _groups(name, ids, len(self.x), named) for name, ids in (groups or {}).items()}
@@ -95,6 +101,8 @@ class TableDataset(Dataset[Batch]):
             if isinstance(self.reference, Reference):
                 self.reference = self.reference.features(self.x)
             labels[REFERENCE] = self.reference[index]
+        if isinstance(self.twins, Tensor):
+            labels[TWINS] = self.twins[index]
         return self.x[index], labels
 
 
@@ -221,16 +229,33 @@ def _reference(given: Array | Reference | None, labels: Mapping[str, Array], n_r
     return found
 
 
+def _twins(given: Array | Twins | None, labels: Mapping[str, Array], x: Tensor) -> Tensor | Twins | None:
+    """Return the twins' inputs, finite and of the shape of ``x``; what makes them of ``x`` as it is."""
+    if given is None or isinstance(given, Twins):
+        return given
+    if TWINS in labels:
+        raise DataError(f"a task may not be named {TWINS!r} where there are flip twins; rename the task")
+    found = as_tensor(given, "twins", len(x))
+    if found.shape != x.shape or found.dtype != x.dtype or not bool(torch.isfinite(found).all()):
+        raise DataError(
+            f"twins: expected finite inputs of x's kind, {x.dtype} of shape {list(x.shape)}, with the sensitive value "
+            f"changed; found {found.dtype} of shape {list(found.shape)}"
+        )
+    return found
+
+
 class Packed(NamedTuple):
     """A batch taken apart: inputs, task -> labels, attribute -> group ids; columns of one matrix where they are that.
 
-    ``reference`` gives the reference features [B, r], or None where there are none.
+    ``reference`` gives the reference features [B, r], ``twins`` the inputs of a step's flip twins, by the number of the step;
+    or None where there are none.
     """
 
     x: Any
     labels: Mapping[str, Tensor]
     groups: Mapping[str, Tensor]
     reference: Callable[[], Tensor | None] = lambda: None
+    twins: Callable[[int], Tensor | None] = lambda turn: None
 
 
 class ResidentLoader:
@@ -272,6 +297,9 @@ class ResidentLoader:
         [N, r] finite, by whose Euclidean distance people are alike or not, for methods that compare near people: the
         embedding of a frozen model that saw no sensitive attribute, say; or a :class:`Reference`, which makes it of
         ``x``. Moved to the device when it is first asked for; of more than 64 columns it keeps 32 principal components.
+    twins : Tensor or None
+        The inputs of the same people with another sensitive value, of the shape of ``x``, for ReLiF's ``flip``; or
+        :class:`Twins`, which makes them of ``x``. Only FairTrainer asks for them.
 
     Raises
     ------
@@ -303,11 +331,12 @@ class ResidentLoader:
         feature_names: Sequence[str] = (),
         weights: Array | None = None,
         reference: Array | Reference | None = None,
+        twins: Array | Twins | None = None,
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise DataError(f"batch_size must be an integer of at least 1, found {batch_size!r}")
         rows = TableDataset(
-            x, labels, groups, group_names=group_names, feature_names=feature_names, reference=reference
+            x, labels, groups, group_names=group_names, feature_names=feature_names, reference=reference, twins=twins
         )
         self.n_rows = len(rows)
         if drop_last and self.n_rows < batch_size:
@@ -328,6 +357,7 @@ class ResidentLoader:
         self._labels = _packed(rows.labels, self.device)
         self._groups = _packed(rows.groups, self.device)
         self._given, self._reference = rows.reference, cast("Tensor | None", None)
+        self._twins = rows.twins
         self._checked: set[Task] = set()
 
     @property
@@ -347,6 +377,13 @@ class ResidentLoader:
                 check_labels(faults, task, labels)
                 faults.check()
                 self._checked.add(task)
+
+    def twins_of(self, x: Tensor, groups: Mapping[str, Tensor], rows: Tensor | slice, turn: int) -> Tensor | None:
+        """Return the inputs of the flip twins of a batch's rows; None where no sensitive value is among the inputs."""
+        if self._twins is None:
+            return None
+        self._twins = self._twins.to(self.device)
+        return self._twins.at(x, groups, turn) if isinstance(self._twins, Twins) else _take(self._twins, rows)
 
     def __len__(self) -> int:
         """Return the number of batches an epoch."""
@@ -401,7 +438,7 @@ class Epoch:
         return self
 
     def __next__(self) -> Batch:
-        x, labels, groups, reference = self._take()
+        x, labels, groups, reference, _ = self._take()
         taken = reference()
         return x, {**labels, SENSITIVE: dict(groups)} | ({} if taken is None else {REFERENCE: taken})
 
@@ -419,7 +456,9 @@ class Epoch:
         self._next += 1
         rows = slice(start, stop) if self._order is None else self._order[start:stop]
         parts = _take(loader._x, rows), _columns(loader._labels, rows), _columns(loader._groups, rows)
-        return Packed(*parts, partial(_take_reference, loader, rows))
+        return Packed(
+            *parts, partial(_take_reference, loader, rows), partial(loader.twins_of, parts[0], parts[2], rows)
+        )
 
     next = __next__  # LibMTL's Trainer calls it
 

@@ -50,15 +50,17 @@ from libmtl_fair.functional.lipschitz import (
     unit_vectors,
 )
 from libmtl_fair.functional.losses import example_cross_entropy, mean_cross_entropy, mean_cross_entropy_gradient
-from libmtl_fair.functional.near import NearGaps, near_gaps, nearest_others
+from libmtl_fair.functional.near import FlipGaps, Near, NearGaps, flip_gaps, near_gaps, near_others, nearest_others
 from libmtl_fair.functional.quantiles import masked_mean, masked_quantile, masked_quantiles, sorted_quantiles
 from libmtl_fair.functional.scores import auc, group_auc, task_scores
 from libmtl_fair.functional.similarity import linear_cka, pair_by_similarity
 from libmtl_fair.functional.simplex import aggregate_disparities, head_gram, min_norm_weights, project_to_simplex
 
 __all__ = [
+    "FlipGaps",
     "Generators",
     "LipschitzTerm",
+    "Near",
     "NearGaps",
     "aeod",
     "aeod_from_rates",
@@ -79,6 +81,7 @@ __all__ = [
     "cross_groups",
     "decision_gap",
     "example_cross_entropy",
+    "flip_gaps",
     "gld",
     "glf",
     "gradient_cosines",
@@ -100,6 +103,7 @@ __all__ = [
     "mean_cross_entropy_gradient",
     "min_norm_weights",
     "near_gaps",
+    "near_others",
     "nearest_others",
     "norm_violation",
     "one_hot_labels",

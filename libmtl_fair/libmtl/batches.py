@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from libmtl_fair.batch import Columns
-from libmtl_fair.data.loader import REFERENCE, SENSITIVE, Epoch, Packed, ResidentLoader
+from libmtl_fair.data.loader import REFERENCE, SENSITIVE, TWINS, Epoch, Packed, ResidentLoader
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.faults import MOST_GROUPS, check_labels, need_few_groups
 from libmtl_fair.libmtl.hooks import hooked
@@ -78,19 +78,20 @@ def split(batch: object, device: torch.device, tasks: Sequence[str]) -> Packed:
     if not isinstance(batch, Packed):
         inputs, labels = _pair(batch, tasks)
         features = None if REFERENCE in tasks else labels.get(REFERENCE)
-        batch = Packed(inputs, labels, labels.get(SENSITIVE, {}), lambda: to_device(features, device))
+        twins = None if TWINS in tasks else labels.get(TWINS)
+        made = (lambda: to_device(features, device)), (lambda turn: to_device(twins, device))
+        batch = Packed(inputs, labels, labels.get(SENSITIVE, {}), *made)
     groups = {name: ids.to(device, non_blocking=True) for name, ids in batch.groups.items()}
     labels = batch.labels
     if isinstance(labels, Columns) and labels.names == tuple(tasks):
-        return Packed(
-            to_device(batch.x, device), Columns(labels.names, to_device(labels.matrix, device)), groups, batch.reference
-        )
+        matrix = Columns(labels.names, to_device(labels.matrix, device))
+        return batch._replace(x=to_device(batch.x, device), labels=matrix, groups=groups)
     missing = [task for task in tasks if task not in labels]
     if missing:
-        found = [key for key in labels if key not in (SENSITIVE, REFERENCE)]
+        found = [key for key in labels if key not in (SENSITIVE, REFERENCE, TWINS)]
         raise DataError(f"the loader's labels have no task {missing[0]!r}; {unknown('task', missing[0], found)}")
     taken = {task: to_device(labels[task], device) for task in tasks}
-    return Packed(to_device(batch.x, device), taken, groups, batch.reference)
+    return batch._replace(x=to_device(batch.x, device), labels=taken, groups=groups)
 
 
 def _check_ids(trainer: TrainingState, attribute: str, ids: Tensor) -> None:

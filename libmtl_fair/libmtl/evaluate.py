@@ -62,7 +62,7 @@ def _run_over(
     for name, loader in batches.per_task(trainer, loaders).items():
         tasks = [name] if name else trainer.main_tasks
         for batch in batches.drawn(loader, trainer, tasks):
-            inputs, labels, groups, _ = batches.split(batch, trainer.device, tasks)
+            inputs, labels, groups, *_ = batches.split(batch, trainer.device, tasks)
             yield name, tasks, forward(trainer, inputs, name or None, groups), labels, groups
     trainer.faults.check()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ SAMPLES = {"MoDo": 3, "SDMGrad": 3}
 
 
 class Made(NamedTuple):
-    """What one batch gave: losses [T], outputs, labels, groups, and for fairness methods their matrices and a reference."""
+    """What one batch gave: losses [T], outputs, labels, groups, and for fairness methods matrices, a reference, flip twins' outputs."""
 
     losses: Tensor
     outputs: Mapping[str, Tensor]
@@ -31,6 +32,7 @@ class Made(NamedTuple):
     groups: Mapping[str, Any]
     matrices: Matrices | None = None
     reference: Callable[[], Any] = lambda: None
+    twins: Callable[[int], Mapping[str, Tensor] | None] = lambda turn: None
 
 
 def draw(trainer: TrainingState, loaders: Loaders) -> Iterator[object]:
@@ -89,20 +91,41 @@ def losses_of(trainer: TrainingState, part: Any) -> Made:
     if not trainer.own_forward:
         return _their_losses(trainer, part)
     if not trainer.multi_input:
-        inputs, labels, groups, reference = batches.split(part, trainer.device, trainer.main_tasks)
+        inputs, labels, groups, reference, twins = batches.split(part, trainer.device, trainer.main_tasks)
         made = made_of(trainer, forward(trainer, inputs, None, groups), labels, groups)
-        return made._replace(reference=reference)
+        return made._replace(reference=reference, twins=partial(_of_twins, trainer, {None: twins}, {None: groups}))
     outputs: dict[str, Tensor] = {}
     truth: dict[str, Tensor] = {}
-    by_task, inputs, references = {}, {}, {}
+    by_task: dict[str | None, Any] = {}
+    twins: dict[str | None, Callable[[int], Tensor | None]] = {}
+    inputs, references = {}, {}
     for task in trainer.main_tasks:
-        inputs[task], labels, by_task[task], references[task] = batches.split(part[task], trainer.device, [task])
+        found = batches.split(part[task], trainer.device, [task])
+        inputs[task], labels, by_task[task], references[task], twins[task] = found
         outputs.update(forward(trainer, inputs[task], task, by_task[task]))
         truth.update(labels)
     for name, auxiliary in trainer.auxiliary.items():  # on the examples of its main task
         outputs.update(forward(trainer, inputs[auxiliary.source], name, by_task[auxiliary.source]))
     made = made_of(trainer, outputs, truth, by_task)
-    return made._replace(reference=lambda: _of_every_task(references))
+    return made._replace(
+        reference=lambda: _of_every_task(references), twins=partial(_of_twins, trainer, twins, by_task)
+    )
+
+
+def _of_twins(
+    trainer: TrainingState,
+    twins: Mapping[str | None, Callable[[int], Tensor | None]],
+    groups: Mapping[str | None, Any],
+    turn: int,
+) -> dict[str, Tensor] | None:
+    """Return the outputs of the flip twins of this turn, by a forward pass of their own; None where there are none."""
+    outputs: dict[str, Tensor] = {}
+    for task, made in twins.items():
+        x = made(turn)
+        if x is None:
+            return None
+        outputs.update(forward(trainer, x, task, groups[task]))
+    return outputs
 
 
 def _their_losses(trainer: TrainingState, part: Any) -> Made:
@@ -209,6 +232,7 @@ def fair_batch(state: StepState, made: Made, epoch: int, h: Tensor | dict[str, T
         matrices=made.matrices,
         reference=made.reference() if state.model.needs_reference else None,
         epoch_steps=state.epoch_steps,
+        twins=made.twins(state.global_step) if state.model.needs_twins else None,
     )
 
 

@@ -237,6 +237,7 @@ class FairWeighting(AbsWeighting):  # type: ignore[misc]
     settings_class: ClassVar[type[Settings]] = Settings
     needs_groups: ClassVar[bool] = False
     needs_reference: bool = False
+    needs_twins: bool = False
     needs_representation: bool = True
     losses_from_outputs: bool = False
     needs_known_kinds: bool = False

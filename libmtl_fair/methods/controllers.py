@@ -251,22 +251,30 @@ class ShareController(Controller):
         self.register_buffer("steps", torch.tensor(0))
 
     @torch.no_grad()
-    def update(self, inconsistency: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Take in one step's inconsistency and return the lambda to use in it: 0 while warming up. Elsewhere as the others."""
+    def update(self, inconsistency: Tensor, valid: Tensor | None = None, pace: Pace | None = None) -> Tensor:
+        """Take in one step's inconsistency and return the lambda to use in it: 0 while warming up. Elsewhere as the others.
+
+        ``pace`` says whether this step is of the warm-up, and the step size, in place of ``warmup`` and ``step_size``.
+        """
         xp, found, ok, n = self._arrays(inconsistency, valid)
         smoothed = xp.where(n.steps > 0, n.smoothed + n.smoothing * (found - n.smoothed), found)
         steps = n.steps + ok
-        level = xp.where(steps > n.warmup, n.level, smoothed)
+        acts = steps > n.warmup if pace is None else (n.steps >= 0) & (not pace.warm)
+        level = xp.where(acts, n.level, smoothed)
         goal = xp.where(n.share * level > n.floor, n.share * level, n.floor)
         error = xp.clip(smoothed / goal - 1, -1.0, 1.0)
-        moved = xp.clip(n.value * (1 + n.step_size * error), n.initial / 5, 3 * n.initial)
+        gain = n.step_size if pace is None else pace.gain
+        moved = xp.clip(n.value * (1 + gain * error), n.initial / 5, 3 * n.initial)
         self._keep(
             smoothed=xp.where(ok, smoothed, n.smoothed),
             level=xp.where(ok, level, n.level),
             steps=steps,
-            value=xp.where(ok & (steps > n.warmup), moved, n.value),
+            value=xp.where(ok & acts, moved, n.value),
         )
-        return torch.where(self.steps > self.warmup, self.value, 0.0)
+        acting = (
+            self.steps > self.warmup if pace is None else torch.full_like(self.steps, not pace.warm, dtype=torch.bool)
+        )
+        return torch.where(acting, self.value, 0.0)
 
 
 class DualAscent(Controller):

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from libmtl_fair import functional as F
-from libmtl_fair.batch import FairBatch
+from libmtl_fair.batch import FairBatch, joined
 from libmtl_fair.errors import HostError, RecipeError
 from libmtl_fair.functional.lipschitz import PROTOTYPES
 from libmtl_fair.methods.base import Penalty, Settings, Written, setting
-from libmtl_fair.methods.controllers import Controller, ShareController, ViolationController
+from libmtl_fair.methods.controllers import Controller, Pace, ShareController, ViolationController
+from libmtl_fair.predictions import Predictions
 
 SCALE_FLOOR = 1e-4
 DISTANCE_FLOOR = 1e-3
@@ -24,6 +25,10 @@ _LOG = logging.getLogger(__name__)
 HOW_TO = (
     "give the loader one: ResidentLoader(..., reference=features), [N, r] and without sensitive attributes; load_table, "
     "load_dataset, recipes and estimators do so themselves"
+)
+NO_TWINS = (
+    "there are none here: no sensitive value is among the inputs (unaware, or sensitive_inputs: false), the loader is not a "
+    "ResidentLoader of a table, or the step is one of your own; give the loader their inputs: ResidentLoader(..., twins=x), [N, ...]"
 )
 
 PAPER: Mapping[str, Any] = {
@@ -37,7 +42,10 @@ PAPER: Mapping[str, Any] = {
 }
 """The published settings for NYUv2. ``preset="paper"`` puts them under those given, ``"eicu"`` those for eICU."""
 
-_NEAR = frozenset(("lam", "share", "floor"))
+BY_CLOSENESS = 0.1
+"""Of near pairs: lambda where none is given, in units of the batch's closeness (ours)."""
+
+_NEAR = frozenset(("lam", "share", "floor", "flip"))
 _BOTH = frozenset(("base", "base_args", "pairs", "eta", "warmup", "rate_ema"))
 
 
@@ -62,13 +70,27 @@ class ReLiFSettings(Settings):
         ours=True,
         choices=PAIRS,
     )
-    lam: float = setting(
-        0.05, "lambda, the weight of near pairs' gaps", ours=True, expected=">= 0", ge=0, search=(0.01, 0.15, "log")
+    lam: float | None = setting(
+        None,
+        "lambda, the weight of near pairs' gaps; null is 0.1 times how close the batch's near pairs are, .02 to .06 on the shipped "
+        "tables, so that people who are not alike are not drawn together",
+        ours=True,
+        expected=">= 0",
+        ge=0,
+        search=(0.01, 0.15, "log"),
+    )
+    flip: float = setting(
+        0.0,
+        "weight of the gaps between people and their flip twins, who have another sensitive value; above 0 a second forward pass",
+        ours=True,
+        expected=">= 0",
+        ge=0,
     )
     share: float | None = setting(
         None,
-        "of plain training's own inconsistency (at the end of the warm-up, which is plain), that a controller keeps by moving "
-        "lambda within lam / 5 to 3 lam; null keeps lambda",
+        "of plain training's own inconsistency (at the end of a warm-up, which is plain), that a controller keeps by moving "
+        "lambda within lam / 5 to 3 lam; null keeps lambda. Unless eta or warmup is given, in units of the run: a third of it is "
+        "plain, and a step of log lambda is 15 / steps",
         ours=True,
         gt=0,
         le=1,
@@ -151,8 +173,14 @@ class ReLiFSettings(Settings):
         """Return the controller of near pairs' lambda; None where it is static."""
         if self.share is None:
             return None
-        start, smoothing = self.lam, self.rate_ema
+        start, smoothing = BY_CLOSENESS if self.lam is None else self.lam, self.rate_ema
         return ShareController(self.share, self.floor, self.eta, initial=start, warmup=self.warmup, smoothing=smoothing)
+
+    def pace(self, step: int, steps: int | None) -> Pace | None:
+        """Return where the near pairs' controller is at a step (0-based) of a run of ``steps``; None where it goes by settings."""
+        if not steps or self.model_fields_set & {"eta", "warmup"}:
+            return None
+        return Pace(step < max(1, steps // 3), Pace.of(step, 1, steps).gain)
 
     def controller(self) -> ViolationController:
         """Return the controller of lambda."""
@@ -250,11 +278,12 @@ class LipschitzScales(Controller):
 class ReLiF(Penalty):
     r"""People who are alike get closer ranks (near pairs, ours), or as published a controlled Lipschitz regulariser.
 
-    Near pairs, the default where the loader gives a reference: :math:`L_{MTL} + \lambda \sum_t R_t`,
+    Near pairs, the default where the loader gives a reference: :math:`L_{MTL} + \lambda \sum_t R_t + \varphi \sum_t F_t`,
     :math:`R_t = \mathrm{mean}_i |f_t(x_i) - f_t(x_{n(i)})| / G(f_t)`, n(i) being the batch's nearest other example in the
     reference, f half logit and half probability, G their Gini mean difference over the batch, with gradient: shrinking gains
-    nothing. It claims no more than that people alike except in what the reference leaves out get closer ranks. Records
-    ``lambda`` and ``inconsistency``, the mean of R: METHODS.md, 1.3, with f in place of ranks and the batch's people.
+    nothing; F (``flip``, off by default) is the same between people and their flip twins. It claims no more than that people alike
+    except in what the reference leaves out get closer ranks. Records ``lambda``, ``inconsistency``, the mean of R (METHODS.md, 1.3,
+    with f in place of ranks and the batch's people), and with ``flip`` ``flip_gap``, the mean of F.
 
     Random pairs, as published: :math:`L_{MTL} + \lambda L_{lip}` with
     :math:`L_{lip} = \mathrm{mean}\, \phi_\mu(\rho_\beta(\Delta s)/\tau - d/\kappa)` over cross-task prototype pairs, and
@@ -271,6 +300,7 @@ class ReLiF(Penalty):
     )
     settings: ReLiFSettings
     _told: bool = False
+    _warm: bool = False
 
     def configure(self, settings: Settings) -> None:
         """Make the controllers and, for random pairs, the term with its running scales."""
@@ -280,6 +310,11 @@ class ReLiF(Penalty):
             self.term = LipschitzScales(self.settings)
         self.share = self.settings.share_controller()
         self.needs_reference = self.settings.form != "random"
+        self.needs_twins = self.settings.flip > 0
+        if self.needs_twins and self.rep_grad:
+            raise HostError(
+                "ReLiF: flip takes gradients through a second forward pass, past the heads: use rep_grad=False"
+            )
         self.needs_representation = self.settings.form != "near"
         self.to(self.device)
 
@@ -302,22 +337,46 @@ class ReLiF(Penalty):
 
     def _near(self, batch: FairBatch) -> Written:
         """Return the gradient of lambda times the sum over tasks of near people's gaps."""
-        found, pairs = [], []
-        for values, logits, shares, nearest in _columns(batch):
-            rows = values.detach().mT
-            gaps = F.near_gaps(rows, nearest, logits=logits)
+        flip = self.settings.flip
+        if flip and batch.twins is None:
+            raise HostError(f"ReLiF with flip={flip:g} needs flip twins, and {NO_TWINS}")
+        found, near, twins, close, flipped = [], [], [], [], []
+        for column in _columns(batch):
+            rows, shares = column.values.detach().mT, column.shares
+            gaps = F.near_gaps(rows, column.near.others, logits=column.logits)
             weight = torch.where(gaps.present, shares, 0) if shares is not None else gaps.present.to(rows.dtype)
             if shares is not None:
                 weight = weight / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
-            pairs.append((values, gaps.slope.mul_(weight.unsqueeze(-1)).mT))
+            near.append((column.values, gaps.slope.mul_(weight.unsqueeze(-1)).mT))
             found.append(torch.stack([gaps.value * weight, weight]))
+            close.append(column.near.closeness)
+            if flip and column.twins is not None:
+                moved = F.flip_gaps(rows, column.twins.detach().mT, logits=column.logits)
+                flipped.append((moved.value * weight).sum())
+                weight = (flip * weight).unsqueeze(-1)
+                twins += [(column.values, (moved.slope * weight).mT), (column.twins, (moved.slope_twins * weight).mT)]
         value, present = torch.cat(found, 1).sum(1)
         inconsistency = value / present
-        strength = torch.as_tensor(self.settings.lam, dtype=value.dtype, device=value.device)
-        if self.share is not None:
-            strength = self.share.update(inconsistency, present > 0).to(value.dtype)
-        self.__dict__["trace"] = {"lambda": strength, "inconsistency": inconsistency}
-        return Written([(values, slope.mul_(strength)) for values, slope in pairs])
+        strength = self._strength(inconsistency, present > 0, batch)
+        strengths = strength.expand(len(close)) if self.settings.lam is not None else strength * torch.stack(close)
+        self.__dict__["trace"] = {"lambda": strengths.mean(), "inconsistency": inconsistency}
+        if flipped:
+            self.trace["flip_gap"] = torch.stack(flipped).sum() / present
+        return Written([(values, slope.mul_(each)) for (values, slope), each in zip(near, strengths)] + twins)
+
+    def _strength(self, inconsistency: Tensor, valid: Tensor, batch: FairBatch) -> Tensor:
+        """Return lambda, or what closeness is multiplied by, after moving its controller."""
+        if self.share is None:
+            lam = BY_CLOSENESS if self.settings.lam is None else self.settings.lam
+            return torch.as_tensor(lam, dtype=inconsistency.dtype, device=inconsistency.device)
+        epochs = int(getattr(self, "epochs", 0) or 0)
+        pace = self.settings.pace(batch.step, epochs * (batch.epoch_steps or 0))
+        self._warm = batch.step < self.settings.warmup if pace is None else pace.warm
+        return self.share.update(inconsistency, valid, pace).to(inconsistency.dtype)
+
+    def admits(self, predictions: Callable[[], Predictions]) -> bool:
+        """Whether the model of now may be chosen for its utility: not while a controller's warm-up trains it plainly."""
+        return self.share is None or not self._warm
 
     def _random(self, batch: FairBatch) -> Written | None:
         scores, embedding = batch.score_matrix, batch.embedding
@@ -341,18 +400,34 @@ class ReLiF(Penalty):
         return Written(pairs)
 
 
-def _columns(batch: FairBatch) -> Iterator[tuple[Tensor, bool, Tensor | None, Tensor]]:
-    """Yield values [B, n] of the step's graph, whether they are log-odds, what each column's gap counts, nearest others [B].
+class _Column(NamedTuple):
+    """Values [B, n] of the step's graph whose near gaps are taken together, and their flip twins' where there are any.
 
-    None is a task a column; else the columns are one task's: the classes by their mean probability, labels alike.
+    ``logits``: whether they are log-odds; ``shares``: what each column's gap counts, None where each is a task.
     """
-    nearest = batch.nearest
+
+    values: Tensor
+    logits: bool
+    shares: Tensor | None
+    near: F.Near
+    twins: Tensor | None
+
+
+def _columns(batch: FairBatch) -> Iterator[_Column]:
+    """Yield all binary tasks as one, or each task by itself: the classes by their mean probability, labels alike."""
     if batch.matrices is not None:
-        yield batch.matrices.logits, True, None, nearest[batch.main[0]]
+        twins = None if batch.twins is None else joined(batch.twins, batch.main)
+        yield _Column(batch.matrices.logits, True, None, batch.near[batch.main[0]], twins)
         return
     for name in batch.main:
         task = batch.task(name)
-        values = task.log_odds(batch.outputs[name])
-        values = values.unsqueeze(1) if values.dim() == 1 else values
+        values, twins = (
+            None if outputs is None else _wide(task.log_odds(outputs[name])) for outputs in (batch.outputs, batch.twins)
+        )
+        assert values is not None
         shares = torch.sigmoid(values.detach()).mean(0) if task.kind == "multiclass" else torch.ones_like(values[0])
-        yield values, task.kind != "regression", shares, nearest[name]
+        yield _Column(values, task.kind != "regression", shares, batch.near[name], twins)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.unsqueeze(1) if values.dim() == 1 else values

@@ -109,7 +109,9 @@ def test_regression_scores_are_frozen_to_each_seeds_reference_model(tmp_path, re
             task = held.task("log_amount")
             assert task.score_range == pytest.approx(tuple(ranges["log_amount"]))
             torch.testing.assert_close(held.scores["log_amount"], task.score(held.outputs["log_amount"]))
-    assert read_run(out).frame("shrinkage")["a"].eq(1).sum() == 4  # tasks of any kind, both tolerances, a reference a seed
+    assert (
+        read_run(out).frame("shrinkage")["a"].eq(1).sum() == 4
+    )  # tasks of any kind, both tolerances, a reference a seed
     verdict = shrinkage_verdict(read_run(out))
     assert set(verdict["method"]) == {"other", "offsets"} and verdict["curve_bias"].notna().all()
     told = dict(checklist(read_run(out)))["Score of each task"]
@@ -139,7 +141,9 @@ def test_protocol_survives_its_file():
     new = Protocol({"0.275": 0.275}, ranges, {"reference_model": "plain"}, {0: ranges, 3: {"hours": (0.0, 1.0)}})
     for protocol in (old, new):
         assert Protocol.from_dict(json.loads(json.dumps(protocol.to_dict()))) == protocol
-    assert new.lacks("plain", 1) and not new.lacks("plain", 3) and not new.lacks("other", 1) and not old.lacks("plain", 1)
+    assert (
+        new.lacks("plain", 1) and not new.lacks("plain", 3) and not new.lacks("other", 1) and not old.lacks("plain", 1)
+    )
     assert [new.freeze((Regression("hours"),), seed)[0].score_range for seed in (3, 7)] == [(0.0, 1.0), (-1.0, 1.5)]
 
 

@@ -37,6 +37,7 @@ def obstacle(recipe: Recipe, method: str, tasks: Sequence[Task]) -> str | None:
     checks = (
         (at_logits, f"weighting {weighting}"),
         (spec.args.get("base", "EW") == "EW", f"base {spec.args.get('base')}"),
+        (not spec.args.get("flip"), "flip, a second forward pass"),
         (needs_logits_only, f"proxy {spec.args.get('proxy')}"),
         (model.encoder == "mlp" and model.norm is None, f"encoder {model.encoder} with norm {model.norm}"),
         (model.architecture == "HPS", f"architecture {model.architecture}"),

@@ -15,6 +15,7 @@ from libmtl_fair.functional._gram import head_products
 from libmtl_fair.methods.controllers import stack, unstack
 from libmtl_fair.methods.fairmt.constraint import BinaryColumns, Constraint, evaluate
 from libmtl_fair.methods.fairmt.task_weights import uniform
+from libmtl_fair.methods.relif import BY_CLOSENESS
 from libmtl_fair.tasks import Binary
 from libmtl_fair.tune.stacked.members import Member
 
@@ -104,30 +105,25 @@ class NearPart(Part):
     def key(member: Member) -> Key | None:
         """Return what members of one part have in common; None where a member's own weighting has to do it."""
         model, trainer = member.trainer.model, member.trainer
-        if trainer.weighting != "ReLiF" or not member.near:
+        if trainer.weighting != "ReLiF" or not member.near or model.share is not None:
             return None
-        return ("near", model.share is None)
+        return ("near", model.settings.lam is None)
 
     def __init__(self, places: Sequence[int], members: Sequence[Member]) -> None:
         super().__init__(places, members)
         self.models = [member.trainer.model for member in members]
-        self.lam = torch.tensor([float(model.settings.lam) for model in self.models], device=members[0].device)
-        self.share = None if self.models[0].share is None else stack([model.share for model in self.models])
-
-    def save(self) -> None:
-        """Give the members' modules their controllers."""
-        if self.share is not None:
-            unstack(self.share, [model.share for model in self.models])
+        self.auto = self.models[0].settings.lam is None
+        lam = [BY_CLOSENESS if self.auto else model.settings.lam for model in self.models]
+        self.lam = torch.tensor(lam, device=members[0].device)
 
     def gradients(self, step: Step) -> tuple[Tensor, Tensor | None]:
         """Return the gradients of the losses plus lambda times near people's gaps."""
         assert step.reference is not None
         people = step.reference.index_select(0, step.rows.flatten()).view(*step.rows.shape, -1)
         main = step.z[:, :, : step.y.shape[2]].mT.contiguous()
-        gaps = F.near_gaps(main, F.nearest_others(people).unsqueeze(1), logits=True)
-        strength, present = self.lam, gaps.present.sum(1)
-        if self.share is not None:
-            strength = self.share.update(gaps.value.sum(1) / present, present > 0)
+        near = F.near_others(people)
+        gaps = F.near_gaps(main, near.others.unsqueeze(1), logits=True)
+        strength = self.lam * near.closeness if self.auto else self.lam
         return step.loss_gradient().add_(gaps.slope.mul_(strength.to(main.dtype).view(-1, 1, 1)).mT), None
 
 
