@@ -112,3 +112,49 @@ def test_nearest_others_by_loops() -> None:
 def test_shapes_that_do_not_fit() -> None:
     with pytest.raises(DataError, match=r"nearest must be \[\.\.\., 3\], found shape \[2\]"):
         F.near_gaps(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("logits", [False, True])
+def test_flip_gaps_are_those_of_the_definition(logits: bool) -> None:
+    values, _ = draw(3, 2, 11)
+    twins = values.flip(-1) * 0.5 + 0.3
+    found = F.flip_gaps(values, twins, logits=logits)
+    for m in range(3):
+        for t in range(2):
+            own, other = values[m, t].clone().requires_grad_(), twins[m, t].clone().requires_grad_()
+            pairs = [(own, other), (torch.sigmoid(own), torch.sigmoid(other))][: 2 if logits else 1]
+            wanted = torch.stack([(f - g).abs().mean() / gini(f) for f, g in pairs]).mean()
+            torch.testing.assert_close(found.value[m, t], wanted.detach(), rtol=1e-12, atol=1e-12)
+            slopes = torch.autograd.grad(wanted, (own, other))
+            torch.testing.assert_close((found.slope[m, t], found.slope_twins[m, t]), slopes, rtol=1e-12, atol=1e-12)
+    values.requires_grad_()
+    twins.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda v, w: F.flip_gaps(v.detach(), w.detach(), logits=logits).attached(v, w), (values, twins), eps=1e-7
+    )
+    with pytest.raises(DataError, match=r"twins must be \[3, 2, 11\], found shape \[11\]"):
+        F.flip_gaps(values.detach(), twins[0, 0].detach())
+
+
+def test_closeness_by_loops() -> None:
+    g = torch.Generator().manual_seed(0)
+    features = torch.randn(3, 20, 4, generator=g, dtype=torch.float64)
+    found = F.near_others(features)
+    for m, x in enumerate(features):
+        squares = [[float((x[i] - x[j]).square().sum()) for j in range(20) if j != i] for i in range(20)]
+        rho = (sum(min(row) for row in squares) / sum(sum(row) / 19 for row in squares)) ** 0.5
+        assert float(found.closeness[m]) == pytest.approx((1 - rho) ** 2, rel=1e-9)
+    pairs = torch.randn(10, 3, generator=g).repeat_interleave(2, 0)
+    assert float(F.near_others(pairs).closeness) == pytest.approx(1, abs=2e-3)  # everybody has a double
+    assert float(F.near_others(torch.eye(30)).closeness) == pytest.approx(0, abs=1e-6)  # no two are nearer than others
+    assert (
+        float(F.near_others(torch.ones(5, 2)).closeness) == 1 and float(F.near_others(torch.ones(1, 2)).closeness) == 0
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), scale=st.floats(0.01, 100), shift=st.floats(-10, 10))
+def test_closeness_has_no_unit(seed: int, scale: float, shift: float) -> None:
+    features = torch.randn(30, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    moved = F.near_others(shift * scale + scale * features)
+    torch.testing.assert_close(moved.closeness, F.near_others(features).closeness, rtol=1e-6, atol=1e-9)

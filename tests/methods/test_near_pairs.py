@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 import libmtl_fair as lf
-from libmtl_fair.errors import HostError, RecipeError
+from libmtl_fair.data import load_dataset
+from libmtl_fair.errors import DataError, HostError, RecipeError
 from libmtl_fair.libmtl import step as stepping
-from libmtl_fair.methods.controllers import ShareController
+from libmtl_fair.methods.controllers import Pace, ShareController
 from libmtl_fair.methods.relif import ReLiFSettings
 from libmtl_fair.metrics import ConsistencyAudit
 from libmtl_fair.models import MLP, linear_heads
@@ -253,6 +254,28 @@ def test_a_share_of_plains_own_is_kept() -> None:
     assert ends[0.6][1] > ends[0.9][1]
 
 
+def test_in_units_of_the_run_a_third_is_plain_and_is_not_chosen() -> None:
+    """The warm-up and the step of lambda follow the length of the run unless they are given; a plain epoch is never the best."""
+    trainer = make_trainer(share=0.6, lam=0.3)
+    seen = []
+    admits = trainer.model.admits
+    trainer.model.__dict__["admits"] = lambda predictions: seen.append(admits(predictions)) or seen[-1]
+    trainer.select = "best"
+    trainer.train(make_loader(), epochs=6, val_dataloaders=make_loader())
+    history = trainer.history["lambda"]
+    assert (history.iloc[:6] == 0).all() and (history.iloc[6:] > 0).all()
+    assert seen == [False, False, True, True, True, True] and trainer.best["epoch"] >= 2
+    steps = history.iloc[6:].to_numpy()
+    assert (np.abs(np.diff(np.log(steps))) <= 0.05 + 1e-6).all()  # 15 / 18 steps would be more
+    assert ReLiFSettings(share=0.6).pace(3, 9) == Pace(False, 0.05) and ReLiFSettings(share=0.6).pace(2, 9).warm
+    assert ReLiFSettings(share=0.6).pace(0, 3000).gain == pytest.approx(0.005)
+    assert ReLiFSettings(share=0.6, eta=0.1).pace(0, 9) is None and ReLiFSettings(share=0.6).pace(0, 0) is None
+    given, paced = (ShareController(0.5, 0.05, 0.01, warmup=2, smoothing=0.5) for _ in range(2))
+    for step, value in enumerate((0.5, 0.4, 0.3, 0.5, 0.1)):
+        signal = torch.tensor(value)
+        assert given.update(signal) == paced.update(signal, pace=Pace(step < 2, 0.01))
+
+
 def test_resume_and_checkpoints_keep_the_controller(tmp_path: Any) -> None:
     def trainer(folder: str, **options: Any) -> Any:
         torch.manual_seed(2)
@@ -293,3 +316,147 @@ def test_people_who_are_alike_get_closer_ranks_and_scores_are_not_shrunk() -> No
         ).scores
         found[weighting] = ConsistencyAudit(people.numpy()).run({"a": scores["a"].numpy()}).inconsistency
     assert found["ReLiF"] < 0.85 * found["EW"]
+
+
+@pytest.mark.parametrize("tasks", [BINARY, MIXED], ids=["binary", "mixed"])
+def test_lambda_goes_by_closeness_where_none_is_given(tasks: Any) -> None:
+    trainer, batch = make_trainer(tasks), next(iter(make_loader()))
+    x = batch[1]["reference"].double()
+    squares = torch.cdist(x, x).square()
+    any_two = float(squares.sum()) / (len(x) * (len(x) - 1))
+    nearest = float(squares.fill_diagonal_(torch.inf).min(1).values.mean())
+    lam = 0.1 * (1 - (nearest / any_two) ** 0.5) ** 2
+    wanted, _ = expected(trainer, tasks, batch, lam)
+    for name, grad in one_backward(trainer, batch).items():
+        assert_same(grad, wanted[name], name)
+    assert float(trainer.model.trace["lambda"]) == pytest.approx(lam, rel=1e-4)
+
+
+def flip_by_loops(tasks: tuple[lf.Task, ...], outputs: dict[str, Tensor], twins: dict[str, Tensor]) -> Tensor:
+    """Return the sum of F_t, read aloud from METHODS.md."""
+    total = next(iter(outputs.values())).new_zeros(())
+    for task in tasks:
+        columns = zip(columns_of(task, outputs[task.name]), columns_of(task, twins[task.name]))
+        for (values, share, logits), (others, _, _) in columns:
+            for f, g in [(values, others), (torch.sigmoid(values), torch.sigmoid(others))][: 2 if logits else 1]:
+                size = len(f)
+                gini = sum(((f[i] - f[j]).abs() for i in range(size) for j in range(size)), total * 0)
+                mean = sum(((f[i] - g[i]).abs() for i in range(size)), total * 0) / size
+                total = total + share * mean * (size * (size - 1)) / gini / (2 if logits else 1)
+    return total
+
+
+@pytest.mark.parametrize("tasks", [BINARY[:1], BINARY, MIXED], ids=["one", "binary", "mixed"])
+@pytest.mark.parametrize("base", ["EW", "UW"])
+def test_flip_adds_the_gaps_between_people_and_their_twins(tasks: Any, base: str) -> None:
+    loader = make_loader(24, 24)
+    changed = loader._x.clone()
+    changed[:, 0] = -changed[:, 0]
+    batch = next(iter(make_loader(24, 24, twins=changed).__iter__().packed()))
+    alone = one_backward(make_trainer(tasks, base=base, lam=0.0), batch)
+    trainer = make_trainer(tasks, base=base, lam=0.0, flip=0.4)
+    found = one_backward(trainer, batch)
+    encoder = copy.deepcopy(trainer.model.encoder).double()
+    heads = {t.name: copy.deepcopy(trainer.model.decoders[t.name]).double() for t in tasks}
+    outputs, twins = (
+        {name: head(encoder(x)) for name, head in heads.items()} for x in (batch.x.double(), changed.double())
+    )
+    term = 0.4 * flip_by_loops(tasks, outputs, twins)
+    named = {f"encoder.{n}": p for n, p in encoder.named_parameters()}
+    named |= {f"decoders.{t}.{n}": p for t, head in heads.items() for n, p in head.named_parameters()}
+    grads = dict(zip(named, torch.autograd.grad(term, list(named.values()), allow_unused=True)))
+    for name, grad in found.items():
+        extra = grads.get(name)
+        assert_same(grad, alone[name] + (0 if extra is None else extra), name, 1e-3)
+    assert float(trainer.model.trace["flip_gap"]) == pytest.approx(float(term.detach()) / 0.4 / len(tasks), rel=1e-4)
+
+
+def test_each_attribute_and_other_group_takes_its_turn() -> None:
+    data = load_dataset("adult", ["income"], ["sex", "race"], subset=1500)
+    twins, groups = data.train.twins, data.train.groups
+    assert twins is not None and [flip.attribute for flip in twins.flips] == ["sex", "race"]
+    counted = [len(flip.shifts) for flip in twins.flips]
+    assert counted == [1, len(data.groups["race"]) - 1]
+    made = [twins.at(data.train.x, groups, turn) for turn in range(sum(counted) + 1)]
+    sources = np.array(data.encoder.sources)
+    for turn, x in enumerate(made):
+        moved = (x != data.train.x).any(0).numpy()
+        assert set(sources[moved]) == {"sex" if turn in (0, sum(counted)) else "race"}
+    loader = data.train.loader(64, device="cpu")
+    packed = next(iter(loader).packed())
+    torch.testing.assert_close(packed.twins(0), made[0][:64])
+    torch.testing.assert_close(packed.twins(2), made[2][:64])
+    assert data.unaware().train.twins is None and set(next(iter(loader))[1]) == {"income", "sensitive", "reference"}
+
+
+def test_flips_fall_and_without_twins_an_error_says_what_to_do() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.cat([torch.randn(400, 2, generator=g), torch.randint(0, 2, (400, 1), generator=g) * 2.0 - 1], 1)
+    label = (torch.rand(400, generator=g) < torch.sigmoid(x[:, 0] + x[:, 2])).float()
+    changed = x * torch.tensor([1.0, 1.0, -1.0])
+    loader = lf.ResidentLoader(
+        x, {"a": label}, batch_size=100, shuffle=True, seed=0, device="cpu", reference=x[:, :2], twins=changed
+    )
+    gaps = {}
+    for flip in (0.0, 0.2):
+        torch.manual_seed(2)
+        trainer = lf.FairTrainer(
+            lf.task_dict(BINARY[:1]), "ReLiF", "HPS", lambda: MLP(3, (16, 8)), linear_heads(BINARY[:1], 8), False, False,
+            {"optim": "adam", "lr": 0.01}, None, device="cpu", progress=False, seed=1, select="last",
+            weight_args={"lam": 0.0, "flip": flip},
+        )  # fmt: skip
+        trainer.train(loader, epochs=8)
+        with torch.no_grad():
+            gaps[flip] = float((trainer.model(x)["a"] - trainer.model(changed)["a"]).abs().mean())
+    assert gaps[0.2] < 0.6 * gaps[0.0]
+    with pytest.raises(HostError, match=r"flip=0\.2 needs flip twins, .*sensitive_inputs: false.*twins=x"):
+        make_trainer(flip=0.2).train(make_loader(), epochs=1)
+    with pytest.raises(HostError, match="flip takes gradients .*rep_grad=False"):
+        make_trainer(flip=0.2, rep_grad=True)
+    with pytest.raises(DataError, match=r"twins: expected .*torch.float32 of shape \[96, 6\].* found .*\[96, 3\]"):
+        make_loader(twins=torch.zeros(96, 3))
+    both = {t.name: make_loader(48, 24, twins=torch.zeros(48, 6)) for t in BINARY}
+    torch.manual_seed(2)
+    several = lf.FairTrainer(
+        lf.task_dict(BINARY), "ReLiF", "HPS", lambda: MLP(6, (16, 8)), linear_heads(BINARY, 8), False, True,
+        {"optim": "sgd", "lr": 0.1}, None, device="cpu", progress=False, select="last", weight_args={"flip": 0.1},
+    )  # fmt: skip
+    several.train(both, epochs=1)
+    assert several.history["flip_gap"].gt(0).all()
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_images_are_alike_by_a_frozen_embedding_that_the_user_gives(resident: bool) -> None:
+    """Pictures of 1 x 6 x 6, compared by what a frozen network says of them; a style in one corner is not in it."""
+    g = torch.Generator().manual_seed(0)
+    images, style = torch.randn(240, 1, 6, 6, generator=g), torch.randint(0, 2, (240,), generator=g)
+    images[:, 0, 0, 0] = 3 * style - 1.5
+    torch.manual_seed(5)
+    frozen = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(35, 70)).requires_grad_(False)
+    embedding = frozen(images.flatten(1)[:, 1:])
+    label = (images.mean((1, 2, 3)) + 0.1 * style + 0.05 * torch.randn(240, generator=g) > 0).float()
+    options = {"reference": embedding}
+    if resident:
+        loader: Any = lf.ResidentLoader(
+            images, {"a": label}, batch_size=60, shuffle=True, seed=0, device="cpu", **options
+        )
+        assert loader.reference.shape == (240, 32)  # the principal components of 70 columns
+    else:
+        rows = lf.data.loader.TableDataset(images, {"a": label}, **options)
+        loader = torch.utils.data.DataLoader(rows, batch_size=60)
+
+    def encoder() -> torch.nn.Module:
+        return torch.nn.Sequential(
+            torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(64, 8), torch.nn.ReLU()
+        )
+
+    ends = {}
+    for lam in (0.0, 0.3):
+        torch.manual_seed(2)
+        trainer = lf.FairTrainer(
+            lf.task_dict(BINARY[:1]), "ReLiF", "HPS", encoder, linear_heads(BINARY[:1], 8), False, False,
+            {"optim": "adam", "lr": 0.01}, None, device="cpu", progress=False, seed=1, select="last", weight_args={"lam": lam},
+        )  # fmt: skip
+        trainer.train(loader, epochs=8)
+        ends[lam] = trainer.history["inconsistency"].iloc[-4:].mean()
+    assert ends[0.3] < 0.9 * ends[0.0]
