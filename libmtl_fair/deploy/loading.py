@@ -208,5 +208,5 @@ def _of_earlier_version(folder: Path, recipe: Recipe, method: str, seed: int, ow
     cut = recipe.metrics.threshold
     base_rate = metrics["thresholds"]["base_rate"]
     thresholds = base_rate if cut == "base_rate" else dict.fromkeys(base_rate, cut)
-    rows = replace(data.new_rows, tasks=protocol.freeze(data.tasks))
+    rows = replace(data.new_rows, tasks=protocol.freeze(data.tasks, seed))
     return {"rows": rows.to_dict(), "thresholds": thresholds, "post": metrics.get("post")}

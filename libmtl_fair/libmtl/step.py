@@ -91,14 +91,12 @@ def losses_of(trainer: TrainingState, part: Any) -> Made:
     if not trainer.own_forward:
         return _their_losses(trainer, part)
     if not trainer.multi_input:
-        inputs, labels, groups, reference, twins = batches.split(part, trainer.device, trainer.main_tasks)
+        inputs, labels, groups, reference, others = batches.split(part, trainer.device, trainer.main_tasks)
         made = made_of(trainer, forward(trainer, inputs, None, groups), labels, groups)
-        return made._replace(reference=reference, twins=partial(_of_twins, trainer, {None: twins}, {None: groups}))
+        return made._replace(reference=reference, twins=partial(_of_twins, trainer, {"": others}, {"": groups}))
     outputs: dict[str, Tensor] = {}
     truth: dict[str, Tensor] = {}
-    by_task: dict[str | None, Any] = {}
-    twins: dict[str | None, Callable[[int], Tensor | None]] = {}
-    inputs, references = {}, {}
+    by_task, inputs, references, twins = {}, {}, {}, {}
     for task in trainer.main_tasks:
         found = batches.split(part[task], trainer.device, [task])
         inputs[task], labels, by_task[task], references[task], twins[task] = found
@@ -114,8 +112,8 @@ def losses_of(trainer: TrainingState, part: Any) -> Made:
 
 def _of_twins(
     trainer: TrainingState,
-    twins: Mapping[str | None, Callable[[int], Tensor | None]],
-    groups: Mapping[str | None, Any],
+    twins: Mapping[str, Callable[[int], Tensor | None]],
+    groups: Mapping[str, Any],
     turn: int,
 ) -> dict[str, Tensor] | None:
     """Return the outputs of the flip twins of this turn, by a forward pass of their own; None where there are none."""
@@ -124,7 +122,7 @@ def _of_twins(
         x = made(turn)
         if x is None:
             return None
-        outputs.update(forward(trainer, x, task, groups[task]))
+        outputs.update(forward(trainer, x, task or None, groups[task]))
     return outputs
 
 

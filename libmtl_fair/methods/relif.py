@@ -359,9 +359,8 @@ class ReLiF(Penalty):
         inconsistency = value / present
         strength = self._strength(inconsistency, present > 0, batch)
         strengths = strength.expand(len(close)) if self.settings.lam is not None else strength * torch.stack(close)
-        self.__dict__["trace"] = {"lambda": strengths.mean(), "inconsistency": inconsistency}
-        if flipped:
-            self.trace["flip_gap"] = torch.stack(flipped).sum() / present
+        gap = {"flip_gap": torch.stack(flipped).sum() / present} if flipped else {}
+        self.__dict__["trace"] = {"lambda": strengths.mean(), "inconsistency": inconsistency, **gap}
         return Written([(values, slope.mul_(each)) for (values, slope), each in zip(near, strengths)] + twins)
 
     def _strength(self, inconsistency: Tensor, valid: Tensor, batch: FairBatch) -> Tensor:
