@@ -10,13 +10,13 @@ from torch import Tensor
 
 from libmtl_fair.data.card import Card, card_markdown, dataset_card
 from libmtl_fair.data.features import FeatureEncoder, feature_kinds, fit_encoder
+from libmtl_fair.data.flips import Twins, fit_twins
 from libmtl_fair.data.labels import make_task
 from libmtl_fair.data.loader import ResidentLoader, TableDataset
 from libmtl_fair.data.new_rows import NewRows, fit_new_rows
 from libmtl_fair.data.reference import Reference, fit_reference
 from libmtl_fair.data.selection import Choice, read_table
 from libmtl_fair.data.spec import TableSpec
-from libmtl_fair.data.twins import Twins, fit_twins
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.tasks import Task
 

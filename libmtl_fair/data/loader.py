@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from libmtl_fair.batch import Columns
+from libmtl_fair.data.flips import Twins
 from libmtl_fair.data.frames import as_numbers, group_ids, is_date, is_numeric
 from libmtl_fair.data.reference import Reference, narrowed
 from libmtl_fair.data.tables import settled
-from libmtl_fair.data.twins import Twins
 from libmtl_fair.errors import DataError, near
 from libmtl_fair.faults import Faults, check_labels, need_few_groups
 from libmtl_fair.tasks import Task
