@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +14,7 @@ from libmtl_fair.data.fetched import FETCHED
 from libmtl_fair.data.frames import column_of
 from libmtl_fair.data.loader import SENSITIVE
 from libmtl_fair.data.selection import Choice, choose_inputs, choose_tasks, leaks
-from libmtl_fair.data.shipped import SHIPPED
+from libmtl_fair.data.shipped import SHIPPED, shipped_file
 from libmtl_fair.data.spec import MAX_CATEGORIES, SensitiveSpec, TableSpec, TaskSpec, make_spec
 from libmtl_fair.data.tables import Source, read_frame, to_pandas
 from libmtl_fair.errors import DataError, unknown
@@ -150,8 +149,7 @@ def load_dataset(
     elif name in FETCHED:
         table = FETCHED[name].frame()
     else:
-        with resources.as_file(resources.files("libmtl_fair.data") / "files" / f"{name}.csv.gz") as path:
-            table = read_frame(path)
+        table = read_frame(shipped_file(name))
     return build_dataset(spec, table, choice)
 
 

@@ -1,15 +1,19 @@
-"""The data sets inside the package, ``files/NAME.csv.gz``: what is known about each, and what leaks what.
+"""The data sets that come with the project, ``NAME.csv.gz``: what is known about each, what leaks what, and where it lies.
 
-Adult: Becker and Kohavi 1996, CC BY 4.0. COMPAS: ProPublica 2016, published for public use. German Credit: Hofmann 1994,
-CC BY 4.0, small: a quick check, no more. SUPPORT2: Vanderbilt Biostatistics; Knaus et al. 1995.
+Inside the package: Adult (Becker and Kohavi 1996) and German Credit (Hofmann 1994; small: a quick check, no more), both CC BY 4.0.
+Beside the recipes of the repository, as their sources give no clear licence: COMPAS (ProPublica 2016, published for public use) and
+SUPPORT2 (Vanderbilt Biostatistics; Knaus et al. 1995).
 """
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from libmtl_fair.data.frames import column_of
 from libmtl_fair.data.spec import SensitiveSpec, TableSpec, age_bands, attributes, comparison, task, words
+from libmtl_fair.errors import DataError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -219,3 +223,30 @@ SUPPORT2 = TableSpec(
 
 SHIPPED = {spec.name: spec for spec in (ADULT, COMPAS, GERMAN, SUPPORT2)}
 """Data sets by name whose files are inside the package."""
+
+DATA_FOLDER = "LIBMTL_FAIR_DATA"
+"""Environment variable: a folder of one's own with NAME.csv.gz, looked into first."""
+_ELSEWHERE = {
+    "compas": "made of compas-scores-two-years.csv of ProPublica (github.com/propublica/compas-analysis)",
+    "support2": "made of support2csv.zip of Vanderbilt Biostatistics (hbiostat.org/data)",
+}
+
+
+def shipped_file(name: str) -> Path:
+    """Return the file of a data set: of :data:`DATA_FOLDER`, the package, or the repository's ``recipes/data``.
+
+    Raises
+    ------
+    DataError
+        It is in none of them, as COMPAS and SUPPORT2 are not where the package is installed: it says where they are to be had.
+    """
+    here, given = Path(__file__).resolve().parent, os.environ.get(DATA_FOLDER)
+    folders = [*([Path(given)] if given else []), here / "files", here.parents[1] / "recipes" / "data"]
+    found = next((path for folder in folders if (path := folder / f"{name}.csv.gz").is_file()), None)
+    if found is None:
+        raise DataError(
+            f"dataset {name!r} is not in the installed package, as its source gives no clear licence: take recipes/data/{name}.csv.gz from "
+            f"the project's repository ({_ELSEWHERE.get(name, 'see its data card')}), put it into a folder and set {DATA_FOLDER} to that, "
+            f"or give the table: load_dataset({name!r}, frame=...)"
+        )
+    return found

@@ -72,6 +72,8 @@ class FairTrainer(TrainingState):
         ``"best"``: after training the model holds its best epoch on validation data; ``"last"``: its last.
     select_by : callable (Results) -> float, optional
         Validation results -> number, higher is better; default is LibMTL's mean relative improvement.
+    patience : int, optional
+        Training stops after so many epochs without a better one on validation data.
     loggers : iterable of str or Tracker, default ()
         Where each epoch's numbers go besides ``epochs.jsonl`` in ``run_dir``: ``"tensorboard"``, ``"mlflow"``,
         ``"wandb"``, or objects with ``log_epoch(epoch, values)``; see :mod:`libmtl_fair.libmtl.loggers`.
@@ -105,6 +107,7 @@ class FairTrainer(TrainingState):
         progress: bool = True,
         select: str = "best",
         select_by: Callable[[Results], float] | None = None,
+        patience: int | None = None,
         loggers: Iterable[str | Tracker] = (),
         weight_args: Mapping[str, object] | None = None,
         arch_args: Mapping[str, object] | None = None,
@@ -120,13 +123,15 @@ class FairTrainer(TrainingState):
             )
         if select not in ("best", "last"):
             raise RecipeError(f"select must be 'best' or 'last', found {select!r}")
+        if patience is not None and (isinstance(patience, bool) or not isinstance(patience, int) or patience < 1):
+            raise RecipeError(f"patience must be a whole number of epochs, at least 1, or None, found {patience!r}")
         if resume and folder is None:
             raise RecipeError("resume=True needs run_dir, the folder to continue from")
         self.device = resolve_device(device)
         self.run_dir = Path(folder) if folder else None
         self.rep_grad, self.multi_input = rep_grad, multi_input
         self.resume, self.seed, self.progress = resume, seed, progress
-        self.select, self.select_by = select, select_by
+        self.select, self.select_by, self.patience = select, select_by, patience
         self.optim_param, self.scheduler_param = dict(optim_param), scheduler_param
         self.kwargs = {"weight_args": dict(weight_args or {}), "arch_args": dict(arch_args or {})}
         self._trackers = Trackers(loggers, self.run_dir)
@@ -196,6 +201,9 @@ class FairTrainer(TrainingState):
         self._start(train_dataloaders, val_dataloaders, epochs)
         self._trackers.start(self)
         for epoch in self._epochs(epochs):
+            best = self.best["epoch"]
+            if self.patience is not None and best is not None and self.epoch > best + self.patience:
+                break
             self._one_epoch(epoch, train_dataloaders, val_dataloaders)
         self._trackers.finish()
         best = self.best["epoch"]

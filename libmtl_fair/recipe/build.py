@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 
 from libmtl_fair.data import Dataset, Split, dataset_names, load_dataset, load_table
 from libmtl_fair.data.loader import ResidentLoader
 from libmtl_fair.errors import HostError, RecipeError
-from libmtl_fair.libmtl.checkpoint import seed_everything
+from libmtl_fair.libmtl.checkpoint import random_state_kept, seed_everything
 from libmtl_fair.libmtl.losses import task_dict
 from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS, architecture_names, resolve_weighting, weighting_names
 from libmtl_fair.libmtl.state import Results
@@ -180,16 +182,18 @@ def build_trainer(
     seed: int | None,
     *,
     heads: Mapping[str, Any] | None = None,
+    encoder: Callable[[int], nn.Module] | None = None,
     **options: Any,
 ) -> FairTrainer:
-    """Return a trainer with an MLP, linear heads and the fairness heads asked for, initialised from the seed.
+    """Return a trainer with an MLP (or an ``encoder``), linear heads and the fairness heads asked for, initialised from the seed.
 
     ``heads`` are arguments of :func:`add_fairness_heads`, ``options`` what else goes to :class:`FairTrainer`.
     """
     need_model(model, n_features)
     if seed is not None:
         seed_everything(seed)
-    described, decoders = task_dict(tasks), dict(linear_heads(tasks, model.hidden[-1]).items())
+    width = model.hidden[-1] if encoder is None else _width(encoder, n_features)
+    described, decoders = task_dict(tasks), dict(linear_heads(tasks, width).items())
     if heads is not None:
         counts = {name: len(names) for name, names in groups.items()}
         described, made = add_fairness_heads(
@@ -203,7 +207,9 @@ def build_trainer(
         described,
         weighting,
         model.architecture,
-        lambda: MLP(n_features, model.hidden, model.dropout, model.norm),
+        partial(encoder, n_features)
+        if encoder is not None
+        else lambda: MLP(n_features, model.hidden, model.dropout, model.norm),
         decoders,
         train.rep_grad,
         False,
@@ -214,3 +220,20 @@ def build_trainer(
         arch_args=arch_args,
         **options,
     )
+
+
+@torch.no_grad()
+def _width(encoder: Callable[[int], nn.Module], n_features: int) -> int:
+    """Return the width of an encoder's representation, HostError where it gives none of rows [N, n_features]."""
+    with random_state_kept():
+        try:
+            found = encoder(n_features).eval()(torch.zeros(2, n_features))
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise HostError(
+                f"encoder: expected a class or function that takes the number of columns ({n_features}) and returns a module for "
+                f"rows [N, {n_features}]: {error}"
+            ) from error
+    if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != 2:
+        what = f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise HostError(f"encoder: expected a representation [N, width], found {what} for N = 2")
+    return found.shape[1]

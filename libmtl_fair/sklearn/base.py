@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -11,16 +11,18 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.base import BaseEstimator
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import Tags, _safe_indexing, check_random_state
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
-from torch import Tensor
+from torch import Tensor, nn
 
 from libmtl_fair.data.features import FeatureEncoder
 from libmtl_fair.data.loader import ResidentLoader, representative
 from libmtl_fair.data.reference import fit_reference
 from libmtl_fair.errors import CheckpointError, RecipeError
 from libmtl_fair.libmtl import checkpoint
+from libmtl_fair.libmtl.state import RepresentationHook
 from libmtl_fair.libmtl.trainer import FairTrainer
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.build import EVAL_BATCH, build_trainer
@@ -35,7 +37,7 @@ _SAVED = ("groups_", "structure_", "n_columns_", "n_features_in_", "feature_name
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class FairMTLBase(BaseEstimator):  # type: ignore[misc]
+class FairMTLBase(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Base of :class:`FairMTLEstimator` and :class:`FairMTLClassifier`; see there."""
 
     method: str = field(default="none", kw_only=False)
@@ -46,14 +48,16 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
     lr: float = 3e-3
     weight_decay: float = 1e-5
     method_args: Mapping[str, object] | None = None
+    encoder: Callable[[int], nn.Module] | None = None
     validation_fraction: float = 0.0
+    early_stopping: int | None = None
     device: str = "auto"
     random_state: int | np.random.RandomState | None = None
 
     def __sklearn_tags__(self) -> Tags:
-        """Say what scikit-learn may expect: missing values in X are allowed."""
+        """Say what scikit-learn may expect: missing values in X are allowed, and sparse ones."""
         tags = super().__sklearn_tags__()
-        tags.input_tags.allow_nan = tags.target_tags.required = True
+        tags.input_tags.allow_nan = tags.input_tags.sparse = tags.target_tags.required = True
         return tags
 
     def _checked(self) -> Method:
@@ -63,6 +67,13 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
                 raise RecipeError(f"{name} must be a whole number of at least 1, found {value!r}")
         if not 0 <= self.validation_fraction < 1:
             raise RecipeError(f"validation_fraction must be in [0, 1), found {self.validation_fraction!r}")
+        stop = self.early_stopping
+        if stop is not None and (isinstance(stop, bool) or not hasattr(stop, "__index__") or stop < 1):
+            raise RecipeError(f"early_stopping must be a whole number of epochs, at least 1, or None, found {stop!r}")
+        if stop is not None and not self.validation_fraction:
+            raise RecipeError("early_stopping looks at held-out rows: give validation_fraction too, such as 0.2")
+        if self.encoder is not None and not callable(self.encoder):
+            raise RecipeError(f"encoder must be a class or function of the number of columns, found {self.encoder!r}")
         if isinstance(self.hidden, str) or not isinstance(self.hidden, Sequence):
             raise RecipeError(f"hidden must be a tuple of widths, such as (64, 32), found {self.hidden!r}")
         method = find_method(self.method)
@@ -102,7 +113,8 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
         widths = tuple(int(width) for width in self.hidden)
         optimizer = Optimizer.model_construct(lr=float(self.lr), weight_decay=float(self.weight_decay))
         architecture = {"architecture": method.architecture, "arch_args": arch_args}
-        options = {"heads": heads, "weight_args": weight_args, "device": self.device}
+        stop = None if self.early_stopping is None else int(self.early_stopping)
+        options = {"heads": heads, "weight_args": weight_args, "device": self.device, "patience": stop}
         return build_trainer(
             "EW" if seed is None else method.weighting,
             Model.model_construct(None, hidden=widths, dropout=self.dropout, **architecture),
@@ -112,6 +124,7 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
             self.groups_,
             seed,
             progress=False,
+            encoder=self.encoder,
             **({"device": "cpu"} if seed is None else options),
         )
 
@@ -165,6 +178,34 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
         parts = [self.model_(part.double()) for part in torch.split(rows, EVAL_BATCH)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
+    @torch.no_grad()
+    def transform(self, X: object) -> NDArray[np.float64]:
+        """Return what the heads receive of each row, [N, d]: representations of tasks that have their own side by side.
+
+        The form of the result follows ``set_output(transform="pandas" | "polars" | "default")``.
+        """
+        check_is_fitted(self)
+        rows = torch.from_numpy(encode_inputs(self.encoder_, check_inputs(self, X, reset=False)))
+        return self._representation(rows).numpy()
+
+    def _representation(self, rows: Tensor) -> Tensor:
+        hook = RepresentationHook(self.model_)
+        found = []
+        try:
+            for part in torch.split(rows.double(), EVAL_BATCH):
+                self.model_(part)
+                seen = hook.take()
+                found.append(torch.cat(list(seen.values()), 1) if isinstance(seen, dict) else seen)
+        finally:
+            hook.remove()
+        return torch.cat(found)
+
+    @property
+    @torch.no_grad()
+    def _n_features_out(self) -> int:
+        """Return the width of :meth:`transform`'s result."""
+        return self._representation(torch.zeros(1, self.n_columns_)).shape[1]
+
     def _predictions(self, x: object, y: pd.DataFrame | None, sensitive_features: object) -> Predictions:
         found = {name: value.float() for name, value in self._outputs(x).items()}
         n_rows = len(next(iter(found.values())))
@@ -176,11 +217,22 @@ class FairMTLBase(BaseEstimator):  # type: ignore[misc]
         return Predictions(tasks, scores, found, labels, groups.ids, groups.names)
 
     def __getstate__(self) -> dict[str, object]:
-        """Leave the torch model out: it is rebuilt from its weights."""
-        return {name: value for name, value in super().__getstate__().items() if name != "model_"}
+        """Return plain values and arrays: the torch model is rebuilt from its weights."""
+        state: dict[str, Any] = {name: value for name, value in super().__getstate__().items() if name != "model_"}
+        if "weights_" in state:
+            state["weights_"] = {name: value.numpy() for name, value in state["weights_"].items()}
+            state["history_"] = {name: values.to_numpy() for name, values in state["history_"].items()}
+            state |= {"encoder_": self.encoder_.to_dict(), "targets_": [dict(vars(target)) for target in self.targets_]}
+        return state
 
-    def __setstate__(self, state: dict[str, object]) -> None:
-        """Rebuild the torch model."""
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Rebuild the torch model; states of earlier versions hold objects of ours."""
+        state = dict(state)
+        if isinstance(state.get("encoder_"), dict):
+            state["weights_"] = {name: torch.as_tensor(value) for name, value in state["weights_"].items()}
+            state["history_"] = pd.DataFrame(state["history_"])
+            state["encoder_"] = FeatureEncoder.from_dict(state["encoder_"])
+            state["targets_"] = [Target(**values) for values in state["targets_"]]
         super().__setstate__(state)
         if hasattr(self, "weights_"):
             self._rebuild()

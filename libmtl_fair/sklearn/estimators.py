@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from sklearn.base import ClassifierMixin
-from sklearn.utils import Tags
+from sklearn.utils import ClassifierTags, Tags
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
 
@@ -40,12 +40,22 @@ class FairMTLClassifier(ClassifierMixin, FairMTLBase):  # type: ignore[misc]
         Widths of the hidden layers and dropout between them.
     method_args : mapping of str to object, optional
         Settings of the method, as in recipes: ``{"target": "eo <= 0.05"}``.
+    encoder : class or callable, optional
+        Called with the number of encoded columns F it returns a module [N, F] -> [N, d], in place of the network of
+        ``hidden`` and ``dropout``.
     validation_fraction : float, default 0.0
         Share of the rows held out to choose the best epoch; 0 keeps the last epoch.
+    early_stopping : int, optional
+        Training stops after so many epochs without a better one on the rows held out.
     device : str, default "auto"
         ``"auto"``, ``"cpu"``, ``"cuda:0"``, ...
     random_state : int or numpy.random.RandomState, optional
         Of initial weights and batches.
+
+    Notes
+    -----
+    ``transform`` gives the representations [N, d] and follows ``set_output``. A sparse X is trained on as a dense one.
+    ``skops.io.dump`` takes a fitted estimator; to load one, name the estimator's own class as trusted (and an ``encoder`` of yours).
 
     Attributes
     ----------
@@ -146,7 +156,9 @@ class FairMTLEstimator(FairMTLBase):
         ``{column: "binary" | "multiclass" | "regression"}`` where it is not to be told from the values. Without it:
         text, categories and booleans are classes, two values are binary, up to 20 different integers are classes, other
         numbers are regression targets.
-    epochs, batch_size, lr, weight_decay, hidden, dropout, method_args, validation_fraction, device, random_state : as there
+    epochs, batch_size, lr, weight_decay, hidden, dropout, method_args, encoder, validation_fraction : as there
+        As for :class:`FairMTLClassifier`.
+    early_stopping, device, random_state : as there
         As for :class:`FairMTLClassifier`.
 
     Attributes
@@ -171,9 +183,9 @@ class FairMTLEstimator(FairMTLBase):
     tasks: Declared | None = None
 
     def __sklearn_tags__(self) -> Tags:
-        """Say that Y may have several columns."""
+        """Say that Y may have several columns, of classes too."""
         tags = super().__sklearn_tags__()
-        tags.target_tags.multi_output = True
+        tags.target_tags.multi_output, tags.classifier_tags = True, ClassifierTags()
         return tags
 
     def fit(

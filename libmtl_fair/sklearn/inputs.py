@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import issparse
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import _check_sample_weight, validate_data
 from torch import Tensor
@@ -24,7 +25,7 @@ Rows = NDArray[np.float64] | pd.DataFrame
 
 
 def check_inputs(estimator: BaseEstimator, x: object, *, reset: bool) -> Rows:
-    """Return X as scikit-learn checks it: a float64 array, or a DataFrame where it has text columns."""
+    """Return X as scikit-learn checks it: a float64 array (dense, of a sparse X too), or a DataFrame where it has text columns."""
     x = settled(x)
     if isinstance(x, pd.DataFrame):
         dates = [place for place in range(x.shape[1]) if is_date(x.iloc[:, place])]
@@ -44,9 +45,9 @@ def check_inputs(estimator: BaseEstimator, x: object, *, reset: bool) -> Rows:
         if np.isinf(numbers.to_numpy(dtype=np.float64, na_value=np.nan)).any():
             raise DataError("X contains infinity; correct these values or leave the rows out")
         return frame
-    array: NDArray[np.float64] = validate_data(
-        estimator, x, dtype=np.float64, ensure_all_finite="allow-nan", reset=reset, estimator=estimator
-    )
+    checks = {"dtype": np.float64, "ensure_all_finite": "allow-nan", "accept_sparse": "csr", "estimator": estimator}
+    found = validate_data(estimator, x, reset=reset, **checks)
+    array: NDArray[np.float64] = found.toarray() if issparse(found) else found  # what a network multiplies is dense
     return array
 
 

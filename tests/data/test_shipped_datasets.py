@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from libmtl_fair.data import Dataset, dataset_names, describe_dataset, load_dataset
+from libmtl_fair.data import Dataset, dataset_names, describe_dataset, load_dataset, shipped
+from libmtl_fair.data.shipped import DATA_FOLDER, shipped_file
 from libmtl_fair.errors import DataError
 from libmtl_fair.tasks import Binary, Multiclass, Regression
 
@@ -36,8 +38,7 @@ def adult_b() -> Dataset:
 
 
 def source(name: str) -> pd.DataFrame:
-    with resources.as_file(resources.files("libmtl_fair.data") / "files" / f"{name}.csv.gz") as path:
-        return pd.read_csv(path)
+    return pd.read_csv(shipped_file(name))
 
 
 def rate(data: Dataset, task: str, attribute: str, group: str, what: str = "rate") -> float:
@@ -329,9 +330,35 @@ def test_catalogue() -> None:
 
 
 def test_licence_notes_are_shipped() -> None:
-    notes = (resources.files("libmtl_fair.data") / "files" / "LICENSES.md").read_text(encoding="utf-8")
-    for part in ("10.24432/C5XW20", "no formal licence", "courtesy of the Vanderbilt", "10.24432/C5NC77"):
-        assert part in notes
+    """Each data file has its terms beside it."""
+    for name in ("adult", "compas", "german", "support2"):
+        notes = shipped_file(name).with_name("LICENSES.md").read_text(encoding="utf-8")
+        assert f"## {name}.csv.gz" in notes
+    for part in ("10.24432/C5XW20", "10.24432/C5NC77"):
+        assert part in shipped_file("adult").with_name("LICENSES.md").read_text(encoding="utf-8")
+    for part in ("no formal licence", "courtesy of the Vanderbilt"):
+        assert part in shipped_file("compas").with_name("LICENSES.md").read_text(encoding="utf-8")
+
+
+def test_the_package_lacks_what_has_no_clear_licence(tmp_path, monkeypatch) -> None:
+    """What the wheel holds is the package's folder; installed elsewhere, the sentence says where the others are to be had."""
+    files = Path(shipped.__file__).parent / "files"
+    assert {path.name for path in files.iterdir()} == {"adult.csv.gz", "german.csv.gz", "LICENSES.md"}
+    shutil.copytree(files, tmp_path / "libmtl_fair" / "data" / "files")
+    monkeypatch.setattr(shipped, "__file__", str(tmp_path / "libmtl_fair" / "data" / "shipped.py"))
+    assert load_dataset("german").card["rows"] == 1000
+    for name in ("compas", "support2"):
+        with pytest.raises(DataError, match=rf"{name}.csv.gz from the project's repository .*LIBMTL_FAIR_DATA"):
+            load_dataset(name)
+    monkeypatch.setenv(DATA_FOLDER, str(Path(__file__).parents[2] / "recipes" / "data"))
+    assert load_dataset("compas").card["rows"] == 6172
+
+
+def test_a_data_folder_of_ones_own_comes_first(tmp_path, monkeypatch) -> None:
+    source("german").head(500).to_csv(tmp_path / "german.csv.gz", index=False)
+    monkeypatch.setenv(DATA_FOLDER, str(tmp_path))
+    assert load_dataset("german").card["rows"] == 500
+    assert shipped_file("adult").parent.name == "files"
 
 
 @pytest.mark.parametrize(
