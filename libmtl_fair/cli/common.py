@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from libmtl_fair.report import RunFolder
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 75
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 out = Screen()
 err = Screen(stderr=True)
 

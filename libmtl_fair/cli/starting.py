@@ -1,4 +1,4 @@
-"""Commands to begin with: ``init``, ``check``, ``methods``, ``datasets``."""
+"""Commands to begin with: ``init``, ``check``, ``schema``, ``methods``, ``datasets``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
+import typer
 from rich.markup import escape
 from rich.prompt import Confirm, Prompt
 from typer import Argument, Option
@@ -92,6 +93,22 @@ def check(
         say(f"[yellow]too small:[/] {escape(sentence)}")
     trainings = sum(method.post is None for method in loaded.methods.values()) * len(loaded.seeds)
     say(f"methods: {escape(', '.join(loaded.methods))}; {trainings} models are trained; nothing was trained now")
+
+
+@command()
+def schema(
+    target: Annotated[Path | None, Option("--out", metavar="FILE", help="write it to a file")] = None,
+) -> None:
+    """Print the JSON schema of recipes; an editor that knows it completes and checks them."""
+    from libmtl_fair.files import atomic_path
+    from libmtl_fair.recipe.json_schema import shipped_schema
+
+    if target is None:
+        typer.echo(shipped_schema(), nl=False)
+        return
+    with atomic_path(target) as path:
+        path.write_text(shipped_schema(), encoding="utf-8")
+    say(escape(f"schema: {target}; in a recipe's first line: # yaml-language-server: $schema={target}"))
 
 
 @command()

@@ -82,7 +82,12 @@ def draft(found: Look, table: Path, target: Path) -> str:
 def _methods(found: Look) -> list[str]:
     if not found.sensitive:
         return ["  relif: {weighting: ReLiF} # people who are alike get closer ranks"]
-    lines = ["  fairmt: {weighting: FairMT} # equalised odds within 30% of plain's"]
+    constrained = any(fields["kind"] == "binary" for fields in found.tasks.values())
+    lines = [
+        "  fairmt: {weighting: FairMT} # equalised odds within 30% of plain's"
+        if constrained
+        else "  fairmt: {weighting: FairMT, form: phi} # errors alike between groups; no task has decisions to constrain"
+    ]
     shown = {*found.sensitive, *(name for fields in found.sensitive.values() for name in fields.get("also_in", ()))}
     if set(found.inputs) & shown and set(found.inputs) - shown:
         lines.append("  # unaware: {weighting: EW, unaware: true}    what leaving the sensitive columns out gives")
