@@ -23,6 +23,8 @@ def need_few_groups(what: str, count: int) -> None:
 
 def check_labels(faults: Faults, task: Task, labels: Tensor) -> None:
     """Note labels that are none of the task's kind."""
+    if labels.is_complex():
+        raise DataError(f"task {task.name!r} ({task.kind}): labels are {labels.dtype}; expected {task.labels_are}")
     faults.note(task.wrong(labels), labels, f"task {task.name!r} ({task.kind}): labels", task.labels_are)
 
 

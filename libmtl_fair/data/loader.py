@@ -136,6 +136,8 @@ def as_tensor(values: object, what: str, n_rows: int | None = None) -> Tensor:
             array = array.astype(array.dtype.newbyteorder("="), copy=True)
         tensor = torch.from_numpy(array)
         tensor = tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor
+    if tensor.is_complex():
+        raise DataError(f"{what}: expected real numbers, found {tensor.dtype}")
     found = len(tensor) if tensor.dim() else 0
     if n_rows is not None and found != n_rows:
         raise DataError(f"{what}: expected {n_rows} rows, as x has, found {found}")

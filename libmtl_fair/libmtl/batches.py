@@ -94,13 +94,19 @@ def split(batch: object, device: torch.device, tasks: Sequence[str]) -> Packed:
     return batch._replace(x=to_device(batch.x, device), labels=taken, groups=groups)
 
 
-def _check_ids(trainer: TrainingState, attribute: str, ids: Tensor) -> None:
+def _need_whole(attribute: str, ids: Tensor) -> str:
+    """Return how messages call the ids; what are no whole numbers [B] are refused."""
     what = f"groups of sensitive attribute {attribute!r}"
-    if ids.is_floating_point() or ids.is_complex() or ids.dim() != 1:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.dim() != 1:
         raise DataError(
             f"{what}: expected whole ids [B], found {ids.dtype} of shape {list(ids.shape)}; give ids 0..G-1, and -1 where the "
             "group is not known"
         )
+    return what
+
+
+def _check_ids(trainer: TrainingState, attribute: str, ids: Tensor) -> None:
+    what = _need_whole(attribute, ids)
     most = trainer.n_groups.get(attribute, MOST_GROUPS) if trainer.model.training else MOST_GROUPS
     trainer.faults.note((ids < -1) | (ids >= most), ids, what, f"ids 0 to {most - 1}, -1 where the group is not known")
 
@@ -177,5 +183,6 @@ def _scan(loader: Loader) -> dict[str, int]:
         if not groups:
             return {}
         for name, ids in groups.items():
+            _need_whole(name, ids)
             highest[name] = max(highest.get(name, -1), int(ids.max()))
     return {name: top + 1 for name, top in highest.items()}

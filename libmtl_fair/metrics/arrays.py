@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -27,7 +28,8 @@ def as_numpy(values: Values) -> Array:
     Nullable numbers and truth values with gaps are float64, NaN where missing.
     """
     if isinstance(values, Tensor):
-        return np.asarray(values.detach().cpu().numpy())
+        tensor = values.detach().cpu()
+        return np.asarray((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
     found = to_pandas(values)
     if isinstance(found, pd.Series) and pd.api.types.is_extension_array_dtype(found.dtype) and is_numeric(found):
         return found.to_numpy(dtype=np.float64, na_value=np.nan)
@@ -53,6 +55,16 @@ def as_weights(values: Values, n_rows: int) -> Floats:
     return weight
 
 
+def as_decisions(values: Values, what: str) -> Array:
+    """Return zeros and ones [N] of any numeric type; text, and whatever else is no number, is refused."""
+    found = as_numpy(values).reshape(-1)
+    if found.dtype.kind in "iufb":
+        return found
+    if found.dtype == object and all(isinstance(each, int | float | np.number) for each in found):
+        return found.astype(np.float64)
+    raise DataError(f"{what} must hold 0 and 1, found {found.dtype}: {found[:3].tolist()}")
+
+
 def as_ids(values: Values, what: str = "groups") -> Array:
     """Return group ids [N] as whole numbers of any width; fractions, text and missing values are refused."""
     ids = as_numpy(values)
@@ -63,7 +75,7 @@ def as_ids(values: Values, what: str = "groups") -> Array:
         raise DataError(
             f"{what}: expected whole ids [N], -1 where not known, found {ids.dtype} of shape {list(ids.shape)}"
         )
-    return ids
+    return ids.astype(np.int64) if ids.dtype == bool else ids
 
 
 def divide(numerator: Array, denominator: Array) -> Floats:

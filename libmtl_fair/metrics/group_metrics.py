@@ -139,7 +139,7 @@ class GroupMetrics:
         ids = self._ids(groups)
         weight, size = None if sample_weight is None else sample_weight.detach(), len(next(iter(ids.values())))
         if weight is not None:
-            if weight.shape != (size,):
+            if weight.shape != (size,) or weight.is_complex():
                 raise DataError(
                     f"sample_weight has shape {list(weight.shape)} for a batch of {size}; expected [{size}]"
                 )

@@ -57,6 +57,7 @@ class TaskState:
         name, size = self.task.name, len(next(iter(ids.values())))
         values = self._values(output)
         labels = self.task.flat(torch.as_tensor(labels, device=output.device).detach())
+        labels = labels.float() if labels.is_floating_point() and labels.dtype.itemsize < 4 else labels
         wide = tuple(values.shape) if self.task.kind == "multilabel" else (len(values),)
         if not len(values) == len(labels) == size or labels.shape != wide:
             found = f"{len(values)} outputs and labels of shape {list(labels.shape)} for {size} group ids"

@@ -18,6 +18,7 @@ from libmtl_fair.metrics.arrays import (
     Floats,
     Ints,
     Values,
+    as_decisions,
     as_floats,
     as_ids,
     as_numpy,
@@ -67,7 +68,7 @@ def group_counts(
     ``y_true`` and ``y_pred`` are 0/1 (any dtype), ``groups`` ids in -1..G-1; rows of unknown group (-1) are left out.
     Linear in n and independent of G; int64 counts, or float64 sums of ``sample_weight``.
     """
-    y, p = (as_numpy(v).reshape(-1) for v in (y_true, y_pred))
+    y, p = as_decisions(y_true, "y_true"), as_decisions(y_pred, "y_pred")
     g = as_ids(as_numpy(groups).reshape(-1))
     need_few_groups("groups", n_groups)
     if not len(y) == len(p) == len(g):

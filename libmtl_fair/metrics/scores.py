@@ -38,7 +38,7 @@ def auc_score(scores: Values, positive: Values) -> float:
     """
     score, label = as_numpy(scores), as_numpy(positive)
     _need_scores("auc_score", score, label)
-    return float(F.auc(torch.as_tensor(score), torch.as_tensor(label).bool()))
+    return float(F.auc(torch.from_numpy(score.astype(np.float64)), torch.from_numpy(label.astype(bool))))
 
 
 def _need_scores(what: str, score: Array, label: Array) -> None:

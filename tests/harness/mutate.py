@@ -1,6 +1,6 @@
 """Mutated recipes, overrides, tables, specs and run folders: taken, or refused with an error of ours; never a trace.
 
-    python -m tests.harness.mutate --n 10000
+python -m tests.harness.mutate --n 10000
 """
 
 from __future__ import annotations
@@ -26,10 +26,80 @@ from libmtl_fair.report.page import render
 from tests.harness.common import Trials, WrongNumberError, main
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
-SNIPPETS = ["&a ", "*a", "<<: ", "!!int ", "---\n", "%YAML 9.9\n", "[", "]", "{", "}", ": ", "- ", "\t", "#", "'", '"', "|\n", ">-\n"]
-SNIPPETS += ["\x00", "\x85", "\ufeff", "é", "😀", "1e999", ".nan", "~", "?", "\r", "\n", "0x", "@", "`", "\x1b[2J", "../", "=cmd()"]
-VALUES: list[Any] = [None, True, 0, 1, -1, 10**25, 1e308, float("nan"), float("inf"), "", "x", "EW", "adult", "p75", "1e-3", "a: b", "<<"]
-VALUES += [[], {}, [1], ["age"], ["age", "nope"], {"a": 1}, [[]], {"": {}}, "sex*race", "race:top2", (0.6, 0.2, 0.2), "*", 10**9, "\x1b[2J"]
+SNIPPETS = [
+    "&a ",
+    "*a",
+    "<<: ",
+    "!!int ",
+    "---\n",
+    "%YAML 9.9\n",
+    "[",
+    "]",
+    "{",
+    "}",
+    ": ",
+    "- ",
+    "\t",
+    "#",
+    "'",
+    '"',
+    "|\n",
+    ">-\n",
+]
+SNIPPETS += [
+    "\x00",
+    "\x85",
+    "\ufeff",
+    "é",
+    "😀",
+    "1e999",
+    ".nan",
+    "~",
+    "?",
+    "\r",
+    "\n",
+    "0x",
+    "@",
+    "`",
+    "\x1b[2J",
+    "../",
+    "=cmd()",
+]
+VALUES: list[Any] = [
+    None,
+    True,
+    0,
+    1,
+    -1,
+    10**25,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "EW",
+    "adult",
+    "p75",
+    "1e-3",
+    "a: b",
+    "<<",
+]
+VALUES += [
+    [],
+    {},
+    [1],
+    ["age"],
+    ["age", "nope"],
+    {"a": 1},
+    [[]],
+    {"": {}},
+    "sex*race",
+    "race:top2",
+    (0.6, 0.2, 0.2),
+    "*",
+    10**9,
+    "\x1b[2J",
+]
 
 
 def mutated(data: Any, draw: random.Random) -> Any:
@@ -84,7 +154,18 @@ def recipe_values(draw: random.Random) -> str:
 
 def overrides(draw: random.Random) -> str:
     """``--set`` of anything."""
-    paths = ["train.epochs", "methods.relif.x", "data.tasks.0", "seeds", "tune.space.a.b", "model.arch_args.q", "", ".", "a..b", "methods"]
+    paths = [
+        "train.epochs",
+        "methods.relif.x",
+        "data.tasks.0",
+        "seeds",
+        "tune.space.a.b",
+        "model.arch_args.q",
+        "",
+        ".",
+        "a..b",
+        "methods",
+    ]
     given = f"{draw.choice(paths)}{draw.choice(['=', '', '=='])}{draw.choice([*map(repr, VALUES), *SNIPPETS])}"
     return _build(apply_overrides(parse_yaml(draw.choice(RECIPES).read_text()), [given]))
 
@@ -147,10 +228,22 @@ def tables(draw: random.Random) -> str:
     if draw.random() < 0.2:
         tasks = mutated(tasks, draw)
     if draw.random() < 0.2:
-        fields = ["sensitive", "features", "categorical", "seed", "split", "stratify", "missing", "keep_groups", "subset"]
+        fields = [
+            "sensitive",
+            "features",
+            "categorical",
+            "seed",
+            "split",
+            "stratify",
+            "missing",
+            "keep_groups",
+            "subset",
+        ]
         options[draw.choice(fields)] = copy.deepcopy(draw.choice(VALUES))
     elif draw.random() < 0.3:
-        options["sensitive"] = {"race": {draw.choice(["bins", "labels", "merge", "keep", "of", "column"]): draw.choice(VALUES)}}
+        options["sensitive"] = {
+            "race": {draw.choice(["bins", "labels", "merge", "keep", "of", "column"]): draw.choice(VALUES)}
+        }
     data = load_table(frame, tasks=tasks, **options)
     for part in data.splits().values():
         if not np.isfinite(part.x.numpy()).all():
@@ -169,8 +262,17 @@ def _finished() -> Path:
         "sensitive": {"sex": {"column": "sex"}},
     }
     methods = {"plain": {"weighting": "EW"}, "fair": {"weighting": "FairMT"}}
-    recipe = {"name": "small", "data": data, "model": {"hidden": [4]}, "train": {"epochs": 1}, "seeds": [0, 1], "methods": methods}
-    return run_recipe(Recipe.from_dict({**recipe, "metrics": {"n_bootstrap": 20}}), folder / "run", note=lambda text: None)
+    recipe = {
+        "name": "small",
+        "data": data,
+        "model": {"hidden": [4]},
+        "train": {"epochs": 1},
+        "seeds": [0, 1],
+        "methods": methods,
+    }
+    return run_recipe(
+        Recipe.from_dict({**recipe, "metrics": {"n_bootstrap": 20}}), folder / "run", note=lambda text: None
+    )
 
 
 def run_folders(draw: random.Random) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor
 
 import libmtl_fair as lf
-from libmtl_fair.errors import DataError, FairMTLError, HostError
+from libmtl_fair.errors import DataError, HostError
 from libmtl_fair.libmtl import DivergenceError
 from libmtl_fair.libmtl.loading import weighting_namespace
 from libmtl_fair.models import MLP, linear_heads
@@ -112,56 +110,6 @@ def test_multilabel_labels_need_a_column_a_label() -> None:
 def test_imtl_says_that_training_diverged(kit: SimpleNamespace) -> None:
     with pytest.raises(DivergenceError, match="epoch 0, step 0"):
         train(kit, "IMTL", kit.data()[1], x=1e37 * kit.data()[0])
-
-
-def _labels(draw: random.Random, n: int, g: torch.Generator) -> Tensor:
-    coin = torch.randint(0, 2, (n,), generator=g)
-    return draw.choice(
-        [
-            coin.float(), coin, coin.double(), coin.bool(), coin.float().unsqueeze(1), torch.randn(n, generator=g),
-            torch.ones(n), torch.full((n,), torch.nan), torch.full((n,), torch.inf), torch.zeros(n + 1), torch.zeros(0),
-            coin.float().masked_fill(torch.rand(n, generator=g) < 0.4, torch.nan), torch.zeros(n, 2),
-        ]
-    )  # fmt: skip
-
-
-def _groups(draw: random.Random, n: int, g: torch.Generator) -> Tensor:
-    coin = torch.randint(0, 2, (n,), generator=g)
-    return draw.choice([coin, coin - 1, coin * 0, coin * 0 - 1, coin * 40, coin.float(), coin.unsqueeze(1)])
-
-
-@pytest.mark.parametrize("block", range(4))
-def test_mutated_tensors_train_or_give_an_error_of_ours(block: int) -> None:
-    trained = 0
-    for turn in range(40):
-        draw, g = random.Random(100 * block + turn), torch.Generator().manual_seed(100 * block + turn)
-        n = draw.choice([1, 2, 7, 40])
-        kinds = [lf.Binary, lf.Regression, lambda t: lf.Multiclass(t, 3), lambda t: lf.Multilabel(t, 2)]
-        tasks = [draw.choice(kinds)(f"t{i}") for i in range(draw.randint(1, 3))]
-        method = draw.choice(list(METHODS))
-        entries, heads = lf.task_dict(tasks), linear_heads(tasks, 6)
-        if method == "LambdaMix":
-            entries, heads = lf.add_fairness_heads(
-                entries, heads, draw.choice(["glf", "gap", "dpl"]), sensitive=("sex",)
-            )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                loader = lf.ResidentLoader(
-                    torch.randn(n, 5, generator=g), {t.name: _labels(draw, n, g) for t in tasks},
-                    {"sex": _groups(draw, n, g)}, batch_size=8, shuffle=True, seed=turn, device="cpu",
-                )  # fmt: skip
-                trainer = lf.FairTrainer(
-                    entries, method, "FairBranch" if method == "FBGrad" else "HPS", lambda: MLP(5, (8, 6)), heads, False,
-                    False, {"optim": "adam", "lr": 0.01}, None, device="cpu", progress=False, select="last",
-                )  # fmt: skip
-                trainer.train(loader, epochs=1)
-                trainer.predict(loader)
-            except FairMTLError:
-                continue
-        trained += 1
-        assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
-    assert trained > 2
 
 
 @pytest.mark.parametrize("method", ["ReLiF", "GroupRegulariser", "FairMT"])
