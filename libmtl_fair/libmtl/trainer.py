@@ -6,6 +6,8 @@ import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -32,6 +34,7 @@ from libmtl_fair.libmtl.state import Loaders, RepresentationHook, Results, Takes
 from libmtl_fair.locks import alone_in_its_folder
 from libmtl_fair.methods.base import FairWeighting
 from libmtl_fair.predictions import Predictions
+from libmtl_fair.progress import bar, tell, told
 
 if TYPE_CHECKING:
     from libmtl_fair.metrics import AuditReport, ConsistencyAudit, ConsistencyReport
@@ -247,15 +250,14 @@ class FairTrainer(TrainingState):
         self.epoch_steps = batch_count(per_task(self, train_dataloaders).values())
 
     def _epochs(self, epochs: int) -> Iterator[int]:
-        if not self.progress:
-            yield from range(self.epoch, epochs)
-            return
-        from libmtl_fair.progress import bar
-
-        with bar("training", epochs, self.epoch) as advance:
+        with bar("training", epochs, self.epoch) if self.progress else nullcontext(tell) as advance:
             for epoch in range(self.epoch, epochs):
+                tell(f"epoch {epoch + 1}/{epochs}")
                 yield epoch
                 advance(f"epoch {epoch + 1}/{epochs}")
+
+    def _place(self, epoch: int, step: int) -> str:
+        return f"epoch {epoch + 1}/{self.model.epochs}, step {step}/{self.epoch_steps or '?'}"
 
     def _one_epoch(self, epoch: int, train_dataloaders: Loaders, val_dataloaders: Loaders | None) -> None:
         started = time.perf_counter()
@@ -287,7 +289,7 @@ class FairTrainer(TrainingState):
         with joined_heads(self.model, self.optimizer) as joint:
             if not saved:
                 self._before_epoch.take(self)
-            for batch in stepping.draw(self, loaders):
+            for batch in told(stepping.draw(self, loaders), partial(self._place, epoch)):
                 stepping.step(self, batch, epoch, log, joint)
             if not len(log):
                 raise DataError(f"epoch {epoch}: the training loader has no batch")

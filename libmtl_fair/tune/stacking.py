@@ -13,6 +13,7 @@ from libmtl_fair.data.loader import resolve_device
 from libmtl_fair.errors import FairMTLError
 from libmtl_fair.libmtl import FairTrainer
 from libmtl_fair.libmtl import checkpoint_selection as judging
+from libmtl_fair.progress import tell
 from libmtl_fair.recipe.build import make_trainer
 from libmtl_fair.tune.budget import Heartbeat, give_up
 from libmtl_fair.tune.plan import Candidate, Outcome
@@ -123,6 +124,8 @@ class Places:
     def _train(self, stack: Stack) -> None:
         """Train one epoch of a stack; end the trials that are done."""
         runs = [run for run in self._runs if run.stack is stack]
+        first = min((run.epoch, run.candidate.train.epochs) for run in runs)
+        tell(f"{len(self._runs)} trials at once, the youngest in epoch {first[0] + 1}/{first[1]}")
         began = time.perf_counter()
         try:
             scores = stack.epoch()
