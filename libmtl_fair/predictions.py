@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from libmtl_fair.errors import CheckpointError, DamagedFileError, DataError
+from libmtl_fair.summaries import Lines, Summarised, shares
 from libmtl_fair.tasks import IGNORE_INDEX, Task, task_from_dict, task_to_dict
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 _META, _SEAL = b"libmtl_fair", b"libmtl_fair seal"
 
 
-@dataclass(frozen=True)
-class Predictions:
+@dataclass(frozen=True, repr=False)
+class Predictions(Summarised):
     """Outputs of a multi-task model on N examples.
 
     Attributes
@@ -61,6 +62,27 @@ class Predictions:
     embeddings: Tensor | dict[str, Tensor] | None = None
     decided: tuple[str, ...] = ()
     people: dict[str, float] = field(default_factory=dict)
+
+    def _summary(self) -> tuple[str, Lines]:
+        sizes = sorted({len(score) for score in self.scores.values()})
+        lines = []
+        for task in self.tasks:
+            labelled = int(task.observed(self.labels[task.name]).sum())
+            scores = self.scores[task.name].double()
+            what = f", {labelled:,} labelled, mean score {scores.nanmean():.3f}" if len(scores) else ""
+            lines.append((task.name, f"{task.kind}{what}" + ("; decisions alone" if task.name in self.decided else "")))
+        for attribute, ids in self.groups.items():
+            names = self._names(attribute)
+            counts = torch.bincount(ids[ids >= 0], minlength=len(names)).tolist()
+            lines.append((f"groups of {attribute}", shares(dict(zip(names, counts)))))
+        if self.embeddings is not None:
+            lines.append(
+                (
+                    "embeddings",
+                    "one for each task" if isinstance(self.embeddings, dict) else str(list(self.embeddings.shape)),
+                )
+            )
+        return f"Predictions of {', '.join(f'{size:,}' for size in sizes)} examples, {len(self.tasks)} tasks", lines
 
     def __len__(self) -> int:
         """Number of examples."""

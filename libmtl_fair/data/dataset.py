@@ -18,6 +18,7 @@ from libmtl_fair.data.reference import Reference, fit_reference
 from libmtl_fair.data.selection import Choice, read_table
 from libmtl_fair.data.spec import TableSpec
 from libmtl_fair.errors import DataError, unknown
+from libmtl_fair.summaries import Lines, Summarised, listed, shares
 from libmtl_fair.tasks import Task
 
 
@@ -87,8 +88,8 @@ class Split:
         return TableDataset(self.x, self.labels, self.groups, group_names=self.group_names, reference=self.reference)
 
 
-@dataclass(frozen=True)
-class Dataset:
+@dataclass(frozen=True, repr=False)
+class Dataset(Summarised):
     """A table made ready for multi-task training.
 
     Attributes
@@ -147,6 +148,21 @@ class Dataset:
         """Return the source columns that the inputs are made of."""
         return tuple(self.encoder.kinds)
 
+    def _summary(self) -> tuple[str, Lines]:
+        sizes = ", ".join(f"{len(split):,} {part}" for part, split in self.splits().items())
+        lines = [
+            ("rows", sizes),
+            ("inputs", f"{listed(self.inputs)}; {self.n_features} columns encoded"),
+            *((f"task {task.name}", _about(task, self.card["tasks"][task.name])) for task in self.tasks),
+        ]
+        for attribute, entry in self.card["groups"].items():
+            counts = {name: group["rows"] for name, group in entry["groups"].items()}
+            unknown = len(self.train) + len(self.val) + len(self.test) - sum(counts.values())
+            lines.append(
+                (f"groups of {attribute}", shares(counts) + (f"; {unknown:,} rows unknown" if unknown > 0 else ""))
+            )
+        return f"Dataset {self.name}: {self.card['title']}", lines
+
     def task(self, name: str) -> Task:
         """Return one task by name.
 
@@ -196,6 +212,17 @@ class Dataset:
     def card_markdown(self) -> str:
         """Return the data card as Markdown."""
         return card_markdown(self.card)
+
+
+def _about(task: Task, card: Card) -> str:
+    """Return a task's kind and what its labels are like."""
+    if task.kind == "regression":
+        what = f", mean {card['mean']:.4g}, standard deviation {card['std']:.4g}" if "mean" in card else ""
+    elif task.kind == "binary":
+        what = f", {card['rate']:.1%} positive" if "rate" in card else ""
+    else:
+        what = f", {task.out_features} {'classes' if task.kind == 'multiclass' else 'labels'}"
+    return f"{task.kind}{what}" + (f"; {card['missing']:,} rows without a label" if card.get("missing") else "")
 
 
 def build_dataset(spec: TableSpec, frame: pd.DataFrame, choice: Choice) -> Dataset:

@@ -13,6 +13,7 @@ from libmtl_fair.errors import DataError, RecipeError
 from libmtl_fair.metrics.arrays import Array, Bools, Floats, Values, as_floats, as_numpy
 from libmtl_fair.metrics.consistency import ConsistencyReport
 from libmtl_fair.metrics.tolerance import draw_pairs, draw_pool
+from libmtl_fair.summaries import Lines, Summarised
 
 Found = Iterable[tuple[float, float, int]]
 """Bias, violation rate and number of pairs of each task pair."""
@@ -22,8 +23,8 @@ _STEP, _BLOCK = 16, 1 << 12
 """Exact audit of many tasks: from so many on; scores between two tabulated ranks; scores worked on at a time."""
 
 
-@dataclass(frozen=True)
-class AuditReport:
+@dataclass(frozen=True, repr=False)
+class AuditReport(Summarised):
     """What a fixed-delta audit found.
 
     Attributes
@@ -46,6 +47,17 @@ class AuditReport:
     _scores: dict[str, Floats] = field(repr=False, compare=False)
     _masks: dict[str, Bools] = field(repr=False, compare=False)
     people: ConsistencyReport | None = field(default=None, compare=False)
+
+    def _summary(self) -> tuple[str, Lines]:
+        lines = [("Bias", f"{self.bias:.4f}"), ("violation rate", f"{self.violation_rate:.4f}")]
+        worst = self.per_pair.sort_values("bias", ascending=False).head(5)
+        pairs = zip(worst["task_a"], worst["task_b"], worst["bias"], worst["violation_rate"])
+        lines += [(f"{a} and {b}", f"Bias {bias:.4f}, violation rate {rate:.4f}") for a, b, bias, rate in pairs]
+        if self.people is not None:
+            lines.append(("people", f"inconsistency {self.people.inconsistency:.4f}"))
+        delta = self.protocol.get("delta")
+        shown = f"{delta:.4g}" if isinstance(delta, int | float) else "of each pair"
+        return f"Fixed-delta audit, delta {shown}: {len(self.tasks)} tasks, {len(self.per_pair)} pairs", lines
 
     def at(self, delta: Values) -> AuditReport:
         """Return the audit of the same scores, pools and pairs under another ``delta`` (a number or [T, T])."""
