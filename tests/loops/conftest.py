@@ -20,3 +20,14 @@ def _double() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_default_dtype(held)
+
+
+@pytest.fixture(scope="session")
+def torchvision_imports() -> Iterator[None]:
+    """Let libraries import a torchvision that was built for another torch: declare the operators that it misses."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    yield
+    del library  # which lives as long as the operators are wanted
