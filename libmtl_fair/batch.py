@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from libmtl_fair import functional as F
 from libmtl_fair.errors import HostError
+from libmtl_fair.processes import Processes
 from libmtl_fair.tasks import Task, with_nan
 
 
@@ -111,6 +112,62 @@ class Matrices(NamedTuple):
 
 
 @dataclass
+class Share:
+    """A process's share of a step whose batch all see.
+
+    Attributes
+    ----------
+    sizes : mapping of str to list of int
+        Task -> rows of each process.
+    outputs : mapping of str to Tensor
+        What this process made, which the gathered outputs hang on.
+    h : Tensor or dict of str to Tensor, optional
+        What its heads received.
+    made_apart : bool
+        Whether the losses were made from ``outputs``, each process its own, and not from the gathered ones.
+    """
+
+    processes: Processes
+    sizes: Mapping[str, Sequence[int]]
+    outputs: Mapping[str, Tensor]
+    h: Tensor | dict[str, Tensor] | None = None
+    made_apart: bool = False
+
+    def rows(self, task: str) -> slice:
+        """Return where in the batch this process's rows are."""
+        return self.processes.rows(self.sizes[task])
+
+    def whole(self, task: str, *values: Mapping[str, Tensor]) -> list[Mapping[str, Tensor]]:
+        """Return mappings to [rows of a task, ...] with the rows of all processes; matrices stay such."""
+        tensors = [part for value in values for part in _parts(value)]
+        found = iter(self.processes.gather(tensors, self.sizes[task]))
+        return [_rebuilt(value, found) for value in values]
+
+    def every(self, value: Tensor | Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
+        """Return [rows, ...] with the rows of all processes, or the same task by task."""
+        if isinstance(value, Tensor):
+            return self.processes.gather([value], next(iter(self.sizes.values())))[0]
+        return {task: self.processes.gather([part], self.sizes[task])[0] for task, part in value.items()}
+
+    def gradients(self, losses: Tensor, tasks: Sequence[str]) -> list[Tensor]:
+        """Return the gradient of the sum of losses made apart to each task's output, of all processes' rows; keeps the graph."""
+        outputs = [self.outputs[task] for task in tasks]
+        each = torch.autograd.grad(losses.sum(), outputs, allow_unused=True, retain_graph=True)
+        grads = [torch.zeros_like(z) if g is None else g for z, g in zip(outputs, each)]
+        return [self.processes.gather([g], self.sizes[t])[0] for t, g in zip(tasks, grads)]
+
+
+def _parts(values: Mapping[str, Tensor]) -> list[Tensor]:
+    return [values.matrix, *values.others.values()] if isinstance(values, Columns) else list(values.values())
+
+
+def _rebuilt(like: Mapping[str, Tensor], parts: Iterator[Tensor]) -> Mapping[str, Tensor]:
+    if isinstance(like, Columns):
+        return Columns(like.names, next(parts), like.widths, {name: next(parts) for name in like.others})
+    return {name: next(parts) for name in like}
+
+
+@dataclass
 class FairBatch:
     """One step of training, before the gradient is taken. Everything is on the model's device.
 
@@ -144,6 +201,8 @@ class FairBatch:
     twins : mapping of str to Tensor, optional
         Task -> outputs for the same people with another sensitive value, attached to a graph of their own. There where the
         loader can make them and the weighting says ``needs_twins``.
+    share : Share, optional
+        Which part of the batch is this process's; None where it is the only one.
     """
 
     tasks: Mapping[str, Task | None]
@@ -161,6 +220,16 @@ class FairBatch:
     reference: Tensor | Mapping[str, Tensor] | None = None
     epoch_steps: int | None = None
     twins: Mapping[str, Tensor] | None = None
+    share: Share | None = None
+
+    def total(self, value: Tensor) -> Tensor:
+        """Return the sum over all processes of what is of this process's rows; the value itself where it is alone."""
+        return value if self.share is None else self.share.processes.total(value)
+
+    @property
+    def received(self) -> Tensor | dict[str, Tensor]:
+        """What the heads received in this process: ``h`` where it is alone."""
+        return self.h if self.share is None or self.share.h is None else self.share.h
 
     def task(self, name: str) -> Task:
         """Return a task whose kind is known.

@@ -11,6 +11,8 @@ import mmap
 import os
 import re
 import secrets
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,14 +29,25 @@ _ZIP_END = b"PK\x05\x06"
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")
 
 
+def writes() -> bool:
+    """Whether this process writes: the only one, or the first of those that train together."""
+    together = sys.modules.get("torch.distributed")  # files need no torch
+    return together is None or not (together.is_available() and together.is_initialized()) or together.get_rank() == 0
+
+
 @contextmanager
 def atomic_path(path: str | Path, keep: Path | None = None) -> Iterator[Path]:
     """Give a temporary path beside ``path``; on leaving, flush it to disk and rename it over ``path``.
 
     Readers see the old file or the new one, whole. A failure leaves the old file and removes the temporary one. With ``keep`` the
     old file gets that name first: a kill between the two leaves it under that name only.
+    In several processes only the first one writes: what another puts there is thrown away.
     """
     path = Path(path)
+    if not writes():
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / path.name
+        return
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,6 +77,8 @@ def unwritable(path: Path, error: OSError) -> CheckpointError:
 
 def append_text(path: str | Path, text: str) -> None:
     """Add ``text`` (UTF-8) to a file and flush it to disk; where that fails the file is as it was, and a CheckpointError says why."""
+    if not writes():
+        return
     try:
         with open(path, "ab") as stream:
             end = stream.tell()

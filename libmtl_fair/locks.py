@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
 from libmtl_fair.errors import CheckpointError
-from libmtl_fair.files import need_writable, unwritable
+from libmtl_fair.files import need_writable, unwritable, writes
 
 try:
     import fcntl
@@ -157,11 +157,11 @@ def _works(owner: dict[str, object], path: Path, grace: float) -> bool:
 
 
 def alone_in_its_folder(method: _F) -> _F:
-    """Make a method of something with a ``run_dir`` be alone in it; where that is None it is as before."""
+    """Make a method of something with a ``run_dir`` be alone in it; where that is None it is as before, and so in all processes of a training but the first."""
 
     @functools.wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.run_dir is None:
+        if self.run_dir is None or not writes():
             return method(self, *args, **kwargs)
         need_writable(self.run_dir)
         with alone_in(self.run_dir):

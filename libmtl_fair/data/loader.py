@@ -21,6 +21,7 @@ from libmtl_fair.data.reference import Reference, narrowed
 from libmtl_fair.data.tables import settled
 from libmtl_fair.errors import DataError, near
 from libmtl_fair.faults import Faults, check_labels, need_few_groups
+from libmtl_fair.processes import current, launched
 from libmtl_fair.tasks import Task
 
 Array: TypeAlias = "Tensor | NDArray[Any]"
@@ -277,7 +278,7 @@ class ResidentLoader:
     groups : mapping of str to Array, optional
         {attribute: [N]}; ids 0..G-1, -1 where not known, or labels (text, truth values), whose sorted names are the groups.
     batch_size : int
-        Rows a batch.
+        Rows a batch, of all processes together.
     shuffle : bool
         A new order every epoch; without it batches are views of the data in its own order: do not write to them.
     seed : int, optional
@@ -302,6 +303,8 @@ class ResidentLoader:
     twins : Tensor or None
         The inputs of the same people with another sensitive value, of the shape of ``x``, for ReLiF's ``flip``; or
         :class:`Twins`, which makes them of ``x``. Only FairTrainer asks for them.
+    sharded : bool, default True
+        In several processes each takes its share of every batch, so that they train as one would. False: all take the same.
 
     Raises
     ------
@@ -334,6 +337,7 @@ class ResidentLoader:
         weights: Array | None = None,
         reference: Array | Reference | None = None,
         twins: Array | Twins | None = None,
+        sharded: bool = True,
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise DataError(f"batch_size must be an integer of at least 1, found {batch_size!r}")
@@ -347,7 +351,7 @@ class ResidentLoader:
             )
         self.device = resolve_device(device)
         self.batch_size = batch_size
-        self.shuffle = bool(shuffle)
+        self.shuffle, self.sharded = bool(shuffle), bool(sharded)
         self.drop_last = bool(drop_last)
         self.seed = int(torch.empty((), dtype=torch.int64).random_()) if seed is None else int(seed)
         self.epoch = 0
@@ -435,6 +439,7 @@ class Epoch:
     def __init__(self, loader: ResidentLoader, order: Tensor | None) -> None:
         self._loader, self._order = loader, order
         self._next, self._end = 0, len(loader)
+        self._processes = current() if loader.sharded else None
 
     def __iter__(self) -> Epoch:
         return self
@@ -455,6 +460,9 @@ class Epoch:
         loader = self._loader
         start = self._next * loader.batch_size
         stop = min(start + loader.batch_size, loader.n_rows)
+        if self._processes is not None:
+            rank, size, n = self._processes.rank, self._processes.size, stop - start
+            start, stop = start + n * rank // size, start + n * (rank + 1) // size
         self._next += 1
         rows = slice(start, stop) if self._order is None else self._order[start:stop]
         parts = _take(loader._x, rows), _columns(loader._labels, rows), _columns(loader._groups, rows)
@@ -525,7 +533,7 @@ def _take_reference(loader: ResidentLoader, rows: Tensor | slice) -> Tensor | No
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Return the torch device: ``"auto"`` is cuda if there is one, else cpu.
+    """Return the torch device: ``"auto"`` is cuda if there is one, else cpu; cuda is that of this process on its machine.
 
     Raises
     ------
@@ -533,13 +541,15 @@ def resolve_device(device: str | torch.device) -> torch.device:
         No such device.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(device)
     except RuntimeError as error:
         guess = near(str(device), ["auto", "cpu", "cuda"])
         hint = f"; did you mean {guess!r}?" if guess else ""
         raise DataError(f"device: expected 'auto', 'cpu' or 'cuda', found {device!r}{hint}") from error
+    if found.type == "cuda" and found.index is None and (place := launched()) is not None:
+        found = torch.device("cuda", place["local"])
     if found.type == "cuda" and not torch.cuda.is_available():
         raise DataError(f"device {device!r}: torch finds no CUDA device here; use device='cpu' or device='auto'")
     return found

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from libmtl_fair.errors import CheckpointError, DamagedFileError
-from libmtl_fair.files import is_sealed, remove_leftovers, say_once, sealed_path
+from libmtl_fair.files import is_sealed, remove_leftovers, say_once, sealed_path, writes
 from libmtl_fair.libmtl.batches import per_task
 from libmtl_fair.libmtl.history import History
 from libmtl_fair.libmtl.state import Loader, Loaders, Plain, TrainingState
@@ -258,6 +258,8 @@ def set_trained(trainer: TrainingState, content: Mapping[str, Plain]) -> None:
 def save_training(trainer: TrainingState, loaders: Loaders) -> None:
     """Write ``history.csv``, then ``last.pt``, which says how far it goes; the checkpoint before is kept as ``previous.pt``."""
     assert trainer.run_dir is not None
+    if not writes():
+        return
     state = trained(trainer)
     trainer.steps.write(trainer.run_dir / HISTORY)
     content = {
@@ -294,7 +296,8 @@ def reopen_training(folder: Path) -> None:
 def resume(trainer: TrainingState, loaders: Loaders) -> None:
     """Continue from ``last.pt``, or the checkpoint before where it is damaged or a kill left none; write ``history.csv`` as it was then."""
     assert trainer.run_dir is not None
-    remove_leftovers(trainer.run_dir)
+    if writes():
+        remove_leftovers(trainer.run_dir)
     if any((trainer.run_dir / name).exists() for name in (LAST, PREVIOUS)):
         restore(trainer, loaders)
         trainer.steps.write(trainer.run_dir / HISTORY)

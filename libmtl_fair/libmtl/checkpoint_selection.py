@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from libmtl_fair.errors import FairMTLError
+from libmtl_fair.files import writes
 from libmtl_fair.libmtl import checkpoint
 from libmtl_fair.libmtl.evaluate import predict
 from libmtl_fair.libmtl.history import Floats
@@ -105,7 +106,7 @@ def judge(trainer: TrainingState, epoch: int, results: Results, loaders: Loaders
         structure = trainer.model.structure()
         trainer.best = {"epoch": epoch, "score": score, "results": results, "state": state, "structure": structure}
         trainer.best["admitted"] = admitted
-        if trainer.run_dir is not None:
+        if trainer.run_dir is not None and writes():
             content = {"model": state, "structure": structure, "epoch": epoch}
             checkpoint.save(trainer.run_dir / checkpoint.BEST, content)
     return score

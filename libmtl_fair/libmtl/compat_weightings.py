@@ -20,7 +20,7 @@ from torch import Tensor
 
 from libmtl_fair import functional as F
 from libmtl_fair.errors import HostError
-from libmtl_fair.libmtl.gradients import carry_representation_gradients, mends
+from libmtl_fair.libmtl.gradients import carry_representation_gradients, mends, whole
 from libmtl_fair.libmtl.state import Model
 
 Array: TypeAlias = npt.NDArray[np.float64]
@@ -126,7 +126,7 @@ def graddrop_backward(self: Model, losses: Tensor, **kwargs: float) -> None:
     per_grads = self._compute_grad(losses, mode="backward", rep_grad=True)
     if len({rep.shape[1:] for rep in reps}) > 1:
         raise HostError(f"GradDrop needs representations of one size, found {[tuple(r.shape[1:]) for r in reps]}")
-    grads = torch.stack([(grad * rep.sign()).sum(0) for grad, rep in zip(per_grads, reps)])
+    grads = whole(self, torch.stack([(grad * rep.sign()).sum(0) for grad, rep in zip(per_grads, reps)]))
     positive = 0.5 * (1 + grads.sum(0) / (grads.abs().sum(0) + 1e-7))
     drawn = torch.rand_like(positive)
     mask = (positive > drawn) * (grads > 0) + (positive < drawn) * (grads < 0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch import Tensor
 from libmtl_fair.batch import Columns, beside
 from libmtl_fair.errors import DataError, HostError
 from libmtl_fair.libmtl import batches
-from libmtl_fair.libmtl.state import Loaders, RepresentationHook, Results, TrainingState
+from libmtl_fair.libmtl.state import Loader, Loaders, RepresentationHook, Results, TrainingState
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.tasks import Task, with_nan
 
@@ -54,17 +56,42 @@ def _run(trainer: TrainingState, *inputs: object) -> Mapping[str, Tensor]:
         ) from error
 
 
+class _Seen(NamedTuple):
+    """What evaluation saw of a batch."""
+
+    outputs: Mapping[str, Tensor]
+    labels: Mapping[str, Tensor]
+    groups: Mapping[str, Tensor]
+    h: Mapping[str, Tensor]
+
+    def to(self, device: torch.device | str) -> _Seen:
+        """Return it on a device."""
+        return _Seen(*({name: value.to(device) for name, value in part.items()} for part in self))
+
+
 def _run_over(
-    trainer: TrainingState, loaders: Loaders
-) -> Iterator[tuple[str, list[str], Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]]]:
-    """Yield (whose loader, its tasks, outputs, labels, groups) of every batch, in evaluation mode."""
+    trainer: TrainingState, loaders: Loaders, hook: RepresentationHook | None = None
+) -> Iterator[tuple[list[str], _Seen]]:
+    """Yield (tasks, what was seen of them) of every batch, in evaluation mode; of all processes' shares, batch by batch."""
     trainer.model.eval()
     for name, loader in batches.per_task(trainer, loaders).items():
-        tasks = [name] if name else trainer.main_tasks
-        for batch in batches.drawn(loader, trainer, tasks):
-            inputs, labels, groups, *_ = batches.split(batch, trainer.device, tasks)
-            yield name, tasks, forward(trainer, inputs, name or None, groups), labels, groups
+        found, tasks = _run_here(trainer, name, loader, hook), [name] if name else trainer.main_tasks
+        if trainer.processes is not None:
+            everywhere = trainer.processes.objects([seen.to("cpu") for seen in found])
+            found = (
+                part.to(trainer.device) for parts in zip_longest(*everywhere) for part in parts if part is not None
+            )
+        yield from ((tasks, seen) for seen in found)
     trainer.faults.check()
+
+
+def _run_here(trainer: TrainingState, name: str, loader: Loader, hook: RepresentationHook | None) -> Iterator[_Seen]:
+    tasks = [name] if name else trainer.main_tasks
+    for batch in batches.drawn(loader, trainer, tasks):
+        inputs, labels, groups, *_ = batches.split(batch, trainer.device, tasks)
+        outputs = forward(trainer, inputs, name or None, groups)
+        h = {} if hook is None else hook.take()
+        yield _Seen(outputs, labels, groups, {name: h} if isinstance(h, Tensor) else h)
 
 
 @torch.no_grad()
@@ -74,9 +101,9 @@ def evaluate(trainer: TrainingState, loaders: Loaders) -> Results:
     total, count = dict.fromkeys(trainer.main_tasks, zero), dict.fromkeys(trainer.main_tasks, zero)
     for task in trainer.main_tasks:
         trainer.task_dict[task]["metrics_fn"].reinit()
-    for _, tasks, outputs, labels, _ in _run_over(trainer, loaders):
+    for tasks, batch in _run_over(trainer, loaders):
         for task in tasks:
-            kind, output, label = trainer.tasks[task], outputs[task], labels[task]
+            kind, output, label = trainer.tasks[task], batch.outputs[task], batch.labels[task]
             seen = kind.observed(label).sum() if kind else torch.tensor(len(output))
             total[task] = total[task] + trainer.losses.one(task, output, label) * seen
             count[task] = count[task] + seen
@@ -103,16 +130,14 @@ def predict(trainer: TrainingState, loaders: Loaders, embeddings: bool = False) 
     parts: dict[str, dict[str, list[Tensor]]] = {key: defaultdict(list) for key in ("out", "label", "group", "h")}
     hook = RepresentationHook(trainer.model) if embeddings else None
     try:
-        for name, tasks, outputs, labels, groups in _run_over(trainer, loaders):
+        for tasks, seen in _run_over(trainer, loaders, hook):
             for task in tasks:
-                parts["out"][task].append(outputs[task])
-                parts["label"][task].append(labels[task])
-            for attribute, ids in groups.items():
+                parts["out"][task].append(seen.outputs[task])
+                parts["label"][task].append(seen.labels[task])
+            for attribute, ids in seen.groups.items():
                 parts["group"][attribute].append(ids)
-            if hook is not None:
-                seen = hook.take()
-                for task, h in (seen if isinstance(seen, dict) else {name: seen}).items():
-                    parts["h"][task].append(h.detach().flatten(1))
+            for task, h in seen.h.items():
+                parts["h"][task].append(h.detach().flatten(1))
     finally:
         if hook is not None:
             hook.remove()

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from libmtl_fair import processes
 from libmtl_fair.data.loader import SENSITIVE
 from libmtl_fair.errors import CheckpointError, DataError, HostError, unknown
 from libmtl_fair.libmtl import batches
-from libmtl_fair.libmtl.checkpoint import attributes, set_attributes
-from libmtl_fair.libmtl.gradients import add_gradients
+from libmtl_fair.libmtl.checkpoint import attributes, random_state, set_attributes, set_random_state
+from libmtl_fair.libmtl.gradients import apart
 from libmtl_fair.libmtl.history import StepLog
 from libmtl_fair.libmtl.loose import loose
 from libmtl_fair.libmtl.losses import task_dict
 from libmtl_fair.libmtl.state import StepState
-from libmtl_fair.libmtl.step import SAMPLES, Made, descend, made_of
+from libmtl_fair.libmtl.step import SAMPLES, Made, descend, made_of, mean_over_processes
 from libmtl_fair.methods.base import FairWeighting
+from libmtl_fair.processes import Processes
 from libmtl_fair.tasks import Task
 
 Values = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -107,6 +110,7 @@ class FairStep(StepState, nn.Module):
         self._seen: Tensor | None = None  # losses times rows, and rows, [2, T]
         self._last: dict[str, Tensor | float] = {}
         self._waits = False
+        self._stream: Any = None  # of the random draws that all processes make alike
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
@@ -170,20 +174,20 @@ class FairStep(StepState, nn.Module):
             known = ", ".join(name for name, value in handed.items() if value is not None)
             raise HostError(f"{self.weighting} needs {lacking[0]}= in backward, which was given {known or 'nothing'}")
         self._settle(next((t for t in (given, *(outputs or {}).values()) if t is not None), None))
+        self.processes = processes.current()
+        if self.processes is not None and self.global_step == self._first_step:
+            self._check_alike(self.processes)
         if given is not None and not wanted:
-            made = Made(given, {}, {}, {})
+            made = Made(self._whole(given, representation, outputs, labels), {}, {}, {})
         else:
             made = self._made(given, outputs or {}, labels or {}, groups, reference)
         h = representation if isinstance(representation, Tensor) else dict(representation or {})
         self.model.look_at([made.losses], [h] if isinstance(h, Tensor) else list(h.values()))
-        held = [(p, p.grad) for p in self.model.parameters() if p.grad is not None]
-        for p, _ in held:
-            p.grad = None
         if fair and self.global_step == self._first_step and self.model.losses_from_outputs:
             self._check_graph(made)
-        found, weights = descend(self, [made], self.epoch, h)
+        with apart(self.model.parameters()), self._drawing():
+            found, weights = descend(self, [made], self.epoch, h)
         self.model.look_at((), ())
-        add_gradients(held)
         self._note(found.detach(), weights, len(next(iter(made.outputs.values()), found)))
         return None if weights is None else torch.as_tensor(weights)
 
@@ -233,6 +237,7 @@ class FairStep(StepState, nn.Module):
             "seen": self._seen,
             "n_groups": self.n_groups,
             "attributes": attributes(self.model),
+            "stream": self._stream,
         }
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
@@ -253,8 +258,46 @@ class FairStep(StepState, nn.Module):
             self.epoch, self.global_step, self._first_step = counts["epoch"], counts["step"], counts["first"]
             self.epoch_steps, self._seen, self.n_groups = counts["epoch_steps"], state["seen"], dict(state["n_groups"])
             set_attributes(self.model, state["attributes"])
+            self._stream = state["stream"]
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"FairStep: this is no state of a FairStep ({error!r})") from error
+
+    def _whole(
+        self,
+        losses: Tensor,
+        representation: Tensor | Mapping[str, Tensor] | None,
+        outputs: Mapping[str, Tensor] | None,
+        labels: Mapping[str, Any] | None,
+    ) -> Tensor:
+        """Return the losses of all processes' examples: each process counts as its labels, else its rows, else as one."""
+        if self.processes is None:
+            return losses
+        if isinstance(representation, Tensor):
+            representation = dict.fromkeys(self.task_name, representation)
+        return mean_over_processes(self, losses, outputs or representation or {}, labels or {})
+
+    @contextlib.contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """Within it all processes draw the same random numbers, whatever their loops have drawn."""
+        if self.processes is None:
+            yield
+            return
+        held = random_state()
+        self._stream = self.processes.from_first(random_state) if self._stream is None else self._stream
+        set_random_state(self._stream)
+        yield
+        self._stream = random_state()
+        set_random_state(held)
+
+    def _check_alike(self, processes: Processes) -> None:
+        """Say, in the first step of an epoch, where processes train different models."""
+        self.model.look_at((), ())
+        sums = [float(p.detach().double().sum()) for p in self.model.parameters()]
+        if any(other != sums for other in processes.objects(sums)):
+            raise HostError(
+                "the processes' models differ: seed all alike before the model is made, or broadcast the first one's parameters "
+                "(DistributedDataParallel does)"
+            )
 
     # -- what was handed over ---------------------------------------------------------------------------------------
 
@@ -342,7 +385,8 @@ class FairStep(StepState, nn.Module):
 
     def _check_graph(self, made: Made) -> None:
         """Say, in the first step, which loss was not made from its output: the method goes by the gradients there."""
-        roots = [made.outputs[name] for name in self.main_tasks] if made.matrices is None else []
+        outputs = made.share.outputs if made.share is not None and made.share.made_apart else made.outputs
+        roots = [outputs[name] for name in self.main_tasks] if made.matrices is None else []
         found = torch.autograd.grad(made.losses.sum(), roots, retain_graph=True, allow_unused=True) if roots else ()
         for name, grad in zip(self.main_tasks, found):
             task = self.tasks[name]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -50,6 +50,21 @@ def shared_parameters(model: Model) -> list[Tensor]:
     return [p for p in model.get_share_params() if p.requires_grad]
 
 
+def whole(model: Model, value: Tensor) -> Tensor:
+    """Return the sum over all processes of what each derived by its share of the batch."""
+    return value if model.fair_processes is None else model.fair_processes.total(value)
+
+
+@contextlib.contextmanager
+def apart(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Within it the parameters have no gradient; what they had before is added to what they have then."""
+    held = [(p, p.grad) for p in parameters if p.grad is not None]
+    for p, _ in held:
+        p.grad = None
+    yield
+    add_gradients(held)
+
+
 def flatten(grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
     """Join gradients to one vector; a missing one counts as zeros. No parameter at all: an empty vector."""
     if not parameters:
@@ -68,14 +83,15 @@ def compute_grad_dim(self: Model) -> None:
 def grad2vec(self: Model) -> Tensor:
     """Return the gradients of the shared parameters as one vector [P], zeros where there is none."""
     parameters = shared_parameters(self)
-    return flatten([p.grad for p in parameters], parameters)
+    return whole(self, flatten([p.grad for p in parameters], parameters))
 
 
 @mends("AbsWeighting._reset_grad", "zero_grad() leaves None since PyTorch 2.0")
 def reset_grad(self: Model, new_grads: Tensor) -> None:
-    """Put the vector ``new_grads`` [P] into the gradients of the shared parameters."""
+    """Put the vector ``new_grads`` [P] into the gradients of the shared parameters; each process its part of the sum."""
     parameters = shared_parameters(self)
-    for parameter, part in zip(parameters, torch.split(new_grads.clone(), [p.numel() for p in parameters])):
+    new_grads = new_grads.clone() if self.fair_processes is None else new_grads / self.fair_processes.size
+    for parameter, part in zip(parameters, torch.split(new_grads, [p.numel() for p in parameters])):
         parameter.grad = part.view_as(parameter)
 
 
@@ -105,7 +121,7 @@ def compute_grad(self: Model, losses: Tensor, mode: str, rep_grad: bool = False)
     several = any(
         base.__name__ in ("MoDo", "SDMGrad") for base in type(self).__mro__
     )  # batches on one graph (git main)
-    return _task_rows(self, losses, shared, keep=mode == "autograd" or several)
+    return whole(self, _task_rows(self, losses, shared, keep=mode == "autograd" or several))
 
 
 _CHUNK = 8
@@ -164,7 +180,7 @@ def get_grads(self: Model, losses: Tensor, mode: str = "backward") -> Tensor | l
         grads: Tensor = self._compute_grad(losses, mode)
         return grads
     per_grads = self._compute_grad(losses, mode, rep_grad=True)
-    rows = [g.sum(0).flatten() for g in per_grads]
+    rows = [whole(self, g.sum(0).flatten()) for g in per_grads]
     if len({len(r) for r in rows}) > 1:
         sizes = {task: len(r) for task, r in zip(self.task_name, rows)}
         raise HostError(

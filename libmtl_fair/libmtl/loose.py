@@ -122,4 +122,5 @@ def loose(
     model.init_param()
     if declared is not None:
         model.configure(declared)
+    vars(model)["fair_own"] = tuple(nn.Module.parameters(model))
     return model.to(model.device), weight_args

@@ -161,9 +161,11 @@ def compose(
             if follow is not None:
                 follow()  # tasks may have representations of their own: take the main task's
     vars(model)["keeps_weights_on_device"] = True
+    known = {id(p) for p in model.parameters()}
     model.init_param()
     if settings is not None:
         model.configure(settings)
+    vars(model)["fair_own"] = tuple(p for p in model.parameters() if id(p) not in known)
     made: Model = model.to(trainer.device)
     return made
 

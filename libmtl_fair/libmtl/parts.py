@@ -41,6 +41,7 @@ class Part(nn.Module):
         """Mean training losses of these tasks, [tasks, epochs]."""
         return self._model[0].train_loss_buffer[self._rows]
 
+    fair_processes = property(lambda self: self._model[0].fair_processes)
     epoch = property(lambda self: self._model[0].epoch)
     encoder = property(lambda self: self._model[0].encoder)
     get_share_params = property(lambda self: self._model[0].get_share_params)

@@ -18,6 +18,7 @@ from libmtl_fair.libmtl.hooks import next_batch, prepare_dataloaders
 from libmtl_fair.libmtl.loading import Trainer
 from libmtl_fair.libmtl.losses import Entry, LossBank, tasks_of
 from libmtl_fair.predictions import Predictions
+from libmtl_fair.processes import Processes
 from libmtl_fair.tasks import AUXILIARY_PREFIX, Binary
 
 Loader: TypeAlias = Iterable[Any]
@@ -50,6 +51,8 @@ class Model(nn.Module):
     backward: Callable[..., Tensor | npt.NDArray[np.float64] | None]
     get_share_params: Callable[[], Iterator[nn.Parameter]]
     fair_watchers: int = 0
+    fair_processes: Processes | None = None
+    fair_own: tuple[nn.Parameter, ...] = ()
 
     if TYPE_CHECKING:
 
@@ -186,6 +189,7 @@ class StepState:
     epoch: int
     global_step: int
     epoch_steps: int | None
+    processes: Processes | None = None
 
     def take_tasks(self, task_dict: Mapping[str, Mapping[str, object]]) -> None:
         """Learn what is trained."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -9,14 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from libmtl_fair.batch import Columns, FairBatch, Matrices, beside, joined
+from libmtl_fair.batch import Columns, FairBatch, Matrices, Share, beside, joined
 from libmtl_fair.errors import HostError
 from libmtl_fair.libmtl import batches
 from libmtl_fair.libmtl.evaluate import forward
+from libmtl_fair.libmtl.gradients import apart
 from libmtl_fair.libmtl.history import StepLog
 from libmtl_fair.libmtl.joint_heads import JointHeads
 from libmtl_fair.libmtl.state import Loaders, StepState, TrainingState
 from libmtl_fair.methods.base import FairWeighting
+from libmtl_fair.processes import Processes
 from libmtl_fair.tasks import need_known_kinds
 
 SAMPLES = {"MoDo": 3, "SDMGrad": 3}
@@ -24,7 +27,10 @@ SAMPLES = {"MoDo": 3, "SDMGrad": 3}
 
 
 class Made(NamedTuple):
-    """What one batch gave: losses [T], outputs, labels, groups, and for fairness methods matrices, a reference, flip twins' outputs."""
+    """What one batch gave: losses [T], outputs, labels, groups, and for fairness methods matrices, a reference, flip twins' outputs.
+
+    In several processes: this one's ``share`` where they see the whole batch, and the ``rows`` of each task in all of them.
+    """
 
     losses: Tensor
     outputs: Mapping[str, Tensor]
@@ -33,6 +39,8 @@ class Made(NamedTuple):
     matrices: Matrices | None = None
     reference: Callable[[], Any] = lambda: None
     twins: Callable[[int], Mapping[str, Tensor] | None] = lambda turn: None
+    share: Share | None = None
+    rows: Sequence[int] | None = None
 
 
 def draw(trainer: TrainingState, loaders: Loaders) -> Iterator[object]:
@@ -56,8 +64,9 @@ def draw(trainer: TrainingState, loaders: Loaders) -> Iterator[object]:
 
 def step(trainer: TrainingState, batch: Any, epoch: int, log: StepLog, joint: JointHeads | None = None) -> None:
     """Train one step and note what happened in ``log``."""
-    model, several = trainer.model, trainer.samples > 1
-    made = [losses_of(trainer, part) for part in (batch if several else [batch])]
+    model, several, processes = trainer.model, trainer.samples > 1, trainer.processes
+    with contextlib.nullcontext() if processes is None else processes.own_draws(trainer.global_step, trainer.device):
+        made = [losses_of(trainer, part) for part in (batch if several else [batch])]
     trainer.optimizer.zero_grad()  # after the forward pass, where LibMTL does it
     if joint is not None:
         joint.zero_grad()
@@ -75,7 +84,7 @@ def step(trainer: TrainingState, batch: Any, epoch: int, log: StepLog, joint: Jo
         values["weight"] = torch.as_tensor(weights)
     if isinstance(model, FairWeighting):
         values.update(model.trace)
-    log.add(values, _rows(trainer, made[-1].outputs))
+    log.add(values, made[-1].rows or _rows(trainer, made[-1].outputs))
     model.after_step(trainer, trainer.global_step)
 
 
@@ -165,7 +174,19 @@ def made_of(
     A fairness method may ask for gradients to the matrix of logits or, where there is none, to each output: the losses
     have to go through it. ``losses`` of the main tasks may have been made already, from these outputs.
     """
-    fair, through = isinstance(state.model, FairWeighting), outputs
+    fair, share, rows = isinstance(state.model, FairWeighting), None, None
+    if state.processes is not None:
+        share = _share(state, state.processes, outputs)
+        rows = [sum(share.sizes[task]) for task in state.task_name]
+        together, share.made_apart = fair or bool(state.auxiliary), losses is not None
+        if share.made_apart or not together:
+            losses = mean_over_processes(
+                state, state.compute_losses(outputs, labels) if losses is None else losses, outputs, labels
+            )
+        outputs, labels, groups = (
+            _whole(state, share, outputs, labels, groups) if together else (outputs, labels, groups)
+        )
+    through = outputs
     matrices = _matrices(state, outputs, labels) if fair and losses is None else None
     if matrices is not None:
         others = {name: outputs[name] for name in state.auxiliary}
@@ -185,7 +206,64 @@ def made_of(
             zip(state.main_tasks, losses)
         )
         losses = torch.stack([found[name] for name in state.task_name])
-    return Made(losses, outputs, labels, groups, matrices)
+    return Made(losses, outputs, labels, groups, matrices, share=share, rows=rows)
+
+
+def _share(state: StepState, processes: Processes, outputs: Mapping[str, Tensor]) -> Share:
+    """Ask each process for its rows."""
+    tasks = state.main_tasks if state.multi_input else state.main_tasks[:1]
+    counts = processes.counts([len(outputs[task]) for task in tasks])
+    sizes = {task: [rows[i if state.multi_input else 0] for rows in counts] for i, task in enumerate(state.main_tasks)}
+    sizes |= {name: sizes[task.source if state.multi_input else tasks[0]] for name, task in state.auxiliary.items()}
+    return Share(processes, sizes, outputs)
+
+
+def _whole(
+    state: StepState,
+    share: Share,
+    outputs: Mapping[str, Tensor],
+    labels: Mapping[str, Tensor],
+    groups: Mapping[str, Any],
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Any]]:
+    """Return outputs, labels and groups of all processes' rows, gathered at once, or a task at a time."""
+    if not state.multi_input:
+        one, two, three = share.whole(state.main_tasks[0], outputs, labels, groups)
+        return one, two, three
+    z: dict[str, Tensor] = {}
+    y: dict[str, Tensor] = {}
+    ids: dict[str, Any] = {}
+    for task in state.main_tasks:
+        names = [task, *(name for name, auxiliary in state.auxiliary.items() if auxiliary.source == task)]
+        made, truth, ids[task] = share.whole(
+            task, {n: outputs[n] for n in names}, {task: labels[task]}, groups.get(task, {})
+        )
+        z |= made
+        y |= truth
+    return z, y, ids
+
+
+def mean_over_processes(
+    state: StepState, losses: Tensor, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]
+) -> Tensor:
+    """Return the losses of the whole batch from each process's means: each counts as its observed labels, else as its rows."""
+    assert state.processes is not None
+    names = state.task_name if len(losses) == state.task_num else state.main_tasks
+    counts = []
+    for name in names:
+        task, known = state.tasks[name], name in labels
+        seen = (
+            task.observed(labels[name]).sum()
+            if task is not None and known
+            else len(outputs[name])
+            if name in outputs
+            else 1
+        )
+        counts.append(torch.as_tensor(seen, device=losses.device).to(losses.dtype))
+    n = torch.stack(counts)
+    sums, counted = state.processes.total(torch.stack([torch.where(n > 0, losses.detach() * n, 0), n])).unbind()
+    counted = counted.clamp(min=1)
+    own = torch.where(n > 0, losses, 0) * (n / counted)
+    return own + (sums / counted - own.detach())
 
 
 def _matrices(state: StepState, outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Matrices | None:
@@ -215,6 +293,12 @@ def fair_batch(state: StepState, made: Made, epoch: int, h: Tensor | dict[str, T
     if h is None:
         assert state.representation is not None
         h = state.representation.take()
+    reference, share = made.reference() if state.model.needs_reference else None, made.share
+    twins = made.twins(state.global_step) if state.model.needs_twins else None
+    if share is not None:
+        twins = None if twins is None else share.every(twins)
+        share.h, reference = h, None if reference is None else share.every(reference)
+        h = share.every(h) if state.model.needs_representation and reference is None else h
     return FairBatch(
         tasks={name: state.tasks[name] for name in state.main_tasks} if state.auxiliary else state.tasks,
         h=h,
@@ -228,9 +312,10 @@ def fair_batch(state: StepState, made: Made, epoch: int, h: Tensor | dict[str, T
         step=state.global_step,
         standard_losses=state.own_losses and state.losses.standard,
         matrices=made.matrices,
-        reference=made.reference() if state.model.needs_reference else None,
+        reference=reference,
         epoch_steps=state.epoch_steps,
-        twins=made.twins(state.global_step) if state.model.needs_twins else None,
+        twins=twins,
+        share=share,
     )
 
 
@@ -242,4 +327,12 @@ def descend(
     losses = made[0].losses if len(made) == 1 else torch.stack([m.losses for m in made])
     if isinstance(model, FairWeighting):
         model.__dict__["fair_batch"] = fair_batch(state, made[0], epoch, h)
-    return losses, model.backward(losses, **state.weight_args)
+    processes = model.__dict__["fair_processes"] = state.processes
+    if processes is None:
+        return losses, model.backward(losses, **state.weight_args)
+    own = {id(p) for p in model.fair_own}  # each process derives by all of what they are of
+    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+    with apart(parameters):
+        weights = model.backward(losses, **state.weight_args)
+        processes.add_up(parameters)
+    return losses, weights

@@ -16,9 +16,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from libmtl_fair.data.loader import resolve_device
+from libmtl_fair.data.loader import ResidentLoader, resolve_device
 from libmtl_fair.errors import DataError, HostError, RecipeError
 from libmtl_fair.faults import Faults
+from libmtl_fair.files import writes
 from libmtl_fair.libmtl import checkpoint
 from libmtl_fair.libmtl import checkpoint_selection as selection
 from libmtl_fair.libmtl import step as stepping
@@ -30,10 +31,11 @@ from libmtl_fair.libmtl.joint_heads import joined_heads
 from libmtl_fair.libmtl.loggers import Tracker, Trackers
 from libmtl_fair.libmtl.model import compose
 from libmtl_fair.libmtl.optimizers import make_optimizer, make_scheduler
-from libmtl_fair.libmtl.state import Loaders, RepresentationHook, Results, TakesGroups, TrainingState
+from libmtl_fair.libmtl.state import Loader, Loaders, RepresentationHook, Results, TakesGroups, TrainingState
 from libmtl_fair.locks import alone_in_its_folder
 from libmtl_fair.methods.base import FairWeighting
 from libmtl_fair.predictions import Predictions
+from libmtl_fair.processes import Processes, join
 from libmtl_fair.progress import bar, tell, told
 
 if TYPE_CHECKING:
@@ -131,17 +133,20 @@ class FairTrainer(TrainingState):
         if resume and folder is None:
             raise RecipeError("resume=True needs run_dir, the folder to continue from")
         self.device = resolve_device(device)
+        self.processes = join(self.device)
         self.run_dir = Path(folder) if folder else None
         self.rep_grad, self.multi_input = rep_grad, multi_input
         self.resume, self.seed, self.progress = resume, seed, progress
         self.select, self.select_by, self.patience = select, select_by, patience
         self.optim_param, self.scheduler_param = dict(optim_param), scheduler_param
         self.kwargs = {"weight_args": dict(weight_args or {}), "arch_args": dict(arch_args or {})}
-        self._trackers = Trackers(loggers, self.run_dir)
+        self._trackers = Trackers(loggers, self.run_dir) if writes() else Trackers((), None)
         self.take_tasks(task_dict)
         if seed is not None:
             checkpoint.seed_everything(seed)
         self.model = compose(self, weighting, architecture, encoder_class, decoders)
+        if self.processes is not None:
+            self.processes.broadcast([*self.model.parameters(), *self.model.buffers()])
         self.group_modules = [m for m in self.model.modules() if isinstance(m, TakesGroups)]
         self.representation = RepresentationHook(self.model) if isinstance(self.model, FairWeighting) else None
         self.samples, self.faults = stepping.SAMPLES.get(self.weighting, 1), Faults()
@@ -240,17 +245,37 @@ class FairTrainer(TrainingState):
             self._before_best = None
         if self.seed is not None and self.epoch == 0:
             checkpoint.seed_everything(self.seed + 1)
+        if self.processes is not None:
+            self._align(self.processes, per_task(self, train_dataloaders))
         self.prepare_groups(train_dataloaders, val_dataloaders)
         if self.resume and self.epoch == 0:
+            if self.processes is not None and not writes():
+                self.processes.objects(None)  # the first process mends what a kill left, and the others read it then
             checkpoint.resume(self, train_dataloaders)
+            if self.processes is not None and writes():
+                self.processes.objects(None)
+            if self.processes is not None and len(set(self.processes.objects(self.epoch))) > 1:
+                raise HostError(f"the processes do not all find {self.run_dir}: it must be a folder that they share")
         held = getattr(self.model, "train_loss_buffer", np.zeros((self.task_num, 0)))
         self.model.train_loss_buffer = np.zeros((self.task_num, max(epochs, held.shape[1])))
         self.model.train_loss_buffer[:, : held.shape[1]] = held
         self.model.epochs = epochs
         self.epoch_steps = batch_count(per_task(self, train_dataloaders).values())
 
+    def _align(self, processes: Processes, loaders: Mapping[str, Loader]) -> None:
+        """Let all processes draw, and shuffle, as the first one does; say where their loaders do not go together."""
+        checkpoint.set_random_state(processes.from_first(checkpoint.random_state))
+        sharded = {name: loader for name, loader in loaders.items() if isinstance(loader, ResidentLoader)}
+        checkpoint.set_loader_states(sharded, processes.from_first(lambda: checkpoint.loader_states(sharded)))
+        counts = processes.objects(batch_count(loaders.values()))
+        if len(set(counts)) > 1:
+            raise DataError(
+                f"the processes' training loaders give {', '.join(map(str, counts))} batches an epoch; each process needs as many: "
+                "use ResidentLoader, or a DistributedSampler"
+            )
+
     def _epochs(self, epochs: int) -> Iterator[int]:
-        with bar("training", epochs, self.epoch) if self.progress else nullcontext(tell) as advance:
+        with bar("training", epochs, self.epoch) if self.progress and writes() else nullcontext(tell) as advance:
             for epoch in range(self.epoch, epochs):
                 tell(f"epoch {epoch + 1}/{epochs}")
                 yield epoch
@@ -294,6 +319,8 @@ class FairTrainer(TrainingState):
             if not len(log):
                 raise DataError(f"epoch {epoch}: the training loader has no batch")
             self.faults.check()
+            if self.processes is not None:  # batch norm's running numbers are of each process's rows
+                self.processes.broadcast(self.model.buffers())
             columns = log.read(self.task_name, getattr(self.model, "trace_labels", {}))
             losses = np.stack([columns[f"loss/{task}"] for task in self.task_name], 1)
             fault = selection.fault(self, epoch, losses)
@@ -319,6 +346,12 @@ class FairTrainer(TrainingState):
             return
         given = [loaders for loaders in (train_dataloaders, val_dataloaders) if loaders is not None]
         self.n_groups = group_counts([loader for loaders in given for loader in per_task(self, loaders).values()])
+        if self.processes is not None:
+            found = self.processes.objects(self.n_groups)
+            self.n_groups = {
+                name: max(counts.get(name, 0) for counts in found)
+                for name in dict.fromkeys(n for c in found for n in c)
+            }
         empty = [name for name, count in self.n_groups.items() if count < 1]
         if empty:
             raise DataError(

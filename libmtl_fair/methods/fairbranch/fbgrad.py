@@ -245,6 +245,8 @@ class FBGrad(FairWeighting):
         names = list(batch.tasks)
         main = losses if len(batch.main) == len(losses) else losses[[names.index(name) for name in batch.main]]
         if self.settings.record_conflicts and batch.epoch != self._recorded_epoch:
+            if batch.share is not None:
+                raise HostError("FBGrad: record_conflicts is of a training in one process")
             self._record(batch, main, robust)
         plan = self._planned(batch.main)
         equal = self.settings.base == "EW" and main is losses
@@ -305,12 +307,13 @@ class FBGrad(FairWeighting):
         if plan.heads:
             fairness = flatten(gradients(outputs, plan.heads, cotangents), plan.heads)
             if self.settings.intra_task:
-                product = fairness * flatten(accuracy, plan.heads)
+                product = batch.total(fairness) * batch.total(flatten(accuracy, plan.heads))
                 inner = product.new_zeros(len(strength)).index_add(0, plan.owner, product)
                 strength = strength.where(inner >= 0, 0.0)
             pairs += _split(fairness * strength[plan.owner], plan.heads)
         for sets, rows in plan.rows(outputs, cotangents):
-            gram = rows @ rows.mT
+            known = batch.total(rows)
+            gram = known @ known.mT
             conflicts = conflicts + F.conflict_count(gram).sum()
             weights = torch.stack([strength[list(s.tasks)] for s in sets]).unsqueeze(1) @ F.conflict_coefficients(gram)
             for s, total in zip(sets, (weights @ rows).squeeze(1)):

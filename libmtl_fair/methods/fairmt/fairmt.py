@@ -289,6 +289,8 @@ class FairMT(Penalty):
         if batch.matrices is not None and batch.standard_losses:
             with torch.no_grad():
                 grads = [batch.matrices.loss_gradient(batch.score_matrix.detach().T)]
+        elif batch.share is not None and batch.share.made_apart:
+            grads = batch.share.gradients(losses if self._rows is None else losses[self._rows], self._main)
         else:
             main = losses if self._rows is None else losses.index_select(0, self._rows)
             keep = self._rows is not None  # the losses of further tasks were stacked with these

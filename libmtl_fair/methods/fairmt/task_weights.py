@@ -101,21 +101,22 @@ class TaskWeights:
         proxy, rank_one = self._usable_proxy(batch) if weights is None else ("head", self.settings.rank_one)
         term = None if rank_one else grads.term
         if proxy != "head":
-            return self._by_autograd(batch, grads, self._anchors(batch, proxy), term)
+            return self._by_autograd(batch, grads, self._anchors(batch, proxy), term, proxy == "full")
         with torch.no_grad():
             if weights is None:
                 weights = torch.cat([layer.weight for layer in self._head_layers().values() if layer is not None])
             owner, g = grads.owner, grads.matrix(grads.losses)
             gram, linear = head_products(g, grads.matrix(grads.fairness), weights, owner, rank_one)
         if term is not None:
-            assert isinstance(batch.h, Tensor)
-            (to_h,) = torch.autograd.grad(term, batch.h, retain_graph=True)
-            per_column = (g * (to_h.flatten(1) @ weights.detach().T)).sum(0)
+            assert isinstance(batch.received, Tensor)
+            (to_h,) = torch.autograd.grad(term, batch.received, retain_graph=True)
+            own = g if batch.share is None else g[batch.share.rows(self.tasks[0])]
+            per_column = batch.total((own * (to_h.flatten(1) @ weights.detach().T)).sum(0))
             linear = linear + (per_column if owner is None else owner.T @ per_column)
         return gram, linear
 
     def _by_autograd(
-        self, batch: FairBatch, grads: Gradients, anchors: Sequence[Sequence[Tensor]], term: Tensor | None
+        self, batch: FairBatch, grads: Gradients, anchors: Sequence[Sequence[Tensor]], term: Tensor | None, full: bool
     ) -> tuple[Tensor, Tensor]:
         """Return (K, b) by autograd from the outputs to each task's anchors; the graph is kept."""
         outputs = [batch.outputs[name] for name in self.tasks]
@@ -131,13 +132,16 @@ class TaskWeights:
             phi = torch.stack([_pulled([z], [g], to) for z, g, to in zip(outputs, fairness, anchors)]).sum(0)
         if term is not None:
             phi = phi + sum(_pulled([term], [torch.ones_like(term)], to) for to in (anchors[:1] if shared else anchors))
-        return matrix @ matrix.T, matrix @ phi
+        if full:  # gradients of one thing add up, those of each process's rows lie side by side
+            matrix, phi = batch.total(matrix), batch.total(phi)
+            return matrix @ matrix.T, matrix @ phi
+        return batch.total(matrix @ matrix.T), batch.total(matrix @ phi)
 
     def _anchors(self, batch: FairBatch, proxy: str) -> list[list[Tensor]]:
         """Return, for each task, the tensors whose gradients are compared: shared parameters, or representations."""
         if proxy != "full" and self.model.rep_grad:
             return [[self.model.rep_tasks[name]] for name in self.tasks]
-        anchors: list[Tensor] = shared_parameters(self.model) if proxy == "full" else [batch.h]  # type: ignore[list-item]
+        anchors: list[Tensor] = shared_parameters(self.model) if proxy == "full" else [batch.received]  # type: ignore[list-item]
         return [anchors] * len(self.tasks)
 
     def _usable_proxy(self, batch: FairBatch) -> tuple[str, bool]:
@@ -146,7 +150,7 @@ class TaskWeights:
         if s.proxy == "full":
             return "full", False
         layers = self._head_layers()
-        shared = isinstance(batch.h, Tensor) and not batch.multi_input
+        shared = isinstance(batch.received, Tensor) and not batch.multi_input
         if s.proxy == "representation":
             return ("representation", False) if shared else self._fall_back("full", _OWN)
         other = next((name for name, layer in layers.items() if layer is None), None)
@@ -155,13 +159,13 @@ class TaskWeights:
             if other is None and len(widths) == 1:
                 return "head", True
             return self._fall_back("full", f"{_OWN}, nor linear heads of one width")
-        assert isinstance(batch.h, Tensor)
+        assert isinstance(batch.received, Tensor)
         if other is not None:
             kind = type(self.model.decoders[other]).__name__
             return self._fall_back(
                 "representation", f"the head of task {other!r} ({kind}) does not end in a linear layer"
             )
-        if not self._last_inputs.shared(self.tasks, batch.h):
+        if not self._last_inputs.shared(self.tasks, batch.received):
             return self._fall_back("representation", "a head's last linear layer does not receive what all heads share")
         return "head", s.rank_one
 

@@ -1,0 +1,86 @@
+"""Two processes train what one would: every method, resumed on any number of them; a process that dies ends the others."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS
+
+HERE = Path(__file__).parent
+LIMIT = 240
+
+
+def start(*args: object, processes: int = 1, slurm: bool = False) -> list[subprocess.Popen[str]]:
+    """Start a script in so many processes, as torchrun or SLURM's srun does."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    started = []
+    for rank in range(processes):
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "LIBMTL_FAIR_TIMEOUT": "60"}
+        if slurm:
+            place |= {"SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": str(processes), "SLURM_LOCALID": str(rank)}
+        elif processes > 1:
+            place |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)}
+        command = [sys.executable, *map(str, args)]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started.append(subprocess.Popen(command, env={**os.environ, **place}, **pipes))
+    return started
+
+
+def finish(*started: subprocess.Popen[str]) -> list[str]:
+    """Wait for processes; return what they said. They have to succeed."""
+    said = [process.communicate(timeout=LIMIT)[0] for process in started]
+    for process, text in zip(started, said):
+        assert process.returncode == 0, text
+    return said
+
+
+def assert_close(a: dict[str, Any], b: dict[str, Any], case: str) -> None:
+    assert a.keys() == b.keys(), case
+    for name, value in a.items():
+        torch.testing.assert_close(
+            value, b[name], rtol=1e-6, atol=1e-7, equal_nan=True, msg=lambda text: f"{case}, {name}: {text}"
+        )  # noqa: B023
+
+
+def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
+    script = HERE / "two.py"
+    finish(*start(script, "all", tmp_path / "one.pt"), *start(script, "all", tmp_path / "two.pt", processes=2))
+    one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for case in one:
+        assert_close(one[case], two[case], case)
+    known = {case.removeprefix("step ").partition(" ")[0] for case in one}
+    assert known >= {"EW", "UW", "GradNorm", "PCGrad", "MGDA", *OUR_WEIGHTINGS}
+    trace = one["ReLiF {'share': 0.5, 'base': 'UW'} HPS"]
+    assert float((trace["trace loss/a"][0] - trace["trace loss/a"][-1]).abs()) > 0.01  # something was trained
+
+
+def test_a_process_that_dies_ends_the_others_and_any_number_goes_on(tmp_path: Path) -> None:
+    parts, script = tmp_path / "parts", HERE / "two.py"
+    began, whole = time.monotonic(), start(script, "one", tmp_path / "whole", 3)
+    started = start(script, "one", parts, 3, 6, processes=2)
+    said = [process.communicate(timeout=LIMIT)[0] for process in started]
+    assert [process.returncode for process in started] == [1, -9], said
+    assert time.monotonic() - began < LIMIT
+    assert "process 0 of 2: another process has ended" in said[0]
+    assert not list(parts.glob("*.tmp"))
+    assert set(pd.read_csv(parts / "history.csv")["epoch"]) == {0}  # killed in the second epoch
+    finish(*start(script, "one", parts, 2))
+    finish(*whole, *start(script, "one", parts, 3, processes=2, slurm=True))
+    assert {path.name for path in parts.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+    assert len((parts / "epochs.jsonl").read_text().splitlines()) == 3  # the first process alone writes
+    found = [torch.load(folder / "found.pt", weights_only=True) for folder in (tmp_path / "whole", parts)]
+    assert_close(*found, "ReLiF")
+    frames = [pd.read_csv(folder / "history.csv").drop(columns="train_s") for folder in (tmp_path / "whole", parts)]
+    pd.testing.assert_frame_equal(*frames, rtol=1e-6, atol=1e-9)
