@@ -157,7 +157,10 @@ def _works(owner: dict[str, object], path: Path, grace: float) -> bool:
 
 
 def alone_in_its_folder(method: _F) -> _F:
-    """Make a method of something with a ``run_dir`` be alone in it; where that is None it is as before, and so in all processes of a training but the first."""
+    """Make a method of something with a ``run_dir`` be alone in it; where that is None it is as before.
+
+    So it is in all processes of a training but the first.
+    """
 
     @functools.wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -48,9 +48,8 @@ def finish(*started: subprocess.Popen[str]) -> list[str]:
 def assert_close(a: dict[str, Any], b: dict[str, Any], case: str) -> None:
     assert a.keys() == b.keys(), case
     for name, value in a.items():
-        torch.testing.assert_close(
-            value, b[name], rtol=1e-6, atol=1e-7, equal_nan=True, msg=lambda text: f"{case}, {name}: {text}"
-        )  # noqa: B023
+        said = f"{case}, {name}: {value} and {b[name]}"
+        torch.testing.assert_close(value, b[name], rtol=1e-6, atol=1e-7, equal_nan=True, msg=said)
 
 
 def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
