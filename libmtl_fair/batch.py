@@ -147,7 +147,11 @@ class Share:
         """Return [rows, ...] with the rows of all processes, or the same task by task."""
         if isinstance(value, Tensor):
             return self.processes.gather([value], next(iter(self.sizes.values())))[0]
-        return {task: self.processes.gather([part], self.sizes[task])[0] for task, part in value.items()}
+        return self.each(value)
+
+    def each(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return task -> [rows, ...] with the rows of all processes."""
+        return {task: self.processes.gather([part], self.sizes[task])[0] for task, part in values.items()}
 
     def gradients(self, losses: Tensor, tasks: Sequence[str]) -> list[Tensor]:
         """Return the gradient of the sum of losses made apart to each task's output, of all processes' rows; keeps the graph."""

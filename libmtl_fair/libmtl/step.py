@@ -296,7 +296,7 @@ def fair_batch(state: StepState, made: Made, epoch: int, h: Tensor | dict[str, T
     reference, share = made.reference() if state.model.needs_reference else None, made.share
     twins = made.twins(state.global_step) if state.model.needs_twins else None
     if share is not None:
-        twins = None if twins is None else share.every(twins)
+        twins = None if twins is None else share.each(twins)
         share.h, reference = h, None if reference is None else share.every(reference)
         h = share.every(h) if state.model.needs_representation and reference is None else h
     return FairBatch(
