@@ -9,6 +9,7 @@ and is gone, or when its counter has not moved for ``grace`` seconds of the obse
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
@@ -20,7 +21,7 @@ from libmtl_fair.locks import GRACE, address, alive, machine
 from libmtl_fair.tune.plan import SLOT, Plan
 from libmtl_fair.tune.storage import storage_failures
 
-LOST, WORKER, BEAT = "lost", "worker", "heartbeat"
+LOST, SAMPLED, WORKER, BEAT = "lost", "sampled", "worker", "heartbeat"
 
 
 def slots(study: optuna.Study) -> dict[int, FrozenTrial]:
@@ -51,14 +52,17 @@ def fill(study: optuna.Study, plan: Plan, total: int) -> None:
     for slot in missing:
         params, marks = known[slot] if slot < len(known) else ({}, {})
         if slot in lost:
-            params = lost[slot].system_attrs.get("fixed_params", {}) | lost[slot].params
-            marks = {**marks, "again": lost[slot].number}
+            given = lost[slot].system_attrs.get("fixed_params", {})
+            params = given | lost[slot].params
+            sampled = bool(lost[slot].user_attrs.get(SAMPLED) or params.keys() - given.keys())
+            marks = {**marks, "again": lost[slot].number, SAMPLED: sampled}
         study.enqueue_trial(params, user_attrs={**marks, SLOT: slot})
 
 
 def claim(study: optuna.Study, total: int) -> optuna.Trial | None:
-    """Return a trial to run, taken from the queue, or None where nothing waits."""
-    for waiting in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+    """Return a trial to run, the lowest slot of the queue, or None where nothing waits."""
+    queue = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+    for waiting in sorted(queue, key=lambda trial: int(trial.user_attrs.get(SLOT, total))):
         if waiting.user_attrs.get(SLOT, total) >= total:
             continue
         try:
@@ -68,7 +72,10 @@ def claim(study: optuna.Study, total: int) -> optuna.Trial | None:
             continue
         if slots(study)[waiting.user_attrs[SLOT]].number == waiting.number:
             study._thread_local.cached_all_trials = None
-            return optuna.Trial(study, waiting._trial_id)
+            trial = optuna.Trial(study, waiting._trial_id)
+            if waiting.user_attrs.get(SAMPLED):
+                trial.relative_params  # noqa: B018  NSGA-II counts it to a generation then
+            return trial
         give_up(study, waiting, "another trial holds its slot")
     return None
 
@@ -83,16 +90,22 @@ def give_up(study: optuna.Study, trial: FrozenTrial | optuna.Trial, why: str) ->
     return True
 
 
+_WORKING: set[tuple[int, int]] = set()
+"""Studies and trials that this process works on."""
+
+
 class Heartbeat:
     """Signs of life of one running trial, written by a thread until left."""
 
     def __init__(self, study: optuna.Study, trial: optuna.Trial, grace: float = GRACE) -> None:
         self._storage, self._id = study._storage, trial._trial_id
+        self._place = study._study_id, trial._trial_id
         self._every, self._stop = grace / 5, threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> Heartbeat:
         self._storage.set_trial_user_attr(self._id, WORKER, address())
+        _WORKING.add(self._place)
         self._thread.start()
         return self
 
@@ -108,6 +121,7 @@ class Heartbeat:
                 continue  # the training thread meets the storage's trouble itself and reports it
 
     def __exit__(self, *_: object) -> None:
+        _WORKING.discard(self._place)
         self._stop.set()
         self._thread.join(timeout=30)
 
@@ -122,13 +136,19 @@ class Reaper:
     def __call__(self, study: optuna.Study) -> list[int]:
         """Give up every stale trial; return their numbers."""
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        return [trial.number for trial in running if self._is_stale(trial) and give_up(study, trial, "its worker died")]
+        return [
+            trial.number
+            for trial in running
+            if self._is_stale(study, trial) and give_up(study, trial, "its worker died")
+        ]
 
-    def _is_stale(self, trial: FrozenTrial) -> bool:
+    def _is_stale(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         worker, beat, now = trial.user_attrs.get(WORKER), trial.user_attrs.get(BEAT), time.monotonic()
         if SLOT not in trial.user_attrs:
             return False
         if worker is not None and worker["machine"] == self._here:
+            if worker["pid"] == os.getpid():  # this process; it let go of a trial where the storage took no word of it
+                return (study._study_id, trial._trial_id) not in _WORKING
             return not alive(worker["pid"], worker["started"])
         last, since = self._seen.setdefault(trial.number, (beat, now))
         if beat != last:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import json
-import mmap
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -23,6 +23,7 @@ from optuna.storages.journal._file import get_lock_file
 
 from libmtl_fair.errors import CheckpointError, RecipeError, unknown
 
+_CHAIN = b',"sum":"'
 _HINT = "; trials that were finished are kept. Repeat the same command to go on"
 
 
@@ -133,23 +134,74 @@ def load_study(where: str, name: str | None = None) -> optuna.Study:
 
 
 class JournalFile(JournalFileBackend):
-    """Optuna's journal file, appended to in whole lines: a piece of one, of a killed writer or a full disk, is cut off first."""
+    """Optuna's journal file, appended to in whole lines: a piece of one, of a killed writer or a full disk, is cut off first.
+
+    A line ends in a digest of itself and of all lines before it, so that one that was changed or removed is noticed at the next.
+    Lines of other writers, such as Optuna's dashboard, have none, and are covered by those after them.
+    """
+
+    def __init__(self, file_path: str) -> None:
+        super().__init__(file_path)
+        self._digests = [hashlib.sha256()]  # up to the start of each line that was read
+        self._offsets = [0]
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        """Yield the entries from a line on; CheckpointError where a line is not as it was written."""
+        first = min(log_number_from, len(self._offsets) - 1)
+        with open(self._file_path, "rb") as file:
+            file.seek(self._offsets[first])
+            for number, line in enumerate(file, first):
+                if not line.endswith(b"\n"):  # being written, or of a writer that was killed
+                    return
+                entry = self._entry(number, line)
+                if number + 1 == len(self._offsets):
+                    digest = self._digests[number].copy()
+                    digest.update(line)
+                    self._digests.append(digest)
+                    self._offsets.append(self._offsets[number] + len(line))
+                if number >= log_number_from:
+                    yield entry
+
+    def _entry(self, number: int, line: bytes) -> dict[str, Any]:
+        body, mark, own = line.rpartition(_CHAIN)
+        try:
+            entry = json.loads(line)
+            if mark and own[:-3] != _chained(self._digests[number], body):
+                entry = None
+        except (ValueError, RecursionError):
+            entry = None
+        if not isinstance(entry, dict):
+            raise CheckpointError(
+                f"{self._file_path}: line {number + 1} is damaged, or a line before it was changed or removed; put a copy of the file "
+                "back, or begin another study in another file (--storage)"
+            )
+        entry.pop("sum", None)
+        return entry
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Append the entries, or none of them; an OSError leaves the file as it was."""
-        text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
         with get_lock_file(self._lock), FileIO(self._file_path, "r+") as file:
-            end = 0
-            if file.seek(0, os.SEEK_END):
-                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
-                    end = held.rfind(b"\n") + 1
+            for _ in self.read_logs(len(self._offsets) - 1):
+                pass  # what others wrote meanwhile
+            digest, end, lines = self._digests[-1].copy(), self._offsets[-1], b""
+            for log in logs:
+                body = json.dumps(log, separators=(",", ":")).encode()[:-1]
+                line = body + _CHAIN + _chained(digest, body) + b'"}\n'
+                digest.update(line)
+                lines += line
             try:
                 file.truncate(end)
                 file.seek(end)
                 written = 0
-                while written < len(text):
-                    written += file.write(text[written:])
+                while written < len(lines):
+                    written += file.write(lines[written:])
                 os.fsync(file.fileno())
             except OSError:
                 file.truncate(end)
                 raise
+
+
+def _chained(before: hashlib._Hash, body: bytes) -> bytes:
+    digest = before.copy()
+    digest.update(body)
+    return digest.hexdigest()[:16].encode()

@@ -8,19 +8,16 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import optuna
 import torch
-from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial
 
 from libmtl_fair.data.loader import resolve_device
 from libmtl_fair.errors import CheckpointError, FairMTLError, RecipeError, unknown
@@ -30,7 +27,8 @@ from libmtl_fair.recipe.sections import Tune
 from libmtl_fair.recipe.yaml_source import Source
 from libmtl_fair.tune.artifacts import Keeper, describe
 from libmtl_fair.tune.budget import fill, finished
-from libmtl_fair.tune.plan import FINGERPRINT, FIXED, Plan, fingerprint, stamp
+from libmtl_fair.tune.plan import FINGERPRINT, Plan, fingerprint, stamp
+from libmtl_fair.tune.samplers import PRUNERS, SAMPLERS, make_sampler
 from libmtl_fair.tune.stacking import Places, aloud
 from libmtl_fair.tune.storage import open_storage, storage_errors
 from libmtl_fair.tune.worker import Worker, protocol_of
@@ -38,19 +36,6 @@ from libmtl_fair.tune.worker import Worker, protocol_of
 Note = Callable[[str], None]
 ON_GPU = 16
 """Trials trained at once on a GPU, which one small model leaves idle."""
-
-SAMPLERS: Mapping[str, Mapping[str, Any]] = {
-    "nsga2": {"population_size": 20, "mutation_prob": None, "crossover_prob": 0.9, "swapping_prob": 0.5},
-    "random": {},
-    # group: the baseline and the published settings have no parameters, several methods have different ones.
-    "tpe": {"n_startup_trials": 10, "n_ei_candidates": 24, "multivariate": True, "group": True, "constant_liar": True},
-}
-"""Name -> its settings, pinned and recorded, so that another version of Optuna does not change a study."""
-PRUNERS: Mapping[str | None, Callable[[], optuna.pruners.BasePruner]] = {
-    None: optuna.pruners.NopPruner,
-    "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2),
-    "hyperband": lambda: optuna.pruners.HyperbandPruner(min_resource=2),
-}
 
 
 def tune(
@@ -154,7 +139,7 @@ def _work(
     plan, device = Plan.make(recipe, job.objectives), job.device.split(",")[0]
     stacked = at_once(job.stacked, device)
     with storage_errors(job.storage), quiet():
-        study = open_study(plan, open_storage(job.storage), job.study, resume=resume, new=new, worker=job.worker)
+        study = open_study(plan, open_storage(job.storage), job.study, resume=resume, new=new)
         protocol = protocol_of(study, plan, device)
         fill(study, plan, job.total)
         deadline = float("inf") if job.timeout is None else time.monotonic() + job.timeout
@@ -185,9 +170,7 @@ def quiet() -> Iterator[None]:
         optuna.logging.set_verbosity(level)
 
 
-def open_study(
-    plan: Plan, storage: BaseStorage, name: str, *, resume: bool = True, new: bool = False, worker: int = 0
-) -> optuna.Study:
+def open_study(plan: Plan, storage: BaseStorage, name: str, *, resume: bool = True, new: bool = False) -> optuna.Study:
     """Open or make the study of a plan; a study of that name about something else is refused, or left alone with ``new``."""
     names, first, number = set(optuna.get_all_study_names(storage)), name, 1
     load, own = partial(optuna.load_study, storage=storage), fingerprint(plan.described())
@@ -205,43 +188,13 @@ def open_study(
         raise CheckpointError(f"study {name!r} has trials already; call with resume=True to go on with it")
     if not study.metric_names:
         study.set_metric_names([m.name for m in plan.objectives])
-    study.sampler = _sampler(plan, plan.recipe.seeds[0] + 7919 * worker + done)
+    study.sampler = make_sampler(plan, plan.recipe.seeds[0])
     if "sampler" not in study.user_attrs:
         study.set_user_attr("sampler", {"name": plan.sampler, **SAMPLERS[plan.sampler], "optuna": optuna.__version__})
     if plan.tune.pruner not in PRUNERS:
         raise RecipeError(f"tune.pruner: {unknown('pruner', plan.tune.pruner, filter(None, PRUNERS))}")
     study.pruner = PRUNERS[plan.tune.pruner]()
     return study
-
-
-def _sampler(plan: Plan, seed: int) -> optuna.samplers.BaseSampler:
-    if plan.sampler not in SAMPLERS:
-        raise RecipeError(f"tune.sampler: {unknown('sampler', plan.sampler, SAMPLERS)}")
-    if plan.sampler != "nsga2":
-        kind = optuna.samplers.TPESampler if plan.sampler == "tpe" else optuna.samplers.RandomSampler
-        return kind(**SAMPLERS[plan.sampler], seed=seed)
-    if len(plan.space) > 1:
-        several = f"nsga2 crosses the settings of one method, and tune.methods has {', '.join(plan.space)}; take tpe"
-        raise RecipeError(f"tune.sampler: {several}")
-    return Evolution({p.name: p.distribution for p in next(iter(plan.space.values()))}, seed)
-
-
-class Evolution(optuna.samplers.NSGAIISampler):
-    """NSGA-II over a space known beforehand; trials of fixed settings, which have no parameters, are no parents."""
-
-    def __init__(self, space: Mapping[str, BaseDistribution], seed: int) -> None:
-        super().__init__(**SAMPLERS["nsga2"], seed=seed)
-        self._space = space
-
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Return the space; Optuna's own guess is what all trials so far have in common."""
-        return {} if trial.user_attrs.get(FIXED) else dict(self._space)
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        """Return a child of the generation before."""
-        return super().sample_relative(study, trial, search_space) if search_space else {}
 
 
 _START = "import sys; from libmtl_fair.tune.study import main; sys.exit(main())"

@@ -6,8 +6,7 @@ from optuna.trial import TrialState
 
 from libmtl_fair import tune
 from libmtl_fair.errors import CheckpointError, FairMTLError, RecipeError
-from libmtl_fair.tune import study as studies
-from libmtl_fair.tune import worker
+from libmtl_fair.tune import samplers, worker
 from libmtl_fair.tune.budget import claim, fill, give_up, slots
 from libmtl_fair.tune.plan import Plan
 
@@ -246,15 +245,15 @@ def test_own_settings_that_do_not_fit_are_refused(small, entry, message):
 
 
 def test_nsga2_crosses_settings_and_is_recorded(small, monkeypatch):
-    monkeypatch.setitem(studies.SAMPLERS["nsga2"], "population_size", 3)
+    monkeypatch.setitem(samplers.SAMPLERS["nsga2"], "population_size", 3)
     bred = []
-    real = studies.Evolution.sample_relative
+    real = samplers.Evolution.sample_relative
 
     def watched(self, study, trial, space):
         bred.append(real(self, study, trial, space))
         return bred[-1]
 
-    monkeypatch.setattr(studies.Evolution, "sample_relative", watched)
+    monkeypatch.setattr(samplers.Evolution, "sample_relative", watched)
     study = tune.tune(small("tune.sampler=nsga2"), 12)
     assert [t.state for t in study.get_trials()] == [TrialState.COMPLETE] * 12
     assert study.user_attrs["sampler"]["name"] == "nsga2"
