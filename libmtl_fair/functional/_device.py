@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
@@ -22,6 +25,17 @@ def on_cpu(*tensors: Tensor) -> bool:
         if not tensor.is_cpu:
             return False
     return has_values(*tensors)
+
+
+def as_array(values: Tensor) -> NDArray[Any]:
+    """Return the values as a numpy array without their graph; numpy has no bfloat16, so those become float32.
+
+    >>> as_array(torch.ones(2, dtype=torch.bfloat16)).dtype
+    dtype('float32')
+    """
+    values = values.detach().cpu()
+    found: NDArray[Any] = (values.float() if values.dtype is torch.bfloat16 else values).numpy()
+    return found
 
 
 def has_values(*tensors: Tensor) -> bool:

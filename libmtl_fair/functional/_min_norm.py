@@ -11,7 +11,7 @@ from scipy.linalg import lapack
 from torch import Tensor
 
 from libmtl_fair.errors import DataError, RecipeError, unknown
-from libmtl_fair.functional._device import on_cpu, widest
+from libmtl_fair.functional._device import as_array, on_cpu, widest
 
 SOLVERS = ("auto", "active-set", "enumeration", "interior-point")
 _ENUMERATED = 6
@@ -74,7 +74,7 @@ def min_norm_weights(
         return _among(gram, linear, present, readable, iters, solver)
     ridge = max(2 * torch.finfo(gram.dtype).eps, 1e-13)
     if readable and solver in ("auto", "active-set"):
-        found = _solve_cpu(gram.numpy(), linear.numpy(), ridge)
+        found = _solve_cpu(as_array(gram), as_array(linear), ridge)
         if found is not None:
             return torch.as_tensor(found, dtype=gram.dtype)
     enumerate_supports = solver == "enumeration" or (solver == "auto" and gram.shape[-1] <= _ENUMERATED)

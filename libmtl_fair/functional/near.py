@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from libmtl_fair.errors import DataError
-from libmtl_fair.functional._device import on_cpu
+from libmtl_fair.functional._device import as_array, on_cpu
 from libmtl_fair.functional._written import written
 
 
@@ -44,7 +44,7 @@ def near_others(features: Tensor) -> Near:
     distances = torch.addmm(squares, features, features.mT, alpha=-2)  # less the row's own square
     distances.fill_diagonal_(torch.inf)
     # numpy takes a fifth of torch's time
-    others = torch.as_tensor(distances.numpy().argmin(-1)) if on_cpu(distances) else distances.argmin(-1)
+    others = torch.as_tensor(as_array(distances).argmin(-1)) if on_cpu(distances) else distances.argmin(-1)
     if size < 2:
         return Near(others, torch.zeros_like(squares.sum()))
     total = squares.sum()
@@ -185,5 +185,5 @@ def _ramp(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def _order(values: Tensor) -> Tensor:
     """Return the places of the values in ascending order; beside the CPU numpy sorts many rows in a third of torch's time."""
     if on_cpu(values):
-        return torch.from_numpy(values.numpy().argsort(-1))
+        return torch.from_numpy(as_array(values).argsort(-1))
     return values.argsort(-1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from libmtl_fair.errors import RecipeError
-from libmtl_fair.functional._device import on_cpu, widest
+from libmtl_fair.functional._device import as_array, on_cpu, widest
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def masked_quantiles(values: Sequence[Tensor], q: float, mask: Tensor | None = N
         raise RecipeError(f"masked_quantile: q must be in [0, 1], found {q}.")
     x = values[0]
     if on_cpu(*values) and (mask is None or on_cpu(mask)):
-        columns = [value.detach().reshape(-1, x.shape[-1]).numpy() for value in values]
+        columns = [as_array(value.reshape(-1, x.shape[-1])) for value in values]
         kept = None if mask is None else mask.expand_as(x).reshape(columns[0].shape).numpy()
         found = [
             [_quantile(rows[i] if kept is None else rows[i][kept[i]], q) for rows in columns]

@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from libmtl_fair.functional._device import as_array
+
 _EPS = torch.finfo(torch.float64).eps
 _MISSING = -100
 
@@ -20,7 +22,7 @@ def auc(scores: Tensor, positive: Tensor) -> Tensor:
     >>> auc(torch.tensor([0.1, 0.4, 0.4, 0.8]), torch.tensor([False, False, True, True]))
     tensor(0.8750, dtype=torch.float64)
     """
-    held, truth = _on_cpu(scores), positive.cpu().numpy()
+    held, truth = as_array(scores), positive.cpu().numpy()
     return torch.tensor(_one_auc(_side(held[~truth]), _side(held[truth]))[0], dtype=torch.float64)
 
 
@@ -61,7 +63,7 @@ def group_auc(
     code = positive.cpu().to(torch.int16 if n_groups < 1 << 14 else torch.int64).add_(groups.cpu(), alpha=2).numpy()
     order = np.argsort(code, kind="stable")  # linear in n for 16-bit codes
     sizes = np.bincount(code, minlength=2 * n_groups)
-    held, weights = _on_cpu(scores)[order], None if weight is None else _on_cpu(weight.double())[order]
+    held, weights = as_array(scores)[order], None if weight is None else as_array(weight.double())[order]
     found, ends = np.full((2, n_groups), np.nan), [0, *sizes.cumsum().tolist()]
     for g in range(n_groups):
         parts = (slice(*ends[k : k + 2]) for k in (2 * g, 2 * g + 1))
@@ -70,12 +72,6 @@ def group_auc(
     value, error = torch.from_numpy(found)
     negatives, positives = torch.from_numpy(sizes).reshape(-1, 2).T
     return value, error, positives, negatives
-
-
-def _on_cpu(values: Tensor) -> NDArray[Any]:
-    values = values.detach().cpu()
-    found: NDArray[Any] = (values.float() if values.dtype is torch.bfloat16 else values).numpy()
-    return found
 
 
 class _Side(NamedTuple):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from libmtl_fair.errors import RecipeError
-from libmtl_fair.functional._device import on_cpu, widest
+from libmtl_fair.functional._device import as_array, on_cpu, widest
 
 
 class Controller(nn.Module):
@@ -76,7 +76,7 @@ class _Plain:
 
 _ARRAYS: Mapping[Any, Callable[[Tensor], Any]] = {
     _Plain: Tensor.item,
-    np: lambda x: x.numpy().astype(np.float64) if x.is_floating_point() else x.numpy(),
+    np: lambda x: as_array(x).astype(np.float64) if x.is_floating_point() else x.numpy(),
     torch: lambda x: x.to(widest(x.device)) if x.is_floating_point() else x,
 }
 
