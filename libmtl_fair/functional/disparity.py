@@ -51,6 +51,7 @@ def lift(
     symmetric: bool = False,
     normalise: bool = False,
     min_count: float | Tensor = 0.0,
+    smooth: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the groups' costs exceed the best group's by, summed; the best is detached, so that only the others are moved.
 
@@ -62,6 +63,9 @@ def lift(
         The best group is the one whose bound is least, in place of the one whose cost is.
     symmetric, normalise, min_count : bool = False, bool = False, float or Tensor = 0.0
         As in :class:`LiftOptions`; a group counts where its count is positive and at least ``min_count``.
+    smooth : float = 0.0
+        An excess u below it counts u^2 / (2 smooth), one above it u - smooth / 2: groups that are nearly equal are hardly
+        moved. Not with ``symmetric`` **(ours)**.
 
     Returns
     -------
@@ -93,10 +97,16 @@ def lift(
     if bound is not None:
         best = fixed.gather(-2, bound.masked_fill(unknown, torch.inf).argmin(-2, keepdim=True))
     excess = (cost - best).masked_fill(unknown, 0.0)  # with one group known it is the best, with none all is masked
-    slope = (excess.detach() > 0).to(cost.dtype)
+    if smooth > 0:
+        slope = (excess.detach() / smooth).clamp(0.0, 1.0)  # behind a bound's group some are ahead of it
+        value = torch.where(excess < smooth, excess.relu().square() / (2 * smooth), excess - smooth / 2)
+    else:
+        slope = (excess.detach() > 0).to(cost.dtype)
+        value = slope * excess
     if normalise:
-        slope = slope / (observed - 1).clamp(min=1).unsqueeze(-2)
-    return (slope * excess).sum(-2), present, slope
+        each = 1 / (observed - 1).clamp(min=1).unsqueeze(-2)
+        slope, value = slope * each, value * each
+    return value.sum(-2), present, slope
 
 
 def aeod(

@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -341,77 +341,6 @@ class DualAscent(Controller):
     def extra_repr(self) -> str:
         """Settings, for ``repr``."""
         return f"rho={self.rho}, epsilon={self.epsilon}, initial={self.initial}, maximum={self.maximum}, static={self.static}"
-
-
-# -- a multiplier that follows decisions (METHODS.md, 2.5) --------------------------------------------------------
-
-LEAST, START = 1e-4, 0.05
-"""Lowest multiplier, and the first; the highest is 1: a task may lose by its constraint what its labels hold at most."""
-_GAIN, _LIMIT = 15.0, 0.05
-SLOTS = 256
-"""Slots that a window has at most."""
-
-
-class Pace(NamedTuple):
-    """Where a training of ``total`` steps is: ``warm`` while it trains plainly, ``gain`` of a step of log eta after it."""
-
-    warm: bool
-    gain: float
-
-    @classmethod
-    def of(cls, step: int, epoch_steps: int, total: int) -> Pace:
-        """Return the pace of a step (0-based): plain for an epoch or a tenth of the steps, at most a third.
-
-        >>> Pace.of(99, 100, 1000), Pace.of(100, 100, 1000)
-        (Pace(warm=True, gain=0.015), Pace(warm=False, gain=0.015))
-        """
-        plain = min(max(epoch_steps, math.ceil(total / 10)), total // 3)
-        return cls(step < max(1, plain), min(_GAIN / max(total, 1), _LIMIT))
-
-
-def decay_of(rows: int, epoch_steps: int | None) -> float:
-    """Return the decay of the smooth sums: they span 10 batches, in small batches 2,560 people but at most a quarter of an epoch.
-
-    >>> decay_of(512, 100), round(decay_of(8, 1000), 3), decay_of(8, 30)
-    (0.9, 0.996, 0.9)
-    """
-    longest = math.inf if epoch_steps is None else epoch_steps / 4
-    return 1 - 1 / max(10.0, min(2560 / max(rows, 1), longest))
-
-
-class Window:
-    """Sums over the last ``length`` steps: a ring of at most 256 slots, of one step each where there are no more."""
-
-    @staticmethod
-    def rolled(
-        ring: Tensor | None, recent: Tensor | None, now: Tensor, step: int, length: int
-    ) -> tuple[Tensor, Tensor]:
-        """Return the ring [slots, ...] and the sums in it after ``now`` [...], the step's, has taken the oldest one's place."""
-        if ring is None or recent is None or len(ring) != min(length, SLOTS):
-            ring, recent = now.new_zeros((min(length, SLOTS), *now.shape)), torch.zeros_like(now)
-        each = -(-length // SLOTS)
-        slot = ring[(step // each) % len(ring)]
-        if step % each == 0:
-            recent -= slot
-            slot.copy_(now)
-        else:
-            slot += now
-        recent += now
-        return ring, recent
-
-
-def pursue(log_eta: Any, level: Any, gap: Any, there: Any, pace: Pace, tolerance: Callable[[Any], Any]) -> Any:
-    """Move ``log_eta`` and ``level`` in place by what was measured; return the multipliers to use now, None while it is warm.
-
-    ``e = clip(gap / tolerance - 1, -1, 1)``, ``log eta += gain e``, in use: ``min(1, eta exp(e))``. Where ``there`` is False nothing moves.
-    """
-    if pace.warm:
-        level[...] = gap
-        return None
-    xp: Any = torch if isinstance(gap, Tensor) else np
-    error = xp.where(there, xp.clip(gap / tolerance(level) - 1, -1, 1), 0.0)
-    log_eta[...] = xp.clip(log_eta + pace.gain * error, math.log(LEAST), 0.0)
-    return xp.exp(xp.clip(log_eta + error, None, 0.0))
 
 
 def _require(holds: bool, what: str, expected: str, found: float) -> None:

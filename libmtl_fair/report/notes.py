@@ -97,16 +97,20 @@ def _listed(found: Sequence[str]) -> str:
     return "; ".join(found[:_AT_MOST]) + (f" and {len(found) - _AT_MOST} more" if len(found) > _AT_MOST else "")
 
 
+_AT = {"half": " of decisions at 0.5", "base_rate": " of decisions at the base-rate threshold"}
+
+
 def _constraints(run: RunFolder) -> Iterator[str]:
     """Say what was asked of each method's decisions and what came of it, the unmet first."""
     frame = run.frame("constraint")
     told = []
-    for (method, task, attribute, target), found in frame.groupby(
-        ["method", "task", "attribute", "target"], sort=False
+    for (method, task, attribute, target, threshold), found in frame.groupby(
+        ["method", "task", "attribute", "target", "threshold"], sort=False
     ):
         met, ends = int((found["val_met"] == True).sum()), int((found["at_bound"] == True).sum())  # noqa: E712
+        at = _AT.get(str(threshold), "")
         text = (
-            f"{method}, {task}, {attribute}: {target} was asked (a difference of at most {found['tolerance'].mean():.3f}); it is "
+            f"{method}, {task}, {attribute}: {target} was asked{at} (a difference of at most {found['tolerance'].mean():.3f}); it is "
             f"{found['train'].mean():.3f} on training and {found['val'].mean():.3f} on validation decisions, freed of chance: met on "
             f"validation, within one standard error, for {met} of {len(found)} seeds"
         )
@@ -114,6 +118,9 @@ def _constraints(run: RunFolder) -> Iterator[str]:
         if share < 0.01 or share > 0.99:
             text += f". That says nothing: {100 * share:.1f} % of people are selected"
         bound = f"; the multiplier ended at its bound for {ends}" if ends else ""
+        if away := int((found["out_of_reach"] == True).sum()):  # noqa: E712
+            low = found.loc[found["out_of_reach"] == True, "eta_bound"].min()  # noqa: E712
+            bound += f"; out of reach for {away}: there the difference did not fall, and the bound gave way, to {low:.2g} at least"
         told.append((met == len(found), f"{text}{bound}."))
     yield from [text for _, text in sorted(told, key=lambda item: item[0])][:_AT_MOST]
 

@@ -30,9 +30,20 @@ _FRAMES: Mapping[str, tuple[list[str], list[str], list[str]]] = {
     "groups": (["task", "attribute", "metric", "group", "flag"], ["value", "n", "low", "high"], []),
     "consistency": (["task", "metric"], ["value", "low", "high"], []),
     "constraint": (
-        ["task", "attribute", "target"],
-        ["tolerance", "plain", "eta", "train", "train_error", "train_selected", "val", "val_error", "val_selected"],
-        ["train_met", "val_met", "at_bound"],
+        ["task", "attribute", "target", "threshold"],
+        [
+            "tolerance",
+            "plain",
+            "eta",
+            "eta_bound",
+            "train",
+            "train_error",
+            "train_selected",
+            "val",
+            "val_error",
+            "val_selected",
+        ],
+        ["train_met", "val_met", "at_bound", "out_of_reach"],
     ),
 }
 """The texts, the numbers and what else each table has; ``pairs`` is the audit by task pair."""

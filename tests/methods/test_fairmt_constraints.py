@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 from collections import deque
 from typing import Any
@@ -19,7 +20,7 @@ import libmtl_fair as lf
 from libmtl_fair import functional as F
 from libmtl_fair.errors import HostError, RecipeError
 from libmtl_fair.methods import FairMTSettings
-from libmtl_fair.methods.controllers import Pace, Window
+from libmtl_fair.methods.fairmt.pursuit import Bound, Pace, Window, pursue
 from libmtl_fair.methods.targets import Target, chosen
 from libmtl_fair.models import MLP, linear_heads
 
@@ -191,10 +192,47 @@ def test_pace() -> None:
     assert [Pace.of(s, 10, 1000).warm for s in (99, 100)] == [True, False]  # a tenth
     assert [Pace.of(s, 90, 90).warm for s in (0, 29, 30)] == [True, True, False]  # a third
     assert Pace.of(0, 1, 1).warm
-    assert (Pace.of(0, 100, 5000).gain, Pace.of(0, 10, 100).gain) == (0.003, 0.05)
+    assert (Pace.of(0, 100, 5000).gain, Pace.of(0, 10, 100).gain, Pace.of(0, 5, 20).gain) == (0.003, 0.15, 0.3)
+    assert [Pace.of(s, 10, 100).settled for s in (49, 50)] == [False, True]
+    assert (Pace.of(0, 10, 100).patience, Pace.of(0, 50, 100).patience) == (16, 50)
 
 
 # -- whole trainings against loops --------------------------------------------------------------------------------
+
+
+LOW, FIRST, HIGH = 0.01, 0.3, 3.0
+
+
+class Multiplier:
+    """One multiplier in plain numbers: its bound is halved where it does not help, and doubled once where it did."""
+
+    def __init__(self, patience: int) -> None:
+        self.log_eta, self.most, self.patience = math.log(FIRST), HIGH, patience
+        self.since, self.mark, self.unmet = 0, 0.0, 0
+
+    def move(self, excess: float | None, gain: float) -> float:
+        """Take in the difference over what is aimed at, None where there is none to see; return the strength in use."""
+        error = 0.0 if excess is None else min(max(excess - 1, -1.0), 1.0)
+        self.log_eta = min(max(self.log_eta + gain * error, math.log(LOW)), math.log(self.most))
+        used = (math.exp(error) - math.exp(-1)) / (1 - math.exp(-1)) * math.exp(self.log_eta)
+        used = min(used, self.most)
+        if self.log_eta < math.log(self.most) - 1e-9 or excess is None or excess <= 1.5 or self.unmet == 2:
+            self.since = 0
+            return used
+        self.since += 1
+        if self.since == 1 and self.unmet == 0:
+            self.mark = excess
+        if self.since >= self.patience:
+            self.since = 0
+            if self.unmet == 1 and excess > 1.1 * self.mark:
+                self.most, self.unmet = min(2 * self.most, HIGH), 2
+            elif self.unmet == 0 and excess <= 0.9 * self.mark:
+                self.mark = excess
+            else:
+                if self.unmet == 0:
+                    self.mark = excess
+                self.most, self.unmet = max(self.most / 2, FIRST), 1
+        return used
 
 
 class Reference:
@@ -209,8 +247,11 @@ class Reference:
         self.warm = min(max(self.length, math.ceil(self.total / 10)), self.total // 3)
         self.window: deque[list[tuple[Any, ...]]] = deque(maxlen=self.length)
         self.sums: dict[Any, tuple[float, float]] = {}
-        self.log_eta: dict[Any, float] = {}
+        self.multipliers: dict[Any, Multiplier] = {}
         self.level: dict[Any, float] = {}
+        self.kinds = {"both": ["half", "base_rate"]}.get(self.s.threshold, [self.s.threshold])
+        self.cut: dict[str, float] = {}
+        self.smooth_cut: dict[str, float] = {}
 
     def parameters(self) -> list[Any]:
         return [*self.encoder.parameters(), *self.heads.parameters()]
@@ -226,9 +267,11 @@ class Reference:
                 found += [(f"{t.name}[{c}]", 1 / t.n_labels, z[:, c], y[:, c]) for c in range(t.n_labels)]
         return found
 
-    def hard(self, name: str, attribute: str, n_groups: int, metric: str) -> tuple[float, bool, float, dict[Any, bool]]:
-        """Gap of decisions in the window, whether it is there, the base rate, and which groups have enough people."""
-        people = [(g, y, d) for step in self.window for (n, a, g, y, d) in step if (n, a) == (name, attribute)]
+    def hard(
+        self, name: str, attribute: str, n_groups: int, metric: str, kind: str
+    ) -> tuple[float, float, bool, float, dict[Any, bool]]:
+        """Gap of decisions in the window, its error, whether it is there, the base rate, and which groups have enough people."""
+        people = [(g, y, d[kind]) for step in self.window for (n, a, g, y, d) in step if (n, a) == (name, attribute)]
         known = [(g, y, d) for g, y, d in people if g >= 0]
         parts = {"eo": [1, 0], "eop": [1], "dp": [None]}[metric]
         gaps, enough = [], {}
@@ -239,9 +282,10 @@ class Reference:
             rates = [sum(row) / max(len(row), 1) for row in rows]
             if label in parts:
                 gaps.append(gap_by_hand(rates, [len(row) for row in rows], self.s.min_count))
-        here = [gap for gap, _, there in gaps if there]
+        here = [(gap, noise) for gap, noise, there in gaps if there]
+        largest = max(here, key=lambda pair: pair[0], default=(0.0, 0.0))
         base = sum(y for _, y, _ in known) / max(len(known), 1)
-        return max(here, default=0.0), bool(here), base, enough
+        return *largest, bool(here), base, enough
 
     def rate(self, key: Any, cost: Tensor, chosen: Tensor) -> tuple[Tensor, float]:
         """Running mean with the batch's true gradient, and its decayed count."""
@@ -252,6 +296,27 @@ class Reference:
         weights = sum(self.ema**k for k in range(self.step_number + 1))
         per_batch = max(n / weights, 1e-12)
         return run / max(n, 1e-12) + (total - total.detach()) / per_batch, n
+
+    def strength(self, key: Any, target: Target, n_groups: int) -> tuple[float, str, float]:
+        """Move a multiplier; return its strength, the threshold that is farther from the target, and the difference there."""
+        found = {kind: self.hard(*key, n_groups, target.metric, kind) for kind in self.kinds}
+        excess: dict[str, float] = {}
+        for kind, (gap, noise, there, _, _) in found.items():
+            if self.step_number < self.warm:
+                self.level[key, kind] = gap
+            level = self.level[key, kind]
+            tau = max(self.s.floor, target.bound * level, noise) if target.relative else target.bound
+            if there:
+                excess[kind] = gap / (self.s.aim * tau)
+        farther = max(excess, key=excess.__getitem__) if excess else self.kinds[0]
+        gap, _, _, base, _ = found[farther]
+        self.excess[key] = excess
+        if self.step_number < self.warm:
+            return 0.0, farther, gap
+        multiplier = self.multipliers.setdefault(key, Multiplier(max(self.length, self.total // 6)))
+        used = multiplier.move(excess.get(farther), min(15 / self.total, 0.3))
+        p = min(max(base, 1e-12), 1 - 1e-12)
+        return used * -(p * math.log(p) + (1 - p) * math.log(1 - p)), farther, gap
 
     def step(self, x: Tensor, labels: dict[str, Any], sizes: dict[str, int]) -> dict[str, float]:
         groups = dict(labels["sensitive"])
@@ -269,7 +334,7 @@ class Reference:
         )  # fmt: skip
         self.window.append(
             [
-                (n, a, int(g), int(y), int(z >= 0))
+                (n, a, int(g), int(y), {k: int(z >= (0 if k == "half" else self.cut.get(n, 0.0))) for k in self.kinds})
                 for n, _, zs, ys in columns
                 for a, ids in groups.items()
                 for g, y, z in zip(ids, ys, zs)
@@ -277,38 +342,53 @@ class Reference:
             ]
         )
         objective = sum(t.loss(outs[t.name], labels[t.name]) for t in self.tasks)
-        gain, seen = min(15 / self.total, 0.05), {}
+        seen: dict[str, float] = {}
+        self.excess: dict[Any, dict[str, float]] = {}
         for name, share, z, y in columns:
             for attribute, ids in groups.items():
                 key, target = (name, attribute), asked.get((name.split("[")[0], attribute))
-                psi = self.psi(key, z, y, ids, sizes[attribute], target.metric if target else "eo")
-                if target is None:
+                psi = self.psi(key, z - self.smooth_cut.get(name, 0.0), y, ids, sizes[attribute], target)
+                if target is None:  # whose sums and thresholds run all the same
+                    self.strength_of_none(key, sizes[attribute])
                     continue
-                gap, there, base, _ = self.hard(name, attribute, sizes[attribute], target.metric)
-                log_eta = self.log_eta.setdefault(key, math.log(0.05))
-                if self.step_number < self.warm:
-                    self.level[key] = gap
-                    strength = 0.0
-                else:
-                    level = self.level[key]
-                    tau = max(self.s.floor, target.bound * level) if target.relative else target.bound
-                    e = min(max(gap / (self.s.aim * tau) - 1, -1.0), 1.0) if there else 0.0
-                    log_eta = self.log_eta[key] = min(max(log_eta + gain * e, math.log(1e-4)), 0.0)
-                    p = min(max(base, 1e-12), 1 - 1e-12)
-                    strength = min(1.0, math.exp(log_eta + e)) * share * -(p * math.log(p) + (1 - p) * math.log(1 - p))
-                objective = objective + strength * psi
-                seen |= {f"gap/{name}/{attribute}": gap, f"eta/{name}/{attribute}": math.exp(log_eta)}
+                used, _, gap = self.strength(key, target, sizes[attribute])
+                objective = objective + used * share * psi
+                eta = math.exp(self.multipliers[key].log_eta) if key in self.multipliers else FIRST
+                seen |= {f"gap/{name}/{attribute}": gap, f"eta/{name}/{attribute}": eta}
         found = torch.autograd.grad(objective, self.parameters(), allow_unused=True)
         with torch.no_grad():
             for parameter, grad in zip(self.parameters(), found):
                 if grad is not None:
                     parameter -= LR * grad
         self.step_number += 1
+        self.move_cuts(columns, list(groups))
         return seen
 
-    def psi(self, key: Any, z: Tensor, y: Tensor, ids: Tensor, n_groups: int, metric: str) -> Tensor:
+    def strength_of_none(self, key: Any, n_groups: int) -> None:
+        """Note how far decisions are from any difference at all: what nobody asked for tolerates 1."""
+        found = {kind: self.hard(*key, n_groups, "eo", kind) for kind in self.kinds}
+        self.excess[key] = {kind: gap / self.s.aim for kind, (gap, _, there, _, _) in found.items() if there}
+
+    def move_cuts(self, columns: list[tuple[str, float, Tensor, Tensor]], attributes: list[str]) -> None:
+        """Move the base-rate thresholds, and note at which one the next step's smooth rates are."""
+        for name, _, z, y in columns:
+            if "base_rate" not in self.kinds:
+                continue
+            z, known = z.detach(), y == y
+            n = max(int(known.sum()), 1)
+            positive, cut = float(y[known].sum()), self.cut.get(name, 0.0)
+            base = min(max(positive / n, 0.5 / n), 1 - 0.5 / n)
+            more = (float((z[known] >= cut).sum()) - positive) / n
+            spread = float(z.std(correction=0))
+            factor = max(3 * (1 - self.ema), 1 / self.step_number)
+            self.cut[name] = cut + factor * spread * min(max(more / (1.8 * base * (1 - base)), -1.0), 1.0)
+            at = {k: max((self.excess[name, a].get(k, -1.0) for a in attributes), default=-1.0) for k in self.kinds}
+            self.smooth_cut[name] = self.cut[name] if max(at, key=at.__getitem__) == "base_rate" else 0.0
+
+    def psi(self, key: Any, z: Tensor, y: Tensor, ids: Tensor, n_groups: int, target: Target | None) -> Tensor:
+        metric = target.metric if target else "eo"
         s = torch.sigmoid(self.s.sharpness * z)
-        _, _, _, enough = self.hard(*key, n_groups, metric)
+        enough = self.hard(*key, n_groups, metric, self.kinds[0])[-1]
         total = torch.zeros(())
         for label, weight in ((1, 1.0), (0, 0.0 if metric == "eop" else self.s.fpr_weight)):
             rates = []
@@ -330,19 +410,27 @@ class Reference:
                 stacked = torch.stack(values)
                 total = total + weight * (stacked.max() - stacked.min())
             else:
-                total = total + weight * sum((v - best).relu() for v in values) / (len(values) - 1)
+                total = total + weight * sum(self.lifted(v - best) for v in values) / (len(values) - 1)
         return total
+
+    def lifted(self, excess: Tensor) -> Tensor:
+        if float(excess.detach()) <= 0:
+            return 0 * excess
+        width = self.s.smooth
+        return excess**2 / (2 * width) if width and float(excess.detach()) < width else excess - width / 2
 
 
 CASES: list[tuple[tuple[lf.Task, ...], dict[str, Any]]] = [
     (BINARY, {}),
+    (BINARY, {"threshold": "half", "smooth": 0.0}),
+    (BINARY, {"threshold": "base_rate", "target": "eo <= 0.01", "attributes": ["sex"]}),
     (BINARY, {"target": "eo <= 0.02", "fpr_weight": 0.3, "sharpness": 2.0}),
     (BINARY, {"target": "eop <= 10%", "attributes": ["sex"]}),
     (BINARY, {"target": "dp <= 0.05", "min_count": 3}),
     (BINARY, {"targets": {"a": {"sex": "eo <= 0.01", "race": "dp <= 0.05"}}}),
     (BINARY, {"target": "eo <= 0.1", "targets": {"b": "eop <= 0.01"}, "attributes": ["race"]}),
     (BINARY, {"target": "eo <= 0.01", "intersectional": True, "min_count": 2}),
-    (BINARY, {"target": "eo <= 0.01", "reference": "lcb", "aim": 1.0}),
+    (BINARY, {"target": "eo <= 0.01", "reference": "lcb", "aim": 0.9}),
     (BINARY, {"target": "eo <= 0.01", "symmetric": True, "attributes": ["race"], "ema": 0.5}),
     (MIXED, {"target": "eo <= 0.02"}),
     (MIXED, {"target": "dp <= 0.02", "attributes": ["sex"]}),
@@ -351,7 +439,7 @@ CASES: list[tuple[tuple[lf.Task, ...], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(
-    ("tasks", "changes", "rep_grad"), [(*case, False) for case in CASES] + [(*CASES[i], True) for i in (1, 9)]
+    ("tasks", "changes", "rep_grad"), [(*case, False) for case in CASES] + [(*CASES[i], True) for i in (1, 11)]
 )
 def test_trainings_equal_loops_and_autograd(
     tasks: tuple[lf.Task, ...], changes: dict[str, Any], rep_grad: bool
@@ -372,7 +460,7 @@ def test_trainings_equal_loops_and_autograd(
     ours = [*trainer.model.encoder.parameters(), *trainer.model.decoders.parameters()]
     for mine, theirs in zip(ours, reference.parameters()):
         torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=1e-3)
-    assert any(value != math.log(0.05) for value in reference.log_eta.values()), "nothing moved"
+    assert any(m.log_eta != math.log(FIRST) for m in reference.multipliers.values()), "nothing moved"
 
 
 def test_double_precision_throughout() -> None:
@@ -395,6 +483,26 @@ def test_double_precision_throughout() -> None:
         assert all(p.dtype == torch.float64 for p in trainer.model.parameters())
     finally:
         torch.set_default_dtype(held)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", [{"target": "eo <= 0.02"}, {"form": "phi"}, {"form": "phi", "alpha": "uniform"}])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_outputs_of_any_floating_type(dtype: torch.dtype, form: dict[str, Any], mixed: bool) -> None:
+    """The model is of one type and the default of another; statistics are at least float32, gradients of the outputs' type."""
+    tasks, (x, labels, groups) = MIXED if mixed and form != {"form": "phi"} else BINARY, make_data()
+    trainer = make_trainer(tasks, lr=0.01, **form)
+    trainer.model.to(dtype)
+    kept = {t.name: labels[t.name].to(dtype) if labels[t.name].is_floating_point() else labels[t.name] for t in tasks}
+    source = lf.ResidentLoader(x.to(dtype), kept, groups, batch_size=BATCH, shuffle=False, device="cpu")
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        trainer.train(source, epochs=3)
+    after = list(trainer.model.parameters())
+    assert all(p.dtype == dtype and bool(p.isfinite().all()) for p in after)
+    assert any(not torch.equal(p, q) for p, q in zip(before, after))
+    assert trainer.model.running.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 # -- how it is used -----------------------------------------------------------------------------------------------
@@ -442,14 +550,16 @@ def test_batches_of_eight_with_a_group_of_one_percent() -> None:
 
 def test_a_sentence_is_met_and_said_to_be() -> None:
     plain, fair = fit(None, 4000, 128, 12), fit({"target": "eo <= 0.08"}, 4000, 128, 12)
-    (row,) = fair.model.constraint_rows()
+    (row, at_base) = fair.model.constraint_rows()
+    assert (row["threshold"], at_base["threshold"], at_base["train_met"]) == ("half", "base_rate", True)
     assert (row["target"], row["train_met"], row["at_bound"]) == ("eo <= 0.08", True, False)
     assert row["tolerance"] == pytest.approx(0.08)
     assert equalised_odds(plain) > 0.25
     assert equalised_odds(fair) < 0.13
     x, labels, groups = biased(4000, seed=7)
     seen = fair.predict(lf.ResidentLoader(x, labels, groups, batch_size=500, shuffle=False, device="cpu"))
-    (row,) = fair.model.constraint_rows(val=seen)
+    (row, at_base) = fair.model.constraint_rows(val=seen)
+    assert at_base["val_selected"] == pytest.approx(float(labels["a"].mean()), abs=1e-3)
     passed = (seen.outputs["a"].flatten() >= 0).numpy()
     expected = []
     for c in (1, 0):
@@ -460,7 +570,7 @@ def test_a_sentence_is_met_and_said_to_be() -> None:
     assert row["val_selected"] == pytest.approx(passed.mean(), abs=1e-6)
 
 
-def test_what_cannot_be_met_is_said_with_its_multiplier_at_the_bound() -> None:
+def test_what_cannot_be_met_is_said_with_its_multiplier_at_the_bound(caplog: pytest.LogCaptureFixture) -> None:
     """At this learning rate no model moves."""
     data = lf.ResidentLoader(*biased(8000), batch_size=200, shuffle=True, seed=0, device="cpu")
     torch.manual_seed(3)
@@ -468,10 +578,61 @@ def test_what_cannot_be_met_is_said_with_its_multiplier_at_the_bound() -> None:
     with torch.no_grad():
         trainer.model.decoders["a"].weight.mul_(20)
         trainer.model.encoder.load_state_dict({k: v * 3 for k, v in trainer.model.encoder.state_dict().items()})
-    with pytest.warns(UserWarning, match=r"a, sex: eo <= 0.01 was not met: .* with its multiplier at its bound"):
+    end = "was not met: .* with its multiplier at its bound. .*gave way"
+    with pytest.warns(UserWarning, match=f"a, sex: eo <= 0.01 {end}"), caplog.at_level("WARNING"):
         trainer.train(data, epochs=6)
-    (row,) = trainer.model.constraint_rows()
-    assert (row["at_bound"], row["train_met"]) == (True, False)
+    (early,) = [record.getMessage() for record in caplog.records]
+    assert re.search("a, sex: eo <= 0.01 is out of reach: .*gave way, from 3 to ", early)
+    (row, _) = trainer.model.constraint_rows()
+    assert (row["at_bound"], row["train_met"], row["out_of_reach"]) == (True, False, True)
+    assert row["eta_bound"] == pytest.approx(0.3)  # nothing helps, so next to nothing is spent on it
+    assert (
+        row["said"]
+        == "The difference did not fall with the multiplier at its bound, so the bound gave way, from 3 to 0.3"
+    )
+    eta, away = trainer.history["eta/a"], trainer.history["out_of_reach/a"]
+    assert eta.max() == pytest.approx(3)
+    assert away.iloc[0] == 0
+    assert (away.iloc[-40:] == 1).all()
+
+
+@given(st.integers(0, 10_000), st.integers(1, 6), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_multipliers_are_those_of_a_loop(seed: int, patience: int, tensors: bool) -> None:
+    """Rows of numbers, arrays or tensors, beside one multiplier at a time; some differences are not there."""
+    rng, n = np.random.default_rng(seed), 8
+    walk = 0.2 + np.abs(rng.normal(2, 1, n) + rng.normal(0, 0.3, (60, n)).cumsum(0))
+    absent = rng.random((60, n)) < 0.1
+    loops = [Multiplier(patience) for _ in range(n)]
+    state: Any = np.zeros((5, n))
+    state[0], state[1] = math.log(FIRST), math.log(HIGH)
+    state = torch.tensor(state) if tensors else state
+    for excess, gone in zip(walk, absent):
+        e: Any = np.where(gone, -1.0, excess)
+        e = torch.tensor(e) if tensors else e
+        xp: Any = torch if tensors else np
+        error = xp.where(e > 0, xp.clip(e - 1, -1, 1), 0.0)
+        bound = Bound(*state[1:5])
+        used = pursue(state[0], error, 0.4, LOW, xp.exp(bound.log_most))
+        bound.move(state[0], e, patience)
+        expected = [m.move(None if g else float(x), 0.4) for m, x, g in zip(loops, excess, gone)]
+        assert np.asarray(used) == pytest.approx(expected, abs=1e-9)
+        assert np.asarray(state[4]).tolist() == [m.unmet for m in loops]
+        assert np.asarray(state[1]) == pytest.approx([math.log(m.most) for m in loops])
+
+
+def test_a_bound_that_gives_way_comes_back_where_it_helped() -> None:
+    """Half of the bound lets the difference rise, so the whole is taken again, and held."""
+    state = np.array([[math.log(HIGH)], [math.log(HIGH)], [0.0], [0.0], [0.0]])
+    seen = []
+    for _ in range(40):
+        most = math.exp(state[1, 0])
+        excess = np.array([4.0 if most > 2 else 6.0])
+        pursue(state[0], np.clip(excess - 1, -1, 1), 0.5, LOW, np.exp(state[1]))
+        Bound(*state[1:5]).move(state[0], excess, 5)
+        seen.append(most)
+    assert min(seen) == pytest.approx(1.5)
+    assert (seen[-1], state[4, 0]) == (pytest.approx(3.0), 2)
 
 
 def test_the_epoch_kept_is_none_of_plain_training_and_keeps_the_constraint() -> None:
@@ -481,9 +642,26 @@ def test_the_epoch_kept_is_none_of_plain_training_and_keeps_the_constraint() -> 
     judged = lf.ResidentLoader(*biased(6000, seed=3), batch_size=2000, shuffle=False, device="cpu")
     trainer.select_by = lambda results: -float(trainer.epoch)  # the earlier, the better
     trainer.train(source, None, 5, judged)
-    assert (trainer.best["admitted"], trainer.best["epoch"] >= 1) == (True, True)
-    (row,) = trainer.model.constraint_rows(val=trainer.predict(judged))
-    assert row["val_met"]
+    assert (trainer.best["admitted"], trainer.best["epoch"] >= 2) == (True, True)  # half of it is over
+    assert all(row["val_met"] for row in trainer.model.constraint_rows(val=trainer.predict(judged)))
+
+
+def test_nothing_is_gained_by_passing_everybody() -> None:
+    """At 0.5 all pass and look alike; where as many are chosen as are positive, they do not, and the multiplier rises."""
+    found = {}
+    for threshold in ("half", "both"):
+        torch.manual_seed(3)
+        trainer = make_trainer((lf.Binary("a"),), lr=1e-9, target="eo <= 0.05", threshold=threshold)
+        with torch.no_grad():
+            trainer.model.decoders["a"].weight.mul_(20)
+            trainer.model.decoders["a"].bias.fill_(6)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            trainer.train(lf.ResidentLoader(*biased(4000), batch_size=200, shuffle=False, device="cpu"), epochs=4)
+        found[threshold] = trainer.history[["gap/a", "eta/a"]].iloc[-1].tolist()
+    assert found["half"] == [0, pytest.approx(0.01)]
+    assert found["both"][0] > 0.1
+    assert found["both"][1] > 0.3
 
 
 def test_base_rate_decisions() -> None:

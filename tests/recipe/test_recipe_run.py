@@ -203,8 +203,7 @@ def test_what_came_of_a_constraint_is_kept_on_training_and_validation_decisions(
     assert "constraint" not in numbers(out, "plain")
     rows = numbers(out, "fair")["constraint"]
     assert [(row["task"], row["attribute"], row["target"]) for row in rows] == [
-        ("bad_credit", "age", "eo <= 0.05"),
-        ("owns_home", "age", "eo <= 0.05"),
+        (task, "age", "eo <= 0.05") for task in ("bad_credit", "owns_home") for _ in ("half", "base_rate")
     ]
     for row in rows:
         for part in ("train", "val"):
@@ -215,9 +214,9 @@ def test_what_came_of_a_constraint_is_kept_on_training_and_validation_decisions(
     (folder / "metrics.json").unlink()
     again = run_recipe(asked, out, device="cpu", resume=True)
     assert numbers(again, "fair")["constraint"] == rows
-    assert read_run(out).frame("constraint")["target"].tolist() == ["eo <= 0.05"] * 2
+    assert read_run(out).frame("constraint")["target"].tolist() == ["eo <= 0.05"] * 4
     said = [note for note in notes(read_run(out)) if "eo <= 0.05 was asked" in note]
-    assert len(said) == 2 and all(" of 1 seeds" in note for note in said)
+    assert len(said) == 4 and all(" of 1 seeds" in note for note in said)
 
 
 def test_a_constraint_that_is_none_names_the_place(tmp_path):

@@ -30,14 +30,19 @@ _TINY = 1e-12
 _CCC_MOMENTS = 5
 
 
+def at_least_single(values: Tensor) -> Tensor:
+    """Return half-precision values as float32; sums over people do not fit into less."""
+    return values.float() if values.dtype.itemsize < 4 else values
+
+
 class BinaryColumns:
     """Binary columns of one logit each, as matrices [..., B, K]: their costs, and the gradient back to the logits.
 
     Attributes
     ----------
     parts : list of Tensor
-        [..., B, 2K] each, misses, then false alarms: the costs; 1 where a column counts, else 0; and, where decisions
-        are asked for, the costs of those.
+        [..., B, 2K] each, misses, then false alarms: the costs; 1 where a column counts, else 0; and the costs of the
+        decisions at each of ``decided``, thresholds of the logits. Of the logits' type, at least float32.
     """
 
     def __init__(
@@ -46,17 +51,18 @@ class BinaryColumns:
         labels: Tensor,
         sharpness: float | Tensor,
         cut: Tensor | None = None,
-        decisions: bool = False,
+        decided: Sequence[Tensor | float] = (),
     ) -> None:
         self.sharpness, self._plain = sharpness, isinstance(sharpness, float) and sharpness == 1
-        self.logits = logits = logits if cut is None else logits - cut
-        self.p = p = torch.sigmoid(logits if self._plain else logits * sharpness)
+        self.logits = logits = at_least_single(logits)
+        shifted = logits if cut is None else logits - cut
+        self.p = p = torch.sigmoid(shifted if self._plain else shifted * sharpness)
         positive, negative = (torch.eq(labels, y, out=torch.empty_like(p)) for y in (1, 0))
         self._positive, self._negative, self.width = positive, negative, 2 * p.shape[-1]
         missed = torch.addcmul(positive, p, positive, value=-1)  # (1 - p) where positive
         self.parts = [missed, p * negative, positive, negative]
-        if decisions:
-            passed = torch.ge(logits, 0, out=torch.empty_like(p))
+        for at in decided:
+            passed = torch.ge(logits, at, out=torch.empty_like(p))
             self.parts += [torch.addcmul(positive, passed, positive, value=-1), passed * negative]
 
     def pull_back(self, gradient: Tensor) -> list[Tensor]:
@@ -74,7 +80,8 @@ class OutputColumns(BinaryColumns):
         self, tasks: Sequence[Task], outputs: Sequence[Tensor], labels: Sequence[Tensor], *args: Any, **options: Any
     ) -> None:
         self._outputs = outputs
-        logits = [t.logit(z).unsqueeze(1) if isinstance(t, Binary) else z for t, z in zip(tasks, outputs)]
+        wide = [at_least_single(z) for z in outputs]
+        logits = [t.logit(z).unsqueeze(1) if isinstance(t, Binary) else z for t, z in zip(tasks, wide)]
         self._widths = [z.shape[1] for z in logits]
         truth = torch.cat([_targets(task, y) for task, y in zip(tasks, labels)], 1)
         super().__init__(torch.cat(logits, 1), truth, *args, **options)
@@ -147,6 +154,7 @@ class Constraint(Controller):
         n_groups: Mapping[str, int],
         blocks: Sequence[Sequence[int]],
         device: torch.device,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         s = self.settings = settings
@@ -163,7 +171,7 @@ class Constraint(Controller):
         # a confidence bound of an error also needs its square
         self.moments = _CCC_MOMENTS if s.error == "ccc" else 1 + (s.reference == "lcb")
         self.n_rates, self.n_errors = sum(widths), sum(w == 0 for w in widths)
-        self.dtype = torch.get_default_dtype()
+        self.dtype = torch.get_default_dtype() if dtype is None else dtype
         self.parity: Tensor | None = None
         self.weights: Tensor | None = None
         self._ids = torch.arange(self.n_groups, device=device)
@@ -238,8 +246,9 @@ class Constraint(Controller):
         s = self.settings
         bound = rate_bound(rates, number) if s.reference == "lcb" else None
         part, enough, slope = F.lift(
-            rates, number, bound, symmetric=s.symmetric, normalise=s.normalise and self.n_groups > 2, min_count=least
-        )
+            rates, number, bound, symmetric=s.symmetric, normalise=s.normalise and self.n_groups > 2, min_count=least,
+            smooth=s.smooth if s.form == "constraints" and not s.symmetric else 0.0,
+        )  # fmt: skip
         if isinstance(self.fpr_weight, Tensor) or self.fpr_weight != 1 or self.weights is not None:
             parts = torch.ones_like(part) if self.weights is None else self.weights.to(part.dtype)
             if isinstance(self.fpr_weight, Tensor) or self.fpr_weight != 1:

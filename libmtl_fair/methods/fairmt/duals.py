@@ -1,7 +1,7 @@
 """A multiplier for every binary task and attribute, raised and lowered by decisions (METHODS.md, 2.5): a proxy-Lagrangian.
 
 Gradients are of smooth rates; the multipliers follow the difference of *decisions* over the last epoch. Arrays here are [A, K]:
-attributes (one where they are crossed), and columns, a binary task or a label each; leading dimensions ``[...]`` are trainings.
+attributes (one where they are crossed), and columns, a binary task or a label each; or [C, A, K]: the thresholds that decide, first.
 """
 
 from __future__ import annotations
@@ -16,19 +16,30 @@ from torch import Tensor
 
 from libmtl_fair import functional as F
 from libmtl_fair.functional._device import on_cpu, widest
-from libmtl_fair.methods.controllers import START, Pace, pursue
 from libmtl_fair.methods.fairmt.constraint import Constraint
+from libmtl_fair.methods.fairmt.pursuit import LEAST, MOST, START, Bound, Pace, pursue
 from libmtl_fair.methods.targets import Target
+
+CUTS = {"both": ("half", "base_rate"), "half": ("half",), "base_rate": ("base_rate",)}
+"""Setting -> the thresholds that decide: 0.5, and what chooses as many as are positive."""
+_SAID = "The difference did not fall with the multiplier at its bound, so the bound gave way, from {:g} to {:.2g}"
+_BOUND, _LEVELS = slice(1, 5), 5
+"""Where the state has the bound of the multipliers, and plain training's differences; its first row is log eta."""
 
 
 class Found(NamedTuple):
-    """Of every constraint [A, K]: difference of decisions, its standard error, whether it is there; strength of its gradient."""
+    """Of every constraint [A, K]: difference of decisions, whether it is there, strength of its gradient, None while plain.
+
+    The difference is at the threshold where it is farther from what is asked. ``enough`` [A, G, 2K]: groups that have enough people;
+    ``farther`` [K]: each column's such threshold, in the order of ``cuts``; ``unmet`` [A, K]: above 0 where the target is out of reach.
+    """
 
     gap: Any
-    noise: Any
     present: Any
     strength: Any
     enough: Any
+    farther: Any
+    unmet: Any
 
 
 class Duals:
@@ -50,6 +61,7 @@ class Duals:
         targets: Mapping[tuple[str, str], Target],
         device: torch.device,
     ) -> None:
+        self.cuts = CUTS[rule.settings.threshold]
         self.rule, self.columns, self.attributes, self.targets = rule, list(columns), list(attributes), targets
         tasks = [f"{t}[{columns[:k].count(t)}]" if columns.count(t) > 1 else t for k, t in enumerate(columns)]
         ends = [f"/{name}" for name in attributes] if len(attributes) > 1 else [""]
@@ -75,8 +87,10 @@ class Duals:
             rule.weights = torch.cat([torch.ones_like(self.alarms), self.alarms], -1).to(rule.dtype)
 
     def start(self) -> Tensor:
-        """Return the state of a training that begins: log eta and the level of plain training, [2, A, K]."""
-        return torch.stack([torch.full_like(self.bound, math.log(START)), torch.zeros_like(self.bound)])
+        """Return the state of a training that begins, [5 + C, A, K]: log eta, its :class:`Bound`, and plain training's differences."""
+        state = self.bound.new_zeros((_LEVELS + len(self.cuts), *self.bound.shape))
+        state[0], state[1] = math.log(START), math.log(MOST)
+        return state
 
     def tolerance(self, level: Any, bound: Any, relative: Any) -> Any:
         """Return the difference that each constraint tolerates."""
@@ -84,19 +98,20 @@ class Duals:
         return xp.where(relative, xp.clip(bound * level, self.floor, None), bound)
 
     def decisions(self, recent: Any) -> tuple[Any, Any, Any, Any]:
-        """Return difference, error, presence [A, K] and which groups have enough people [A, G, 2K], of sums [A * G, 4K].
+        """Return difference, error, presence [C, A, K] and which groups have enough people [A, G, 2K], of sums [A * G, (2 + 2C) K].
 
-        The sums are counts of positives and negatives, and of misses and false alarms among them.
+        The sums are counts of positives and negatives, and of misses and false alarms among them at each threshold.
         """
         xp: Any = torch if isinstance(recent, Tensor) else np
-        k, least = self.rule.n_rates, self.rule.min_count
-        rate, count = self.rule.rates(recent[..., 2 * k :], recent[..., : 2 * k])
+        k, least, shape = self.rule.n_rates, self.rule.min_count, (len(recent), 1 + len(self.cuts), -1)
+        parts = xp.moveaxis(recent.reshape(shape), 1, 0)
+        rate, count = self.rule.rates(parts[1:], xp.broadcast_to(parts[:1], parts[1:].shape))
         gap, noise, there = F.decision_gap(rate, count, least)
         alarms = self.alarms if isinstance(recent, Tensor) else self.alarms.numpy()
         there_too, other = there[..., k:] & alarms, xp.where(alarms, gap[..., k:], 0.0)
         larger = other > gap[..., :k]
         worst, error = xp.where(larger, other, gap[..., :k]), xp.where(larger, noise[..., k:], noise[..., :k])
-        return worst, error, there[..., :k] | there_too, count >= least
+        return worst, error, there[..., :k] | there_too, count[0] >= least
 
     def update(self, state: Tensor, recent: Tensor, pace: Pace) -> Found:
         """Move the multipliers in ``state`` by the decisions of the last epoch; return what they are and how strong a step is.
@@ -104,13 +119,26 @@ class Duals:
         Plain numbers are read on the CPU, where numpy takes a fifth of torch's time for a dozen of them.
         """
         local = on_cpu(state, recent)
-        log_eta, level = state.numpy() if local else state
+        xp: Any = np if local else torch
+        values = state.numpy() if local else state
         bound, relative, share = (x.numpy() if local else x for x in (self.bound, self.relative, self.share))
         sums = recent.numpy().astype(np.float64) if local else recent.to(state.dtype)
         gap, noise, there, enough = self.decisions(sums)
-        aim = self.rule.settings.aim
-        used = pursue(log_eta, level, gap, there, pace, lambda plain: aim * self.tolerance(plain, bound, relative))
-        return Found(gap, noise, there, None if used is None else used * share * self.units(sums), enough)
+        limit, level, present = Bound(*values[_BOUND]), values[_LEVELS:], there.any(0)
+        if pace.warm:
+            level[...] = gap
+        # a share of what plain training has cannot be told from chance below the standard error
+        tolerance = self.tolerance(level, bound, relative)
+        tolerance = self.rule.settings.aim * xp.where(relative, xp.maximum(tolerance, noise), tolerance)
+        excess = xp.where(there, gap / tolerance, -1.0)
+        farther = xp.argmax(excess, 0)
+        largest, strength = xp.amax(excess, 0), None
+        if not pace.warm:
+            error = xp.where(present, xp.clip(largest - 1, -1, 1), 0.0)
+            strength = pursue(values[0], error, pace.gain, LEAST, xp.exp(limit.log_most)) * share * self.units(sums)
+            limit.move(values[0], largest, pace.patience)
+        shown = xp.where(farther == 0, gap[0], gap[-1])
+        return Found(shown, present, strength, enough, xp.argmax(xp.amax(excess, -2), 0), limit.unmet)
 
     def units(self, sums: Any) -> Any:
         """Return the entropy [A, K] of each column's base rate in nats: what its loss can be at most without knowing anything."""
@@ -129,31 +157,40 @@ class Duals:
         return found.flatten(-3, -2)
 
     def selected(self, sums: Tensor) -> Tensor:
-        """Return the share of people who are passed, [A, K]."""
-        k, shape = self.rule.n_rates, (self.rule.n_attributes, self.rule.n_groups, 4 * self.rule.n_rates)
-        positive, negative, missed, alarms = torch.split(sums.reshape(shape).sum(-2), k, -1)
+        """Return the share of people who are passed at each threshold, [C, A, K]."""
+        shape = (self.rule.n_attributes, self.rule.n_groups, 2 + 2 * len(self.cuts), self.rule.n_rates)
+        parts = sums.reshape(shape).sum(1).movedim(1, 0)
+        positive, negative, missed, alarms = parts[0], parts[1], parts[2::2], parts[3::2]
         return (positive - missed + alarms) / (positive + negative).clamp(min=1)
 
     def rows(self, state: Tensor, **sums: Tensor) -> list[dict[str, Any]]:
-        """Return a row a constraint: task, attribute, target, what is tolerated, and of each part of the data what was reached.
+        """Return a row a constraint and threshold: task, attribute, target, what is tolerated, and what was reached in each part.
 
-        ``sums`` [A * G, 4K] of each part. Met: the difference is at most one standard error above what is tolerated.
+        ``sums`` [A * G, (2 + 2C) K] of each part. Met: the difference is at most one standard error above what is tolerated.
         """
-        log_eta, level = state.cpu()
-        tolerance = self.tolerance(level, self.bound.cpu(), self.relative.cpu())
+        state = state.cpu()
+        tolerance = self.tolerance(state[_LEVELS:], self.bound.cpu(), self.relative.cpu())
         parts = {part: (*self.decisions(values)[:3], self.selected(values)) for part, values in sums.items()}
         found = []
         for a, k in [(a, k) for a in range(len(self.attributes)) for k in range(len(self.tasks))]:
             target = self.targets.get((self.columns[k], self.attributes[a]))
             if target is None:
                 continue
-            eta, tau = math.exp(log_eta[a, k]), float(tolerance[a, k])
-            row: dict[str, Any] = {"task": self.tasks[k], "attribute": self.attributes[a], "target": str(target)}
-            row |= {"tolerance": tau, "plain": float(level[a, k]), "eta": eta, "at_bound": eta > 0.99}
-            for part, values in parts.items():
-                gap, noise, there, passed = (x[a, k].item() for x in values)
-                row[part] = gap if there else None
-                if there:
-                    row |= {f"{part}_error": noise, f"{part}_met": gap <= tau + noise, f"{part}_selected": passed}
-            found.append(row)
+            eta, most, unmet = math.exp(state[0, a, k]), math.exp(state[1, a, k]), bool(state[4, a, k] > 0)
+            for c, cut in enumerate(self.cuts):
+                tau = float(tolerance[c, a, k])
+                row: dict[str, Any] = {"task": self.tasks[k], "attribute": self.attributes[a], "target": str(target)}
+                row |= {"threshold": cut, "tolerance": tau, "plain": float(state[_LEVELS + c, a, k])}
+                row |= {"eta": eta, "at_bound": eta > 0.99 * most, "eta_bound": most}
+                for part, values in parts.items():
+                    gap, noise, there, passed = (x[c, a, k].item() for x in values)
+                    row[part] = gap if there else None
+                    if there:
+                        row |= {f"{part}_error": noise, f"{part}_met": gap <= tau + noise, f"{part}_selected": passed}
+                found.append(row)
+            own = found[-len(self.cuts) :]
+            reached = all(row.get("train_met", True) for row in own)
+            for row in own:
+                row["out_of_reach"] = unmet and not reached
+                row["said"] = _SAID.format(MOST, most) if row["out_of_reach"] else ""
         return found

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -16,9 +19,9 @@ from libmtl_fair.errors import HostError, RecipeError, unknown
 from libmtl_fair.libmtl.gradients import add_gradients, carry_representation_gradients, extra_gradients
 from libmtl_fair.libmtl.state import StepState
 from libmtl_fair.methods.base import Penalty, Settings, Written
-from libmtl_fair.methods.controllers import SLOTS, START, Pace, Window, decay_of, pursue
 from libmtl_fair.methods.fairmt.constraint import BinaryColumns, Constraint, MixedColumns, OutputColumns, evaluate
 from libmtl_fair.methods.fairmt.duals import Duals, Found
+from libmtl_fair.methods.fairmt.pursuit import SLOTS, Pace, Window, decay_of, pursue
 from libmtl_fair.methods.fairmt.settings import DEFAULT_TARGET, FairMTSettings
 from libmtl_fair.methods.fairmt.task_weights import Gradients, TaskWeights, uniform
 from libmtl_fair.methods.relif import LipschitzScales
@@ -27,6 +30,9 @@ from libmtl_fair.predictions import Predictions
 from libmtl_fair.tasks import AUXILIARY_PREFIX, Binary, Multilabel, Regression, Task
 
 __all__ = ["FairMT", "FairMTSettings"]
+_LOG = logging.getLogger(__name__)
+SHORT = 100
+"""Steps under which a multiplier at its bound says little: no warning then, unless it stayed there for nothing."""
 
 
 @dataclass
@@ -74,9 +80,10 @@ class FairMT(Penalty):
     multipliers: Tensor | None = None
     lipschitz_state: Tensor | None = None
     cut: Tensor | None = None
+    farther: Tensor | None = None
     decay: float = 0.0
     past_steps: int = 0
-    plain_steps: int = 0
+    early_steps: int = 0
     epoch_length: int = 0
 
     def configure(self, settings: Settings) -> None:
@@ -96,6 +103,7 @@ class FairMT(Penalty):
         self.needs_representation = self.losses_from_outputs or self.settings.lipschitz
         self._alpha = TaskWeights(self, self.settings, self._main)
         self._absent: set[str] = set()
+        self._away: set[tuple[str, str]] = set()
 
     # -- the step -------------------------------------------------------------------------------------------------
 
@@ -127,7 +135,10 @@ class FairMT(Penalty):
             scores, embedding = batch.score_matrix, batch.embedding
             lipschitz = self.lipschitz(scores.detach(), embedding.detach(), move=embedding.requires_grad).term
         tasks = [batch.task(name) for name in self._main] if self._constraint is None else []
-        rule = self._constraint or self._lay_out(tasks, batch.n_groups, batch.multi_input)
+        rule = self._constraint
+        if rule is None:
+            dtype = reduce(torch.promote_types, [z.dtype for z in batch.outputs.values()], torch.float32)
+            rule = self._lay_out(tasks, batch.n_groups, batch.multi_input, dtype)
         with torch.no_grad():
             if self.settings.form == "phi":
                 grads, share, strength = self._phi(batch, rule, lipschitz)
@@ -191,9 +202,7 @@ class FairMT(Penalty):
         if not self.past_steps:
             rows = len(next(iter(batch.outputs.values())))
             self.decay = decay_of(rows, batch.epoch_steps) if self.settings.ema is None else self.settings.ema
-        self.past_steps, self.plain_steps = self.past_steps + 1, self.plain_steps + pace.warm
-        if self.settings.threshold == "base_rate":
-            self._move_cut(batch, rule)
+        self.past_steps, self.early_steps = self.past_steps + 1, self.early_steps + (not pace.settled)
         blocks, members = self._blocks(batch, rule)
         now, half = rule.sums(blocks, members), 2 * rule.n_rates
         self.running = (
@@ -203,6 +212,8 @@ class FairMT(Penalty):
         if self.multipliers is None:
             self.multipliers = duals.start()
         found = duals.update(self.multipliers, self.recent, pace)
+        if self.cut is not None:
+            self._move_cuts(blocks, found)
         rates, counts = rule.rates(self.running[..., :half], self.running[..., half:])
         psi, there, slope = rule.lifted(rates, counts * torch.as_tensor(found.enough, device=self.device), 0.0)
         k = rule.n_rates
@@ -227,19 +238,36 @@ class FairMT(Penalty):
         own = iter(grads)
         return [next(own) if n in self._limited else torch.zeros_like(batch.outputs[n]) for n in self._main], strength
 
-    def _move_cut(self, batch: FairBatch, rule: Constraint) -> None:
-        """Move the running thresholds [K] towards those that choose as many as are positive in this batch."""
-        found = []
-        for task in rule.tasks:
-            column = OutputColumns([task], [batch.outputs[task.name].detach()], [batch.labels[task.name]], 1.0)
-            positive, known = column.parts[2].sum(0), (column.parts[2] + column.parts[3]).T
-            ordered = column.logits.T.masked_fill(known == 0, torch.inf).sort(1).values
-            count = known.sum(1)
-            at = (count - positive).clamp(min=0).minimum((count - 1).clamp(min=0)).long().unsqueeze(1)
-            found.append(torch.where(count > 0, ordered.gather(1, at).squeeze(1), torch.nan))
-        now = torch.cat(found)
-        held = now.nan_to_num() if self.cut is None else self.cut
-        self.cut = torch.where(now.isfinite(), held + (1 - self.decay) * (now - held), held)
+    def _cuts(
+        self, duals: Duals, logits: Tensor, at: list[int] | None = None
+    ) -> tuple[Tensor | None, list[Tensor | float]]:
+        """Return the threshold [K] that smooth rates are of, and those that decide; ``at`` are the columns of the logits [B, K]."""
+        if self.cut is None and "base_rate" in duals.cuts:
+            self.cut = logits.new_zeros(duals.rule.n_rates, dtype=duals.rule.dtype)
+            self.farther = torch.zeros_like(self.cut)
+        if self.cut is None or self.farther is None:
+            return None, [0.0]
+        cut, farther = (x if at is None else x[at] for x in (self.cut, self.farther))
+        return cut * farther, [0.0 if name == "half" else cut for name in duals.cuts]
+
+    def _move_cuts(self, blocks: Sequence[BinaryColumns | MixedColumns], found: Found) -> None:
+        """Move the running thresholds [K] towards those that choose as many as are positive, and note which are farther from the target.
+
+        A step is that of Newton for logistic logits of the batch's spread, at most one spread, and three tenths of it where batches
+        are large.
+        """
+        assert self.cut is not None
+        assert self._duals is not None
+        steps = []
+        for block in blocks:
+            assert isinstance(block, BinaryColumns)
+            positive, known = block.parts[2].sum(0), (block.parts[2] + block.parts[3]).sum(0).clamp(min=1)
+            base = (positive / known).clamp(min=0.5 / known, max=1 - 0.5 / known)
+            more = (block.parts[-1].sum(0) - block.parts[-2].sum(0)) / known  # chosen, less positive
+            steps.append(block.logits.std(0, correction=0) * (more / (1.8 * base * (1 - base))).clamp(-1, 1))
+        self.cut = self.cut + max(3 * (1 - self.decay), 1 / self.past_steps) * torch.cat(steps).to(self.cut.dtype)
+        at_base = len(self._duals.cuts) == 1 or found.farther
+        self.farther = torch.as_tensor(at_base, device=self.device).expand_as(self.cut).to(self.cut.dtype)
 
     def _targets_of(self, batch: FairBatch) -> list[Tensor]:
         return [batch.matrices.logits] if batch.matrices else [batch.outputs[name] for name in self._main]
@@ -254,7 +282,7 @@ class FairMT(Penalty):
                     "them can be plain"
                 )
             self.epoch_length += 1
-            return Pace(True, 0.0), SLOTS
+            return Pace(True, 0.0, False, SLOTS), SLOTS
         length = batch.epoch_steps or self.epoch_length
         total = max(epochs * length, self.past_steps + 1)
         return Pace.of(self.past_steps, length, total), length
@@ -265,20 +293,25 @@ class FairMT(Penalty):
             return torch.zeros((), device=self.device)
         value, first = lipschitz.value.double(), self.lipschitz_state is None
         if self.lipschitz_state is None:
-            self.lipschitz_state = torch.stack([torch.full_like(value, START).log(), value, value])
+            self.lipschitz_state = torch.stack([torch.full_like(value, 0.05).log(), value, value])
         log_eta, level, mean = self.lipschitz_state
         mean += (value - mean) / (1 if first else length)
         target, s = Target.read(self.settings.target or DEFAULT_TARGET), self.settings
-        there = torch.isfinite(mean)
-        used = pursue(log_eta, level, mean, there, pace, lambda plain: s.aim * target.tolerance(plain, s.floor))
+        used = torch.zeros_like(value)
+        if pace.warm:
+            level.copy_(mean)
+        else:
+            asked = (target.bound * level).clamp(min=s.floor) if target.relative else target.bound
+            error = (mean / (s.aim * asked) - 1).clamp(-1, 1)
+            used = pursue(log_eta, torch.where(torch.isfinite(mean), error, 0.0), pace.gain, 1e-4, 1.0)
         self.trace = {**self.trace, "eta/lipschitz": log_eta.exp(), "psi/lipschitz": value}
-        return torch.zeros_like(value) if used is None else used * 0.69314718
+        return used * math.log(2)
 
     def _record(self, duals: Duals, state: Tensor, found: Found, psi: Tensor) -> None:
         there = torch.as_tensor(found.present, device=self.device)
         self._note_presence(there)
         gap = torch.as_tensor(found.gap, device=self.device).masked_fill(~there, torch.nan)
-        values = {"eta": state[0].exp(), "gap": gap, "psi": psi}
+        values = {"eta": state[0].exp(), "gap": gap, "psi": psi, "out_of_reach": torch.as_tensor(found.unmet).clone()}
         self.trace = {name: value.flatten() for name, value in values.items()}
         self.trace_labels = dict.fromkeys(values, duals.labels)
 
@@ -325,7 +358,9 @@ class FairMT(Penalty):
 
     # -- what a batch gives the constraint -------------------------------------------------------------------------
 
-    def _lay_out(self, tasks: Sequence[Task], n_groups: Mapping[str, int], multi_input: bool) -> Constraint:
+    def _lay_out(
+        self, tasks: Sequence[Task], n_groups: Mapping[str, int], multi_input: bool, dtype: torch.dtype | None = None
+    ) -> Constraint:
         """Return the layout of columns, groups and targets of the main tasks."""
         s = self.settings
         for name in s.attributes or ():
@@ -340,7 +375,7 @@ class FairMT(Penalty):
             )
         widths = [0 if isinstance(task, Regression) else task.out_features for task in tasks]
         blocks = [[t] for t in range(len(tasks))] if multi_input else [list(range(len(tasks)))]
-        rule = self._constraint = Constraint(s, tasks, widths, n_groups, blocks, self.device)
+        rule = self._constraint = Constraint(s, tasks, widths, n_groups, blocks, self.device, dtype)
         if s.form == "constraints":
             attributes = ["*".join(n_groups)] if rule.crossed else list(n_groups)
             columns = [task.name for task, width in zip(tasks, widths) for _ in range(width)]
@@ -352,7 +387,8 @@ class FairMT(Penalty):
         members = [rule.membership(batch.task_groups(self._limited[block[0]])) for block in rule.blocks]
         if batch.matrices is not None:
             logits, labels = batch.matrices.logits.detach(), batch.matrices.labels
-            return [BinaryColumns(logits, labels, rule.sharpness, self.cut, self._duals is not None)], members
+            how = self._cuts(self._duals, logits) if self._duals is not None else ()
+            return [BinaryColumns(logits, labels, rule.sharpness, *how)], members
         blocks: list[BinaryColumns | MixedColumns] = []
         for block in rule.blocks:
             if self._duals is not None:
@@ -367,12 +403,14 @@ class FairMT(Penalty):
         self, block: Sequence[int], outputs: Mapping[str, Tensor], labels: Mapping[str, Tensor], rule: Constraint
     ) -> OutputColumns:
         """Return the columns of some tasks, with their decisions."""
-        tasks, cut = [rule.tasks[t] for t in block], self.cut
-        if cut is not None and len(rule.blocks) > 1 and self._duals is not None:
-            names = {task.name for task in tasks}
-            cut = cut[[k for k, name in enumerate(self._duals.columns) if name in names]]
+        tasks, duals = [rule.tasks[t] for t in block], self._duals
+        assert duals is not None
+        names, at = {task.name for task in tasks}, None
+        if len(rule.blocks) > 1:
+            at = [k for k, name in enumerate(duals.columns) if name in names]
         values = [outputs[task.name].detach() for task in tasks]
-        return OutputColumns(tasks, values, [labels[task.name] for task in tasks], rule.sharpness, cut, True)
+        how = self._cuts(duals, values[0], at)
+        return OutputColumns(tasks, values, [labels[task.name] for task in tasks], rule.sharpness, *how)
 
     # -- what came of it -------------------------------------------------------------------------------------------
 
@@ -401,17 +439,25 @@ class FairMT(Penalty):
                 )
                 if self.multi_input or any(name not in groups for name in rule.attributes):
                     continue  # no one table of people
-                columns = self._output_columns([*range(len(rule.tasks))], outputs, labels, rule)
+                given = rule.tasks, [outputs[t.name] for t in rule.tasks], [labels[t.name] for t in rule.tasks], 1.0
+                cut = base_cuts(OutputColumns(*given))
+                columns = OutputColumns(*given, None, [0.0 if name == "half" else cut for name in duals.cuts])
                 made = torch.cat(columns.parts, -1).to(rule.dtype)
                 sums[part] = (rule.membership(groups).mT @ made)[:, columns.width :]
             return duals.rows(self.multipliers, **sums)
 
     def admits(self, predictions: Callable[[], Predictions]) -> bool:
-        """Whether the model of now may be chosen for its utility: training is no longer plain, and these decisions are allowed."""
+        """Whether the model of now may be chosen for its utility: these decisions are allowed, and half of the training is over.
+
+        Before that the multipliers have not had time, and a model that has learned little treats everybody alike. Allowed is half a
+        standard error above the tolerance: the most useful of many epochs is one whose difference chance made look small.
+        """
         if self.settings.form == "phi":
             return True
-        warm = self.past_steps <= self.plain_steps
-        return not warm and all(row.get("val_met", True) for row in self.constraint_rows(val=predictions()))
+        early = self.past_steps <= self.early_steps
+        rows = self.constraint_rows(val=predictions()) if not early else []
+        kept = [row["val"] <= row["tolerance"] + row["val_error"] / 2 for row in rows if row.get("val") is not None]
+        return not early and all(kept)
 
     def after_epoch(self, trainer: StepState, epoch: int) -> None:
         """Say once which tasks had no two groups to compare in any step of an epoch; at the end, what could not be met."""
@@ -433,12 +479,33 @@ class FairMT(Penalty):
                 f"for {', '.join(absent)}; fairness of these tasks was not trained",
                 stacklevel=2,
             )
-        if self._duals is not None and epoch + 1 == int(getattr(self, "epochs", 0)):
-            for row in self.constraint_rows():
-                if row["at_bound"] and not row.get("train_met", True):
-                    warnings.warn(
-                        f"FairMT: {row['task']}, {row['attribute']}: {row['target']} was not met: {row['train']:.3f} of training "
-                        f"decisions where {row['tolerance']:.3f} is tolerated, with its multiplier at its bound. It cannot be met "
-                        "at the cost that the bound allows: ask for less, or train longer",
-                        stacklevel=2,
-                    )
+        if self.multipliers is not None:
+            self._say_unmet(epoch + 1 == int(getattr(self, "epochs", 0)))
+
+    def _say_unmet(self, last: bool) -> None:
+        """Log once which constraints are out of reach; at the end warn of those that were not met."""
+        worst: dict[tuple[str, str], dict[str, Any]] = {}
+        for row in sorted(self.constraint_rows(), key=lambda each: (each["train"] or 0.0) / each["tolerance"]):
+            worst[row["task"], row["attribute"]] = row
+        for key, row in worst.items():
+            away, unmet = row["out_of_reach"], not row.get("train_met", True)
+            found = f"{row['train'] or 0.0:.3f} of training decisions where {row['tolerance']:.3f} is tolerated"
+            if last and unmet and row["at_bound"] and (away or self.past_steps >= SHORT):
+                warnings.warn(
+                    f"FairMT: {key[0]}, {key[1]}: {row['target']} was not met: {found}, with its multiplier at its bound. "
+                    + (f"{row['said']}. " if away else "")
+                    + "It cannot be met at the cost that the bound allows: ask for less, or train longer",
+                    stacklevel=3,
+                )
+            elif away and key not in self._away:
+                self._away.add(key)
+                _LOG.warning("FairMT: %s, %s: %s is out of reach: %s. %s", *key, row["target"], found, row["said"])
+
+
+def base_cuts(columns: BinaryColumns) -> Tensor:
+    """Return the logits [K] from which on as many of those with a label are chosen as are positive; 0 without any."""
+    known, positive = (columns.parts[2] + columns.parts[3]) > 0, columns.parts[2].sum(0)
+    ordered = columns.logits.masked_fill(~known, torch.inf).sort(0).values
+    count = known.sum(0)
+    at = (count - positive).clamp(min=0).minimum((count - 1).clamp(min=0)).long()
+    return torch.where(count > 0, ordered.gather(0, at.unsqueeze(0)).squeeze(0), 0.0)

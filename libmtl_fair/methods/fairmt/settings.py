@@ -60,10 +60,18 @@ class FairMTSettings(Settings):
         le=1,
     )
     threshold: str = setting(
-        "half",
-        'decisions: ``"half"``, at 0.5, or ``"base_rate"``, where as many are chosen as are positive',
+        "both",
+        'decisions: ``"half"``, at 0.5, ``"base_rate"``, where as many are chosen as are positive, or both: the gradient is at the one '
+        "that is farther from what is asked, and nothing is gained by passing everybody or nobody",
         ours=True,
-        choices=("half", "base_rate"),
+        choices=("both", "half", "base_rate"),
+    )
+    smooth: float = setting(
+        0.3,
+        "a difference of smooth rates below it is pursued in proportion; 0 pursues any difference with full strength, and overshoots",
+        ours=True,
+        expected="a number of at least 0",
+        ge=0,
     )
     epsilon: float = setting(
         0.05, "disparity Phi that is tolerated, >= 0", ours=True, expected="a finite number", allow_inf_nan=False

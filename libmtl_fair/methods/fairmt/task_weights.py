@@ -16,6 +16,7 @@ from libmtl_fair.functional._gram import column_owner, head_products
 from libmtl_fair.libmtl.gradients import flatten, shared_parameters
 from libmtl_fair.libmtl.joint_heads import joint_weights
 from libmtl_fair.libmtl.state import Model
+from libmtl_fair.methods.fairmt.constraint import at_least_single
 from libmtl_fair.methods.fairmt.settings import FairMTSettings
 
 _OWN = "the tasks do not share one representation"
@@ -93,7 +94,8 @@ class TaskWeights:
             return uniform(grads.observed, grads.losses[0].dtype)
         gram, linear = self._products(batch, grads)
         with torch.no_grad():
-            return F.min_norm_weights(gram, eta * linear, grads.observed)
+            found = F.min_norm_weights(at_least_single(gram), at_least_single(eta * linear), grads.observed)
+            return found.to(grads.losses[0].dtype)
 
     def _products(self, batch: FairBatch, grads: Gradients) -> tuple[Tensor, Tensor]:
         """Return (K [T, T], b [T]); b holds the Lipschitz term too, but not in the rank-one form, which has no signs."""
@@ -105,8 +107,8 @@ class TaskWeights:
         with torch.no_grad():
             if weights is None:
                 weights = torch.cat([layer.weight for layer in self._head_layers().values() if layer is not None])
-            owner, g = grads.owner, grads.matrix(grads.losses)
-            gram, linear = head_products(g, grads.matrix(grads.fairness), weights, owner, rank_one)
+            owner, g, f = grads.owner, *(at_least_single(grads.matrix(each)) for each in (grads.losses, grads.fairness))
+            gram, linear = head_products(g, f, at_least_single(weights), owner, rank_one)
         if term is not None:
             assert isinstance(batch.received, Tensor)
             (to_h,) = torch.autograd.grad(term, batch.received, retain_graph=True)
