@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -341,6 +341,32 @@ class DualAscent(Controller):
     def extra_repr(self) -> str:
         """Settings, for ``repr``."""
         return f"rho={self.rho}, epsilon={self.epsilon}, initial={self.initial}, maximum={self.maximum}, static={self.static}"
+
+
+class Pace(NamedTuple):
+    """Where a training is.
+
+    ``warm`` while it trains plainly; ``gain`` of a step of log eta after it; ``settled`` in its second half, when multipliers have had
+    time; ``patience``: steps that a multiplier stays at its bound for nothing.
+    """
+
+    warm: bool
+    gain: float
+    settled: bool = True
+    patience: int = 1
+
+    @classmethod
+    def of(cls, step: int, epoch_steps: int, total: int, fastest: float = 0.05) -> Pace:
+        """Return the pace of a step (0-based) of ``total``: plain for an epoch or a tenth of the steps, at most a third.
+
+        Examples
+        --------
+        >>> Pace.of(99, 100, 1000)
+        Pace(warm=True, gain=0.015, settled=False, patience=166)
+        """
+        plain = min(max(epoch_steps, math.ceil(total / 10)), total // 3)
+        gain = min(15 / max(total, 1), fastest)
+        return cls(step < max(1, plain), gain, 2 * step >= total, max(epoch_steps, total // 6))
 
 
 def _require(holds: bool, what: str, expected: str, found: float) -> None:

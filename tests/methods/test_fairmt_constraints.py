@@ -20,7 +20,8 @@ import libmtl_fair as lf
 from libmtl_fair import functional as F
 from libmtl_fair.errors import HostError, RecipeError
 from libmtl_fair.methods import FairMTSettings
-from libmtl_fair.methods.fairmt.pursuit import Bound, Pace, Window, pursue
+from libmtl_fair.methods.controllers import Pace
+from libmtl_fair.methods.fairmt.pursuit import FASTEST, Bound, Window, pursue
 from libmtl_fair.methods.targets import Target, chosen
 from libmtl_fair.models import MLP, linear_heads
 
@@ -192,7 +193,8 @@ def test_pace() -> None:
     assert [Pace.of(s, 10, 1000).warm for s in (99, 100)] == [True, False]  # a tenth
     assert [Pace.of(s, 90, 90).warm for s in (0, 29, 30)] == [True, True, False]  # a third
     assert Pace.of(0, 1, 1).warm
-    assert (Pace.of(0, 100, 5000).gain, Pace.of(0, 10, 100).gain, Pace.of(0, 5, 20).gain) == (0.003, 0.15, 0.3)
+    assert [Pace.of(0, *steps, FASTEST).gain for steps in ((100, 5000), (10, 100), (5, 20))] == [0.003, 0.15, 0.3]
+    assert Pace.of(0, 10, 100).gain == 0.05
     assert [Pace.of(s, 10, 100).settled for s in (49, 50)] == [False, True]
     assert (Pace.of(0, 10, 100).patience, Pace.of(0, 50, 100).patience) == (16, 50)
 

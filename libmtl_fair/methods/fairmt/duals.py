@@ -16,8 +16,9 @@ from torch import Tensor
 
 from libmtl_fair import functional as F
 from libmtl_fair.functional._device import on_cpu, widest
+from libmtl_fair.methods.controllers import Pace
 from libmtl_fair.methods.fairmt.constraint import Constraint
-from libmtl_fair.methods.fairmt.pursuit import LEAST, MOST, START, Bound, Pace, pursue
+from libmtl_fair.methods.fairmt.pursuit import LEAST, MOST, START, Bound, pursue
 from libmtl_fair.methods.targets import Target
 
 CUTS = {"both": ("half", "base_rate"), "half": ("half",), "base_rate": ("base_rate",)}

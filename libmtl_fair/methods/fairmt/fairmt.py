@@ -19,9 +19,10 @@ from libmtl_fair.errors import HostError, RecipeError, unknown
 from libmtl_fair.libmtl.gradients import add_gradients, carry_representation_gradients, extra_gradients
 from libmtl_fair.libmtl.state import StepState
 from libmtl_fair.methods.base import Penalty, Settings, Written
+from libmtl_fair.methods.controllers import Pace
 from libmtl_fair.methods.fairmt.constraint import BinaryColumns, Constraint, MixedColumns, OutputColumns, evaluate
 from libmtl_fair.methods.fairmt.duals import Duals, Found
-from libmtl_fair.methods.fairmt.pursuit import SLOTS, Pace, Window, decay_of, pursue
+from libmtl_fair.methods.fairmt.pursuit import FASTEST, SLOTS, Window, decay_of, pursue
 from libmtl_fair.methods.fairmt.settings import DEFAULT_TARGET, FairMTSettings
 from libmtl_fair.methods.fairmt.task_weights import Gradients, TaskWeights, uniform
 from libmtl_fair.methods.relif import LipschitzScales
@@ -285,7 +286,7 @@ class FairMT(Penalty):
             return Pace(True, 0.0, False, SLOTS), SLOTS
         length = batch.epoch_steps or self.epoch_length
         total = max(epochs * length, self.past_steps + 1)
-        return Pace.of(self.past_steps, length, total), length
+        return Pace.of(self.past_steps, length, total, FASTEST), length
 
     def _individual(self, lipschitz: F.LipschitzTerm | None, pace: Pace, length: int) -> Tensor:
         """Return the strength of ReLiF's term: a constraint of its own, on its mean over about an epoch."""

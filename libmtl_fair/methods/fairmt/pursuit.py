@@ -1,4 +1,4 @@
-"""A multiplier that follows decisions (METHODS.md, 2.5): its pace, the window that they are counted in, and how it gives way.
+"""A multiplier that follows decisions (METHODS.md, 2.5): the window that they are counted in, how it moves, and how it gives way.
 
 Numbers here are elementwise, arrays or tensors: one multiplier or many, on any device.
 """
@@ -14,36 +14,11 @@ from torch import Tensor
 
 LEAST, START, MOST = 0.01, 0.3, 3.0
 """Lowest multiplier, the first, and the highest: a disparity is worth at most so many times what the labels hold."""
-_GAIN, _LIMIT = 15.0, 0.3
+FASTEST = 0.3
+"""Largest step of log eta."""
 _BACK, _CLEARLY = math.log(2), 1.5
 SLOTS = 256
 """Slots that a window has at most."""
-
-
-class Pace(NamedTuple):
-    """Where a training is.
-
-    ``warm`` while it trains plainly; ``gain`` of a step of log eta after it; ``settled`` in its second half, when the multipliers have
-    had time; ``patience``: steps that a multiplier stays at its bound for nothing.
-    """
-
-    warm: bool
-    gain: float
-    settled: bool
-    patience: int
-
-    @classmethod
-    def of(cls, step: int, epoch_steps: int, total: int) -> Pace:
-        """Return the pace of a step (0-based) of ``total``: plain for an epoch or a tenth of the steps, at most a third.
-
-        Examples
-        --------
-        >>> Pace.of(99, 100, 1000)
-        Pace(warm=True, gain=0.015, settled=False, patience=166)
-        """
-        plain = min(max(epoch_steps, math.ceil(total / 10)), total // 3)
-        gain = min(_GAIN / max(total, 1), _LIMIT)
-        return cls(step < max(1, plain), gain, 2 * step >= total, max(epoch_steps, total // 6))
 
 
 def decay_of(rows: int, epoch_steps: int | None) -> float:
