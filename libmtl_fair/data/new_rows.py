@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from libmtl_fair.data.features import MISSING_CATEGORY, FeatureEncoder
-from libmtl_fair.data.frames import Values, as_text, ids_of
+from libmtl_fair.data.frames import Series, Values, as_text, ids_of, is_date, is_numeric
 from libmtl_fair.data.selection import Table
 from libmtl_fair.data.sensitive import known_groups
 from libmtl_fair.data.spec import SensitiveSpec, Transform, make_spec
@@ -45,6 +45,8 @@ class NewRows:
         Regression -> "log" or "log1p", where its labels are of that.
     missing_values : tuple of str
         Words that were missing values in text columns, too.
+    dates : dict of str to str
+        Numeric input -> "date" or "duration", where it is the days of that.
     """
 
     encoder: FeatureEncoder
@@ -54,6 +56,7 @@ class NewRows:
     missing: MissingRule = "drop"
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     missing_values: tuple[str, ...] = ()
+    dates: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def n_features(self) -> int:
@@ -69,7 +72,18 @@ class NewRows:
             The table lacks input columns (all are named), or holds values that do not fit theirs.
         """
         self._need(self.encoder.kinds, frame, "inputs of the model")
-        return torch.from_numpy(self.encoder.encode(frame))
+        return torch.from_numpy(self.encoder.encode(frame.assign(**self._numbers(frame))))
+
+    def _numbers(self, frame: pd.DataFrame) -> dict[str, Series]:
+        """Return the columns of numbers and dates that a file holds as text or, with gaps, as objects; what reads as neither stays."""
+        found = {}
+        for name in (name for name, kind in self.encoder.kinds.items() if kind == "numeric"):
+            series = frame[name]
+            if not (is_numeric(series) or is_date(series)):
+                read = _read(series, self.dates.get(name))
+                if not (read.isna() & series.notna()).any():
+                    found[name] = read
+        return found
 
     def group_ids(self, frame: pd.DataFrame, needed: Sequence[str] = ()) -> dict[str, Tensor]:
         """Return the group ids of new rows, attribute -> int64 [N], -1 where unknown, of attributes whose columns are there.
@@ -132,6 +146,7 @@ class NewRows:
             "missing": self.missing,
             "transforms": dict(self.transforms),
             "missing_values": list(self.missing_values),
+            "dates": dict(self.dates),
         }
 
     @classmethod
@@ -151,6 +166,7 @@ class NewRows:
             values["missing"],
             dict(values["transforms"]),
             tuple(values.get("missing_values", ())),
+            dict(values.get("dates") or {}),
         )
 
     @staticmethod
@@ -164,6 +180,13 @@ class NewRows:
             )
 
 
+def _read(series: Series, what: str | None) -> Series:
+    """Return a column as dates, durations or (None) numbers, missing where a value is none."""
+    if what == "date":
+        return pd.to_datetime(series, errors="coerce", format="ISO8601")
+    return pd.to_timedelta(series, errors="coerce") if what else pd.to_numeric(series, errors="coerce")
+
+
 def fit_new_rows(table: Table, encoder: FeatureEncoder, tasks: tuple[Task, ...]) -> NewRows:
     """Return how new rows are read for a model that is trained on ``table``."""
     known = table.known
@@ -172,4 +195,6 @@ def fit_new_rows(table: Table, encoder: FeatureEncoder, tasks: tuple[Task, ...])
     transforms = {item.name: item.spec.transform for item in table.labels if item.spec.transform is not None}
     names = {item.attribute: list(item.names) for item in table.groups}
     words = table.spec.missing_values
-    return NewRows(encoder, tasks, names, parts | chosen, table.choice.missing, transforms, words)
+    dated = {name: table.frame[name].dtype.kind for name in encoder.kinds if is_date(table.frame[name])}
+    dates = {name: "date" if kind == "M" else "duration" for name, kind in dated.items()}
+    return NewRows(encoder, tasks, names, parts | chosen, table.choice.missing, transforms, words, dates)

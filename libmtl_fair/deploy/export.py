@@ -122,17 +122,18 @@ def preprocessing(predictor: Predictor) -> dict[str, Any]:
         "method": predictor.method,
         "seed": predictor.seed,
         "inputs": dict(rows.encoder.kinds),
-        "columns": list(columns(rows.encoder)),
+        "columns": list(columns(rows.encoder, rows.dates)),
         "tasks": tasks,
         "groups": rows.groups,
     }
 
 
-def columns(encoder: FeatureEncoder) -> Iterator[dict[str, Any]]:
+def columns(encoder: FeatureEncoder, dates: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """Yield what each column of ``x`` is of a row, in order; ``value`` is text, in which whole numbers have no ``.0``."""
     numeric, texts = ([n for n, kind in encoder.kinds.items() if kind == k] for k in ("numeric", "categorical"))
     for name, fill, centre, scale in zip(numeric, encoder.fill, encoder.centre, encoder.scale):
-        yield {"is": "number", "input": name, "if_missing": fill, "minus": centre, "divided_by": scale}
+        days = {"of": f"days of a {dates[name]}, since 1970-01-01 UTC"} if name in dates else {}
+        yield {"is": "number", "input": name, **days, "if_missing": fill, "minus": centre, "divided_by": scale}
     for i in encoder.gaps:
         yield {"is": "missing", "input": numeric[i]}
     for name, known, rare in zip(texts, encoder.categories, encoder.rare):

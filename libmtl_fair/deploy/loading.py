@@ -79,10 +79,14 @@ def _choice(folder: Path, recipe: Recipe, method: str | None, seed: int | None) 
     if len(recipe.methods) <= 2:
         return list(recipe.methods)[-1], first
     compared = folder / "comparison.json"
-    taken = {
-        row["seed"]: row["method"] for row in (read_json(compared) if compared.exists() else {}).get("choice") or ()
+    content = read_json(compared) if compared.exists() else {}
+    choice = content.get("choice") if isinstance(content, dict) else None
+    rows = [row for row in choice if isinstance(row, dict)] if isinstance(choice, list) else []
+    wanted = recipe.seeds if seed is None else (seed,)
+    known: dict[int, str] = {
+        row["seed"]: row["method"] for row in rows if row.get("seed") in wanted and "method" in row
     }
-    known = {s: m for s, m in taken.items() if m in recipe.methods and seed in (None, s)}
+    known = {s: m for s, m in known.items() if m in recipe.methods}
     if known:
         at = min(known)
         return known[at], at

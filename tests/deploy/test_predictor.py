@@ -133,6 +133,27 @@ def test_rows_without_a_known_group_are_said(run, rows):
     assert "1 of 140 rows have no known group of 'sex' (known: f, m, (missing))" in predictor.notes[-1]
 
 
+def test_dates_and_truth_values_of_a_file_with_gaps(tmp_path, frame, recipe):
+    """Training saw dates and truth values; a CSV of new rows holds text and, where values are missing, objects."""
+    days = pd.Timestamp("2024-01-01") + pd.to_timedelta(np.arange(len(frame)) % 400, "D")
+    whole = frame.assign(joined=days, member=np.arange(len(frame)) % 3 == 0)
+    whole.to_parquet(tmp_path / "people.parquet")
+    data = {"features": ["age", "joined", "member"]}
+    chosen = recipe(tmp_path / "people.parquet", {"plain": {"weighting": "EW"}}, data=data)
+    predictor = lf.load(run_recipe(chosen, tmp_path / "run", device="cpu"))
+    new = whole[["age", "joined", "member"]].head(30)
+    new.to_csv(tmp_path / "new.csv", index=False)
+    pd.testing.assert_frame_equal(predictor.predict(tmp_path / "new.csv"), predictor.predict(new))
+    gaps = new.astype({"member": object})
+    gaps.loc[3, "member"] = None
+    gaps.to_csv(tmp_path / "gaps.csv", index=False)
+    with pytest.warns(UserWarning, match="column 'member': 1 of 30 rows have no value"):
+        found = predictor.predict(tmp_path / "gaps.csv")
+    pd.testing.assert_frame_equal(found.drop(index=3), predictor.predict(new).drop(index=3))
+    with pytest.raises(DataError, match="feature 'joined': column 'joined' must hold numbers"):
+        predictor.predict(new.assign(joined="yesterday or so"))
+
+
 def test_tables_that_do_not_fit_are_refused(run, rows):
     predictor = lf.load(run, "blind")
     with pytest.raises(DataError, match=r"lacks the columns 'job', 'score' \(inputs of the model\); it has: "):
