@@ -62,9 +62,10 @@ def is_date(series: Series) -> bool:
 
 
 def _days(series: Series) -> NDArray[np.float64]:
-    start = pd.Timedelta(0) if series.dtype.kind == "m" else pd.Timestamp(0, tz=getattr(series.dt, "tz", None))
-    passed: Any = series - start
-    return np.asarray(passed / pd.Timedelta(days=1), dtype=np.float64)
+    if getattr(series.dt, "tz", None) is not None:
+        series = series.dt.tz_convert(None)
+    passed = series.to_numpy(dtype="m8[ms]" if series.dtype.kind == "m" else "M8[ms]")
+    return np.where(np.isnat(passed), np.nan, passed.astype(np.int64) / 86_400_000)
 
 
 def as_text(series: Series) -> NDArray[np.object_]:
@@ -93,6 +94,20 @@ def values_in(text: NDArray[np.object_], most: int | None = None) -> list[str]:
 def ids_of(values: NDArray[np.object_], names: Sequence[Hashable]) -> NDArray[np.int64]:
     """Return the position of each value among ``names``, -1 where it is none of them: int64 [N]."""
     return pd.Index(list(names), dtype=object).get_indexer(pd.Index(values, dtype=object)).astype(np.int64)
+
+
+def as_array(values: object, where: str) -> NDArray[Any]:
+    """Return a table or column of any library as an array; of nullable numbers and dates float64, NaN where missing."""
+    found = settled(values)
+    if isinstance(found, pd.Series) and (is_numeric(found) or is_date(found)):
+        return (
+            found.to_numpy()
+            if isinstance(found.dtype, np.dtype) and found.dtype.kind in "iub"
+            else as_numbers(found, where)
+        )
+    if isinstance(found, pd.DataFrame) and all(is_numeric(found[name]) or is_date(found[name]) for name in found):
+        return np.column_stack([as_numbers(found[name], where) for name in found])
+    return np.asarray(found)
 
 
 def group_ids(values: object, where: str, names: Sequence[str] | None = None) -> tuple[NDArray[Any], list[str] | None]:

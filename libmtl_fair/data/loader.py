@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -16,9 +15,7 @@ from torch.utils.data import Dataset, default_collate
 
 from libmtl_fair.batch import Columns
 from libmtl_fair.data.flips import Twins
-from libmtl_fair.data.frames import as_numbers, group_ids, is_date, is_numeric
 from libmtl_fair.data.reference import Reference, narrowed
-from libmtl_fair.data.tables import settled
 from libmtl_fair.errors import DataError, near
 from libmtl_fair.faults import Faults, check_labels, need_few_groups
 from libmtl_fair.processes import current, launched
@@ -113,14 +110,13 @@ def collate(rows: list[Batch]) -> Batch:
     return x, labels
 
 
-def as_plain(values: object) -> object:
-    """Return a table or column of any library as numbers where it holds them: float64, NaN where missing."""
-    found = settled(values)
-    if isinstance(found, pd.Series) and (is_numeric(found) or is_date(found)):
-        return found.to_numpy() if found.dtype.kind in "iub" else as_numbers(found, "values")
-    if isinstance(found, pd.DataFrame) and all(is_numeric(found[name]) or is_date(found[name]) for name in found):
-        return np.column_stack([as_numbers(found[name], "values") for name in found])
-    return found
+def _as_array(values: object, what: str) -> NDArray[Any]:
+    """Return an array of a table or column of any library: float64 with NaN where nullable numbers are missing."""
+    if isinstance(values, np.ndarray | list | tuple):
+        return np.asarray(values)
+    from libmtl_fair.data.frames import as_array  # with pandas, which tensors do without
+
+    return as_array(values, what)
 
 
 def as_tensor(values: object, what: str, n_rows: int | None = None) -> Tensor:
@@ -128,7 +124,7 @@ def as_tensor(values: object, what: str, n_rows: int | None = None) -> Tensor:
     if isinstance(values, Tensor):
         tensor = values.detach()
     else:
-        array = np.asarray(as_plain(values))
+        array = _as_array(values, what)
         if array.dtype == object or array.dtype.kind in "USMm":
             raise DataError(
                 f"{what}: expected a tensor or a numeric array, found dtype {array.dtype}; encode it as numbers"
@@ -181,7 +177,9 @@ def _labels(task: str, values: Array, n_rows: int) -> Tensor:
 def _groups(attribute: str, values: Array, n_rows: int, names: dict[str, Sequence[str]]) -> Tensor:
     """Return group ids int64 [N], each at least -1 (unknown); ``names`` gets those of labels."""
     what = f"groups of sensitive attribute {attribute!r}"
-    if not isinstance(values, Tensor):
+    if not (isinstance(values, Tensor) or (isinstance(values, np.ndarray) and values.dtype.kind in "iuf")):
+        from libmtl_fair.data.frames import group_ids
+
         values, found = group_ids(values, what, names.get(attribute))
         names |= {} if found is None else {attribute: found}
     tensor = as_tensor(values, what, n_rows)

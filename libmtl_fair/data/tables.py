@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import re
 import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -19,6 +18,9 @@ from typing import Any, TypeAlias
 import narwhals.stable.v1 as nw
 import numpy as np
 import pandas as pd
+import pyarrow
+import pyarrow.compute as pc
+import pyarrow.csv
 
 from libmtl_fair.errors import DataError, near
 from libmtl_fair.files import atomic_path
@@ -30,10 +32,14 @@ Taken: TypeAlias = "dict[str, dict[str, int]]"
 """{column: {what was taken as missing: how often}}."""
 
 TAKEN = "taken_as_missing"
-_MISSING = {"", "na", "n/a", "#n/a", "nan", "null", "none", "?", "."}
-_INTEGER = re.compile(r"[+-]?\d{1,18}")
-_NUMBER = re.compile(r"[+-]?(?!0\d)(?:\d{1,18}(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,3})?|[+-]?inf(?:inity)?", re.IGNORECASE)
-_DATE = re.compile(r"\d{4}-\d\d-\d\d(?:[ T]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-]\d\d:?\d\d)?)?")
+_MISSING = ["", "na", "n/a", "#n/a", "nan", "null", "none", "?", "."]
+_TRUTH = {"true", "false"}
+_INTEGER = r"^[+-]?[0-9]{1,18}$"
+_NUMBER = r"^(?i)[+-]?(([0-9]{1,18}([.][0-9]*)?|[.][0-9]+)(e[+-]?[0-9]{1,3})?|inf(inity)?)$"
+_LEADING_ZERO = r"^[+-]?0[0-9]"
+_DATE = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}([ T][0-9]{2}:[0-9]{2}(:[0-9]{2}([.][0-9]+)?)?(Z|[+-][0-9]{2}:?[0-9]{2})?)?$"
+_ZONE = r"(Z|[ T].*[+-][0-9]{2}:?[0-9]{2})$"
+_BLOCK = 2**24
 _EXACT = 2**53
 _ENDINGS = (".csv", ".csv.gz", ".parquet", ".pq")
 
@@ -84,7 +90,7 @@ def read_frame(source: Source, missing_values: Collection[str] = ()) -> pd.DataF
     DataError
         No such file, not a table, no rows, or a column that is there twice.
     """
-    words = {"", *checked(Listed, missing_values, "missing_values")}
+    words = ("", *checked(Listed, missing_values, "missing_values"))
     source = to_pandas(source)
     from_file = not isinstance(source, pd.DataFrame)
     if from_file and not isinstance(source, str | Path):
@@ -124,18 +130,21 @@ def _read_file(path: Path) -> pd.DataFrame:
 
 def _read_csv(path: Path) -> pd.DataFrame:
     """Return the cells as text; the separator is the comma, semicolon or tab that the first line has most of."""
-    with (
-        gzip.open(path, "rt", encoding="utf-8-sig")
-        if path.name.lower().endswith(".gz")
-        else path.open(encoding="utf-8-sig") as file
-    ):
+    open_text = gzip.open if path.name.lower().endswith(".gz") else open
+    with open_text(path, "rt", encoding="utf-8-sig", newline="") as file:
         first = file.readline()
-    separator = max(",;\t", key=first.count)
-    frame = pd.read_csv(
-        path, sep=separator, header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig", low_memory=False
+        file.seek(0)
+        separator = max(",;\t", key=first.count)
+        header = next(csv.reader(file, delimiter=separator), [])
+    places = [str(place) for place in range(len(header))]
+    cells = pyarrow.csv.read_csv(
+        path,
+        pyarrow.csv.ReadOptions(column_names=places, skip_rows_after_names=1, block_size=_BLOCK),
+        pyarrow.csv.ParseOptions(delimiter=separator, newlines_in_values=True),
+        pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(places, pyarrow.string()), strings_can_be_null=False),
     )
-    header = [str(name) or f"Unnamed: {place}" for place, name in enumerate(frame.iloc[0].fillna(""))]
-    return frame.iloc[1:].set_axis(header, axis=1).reset_index(drop=True)
+    names = [name or f"Unnamed: {place}" for place, name in enumerate(header)]
+    return pd.DataFrame({place: cells[place].to_pandas() for place in places}).set_axis(names, axis=1)
 
 
 def settle(
@@ -149,11 +158,8 @@ def settle(
         return series
     kind = pd.api.types.infer_dtype(series, skipna=True)
     if kind == "string":
-        codes, values = pd.factorize(series)
-        own = [str(value) for value in values]
-        if not reads:
-            return _text(series, codes, own, name, taken, words) if set(own) & set(words) else series
-        return _read(series, codes, own, name, taken, words)
+        found = _read(series, name, taken, words) if reads else None
+        return _text(series, name, taken, words) if found is None else found
     if kind == "boolean":
         return series.astype("boolean" if series.isna().any() else bool)
     if kind in ("date", "datetime", "datetime64"):
@@ -178,56 +184,71 @@ def _as_float(series: pd.Series[Any]) -> pd.Series[Any]:
         return series
 
 
-def _read(
-    series: pd.Series[Any], codes: Any, own: list[str], name: str, taken: Taken, words: Collection[str]
-) -> pd.Series[Any]:
-    """Return a file's column of text as what its values spell."""
-    spelt = [value.strip() for value in own]
-    gaps = [text.lower() in _MISSING or value in words for text, value in zip(spelt, own)]
-    real = [text for text, gap in zip(spelt, gaps) if not gap]
+def _read(series: pd.Series[Any], name: str, taken: Taken, words: Collection[str]) -> pd.Series[Any] | None:
+    """Return a file's column of text as what its values spell; None for text."""
+    cells = pyarrow.array(series, pyarrow.string(), from_pandas=True)
+    trimmed = pc.utf8_trim_whitespace(cells)
+    gaps = pc.or_(
+        pc.is_in(pc.utf8_lower(trimmed), pyarrow.array(_MISSING)),
+        pc.is_in(cells, pyarrow.array(words, pyarrow.string())),
+    )
+    gaps = pc.or_(gaps, pc.is_null(cells))
+    real = trimmed.filter(pc.invert(gaps))
+    complete = len(real) == len(cells)
+    held = pc.if_else(gaps, None, trimmed)
     made: pd.Series[Any] | None = None
-    if real and all(map(_NUMBER.fullmatch, real)):
-        whole = all(map(_INTEGER.fullmatch, real))
-        numbers = [None if gap else int(text) if whole else float(text) for text, gap in zip(spelt, gaps)]
-        complete = not any(gaps) and (codes >= 0).all()
-        large = whole and any(number is not None and abs(number) > _EXACT for number in numbers)
-        dtype = "int64" if whole and complete else "Int64" if large else "float64"
-        made = pd.Series(numbers, dtype=dtype)
-    elif real and {text.lower() for text in real} <= {"true", "false"}:
-        flags = [None if gap else text.lower() == "true" for text, gap in zip(spelt, gaps)]
-        made = pd.Series(flags, dtype="boolean" if any(gaps) or (codes < 0).any() else "bool")
-    elif real and all(map(_DATE.fullmatch, real)):
-        try:
-            made = pd.to_datetime(
-                pd.Series([None if gap else text for text, gap in zip(spelt, gaps)]), format="ISO8601", utc=_zoned(real)
+    if not len(real):
+        return None
+    if _all_match(real, _NUMBER) and not _any_match(real, _LEADING_ZERO):
+        plain = pc.replace_substring_regex(held, r"^\+", "")
+        if not _all_match(real, _INTEGER):
+            made = pd.Series(pc.cast(plain, pyarrow.float64()).to_numpy(zero_copy_only=False))
+        else:
+            whole = pc.cast(plain, pyarrow.int64())
+            extremes = pc.min_max(whole).as_py()
+            large = max(abs(extremes["min"]), abs(extremes["max"])) > _EXACT
+            made = pd.Series(
+                whole.to_pandas(types_mapper=None if complete or not large else {pyarrow.int64(): pd.Int64Dtype()}.get)
             )
+    elif set(pc.unique(pc.utf8_lower(real.slice(0, 10_000))).to_pylist()) <= _TRUTH and _all_match(
+        pc.utf8_lower(real), "^(true|false)$"
+    ):
+        flags = pc.equal(pc.utf8_lower(held), "true")
+        made = pd.Series(flags.to_numpy(zero_copy_only=False), dtype="bool" if complete else "boolean")
+    elif _all_match(real, _DATE):
+        zoned = _any_match(real, _ZONE)
+        try:
+            made = pd.to_datetime(pd.Series(held.to_numpy(zero_copy_only=False)), format="ISO8601", utc=zoned)
         except ValueError:
-            made = None
+            return None
     if made is None:
-        return _text(series, codes, own, name, taken, words)
-    _count(taken, name, codes, own, gaps)
-    found = made.reindex(codes) if (codes < 0).any() else made.take(codes)
-    return found.set_axis(series.index)
+        return None
+    counted = pc.value_counts(cells.filter(pc.and_(gaps, pc.is_valid(cells)))).to_pylist()
+    _note(taken, name, {item["values"]: item["counts"] for item in counted})
+    return made.set_axis(series.index)
 
 
-def _zoned(texts: list[str]) -> bool:
-    return any(text.endswith("Z") or re.search(r"[+-]\d\d:?\d\d$", text[10:]) for text in texts)
+def _all_match(values: pyarrow.StringArray, pattern: str) -> bool:
+    head = pc.match_substring_regex(values.slice(0, 100), pattern)
+    return bool(pc.all(head).as_py()) and bool(pc.all(pc.match_substring_regex(values, pattern)).as_py())
 
 
-def _text(
-    series: pd.Series[Any], codes: Any, own: list[str], name: str, taken: Taken, words: Collection[str]
-) -> pd.Series[Any]:
-    gaps = [value in words for value in own]
-    _count(taken, name, codes, own, gaps)
-    values = np.array([*(None if gap else value for value, gap in zip(own, gaps)), None], dtype=object)
-    return pd.Series(values[codes], index=series.index, dtype=object)
+def _any_match(values: pyarrow.StringArray, pattern: str) -> bool:
+    return bool(pc.any(pc.match_substring_regex(values, pattern)).as_py())
 
 
-def _count(taken: Taken, name: str, codes: Any, own: list[str], gaps: list[bool]) -> None:
-    counts = np.bincount(codes[codes >= 0], minlength=len(own))
-    found = {value: int(count) for value, gap, count in zip(own, gaps, counts) if gap and count}
-    if found:
-        taken[name] = found
+def _text(series: pd.Series[Any], name: str, taken: Taken, words: Collection[str]) -> pd.Series[Any]:
+    """Return text with ``words`` as missing; the column itself where it has none."""
+    gaps = series.isin(list(words))
+    if not gaps.any():
+        return series
+    _note(taken, name, {str(word): int(count) for word, count in series[gaps].value_counts(sort=False).items()})
+    return series.astype(object).where(~gaps, None)
+
+
+def _note(taken: Taken, name: str, counts: dict[str, int]) -> None:
+    if counts:
+        taken[name] = dict(sorted(counts.items()))
 
 
 def taken_as_missing(frame: pd.DataFrame) -> Mapping[str, Mapping[str, int]]:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from libmtl_fair.errors import DataError, RecipeError
+from libmtl_fair.memory import need_memory
 from libmtl_fair.metrics.arrays import Array, Bools, Floats, Values, as_floats, as_numpy
 from libmtl_fair.metrics.consistency import ConsistencyReport
 from libmtl_fair.metrics.tolerance import draw_pairs, draw_pool
@@ -148,6 +149,8 @@ class FixedDeltaAudit:
             raise DataError(
                 f"a fixed-delta audit needs two tasks with valid examples (finite scores); of {names} only {present} have any"
             )
+        if not self.exact:
+            need_memory(48.0 * self.n_pairs, f"{self.n_pairs:,} pairs of an audit", "give fewer n_pairs, or exact=True")
         biases, rates, many = zip(*(self._exact if self.exact else self._sampled)(arrays, masks, deltas))
         first, second = zip(*combinations([i for i, t in enumerate(names) if t in present], 2))
         columns = [names[i] for i in first], [names[j] for j in second], biases, rates, deltas[first, second], many

@@ -17,9 +17,11 @@ from libmtl_fair.data.expressions import evaluate
 from libmtl_fair.data.tables import read_frame, taken_as_missing
 from libmtl_fair.errors import DataError
 from libmtl_fair.memory import need_memory
-from libmtl_fair.metrics import ConsistencyAudit, GroupMetrics
+from libmtl_fair.metrics import ConsistencyAudit, FixedDeltaAudit, GroupMetrics
 from libmtl_fair.metrics.rates import group_rates
+from libmtl_fair.recipe.build import need_model
 from libmtl_fair.recipe.schema import Recipe
+from libmtl_fair.recipe.sections import Model
 from libmtl_fair.sklearn import FairMTLClassifier
 
 N = 120
@@ -126,9 +128,26 @@ def test_what_was_taken_as_missing_is_in_the_card(tmp_path):
     data = load(tmp_path / "t.csv", sensitive=["sex", "kind"])
     assert data.groups["kind"] == ["NA", "None"]
     assert data.card["taken_as_missing"] == {"pay": {"NA": 1, "?": 1}, "kind": {"": 40}}
-    assert "pay: 'NA' 1 times, '?' 1 times" in data.card_markdown()
+    assert "pay: '?' 1 times, 'NA' 1 times" in data.card_markdown()
     named = load(tmp_path / "t.csv", sensitive=["sex"], missing_values=["NA"])
     assert named.card["taken_as_missing"]["kind"] == {"": 40, "NA": 40}
+
+
+@pytest.mark.parametrize("text", ["a,b\n1,2\n3\n", "a,b\n1,2,3\n", "", "a,b\n", 'a,b\n"1,2\n'])
+def test_a_damaged_file_is_refused(tmp_path, text):
+    file = tmp_path / "t.csv"
+    file.write_text(text)
+    with pytest.raises(DataError, match="cannot be read as a table|has no rows"):
+        read_frame(file)
+
+
+def test_numbers_are_read_exactly(tmp_path):
+    draw = np.random.default_rng(3)
+    frame = pd.DataFrame(
+        {"f": draw.normal(size=500) * 10.0 ** draw.integers(-300, 300, 500), "i": 10**17 - np.arange(500)}
+    )
+    frame.to_csv(tmp_path / "t.csv.gz", index=False)
+    pd.testing.assert_frame_equal(read_frame(tmp_path / "t.csv.gz"), frame, check_exact=True)
 
 
 def test_other_separators_an_index_and_a_byte_order_mark(tmp_path):
@@ -171,6 +190,10 @@ def test_memory_is_estimated_before_it_is_taken():
     need_memory(1e6, "this", "nothing")
     with pytest.raises(DataError, match=r"this would take .* GB of memory, of which .* GB is free; take less"):
         need_memory(1e18, "this", "take less")
+    with pytest.raises(DataError, match=r"a model of widths \[3, 1000000, 1000000\] would take"):
+        need_model(Model(hidden=(1_000_000, 1_000_000)), 3)
+    with pytest.raises(DataError, match="pairs of an audit would take"):
+        FixedDeltaAudit(0.1, n_pairs=10**13).run({"a": [0.1, 0.2], "b": [0.1, 0.3]})
     x, y = torch.zeros(3, 1), {"t": torch.zeros(3)}
     with pytest.raises(DataError, match="found id 1000000000000000"):
         ResidentLoader(x, y, {"a": torch.tensor([0, 1, 10**15])}, batch_size=2, shuffle=False)
