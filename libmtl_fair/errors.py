@@ -32,6 +32,10 @@ class DamagedFileError(CheckpointError):
     """A file is not as it was written: bytes changed, lost or added."""
 
 
+class ProcessError(FairMTLError):
+    """Another process of a training has ended, or does not answer."""
+
+
 def near(name: str, options: Iterable[str]) -> str | None:
     """Return the option whose spelling is nearest to ``name``, or None if none is near.
 

@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from libmtl_fair.errors import HostError
+from libmtl_fair.errors import ProcessError
 
 T = TypeVar("T")
 TIMEOUT = "LIBMTL_FAIR_TIMEOUT"
-"""Environment variable: seconds after which a process that does not answer is given up (default 600)."""
+"""Environment variable: seconds after which a process that does not answer is given up (default 1800)."""
 
 
 class Processes:
@@ -49,7 +49,7 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
-            raise HostError(
+            raise ProcessError(
                 f"process {self.rank} of {self.size}: another process has ended, is doing something else or does not answer "
                 f"({str(error).splitlines()[0]}). Look for its error above; what was saved is good, go on with resume"
             ) from error
@@ -195,11 +195,12 @@ class _Gather(torch.autograd.Function):
 # -- who is here --------------------------------------------------------------------------------------------------
 
 _known: dict[int, Processes] = {}
+_alone: list[bool] = []
 
 
 def current() -> Processes | None:
-    """Return the processes of the group that was initialised; None where there is but one."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() < 2:
+    """Return the processes of the group that was initialised; None where there is but one, and within :func:`alone`."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() < 2 or _alone:
         return None
     key = id(dist.group.WORLD)
     if key not in _known:
@@ -208,13 +209,30 @@ def current() -> Processes | None:
     return _known[key]
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Within it this process works by itself."""
+    _alone.append(True)
+    try:
+        yield
+    finally:
+        _alone.pop()
+
+
+def leave() -> None:
+    """Leave the group, at the end of a training."""
+    if dist.is_available() and dist.is_initialized():
+        _known.clear()
+        dist.destroy_process_group()
+
+
 def join(device: torch.device) -> Processes | None:
     """Join the group that torchrun or SLURM's srun started, unless it was joined; return :func:`current`.
 
     gloo on a CPU, nccl on CUDA. A process that does not answer for :data:`TIMEOUT` seconds is given up.
     """
     if dist.is_available() and not dist.is_initialized() and (place := launched()) is not None:
-        seconds = datetime.timedelta(seconds=float(os.environ.get(TIMEOUT, "600")))
+        seconds = datetime.timedelta(seconds=float(os.environ.get(TIMEOUT, "1800")))
         if device.type == "cuda":
             torch.cuda.set_device(device)
         try:
@@ -226,7 +244,7 @@ def join(device: torch.device) -> Processes | None:
                 timeout=seconds,
             )
         except (RuntimeError, ValueError) as error:
-            raise HostError(
+            raise ProcessError(
                 f"process {place['rank']} of {place['size']} cannot join the others ({str(error).splitlines()[0]}); "
                 "look for an error of theirs, or at MASTER_ADDR and MASTER_PORT"
             ) from error

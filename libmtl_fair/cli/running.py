@@ -28,7 +28,12 @@ def run(
     study: StudyName = None,
     trial: Annotated[int | None, Option(metavar="N", help="which trial of the study")] = None,
 ) -> None:
-    """Train, audit, measure and report every method and seed of a recipe."""
+    """Train, audit, measure and report every method and seed of a recipe.
+
+    In several processes: ``torchrun --nproc-per-node=N -m libmtl_fair run RECIPE``, or SLURM's ``srun libmtl-fair run RECIPE``.
+    """
+    from libmtl_fair.files import writes
+    from libmtl_fair.processes import leave
     from libmtl_fair.progress import bar
     from libmtl_fair.recipe import load_recipe
     from libmtl_fair.recipe.run import Run
@@ -48,9 +53,14 @@ def run(
     else:
         raise RecipeError("run expects either a RECIPE, or --from-study STORAGE --trial N")
     planned = Run(loaded, folder, device=device, resume=resume)
+    if not writes():  # the first process speaks
+        planned()
+        leave()
+        return
     with bar(loaded.name, len(planned.jobs) + 1) as advance:
         planned.note = advance
         made = planned()
+    leave()
     finished = read_run(made)
     out.print(summary_table(finished, width=out.width))
     findings(finished)

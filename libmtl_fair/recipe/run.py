@@ -7,9 +7,10 @@ import itertools
 import platform
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,12 +18,13 @@ import torch
 from libmtl_fair.data import Dataset
 from libmtl_fair.data.loader import resolve_device
 from libmtl_fair.errors import CheckpointError, DamagedFileError
-from libmtl_fair.files import atomic_path, is_sealed, read_json, remove_leftovers, write_json, write_text
+from libmtl_fair.files import atomic_path, is_sealed, read_json, remove_leftovers, write_json, write_text, writes
 from libmtl_fair.libmtl.checkpoint import close_training, reopen_training
 from libmtl_fair.libmtl.loading import LINEAGE
 from libmtl_fair.libmtl.trainer import FairTrainer
 from libmtl_fair.locks import alone_in
 from libmtl_fair.predictions import Predictions, side_by_side
+from libmtl_fair.processes import alone, join
 from libmtl_fair.recipe.build import EVAL_BATCH, check, data_for, loaders, make_dataset, make_trainer, only
 from libmtl_fair.recipe.measure import Protocol, digests, measure, pool_embeddings
 from libmtl_fair.recipe.people import People, people_of
@@ -37,6 +39,7 @@ _CHOSEN_BY = {
     "utility": "mean of AUC, accuracy or R2 over tasks, on validation",
     "improvement": "LibMTL's mean relative improvement, on validation",
 }
+T = TypeVar("T")
 _Trained = dict[tuple[str, ...], FairTrainer]
 MODEL = "model.json"
 """What a method's folder holds for models in use, besides weights."""
@@ -66,7 +69,8 @@ class Run:
     ) -> None:
         check(recipe)
         self.recipe, self.device, self.note = recipe, resolve_device(device), note or (lambda text: None)
-        self.out = _claim(recipe, Path(out) if out else None, resume)
+        self._together = join(self.device)
+        self.out = self._first(lambda: _claim(recipe, Path(out) if out else None, resume))
         self._data: dict[int, Dataset] = {}
         self._people: dict[int, People] = {}
 
@@ -87,22 +91,35 @@ class Run:
         CheckpointError
             Another process works in the folder, or it cannot be written or gone on with.
         """
+        if not writes():
+            return self._all()
         with alone_in(self.out):
             remove_leftovers(self.out, deep=True)
             return self._all()
 
+    def _first(self, make: Callable[[], T]) -> T:
+        """Return what the first process of a training makes."""
+        return make() if self._together is None else self._together.from_first(make)
+
+    def _shared(self, own: T) -> T:
+        return self._first(lambda: own)
+
     def _all(self) -> Path:
         from libmtl_fair.report import write_report, write_summary
 
+        if self._together is not None:  # the first process may have to put data into a cache
+            self._first(lambda: len(self.data(self.recipe.seeds[0]).tasks))
         write_text(self.out / "recipe.yaml", self.recipe.to_yaml())
         write_json(self.out / "environment.json", environment(self.device))
         write_json(self.out / "data_card.json", self.data(self.recipe.seeds[0]).card)
         check_post_data(self.recipe, self.data(self.recipe.seeds[0]))
-        protocol = self._protocol()
+        protocol = self._first(self._protocol)
         for method, seed in self.jobs:
             folder = self.out / method / f"seed{seed}"
-            if protocol is None or protocol.lacks(method, seed) or not self._done(folder):
-                protocol = self._one(method, seed, folder, protocol)
+            if self._first(partial(self._lacks, method, seed, folder, protocol)):
+                protocol = self._shared(self._one(method, seed, folder, protocol))
+        if not writes():
+            return self.out
         write_summary(self.out)
         if self.recipe.output.report:
             write_report(self.out)
@@ -132,6 +149,9 @@ class Run:
             self.note(f"{error}; it is chosen again")
             return None
 
+    def _lacks(self, method: str, seed: int, folder: Path, protocol: Protocol | None) -> bool:
+        return protocol is None or protocol.lacks(method, seed) or not self._done(folder)
+
     def _done(self, folder: Path) -> bool:
         """Whether a method and seed is measured, and its numbers and predictions are as they were written; what is not is made again."""
         if not (folder / METRICS).exists():
@@ -147,17 +167,37 @@ class Run:
             close_training(run_dir)  # runs of earlier versions did so last
         return True
 
-    def _one(self, method: str, seed: int, folder: Path, protocol: Protocol | None) -> Protocol:
+    def _one(self, method: str, seed: int, folder: Path, protocol: Protocol | None) -> Protocol | None:
+        """Train, which all processes do, and measure, which the first one does; return the protocol."""
         self.note(f"{method}, seed {seed}")
         recipe = self.recipe
         data = data_for(recipe, method, self.data(seed))
         chooses = protocol is None or protocol.lacks(method, seed)  # its score ranges are those of its own outputs
         tasks = data.tasks if protocol is None or chooses else protocol.freeze(data.tasks, seed)
-        started = time.perf_counter()
-        made: dict[str, Any] = {}
-        trained: dict[tuple[str, ...], FairTrainer] = {}
+        trained: _Trained = {}
         if recipe.methods[method].post is None:
             trained = self._train(method, seed, data, tasks, folder)
+        if not writes():
+            return protocol
+        for trainer in trained.values():
+            trainer.processes = None
+        with alone():
+            return self._measure(method, seed, folder, data, tasks, trained, protocol)
+
+    def _measure(
+        self,
+        method: str,
+        seed: int,
+        folder: Path,
+        data: Dataset,
+        tasks: tuple[Task, ...],
+        trained: _Trained,
+        protocol: Protocol | None,
+    ) -> Protocol:
+        """Make what is made of others, measure and write; return the protocol, with what is chosen here."""
+        recipe, started, made = self.recipe, time.perf_counter(), dict[str, Any]()
+        chooses = protocol is None or protocol.lacks(method, seed)
+        if trained:
             predictions = {part: self._predict(trained, data, part) for part in PARTS}
         else:
             sources = {name: self._saved(name, seed) for name in made_of(recipe, method)}
@@ -233,7 +273,8 @@ class Run:
         settings, trained = self.recipe.train_for(method), {}
         for chosen, run_dir in parts.items():
             names = tuple(task.name for task in chosen)
-            reopen_training(run_dir)
+            if writes():
+                reopen_training(run_dir)
             where = {"device": self.device, "run_dir": run_dir, "resume": True}
             trainer = make_trainer(self.recipe, method, data, chosen, seed, **where)
             sources = loaders(only(data, names), settings.batch_size, seed, self.device)

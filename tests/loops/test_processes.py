@@ -83,3 +83,30 @@ def test_a_process_that_dies_ends_the_others_and_any_number_goes_on(tmp_path: Pa
     assert_close(*found, "ReLiF")
     frames = [pd.read_csv(folder / "history.csv").drop(columns="train_s") for folder in (tmp_path / "whole", parts)]
     pd.testing.assert_frame_equal(*frames, rtol=1e-6, atol=1e-9)
+
+
+RECIPE = """
+name: both
+data: {name: compas, sensitive: [sex]}
+model: {hidden: [8]}
+train: {epochs: 2, batch_size: 1024}
+seeds: [0]
+methods:
+  plain: {weighting: EW}
+  fairmt: {weighting: FairMT}
+output: {report: false}
+"""
+
+
+def test_a_recipe_runs_under_torchrun_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    command = ["-m", "libmtl_fair", "run", tmp_path / "recipe.yaml", "--device", "cpu", "--out"]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    said = finish(*start(*launcher, *command, tmp_path / "two"), *start(*command, tmp_path / "one"))
+    assert said[0].count("What was compared") == 1  # the first process alone speaks
+    for method in ("plain", "fairmt"):
+        kept = [torch.load(tmp_path / run / method / "seed0" / "checkpoint.pt")["model"] for run in ("one", "two")]
+        for name, value in kept[0].items():
+            torch.testing.assert_close(value, kept[1][name], rtol=1e-3, atol=1e-3, msg=f"{method}, {name}")
+        written = [{p.name for p in (tmp_path / run / method / "seed0").iterdir()} for run in ("one", "two")]
+        assert written[0] == written[1]
