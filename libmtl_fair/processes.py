@@ -22,6 +22,9 @@ from torch import Tensor
 from libmtl_fair.errors import ProcessError
 
 T = TypeVar("T")
+_all_gather: Callable[..., Any] = getattr(
+    dist, "all_gather_single", dist.all_gather_into_tensor
+)  # its name since torch 2.13
 TIMEOUT = "LIBMTL_FAIR_TIMEOUT"
 """Environment variable: seconds after which a process that does not answer is given up (default 1800)."""
 
@@ -84,7 +87,7 @@ class Processes:
         found = torch.empty(self.size * len(given), dtype=torch.int64)
         self.sent += given.nbytes
         with self._answered():
-            dist.all_gather_into_tensor(found, given, group=self._host)
+            _all_gather(found, given, group=self._host)
         rows: list[list[int]] = found.view(self.size, -1).tolist()
         return rows
 
@@ -141,7 +144,7 @@ class Processes:
         found = flat.new_empty(self.size * longest, flat.shape[1])
         self.sent += flat.nbytes
         with self._answered():
-            dist.all_gather_into_tensor(found, flat.contiguous())
+            _all_gather(found, flat.contiguous())
         if min(sizes) == longest:
             return found
         return torch.cat([part[:rows] for part, rows in zip(found.view(self.size, longest, -1), sizes)])

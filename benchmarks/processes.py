@@ -1,0 +1,176 @@
+"""What several processes cost: a step beside plain DistributedDataParallel's, and the bytes that each process hands over.
+
+``python benchmarks/processes.py [--processes 1 2 4] [--smoke]`` (gloo on the CPU). Both sides see the same rows; a step is forward, backward,
+communication and Adam. Steps of all sides take turns, so that a busy machine slows all alike; medians are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import libmtl_fair as lf
+from libmtl_fair.data.loader import Packed
+from libmtl_fair.libmtl import step as stepping
+from libmtl_fair.libmtl.history import StepLog
+from libmtl_fair.models import MLP, linear_heads
+from libmtl_fair.processes import current, leave
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "EW": ("EW", {}),
+    "ReLiF": ("ReLiF", {}),
+    "FairMT": ("FairMT", {}),
+    "FairMT phi": ("FairMT", {"form": "phi"}),
+    "GroupRegulariser": ("GroupRegulariser", {"loss": "gap"}),
+    "MGDA": ("MGDA", {}),
+}
+
+
+def endless(loader: lf.ResidentLoader) -> Iterator[Packed]:
+    """Yield batches for ever."""
+    while True:
+        yield from iter(loader).packed()
+
+
+def plain(
+    loader: lf.ResidentLoader, tasks: tuple[Any, ...], hidden: tuple[int, ...], columns: int
+) -> Callable[[], None]:
+    """Return a step of DistributedDataParallel with the sum of the losses."""
+    torch.manual_seed(0)
+    model = nn.Sequential(MLP(columns, hidden), nn.Linear(hidden[-1], len(tasks)))
+    trained: nn.Module = DistributedDataParallel(model) if current() is not None else model
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    drawn = endless(loader)
+
+    def step() -> None:
+        batch: Any = next(drawn)
+        loss = nn.functional.binary_cross_entropy_with_logits(trained(batch.x), batch.labels.matrix, reduction="none")
+        optimizer.zero_grad()
+        loss.mean(0).sum().backward()
+        optimizer.step()
+
+    return step
+
+
+def ours(
+    method: str,
+    args: dict[str, Any],
+    loader: lf.ResidentLoader,
+    tasks: tuple[Any, ...],
+    hidden: tuple[int, ...],
+    columns: int,
+) -> Callable[[], None]:
+    """Return a step of FairTrainer."""
+    trainer = lf.FairTrainer(
+        lf.task_dict(tasks), method, "HPS", lambda: MLP(columns, hidden), linear_heads(tasks, hidden[-1]), False, False,
+        {"optim": "adam", "lr": 1e-3}, None, device="cpu", progress=False, weight_args=args, seed=0,
+    )  # fmt: skip
+    trainer.n_groups, trainer.epoch_steps, trainer.model.epochs = dict(loader.n_groups), 4, 1000
+    trainer.model.epoch, trainer.model.train_loss_buffer = 0, torch.ones(len(tasks), 1).numpy()
+    trainer.model.train()
+    drawn, log = endless(loader), StepLog()
+
+    def step() -> None:
+        batch: Any = next(drawn)
+        stepping.step(trainer, batch, 1, log)
+
+    return step
+
+
+def measure(rank: int, size: int, port: int, case: dict[str, Any], out: str) -> None:
+    """Time every side in one process of a group; the first writes what it saw."""
+    torch.set_num_threads(1)
+    if size > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        dist.init_process_group("gloo", rank=rank, world_size=size)
+    hidden, columns, rows = tuple(case["hidden"]), case["columns"], case["rows"] * size
+    tasks = tuple(lf.Binary(f"t{i}") for i in range(case["tasks"]))
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4 * rows, columns, generator=g)
+    labels = {task.name: (x[:, i] > 0).float() for i, task in enumerate(tasks)}
+    groups = {"group": torch.randint(0, case["groups"], (4 * rows,), generator=g)}
+    loader = lf.ResidentLoader(
+        x, labels, groups, batch_size=rows, shuffle=True, seed=0, device="cpu", reference=x[:, :8]
+    )
+    sides: dict[str, Callable[[], None]] = {"DDP": plain(loader, tasks, hidden, columns)}
+    sides |= {name: ours(*METHODS[name], loader, tasks, hidden, columns) for name in case["methods"]}
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    processes = current()
+    sent = dict.fromkeys(sides, 0)
+    for turn in range(case["steps"] + 6):
+        for name, step in sides.items():
+            before = processes.sent if processes else 0
+            started = time.perf_counter()
+            step()
+            if turn >= 6:
+                times[name].append(time.perf_counter() - started)
+            sent[name] = (processes.sent if processes else 0) - before
+    sent["DDP"] = (
+        sum(p.numel() * 4 for p in MLP(columns, hidden).parameters()) + 4 * len(tasks) * (hidden[-1] + 1)
+        if size > 1
+        else 0
+    )
+    if rank == 0:
+        found = {name: {"ms": 1e3 * statistics.median(t), "bytes": sent[name]} for name, t in times.items()}
+        with open(out, "w", encoding="utf-8") as stream:
+            json.dump(found, stream)
+    leave()
+
+
+def run(size: int, case: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return side -> milliseconds and bytes of a step in so many processes."""
+    import socket
+    import tempfile
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        multiprocessing.spawn(measure, (size, port, case, file.name), nprocs=size)
+        with open(file.name, encoding="utf-8") as stream:
+            found: dict[str, dict[str, float]] = json.load(stream)
+    return found
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rows", type=int, default=1024, help="of each process")
+    parser.add_argument("--hidden", type=int, nargs="+", default=[512, 256])
+    parser.add_argument("--tasks", type=int, default=4)
+    parser.add_argument("--groups", type=int, default=4)
+    given = parser.parse_args()
+    case = {
+        "hidden": given.hidden, "columns": 128, "rows": given.rows, "tasks": given.tasks, "groups": given.groups, "steps": given.steps,
+        "methods": list(METHODS),
+    }  # fmt: skip
+    if given.smoke:
+        given.processes = [2]
+        case |= {"hidden": [16], "rows": 32, "steps": 3, "methods": ["EW", "FairMT"]}
+    print(f"{'side':18}" + "".join(f"{f'{n} processes: ms':>20}{'x DDP':>8}{'kB sent':>10}" for n in given.processes))
+    found = {size: run(size, case) for size in given.processes}
+    for name in ("DDP", *case["methods"]):
+        cells = (found[n][name] for n in given.processes)
+        base = (found[n]["DDP"]["ms"] for n in given.processes)
+        print(
+            f"{name:18}"
+            + "".join(f"{c['ms']:>20.2f}{c['ms'] / b:>8.2f}{c['bytes'] / 1e3:>10.0f}" for c, b in zip(cells, base))
+        )
+
+
+if __name__ == "__main__":
+    main()
