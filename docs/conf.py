@@ -21,7 +21,7 @@ version = release = libmtl_fair.__version__
 extensions = [
     "sphinx.ext.autodoc", "sphinx.ext.autosummary", "numpydoc", "myst_nb", "sphinx_design", "sphinx_copybutton", "generated",
 ]  # fmt: skip
-exclude_patterns = ["conf.py", "generated.py", "check_site.py", "jupyter_execute"]
+exclude_patterns = ["conf.py", "generated.py", "check_pages.py", "jupyter_execute"]
 templates_path = ["_templates"]
 
 generated.write(HERE)
