@@ -55,13 +55,24 @@ def faults(page: Path, axe: str, browser: str, view: str) -> list[dict[str, obje
     """Return what axe finds on a page, of any impact; a page wider than its window is a fault, too."""
     text = page.read_text(encoding="utf-8")
     script = RUN.format(axe=axe.replace("</script", "<\\/script"))
-    copy = page.with_name(f".axe_{os.getpid()}_{view}_{page.name}")  # beside it, so that its pictures and styles are found
+    copy = page.with_name(
+        f".axe_{os.getpid()}_{view}_{page.name}"
+    )  # beside it, so that its pictures and styles are found
     at = text.rindex("</body>")
     with tempfile.TemporaryDirectory() as profile:
         try:
             copy.write_text(text[:at] + script + text[at:], encoding="utf-8")
-            command = [browser, *QUIET, *VIEWS[view], f"--user-data-dir={profile}", "--virtual-time-budget=60000", "--dump-dom"]
-            dom = subprocess.run([*command, copy.as_uri()], capture_output=True, text=True, timeout=300, check=True).stdout
+            command = [
+                browser,
+                *QUIET,
+                *VIEWS[view],
+                f"--user-data-dir={profile}",
+                "--virtual-time-budget=60000",
+                "--dump-dom",
+            ]
+            dom = subprocess.run(
+                [*command, copy.as_uri()], capture_output=True, text=True, timeout=300, check=True
+            ).stdout
         finally:
             copy.unlink(missing_ok=True)
     held = re.search(r'<pre id="axe-found"[^>]*>(.*?)</pre>', dom, re.DOTALL)
@@ -71,7 +82,9 @@ def faults(page: Path, axe: str, browser: str, view: str) -> list[dict[str, obje
     width = int(re.search(r"size=(\d+)", VIEWS[view][0])[1])  # type: ignore[index]
     # Chromium's window is at least 500 wide on some systems, even headless
     if found["wide"] > max(width, 500):
-        found["kept"].append({"id": "too-wide", "impact": "serious", "help": f"{found['wide']} px in {width}", "nodes": [], "count": 1})
+        found["kept"].append(
+            {"id": "too-wide", "impact": "serious", "help": f"{found['wide']} px in {width}", "nodes": [], "count": 1}
+        )
     return list(found["kept"])
 
 
@@ -90,7 +103,10 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     browser = chromium()
     if browser is None or given.axe is None or not Path(given.axe).exists():
-        print("not checked: " + ("there is no chromium here" if browser is None else "there is no axe-core here (npm install axe-core)"))
+        print(
+            "not checked: "
+            + ("there is no chromium here" if browser is None else "there is no axe-core here (npm install axe-core)")
+        )
         return 0
     axe, bad = Path(given.axe).read_text(encoding="utf-8"), 0
     for page in pages(given.paths):

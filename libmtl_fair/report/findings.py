@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -19,7 +19,21 @@ _FEW_SEEDS = 5
 _POINTS = 0.005
 """A utility that falls by less is not told."""
 _TOLD = ("auc", "accuracy", "f1", "r2")
+_NOTHING = (
+    "No method makes groups, or people who are alike, more alike in a way that anybody gains from by more than chance."
+)
 Finding = tuple[str, str]
+
+
+class _Told(NamedTuple):
+    """What one method improved, for groups and for like people, and cost, in sentences; the changes; whether it levels down."""
+
+    improved: str
+    alike: str
+    cost: str
+    fall: float
+    apart: float
+    down: bool
 
 
 def findings(run: RunFolder) -> list[Finding]:
@@ -29,15 +43,11 @@ def findings(run: RunFolder) -> list[Finding]:
 
 def _findings(run: RunFolder) -> Iterator[Finding]:
     yield "What was compared", _compared(run)
-    others = run.methods[1:]
-    told = {method: _of_method(run, method) for method in others}
-    improved = [
-        text for method in others if (text := " ".join(filter(None, (told[method]["improved"], _alike(run, method)))))
-    ]
+    others, told = run.methods[1:], _told(run)
+    improved = [text for each in told.values() if (text := " ".join(filter(None, (each.improved, each.alike))))]
     if others:
-        nothing = "No method makes groups, or people who are alike, more alike in a way that anybody gains from by more than chance."
-        yield "What improved", _first(improved) if improved else nothing
-    cost = [text for method in others if (text := told[method]["cost"])]
+        yield "What improved", _first(improved) if improved else _NOTHING
+    cost = [text for each in told.values() if (text := each.cost)]
     if others and (cost or improved):
         yield (
             "What it cost",
@@ -48,19 +58,56 @@ def _findings(run: RunFolder) -> Iterator[Finding]:
     yield "How far to trust it", " ".join(filter(None, (*_competitors(run), *_certainty(run))))
 
 
+def headline(run: RunFolder) -> list[Finding]:
+    """Return three findings for a first screen: what was compared; what improved, for whom and how surely; what it cost whom.
+
+    Of many methods one is told, that with the largest fall of a gap between groups, else of the distance between like people;
+    the others are named or counted, so that the sentences stay as long as they are.
+    """
+    told = _told(run)
+    yielded = [("Compared", _compared(run, _FIRST))]
+    if not told:
+        return yielded
+    best = min((m for m in told if told[m].improved), key=lambda m: told[m].fall, default=None)
+    like = min((m for m in told if told[m].alike), key=lambda m: told[m].apart, default=None)
+    shown = best or like
+    gain = told[shown].improved or told[shown].alike if shown else _NOTHING
+    more = {"groups": [m for m in told if told[m].improved], "like people": [m for m in told if told[m].alike]}
+    also = [f"{_names([m for m in ms if m != shown], _FIRST)} ({whom})" for whom, ms in more.items() if {*ms} - {shown}]
+    yielded.append(("Improved", gain + (f" So do, for some: {'; '.join(also)}." if shown and also else "")))
+    none = f"Under {shown} no group of enough people and no task loses more than chance against {run.reference}."
+    payer = shown or next((m for m in told if told[m].cost), None)
+    cost = (told[payer].cost if payer else "") or (none if shown else "")
+    down = [m for m in told if told[m].down and m != payer]
+    nothing = [m for m in told if m in judged.why_degenerate(run)]
+    others = [f"{_names(down, _FIRST)} level{'s' * (len(down) == 1)} down: nobody gains."] if down else []
+    if nothing:
+        one = "the same answer for (nearly) all in some task"
+        others.append(f"{_names(nothing, _FIRST)} give{'s' * (len(nothing) == 1)} {one}, which no gap can judge.")
+    text = " ".join(filter(None, (cost, *others)))
+    return [*yielded, ("Cost", text)] if text else yielded
+
+
+def _told(run: RunFolder) -> dict[str, _Told]:
+    """Return what is said of each method beside the reference."""
+    return run.once("told", lambda: {method: _of_method(run, method) for method in run.methods[1:]})
+
+
 def _first(texts: list[str]) -> str:
     more = len(texts) - _FIRST
     return " ".join(texts[:_FIRST]) + (f" So for {more} more: see the tables." if more > 0 else "")
 
 
-def _compared(run: RunFolder) -> str:
+def _compared(run: RunFolder, most: int = 8) -> str:
     tasks = [t for t in dict.fromkeys(run.frame("utility")["task"]) if t != "macro"]
     found = judged.decisions(run)
     people = max((int(counts.to_numpy().sum()) for d in found for counts in d.by_seed.values()), default=0)
     attributes = list(dict.fromkeys(d.attribute for d in found))
     which = f" {people:,} people" if people else ""
     held = "that no training saw" if run.split == "test" else "of validation, which also chose the models"
-    others = f"{_names(run.methods[1:])} with {run.reference}, the reference" if run.methods[1:] else run.reference
+    others = (
+        f"{_names(run.methods[1:], most)} with {run.reference}, the reference" if run.methods[1:] else run.reference
+    )
     groups = f", by groups of {_names(attributes)}" if attributes else ""
     whom = f"on{which} {held}" if which else f"on data {held}"
     return f"{others}, in {len(tasks)} task{'s' * (len(tasks) > 1)} ({_names(tasks)}), {whom}{groups}."
@@ -72,7 +119,7 @@ def _names(items: Iterable[object], most: int = 8) -> str:
     return " and ".join(filter(None, (", ".join(shown[:-1]), *shown[-1:])))
 
 
-def _of_method(run: RunFolder, method: str) -> dict[str, str]:
+def _of_method(run: RunFolder, method: str) -> _Told:
     """Return what a method improved, and what it cost: at the recipe's threshold, or where nothing is to be said there at the other."""
     cells = summary(run)
     own = [*rows(cells[(cells["method"] == method) & cells["column"].str.startswith("EO diff")])]
@@ -89,10 +136,15 @@ def _of_method(run: RunFolder, method: str) -> dict[str, str]:
         costs += [_most(lost)] if len(lost) else []
     down = _down(method, end, downs, pays) if downs else ""
     cost = f"{method} costs: {'; '.join(costs)}." if costs else ""
-    return {
-        "improved": _gain(run, method, end, gains, pays) if gains else "",
-        "cost": " ".join(filter(None, (down, cost))),
-    }
+    alike, apart = _alike(run, method)
+    return _Told(
+        _gain(run, method, end, gains, pays) if gains else "",
+        alike,
+        " ".join(filter(None, (down, cost))),
+        min((float(row.difference) for row in gains), default=0.0),
+        apart,
+        bool(downs),
+    )
 
 
 def _gain(run: RunFolder, method: str, end: str, gains: list[Any], pays: pd.DataFrame) -> str:
@@ -113,17 +165,18 @@ def _gain(run: RunFolder, method: str, end: str, gains: list[Any], pays: pd.Data
     )
 
 
-def _alike(run: RunFolder, method: str) -> str:
-    """Say where like people get more alike ranks, for sure over seeds."""
+def _alike(run: RunFolder, method: str) -> tuple[str, float]:
+    """Say where like people get more alike ranks, for sure over seeds; and by how much."""
     cells = summary(run)
     found = {row.method: row for row in rows(cells[cells["column"] == "inconsistency"])}
     if method not in found or not found[method].high < 0 or method in judged.why_degenerate(run):
-        return ""
+        return "", 0.0
     own = found[method]
-    return (
+    text = (
         f"{method} treats like people more alike: their ranks are {own.mean:.1%} instead of {found[run.reference].mean:.1%} as far apart "
         f"as those of any two people (95 % interval of the change over {int(own.pairs)} seeds: {own.low:+.3f} to {own.high:+.3f})."
     )
+    return text, float(own.difference)
 
 
 def _down(method: str, end: str, downs: list[Any], pays: pd.DataFrame) -> str:

@@ -16,7 +16,7 @@ from libmtl_fair.files import write_json, write_text
 from libmtl_fair.report import notes, protocol, tables
 from libmtl_fair.report.branches import event_sheet, tree_texts
 from libmtl_fair.report.competitors import competitor_sheet
-from libmtl_fair.report.findings import findings
+from libmtl_fair.report.findings import findings, headline
 from libmtl_fair.report.plots import bars, first_plots, plots_of, scatters, write_plots
 from libmtl_fair.report.run_folder import Json, RunFolder, read_run, rows
 from libmtl_fair.report.summary import PEOPLE
@@ -173,8 +173,12 @@ def _page(
         for item in each
         for text in getattr(item, "heads", ())
     ]
-    names += glance.heads if glance else ()
-    first = {"findings": findings(run), "glance": glance, "legend": notes.legend(names), "marks": tables.MARKS}
+    seen = glance.heads if glance else ()
+    legends = {
+        "legend": notes.legend([*seen, "±"]),
+        "more_names": notes.legend(name for name in names if name not in seen),
+    }
+    first = {"headline": headline(run), "findings": findings(run), "glance": glance, **legends, "marks": tables.MARKS}
     drawn = {"figures": shown, "figures_json": Markup(text), "plotly": Markup(library), "plots": pictures}
     return printable(environment.get_template(template).render(run=run, **drawn, **first, **context))
 

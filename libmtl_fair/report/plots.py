@@ -15,7 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from libmtl_fair.report.branches import branch_plots
-from libmtl_fair.report.judged import NO_GROUP, SURE, who_pays, why_degenerate
+from libmtl_fair.report.judged import BASE_RATE, NO_GROUP, SURE, degenerate_tasks, thresholds, who_pays, why_degenerate
 from libmtl_fair.report.run_folder import RunFolder, number, read_run, rows
 from libmtl_fair.report.summary import (
     HIGHER_IS_BETTER,
@@ -25,6 +25,7 @@ from libmtl_fair.report.summary import (
     main_utility,
     native_errors,
     shrinkage_curves,
+    summary,
     summary_values,
 )
 from libmtl_fair.report.theme import (
@@ -47,7 +48,8 @@ if TYPE_CHECKING:
 
 _RATES = ("true_positive_rate", "false_positive_rate", "selection_rate", "accuracy", "auc", "mae", "rmse", "r2", "ccc")
 _STEP = re.compile(r"(.+?)[ _-]?(\d+(?:\.\d+)?)")
-_FEWEST = 3
+_FEWEST, _MOST = 3, 5
+_MULTIPLIERS = ("lambda", "eta")
 ERRORS = ("macro Brier", "score error")
 """What Bias is drawn against: the macro Brier, or where a task is not binary the mean squared error of the audit scores."""
 
@@ -238,15 +240,29 @@ def _bars(axes: Axes, methods: Sequence[str], names: Sequence[str], frame: pd.Da
     axes.grid(axis="y", visible=False)
 
 
+def _end(run: RunFolder, attribute: str) -> str:
+    """Return the first threshold at which some decision is to be judged: the recipe's, else that of the base rate."""
+    for end in thresholds(run):
+        none, frame = degenerate_tasks(run, end), who_pays(run, end)
+        own = frame[frame["attribute"] == attribute]
+        if any(key not in none for key in zip(own["method"], own["task"])):
+            return end
+    return ""
+
+
 def pays_plot(run: RunFolder, attribute: str) -> Figure | None:
     """Change of each group's TPR against the reference, with 95 % intervals: right of 0 more people get a rightful yes.
 
-    Without a degenerate method, which gives everyone the same; None where nothing is left.
+    Without degenerate decisions, which give everyone the same; of more than five methods those that gain come first. None where
+    nothing is left.
     """
-    none = why_degenerate(run)
-    frame = who_pays(run)
-    frame = frame[(frame["attribute"] == attribute) & ~frame["method"].isin(none) & frame["d_tpr"].notna()]
-    methods = list(dict.fromkeys(frame["method"]))[: len(MARKERS)]
+    end = _end(run, attribute)
+    none, frame, cells = degenerate_tasks(run, end), who_pays(run, end), summary(run)
+    kept = np.array([key not in none for key in zip(frame["method"], frame["task"])], dtype=bool)
+    frame = frame[kept & (frame["attribute"] == attribute) & frame["d_tpr"].notna()]
+    gains = set(cells[cells["gain"]]["method"])
+    methods = sorted(dict.fromkeys(frame["method"]), key=lambda method: method not in gains)[:_MOST]
+    frame = frame[frame["method"].isin(methods)]
     names = list(dict.fromkeys(zip(frame["task"], frame["group"])))
     if not methods:
         return None
@@ -292,6 +308,7 @@ def trace_plot(
         for i, (name, frame) in enumerate(histories.items()):
             if _has({name: frame}, column):
                 axes.plot(*thin(frame, column), color=PALETTE[i % len(PALETTE)], label=label(name), linewidth=1.3)
+        _readable(axes, histories, column)
         target = (targets or {}).get(column, math.nan)
         if target == target:
             axes.axhline(target, color=INK, linestyle="--", linewidth=1)
@@ -301,6 +318,21 @@ def trace_plot(
         handles = panels[0].get_legend_handles_labels()
         figure.legend(*handles, loc="outside upper center", ncols=min(5, len(histories)))
     return figure
+
+
+def _readable(axes: Axes, histories: Mapping[str, pd.DataFrame], column: str) -> None:
+    """Plain numbers on an axis: no offset to add; decades where a multiplier runs through several; from 0 where it stands still."""
+    values = np.concatenate([frame[column].dropna().to_numpy(float) for frame in histories.values() if column in frame])
+    values = values[np.isfinite(values)]
+    low, high = values.min(initial=math.inf), values.max(initial=-math.inf)
+    if column.split("/")[0] in _MULTIPLIERS and low > 0 and high > 20 * low:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+        return
+    axes.ticklabel_format(axis="y", useOffset=False)
+    if high > 0 and high - low <= 1e-3 * high:
+        axes.set_ylim(0, 2 * high)
 
 
 def _has(histories: Mapping[str, pd.DataFrame], *columns: str) -> bool:
@@ -348,9 +380,10 @@ def plots_of(run: RunFolder) -> Iterator[Plot]:
 def first_plots(run: RunFolder) -> Iterator[Plot]:
     """Yield the one figure of the first screen: who pays, by the first attribute that has decisions."""
     for attribute in list(dict.fromkeys(who_pays(run)["attribute"]))[:1]:
+        at = ", when as many get a yes as should" if _end(run, attribute) == BASE_RATE else ""
         caption = (
-            f"Who pays, by {attribute}: of 100 people of a group who should get a yes, how many more (right of 0) or fewer (left) do than "
-            f"with {run.reference}; 95 % intervals over people."
+            f"Who pays, by {attribute}{at}: of 100 people of a group who should get a yes, how many more (right of 0) or fewer (left) "
+            f"do than with {run.reference}; 95 % intervals over people."
         )
         yield Plot("who_pays", "first", caption, partial(pays_plot, run, attribute))
 
@@ -386,7 +419,7 @@ def _trace_plots(run: RunFolder, method: str) -> Iterator[Plot]:
     settings = run.of(method)[0].metrics.get("settings") or {}
     target, epsilon = number(settings.get("target")), number(settings.get("epsilon"))
     if _has(histories, "lambda", "r_smooth"):
-        titles, targets = {"lambda": "λ", "r_smooth": "violation rate r̃"}, {"r_smooth": target}
+        titles, targets = {"lambda": "λ (multiplier)", "r_smooth": "violation rate r̃"}, {"r_smooth": target}
         dashed = f" (dashed: target {target:g})" if target == target else ""
         caption = f"{method}: λ and the smoothed violation rate{dashed}."
         yield Plot(f"controller_{stem}", "traces", caption, partial(trace_plot, histories, titles, targets))

@@ -87,11 +87,16 @@ def sheet(
 
 
 def summary_sheet(
-    run: RunFolder, title: str, prefixes: tuple[str, ...], note: str = "", cells: pd.DataFrame | None = None
+    run: RunFolder,
+    title: str,
+    prefixes: tuple[str, ...],
+    note: str = "",
+    cells: pd.DataFrame | None = None,
+    only: Sequence[str] | None = None,
 ) -> Sheet | None:
     """Columns of the summary that start with one of ``prefixes``: a row a method, small the difference; None if none do.
 
-    ``cells`` of a comparison show the difference's interval too.
+    ``cells`` of a comparison show the difference's interval too; with ``only`` some methods marks are not put in words.
     """
     taken = numbers.summary(run) if cells is None else cells
     taken = taken[taken["column"].str.startswith(prefixes)]
@@ -100,12 +105,13 @@ def summary_sheet(
     for r in rows(taken):
         difference = show_difference(r) if cells is not None else show(r.difference, sign="+").strip("–")
         text = " ".join(filter(None, (show(r.mean, r.sd), "".join(remarks(r)))))
-        small = "; ".join(filter(None, (difference, *remarks(r).values())))
+        small = "; ".join(filter(None, (difference, *(remarks(r).values() if only is None else ()))))
         made.append(Cell(text, small, bool(r.best), "good" if r.gain else ""))
     wide = taken.assign(cell=pd.Series(made, index=taken.index, dtype=object)).pivot(
         index="method", columns="column", values="cell"
     )
-    wide = wide.reindex(index=run.methods, columns=columns).reset_index()
+    wide = wide.reindex(index=run.methods if only is None else list(only), columns=columns)
+    wide = wide.rename_axis(index="method").reset_index()
     return sheet(title, ["method", *columns], wide, note) if columns else None
 
 
@@ -117,10 +123,32 @@ def remarks(row: Any) -> dict[str, str]:
     return down | ({NONE: f"not distinguishable from none (p = {row.p:.2f})"} if row.p > 0.05 else {})
 
 
+_GLANCE = 8
+"""So many methods stand in the first screen's table; the whole table follows below."""
+
+
 def glance_sheet(run: RunFolder) -> Sheet | None:
-    """One table for the first screen: the first utility and the gaps of yes/no decisions, or of numbers."""
+    """One table for the first screen: the first utility and the gaps of yes/no decisions, or of numbers; why is told further down.
+
+    Methods of whom no gap says anything are named under it, and so are those beyond eight, gains first.
+    """
     utility = numbers.main_utility(numbers.summary_values(run))
-    return summary_sheet(run, "At a glance", (*filter(None, (utility,)), "EO diff", "mean EO diff", "KS"))
+    cells, gaps = numbers.summary(run), ("EO diff", "mean EO diff", "KS")
+    compared = cells[cells["column"].str.startswith(gaps)]
+    empty = {m for m, part in compared.groupby("method", sort=False) if (part["why"] != "").all()} - {run.reference}
+    gains = set(compared[compared["gain"]]["method"])
+    order = [run.reference, *sorted((m for m in run.methods[1:] if m not in empty), key=lambda m: m not in gains)]
+    shown, more = order[:_GLANCE], order[_GLANCE:]
+    said = [
+        f"Left out, because no gap of theirs says anything ({NOTHING}): {', '.join(m for m in run.methods if m in empty)}."
+        if empty
+        else "",
+        f"And {', '.join(more)}." if more else "",
+        "All methods, and why: Group fairness." if empty or more else "",
+    ]
+    return summary_sheet(
+        run, "At a glance", (*filter(None, (utility,)), *gaps), " ".join(filter(None, said)), only=shown
+    )
 
 
 def show_difference(row: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import re
 import warnings
@@ -101,7 +102,8 @@ class Plot:
         text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
         text = re.sub(r' id="(figure|axes|patch|line2d|text|xtick|ytick|matplotlib\.axis|legend)_\d+"', "", text)
         wide = re.sub(r'<svg ([^>]*?)width="([\d.]+pt)"', r'<svg style="--natural: \2" \1width="\2"', text, count=1)
-        return wide.replace(INK, "var(--ink)").replace(GRID, "var(--grid)")
+        alt = f'<svg role="img" aria-label="{html.escape(self.caption)}"'
+        return wide.replace("<svg", alt, 1).replace(INK, "var(--ink)").replace(GRID, "var(--grid)")
 
     def save(self, folder: Path) -> Path | None:
         """Write the plot as PNG and return its path, None if there is nothing to draw."""
