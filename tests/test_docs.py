@@ -112,17 +112,21 @@ def blocks(page, language):
     return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
+@pytest.mark.filterwarnings("ignore:FairMT")  # labels here are noise, whose gap cannot be closed
 def test_the_loop_of_ones_own_trains_as_it_stands_there():
     import torch
 
     torch.manual_seed(0)
     x = torch.randn(64, 10)
     labels = {"income": (torch.rand(64) > 0.5).float(), "hours": x[:, 0]}
-    (code,) = blocks("guide/step.md", "python")
-    names = {"loader": [(x, labels, {"sex": torch.randint(0, 2, (64,))})] * 10}
+    groups = {"sex": torch.randint(0, 2, (64,)), "race": torch.randint(0, 5, (64,))}
+    code = blocks("own_loop.md", "python")[0]
+    heads = torch.nn.ModuleDict({name: torch.nn.Linear(32, 1) for name in labels})
+    encoder = torch.nn.Sequential(torch.nn.Linear(10, 32), torch.nn.ReLU())
+    names = {"torch": torch, "encoder": encoder, "heads": heads, "loader": [(x, labels, groups)] * 10}
     exec(code, names)
     assert names["losses"]["hours"].item() < 0.5 * x[:, 0].var().item()
-    assert "eta/income" in names["fair"].trace
+    assert any(name.startswith("eta/income") for name in names["fair"].trace)
 
 
 def test_the_recipe_of_ones_own_table_is_one():

@@ -76,9 +76,13 @@ def export(
 
     Raises
     ------
-    RecipeError : an unknown format. HostError : a package that the format needs is not installed; or a method whose decisions are
-        no function of the inputs alone (made after training, or heads by group): it says what to export instead.
-    CheckpointError : as :func:`libmtl_fair.load`, or a folder that cannot be written.
+    RecipeError
+        An unknown format.
+    HostError
+        A package that the format needs is not installed; or a method whose decisions are no function of the inputs
+        alone (made after training, or heads by group): it says what to export instead.
+    CheckpointError
+        As :func:`libmtl_fair.load`, or a folder that cannot be written.
 
     Notes
     -----

@@ -133,7 +133,7 @@ class FlipGaps(NamedTuple):
 
 @torch.no_grad()
 def flip_gaps(values: Tensor, twins: Tensor, *, logits: bool = False) -> FlipGaps:
-    """Return F = mean_i |f(x_i) - f(x'_i)| / G(f) of values and their twins', [..., B], and its derivatives to both.
+    """Return ``F = mean_i |f(x_i) - f(x'_i)| / G(f)`` of values and their twins', [..., B], and its derivatives to both.
 
     f and G are those of :func:`near_gaps`, of the people themselves.
 

@@ -235,6 +235,8 @@ def group_rates(
     DataError
         Lengths differ, values that are not 0 or 1, or ids outside of -1..G-1.
 
+    Examples
+    --------
     >>> rates = group_rates([1, 0, 1, 0], [1, 1, 0, 0], [0, 0, 1, 1], n_groups=2)
     >>> rates.equalized_odds_difference(), rates.difference("demographic_parity")
     (1.0, 1.0)

@@ -35,10 +35,14 @@ class Protocol:
 
     Attributes
     ----------
-    deltas : of the reference's first seed, for all.
-    score_ranges : regression task -> (q10, q90) of outputs in standardised units, of the reference's first seed.
-    about : where they come from.
-    by_seed : seed -> score ranges of that seed's reference; a seed that is not there has those of the first, as have all in
+    deltas : dict of str to float
+        Of the reference's first seed, for all.
+    score_ranges : Ranges
+        Regression task -> (q10, q90) of outputs in standardised units, of the reference's first seed.
+    about : Row
+        Where they come from.
+    by_seed : dict of int to Ranges
+        Seed -> score ranges of that seed's reference; a seed that is not there has those of the first, as have all in
         runs of before.
     """
 
