@@ -153,6 +153,15 @@ def declared(loader: Loader, name: str) -> Mapping[str, Any]:
     return getattr(loader, name, None) or getattr(getattr(loader, "dataset", None), name, None) or {}
 
 
+def set_epoch(trainer: TrainingState, loaders: Loaders, epoch: int) -> None:
+    """Tell loaders, their data sets and samplers which epoch begins, where they have ``set_epoch``."""
+    for loader in loaders.values() if trainer.multi_input and isinstance(loaders, Mapping) else [loaders]:
+        parts = (loader, *(getattr(loader, name, None) for name in ("dataset", "sampler")))
+        for part in {id(p): p for p in parts}.values():
+            if callable(told := getattr(part, "set_epoch", None)):
+                told(epoch)
+
+
 def batch_count(loaders: Iterable[Loader]) -> int | None:
     """Return the steps of an epoch, those of the longest loader; None where one does not say."""
     try:

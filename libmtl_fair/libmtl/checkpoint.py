@@ -40,6 +40,8 @@ _NOT_STATE = {
     *("training", "task_num", "task_name", "rep_grad", "multi_input", "keeps_weights_on_device", "fair_watchers"),
     *("grad_dim", "grad_index"),  # counted anew
 }
+_LATER = ("accumulate", "clip_norm", "amp")
+"""Settings that checkpoints name only where they are not the defaults."""
 _DAMAGE = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, RuntimeError, EOFError, OSError, ValueError),
     *(LookupError, TypeError, AttributeError, AssertionError, OverflowError, MemoryError),
@@ -134,9 +136,11 @@ def loader_states(loaders: Mapping[str, Loader]) -> dict[str, Plain]:
     """Return what the order of the coming epochs depends on, for loaders that say: ours, and those with a generator."""
     states: dict[str, Plain] = {}
     for task, loader in loaders.items():
-        generator = getattr(loader, "generator", None)
+        generator, dataset = getattr(loader, "generator", None), getattr(loader, "dataset", None)
         if hasattr(loader, "state_dict"):
             states[task] = loader.state_dict()
+        elif dataset is not None and hasattr(dataset, "state_dict"):
+            states[task] = {"dataset": dataset.state_dict()}
         elif isinstance(generator, torch.Generator):
             states[task] = {"generator": generator.get_state()}
     return states
@@ -147,6 +151,8 @@ def set_loader_states(loaders: Mapping[str, Any], states: Mapping[str, Plain]) -
     for task, state in states.items():
         if hasattr(loaders[task], "load_state_dict"):
             loaders[task].load_state_dict(state)
+        elif "dataset" in state:
+            loaders[task].dataset.load_state_dict(state["dataset"])
         else:
             loaders[task].generator.set_state(state["generator"].cpu())
 
@@ -231,6 +237,9 @@ def settings(trainer: TrainingState) -> dict[str, str]:
     """Return what must agree for a checkpoint to be continued, as text."""
     names = ("optim_param", "scheduler_param", "seed", "rep_grad", "multi_input", "select")
     values = {**trainer.kwargs, **{name: getattr(trainer, name) for name in names}}
+    update = trainer.update
+    amp = None if update.precision is None else update.precision.kind
+    values |= {n: v for n, v in zip(_LATER, (update.accumulate, update.clip_norm, amp)) if v not in (1, None)}
     return {k: json.dumps(v, sort_keys=True, default=lambda other: type(other).__name__) for k, v in values.items()}
 
 
@@ -275,6 +284,7 @@ def save_training(trainer: TrainingState, loaders: Loaders) -> None:
         "history": trainer.steps.state_dict(),
         "best": trainer.best,
         "first": trainer.first_results,
+        "precision": None if trainer.update.precision is None else trainer.update.precision.state_dict(),
     }
     save(trainer.run_dir / LAST, content, keep=trainer.run_dir / PREVIOUS)
 
@@ -338,6 +348,8 @@ def _restore(trainer: TrainingState, loaders: Loaders | None, path: Path) -> Non
         trainer.steps = steps
         trainer.best, trainer.first_results = content["best"], content["first"]
         trainer.epoch, trainer.global_step = content["epoch"], content["step"]
+        if trainer.update.precision is not None:
+            trainer.update.precision.load_state_dict(content["precision"])
         if loaders is not None:
             set_loader_states(per_task(trainer, loaders), content["loaders"])
         set_random_state(content["random"])
@@ -358,8 +370,9 @@ def _check(trainer: TrainingState, content: Mapping[str, Plain], path: Path) -> 
             f"checkpoint {path} was made with {content['method']} on tasks {content['tasks']}, this run is "
             f"{trainer.weighting} on {trainer.task_name}; use another run_dir"
         )
-    for name, here in settings(trainer).items():
-        there = content["settings"].get(name, "absent")
+    own = settings(trainer)
+    for name in (*own, *(later for later in _LATER if later in content["settings"] and later not in own)):
+        here, there = own.get(name, "absent"), content["settings"].get(name, "absent")
         if there != here:
             raise CheckpointError(
                 f"checkpoint {path} was made with {name} = {there}, this run has {here}; use the settings it was made "

@@ -20,6 +20,7 @@ from libmtl_fair.libmtl.compat_weightings import UNCARRIED, gradvac_backward
 from libmtl_fair.libmtl.gradients import PATCHES, Method, carry_representation_gradients, mends
 from libmtl_fair.libmtl.hooks import next_batch, prepare_dataloaders
 from libmtl_fair.libmtl.loading import LINEAGE, Trainer, architecture_namespace, trainer_module, weighting_namespace
+from libmtl_fair.libmtl.precision import encode
 from libmtl_fair.libmtl.state import Model, TrainingState
 
 
@@ -27,7 +28,7 @@ from libmtl_fair.libmtl.state import Model, TrainingState
 def forward(self: Model, inputs: Tensor, task_name: str | None = None) -> dict[str, Tensor]:
     """Run the encoder and the heads; one shared representation is kept once, several are kept per task."""
     out = {}
-    s_rep = self.encoder(inputs)
+    s_rep = encode(self, self.encoder, inputs)
     several = isinstance(s_rep, (list, tuple))
     for t, task in enumerate(self.task_name):
         if task_name is None or task == task_name:

@@ -13,6 +13,7 @@ from libmtl_fair.errors import HostError
 from libmtl_fair.libmtl.compat import forward, healed
 from libmtl_fair.libmtl.joint_heads import JointHeads, is_plain_linear
 from libmtl_fair.libmtl.loading import AbsArchitecture, architecture_namespace
+from libmtl_fair.libmtl.precision import encode
 from libmtl_fair.libmtl.registry import resolve_architecture, resolve_weighting, weight_args
 from libmtl_fair.libmtl.state import Keeper, Model, TrainingState
 from libmtl_fair.methods.base import FairWeighting, Settings
@@ -27,12 +28,13 @@ class FusedHeads(Model):
     LibMTL knows. A head that is hooked, or no plain ``nn.Linear``, is called by itself; auxiliary heads in training only.
     """
 
+    takes_precision = True
     fair_h: Tensor | None = None
     fair_joint: JointHeads | None = None
 
     def forward(self, inputs: Tensor, task_name: str | None = None) -> Mapping[str, Tensor]:
         """Return task -> output; in training the fused ones stay columns of one matrix."""
-        h = self.encoder(inputs)
+        h = encode(self, self.encoder, inputs)
         if not isinstance(h, Tensor):
             raise HostError(f"hard sharing (HPS) needs an encoder that returns one tensor, found {type(h).__name__}")
         if self.fair_watchers:
@@ -102,7 +104,14 @@ class Composed(Model):
 
     def __reduce__(self) -> tuple[Callable[..., Model], tuple[tuple[type[nn.Module], ...]], dict[str, Any]]:
         """Name the classes that make the model, and its state."""
-        left = {"fair_batch": None, "fair_h": None, "fair_joint": None, "encoder_class": None, "_optimizer": None}
+        left = {
+            "fair_batch": None,
+            "fair_h": None,
+            "fair_joint": None,
+            "encoder_class": None,
+            "_optimizer": None,
+            "precision": None,
+        }
         emptied = {"rep": {}, "rep_tasks": {}, "_seen_by_heads": {}, "fair_watchers": 0}
         held = vars(self)
         return _blank, (self.made_of,), {**held, **{k: v for k, v in {**left, **emptied}.items() if k in held}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypeAlias, TypedDict, runtime_checkable
 
@@ -17,6 +17,7 @@ from libmtl_fair.libmtl.history import History
 from libmtl_fair.libmtl.hooks import next_batch, prepare_dataloaders
 from libmtl_fair.libmtl.loading import Trainer
 from libmtl_fair.libmtl.losses import Entry, LossBank, tasks_of
+from libmtl_fair.libmtl.update import Update
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.processes import Processes
 from libmtl_fair.tasks import AUXILIARY_PREFIX, Binary
@@ -53,6 +54,7 @@ class Model(nn.Module):
     fair_watchers: int = 0
     fair_processes: Processes | None = None
     fair_own: tuple[nn.Parameter, ...] = ()
+    takes_precision: bool = False
 
     if TYPE_CHECKING:
 
@@ -241,6 +243,8 @@ class TrainingState(StepState, Trainer):  # type: ignore[misc]
     select: str
     select_by: Callable[[Results], float] | None
     prepare_optimizer: Callable[[], None]
+    update: Update
+    callbacks: Sequence[object]
 
     def start_afresh(self) -> None:
         """Forget all training."""

@@ -73,7 +73,7 @@ def step(trainer: TrainingState, batch: Any, epoch: int, log: StepLog, joint: Jo
     losses, weights = descend(trainer, made, epoch)
     if joint is not None:
         joint.collect_grad()
-    trainer.optimizer.step()
+    trainer.update.step(trainer.optimizer)
     if hasattr(model, "update_w"):  # FAMO looks at the losses after the step
         renewed = losses_of(trainer, batch).losses.detach()
         with torch.no_grad():
@@ -86,6 +86,14 @@ def step(trainer: TrainingState, batch: Any, epoch: int, log: StepLog, joint: Jo
         values.update(model.trace)
     log.add(values, made[-1].rows or _rows(trainer, made[-1].outputs))
     model.after_step(trainer, trainer.global_step)
+    tell(trainer, "step", trainer.global_step, values["loss"])
+
+
+def tell(trainer: TrainingState, moment: str, *values: object) -> None:
+    """Call a moment of each callback that knows it."""
+    for callback in trainer.callbacks:
+        if (told := getattr(callback, moment, None)) is not None:
+            told(trainer, *values)
 
 
 def _rows(trainer: TrainingState, outputs: Mapping[str, Tensor]) -> int | Sequence[int]:

@@ -23,15 +23,18 @@ from libmtl_fair.files import writes
 from libmtl_fair.libmtl import checkpoint
 from libmtl_fair.libmtl import checkpoint_selection as selection
 from libmtl_fair.libmtl import step as stepping
-from libmtl_fair.libmtl.batches import batch_count, group_counts, per_task
+from libmtl_fair.libmtl.batches import batch_count, group_counts, per_task, set_epoch
 from libmtl_fair.libmtl.checkpoint_selection import DivergenceError
+from libmtl_fair.libmtl.compat import forward
 from libmtl_fair.libmtl.evaluate import collapsed, evaluate, predict
 from libmtl_fair.libmtl.history import Floats, StepLog
 from libmtl_fair.libmtl.joint_heads import joined_heads
 from libmtl_fair.libmtl.loggers import Tracker, Trackers
 from libmtl_fair.libmtl.model import compose
 from libmtl_fair.libmtl.optimizers import make_optimizer, make_scheduler
+from libmtl_fair.libmtl.precision import Precision
 from libmtl_fair.libmtl.state import Loader, Loaders, RepresentationHook, Results, TakesGroups, TrainingState
+from libmtl_fair.libmtl.update import Update
 from libmtl_fair.locks import alone_in_its_folder
 from libmtl_fair.methods.base import FairWeighting
 from libmtl_fair.predictions import Predictions
@@ -79,6 +82,16 @@ class FairTrainer(TrainingState):
         Validation results -> number, higher is better; default is LibMTL's mean relative improvement.
     patience : int, optional
         Training stops after so many epochs without a better one on validation data.
+    accumulate : int, default 1
+        Batches of one update of the optimiser, which gets the mean of their gradients; weightings take each batch by itself.
+    clip_norm : float, optional
+        The largest Euclidean norm of all gradients of an update.
+    amp : str, optional
+        ``"bf16"`` or, on CUDA, ``"fp16"``: in training the encoder runs in half precision; its representations, the heads,
+        losses, group statistics and everything that a weighting computes stay float32. Evaluation is in float32.
+    callbacks : iterable of object, default ()
+        Objects with any of ``start(trainer)``, ``step(trainer, number, losses)`` with losses [T] on the device,
+        ``epoch(trainer, number, results)`` and ``end(trainer)``, called when they happen; :meth:`stop` ends training.
     loggers : iterable of str or Tracker, default ()
         Where each epoch's numbers go besides ``epochs.jsonl`` in ``run_dir``: ``"tensorboard"``, ``"mlflow"``,
         ``"wandb"``, or objects with ``log_epoch(epoch, values)``; see :mod:`libmtl_fair.libmtl.loggers`.
@@ -113,6 +126,10 @@ class FairTrainer(TrainingState):
         select: str = "best",
         select_by: Callable[[Results], float] | None = None,
         patience: int | None = None,
+        accumulate: int = 1,
+        clip_norm: float | None = None,
+        amp: str | None = None,
+        callbacks: Iterable[object] = (),
         loggers: Iterable[str | Tracker] = (),
         weight_args: Mapping[str, object] | None = None,
         arch_args: Mapping[str, object] | None = None,
@@ -150,6 +167,8 @@ class FairTrainer(TrainingState):
         self.group_modules = [m for m in self.model.modules() if isinstance(m, TakesGroups)]
         self.representation = RepresentationHook(self.model) if isinstance(self.model, FairWeighting) else None
         self.samples, self.faults = stepping.SAMPLES.get(self.weighting, 1), Faults()
+        self.update = Update(accumulate, clip_norm, self._precision(amp))
+        self.callbacks, self._stopped = tuple(callbacks), False
         self.prepare_optimizer()
         self.start_afresh()
         self.validation: Loaders | None = None
@@ -159,6 +178,24 @@ class FairTrainer(TrainingState):
         self._warned = False
         if load_path is not None:
             checkpoint.load_weights(self, Path(load_path))
+
+    def _precision(self, amp: str | None) -> Precision | None:
+        if amp is None:
+            return None
+        made = Precision(amp, self.device)
+        if amp == "fp16" and self.device.type != "cuda":
+            raise RecipeError(f"amp='fp16' needs a CUDA device, and this is {self.device}; 'bf16' runs on the CPU too")
+        if not (self.model.takes_precision or type(self.model).forward is forward):
+            raise RecipeError(
+                "amp: of LibMTL's architectures HPS takes it, and FairBranch; leave it out, or put torch.autocast into what "
+                "encoder_class makes"
+            )
+        vars(self.model)["precision"] = made
+        return made
+
+    def stop(self) -> None:
+        """End training after the present epoch; for callbacks."""
+        self._stopped = True
 
     def prepare_optimizer(self) -> None:
         """Make optimiser and scheduler for the model as it is now."""
@@ -208,8 +245,12 @@ class FairTrainer(TrainingState):
         self.validation = val_dataloaders
         self._start(train_dataloaders, val_dataloaders, epochs)
         self._trackers.start(self)
+        self._stopped = False
+        stepping.tell(self, "start")
         for epoch in self._epochs(epochs):
             best = self.best["epoch"]
+            if self._stopped:
+                break
             if self.patience is not None and best is not None and self.epoch > best + self.patience:
                 break
             self._one_epoch(epoch, train_dataloaders, val_dataloaders)
@@ -230,6 +271,7 @@ class FairTrainer(TrainingState):
                 )
         if test_dataloaders is not None:
             self.test_results = evaluate(self, test_dataloaders)
+        stepping.tell(self, "end")
         if not return_weight:
             return None
         weights: Floats = self.history.reindex(columns=[f"weight/{task}" for task in self.task_name]).to_numpy().T
@@ -306,16 +348,20 @@ class FairTrainer(TrainingState):
         self.epoch = epoch + 1
         if self.run_dir is not None:
             checkpoint.save_training(self, train_dataloaders)
+        stepping.tell(self, "epoch", epoch, {**_means(steps), **results})
 
     def _steps(self, epoch: int, loaders: Loaders) -> tuple[dict[str, Floats], Floats, StepLog]:
         """Train an epoch; return its steps as columns, their losses [steps, T], and what they were read from."""
         log, saved = StepLog(), self.run_dir is not None and epoch > 0
         self.model.train()
+        self.update.forget()
+        set_epoch(self, loaders, epoch)
         with joined_heads(self.model, self.optimizer) as joint:
             if not saved:
                 self._before_epoch.take(self)
             for batch in told(stepping.draw(self, loaders), partial(self._place, epoch)):
                 stepping.step(self, batch, epoch, log, joint)
+            self.update.finish(self.optimizer)
             if not len(log):
                 raise DataError(f"epoch {epoch}: the training loader has no batch")
             self.faults.check()

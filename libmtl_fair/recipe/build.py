@@ -218,7 +218,13 @@ def build_trainer(
         seed=seed,
         select=train.select,
         arch_args=arch_args,
-        **options,
+        **{
+            "accumulate": train.accumulate,
+            "clip_norm": train.clip_norm,
+            "amp": train.amp,
+            "patience": train.early_stopping,
+            **options,
+        },
     )
 
 

@@ -263,7 +263,11 @@ class Scheduler(Section):
 
 
 class Train(Section):
-    """How to train and which epoch to keep (chosen on validation, never on test)."""
+    """How to train and which epoch to keep (chosen on validation, never on test).
+
+    ``accumulate`` batches make one update of the optimiser, its gradient at most ``clip_norm`` long; ``amp`` runs the encoder in
+    half precision; ``early_stopping`` ends training after so many epochs without a better one.
+    """
 
     epochs: Annotated[int, Field(ge=1, le=1_000_000)] = 10
     batch_size: Annotated[int, Field(ge=2, le=10**9)] = 512
@@ -272,6 +276,10 @@ class Train(Section):
     select: Literal["best", "last"] = "best"
     select_by: Literal["utility", "improvement"] = "utility"
     rep_grad: bool = False
+    accumulate: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    clip_norm: _Positive | None = None
+    amp: Literal["bf16", "fp16"] | None = None
+    early_stopping: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
 
 
 class Heads(Section):

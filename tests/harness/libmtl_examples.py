@@ -17,8 +17,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -58,7 +59,7 @@ class Example(NamedTuple):
 
     prepare: Callable[[Path, Path], list[str]]
     runs: Sequence[tuple[str, ...]]
-    refuses: dict[str, str] = {}
+    refuses: Mapping[str, str] = MappingProxyType({})
 
 
 def weights(work: Path, name: str) -> None:

@@ -161,10 +161,11 @@ class Net(nn.Module):
         assert data.device is not None
         return F.relu(self.lin1(F.relu(self.lin0(data.x))))
 
+reduced = {"scheduler": "reduce", "mode": "max", "factor": 0.7, "patience": 5, "min_lr": 0.00001}  # git main's
 task_dict = {t: {"metrics": ["MAE"], "metrics_fn": MAE(), "loss_fn": MSELoss(), "weight": [0]} for t in ("0", "11")}
 loader = DataLoader(Molecules(), batch_size=8, shuffle=True, collate_fn=joined)
 trained = Trainer(task_dict=task_dict, encoder_class=Net, decoders=nn.ModuleDict({t: nn.Linear(8, 1) for t in task_dict}),
-                  scheduler_param={"scheduler": "reduce", "mode": "max", "factor": 0.7, "patience": 5, "min_lr": 0.00001}, **common)
+                  scheduler_param=reduced if hasattr(LibMTL.trainer, "weighting_method") else scheduler_param, **common)
 trained.train(loader, loader, 2, val_dataloaders=loader)
 """
 
@@ -243,10 +244,12 @@ def test_a_script_in_the_shape_of_an_example(fresh: Any, tmp_path: Path, script:
     assert isinstance(found, list), found
     loss, events = found
     assert loss > 0
-    assert events == (2 if "FairBranch" in args else 0)
+    assert events == (2 if script is NYU and "FairBranch" in args else 0)  # office's goes back to its best epoch
 
 
 def test_pixels_are_no_people(fresh: Any, tmp_path: Path) -> None:
     path = tmp_path / "main.py"
     path.write_text(HEAD + NYU)
-    assert "task 'segmentation': ReLiF compares people" in fresh(CODE.format(path=str(path), args=["--weighting", "ReLiF"]))
+    assert "task 'segmentation': ReLiF compares people" in fresh(
+        CODE.format(path=str(path), args=["--weighting", "ReLiF"])
+    )

@@ -18,6 +18,7 @@ from libmtl_fair.errors import HostError
 from libmtl_fair.libmtl.compat import zero_grad_share_params
 from libmtl_fair.libmtl.joint_heads import is_plain_linear
 from libmtl_fair.libmtl.loading import AbsArchitecture
+from libmtl_fair.libmtl.precision import encode
 from libmtl_fair.libmtl.state import StepState, shared_or_each
 from libmtl_fair.methods.base import Declared, setting
 from libmtl_fair.methods.fairbranch.branched import BranchedEncoder, joint_linear
@@ -112,6 +113,7 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
     settings_class: ClassVar[type[FairBranchSettings]] = FairBranchSettings
     source: ClassVar[str] = "arXiv:2310.13746"
     fair_watchers: int = 0
+    takes_precision: bool = True
     encoder: BranchedEncoder
     rep: Tensor | dict[str, Tensor]
 
@@ -144,7 +146,7 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
         """Return task -> output. Every block copy runs once."""
         wanted = self.task_name if task_name is None else [task_name]
         together = self.training and not getattr(self, "takes_branches_apart", False)  # FBGrad, which would pay for all
-        reps, joint = self.encoder.run(inputs, wanted, together)
+        reps, joint = encode(self, self.encoder.run, inputs, wanted, together)
         if self.rep_grad:
             reps = self._detached(reps)
         if self.fair_watchers:

@@ -45,6 +45,8 @@ def obstacle(recipe: Recipe, method: str, tasks: Sequence[Task]) -> str | None:
         (heads is None or heads.target in (None, "main") or heads.heads == "per_task", "shared heads of their own"),
         (train.optimizer.optim == "adam", f"optimiser {train.optimizer.optim}"),
         (not train.rep_grad, "rep_grad"),
+        (train.accumulate == 1 and train.clip_norm is None, "accumulate or clip_norm"),
+        (train.amp is None and train.early_stopping is None, "amp or early_stopping"),
         (not spec.unaware, "unaware, inputs of its own"),
         (not recipe.data.resplit, "resplit, another split of the data for each seed"),
         (all(task.kind == "binary" for task in tasks), "tasks that are not binary"),
