@@ -111,6 +111,7 @@ class Composed(Model):
             "encoder_class": None,
             "_optimizer": None,
             "precision": None,
+            "fair_processes": None,
         }
         emptied = {"rep": {}, "rep_tasks": {}, "_seen_by_heads": {}, "fair_watchers": 0}
         held = vars(self)
