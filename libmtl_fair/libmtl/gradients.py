@@ -17,6 +17,7 @@ from torch import Tensor
 
 from libmtl_fair.errors import HostError
 from libmtl_fair.libmtl.state import Model
+from libmtl_fair.processes import Processes
 
 Method = Callable[..., object]
 AnyMethod = TypeVar("AnyMethod", bound=Method)
@@ -52,7 +53,11 @@ def shared_parameters(model: Model) -> list[Tensor]:
 
 def whole(model: Model, value: Tensor) -> Tensor:
     """Return the sum over all processes of what each derived by its share of the batch."""
-    return value if model.fair_processes is None else model.fair_processes.total(value)
+    return value if (processes := _processes(model)) is None else processes.total(value)
+
+
+def _processes(model: Model) -> Processes | None:
+    return getattr(model, "fair_processes", None)  # a model of LibMTL's own, healed in place, has none
 
 
 @contextlib.contextmanager
@@ -90,7 +95,8 @@ def grad2vec(self: Model) -> Tensor:
 def reset_grad(self: Model, new_grads: Tensor) -> None:
     """Put the vector ``new_grads`` [P] into the gradients of the shared parameters; each process its part of the sum."""
     parameters = shared_parameters(self)
-    new_grads = new_grads.clone() if self.fair_processes is None else new_grads / self.fair_processes.size
+    processes = _processes(self)
+    new_grads = new_grads.clone() if processes is None else new_grads / processes.size
     for parameter, part in zip(parameters, torch.split(new_grads, [p.numel() for p in parameters])):
         parameter.grad = part.view_as(parameter)
 
