@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from libmtl_fair.data import Dataset, Split
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.methods.base import Declared, Names, setting
+from libmtl_fair.methods.targets import Target
 from libmtl_fair.metrics import post_models
 from libmtl_fair.metrics.arrays import Array, Bools, as_floats
 from libmtl_fair.metrics.post_models import LIFTED, PostModel, binary_tasks, worst_gap
@@ -19,7 +21,7 @@ from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.reduction import decided_by, reduction, voters_of
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.recipe.sections import POST
-from libmtl_fair.tasks import with_nan
+from libmtl_fair.tasks import Task, with_nan
 
 Row = dict[str, Any]
 Parts = Mapping[str, Predictions]
@@ -61,10 +63,19 @@ class PathSettings(PostSettings):
         None, "disparity on validation that the least sufficient strength is taken for", ge=0, le=1
     )
 
+    to_constraint: bool = setting(
+        False,
+        "the least strength that keeps on validation what the method it is made of was asked (FairMT's constraint), within one standard "
+        "error: what training left over",
+    )
+
     def check(self) -> None:
-        """Refuse both."""
+        """Refuse two ways to choose the strength."""
         if self.strength is not None and self.target is not None:
             raise self.refused("target", "strength and target exclude each other; target chooses the strength")
+        if self.to_constraint and (self.strength is not None or self.target is not None):
+            why = "to_constraint chooses the strength, by the constraint of the method: leave strength and target out"
+            raise self.refused("to_constraint", why)
 
     def fit(self, val: Predictions, threshold: float | str, seed: int) -> PostModel:
         """Return the model whose strength is chosen."""
@@ -169,8 +180,13 @@ def check_post_data(recipe: Recipe, data: Dataset) -> None:
             raise recipe.error(("methods", name, "post"), "decides binary tasks, and the recipe has none")
 
 
-def make_post(recipe: Recipe, method: str, seed: int, data: Dataset, sources: Mapping[str, Parts]) -> tuple[Row, Row]:
-    """Return the predictions of a post-processing by part, and how it was made; ``sources``: those it is made of, by part."""
+def make_post(
+    recipe: Recipe, method: str, seed: int, data: Dataset, sources: Mapping[str, Parts], asked: Sequence[Row] = ()
+) -> tuple[Row, Row]:
+    """Return the predictions of a post-processing by part, and how it was made.
+
+    ``sources``: those it is made of, by part; ``asked``: what came of the first one's constraints, ``constraint`` of its metrics.
+    """
     spec = recipe.methods[method]
     settings = POST_SETTINGS[spec.weighting].from_args(spec.weighting, spec.args)
     held = {part: [parts[part] for parts in sources.values()] for part in PARTS}
@@ -178,7 +194,7 @@ def make_post(recipe: Recipe, method: str, seed: int, data: Dataset, sources: Ma
         if isinstance(settings, ExponentiatedGradientSettings):
             return _reduced(settings, seed, data, {part: each[0] for part, each in held.items()})
         assert isinstance(settings, PathSettings)
-        return _on_path(recipe, settings, seed, held)
+        return _on_path(recipe, settings, seed, held, asked)
     except DataError as error:
         raise recipe.error(("methods", method), str(error)) from error
 
@@ -192,14 +208,15 @@ def fitted(recipe: Recipe, method: str, seed: int, val: Predictions) -> PostMode
 
 
 def _on_path(
-    recipe: Recipe, settings: PathSettings, seed: int, held: Mapping[str, list[Predictions]]
+    recipe: Recipe, settings: PathSettings, seed: int, held: Mapping[str, list[Predictions]], asked: Sequence[Row]
 ) -> tuple[Row, Row]:
     threshold = recipe.metrics.threshold
     about: Row = {}
     model = settings.fit(held["val"][0], threshold, seed)
     metric = _MEASURED.get(settings.constraint, settings.constraint)
     strength, chosen = settings.strength, "set in the recipe"
-    if strength is None and isinstance(settings, ThresholdsSettings) and settings.target is None:
+    full = settings.target is None and not settings.to_constraint
+    if strength is None and isinstance(settings, ThresholdsSettings) and full:
         strength, chosen = 1.0, "full strength"
     if strength is None:
         rule: Row = {"metric": metric, "min_group_size": recipe.metrics.min_group_size}
@@ -207,15 +224,48 @@ def _on_path(
         def disparity(made: Predictions) -> float:
             return worst_gap(made, settings.attribute, thresholds=threshold, **rule)
 
+        target = settings.target
+        if settings.to_constraint:
+            kept = _constraints(asked, held["val"][0], "base_rate" if threshold == "base_rate" else "half")
+            target = 1.0
+
+            def disparity(made: Predictions) -> float:
+                least = {"thresholds": threshold, "min_group_size": recipe.metrics.min_group_size}
+                gaps = [worst_gap(replace(made, tasks=(task,)), *of, **least) / most for task, of, most in kept]
+                return max((gap for gap in gaps if gap == gap), default=float("nan"))
+
         points = post_models.path(model.along(*held["val"]), disparity)
-        strength = post_models.pick(points, settings.target).strength
-        wanted = "lowest" if settings.target is None else f"first of at most {settings.target:g}"
+        strength = post_models.pick(points, target).strength
+        wanted = "lowest" if target is None else f"first of at most {target:g}"
         chosen = f"least strength with the {wanted} {metric} difference on validation"
+        if settings.to_constraint:
+            chosen = "least strength that keeps the method's own constraints on validation, if one does"
         about["path"] = [point._asdict() for point in points]
     if isinstance(model, post_models.Offsets):
         about["offsets"] = {task: dict(by_group) for task, by_group in model.offsets.items()}
     made = {part: model.apply(*each, strength=strength) for part, each in held.items()}
     return made, {"strength": strength, "chosen_by": f"strength {strength:g}: {chosen}", **about}
+
+
+def _constraints(
+    asked: Sequence[Row], val: Predictions, threshold: str
+) -> list[tuple[Task, tuple[list[str], str], float]]:
+    """Return (task, (attributes, metric), difference that is allowed) of each constraint on decisions at a threshold.
+
+    Allowed is one standard error above the tolerance. A run of before has rows without a threshold: those at 0.5.
+    """
+    names = {"eo": "equalized_odds", "eop": "equal_opportunity", "dp": "demographic_parity"}
+    found = []
+    for row in asked:
+        if row.get("threshold", "half") == threshold and row["task"] in binary_tasks(val):
+            of = str(row["attribute"]).split("*"), names[Target.read(row["target"]).metric]
+            found.append((val.task(row["task"]), of, float(row["tolerance"]) + float(row.get("val_error") or 0.0)))
+    if not found:
+        raise DataError(
+            "to_constraint: the method that it is made of was asked nothing of these decisions; expected `of` to name a method with "
+            "a constraint on binary tasks, such as FairMT"
+        )
+    return found
 
 
 def _reduced(settings: ExponentiatedGradientSettings, seed: int, data: Dataset, held: Parts) -> tuple[Row, Row]:

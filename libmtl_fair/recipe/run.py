@@ -200,8 +200,10 @@ class Run:
         if trained:
             predictions = {part: self._predict(trained, data, part) for part in PARTS}
         else:
-            sources = {name: self._saved(name, seed) for name in made_of(recipe, method)}
-            predictions, made = make_post(recipe, method, seed, data, sources)
+            names = made_of(recipe, method)
+            sources = {name: self._saved(name, seed) for name in names}
+            asked = read_json(self.out / names[0] / f"seed{seed}" / METRICS).get("constraint") or []
+            predictions, made = make_post(recipe, method, seed, data, sources, asked)
         spent = time.perf_counter() - started
         if protocol is None or chooses:
             val = predictions["val"]

@@ -348,3 +348,34 @@ def test_decisions_at_the_base_rate(tmp_path):
     gaps = [worst_gap(p, "sex", thresholds="base_rate") for p in (before, after)]
     assert gaps[1] < gaps[0]
     assert replace(after, outputs={}).labels is after.labels
+
+
+@pytest.mark.filterwarnings("ignore:FairMT.*was not met")
+def test_offsets_take_what_a_constraint_left_over(tmp_path):
+    """The least strength at which every constraint of the method holds within one standard error, or all of it."""
+    fair = {"weighting": "FairMT", "constraint": "eo <= 0.01", "train": {"epochs": 2}}
+    rest = {"post": "offsets", "of": ["fair"], "to_constraint": True}
+    made_of = {"plain": METHODS["plain"], "fair": fair, "rest": rest}
+    run = run_recipe(recipe(made_of, seeds=[0]), tmp_path / "run", device="cpu")
+    for seed in (0,):
+        val, post = held(run, "fair", seed=seed), about(run, "rest", seed)["post"]
+        rows = [row for row in about(run, "fair", seed)["constraint"] if row["threshold"] == "half"]
+        assert {row["task"] for row in rows} == {task.name for task in val.tasks if task.kind == "binary"}
+        offsets = fit_offsets(val)
+        over = []
+        for s in STRENGTHS:
+            made = offsets.apply(val, strength=s)
+            gaps = [
+                worst_gap(replace(made, tasks=(made.task(row["task"]),)), row["attribute"])
+                / (row["tolerance"] + row["val_error"])
+                for row in rows
+            ]
+            over.append(max(gaps))
+        assert [point["disparity"] for point in post["path"]] == pytest.approx(over)
+        assert post["strength"] == next((s for s, x in zip(STRENGTHS, over) if x <= 1), 1.0)
+        assert "keeps the method's own constraints" in post["chosen_by"]
+    other = recipe({"plain": METHODS["plain"], "rest": {**rest, "of": ["plain"]}}, seeds=[0])
+    with pytest.raises(RecipeError, match="to_constraint: the method that it is made of was asked nothing"):
+        run_recipe(other, tmp_path / "other", device="cpu")
+    with pytest.raises(RecipeError, match="to_constraint chooses the strength"):
+        check(recipe({"plain": METHODS["plain"], "rest": {"post": "offsets", "to_constraint": True, "target": 0.1}}))
