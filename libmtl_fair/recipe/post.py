@@ -230,7 +230,7 @@ def _on_path(
             target = 1.0
 
             def disparity(made: Predictions) -> float:
-                least = {"thresholds": threshold, "min_group_size": recipe.metrics.min_group_size}
+                least: Row = {"thresholds": threshold, "min_group_size": recipe.metrics.min_group_size}
                 gaps = [worst_gap(replace(made, tasks=(task,)), *of, **least) / most for task, of, most in kept]
                 return max((gap for gap in gaps if gap == gap), default=float("nan"))
 
