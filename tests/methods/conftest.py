@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -69,3 +70,12 @@ def branching() -> SimpleNamespace:
     return SimpleNamespace(
         tasks=TASKS, features=FEATURES, loader=make_loader, trainer=make_trainer, assert_same=assert_same, nn=nn
     )
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """Make double precision torch's default."""
+    held = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(held)

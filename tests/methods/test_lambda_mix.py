@@ -86,6 +86,56 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("loss", ["glf", "gld"])
+def test_the_published_form_in_double_precision(loss: str, double: None) -> None:
+    """Heads of their own, groups compared as a whole, lambda .5: losses and gradient by loops over people, to 1e-9."""
+    loader = make_loader(shuffle=False)
+    heads = {"loss": loss, "target": "label", "conditional": False}
+    trainer = make_trainer("LambdaMix", heads, weight_args={"lam": 0.5})
+    trainer.double()
+    batch = next(iter(loader))
+    losses, grads, _ = one_step(trainer, loader)
+    h = trainer.model.encoder(batch[0])
+    named = dict(trainer.model.named_parameters())
+    total, found = h.new_zeros(()), []
+    for name in trainer.task_name:
+        main = name.removeprefix("fair:").split("/")[0]
+        task, output, label = trainer.tasks[main], trainer.model.decoders[name](h), batch[1][main]
+        people = [i for i in range(len(h)) if bool(task.observed(label)[i])]
+        each = {i: one_loss(task.kind, output[i].reshape(-1), label[i]) for i in people}
+        if name == main:
+            found.append(torch.stack(list(each.values())).mean())
+        else:
+            groups = batch[1]["sensitive"][name.split("/")[1]]
+            rows = [[i for i in people if int(groups[i]) == g] for g in range(int(groups.max()) + 1)]
+            means = torch.stack([torch.stack([each[i] for i in row]).mean() for row in rows if row])
+            found.append(disparity(loss, means))
+        total = total + 0.5 * found[-1]
+    torch.testing.assert_close(losses, torch.stack(found).detach(), rtol=1e-9, atol=1e-11)
+    for name, wanted in zip(named, torch.autograd.grad(total, list(named.values()), allow_unused=True)):
+        if wanted is not None:
+            torch.testing.assert_close(grads[name], wanted, rtol=1e-8, atol=1e-11, msg=name)
+
+
+def one_loss(kind: str, output: Tensor, label: Tensor) -> Tensor:
+    """The loss of one person."""
+    if kind == "binary":
+        p = 1 / (1 + (-output[0]).exp())
+        return -p.log() if float(label) == 1 else -(1 - p).log()
+    if kind == "multiclass":
+        return output.exp().sum().log() - output[int(label)]
+    return (output[0] - label) ** 2
+
+
+def disparity(loss: str, means: Tensor) -> Tensor:
+    """GLF of two groups, 1 - Jain's index of more; GLD: exp(KL(softmax(-L), uniform)) - 1."""
+    if loss == "glf":
+        jain = means.sum() ** 2 / (len(means) * (means**2).sum())
+        return (means[0] - means[1]).abs() if len(means) == 2 else 1 - jain
+    p = (-means).exp() / (-means).exp().sum()
+    return (p * (p * len(means)).log()).sum().exp() - 1
+
+
 @pytest.mark.parametrize("lam", [0, 0.3, 0.5, 1])
 @pytest.mark.parametrize("target", ["main", "label"])
 def test_the_gradient_is_that_of_the_mix(lam: float, target: str) -> None:
