@@ -24,6 +24,9 @@ IGNORE_INDEX = -100
 AUXILIARY_PREFIX = "fair:"
 """Names of auxiliary fairness tasks start with this; names of other tasks must not."""
 
+MAIN_SHARE = 0.98
+"""Share of the main tasks' losses beside those of auxiliary fairness tasks unless it is told (ours, measured)."""
+
 _KNOWN = ("binary", "multiclass", "multilabel", "regression")
 _NORMAL_Q10 = -1.2815515655446004
 

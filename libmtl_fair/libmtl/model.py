@@ -173,6 +173,7 @@ def compose(
     vars(model)["keeps_weights_on_device"] = True
     known = {id(p) for p in model.parameters()}
     model.init_param()
+    vars(model)["auxiliary_tasks"] = tuple(trainer.auxiliary.values())
     if settings is not None:
         model.configure(settings)
     vars(model)["fair_own"] = tuple(p for p in model.parameters() if id(p) not in known)

@@ -28,7 +28,7 @@ from libmtl_fair.methods.heads.group_losses import (
 )
 from libmtl_fair.methods.heads.modules import Adversary, DetachedHead, GroupHeads, fresh_copy
 from libmtl_fair.models import Heads
-from libmtl_fair.tasks import AUXILIARY_PREFIX, Task
+from libmtl_fair.tasks import AUXILIARY_PREFIX, MAIN_SHARE, Task
 
 TARGETS = ("main", "label", "label+accuracy", "group")
 LOSSES = (*GROUP_LOSSES, "adversarial", "group_specific")
@@ -81,6 +81,11 @@ class AuxiliaryTask(Task):
         return self.mains[0].name
 
     @property
+    def main_share(self) -> float:
+        """Return the share of the main tasks that LambdaMix takes beside this one unless it is told (ours, measured)."""
+        return MAIN_SHARE
+
+    @property
     def most_groups(self) -> float:
         """Number of groups that its head tells apart."""
         return math.inf
@@ -117,6 +122,11 @@ class DisparityTask(AuxiliaryTask):
 
     disparity: GroupLoss = field(default_factory=GroupLoss)
     accuracy: bool = False
+
+    @property
+    def main_share(self) -> float:
+        """Return .99 for gaps of rates, which move the encoder more than gaps of losses."""
+        return 0.99 if self.disparity.loss in ("gap", "lift") else MAIN_SHARE
 
     @property
     def out_features(self) -> int:

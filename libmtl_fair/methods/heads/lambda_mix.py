@@ -12,7 +12,7 @@ from libmtl_fair.batch import FairBatch
 from libmtl_fair.errors import HostError, RecipeError
 from libmtl_fair.libmtl.parts import linearised, part_of
 from libmtl_fair.methods.base import FairWeighting, Settings, setting
-from libmtl_fair.tasks import AUXILIARY_PREFIX
+from libmtl_fair.tasks import AUXILIARY_PREFIX, MAIN_SHARE
 
 
 class LambdaMixSettings(Settings):
@@ -20,11 +20,11 @@ class LambdaMixSettings(Settings):
 
     aliases: ClassVar[Mapping[str, str]] = {"lambda": "lam"}
 
-    lam: float = setting(
-        0.98,
-        "lambda, the share of the main tasks; 1 trains without fairness. The default is for heads that repeat the main ones "
-        "within classes (target main, conditional); as published, with target label, it is 0.5. Smaller values can collapse the "
-        "model: choose on validation data, ``libmtl-fair compare --choose``",
+    lam: float | None = setting(
+        None,
+        "lambda, the share of the main tasks; 1 trains without fairness. null is 0.98, for ``gap`` and ``lift`` heads 0.99, as measured for "
+        "heads that repeat the main ones within classes (target main, conditional); as published, with target label, it is 0.5. "
+        "Smaller values can collapse the model: choose on validation data, ``libmtl-fair compare --choose``",
         expected="lambda, a number in [0, 1]",
         ours=True,
         ge=0,
@@ -49,6 +49,7 @@ class LambdaMix(FairWeighting):
     needs_known_kinds = True
     source = "GLF, under review"
     settings: LambdaMixSettings
+    lam: float
     needs_representation = False
     scale: Tensor
     main: Tensor
@@ -76,6 +77,9 @@ class LambdaMix(FairWeighting):
                 "lf.add_fairness_heads, or in a recipe with heads: {loss: glf}"
             )
         lam, base = self.settings.lam, self.settings.base
+        if lam is None:
+            lam = max((task.main_share for task in getattr(self, "auxiliary_tasks", ())), default=MAIN_SHARE)
+        self.lam = lam
         rows = [[t for t, other in enumerate(fair) if other is side] for side in (False, True)]
         values = {"main": rows[0], "fair": rows[1], "scale": [float(1 - lam if side else lam) for side in fair]}
         for name, value in values.items():
@@ -111,7 +115,7 @@ class LambdaMix(FairWeighting):
         parameters = [p for p in self.parameters() if p.requires_grad]
         weights = torch.full_like(self.scale, torch.nan)
         total: list[Tensor | None] = [None] * len(parameters)
-        lam, (main_side, fair_side) = self.settings.lam, self.sides
+        lam, (main_side, fair_side) = self.lam, self.sides
         part: Any
         sides = ((fair_side, self.fair, linearised(fair, parameters), 1 - lam), (main_side, self.main, main, lam))
         for part, rows, losses, share in sides:

@@ -252,7 +252,7 @@ class HeadsPart(Part):
         self.mains = list(trainer.main_tasks)
         self.tasks: list[Any] = [trainer.tasks[name] for name in trainer.auxiliary]
         self.n_groups, self._fair = dict(trainer.n_groups), torch.func.vmap(torch.func.grad(self._disparity))
-        lam = [float(member.trainer.model.settings.lam) for member in members]
+        lam = [float(member.trainer.model.lam) for member in members]
         self.lam = torch.tensor(lam, dtype=torch.get_default_dtype(), device=members[0].device).view(-1, 1, 1)
         own = [name for name in trainer.task_name if type(trainer.model.decoders[name]) is nn.Linear]
         self.columns = [
