@@ -98,7 +98,9 @@ class FairStep(StepState, nn.Module):
         if missing:
             raise HostError(f"no head for task {missing[0]!r}; heads has: {', '.join(heads or ())}")
         given = None if heads is None else {name: heads[name] for name in self.task_name}
-        self.model, self.weight_args = loose(method, self.task_name, given, encoder, multi_input, settings)
+        self.model, self.weight_args = loose(
+            method, self.task_name, given, encoder, multi_input, settings, tuple(self.auxiliary.values())
+        )
         self.weighting = type(self.model).__name__
         if self.weighting in SAMPLES:
             raise HostError(f"{self.weighting} takes {SAMPLES[self.weighting]} batches a step: use FairTrainer")

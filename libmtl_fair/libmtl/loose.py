@@ -101,6 +101,7 @@ def loose(
     encoder: nn.Module | None,
     several: bool,
     settings: Mapping[str, object],
+    auxiliary: Sequence[object] = (),
 ) -> tuple[Any, dict[str, object]]:
     """Return the weighting of a loop of one's own, and what its ``backward`` is called with.
 
@@ -120,6 +121,7 @@ def loose(
     cls = type(wanted.__name__, (Loose, *bases, Model), {})
     model: Any = cls(tasks, heads, encoder, several)
     model.init_param()
+    vars(model)["auxiliary_tasks"] = auxiliary
     if declared is not None:
         model.configure(declared)
     vars(model)["fair_own"] = tuple(nn.Module.parameters(model))

@@ -86,6 +86,25 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("loss", "lam"),
+    [("glf", 0.98), ("gld", 0.9), ("gap", 0.99), ("lift", 0.99), (["glf", "gap"], 0.99), ("adversarial", 0.98)],
+)
+def test_the_share_goes_by_the_heads_loss_unless_it_is_given(loss: Any, lam: float) -> None:
+    heads = {"loss": loss, "sensitive": {"sex": 2}, "tasks": ["a", "b"]}
+    for given in ({}, {"lam": None}):
+        model = make_trainer("LambdaMix", heads, weight_args=given).model
+        assert model.lam == lam and model.scale[0].item() == pytest.approx(lam)
+    assert make_trainer("LambdaMix", heads, weight_args={"lam": 0.7}).model.lam == 0.7
+    step = lf.FairStep("LambdaMix", *_entries(heads))
+    assert step.model.lam == lam
+
+
+def _entries(heads: dict[str, Any]) -> tuple[Any, ...]:
+    entries, decoders = lf.add_fairness_heads(lf.task_dict(TASKS), linear_heads(TASKS, 8), **heads)
+    return entries, decoders
+
+
 @pytest.mark.parametrize("loss", ["glf", "gld"])
 def test_the_published_form_in_double_precision(loss: str, double: None) -> None:
     """Heads of their own, groups compared as a whole, lambda .5: losses and gradient by loops over people, to 1e-9."""

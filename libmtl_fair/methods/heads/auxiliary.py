@@ -125,8 +125,8 @@ class DisparityTask(AuxiliaryTask):
 
     @property
     def main_share(self) -> float:
-        """Return .99 for gaps of rates, which move the encoder more than gaps of losses."""
-        return 0.99 if self.disparity.loss in ("gap", "lift") else MAIN_SHARE
+        """Return .99 for gaps of rates, which move the encoder more than gaps of losses, and .9 for GLD, which is quadratic in them."""
+        return {"gap": 0.99, "lift": 0.99, "gld": 0.9}.get(self.disparity.loss, MAIN_SHARE)
 
     @property
     def out_features(self) -> int:
