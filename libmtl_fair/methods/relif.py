@@ -295,8 +295,10 @@ class ReLiF(Penalty):
 
     settings_class = ReLiFSettings
     source = "arXiv:2606.10632"
-    cost = "near pairs 1.4 to 1.7 plain steps at 300 columns, flip a second forward pass more; "
-        "random ones 1.9 to 2.1 with 2 to 40 tasks (docs/RESULTS.md)"
+    cost = (
+        "near pairs 1.4 to 1.7 plain steps at 300 columns, flip a second forward pass more; random ones 1.9 to 2.1 with 2 to 40 "
+        "tasks (docs/RESULTS.md)"
+    )
     settings: ReLiFSettings
     _told: bool = False
     _warm: bool = False

@@ -23,8 +23,8 @@ class LambdaMixSettings(Settings):
     lam: float | None = setting(
         None,
         "lambda, the share of the main tasks; 1 trains without fairness. null is 0.98, of gap and lift heads 0.99, of gld 0.9, as "
-        "measured for heads that repeat the main ones within classes (target main, conditional); as published, with target label, it is 0.5. "
-        "Smaller values can collapse the model: choose on validation data, ``libmtl-fair compare --choose``",
+        "measured for heads that repeat the main ones within classes (target main, conditional); as published, with target "
+        "label, it is 0.5. Smaller values can collapse the model: choose on validation data, ``libmtl-fair compare --choose``",
         expected="lambda, a number in [0, 1]",
         ours=True,
         ge=0,
