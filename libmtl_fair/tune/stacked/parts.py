@@ -105,9 +105,11 @@ class NearPart(Part):
     def key(member: Member) -> Key | None:
         """Return what members of one part have in common; None where a member's own weighting has to do it."""
         model, trainer = member.trainer.model, member.trainer
-        if trainer.weighting != "ReLiF" or not member.near or model.share is not None:
+        if trainer.weighting != "ReLiF" or not member.near:
             return None
-        return ("near", model.settings.lam is None)
+        if model.share is not None and model.settings.pace(0, 1) is not None:
+            return None  # its controller goes by the length of its own run
+        return ("near", model.settings.lam is None, model.share is None)
 
     def __init__(self, places: Sequence[int], members: Sequence[Member]) -> None:
         super().__init__(places, members)
@@ -115,6 +117,12 @@ class NearPart(Part):
         self.auto = self.models[0].settings.lam is None
         lam = [BY_CLOSENESS if self.auto else model.settings.lam for model in self.models]
         self.lam = torch.tensor(lam, device=members[0].device)
+        self.share = None if self.models[0].share is None else stack([model.share for model in self.models])
+
+    def save(self) -> None:
+        """Give the members' modules their controllers."""
+        if self.share is not None:
+            unstack(self.share, [model.share for model in self.models])
 
     def gradients(self, step: Step) -> tuple[Tensor, Tensor | None]:
         """Return the gradients of the losses plus lambda times near people's gaps."""
@@ -123,7 +131,10 @@ class NearPart(Part):
         main = step.z[:, :, : step.y.shape[2]].mT.contiguous()
         near = F.near_others(people)
         gaps = F.near_gaps(main, near.others.unsqueeze(1), logits=True)
-        strength = self.lam * near.closeness if self.auto else self.lam
+        strength, present = self.lam, gaps.present.sum(1)
+        if self.share is not None:
+            strength = self.share.update(gaps.value.sum(1) / present, present > 0)
+        strength = strength * near.closeness if self.auto else strength
         return step.loss_gradient().add_(gaps.slope.mul_(strength.to(main.dtype).view(-1, 1, 1)).mT), None
 
 
