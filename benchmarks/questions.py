@@ -111,8 +111,8 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], dict[str, Method]]] = {
             for change in (None, noisy)
             for name, method in {
                 "plain": Method(),
-                "FairMT, max": _fairmt(preset="paper", rho=0.05, ema=0.9),
-                "FairMT, lcb": _fairmt(preset="paper", rho=0.05, ema=0.9, reference="lcb"),
+                "FairMT, max": _fairmt(form="constraints"),
+                "FairMT, lcb": _fairmt(form="constraints", reference="lcb"),
             }.items()
         },
     ),
