@@ -81,7 +81,8 @@ class Predictor:
 
     Every method takes a table with the input columns of training, named as there: a DataFrame, or a .csv or .parquet file. Other
     columns are ignored, labels too. A category that training did not have counts as none of the known ones; this is said once,
-    as a warning, and in :attr:`notes`.
+    as a warning, and in :attr:`notes`. Thresholds per group (``post: thresholds``) may be random
+    mixtures: they are drawn by the run's seed and a row's place in the table.
 
     Attributes
     ----------
