@@ -9,7 +9,7 @@ from libmtl_fair.files import write_json, write_text
 from libmtl_fair.report.findings import findings
 from libmtl_fair.report.notes import INTENDED, legend, notes
 from libmtl_fair.report.protocol import Facts, card_facts, checklist, method_facts, run_facts
-from libmtl_fair.report.run_folder import Json, RunFolder, read_run, records
+from libmtl_fair.report.run_folder import Json, RunFolder, damage_named, read_run, records
 from libmtl_fair.report.summary import group_means, shrinkage_verdict, summary
 from libmtl_fair.report.tables import (
     GAPS,
@@ -35,6 +35,7 @@ def write_card(run_dir: str | Path) -> tuple[Path, Path]:
     return markdown, write_json(run.path / "fairness_card.json", card_dict(run))
 
 
+@damage_named
 def card_dict(run: RunFolder) -> Json:
     """Return the card as plain data: the numbers of every table, unrounded, missing ones as None."""
     metrics = {name: run.of(name)[0].metrics for name in run.methods}
@@ -69,6 +70,7 @@ def card_dict(run: RunFolder) -> Json:
     }
 
 
+@damage_named
 def card_markdown(run: RunFolder) -> str:
     """Return the card as Markdown; every name from the run is escaped."""
     seeds = f"{len(run.seeds)} seed{'s' if len(run.seeds) > 1 else ''}"

@@ -10,7 +10,7 @@ import pandas as pd
 from libmtl_fair import metrics
 from libmtl_fair.report import judged
 from libmtl_fair.report.competitors import dominated, lacking
-from libmtl_fair.report.run_folder import RunFolder, rows
+from libmtl_fair.report.run_folder import RunFolder, damage_named, rows
 from libmtl_fair.report.summary import LABELS, column_of, shrinkage_verdict, summary
 
 _FIRST = 3
@@ -36,6 +36,7 @@ class _Told(NamedTuple):
     down: bool
 
 
+@damage_named
 def findings(run: RunFolder) -> list[Finding]:
     """Return (what it is about, sentences): what was compared, what improved, what it cost whom, what says nothing, how sure it is."""
     return run.once("findings", lambda: list(_findings(run)))

@@ -18,7 +18,7 @@ from libmtl_fair.report.branches import event_sheet, tree_texts
 from libmtl_fair.report.competitors import competitor_sheet
 from libmtl_fair.report.findings import findings, headline
 from libmtl_fair.report.plots import bars, first_plots, plots_of, scatters, write_plots
-from libmtl_fair.report.run_folder import Json, RunFolder, read_run, rows
+from libmtl_fair.report.run_folder import Json, RunFolder, damage_named, read_run, rows
 from libmtl_fair.report.summary import PEOPLE
 from libmtl_fair.report.theme import REFERENCE, Plot, colours, label
 from libmtl_fair.shown import printable
@@ -52,6 +52,7 @@ def write_report(run_dir: str | Path, *, interactive: bool = True) -> Path:
     return write_text(run.path / "report.html", render(run, interactive=interactive, plots=plots))
 
 
+@damage_named
 def render(run: RunFolder, *, interactive: bool = True, plots: Iterable[Plot] | None = None) -> str:
     """Return the page of a run. Every name from the run is escaped: it is data."""
     return _page(
@@ -108,6 +109,7 @@ def write_comparison(found: Comparison, folder: str | Path) -> tuple[Path, Path]
     return write_text(Path(folder) / "comparison.html", render_comparison(found)), data
 
 
+@damage_named
 def render_comparison(found: Comparison) -> str:
     """Return the page of a comparison. Every name from the runs is escaped."""
     run = found.run

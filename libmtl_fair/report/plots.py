@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from libmtl_fair.report.branches import branch_plots
 from libmtl_fair.report.judged import BASE_RATE, NO_GROUP, SURE, degenerate_tasks, thresholds, who_pays, why_degenerate
-from libmtl_fair.report.run_folder import RunFolder, number, read_run, rows
+from libmtl_fair.report.run_folder import RunFolder, damage_named, number, read_run, rows
 from libmtl_fair.report.summary import (
     HIGHER_IS_BETTER,
     LABELS,
@@ -437,6 +437,7 @@ def _trace_plots(run: RunFolder, method: str) -> Iterator[Plot]:
         yield Plot(f"losses_{stem}", "losses", f"{method}: training loss of each task.", draw)
 
 
+@damage_named
 def write_plots(run: RunFolder | str | Path, plots: Iterable[Plot] | None = None) -> list[Path]:
     """Write every plot of a run (or those given) as PNG into ``RUN/plots`` and return the paths.
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from libmtl_fair.errors import CheckpointError, DamagedFileError, RecipeError
+from libmtl_fair.errors import CheckpointError, DamagedFileError, FairMTLError, RecipeError
 from libmtl_fair.files import file_digest, is_sealed, read_json
 from libmtl_fair.recipe.yaml_source import read_yaml
 
@@ -22,6 +23,7 @@ _BASE_RATE = "_base_rate"
 _SPLIT_PARTS: dict[str, type] = {"utility": dict, "audit": list, "groups": list, "shrinkage": list}
 _SPLIT_PARTS |= {f"utility{_BASE_RATE}": dict, f"groups{_BASE_RATE}": list}
 Made = TypeVar("Made")
+P = ParamSpec("P")
 _FRAMES: Mapping[str, tuple[list[str], list[str], list[str]]] = {
     "utility": (["task", "metric"], ["value"], []),
     "audit": (["delta_name"], ["delta", "bias", "violation_rate", "exact_bias"], ["exact"]),
@@ -263,6 +265,36 @@ def read_run(path: str | Path) -> RunFolder:
     files = (path / f"{name}.json" for name in ("data_card", "audit_protocol", "environment"))
     card, protocol, environment = (_mapping(file) if file.exists() else {} for file in files)
     return RunFolder(path, recipe, card, protocol, environment, tuple(_present(recipe, protocol, run) for run in runs))
+
+
+_BY_DAMAGE = (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
+
+
+def damage_named(function: Callable[P, Made]) -> Callable[P, Made]:
+    """Let an error in what a run folder holds name the file that no longer is what the run wrote, if there is one.
+
+    The first argument is a run folder's path, a RunFolder, or what has one as ``run``.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> Made:
+        try:
+            return function(*args, **kwargs)
+        except FairMTLError:
+            raise
+        except _BY_DAMAGE as error:
+            run = getattr(args[0], "run", args[0])
+            for file in sorted(Path(str(getattr(run, "path", run))).rglob("*.json")):
+                try:
+                    is_sealed(file)
+                except DamagedFileError as damage:
+                    what = f"{type(error).__name__}: {error}"
+                    raise CheckpointError(
+                        f"{damage}, and cannot be read as what it should be ({what}); run again with --resume to make it anew"
+                    ) from error
+            raise
+
+    return wrapped
 
 
 def _present(recipe: Json, protocol: Json, run: SeedRun) -> SeedRun:

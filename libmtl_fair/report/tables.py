@@ -15,7 +15,7 @@ from rich.text import Text
 
 from libmtl_fair.report import judged, notes
 from libmtl_fair.report import summary as numbers
-from libmtl_fair.report.run_folder import Json, RunFolder, SeedRun, records, rows
+from libmtl_fair.report.run_folder import Json, RunFolder, SeedRun, damage_named, records, rows
 
 GAPS = (*numbers.GAPS, "mean EO diff", "mean DP diff")
 """How columns of the summary begin that compare groups."""
@@ -399,6 +399,7 @@ def base_rate(entry: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {count / total:.0%}" for name, count in classes.items()) if classes and total else "–"
 
 
+@damage_named
 def summary_table(run: RunFolder, width: int | None = None) -> Table | Group:
     """Build the table that ends a run on the console.
 
