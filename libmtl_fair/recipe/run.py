@@ -110,8 +110,8 @@ class Run:
         if self._together is not None:  # the first process may have to put data into a cache
             self._first(lambda: len(self.data(self.recipe.seeds[0]).tasks))
         write_text(self.out / "recipe.yaml", self.recipe.to_yaml())
-        write_json(self.out / "environment.json", environment(self.device))
-        write_json(self.out / "data_card.json", self.data(self.recipe.seeds[0]).card)
+        write_json(self.out / "environment.json", environment(self.device), sealed="beside")
+        write_json(self.out / "data_card.json", self.data(self.recipe.seeds[0]).card, sealed="beside")
         check_post_data(self.recipe, self.data(self.recipe.seeds[0]))
         protocol = self._first(self._protocol)
         for method, seed in self.jobs:
@@ -327,7 +327,9 @@ def _write_structure(trainer: FairTrainer, folder: Path) -> None:
     """Write the branches of a branching model, last and chosen, and the recorded conflicts, where there are any."""
     chosen = trainer.model.structure() if hasattr(trainer.model, "structure") else None
     if chosen is not None:
-        write_json(folder / "structure.json", {"last": trainer.last_structure or chosen, "chosen": chosen})
+        write_json(
+            folder / "structure.json", {"last": trainer.last_structure or chosen, "chosen": chosen}, sealed="beside"
+        )
     if getattr(trainer.model, "conflict_cosines", None) is not None:
         write_text(folder / "conflicts.csv", csv_text(trainer.model.conflicts.frame()))
 

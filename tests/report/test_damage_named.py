@@ -28,6 +28,8 @@ def test_the_damaged_file_is_named_and_errors_of_our_own_are_not_hidden(tmp_path
     (tmp_path / "card.json").write_text(sealed.replace("1200", '"x"'))
     with pytest.raises(CheckpointError, match=r"card.json is damaged or was changed.*ValueError.*--resume"):
         shown(run)
-    write_json(tmp_path / "card.json", {"rows": "x"}, sealed="beside")  # as written: a bug, which must not be called damage
+    write_json(
+        tmp_path / "card.json", {"rows": "x"}, sealed="beside"
+    )  # as written: a bug, which must not be called damage
     with pytest.raises(ValueError, match="Cannot specify"):
         shown(run)
