@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -156,3 +160,22 @@ def test_a_recipe_is_not_written_over(tmp_path, monkeypatch):
     assert done.exit_code == 2 and "is there" in done.output and (tmp_path / "recipe.yaml").read_text() == "mine"
     libmtl_fair("init", "t.csv", "--yes")
     assert load_recipe(tmp_path / "recipe.yaml").name == "t"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_on_a_terminal_init_asks(tmp_path):
+    import pty
+
+    people(100).to_csv(tmp_path / "t.csv", index=False)
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "libmtl_fair", "init", "t.csv"]
+    started = subprocess.Popen(command, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    os.write(ours, b"income, hours\nsex\nperson_id, notes\n")
+    assert started.wait(timeout=300) == 0
+    shown = os.read(ours, 100_000).decode()
+    os.close(ours)
+    assert "Columns to predict" in shown and "Columns that are no inputs" in shown
+    data = load_recipe(tmp_path / "recipe.yaml").data
+    assert list(data.tasks) == ["income", "hours"] and list(data.sensitive) == ["sex"]
+    assert data.drop == ("person_id", "notes")
