@@ -32,6 +32,9 @@ Under ``"reference"`` they may hold what people are compared by, [B, r], and und
 SENSITIVE = "sensitive"
 """Key under which a batch's labels hold the group ids; no task may have this name."""
 
+_MOST_BEFORE = 10
+"""Where no id is up to this and groups have no names, the values are no ids."""
+
 REFERENCE = "reference"
 """Key under which a batch's labels hold the reference features, where there are any."""
 
@@ -203,7 +206,12 @@ def _names(groups: Mapping[str, Tensor], given: Mapping[str, Sequence[str]]) -> 
             )
     names = {}
     for attribute, ids in groups.items():
-        highest = int(ids.max())
+        highest, known = int(ids.max()), ids[ids >= 0]
+        if attribute not in given and len(known) and int(known.min()) > _MOST_BEFORE:
+            raise DataError(
+                f"groups of sensitive attribute {attribute!r}: the lowest id is {int(known.min())}, so these are numbers, such as "
+                "ages, and no ids 0..G-1; bin them (numpy.digitize, pandas.cut), or give group_names"
+            )
         names[attribute] = [str(name) for name in given.get(attribute, range(highest + 1))]
         if highest >= len(names[attribute]):
             raise DataError(

@@ -210,6 +210,14 @@ def test_numbers_are_no_groups_at_any_door(age):
         FairMTLClassifier("fairmt").fit(frame[["x"]], frame["y"], sensitive_features=frame["age"])
 
 
+def test_ages_are_no_group_ids():
+    x, y = torch.zeros(3, 1), {"t": torch.zeros(3)}
+    for ages in (np.array([18, 44, -1]), np.array([18.5, 44, 61]), torch.tensor([18, 44, 90])):
+        with pytest.raises(DataError, match="sensitive attribute 'age': "):
+            ResidentLoader(x, y, {"age": ages}, batch_size=2, shuffle=False)
+    ResidentLoader(x, y, {"age": torch.tensor([5, 11, -1])}, batch_size=2, shuffle=False, device="cpu")
+
+
 def test_the_proposed_bins_work():
     frame = make(age=np.linspace(18, 90, N))
     with pytest.raises(DataError, match=r"bins: \[36, 54, 72\]"):
