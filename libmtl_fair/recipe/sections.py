@@ -281,6 +281,12 @@ class Train(Section):
     amp: Literal["bf16", "fp16"] | None = None
     early_stopping: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
 
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Leave out what is not said, so that recipes from before these fields keep their fingerprints."""
+        later = {"accumulate", "clip_norm", "amp", "early_stopping"} - self.model_fields_set
+        return {name: value for name, value in write(self).items() if name not in later}
+
 
 class Heads(Section):
     """Auxiliary fairness heads (GLF, GLD, baselines); see ``add_fairness_heads``. Several losses are several heads."""

@@ -97,6 +97,15 @@ def test_yaml_round_trip_and_fingerprint(write, recipe_text):
     assert len(recipe.fingerprint()) == 64
 
 
+def test_recipes_from_before_accumulation_keep_their_fingerprints(write, recipe_text):
+    recipe = load_recipe(write(recipe_text))
+    assert "accumulate" not in recipe.to_dict()["train"]
+    changed = recipe.changed(["train.accumulate=2", "train.amp=bf16", "train.clip_norm=1.5", "train.early_stopping=3"])
+    assert changed.fingerprint() != recipe.fingerprint()
+    assert Recipe.from_dict(changed.to_dict()).train == changed.train
+    assert (changed.train.accumulate, changed.train.early_stopping) == (2, 3)
+
+
 def test_fingerprint_sees_content_only(write, recipe_text):
     def fingerprint(*overrides: str) -> str:
         return load_recipe(write(recipe_text), list(overrides)).fingerprint()
