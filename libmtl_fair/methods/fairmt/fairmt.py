@@ -70,7 +70,7 @@ class FairMT(Penalty):
     settings_class = FairMTSettings
     needs_known_kinds = True
     source = "arXiv:2512.00469"
-    cost = "1.7 to 1.9 plain steps with 2 to 40 tasks (docs/RESULTS.md)"
+    cost = "2.1 to 2.4 plain steps with 2 to 5 tasks (docs/RESULTS.md)"
     needs_groups = True
     settings: FairMTSettings
     lipschitz: LipschitzScales | None
