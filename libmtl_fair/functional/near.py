@@ -34,8 +34,8 @@ def near_others(features: Tensor) -> Near:
     """Return each example's nearest other one by Euclidean distance and how near they are, for features [..., B, r].
 
     >>> found = near_others(torch.tensor([[0.0], [1.0], [5.0], [1.5]]))
-    >>> found.others, round(found.closeness.item(), 4)  # squared distances 1, .25, 12.25, .25; of any two 9.6
-    (tensor([1, 3, 3, 1]), 0.1627)
+    >>> found.others, round(found.closeness.item(), 4)  # squared distances 1, .25, 12.25, .25; of any two 9.46
+    (tensor([1, 3, 3, 1]), 0.1577)
     """
     if features.dim() > 2:  # one by one: another product may round otherwise, and so part who is equally near
         parts = [near_others(part) for part in features]
