@@ -30,6 +30,7 @@ html_theme = "pydata_sphinx_theme"
 html_title = "libmtl_fair"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]
 html_show_sourcelink = False
 html_theme_options = {
     "navigation_with_keys": False,
