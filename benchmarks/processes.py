@@ -1,7 +1,7 @@
 """What several processes cost: a step beside plain DistributedDataParallel's, and the bytes that each process hands over.
 
-``python benchmarks/processes.py [--processes 1 2 4] [--smoke]`` (gloo on the CPU). Both sides see the same rows; a step is forward, backward,
-communication and Adam. Steps of all sides take turns, so that a busy machine slows all alike; medians are printed.
+``python benchmarks/processes.py [--processes 1 2 4] [--smoke]`` (gloo on the CPU). Both sides see the same rows; a step is forward,
+backward, communication and Adam. The sides take turns, so that a busy machine slows all alike; medians are printed.
 """
 
 from __future__ import annotations

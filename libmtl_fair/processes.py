@@ -234,7 +234,7 @@ def join(device: torch.device) -> Processes | None:
 
     gloo on a CPU, nccl on CUDA. A process that does not answer for :data:`TIMEOUT` seconds is given up.
     """
-    if dist.is_available() and not dist.is_initialized() and (place := launched()) is not None:
+    if dist.is_available() and not dist.is_initialized() and not _alone and (place := launched()) is not None:
         seconds = datetime.timedelta(seconds=float(os.environ.get(TIMEOUT, "1800")))
         if device.type == "cuda":
             torch.cuda.set_device(device)

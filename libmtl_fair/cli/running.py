@@ -92,6 +92,7 @@ def tune(
 ) -> None:
     """Search for the best utility at the least disparity; the same command again goes on to TOTAL."""
     from libmtl_fair.files import need_writable
+    from libmtl_fair.processes import alone
     from libmtl_fair.progress import bar
     from libmtl_fair.recipe import load_recipe
     from libmtl_fair.tune.results import hand_back
@@ -115,8 +116,9 @@ def tune(
         trial = chosen(found, how, confidence=confidence, within=within)
     except RecipeError as error:
         raise RecipeError(f"--select {how}: {error}") from error
-    for shown in hand_back(found, trial, loaded, target, device, how, rules):
-        out.print(shown, soft_wrap=isinstance(shown, str), highlight=False)
+    with alone():
+        for shown in hand_back(found, trial, loaded, target, device, how, rules):
+            out.print(shown, soft_wrap=isinstance(shown, str), highlight=False)
     for each in found.get_trials(deepcopy=False):
         if each.user_attrs.get("error"):
             say(escape(f"trial {each.number} failed: {each.user_attrs['error']}"), err)

@@ -22,6 +22,7 @@ from optuna.study import StudyDirection
 from libmtl_fair.data.loader import resolve_device
 from libmtl_fair.errors import CheckpointError, FairMTLError, RecipeError, unknown
 from libmtl_fair.locks import GRACE
+from libmtl_fair.processes import alone
 from libmtl_fair.recipe.schema import Recipe, load_recipe
 from libmtl_fair.recipe.sections import Tune
 from libmtl_fair.recipe.yaml_source import Source
@@ -132,6 +133,7 @@ class Job:
     worker: int = 0
 
 
+@alone()  # a worker that SLURM or torchrun started trains trials of its own
 def _work(
     recipe: Recipe, job: Job, note: Note, workers: int = 1, resume: bool = True, new: bool = False
 ) -> optuna.Study:
