@@ -18,7 +18,7 @@ from libmtl_fair.data.fetched import FETCHED
 from libmtl_fair.data.frames import Values
 from libmtl_fair.data.loader import ResidentLoader
 from libmtl_fair.data.new_rows import NewRows
-from libmtl_fair.data.tables import read_frame
+from libmtl_fair.data.tables import Source, read_frame
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.libmtl.trainer import FairTrainer
 from libmtl_fair.metrics.decisions import Held, thresholds_in_use
@@ -79,7 +79,7 @@ class Reduced:
 class Predictor:
     """A finished run's model for new rows; made by :func:`libmtl_fair.load`.
 
-    Every method takes a table with the input columns of training, named as there: a DataFrame, or a .csv or .parquet file. Other
+    Every method takes a table with the input columns of training, named as there: of pandas, polars, pyarrow, ..., or a file. Other
     columns are ignored, labels too. A category that training did not have counts as none of the known ones; this is said once,
     as a warning, and in :attr:`notes`. Thresholds per group (``post: thresholds``) may be random
     mixtures: they are drawn by the run's seed and a row's place in the table.
@@ -127,7 +127,7 @@ class Predictor:
         own = () if isinstance(self.source, Made) else self.rows.encoder.kinds
         return tuple(dict.fromkeys([*own, *(name for source in sources_of(self) for name in source.inputs)]))
 
-    def predict(self, table: pd.DataFrame | str | Path) -> pd.DataFrame:
+    def predict(self, table: Source) -> pd.DataFrame:
         """Return one row a row of the table: ``<task>`` as :meth:`decide` gives it, and ``<task>/score``.
 
         The score is the audit score in [0, 1] of METHODS.md, section 0, as in a run's saved predictions: the probability of a positive
@@ -145,7 +145,7 @@ class Predictor:
             made[f"{task.name}/score"] = found.scores[task.name].double().numpy()
         return pd.DataFrame(made, index=_index(table))
 
-    def predict_proba(self, table: pd.DataFrame | str | Path) -> pd.DataFrame:
+    def predict_proba(self, table: Source) -> pd.DataFrame:
         """Return the probabilities of classes, columns (task, class): 0 and 1 of a binary task, names of classes and labels.
 
         Regressions have none. Of a method that decides by thresholds per group these are scores that order people, no
@@ -161,7 +161,7 @@ class Predictor:
         index = pd.MultiIndex.from_tuples(columns, names=["task", "class"])
         return pd.DataFrame(dict(enumerate(columns.values())), index=_index(table)).set_axis(index, axis=1)
 
-    def decide(self, table: pd.DataFrame | str | Path, thresholds: Held | None = None) -> pd.DataFrame:
+    def decide(self, table: Source, thresholds: Held | None = None) -> pd.DataFrame:
         """Return ``<task>`` a column: 0 or 1, the likeliest class's name, or a regression's value in native units.
 
         A multilabel task has its chosen labels, joined by ", ", and 0 or 1 under ``<task>/<label>``.
@@ -184,7 +184,7 @@ class Predictor:
             made |= self._decided(found, cut, task)
         return pd.DataFrame(made, index=_index(table))
 
-    def embed(self, table: pd.DataFrame | str | Path) -> NDArray[np.float32] | dict[str, NDArray[np.float32]]:
+    def embed(self, table: Source) -> NDArray[np.float32] | dict[str, NDArray[np.float32]]:
         """Return what the heads receive of each row, [N, d], or task -> [N, d] where tasks have representations of their own.
 
         Raises
@@ -199,7 +199,7 @@ class Predictor:
             )
         return {task: h.numpy() for task, h in found.items()} if isinstance(found, dict) else found.numpy()
 
-    def predictions(self, table: pd.DataFrame | str | Path) -> Predictions:
+    def predictions(self, table: Source) -> Predictions:
         """Return outputs, scores and groups of every row, for this package's own audits and metrics; labels are missing.
 
         Groups are those of the attributes whose columns the table has.

@@ -72,6 +72,12 @@ def test_probabilities_are_those_of_the_saved_predictions(run, rows):
     assert found["colour"]["red"].to_numpy() == pytest.approx(there["colour/prob_2"].to_numpy(), abs=1e-6)
 
 
+def test_tables_of_other_libraries(run, rows):
+    polars = pytest.importorskip("polars")
+    predictor, inputs = lf.load(run, "plain"), rows[["age", "sex", "race", "job", "score"]].reset_index(drop=True)
+    pd.testing.assert_frame_equal(predictor.predict(polars.from_pandas(inputs)), predictor.predict(inputs))
+
+
 def test_decisions_take_other_thresholds(run, rows):
     predictor = lf.load(run, "plain")
     p = predictor.predict_proba(rows)["rich"][1]
