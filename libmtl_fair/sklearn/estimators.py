@@ -90,7 +90,8 @@ class FairMTLClassifier(ClassifierMixin, FairMTLBase):  # type: ignore[misc]
         y : array or Series
             Binary or multiclass labels without gaps.
         sensitive_features : array, Series or DataFrame, optional
-            Groups, one column or a table of them, missing values allowed; most methods need them.
+            Groups, one column or a table of them, missing values allowed; most methods need them. More than ten numbers, or
+            dates, are refused: bin them (``pd.cut``).
         sample_weight : array, optional
             [N] of at least 0: how much a row counts, in losses and in the methods' group statistics. Each epoch draws
             rows in proportion to it (see :class:`~libmtl_fair.data.ResidentLoader`), so a weight of 2 is as good as a
