@@ -18,7 +18,7 @@ from torch import Tensor
 
 import libmtl_fair as lf
 from libmtl_fair import functional as F
-from libmtl_fair.errors import HostError, RecipeError
+from libmtl_fair.errors import CheckpointError, HostError, RecipeError
 from libmtl_fair.methods import FairMTSettings
 from libmtl_fair.methods.controllers import Pace
 from libmtl_fair.methods.fairmt.pursuit import FASTEST, Bound, Window, pursue
@@ -712,6 +712,15 @@ def test_tasks_with_inputs_of_their_own() -> None:
         one.train(loader(BINARY), epochs=3)
     for name in ("eta/a/sex", "gap/b/race", "psi/a/race"):
         assert several.history[name].to_numpy() == pytest.approx(one.history[name].to_numpy(), abs=1e-4, nan_ok=True)
+
+
+def test_multipliers_of_an_earlier_version_are_read_and_not_trained_on() -> None:
+    trainer = make_trainer(BINARY, target="eo <= 0.02", lr=0.01)
+    trainer.train(loader(BINARY), epochs=1)
+    trainer.model.multipliers = torch.zeros(2, 2, 2, dtype=torch.float64)
+    assert trainer.model.constraint_rows() == []
+    with pytest.raises(CheckpointError, match="constraints of an earlier version"):
+        trainer.train(loader(BINARY), epochs=2)
 
 
 def test_nothing_to_constrain_is_an_error() -> None:

@@ -93,6 +93,10 @@ class Duals:
         state[0], state[1] = math.log(START), math.log(MOST)
         return state
 
+    def fits(self, state: Tensor) -> bool:
+        """Whether a state is of this form: earlier versions had decisions at one threshold, and no bound."""
+        return len(state) == _LEVELS + len(self.cuts)
+
     def tolerance(self, level: Any, bound: Any, relative: Any) -> Any:
         """Return the difference that each constraint tolerates."""
         xp: Any = torch if isinstance(level, Tensor) else np

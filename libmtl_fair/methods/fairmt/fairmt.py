@@ -15,7 +15,7 @@ from torch import Tensor
 
 from libmtl_fair import functional as F
 from libmtl_fair.batch import Columns, FairBatch
-from libmtl_fair.errors import HostError, RecipeError, unknown
+from libmtl_fair.errors import CheckpointError, HostError, RecipeError, unknown
 from libmtl_fair.libmtl.gradients import add_gradients, carry_representation_gradients, extra_gradients
 from libmtl_fair.libmtl.state import StepState
 from libmtl_fair.methods.base import Penalty, Settings, Written
@@ -212,6 +212,10 @@ class FairMT(Penalty):
         self.ring, self.recent = Window.rolled(self.ring, self.recent, now[..., half:], self.past_steps - 1, length)
         if self.multipliers is None:
             self.multipliers = duals.start()
+        if not duals.fits(self.multipliers):
+            raise CheckpointError(
+                "FairMT: the checkpoint has constraints of an earlier version, or of another threshold, which cannot go on: train anew"
+            )
         found = duals.update(self.multipliers, self.recent, pace)
         if self.cut is not None:
             self._move_cuts(blocks, found)
@@ -420,7 +424,8 @@ class FairMT(Penalty):
 
         ``train``, unless it is among the ``parts`` (``val=...``: predictions), is what was decided in the last epoch of training. A
         part has ``<part>`` (the difference of decisions, freed of chance; None where there are too few people),
-        ``<part>_error``, ``<part>_met`` and ``<part>_selected`` (the share passed). Empty where nothing was constrained.
+        ``<part>_error``, ``<part>_met`` and ``<part>_selected`` (the share passed). Empty where nothing was constrained, and of a
+        checkpoint of an earlier version.
         """
         if self.recent is None or self.multipliers is None:
             return []
@@ -432,6 +437,8 @@ class FairMT(Penalty):
             rule = self._lay_out(tasks, counts, self.multi_input)
         duals = self._duals
         assert duals is not None
+        if not duals.fits(self.multipliers):
+            return []  # of an earlier version
         with torch.no_grad():
             for part, found in parts.items():
                 outputs, labels, groups = (
