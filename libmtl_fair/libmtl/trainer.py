@@ -281,7 +281,7 @@ class FairTrainer(TrainingState):
         if val_dataloaders is None and self.select == "best" and epochs > 0 and not self._warned:
             self._warned = True
             message = "no validation loader: the last epoch is kept (an epoch is never chosen on test data)"
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(message, stacklevel=4)
         if self._before_best is not None and self.epoch < epochs:
             self._before_best.put_back(self)
             self._before_best = None

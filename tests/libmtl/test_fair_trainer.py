@@ -525,7 +525,7 @@ class TestLoaders:
     @pytest.mark.parametrize(
         ("batch", "match"),
         [
-            (torch.ones(3, 6), r"a loader must yield pairs \(x, labels\), found Tensor"),
+            (torch.ones(3, 6), r"a loader must yield pairs \(x, labels\), or .*, found Tensor"),
             ((torch.ones(3, 6), torch.ones(3)), r"labels must be a dict task -> tensor, found Tensor; tasks: a, b, c"),
             ((torch.ones(3, 6), {"a": torch.ones(3), "bb": torch.ones(3)}), r"no task 'b'; unknown task 'b'"),
         ],
