@@ -3,7 +3,7 @@
     python tests/harness/libmtl_examples.py --repo LibMTL [--only nyu office qm9 xtreme] [--weighting EW ReLiF] [--keep DIR]
 
 The checkout is copied; only data, weights that would be downloaded and lists of files are made, never a line of a script.
-What has to be there beside LibMTL: torch_geometric for qm9, transformers for xtreme. torchvision's transforms, which office
+What has to be there beside LibMTL: torch_geometric for qm9, transformers 4 for xtreme (5 has no DataProcessor). torchvision's transforms, which office
 needs, are stood in for where torchvision does not import; ``transformers.AdamW``, which is gone, is torch's for xtreme.
 Prints one line a run and ends with 1 if one of them failed in another way than it has to.
 """
