@@ -9,10 +9,14 @@ import logging
 import math
 import mmap
 import os
+import pickle
 import re
 import secrets
+import struct
 import sys
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +26,20 @@ from libmtl_fair.errors import CheckpointError, DamagedFileError
 
 BLANK_SEAL = "libmtl_fair sha256 " + "0" * 64
 """A seal before the digest is known: a format that nothing may follow, such as parquet or JSON, holds it somewhere inside."""
+DAMAGE = (
+    *(
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        zlib.error,
+        struct.error,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+    ),
+    *(LookupError, TypeError, AttributeError, AssertionError, OverflowError, MemoryError),
+)
+"""What reading a zip archive of tensors or arrays of any bytes was seen to raise."""
 _BLANK = BLANK_SEAL.encode()
 _MARK = _BLANK[:-64]
 _SEAL, _BESIDE = "seal", ".sha256"

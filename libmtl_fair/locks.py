@@ -77,6 +77,9 @@ def alone_in(folder: Path, grace: float = GRACE) -> Iterator[None]:
     CheckpointError
         Another process works there: says which.
     """
+    if not writes():  # of several processes of one training the first locks for all
+        yield
+        return
     path, left = folder / LOCK, threading.Event()
     try:
         stream = _taken(path, grace)
@@ -164,7 +167,7 @@ def alone_in_its_folder(method: _F) -> _F:
 
     @functools.wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.run_dir is None or not writes():
+        if self.run_dir is None:
             return method(self, *args, **kwargs)
         need_writable(self.run_dir)
         with alone_in(self.run_dir):

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from libmtl_fair.errors import DataError
-from tests.harness import inputs, mutate
+from tests.harness import flip, inputs, kill, mutate
 from tests.harness.common import NOT_OURS, REFUSED, WRONG, WrongNumberError, count
 
 
@@ -21,6 +21,19 @@ def test_any_tensors_give_the_right_numbers_or_are_refused_in_words(name):
     found = count({name: inputs.TRIALS[name]}, 120, seed=1)
     assert not found[NOT_OURS] + found[WRONG]
     assert found["trained"] + found["measured"] > 30
+
+
+def test_killed_work_is_completed_to_the_same_numbers():
+    found = count(kill.TRIALS, 4, seed=1)
+    assert not found[NOT_OURS] + found[WRONG] + found[REFUSED]
+    assert found["runs: killed"] + found["runs: killed, completed and compared"] == 3
+
+
+def test_flipped_bits_are_refused_or_change_nothing():
+    quick = {name: flip.TRIALS[name] for name in ("checkpoints", "predictions", "reports")}
+    found = count(quick, 36, seed=1)
+    assert not found[NOT_OURS] + found[WRONG]
+    assert found[f"checkpoints: {REFUSED}"] + found[f"predictions: {REFUSED}"] >= 14
 
 
 def test_the_harness_counts_what_it_is_there_for(capsys):

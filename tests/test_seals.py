@@ -18,6 +18,7 @@ import libmtl_fair as lf
 from libmtl_fair.errors import CheckpointError, DamagedFileError
 from libmtl_fair.files import append_text, file_digest, is_sealed, read_json, sealed_path, write_json
 from libmtl_fair.libmtl import checkpoint
+from libmtl_fair.metrics.near_pairs import NearPairs
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.sklearn import FairMTLEstimator
 
@@ -127,6 +128,27 @@ def test_json_with_its_digest_beside_it(tmp_path: Path) -> None:
         read_json(path, sealed=True)
     (tmp_path / "a.json.sha256").unlink()
     assert read_json(path, sealed=True) == {"a": 1.35}
+
+
+def test_any_flip_of_near_pairs_is_refused_or_changes_nothing(tmp_path: Path) -> None:
+    """The archive's own checksums; a flip in a compressed stream raises zlib's own error."""
+    held = NearPairs(np.arange(30), np.arange(60).reshape(30, 2) % 31, np.linspace(0, 1, 60).reshape(30, 2), 31, "x")
+    path, refused = held.save(tmp_path / "pairs.npz"), 0
+    whole = path.read_bytes()
+    for bit in range(0, 8 * len(whole), 7):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        try:
+            found = NearPairs.load(path)
+        except CheckpointError:
+            refused += 1
+            continue
+        assert all(
+            np.array_equal(getattr(found, name), getattr(held, name))
+            for name in ("anchors", "neighbours", "distances", "n")
+        )
+    assert refused > 300
 
 
 def test_a_seal_of_any_other_file(tmp_path: Path) -> None:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import random
-import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from libmtl_fair.errors import CheckpointError, DamagedFileError
-from libmtl_fair.files import is_sealed, remove_leftovers, say_once, sealed_path, writes
+from libmtl_fair.files import DAMAGE, is_sealed, remove_leftovers, say_once, sealed_path, writes
 from libmtl_fair.libmtl.batches import per_task
 from libmtl_fair.libmtl.history import History
 from libmtl_fair.libmtl.state import Loader, Loaders, Plain, TrainingState
@@ -42,11 +40,6 @@ _NOT_STATE = {
 }
 _LATER = ("accumulate", "clip_norm", "amp")
 """Settings that checkpoints name only where they are not the defaults."""
-_DAMAGE = (
-    *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, RuntimeError, EOFError, OSError, ValueError),
-    *(LookupError, TypeError, AttributeError, AssertionError, OverflowError, MemoryError),
-)
-"""What reading a file of any bytes was seen to raise."""
 
 
 # -- random generators, and what a model keeps outside its state_dict ---------------------------------------------
@@ -193,7 +186,7 @@ def load(path: Path, device: torch.device, *, state_dict_too: bool = False) -> d
             raise EOFError("its seal is missing")
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint at {path}") from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DamagedFileError(
             f"checkpoint {path} is damaged or not ours ({first}); delete it to start afresh"

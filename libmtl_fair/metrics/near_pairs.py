@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import pandas as pd
 from libmtl_fair.data.frames import as_numbers, is_date
 from libmtl_fair.data.tables import settled
 from libmtl_fair.errors import CheckpointError, DataError, unknown
-from libmtl_fair.files import atomic_path
+from libmtl_fair.files import DAMAGE, atomic_path
 from libmtl_fair.metrics.arrays import Bools, Floats, Ints, Values, as_floats
 
 Features: TypeAlias = Values | pd.DataFrame
@@ -75,7 +74,7 @@ class NearPairs:
             with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as held:
                 anchors, neighbours = (held[name].astype(np.int64) for name in ("anchors", "neighbours"))
                 made = cls(anchors, neighbours, held["distances"], int(held["n"]), str(held["digest"]))
-        except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        except DAMAGE as error:
             raise CheckpointError(f"{path} holds no near pairs ({error})") from error
         people = np.concatenate([anchors, neighbours.ravel()])
         shapes = neighbours.shape == made.distances.shape and neighbours.shape[:1] == anchors.shape

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from libmtl_fair.errors import CheckpointError, RecipeError
+from libmtl_fair.files import DAMAGE
 from libmtl_fair.metrics import FixedDeltaAudit, conformal_delta, native_error, pair_distances, quantile_delta, utility
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.report.run_folder import Json, RunFolder, SeedRun, number, read_run, records, rows
@@ -81,7 +81,7 @@ def _reference_distances(run: RunFolder) -> tuple[Floats, str]:
             h = held["val/h"] if "val/h" in held else {task: held[f"val/h/{task}"] for task in tasks}
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is not there, so there are no reference pairs; {_AGAIN}") from error
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGE as error:
         raise CheckpointError(f"{path} is damaged ({error}); {_AGAIN}") from error
     # The file holds the pool that the run drew: all of it is the pool now.
     distances = pair_distances(h, tasks, pool_size=None, n_pairs=drawn["n_pairs"], pair_seed=drawn["pair_seed"])

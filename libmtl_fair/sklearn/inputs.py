@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse import issparse
 from sklearn.base import BaseEstimator
-from sklearn.utils.validation import _check_sample_weight, validate_data
+from sklearn.utils.validation import check_array, validate_data
 from torch import Tensor
 
 from libmtl_fair.data.features import FeatureEncoder, FeatureKind, feature_kinds, fit_encoder
@@ -75,9 +75,14 @@ def check_weights(sample_weight: object, x: Rows) -> NDArray[np.float64] | None:
     """Return the rows' weights, float64 [N], at least 0 and not all 0, or None for none given."""
     if sample_weight is None:
         return None
-    weights: NDArray[np.float64] = _check_sample_weight(
-        sample_weight, np.zeros((len(x), 1)), dtype=np.float64, copy=True, ensure_non_negative=True
+    given = np.full(len(x), sample_weight) if np.ndim(sample_weight) == 0 else sample_weight  # type: ignore[arg-type]
+    weights: NDArray[np.float64] = check_array(
+        given, ensure_2d=False, dtype=np.float64, copy=True, ensure_non_negative=True, input_name="sample_weight"
     )
+    if weights.shape != (len(x),):
+        raise ValueError(f"sample_weight.shape == {weights.shape}, expected {(len(x),)}")
+    if not weights.any():
+        raise ValueError("Sample weights must contain at least one non-zero number.")
     return weights
 
 

@@ -25,7 +25,8 @@ class WrongNumberError(AssertionError):
 def count(trials: Trials, n: int, seed: int, shown: int = 5) -> Counter[str]:
     """Do ``n`` trials in turn, each with a random source of its own, and return how often what came of them.
 
-    Warnings are errors here. What is not ours is printed with its seed, ``shown`` times at most.
+    Warnings are errors here. What is not ours is printed with its seed, ``shown`` times at most. Ctrl-C gives
+    what was counted so far.
     """
     found: Counter[str] = Counter()
     turns = [name for name, (share, _) in trials.items() for _ in range(share)]
@@ -37,6 +38,9 @@ def count(trials: Trials, n: int, seed: int, shown: int = 5) -> Counter[str]:
                 result = trials[name][1](draw)
         except FairMTLError as error:
             result = REFUSED if str(error).strip() else NOT_OURS
+        except KeyboardInterrupt:
+            print(f"stopped after {i} of {n} trials", file=sys.stderr)
+            return found
         except WrongNumberError as error:
             result = WRONG
             print(f"trial {i} ({name}): {error}", file=sys.stderr)
