@@ -54,7 +54,6 @@ _MOVED = {
     "tune.plan": "tune.identity tune.objective",
     "tune.results": "tune.agreement",
     "tune.storage": "tune.journal",
-    "tune.study": "tune.samplers",
 }
 OLD_NAMES = {old: new for new, every in _MOVED.items() for old in every.split()}
 """Module of version 0.1 -> where its content is now; submodules that are not named kept their own name."""

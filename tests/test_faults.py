@@ -213,3 +213,17 @@ def test_where_a_device_would_have_to_be_waited_for_a_fault_is_said_when_asked_f
     on_meta = torch.zeros(3, device="meta")
     faults.note(on_meta > 0, on_meta, "labels", "0 or 1")
     faults.check()
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "message"), WRONG, ids=lambda v: v.kind if isinstance(v, lf.tasks.Task) else ""
+)
+def test_a_step_of_ones_own_loop_refuses_labels_of_another_kind(task, labels, message):
+    h = torch.randn(4, 3, requires_grad=True)
+    head = nn.Linear(3, WIDTH[task.kind])
+    fair = lf.FairStep("GroupRegulariser", [task], {"t": head}, loss="glf")
+    with pytest.raises(DataError, match=message):
+        fair.backward(representation=h, outputs={"t": head(h)}, labels={"t": labels}, groups={"sex": SEX})
+    good = next(y for each, y in RIGHT if each is task)
+    with pytest.raises(DataError, match="at most 100,000 groups"):
+        fair.backward(representation=h, outputs={"t": head(h)}, labels={"t": good}, groups={"sex": SEX + 10**15})

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from libmtl_fair import processes
 from libmtl_fair.data.loader import SENSITIVE
 from libmtl_fair.errors import CheckpointError, DataError, HostError, unknown
+from libmtl_fair.faults import Faults, check_labels, need_few_groups
 from libmtl_fair.libmtl import batches
 from libmtl_fair.libmtl.checkpoint import attributes, random_state, set_attributes, set_random_state
 from libmtl_fair.libmtl.gradients import apart
@@ -111,7 +112,7 @@ class FairStep(StepState, nn.Module):
         self.model.train_loss_buffer = np.zeros((self.task_num, 0))
         self._seen: Tensor | None = None  # losses times rows, and rows, [2, T]
         self._last: dict[str, Tensor | float] = {}
-        self._waits = False
+        self._waits, self.faults = False, Faults()
         self._stream: Any = None  # of the random draws that all processes make alike
 
     # -- the step ---------------------------------------------------------------------------------------------------
@@ -204,6 +205,7 @@ class FairStep(StepState, nn.Module):
         """End an epoch: DWA, GradNorm and FairMT go by epochs. Return the mean training losses, ``loss/<task>``."""
         if self._seen is None:
             raise HostError("close_epoch: there was no step in this epoch")
+        self.faults.check()
         total, rows = self._seen.double().cpu().numpy()
         self.model.train_loss_buffer = np.append(self.model.train_loss_buffer, (total / rows)[:, None], axis=1)
         self.model.after_epoch(self, self.epoch)
@@ -350,6 +352,8 @@ class FairStep(StepState, nn.Module):
             rows = {task: (outputs[task], {task: truth[task], **ids}) for task in self.main_tasks}
             reference = reference if reference is not None else part.reference()
         for task, (output, others) in rows.items():
+            if (kind := self.task_dict[task].get("task")) is not None:
+                check_labels(self.faults, kind, truth[task])
             odd = [name for name, other in others.items() if len(other) != len(output)]
             if odd:
                 found = len(others[odd[0]])
@@ -372,6 +376,7 @@ class FairStep(StepState, nn.Module):
             if name not in self.n_groups and self._declared:
                 raise DataError(f"groups: {unknown('attribute', name, self.n_groups)}; n_groups says which there are")
             highest = max(int(part.max()) for part in parts if len(part)) if parts[0].device.type != "meta" else 0
+            need_few_groups(f"groups of {name!r}", highest + 1)
             limit = self.n_groups.setdefault(name, max(_SPARE_GROUPS, 2 * highest + 2))
             if highest >= limit:
                 raise DataError(

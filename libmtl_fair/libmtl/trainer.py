@@ -267,7 +267,7 @@ class FairTrainer(TrainingState):
                 warnings.warn(
                     f"after {self.global_step} steps the model is no better than a constant on {', '.join(lost)}: its fairness heads "
                     "outweigh the tasks; give the main tasks a larger share (LambdaMix: lam nearer to 1)",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
         if test_dataloaders is not None:
             self.test_results = evaluate(self, test_dataloaders)
