@@ -120,7 +120,7 @@ def _constraints(run: RunFolder) -> Iterator[str]:
         bound = f"; the multiplier ended at its bound for {ends}" if ends else ""
         if away := int((found["out_of_reach"] == True).sum()):  # noqa: E712
             low = found.loc[found["out_of_reach"] == True, "eta_bound"].min()  # noqa: E712
-            bound += f"; out of reach for {away}: there the difference did not fall, and the bound gave way, to {low:.2g} at least"
+            bound += f"; out of reach for {away}: there the difference did not fall, and the bound is {low:.2g} at least at the end"
         told.append((met == len(found), f"{text}{bound}."))
     yield from [text for _, text in sorted(told, key=lambda item: item[0])][:_AT_MOST]
 

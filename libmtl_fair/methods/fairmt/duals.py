@@ -24,6 +24,7 @@ from libmtl_fair.methods.targets import Target
 CUTS = {"both": ("half", "base_rate"), "half": ("half",), "base_rate": ("base_rate",)}
 """Setting -> the thresholds that decide: 0.5, and what chooses as many as are positive."""
 _SAID = "The difference did not fall with the multiplier at its bound, so the bound gave way, from {:g} to {:.2g}"
+_BACK_AGAIN = "The difference did not fall with the multiplier at its bound, {:g}; with half the bound it rose"
 _BOUND, _LEVELS = slice(1, 5), 5
 """Where the state has the bound of the multipliers, and plain training's differences; its first row is log eta."""
 
@@ -197,5 +198,6 @@ class Duals:
             reached = all(row.get("train_met", True) for row in own)
             for row in own:
                 row["out_of_reach"] = unmet and not reached
-                row["said"] = _SAID.format(MOST, most) if row["out_of_reach"] else ""
+                said = _SAID if most < 0.99 * MOST else _BACK_AGAIN
+                row["said"] = said.format(MOST, most) if row["out_of_reach"] else ""
         return found
