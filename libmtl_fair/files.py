@@ -188,6 +188,12 @@ def remove_leftovers(folder: str | Path, *, deep: bool = False) -> None:
             left.unlink(missing_ok=True)
 
 
+def is_leftover(path: Path, first: str) -> bool:
+    """Whether the file is a temporary one that a killed writer left, or the digest of a file ``first`` that was not written after it."""
+    unfinished = path.name == f"{first}{_BESIDE}" and not path.with_name(first).exists()
+    return path.is_file() and (unfinished or _LEFTOVER.fullmatch(path.name) is not None)
+
+
 def need_writable(folder: str | Path) -> None:
     """Make the folder and check that files can be written into it."""
     with atomic_path(Path(folder) / ".writable"):

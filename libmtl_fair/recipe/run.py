@@ -18,7 +18,16 @@ import torch
 from libmtl_fair.data import Dataset
 from libmtl_fair.data.loader import resolve_device
 from libmtl_fair.errors import CheckpointError, DamagedFileError
-from libmtl_fair.files import atomic_path, is_sealed, read_json, remove_leftovers, write_json, write_text, writes
+from libmtl_fair.files import (
+    atomic_path,
+    is_leftover,
+    is_sealed,
+    read_json,
+    remove_leftovers,
+    write_json,
+    write_text,
+    writes,
+)
 from libmtl_fair.libmtl.checkpoint import close_training, reopen_training
 from libmtl_fair.libmtl.loading import LINEAGE
 from libmtl_fair.libmtl.trainer import FairTrainer
@@ -355,7 +364,8 @@ def _claim(recipe: Recipe, out: Path | None, resume: bool) -> Path:
 def _fits(folder: Path, recipe: Recipe, resume: bool) -> bool:
     """Whether the folder is free, or holds this recipe's run and may be continued."""
     try:
-        if not folder.exists() or not any(folder.iterdir()):
+        # What a kill left of the very first write, run.json's, is nobody's run.
+        if not folder.exists() or all(is_leftover(each, "run.json") for each in folder.iterdir()):
             return True
         held = folder / "run.json"
         if not resume or not held.exists():

@@ -202,3 +202,20 @@ def test_locks_of_other_machines_and_of_ended_processes(tmp_path: Path) -> None:
             time.sleep(0.1)
             assert (tmp_path / LOCK).stat().st_mtime_ns > before  # a sign of life
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kill_in_the_very_first_write_leaves_a_folder_that_is_free(tmp_path: Path) -> None:
+    from libmtl_fair.recipe.run import Run
+
+    for name in (".run.json.sha256.04c43e05f9d8.tmp", "run.json.sha256", ".run.json.04c43e05f9d8.tmp"):
+        for resume in (False, True):
+            folder = tmp_path / f"{name}{resume}"
+            folder.mkdir()
+            (folder / name).write_text("left")
+            Run(RECIPE, folder, device="cpu", resume=resume)
+            assert (folder / "run.json").exists()
+    (tmp_path / "other").mkdir()
+    for name in ("notes.txt", ".run.json.sha256.04c43e05f9d8.tmp"):
+        (tmp_path / "other" / name).write_text("somebody's")
+    with pytest.raises(CheckpointError, match="is not empty and holds no run"):
+        Run(RECIPE, tmp_path / "other", device="cpu", resume=True)
