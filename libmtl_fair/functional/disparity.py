@@ -104,8 +104,8 @@ def lift(
         slope = (excess.detach() > 0).to(cost.dtype)
         value = slope * excess
     if normalise:
-        each = 1 / (observed - 1).clamp(min=1).unsqueeze(-2)
-        slope, value = slope * each, value * each
+        others = (observed - 1).clamp(min=1).unsqueeze(-2)
+        slope, value = slope / others, value / others
     return value.sum(-2), present, slope
 
 

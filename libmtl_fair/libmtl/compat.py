@@ -149,7 +149,7 @@ def heal() -> list[str]:
     if Trainer._process_data is not _process_data:
         Trainer._process_data = _process_data
         changed.append("Trainer._process_data: iterators have no .next(), and a bare except hid why")
-    if Trainer._prepare_dataloaders is not prepare_dataloaders:
+    if getattr(Trainer, "_prepare_dataloaders", prepare_dataloaders) is not prepare_dataloaders:
         Trainer._prepare_dataloaders = prepare_dataloaders
         changed.append(
             "Trainer._prepare_dataloaders: a _process_data of one's own may call .next(), which iterators lack"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import pandas as pd
@@ -75,7 +76,7 @@ def check_weights(sample_weight: object, x: Rows) -> NDArray[np.float64] | None:
     """Return the rows' weights, float64 [N], at least 0 and not all 0, or None for none given."""
     if sample_weight is None:
         return None
-    given = np.full(len(x), sample_weight) if np.ndim(sample_weight) == 0 else sample_weight  # type: ignore[arg-type]
+    given = np.full(len(x), sample_weight) if isinstance(sample_weight, Real) else sample_weight
     weights: NDArray[np.float64] = check_array(
         given, ensure_2d=False, dtype=np.float64, copy=True, ensure_non_negative=True, input_name="sample_weight"
     )

@@ -120,7 +120,7 @@ def test_an_interruption_leaves_a_study_that_resumes_with_the_same_trial(small, 
     study = tune.tune(small(), 6, storage=tmp_path / "j.log")
     complete = study.get_trials(states=[TrialState.COMPLETE])
     assert sorted(t.user_attrs["slot"] for t in complete) == list(range(6))
-    assert calls[6] == calls[4]
+    assert calls[5] == calls[4]  # the lost slot comes first, as it would have
     lost = [t for t in study.get_trials() if "lost" in t.user_attrs]
     assert [t.user_attrs["lost"] for t in lost] == ["interrupted"]
 

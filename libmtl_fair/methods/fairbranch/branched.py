@@ -142,7 +142,7 @@ class BranchedEncoder(nn.Module):
         found = find_blocks(encoder, blocks)
         self.tree = BranchTree.start(tasks, len(found))
         self.levels = nn.ModuleList(nn.ModuleList([block[0] if len(block) == 1 else _Chain(*block)]) for block in found)
-        self._is_chain = True if is_sequential(encoder) else None
+        self.is_chain = True if is_sequential(encoder) else None
         self._places = _take(encoder, found)
         self._known: dict[int, tuple[list[list[nn.Module]], bool, list[Mapping[int, object]]]] = {}
         self.frame = encoder
@@ -160,7 +160,7 @@ class BranchedEncoder(nn.Module):
         rounding, but a gradient of one task then costs that of all.
         """
         wanted = self.tree.tasks if tasks is None else tuple(tasks)
-        if self._is_chain:
+        if self.is_chain:
             return self._run(x, wanted, together and len(wanted) == len(self.tree.tasks))
         return self._walked(x, wanted), None
 
@@ -183,8 +183,8 @@ class BranchedEncoder(nn.Module):
                 out = self.frame(x)
                 if walks[-1].blocks != len(self._places):
                     raise self.out_of_order()
-                if self._is_chain is None:
-                    self._is_chain = self._chained(x, walks[-1], out)
+                if self.is_chain is None:
+                    self.is_chain = self._chained(x, walks[-1], out)
                 reps |= {task: out for task in group if task in wanted}
         return reps
 

@@ -298,12 +298,16 @@ class FairBranch(AbsArchitecture):  # type: ignore[misc]
             self.branch(epoch=epoch, step=step)
 
     def structure(self) -> dict[str, object]:
-        """Return tree and events as plain values, for a checkpoint."""
-        return {"tree": self.tree.to_dict(), "events": [asdict(event) for event in self.events]}
+        """Return tree, events and whether the blocks are run as a chain, as plain values, for a checkpoint."""
+        events = [asdict(event) for event in self.events]
+        return {"tree": self.tree.to_dict(), "events": events, "chain": self.encoder.is_chain}
 
     def restore_structure(self, structure: Mapping[str, Any]) -> None:
         """Take the shape of a checkpoint; its weights come after. An optimiser has to be made anew."""
         self.encoder.grow(BranchTree.from_dict(structure["tree"]))
+        self.encoder.is_chain = structure.get(
+            "chain", self.encoder.is_chain
+        )  # how it is run decides who draws which dropout
         self.events = TypeAdapter(list[BranchEvent]).validate_python(structure["events"])
 
     def take_representation(self) -> Tensor | dict[str, Tensor]:
