@@ -205,8 +205,7 @@ class Data(Section):
     def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, object]:
         """Leave out what is not said, so that recipes from before this field keep their fingerprints."""
         later = {name: type(self).model_fields[name].default for name in _LATER}
-        unsaid = {name: (value, list(value) if isinstance(value, tuple) else value) for name, value in later.items()}
-        return {n: item for n, item in write(self).items() if n not in later or item not in unsaid[n]}
+        return {n: item for n, item in write(self).items() if n not in later or item not in (later[n], None, [])}
 
 
 class Encoder(Section):

@@ -62,7 +62,7 @@ def state_of_run(folder: Path) -> object:
     for path in sorted(folder.glob("*/seed*/metrics.json")):
         content = json.loads(path.read_text())
         numbers[str(path.relative_to(folder))] = {k: v for k, v in content.items() if k != "timing"}
-    rows = {str(p.relative_to(folder)): len(p.read_text().splitlines()) for p in folder.rglob("history.csv")}
+    rows = {str(p.relative_to(folder)): len(p.read_bytes().splitlines()) for p in folder.rglob("history.csv")}
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()), rows, numbers
 
 

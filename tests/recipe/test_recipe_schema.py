@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from libmtl_fair.errors import RecipeError
 from libmtl_fair.recipe import Optimizer, Recipe, check_names, load_recipe
+from libmtl_fair.recipe.yaml_source import parse_yaml
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 
@@ -237,3 +238,12 @@ def test_check_names_gives_lines_and_near_names(write, recipe_text):
 def test_error_about_an_entry_has_its_line(write, recipe_text):
     error = load_recipe(write(recipe_text)).error(("audit", "delta"), "no reference")
     assert str(error).endswith("small.yaml:19: audit.delta: no reference")
+
+
+def test_later_fields_are_written_where_they_are_said_and_leave_older_fingerprints_alone(recipe_text):
+    plain = Recipe.from_dict(parse_yaml(recipe_text).data)
+    later = {"test_seed", "max_categories", "drop", "where", "missing_values"}
+    assert not later & plain.to_dict()["data"].keys()
+    said = Recipe.from_dict({**plain.to_dict(), "data": {**plain.to_dict()["data"], "resplit": True, "test_seed": 0}})
+    assert said.to_dict()["data"]["test_seed"] == 0
+    assert Recipe.from_dict(said.to_dict()) == said
