@@ -102,7 +102,7 @@ def loose(
     several: bool,
     settings: Mapping[str, object],
     auxiliary: Sequence[object] = (),
-) -> tuple[Any, dict[str, object]]:
+) -> tuple[Loose, dict[str, object]]:
     """Return the weighting of a loop of one's own, and what its ``backward`` is called with.
 
     Raises
@@ -119,7 +119,7 @@ def loose(
             f"{wanted.__name__} looks at the gradients of each task's head: make FairStep with heads={{task: head}}"
         )
     cls = type(wanted.__name__, (Loose, *bases, Model), {})
-    model: Any = cls(tasks, heads, encoder, several)
+    model: Loose = cls(tasks, heads, encoder, several)
     model.init_param()
     vars(model)["auxiliary_tasks"] = auxiliary
     if declared is not None:
