@@ -9,30 +9,7 @@ import pandas as pd
 import pytest
 from sklearn.model_selection import train_test_split
 
-
-def make_people(n: int = 200, seed: int = 0) -> pd.DataFrame:
-    rng = np.random.default_rng(seed)
-    frame = pd.DataFrame(
-        {
-            "age": rng.integers(18, 90, n),
-            "height": rng.normal(170, 10, n).round(1),
-            "job": rng.choice(["clerk", "nurse", "smith"], n),
-            "sex": rng.choice(["female", "male"], n),
-            "race": rng.choice(["a", "b", "c"], n, p=[0.6, 0.3, 0.1]),
-            "sick": rng.integers(0, 2, n),
-            "state": rng.choice(["good", "fair", "poor"], n),
-            "pain": rng.integers(0, 2, n),
-            "cough": rng.integers(0, 2, n),
-            "cost": np.exp(rng.normal(3, 1, n)),
-        }
-    )
-    frame.loc[::11, "height"] = np.nan
-    frame.loc[3::17, "job"] = None
-    frame.loc[5::19, "race"] = None
-    frame["sick"] = frame["sick"].astype(float)
-    frame.loc[2::13, "sick"] = np.nan
-    frame.loc[4::23, "state"] = None
-    return frame
+from tests.harness.people import make_people
 
 
 def readme_split(y: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -24,6 +24,7 @@ from libmtl_fair.recipe.yaml_source import Source, parse_yaml
 from libmtl_fair.report import card_markdown, read_run
 from libmtl_fair.report.page import render
 from tests.harness.common import Trials, WrongNumberError, main
+from tests.harness.people import make_people
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 SNIPPETS = [
@@ -180,31 +181,9 @@ TASKS: dict[str, dict[str, Any]] = {
 CELLS = ["?", {1: 2}, [1], 1e308, -np.inf, pd.Timestamp("2020-01-01"), "", 0, "None", "NA", "=1+1", "\x1b[2J", True]
 
 
-def people(n: int, seed: int) -> pd.DataFrame:
-    """Return a table with every kind of column, some cells missing."""
-    rng = np.random.default_rng(seed)
-    frame = pd.DataFrame(
-        {
-            "age": rng.integers(18, 90, n),
-            "height": rng.normal(170, 10, n).round(1),
-            "job": rng.choice(["clerk", "nurse", "smith"], n),
-            "sex": rng.choice(["female", "male"], n),
-            "race": rng.choice(["a", "b", "c"], n, p=[0.6, 0.3, 0.1]),
-            "sick": rng.integers(0, 2, n).astype(float),
-            "state": rng.choice(["good", "fair", "poor"], n),
-            "pain": rng.integers(0, 2, n),
-            "cough": rng.integers(0, 2, n),
-            "cost": np.exp(rng.normal(3, 1, n)),
-        }
-    )
-    for start, step, column in ((0, 11, "height"), (3, 17, "job"), (5, 19, "race"), (2, 13, "sick"), (4, 23, "state")):
-        frame.loc[start::step, column] = np.nan
-    return frame
-
-
 def tables(draw: random.Random) -> str:
     """Columns of a table change their type, name or values, and the spec of tasks and groups its own."""
-    frame = people(draw.choice([2, 60, 150, 150]), draw.randrange(10**6))
+    frame = make_people(draw.choice([2, 60, 150, 150]), draw.randrange(10**6))
     column = draw.choice(list(frame.columns))
     change = draw.randrange(12)
     if change == 0:
@@ -255,7 +234,7 @@ def tables(draw: random.Random) -> str:
 @functools.cache
 def _finished() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="mutate"))
-    people(300, 0).to_csv(folder / "t.csv", index=False)
+    make_people(300, 0).to_csv(folder / "t.csv", index=False)
     data = {
         "table": str(folder / "t.csv"),
         "tasks": {"sick": {"kind": "binary"}, "cost": {"kind": "regression"}},
