@@ -1,15 +1,9 @@
-"""Kinds of task: loss, observed labels, audit score and metrics of one entry of a LibMTL ``task_dict``.
-
-A task says what its labels and outputs mean. From that follow the masked loss that LibMTL trains on, the metric it
-shows, the probabilities that group metrics read, and the score in [0, 1] that the fixed-delta audit compares
-(METHODS.md, section 0). Labels that are missing are ``NaN`` (float labels) or ``-100`` (integer labels).
-"""
+"""Tasks of one label, or one row of labels, an example: yes or no, classes, several labels, a number."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as nnf
@@ -17,100 +11,9 @@ from torch import Tensor
 
 from libmtl_fair import functional as F
 from libmtl_fair.errors import DataError, RecipeError
+from libmtl_fair.tasks.base import IGNORE_INDEX, Task, need_count, registered, with_nan
 
-IGNORE_INDEX = -100
-"""Integer label of an example whose label is missing (PyTorch's ``ignore_index``)."""
-
-AUXILIARY_PREFIX = "fair:"
-"""Names of auxiliary fairness tasks start with this; names of other tasks must not."""
-
-MAIN_SHARE = 0.98
-"""Share of the main tasks' losses beside those of auxiliary fairness tasks unless it is told (ours, measured)."""
-
-_KNOWN = ("binary", "multiclass", "multilabel", "regression")
 _NORMAL_Q10 = -1.2815515655446004
-
-
-def with_nan(labels: Tensor) -> Tensor:
-    """Return labels as floats, NaN where missing."""
-    if labels.is_floating_point():
-        return labels
-    return torch.where(labels == IGNORE_INDEX, torch.nan, labels.to(torch.get_default_dtype()))
-
-
-@dataclass(frozen=True)
-class Task:
-    """One task of a multi-task model. Use :class:`Binary`, :class:`Multiclass`, :class:`Multilabel`, :class:`Regression`.
-
-    A subclass of one of these is of its kind. A kind of one's own derives from this class, has a ``kind`` and defines
-    :meth:`example_losses`, :meth:`probabilities` and :meth:`score`; it trains, predicts and is audited by its score. Methods
-    and metrics of groups know the four kinds only, and say so.
-
-    Parameters
-    ----------
-    name : str
-        Key of the task in labels, outputs, heads and tables.
-    """
-
-    name: str
-    kind: ClassVar[str] = "task"
-    auxiliary: ClassVar[bool] = False
-    higher_is_better: ClassVar[bool] = True
-
-    def __init_subclass__(cls) -> None:
-        """Let what derives from a known kind be of that kind."""
-        known = next((kind for base in cls.__mro__[1:] if (kind := vars(base).get("kind")) in _KNOWN), None)
-        if known is not None:
-            cls.kind = known
-
-    def __post_init__(self) -> None:
-        """Check what every kind has in common."""
-        if not isinstance(self.name, str) or not self.name:
-            raise RecipeError(f"a task's name must be a non-empty string, found {self.name!r}")
-
-    @property
-    def out_features(self) -> int:
-        """Number of outputs that the task's head needs."""
-        return 1
-
-    def flat(self, labels: Tensor) -> Tensor:
-        """Return labels [B] for [B] or [B, 1]."""
-        return labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels
-
-    def observed(self, labels: Tensor) -> Tensor:
-        """Return which examples have a label: bool [B]."""
-        return with_nan(self.flat(labels)).isfinite()
-
-    @property
-    def labels_are(self) -> str:
-        """What labels of this kind are, for messages."""
-        return "finite numbers, NaN where missing"
-
-    def wrong(self, labels: Tensor) -> Tensor:
-        """Return which values are no labels of this kind, bool like ``labels``; a missing label is none of them."""
-        return torch.isinf(labels)
-
-    def example_losses(self, output: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of each example, [B]; 0, with zero gradient, where the label is missing."""
-        raise NotImplementedError
-
-    def loss(self, output: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean loss over observed labels (scalar); 0 with zero gradient if there is none."""
-        count = self.observed(labels).sum().clamp(min=1)
-        return self.example_losses(output, labels).sum() / count
-
-    def probabilities(self, output: Tensor) -> Tensor:
-        """Return probabilities, or the predicted value for regression: [B] or [B, C]."""
-        raise NotImplementedError
-
-    def log_odds(self, output: Tensor) -> Tensor:
-        """Return the log-odds of each probability, or the predicted value for regression: [B] or [B, C]."""
-        return output
-
-    def score(self, output: Tensor) -> Tensor:
-        """Return the audit score of each example, [B], in [0, 1]: its highest probability (METHODS.md, section 0)."""
-        p = self.probabilities(output)
-        return p if p.dim() == 1 else p.amax(dim=-1)
 
 
 class _YesNo(Task):
@@ -129,6 +32,7 @@ class _YesNo(Task):
         return other & (~labels.isnan() if labels.is_floating_point() else labels != IGNORE_INDEX)
 
 
+@registered
 @dataclass(frozen=True)
 class Binary(_YesNo):
     """A yes/no task. Output: one logit ([B] or [B, 1]) or two ([B, 2]); labels 0/1, NaN (or -100) where missing.
@@ -158,6 +62,7 @@ class Binary(_YesNo):
         return torch.sigmoid(self.logit(output))
 
 
+@registered
 @dataclass(frozen=True)
 class Multiclass(Task):
     """One of ``n_classes``. Output: logits [B, C]; labels int64 [B], -100 where missing.
@@ -172,7 +77,7 @@ class Multiclass(Task):
     def __post_init__(self) -> None:
         """Check the number of classes."""
         super().__post_init__()
-        _need_count(self.name, "n_classes", self.n_classes, 2)
+        need_count(self.name, "n_classes", self.n_classes, 2)
         if self.classes is not None and len(self.classes) != self.n_classes:
             raise RecipeError(
                 f"task {self.name!r}: {len(self.classes)} class names for n_classes={self.n_classes}; give one name a class"
@@ -211,6 +116,7 @@ class Multiclass(Task):
         return log_p - torch.log((-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).eps))
 
 
+@registered
 @dataclass(frozen=True)
 class Multilabel(_YesNo):
     """Any of ``n_labels``. Output: logits [B, C]; labels float [B, C] of 0/1, NaN where missing.
@@ -226,7 +132,7 @@ class Multilabel(_YesNo):
     def __post_init__(self) -> None:
         """Check the number of labels."""
         super().__post_init__()
-        _need_count(self.name, "n_labels", self.n_labels, 1)
+        need_count(self.name, "n_labels", self.n_labels, 1)
         if self.labels is not None and len(self.labels) != self.n_labels:
             raise RecipeError(f"task {self.name!r}: {len(self.labels)} label names for n_labels={self.n_labels}")
 
@@ -263,6 +169,7 @@ class Multilabel(_YesNo):
         return torch.sigmoid(output)
 
 
+@registered
 @dataclass(frozen=True)
 class Regression(Task):
     """A number. Output [B] or [B, 1] and labels [B] in standardised units; ``mean`` and ``std`` give native units.
@@ -318,39 +225,3 @@ class Regression(Task):
             raise DataError(f"task {self.name!r}: the reference model has no finite output to take a score range from")
         low, high = torch.quantile(values, torch.tensor([0.1, 0.9], dtype=values.dtype)).tolist()
         return replace(self, score_range=(low, high))
-
-
-def _need_count(task: str, field: str, found: object, least: int) -> None:
-    if isinstance(found, bool) or not isinstance(found, int) or found < least:
-        raise RecipeError(f"task {task!r}: {field} must be an integer of at least {least}, found {found!r}")
-
-
-KINDS: Mapping[str, type[Task]] = {cls.kind: cls for cls in (Binary, Multiclass, Multilabel, Regression)}
-"""Task kinds by name, as recipes spell them."""
-
-
-def need_known_kinds(who: str, tasks: Iterable[Task | None]) -> None:
-    """Raise RecipeError where a task is of a kind of one's own."""
-    for task in tasks:
-        if task is not None and task.kind not in (*_KNOWN, "auxiliary"):
-            raise RecipeError(
-                f"{who} knows {', '.join(_KNOWN)} tasks, and {task.name!r} is of a kind of your own, {task.kind!r} "
-                f"({type(task).__name__}): derive it from the class of one of these, or leave it out"
-            )
-
-
-def task_to_dict(task: Task) -> dict[str, Any]:
-    """Return a task as plain values, its kind among them."""
-    return {"kind": task.kind, **asdict(task)}
-
-
-def task_from_dict(values: Mapping[str, Any]) -> Task:
-    """Read what :func:`task_to_dict` gave, from JSON too.
-
-    >>> task_from_dict(task_to_dict(Binary("income")))
-    Binary(name='income')
-    """
-    fields = {name: tuple(item) if isinstance(item, list) else item for name, item in values.items() if name != "kind"}
-    made: type[Any] = KINDS[values["kind"]]
-    task: Task = made(**fields)
-    return task
