@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from torch import nn
 
 import libmtl_fair as lf
-from libmtl_fair.errors import RecipeError
-from libmtl_fair.models import MLP, linear_heads
+from libmtl_fair.errors import DataError, RecipeError
+from libmtl_fair.models import MLP, encoder_for, linear_heads
+from libmtl_fair.recipe.build import check
+from libmtl_fair.recipe.schema import load_recipe
 
 
 @pytest.mark.parametrize("norm", [None, "batch", "layer"])
@@ -61,3 +64,40 @@ def test_heads_have_the_width_of_their_task() -> None:
         "c": (8, 3),
         "d": (8, 1),
     }
+
+
+class TestEncodersByName:
+    @pytest.mark.parametrize(
+        ("name", "shape", "args", "error", "match"),
+        [
+            ("mpl", (3,), {}, RecipeError, r"unknown encoder 'mpl'; did you mean 'mlp'\?"),
+            ("mlp", (3, 4, 4), {}, DataError, r"encoder 'mlp' takes rows of numbers .* inputs of shape \[3, 4, 4\]"),
+            (
+                "mlp",
+                (3,),
+                {"hiden": [4]},
+                RecipeError,
+                r"unknown argument of encoder 'mlp' 'hiden'; did you mean 'hidden'",
+            ),
+            ("mlp", (3,), {"hidden": 4}, RecipeError, r"encoder 'mlp' cannot be made of {'hidden': 4}"),
+        ],
+    )
+    def test_what_does_not_fit(
+        self, name: str, shape: tuple[int, ...], args: dict[str, Any], error: type[Exception], match: str
+    ) -> None:
+        with pytest.raises(error, match=match):
+            encoder_for(name)(shape, args)
+
+    @pytest.mark.parametrize(
+        ("model", "match"),
+        [
+            ("{encoder: mlpp}", r"recipe.yaml:\d+: model.encoder: unknown encoder 'mlpp'"),
+            ("{encoder_args: {hidden: [4]}}", r"model.encoder_args: encoder 'mlp' takes its settings from hidden"),
+            ("{weights: a.pt}", r"model.weights: encoder 'mlp' is trained from the start"),
+        ],
+    )
+    def test_in_a_recipe(self, tmp_path: Path, model: str, match: str) -> None:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(f"name: x\ndata: {{name: adult}}\nmodel: {model}\nmethods: {{plain: {{weighting: EW}}}}\n")
+        with pytest.raises(RecipeError, match=match):
+            check(load_recipe(path))

@@ -22,10 +22,10 @@ from libmtl_fair.libmtl.trainer import FairTrainer
 from libmtl_fair.memory import need_memory
 from libmtl_fair.methods.base import Declared
 from libmtl_fair.methods.heads.auxiliary import add_fairness_heads
-from libmtl_fair.models import MLP, linear_heads
+from libmtl_fair.models import encoder_for, linear_heads
 from libmtl_fair.recipe.post import POST_SETTINGS, check_post
 from libmtl_fair.recipe.schema import Recipe, check_names
-from libmtl_fair.recipe.sections import Model, Train
+from libmtl_fair.recipe.sections import Encoder, Model, Train
 from libmtl_fair.tasks import Task
 
 EVAL_BATCH = 8192
@@ -48,12 +48,37 @@ def check(recipe: Recipe) -> None:
     known = {*weighting_names(), *imported.values(), *POST_SETTINGS}
     check_names(recipe, known, architecture_names(), dataset_names(), settings)
     check_post(recipe)
+    _check_encoders(recipe)
     for name, method in recipe.methods.items():
         try:
             if method.weighting in ours:
                 ours[method.weighting].from_args(method.weighting, method.args)
         except RecipeError as error:
             raise recipe.error(("methods", name, *error.where), str(error)) from error
+
+
+def _check_encoders(recipe: Recipe) -> None:
+    """Check that encoders are known, and their arguments."""
+    for name in recipe.methods:
+        model, own = recipe.model_for(name), recipe.methods[name].model
+
+        def where(field: str, own: Encoder | None = own, name: str = name) -> tuple[str, ...]:
+            return ("methods", name, "model", field) if own and field in own.model_fields_set else ("model", field)
+
+        try:
+            kind = encoder_for(model.encoder)
+        except RecipeError as error:
+            raise recipe.error(where("encoder"), str(error)) from error
+        if kind.name == "mlp" and model.encoder_args:
+            text = "encoder 'mlp' takes its settings from hidden, dropout and norm beside it, found encoder_args"
+            raise recipe.error(where("encoder_args"), text)
+        if kind.name == "mlp" and model.weights:
+            raise recipe.error(where("weights"), "encoder 'mlp' is trained from the start; leave weights out")
+        try:
+            with torch.device("meta"):
+                kind((3,) * kind.dims, model.encoder_args)
+        except RecipeError as error:
+            raise recipe.error(where("encoder_args"), str(error)) from error
 
 
 def make_dataset(recipe: Recipe, seed: int) -> Dataset:
@@ -98,6 +123,8 @@ def need_model(model: Model, n_features: int) -> None:
     DataError
         More than what is free.
     """
+    if model.encoder != "mlp":
+        return  # of a size that does not hang on the data
     widths = (n_features, *model.hidden)
     weights = sum(a * b for a, b in itertools.pairwise(widths))
     need_memory(16.0 * weights, f"a model of widths {list(widths)}", "give a smaller model.hidden, or fewer inputs")
@@ -144,7 +171,10 @@ def utility_of(tasks: Mapping[str, Task | None]) -> Callable[[Results], float]:
 
 
 class Shape(Protocol):
-    """What a model's shape needs of data: the width of the inputs and the names of the groups."""
+    """What a model's shape needs of data: the width of the inputs and the names of the groups.
+
+    Data whose inputs are no rows of numbers have ``input_shape`` too: [steps, features], or [channels, height, width].
+    """
 
     @property
     def n_features(self) -> int:
@@ -160,16 +190,13 @@ def make_trainer(
 ) -> FairTrainer:
     """Return the trainer of one method and seed of a recipe; ``options`` go to :class:`FairTrainer`, above the recipe's own."""
     spec, train, model = recipe.methods[method], recipe.train_for(method), recipe.model_for(method)
-    if model.encoder != "mlp":
-        raise recipe.error(
-            ("model", "encoder"), f"encoder {model.encoder!r} is for Python use; recipes of tables take 'mlp'"
-        )
     heads = None if spec.heads is None else spec.heads.model_dump(exclude_none=True)
     judge = utility_of({t.name: t for t in tasks}) if train.select_by == "utility" else None
     settled = {"progress": False, "select_by": judge, "loggers": recipe.output.loggers, "weight_args": dict(spec.args)}
     made = settled | options
     weighting = str(made.pop("weighting", spec.weighting))
-    return build_trainer(weighting, model, train, tasks, data.n_features, data.groups, seed, heads=heads, **made)
+    shape = tuple(getattr(data, "input_shape", (data.n_features,)))
+    return build_trainer(weighting, model, train, tasks, shape, data.groups, seed, heads=heads, **made)
 
 
 def build_trainer(
@@ -177,7 +204,7 @@ def build_trainer(
     model: Model,
     train: Train,
     tasks: Sequence[Task],
-    n_features: int,
+    input_shape: Sequence[int],
     groups: Mapping[str, Sequence[str]],
     seed: int | None,
     *,
@@ -185,14 +212,17 @@ def build_trainer(
     encoder: Callable[[int], nn.Module] | None = None,
     **options: Any,
 ) -> FairTrainer:
-    """Return a trainer with an MLP (or an ``encoder``), linear heads and the fairness heads asked for, initialised from the seed.
+    """Return a trainer with the model's encoder, heads and the fairness heads asked for, initialised from the seed.
 
-    ``heads`` are arguments of :func:`add_fairness_heads`, ``options`` what else goes to :class:`FairTrainer`.
+    ``encoder`` stands in the place of the model's own: a function of the number of columns. ``heads`` are arguments of
+    :func:`add_fairness_heads`, ``options`` what else goes to :class:`FairTrainer`.
     """
-    need_model(model, n_features)
+    if encoder is None:
+        need_model(model, input_shape[0])
     if seed is not None:
         seed_everything(seed)
-    width = model.hidden[-1] if encoder is None else _width(encoder, n_features)
+    made_by = partial(_encoder, model, input_shape) if encoder is None else partial(encoder, input_shape[0])
+    width = _out_features(made_by) if encoder is None else _width(encoder, input_shape[0])
     described, decoders = task_dict(tasks), dict(linear_heads(tasks, width).items())
     if heads is not None:
         counts = {name: len(names) for name, names in groups.items()}
@@ -202,14 +232,12 @@ def build_trainer(
         decoders = dict(made.items())
     arch_args = dict(model.arch_args)
     if model.architecture in ("MMoE", "CGC", "DSelect_k"):
-        arch_args.setdefault("img_size", [n_features])
+        arch_args.setdefault("img_size", list(input_shape))
     return FairTrainer(
         described,
         weighting,
         model.architecture,
-        partial(encoder, n_features)
-        if encoder is not None
-        else lambda: MLP(n_features, model.hidden, model.dropout, model.norm),
+        made_by,
         decoders,
         train.rep_grad,
         False,
@@ -226,6 +254,24 @@ def build_trainer(
             **options,
         },
     )
+
+
+def _encoder(model: Model, input_shape: Sequence[int]) -> nn.Module:
+    """Return the model's encoder for inputs of this shape."""
+    kind = encoder_for(model.encoder)
+    own = (
+        {"hidden": model.hidden, "dropout": model.dropout, "norm": model.norm}
+        if kind.name == "mlp"
+        else model.encoder_args
+    )
+    return kind(input_shape, own)
+
+
+def _out_features(made_by: Callable[[], nn.Module]) -> int:
+    """Return the width of the representation, without making the weights."""
+    with torch.device("meta"):
+        width: Any = made_by().out_features
+    return int(width)
 
 
 @torch.no_grad()

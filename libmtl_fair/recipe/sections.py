@@ -209,12 +209,24 @@ class Data(Section):
 
 
 class Encoder(Section):
-    """Encoder of the model: what a method may change of it."""
+    """Encoder of the model: what a method may change of it.
 
-    encoder: Literal["mlp", "lstm", "resnet"] = "mlp"
+    ``hidden``, ``dropout`` and ``norm`` are of ``mlp``; other encoders have ``encoder_args``, and may start from the ``weights``
+    of a file.
+    """
+
+    encoder: Text = "mlp"
     hidden: Widths = (128, 64)
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     norm: Literal["batch", "layer"] | None = None
+    encoder_args: Settings = Field(default_factory=dict)
+    weights: Text | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Leave out what is not said, so that recipes from before these fields keep their fingerprints."""
+        later = {"encoder_args", "weights"} - self.model_fields_set
+        return {name: value for name, value in write(self).items() if name not in later}
 
 
 class Model(Encoder):

@@ -120,7 +120,7 @@ class FairMTLBase(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
             Model.model_construct(None, hidden=widths, dropout=self.dropout, **architecture),
             Train.model_construct(optimizer=optimizer, select="best" if self.validation_fraction > 0 else "last"),
             [target.task for target in self.targets_],
-            self.n_columns_,
+            (self.n_columns_,),
             self.groups_,
             seed,
             progress=False,
