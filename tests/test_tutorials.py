@@ -1,4 +1,4 @@
-"""Tutorials compile, are percent scripts, and use only names that exist; CI runs them (``tutorials/run_all.py --smoke``)."""
+"""Tutorials compile, are percent scripts, and use only names that exist; CI executes them for the documentation."""
 
 from __future__ import annotations
 
