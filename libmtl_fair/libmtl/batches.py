@@ -144,8 +144,14 @@ def endless(trainer: TrainingState, loader: Loader, tasks: Sequence[str]) -> Ite
             yield batch
         if empty:
             raise DataError(
-                "a training loader has no batch: its data set is empty, or smaller than a batch with drop_last"
+                "a training loader has no batch: its data set is empty, smaller than a batch with drop_last, or an iterator at its "
+                "end (one that can be gone through again starts anew)"
             )
+
+
+def once(loader: object) -> bool:
+    """Whether a loader is an iterator, such as a generator, that gives its batches once."""
+    return isinstance(loader, Iterator) and iter(loader) is loader
 
 
 def declared(loader: Loader, name: str) -> Mapping[str, Any]:
@@ -170,13 +176,19 @@ def batch_count(loaders: Iterable[Loader]) -> int | None:
         return None
 
 
-def group_counts(loaders: Sequence[Loader]) -> dict[str, int]:
+def group_counts(loaders: Sequence[Loader], endless: bool = False) -> dict[str, int]:
     """Return attribute -> number of groups: as the loaders declare it, else by one look through them.
 
-    Ids are never counted anew from a batch, so that a group that a batch lacks does not shift the others.
+    Ids are never counted anew from a batch, so that a group that a batch lacks does not shift the others. An iterator would be used
+    up by a look; so would a pass without end, which a loader without a length may have where ``endless``.
     """
     counts: dict[str, int] = {}
     for loader in loaders:
+        if not declared(loader, "n_groups") and (once(loader) or (endless and batch_count([loader]) is None)):
+            raise DataError(
+                "sensitive groups are needed, and a loader without a length does not say how many there are: give FairTrainer "
+                "n_groups={attribute: number of groups}, or the loader or its data set such an attribute"
+            )
         for name, count in (declared(loader, "n_groups") or _scan(loader)).items():
             need_few_groups(f"groups of sensitive attribute {name!r}", int(count))
             counts[name] = max(int(count), counts.get(name, 0))

@@ -110,6 +110,8 @@ def evaluate(trainer: TrainingState, loaders: Loaders) -> Results:
             trainer.task_dict[task]["metrics_fn"].update_fun(output, label)
     found: Results = {}
     for task in trainer.main_tasks:
+        if total[task] is zero:
+            raise DataError(f"the loader has no batch for task {task!r}; nothing to evaluate")
         entry, labelled = trainer.task_dict[task], float(count[task])
         scores = zip(entry["metrics"], entry["metrics_fn"].score_fun())
         found[task] = {"loss": float(total[task]) / labelled if labelled else float("nan")}

@@ -229,8 +229,11 @@ class TrainingState(StepState, Trainer):  # type: ignore[misc]
     ----------
     samples : int
         Batches that a step takes.
+    steps_per_epoch : int or None
+        Steps of an epoch where the user says; the loaders' pass otherwise.
     """
 
+    steps_per_epoch: int | None = None
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler | torch.optim.lr_scheduler.ReduceLROnPlateau | None
     group_modules: list[TakesGroups]

@@ -46,17 +46,16 @@ class Made(NamedTuple):
 def draw(trainer: TrainingState, loaders: Loaders) -> Iterator[object]:
     """Yield what each step of an epoch needs: a batch, a batch a task, or several batches for MoDo and SDMGrad.
 
-    The longest loader sets the number of steps; shorter ones start again.
+    The longest loader sets the number of steps, or ``steps_per_epoch`` does; shorter ones start again.
     """
     found = batches.per_task(trainer, loaders)
-    if not trainer.multi_input and trainer.samples == 1:
+    if not trainer.multi_input and trainer.samples == 1 and trainer.steps_per_epoch is None:
         yield from batches.drawn(found[""], trainer, trainer.main_tasks)
         return
     streams = {
         name: batches.endless(trainer, loader, [name] if name else trainer.main_tasks) for name, loader in found.items()
     }
-    lengths: list[Any] = list(found.values())
-    for _ in range(max(map(len, lengths))):
+    for _ in range(trainer.steps_per_epoch or batches.batch_count(found.values()) or 0):
         taken = [{name: next(stream) for name, stream in streams.items()} for _ in range(trainer.samples)]
         parts = taken if trainer.multi_input else [each[""] for each in taken]
         yield parts if trainer.samples > 1 else parts[0]

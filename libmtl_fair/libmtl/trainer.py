@@ -23,7 +23,7 @@ from libmtl_fair.files import writes
 from libmtl_fair.libmtl import checkpoint
 from libmtl_fair.libmtl import checkpoint_selection as selection
 from libmtl_fair.libmtl import step as stepping
-from libmtl_fair.libmtl.batches import batch_count, group_counts, per_task, set_epoch
+from libmtl_fair.libmtl.batches import batch_count, group_counts, once, per_task, set_epoch
 from libmtl_fair.libmtl.checkpoint_selection import DivergenceError
 from libmtl_fair.libmtl.compat import forward
 from libmtl_fair.libmtl.evaluate import collapsed, evaluate, predict
@@ -95,6 +95,8 @@ class FairTrainer(TrainingState):
     loggers : iterable of str or Tracker, default ()
         Where each epoch's numbers go besides ``epochs.jsonl`` in ``run_dir``: ``"tensorboard"``, ``"mlflow"``,
         ``"wandb"``, or objects with ``log_epoch(epoch, values)``; see :mod:`libmtl_fair.libmtl.loggers`.
+    n_groups : mapping of str to int, optional
+        Attribute -> number of groups. Without it the loaders' ``n_groups`` say, or one look through them.
     weight_args, arch_args : mapping of str to object, optional
         Hyperparameters, as in LibMTL; missing ones take LibMTL's defaults.
 
@@ -131,6 +133,7 @@ class FairTrainer(TrainingState):
         amp: str | None = None,
         callbacks: Iterable[object] = (),
         loggers: Iterable[str | Tracker] = (),
+        n_groups: Mapping[str, int] | None = None,
         weight_args: Mapping[str, object] | None = None,
         arch_args: Mapping[str, object] | None = None,
         save_path: str | Path | None = None,
@@ -169,6 +172,7 @@ class FairTrainer(TrainingState):
         self.samples, self.faults = stepping.SAMPLES.get(self.weighting, 1), Faults()
         self.update = Update(accumulate, clip_norm, self._precision(amp))
         self.callbacks, self._stopped = tuple(callbacks), False
+        self._declared_groups = dict(n_groups or {})
         self.prepare_optimizer()
         self.start_afresh()
         self.validation: Loaders | None = None
@@ -219,6 +223,8 @@ class FairTrainer(TrainingState):
         epochs: int = 1,
         val_dataloaders: Loaders | None = None,
         return_weight: bool = False,
+        *,
+        steps_per_epoch: int | None = None,
     ) -> Floats | None:
         """Train; choose the epoch on validation data only; score the test data once, at the end.
 
@@ -230,6 +236,10 @@ class FairTrainer(TrainingState):
             In all; a resumed run, or a second call, goes on to this number.
         return_weight : bool, default False
             Return the tasks' weights of every step, [T, steps] numpy, NaN where a weighting has none.
+        steps_per_epoch : int, optional
+            Steps of an epoch, for loaders that do not say how many batches they have: each epoch begins a new pass, and one that
+            ends starts again. Without it one pass is an epoch. Several processes, several loaders, MoDo, SDMGrad and FairMT for one
+            epoch need the number.
 
         Raises
         ------
@@ -242,6 +252,7 @@ class FairTrainer(TrainingState):
         """
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
             raise RecipeError(f"epochs must be a whole number of at least 0, found {epochs!r}")
+        self._take_steps(steps_per_epoch, train_dataloaders, val_dataloaders, epochs)
         self.validation = val_dataloaders
         self._start(train_dataloaders, val_dataloaders, epochs)
         self._trackers.start(self)
@@ -261,7 +272,8 @@ class FairTrainer(TrainingState):
                 self._before_best = selection.Snapshot()
                 self._before_best.take(self)
             selection.hold_best(self)
-        if self.auxiliary and val_dataloaders is not None and self.global_step >= _ENOUGH:
+        again = val_dataloaders is not None and not any(map(once, per_task(self, val_dataloaders).values()))
+        if self.auxiliary and val_dataloaders is not None and again and self.global_step >= _ENOUGH:
             losses = dict(zip(self.task_name, self.model.train_loss_buffer[:, self.epoch - 1].tolist()))
             if lost := collapsed(self, val_dataloaders, losses):
                 warnings.warn(
@@ -302,7 +314,37 @@ class FairTrainer(TrainingState):
         self.model.train_loss_buffer = np.zeros((self.task_num, max(epochs, held.shape[1])))
         self.model.train_loss_buffer[:, : held.shape[1]] = held
         self.model.epochs = epochs
-        self.epoch_steps = batch_count(per_task(self, train_dataloaders).values())
+
+    def _take_steps(self, asked: int | None, loaders: Loaders, validation: Loaders | None, epochs: int) -> None:
+        """Settle how many steps an epoch has; refuse loaders without a length where it has to be known."""
+        if asked is not None and (isinstance(asked, bool) or not isinstance(asked, int) or asked < 1):
+            raise RecipeError(f"steps_per_epoch must be a whole number of at least 1, or None, found {asked!r}")
+        found = per_task(self, loaders)
+        self.steps_per_epoch, self.epoch_steps = asked, asked or batch_count(found.values())
+        left = epochs - self.epoch
+        again = "hand over what can be gone through again: a DataLoader, or an object whose __iter__ begins anew"
+        if left > 1 and validation is not None and any(map(once, per_task(self, validation).values())):
+            raise DataError(
+                f"the validation loader is an iterator, which gives its batches once, and not {left} times: {again}"
+            )
+        if left > 1 and asked is None and any(map(once, found.values())):
+            raise DataError(
+                f"the training loader is an iterator, which gives its batches once, and there are {left} epochs: {again}; or say "
+                "how long an epoch is with train(steps_per_epoch=...)"
+            )
+        if left < 1 or self.epoch_steps is not None:
+            return
+        who = {
+            "several processes need": self.processes is not None,
+            f"multi_input=True with {len(found)} loaders needs": len(found) > 1,
+            f"{self.weighting}, which takes {self.samples} batches a step, needs": self.samples > 1,
+        }
+        for name, needs in who.items():
+            if needs:
+                raise DataError(
+                    f"{name} as many steps in an epoch as is said, and a training loader has no length (__len__): give "
+                    "train(steps_per_epoch=...)"
+                )
 
     def _align(self, processes: Processes, loaders: Mapping[str, Loader]) -> None:
         """Let all processes draw, and shuffle, as the first one does; say where their loaders do not go together."""
@@ -391,12 +433,13 @@ class FairTrainer(TrainingState):
         else:
             return
         given = [loaders for loaders in (train_dataloaders, val_dataloaders) if loaders is not None]
-        self.n_groups = group_counts([loader for loaders in given for loader in per_task(self, loaders).values()])
+        found = [loader for loaders in given for loader in per_task(self, loaders).values()]
+        self.n_groups = dict(self._declared_groups) or group_counts(found, endless=self.steps_per_epoch is not None)
         if self.processes is not None:
-            found = self.processes.objects(self.n_groups)
+            known = self.processes.objects(self.n_groups)
             self.n_groups = {
-                name: max(counts.get(name, 0) for counts in found)
-                for name in dict.fromkeys(n for c in found for n in c)
+                name: max(counts.get(name, 0) for counts in known)
+                for name in dict.fromkeys(n for c in known for n in c)
             }
         empty = [name for name, count in self.n_groups.items() if count < 1]
         if empty:

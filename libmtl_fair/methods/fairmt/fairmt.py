@@ -284,7 +284,7 @@ class FairMT(Penalty):
             if epochs == 1:
                 raise HostError(
                     "FairMT: with one epoch the training loader must say how many batches it has (__len__), so that a part of "
-                    "them can be plain"
+                    "them can be plain; or give train(steps_per_epoch=...)"
                 )
             self.epoch_length += 1
             return Pace(True, 0.0, False, SLOTS), SLOTS
