@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -115,6 +116,7 @@ def schema(
 def methods(name: Annotated[str | None, Argument(help="show one with its settings")] = None) -> None:
     """List the weightings and architectures that recipes and LibMTL can name, or describe one."""
     from libmtl_fair.libmtl.registry import OUR_ARCHITECTURES, OUR_WEIGHTINGS, architecture_names, weighting_names
+    from libmtl_fair.libmtl.torchjd_bridge import PREFIX, torchjd_names, weighting_of
     from libmtl_fair.methods.base import Declared
     from libmtl_fair.recipe.post import POST_SETTINGS
     from libmtl_fair.recipe.sections import POST
@@ -122,6 +124,10 @@ def methods(name: Annotated[str | None, Argument(help="show one with its setting
     posts = {each.removeprefix(POST): cls for each, cls in POST_SETTINGS.items()}
     ours: dict[str, type] = {**OUR_WEIGHTINGS, **OUR_ARCHITECTURES, **posts}
     known = {"weightings": weighting_names(), "architectures": architecture_names(), "post (after training)": [*posts]}
+    if importlib.util.find_spec("torchjd") is not None:
+        bridged = {PREFIX + each: weighting_of(each) for each in torchjd_names()}
+        ours |= bridged
+        known["weightings of TorchJD"] = [*bridged]
     every = [each for names in known.values() for each in names]
     if name is not None and name not in every:
         raise RecipeError(unknown("method", name, every))

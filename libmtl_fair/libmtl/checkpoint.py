@@ -95,6 +95,8 @@ def attributes(model: nn.Module) -> dict[str, Plain]:
             continue
         if isinstance(value, torch.optim.Optimizer):
             state[name] = {"optimizer": value.state_dict()}
+        elif hasattr(value, "held_state"):
+            state[name] = {"held": value.held_state()}
         elif isinstance(value, np.ndarray):
             state[name] = {"array": torch.from_numpy(value.copy())}
         elif isinstance(value, np.generic):
@@ -114,7 +116,10 @@ def set_attributes(model: nn.Module, state: Mapping[str, Plain]) -> None:
         make_problem()  # git main's Nash_MTL makes its problem in its first step only
     for name, value in state.items():
         held = getattr(model, name, None)
-        if isinstance(value, dict) and "optimizer" in value:
+        if isinstance(value, dict) and "held" in value:
+            assert held is not None
+            held.take_state(value["held"])
+        elif isinstance(value, dict) and "optimizer" in value:
             assert held is not None
             held.load_state_dict(value["optimizer"])
         elif isinstance(value, dict):

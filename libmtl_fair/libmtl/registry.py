@@ -36,6 +36,9 @@ OUR_ARCHITECTURES: dict[str, type[Any]] = {}
 BILEVEL = ("MOML", "FORUM", "AutoLambda")
 ENTRY_POINTS = "libmtl_fair.methods"
 """Entry point group in which other packages offer methods."""
+TORCHJD = "torchjd:"
+"""What a weighting of TorchJD's is named with."""
+_TORCHJD_ARGS = "torchjd_args"
 _OTHER_LINEAGE = {
     "RLW.dist": "it takes no 'dist': git main always draws the weights from a normal distribution; leave it out",
     "GradVac.group_type": "it takes no 'group_type': only git main compares gradients layer by layer; leave it out",
@@ -52,12 +55,12 @@ class _Kind(NamedTuple):
     def names(self) -> list[str]:
         """Return the names of the usable classes in LibMTL's namespace."""
         found = ((n, v) for n, v in vars(self.namespace).items() if isinstance(v, type))
-        return sorted(n for n, v in found if issubclass(v, self.base) and v is not self.base)
+        return sorted(n for n, v in found if issubclass(v, self.base) and v is not self.base and ":" not in n)
 
     def resolve(self, wanted: str | type[nn.Module]) -> type[nn.Module]:
         """Return the class for a name, a ``module:Class`` or a class."""
         if isinstance(wanted, type) or ":" in wanted:
-            cls = wanted if isinstance(wanted, type) else _imported(self.what, wanted)
+            cls = wanted if isinstance(wanted, type) else self._elsewhere(wanted)
             if not issubclass(cls, self.base):
                 raise HostError(
                     f"{self.what} {cls.__name__} is no LibMTL {self.what}: subclass LibMTL.{self.what}.{self.base.__name__}"
@@ -68,6 +71,16 @@ class _Kind(NamedTuple):
         if wanted not in self.names():
             raise HostError(unknown(self.what, wanted, self.names()))
         found: type[nn.Module] = getattr(self.namespace, wanted)
+        return found
+
+    def _elsewhere(self, wanted: str) -> type[object]:
+        """Return one of TorchJD's aggregators as a weighting, or the class of a ``module:Class``."""
+        if self.base is not AbsWeighting or not wanted.startswith(TORCHJD):
+            return _imported(self.what, wanted)
+        from libmtl_fair.libmtl.torchjd_bridge import weighting_of
+
+        found = weighting_of(wanted.removeprefix(TORCHJD))
+        setattr(self.namespace, wanted, found)  # where LibMTL's own scripts look it up
         return found
 
 
@@ -84,6 +97,9 @@ def register(*classes: type[nn.Module]) -> None:
         if cls.__name__ not in kind.namespace.__all__:
             kind.namespace.__all__.append(cls.__name__)
         _add_options(cls)
+    if f"--{_TORCHJD_ARGS}" not in config_module.LibMTL_args._option_string_actions:
+        help = "settings of a weighting of TorchJD, as JSON: --weighting torchjd:CAGrad --torchjd_args '{\"c\": 0.4}'"
+        config_module.LibMTL_args.add_argument(f"--{_TORCHJD_ARGS}", type=_value, default={}, help=help)
     if not hasattr(config_module.prepare_args, "wraps"):
         config_module.prepare_args = _wrap_prepare_args(config_module.prepare_args)  # type: ignore[attr-defined]
 
@@ -157,8 +173,11 @@ def _default_args(name: str) -> Mapping[str, object]:
 def weight_args(cls: type[nn.Module], given: Mapping[str, object]) -> dict[str, object]:
     """Return the hyperparameters of a LibMTL weighting: LibMTL's defaults, then those given, in either lineage's names.
 
-    A user's subclass takes its LibMTL parent's defaults, and any name of its own.
+    A user's subclass takes its LibMTL parent's defaults, and any name of its own. A weighting that declares its settings checks them.
     """
+    declared = getattr(cls, "settings_class", None)
+    if declared is not None:
+        return dict(declared.from_args(cls.__name__, given).model_dump())
     name = _parent(cls, _WEIGHTING, "")
     if not name:
         return dict(given)
@@ -216,17 +235,24 @@ def _wrap_prepare_args(original: Prepare) -> Prepare:
 
     @wraps(original)
     def prepare_args(params: argparse.Namespace) -> tuple[dict[str, Any], ...]:
-        _check_name("weighting", params.weighting, [*weighting_names(), *BILEVEL, "DIY"])
+        if params.weighting.startswith(TORCHJD):
+            resolve_weighting(params.weighting)
+        else:
+            _check_name("weighting", params.weighting, [*weighting_names(), *BILEVEL, "DIY"])
         _check_name("architecture", params.arch, [*architecture_names(), "DIY"])
         weighting, architecture = OUR_WEIGHTINGS.get(params.weighting), OUR_ARCHITECTURES.get(params.arch)
         forgotten = prepare_forgotten(params)
         if weighting is None and architecture is None and not forgotten:
             return original(params)
         plain, given = copy.copy(params), _given(weighting, params)
-        declared = weighting is not None and hasattr(weighting, "settings_class")
-        if weighting and declared:
-            plain.weighting = str(given.get("base", weighting.settings_class.model_fields["base"].default))
-            _check_name("base weighting", plain.weighting, [n for n in weighting_names() if n not in OUR_WEIGHTINGS])
+        fields = getattr(getattr(weighting, "settings_class", None), "model_fields", {})
+        base = str(given.get("base", fields["base"].default)) if "base" in fields else ""
+        if base.startswith(TORCHJD):
+            resolve_weighting(base)
+            plain.weighting = "EW"
+        elif base:
+            plain.weighting = base
+            _check_name("base weighting", base, [n for n in weighting_names() if n not in OUR_WEIGHTINGS])
         elif weighting:
             plain.weighting = _parent(weighting, _WEIGHTING, "EW")
         if architecture:
@@ -237,9 +263,13 @@ def _wrap_prepare_args(original: Prepare) -> Prepare:
             kwargs, optim_param, scheduler_param = original(plain)
         optim_param = forgotten.get("optim", optim_param)
         scheduler_param = forgotten.get("scheduler", scheduler_param)
-        if weighting and declared:
-            base_args = {**kwargs["weight_args"], **given.pop("base_args", {})}
-            kwargs["weight_args"] = {**given, "base_args": base_args} if base_args else given
+        further = dict(getattr(params, _TORCHJD_ARGS, None) or {})
+        if weighting and fields:
+            if base:
+                further = further if base.startswith(TORCHJD) else {}
+                base_args = {**kwargs["weight_args"], **further, **given.pop("base_args", {})}
+                given = {**given, "base_args": base_args} if base_args else given
+            kwargs["weight_args"] = given if base else {**given, **further}
             weighting.settings_class.from_args(weighting.__name__, kwargs["weight_args"])
         kwargs["arch_args"].update(_given(architecture, params))
         config_module._display(params, kwargs, optim_param, scheduler_param)

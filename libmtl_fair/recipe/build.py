@@ -16,7 +16,13 @@ from libmtl_fair.data.loader import ResidentLoader
 from libmtl_fair.errors import HostError, RecipeError
 from libmtl_fair.libmtl.checkpoint import random_state_kept, seed_everything
 from libmtl_fair.libmtl.losses import task_dict
-from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS, architecture_names, resolve_weighting, weighting_names
+from libmtl_fair.libmtl.registry import (
+    OUR_WEIGHTINGS,
+    architecture_names,
+    resolve_weighting,
+    weight_args,
+    weighting_names,
+)
 from libmtl_fair.libmtl.state import Results
 from libmtl_fair.libmtl.trainer import FairTrainer
 from libmtl_fair.memory import need_memory
@@ -50,11 +56,18 @@ def check(recipe: Recipe) -> None:
     check_post(recipe)
     _check_encoders(recipe)
     for name, method in recipe.methods.items():
+        base = ""
         try:
             if method.weighting in ours:
                 ours[method.weighting].from_args(method.weighting, method.args)
+            base = str(method.args.get("base", ""))
+            if ":" in base:
+                weight_args(resolve_weighting(base), method.args.get("base_args") or {})
         except RecipeError as error:
-            raise recipe.error(("methods", name, *error.where), str(error)) from error
+            place = ("base_args", *error.where) if ":" in base and error.where else error.where
+            raise recipe.error(("methods", name, *place), str(error)) from error
+        except HostError as error:
+            raise recipe.error(("methods", name, "base"), str(error)) from error
 
 
 def _check_encoders(recipe: Recipe) -> None:

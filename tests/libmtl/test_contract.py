@@ -22,14 +22,18 @@ import libmtl_fair as lf
 from libmtl_fair.libmtl import architecture_names, weighting_names
 from libmtl_fair.libmtl.loading import LINEAGE
 from libmtl_fair.libmtl.registry import OUR_ARCHITECTURES, OUR_WEIGHTINGS
+from libmtl_fair.libmtl.torchjd_bridge import torchjd_names
 from libmtl_fair.models import MLP
 
 REPRESENTATION_ONLY = {"GradDrop"}
 PARAMETERS_ONLY = {
     *("PCGrad", "GradVac", "CAGrad"),
     *("Nash_MTL", "MoCo", "DB_MTL", "FairGrad", "MoDo", "SDMGrad", "UPGrad"),  # git main
+    *("torchjd:GradDrop", "torchjd:TrimmedMean"),
 }
-NEEDS = {"Nash_MTL": "cvxpy", "UPGrad": "qpsolvers"}
+NEEDS = {"Nash_MTL": "cvxpy", "UPGrad": "qpsolvers", "torchjd:CAGrad": "cvxpy", "torchjd:NashMTL": "cvxpy"}
+TORCHJD = [f"torchjd:{name}" for name in torchjd_names()] if importlib.util.find_spec("torchjd") else []
+"""TorchJD's aggregators, each with hard sharing."""
 EQUAL_BATCHES = {"FairMT"}  # with inputs of their own, the tasks' batches must be of one size: see its own suite
 RESNET = {"Cross_stitch", "MTAN", "PLE", "LTB"}
 SINGLE_INPUT = {"Cross_stitch", "LTB"} | ({"PLE"} if LINEAGE == "git main" else set())
@@ -38,8 +42,15 @@ ELSEWHERE = {"FairBranch"}
 OURS_ELSEWHERE = {
     "FBGrad": "groups must be of FairBranch's tree",
     "LambdaMix": "mixes auxiliary heads, which a plain task_dict lacks",
+    "torchjd:Krum": "takes three tasks or more",
 }
-OUR_ARGS: dict[str, dict[str, Any]] = {"FairMT": {"min_count": 1}}
+OUR_ARGS: dict[str, dict[str, Any]] = {
+    "FairMT": {"min_count": 1},
+    "torchjd:CAGrad": {"c": 0.4},
+    "torchjd:Constant": {"weights": [1.0, 0.5]},
+    "torchjd:FairGrad": {"alpha": 1.0},
+    "torchjd:TrimmedMean": {"trim_number": 0},
+}
 SMALL = (4, 4, 8, 8)
 MTAN_CHANNELS = (64, 128, 256, 512)
 """Fixed in MTAN's code; all but one of its combinations run with a sixteenth of them, for time."""
@@ -54,6 +65,14 @@ DEVICES = [
     "cpu",
     pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")]),
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forgotten() -> Any:
+    """Leave the names of TorchJD's weightings, once asked for, to this module's tests."""
+    yield
+    for name in [name for name in OUR_WEIGHTINGS if name.startswith("torchjd:")]:
+        del OUR_WEIGHTINGS[name]
 
 
 class TinyResNet(nn.Module):
@@ -80,8 +99,10 @@ class TinyResNet(nn.Module):
 def combinations() -> list[Any]:
     found = []
     for weighting, arch, rep_grad, multi in itertools.product(
-        weighting_names(), architecture_names(), (False, True), (False, True)
+        [*weighting_names(), *TORCHJD], architecture_names(), (False, True), (False, True)
     ):
+        if weighting in TORCHJD and arch != "HPS":
+            continue
         if (rep_grad and weighting in PARAMETERS_ONLY) or (not rep_grad and weighting in REPRESENTATION_ONLY):
             continue
         if (multi and arch in SINGLE_INPUT) or arch in ELSEWHERE or weighting in OURS_ELSEWHERE:
@@ -202,7 +223,7 @@ def test_mtan_at_its_own_width() -> None:
 def test_contract_covers_all_that_is_installed() -> None:
     weightings = {p.values[0] for p in combinations()}
     architectures = {p.values[1] for p in combinations()}
-    assert weightings == set(weighting_names()) - set(OURS_ELSEWHERE)
+    assert weightings == {*weighting_names(), *TORCHJD} - set(OURS_ELSEWHERE)
     assert architectures == set(architecture_names()) - ELSEWHERE
     libmtls = {"EW", "UW", "DWA", "RLW", "GLS", "GradNorm", "GradDrop", "MGDA", "PCGrad", "GradVac", "IMTL", "CAGrad"}
     assert libmtls <= weightings
@@ -211,6 +232,7 @@ def test_contract_covers_all_that_is_installed() -> None:
         "FBGrad",
         "LambdaMix",
         "FairBranch",
+        *TORCHJD,
     }
 
 

@@ -27,6 +27,9 @@ TRAINED: list[tuple[str, dict[str, Any], Any, str]] = [
         (name, {}, MIXED, "HPS")
         for name in ("EW", "UW", "GradNorm", "PCGrad", "MGDA", "DWA", "GradVac", "CAGrad", "RLW")
     ),
+    *((f"torchjd:{name}", {}, MIXED, "HPS") for name in ("UPGrad", "ConFIG", "GradVac")),
+    ("FairMT", {"min_count": 1, "base": "torchjd:AlignedMTL"}, MIXED, "HPS"),
+    ("torchjd:UPGrad", {}, MIXED, "rep_grad"),
     ("ReLiF", {}, MIXED, "HPS"),
     ("ReLiF", {"share": 0.5, "base": "UW"}, TASKS, "HPS"),
     ("ReLiF", {"pairs": "random", "k": 4}, MIXED, "HPS"),
