@@ -1,4 +1,4 @@
-"""Commands to begin with: ``init``, ``check``, ``schema``, ``methods``, ``datasets``."""
+"""Commands to begin with: ``init``, ``check``, ``schema``, ``methods``, ``datasets``, ``example-data``."""
 
 from __future__ import annotations
 
@@ -163,3 +163,25 @@ def datasets(name: Annotated[str | None, Argument(help="show one data set in ful
     table("data sets", ("name", "tasks", "sensitive", "licence"), rows)
     for note in found[name]["notes"] if name else ():
         out.print(f"- {escape(str(note))}", highlight=False)
+
+
+@command()
+def example_data(
+    name: Annotated[str, Argument(metavar="NAME", help="a data set that is read from files, such as celeba")],
+    folder: Annotated[Path, Argument(metavar="DIR", help="a new folder")],
+    n: Annotated[int | None, Option("--n", metavar="N", help="number of examples")] = None,
+    size: Annotated[str | None, Option("--size", metavar="HxW", help="height and width of images")] = None,
+    seed: Annotated[int, Option("--seed", help="the same seed writes the same files")] = 0,
+) -> None:
+    """Write small made-up data in the format of a data set that you would have on disk, to try its recipe."""
+    import re
+
+    from libmtl_fair.data.sources import write_example
+
+    shape = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size or "")
+    if size is not None and shape is None:
+        raise RecipeError(f"--size: expected height and width such as 96x128, found {size!r}")
+    written = write_example(name, folder, n, tuple(map(int, shape.groups())) if shape else None, seed)
+    files = sum(path.is_file() for path in written.rglob("*"))
+    say(escape(f"{name}: {files} files in {written}; made up, so no number of them means anything"))
+    say(escape(f"next: data: {{name: {name}, root: {written}}} in a recipe"))

@@ -198,6 +198,8 @@ def _markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _shown(entry: Card) -> str:
+    if "n" not in entry:
+        return "in files"
     if entry["n"] == 0:
         return "no label"
     if "rate" in entry:

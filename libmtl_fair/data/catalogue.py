@@ -15,6 +15,7 @@ from libmtl_fair.data.frames import column_of
 from libmtl_fair.data.loader import SENSITIVE
 from libmtl_fair.data.selection import Choice, choose_inputs, choose_tasks, leaks
 from libmtl_fair.data.shipped import SHIPPED, shipped_file
+from libmtl_fair.data.sources import load_source, source, source_names
 from libmtl_fair.data.spec import MAX_CATEGORIES, SensitiveSpec, TableSpec, TaskSpec, make_spec
 from libmtl_fair.data.tables import Source, read_frame, to_pandas
 from libmtl_fair.errors import DataError, unknown
@@ -24,12 +25,12 @@ Features = Sequence[str] | Mapping[str, str] | None
 
 
 def dataset_names() -> tuple[str, ...]:
-    """Return the names that :func:`load_dataset` knows, the shipped ones first.
+    """Return the names that :func:`load_dataset` knows: shipped, fetched, and those whose files the user has.
 
     >>> dataset_names()[:4]
     ('adult', 'compas', 'german', 'support2')
     """
-    return (*SHIPPED, *FETCHED)
+    return (*SHIPPED, *FETCHED, *source_names())
 
 
 def dataset_spec(name: str) -> TableSpec:
@@ -42,6 +43,8 @@ def dataset_spec(name: str) -> TableSpec:
     """
     if name not in dataset_names():
         raise DataError(f"{unknown('dataset', name, dataset_names())}. For a table of your own use load_table")
+    if name in source_names():
+        return source(name).spec
     return SHIPPED[name] if name in SHIPPED else FETCHED[name].spec
 
 
@@ -68,11 +71,12 @@ def describe_dataset(name: str) -> Card:
         "tasks": {
             task: {"kind": item.kind, "definition": item.definition, "forbids": list(item.forbids)}
             for task, item in spec.tasks.items()
-        },
+        }
+        | {task: {"kind": "in files", "definition": text, "forbids": []} for task, text in (spec.filed or {}).items()},
         "default_tasks": list(spec.default_tasks),
         "sensitive": list(spec.sensitive),
         "default_sensitive": list(spec.default_sensitive),
-        "default_inputs": choose_inputs(spec, choose_tasks(spec, None)),
+        "default_inputs": choose_inputs(spec, choose_tasks(spec, None)) or ["read from files"],
         "notes": list(spec.notes),
     }
 
@@ -92,6 +96,9 @@ def load_dataset(
     sensitive_inputs: bool = True,
     test_seed: int | None = None,
     frame: Source | None = None,
+    root: str | Path | None = None,
+    args: Mapping[str, object] | None = None,
+    workers: int = 0,
 ) -> Dataset:
     """Load a dataset by name, ready for multi-task training.
 
@@ -124,6 +131,13 @@ def load_dataset(
         Of subset and test rows, where they are to stay while ``seed`` divides the other rows; None: ``seed``.
     frame : Source, optional
         The table itself, of pandas, polars, pyarrow, ..., or a .csv or .parquet path, instead of the shipped or fetched one.
+    root : str or Path, optional
+        Folder of a data set whose files the user has; ``libmtl-fair example-data NAME DIR`` writes a small one. Parts that
+        are published are kept; without a published validation part it is drawn of the training rows, by ``split`` and ``seed``.
+    args : mapping of str to object, optional
+        Settings of such a data set, such as the size of images.
+    workers : int, default 0
+        Processes that read its files ahead.
 
     Raises
     ------
@@ -143,6 +157,12 @@ def load_dataset(
         max_categories,
     )  # fmt: skip
     choose_tasks(spec, tasks)
+    if name in source_names():
+        if frame is not None:
+            raise DataError(f"data set {name!r} is read from files: give their folder as root, not a frame")
+        return load_source(name, choice, root, args, workers)
+    if root is not None or args or workers:
+        raise DataError(f"data set {name!r} has no files of the user's: it takes no root, args or workers")
     if frame is not None:
         table = read_frame(frame)
         table = FETCHED[name].named(table) if name in FETCHED else table

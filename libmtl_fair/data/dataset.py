@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import pandas as pd
@@ -17,6 +18,7 @@ from libmtl_fair.data.new_rows import NewRows, fit_new_rows
 from libmtl_fair.data.reference import Reference, fit_reference
 from libmtl_fair.data.selection import Choice, read_table
 from libmtl_fair.data.spec import TableSpec
+from libmtl_fair.data.streamed import FileLoader, FileRows, Reader
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.summaries import Lines, Summarised, listed, shares
 from libmtl_fair.tasks import Task
@@ -44,6 +46,12 @@ class Split:
         Which columns make the reference features, by which people are alike; None for none.
     twins : Twins, optional
         How the inputs become those of people with another sensitive value; None where no input shows one.
+    reader : Reader, optional
+        Reads the inputs where they are in files; ``x`` then has no column.
+    filed : tuple of str, default ()
+        Tasks whose labels the reader gives, too.
+    workers : int, default 0
+        Processes that read ahead of a loader.
     """
 
     x: Tensor
@@ -54,10 +62,23 @@ class Split:
     feature_names: tuple[str, ...] = ()
     reference: Reference | None = None
     twins: Twins | None = None
+    reader: Reader | None = None
+    filed: tuple[str, ...] = ()
+    workers: int = 0
 
     def __len__(self) -> int:
         """Return the number of rows."""
         return self.x.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of one input."""
+        return tuple(self.x.shape[1:]) if self.reader is None else self.reader.shape
+
+    def only(self, tasks: Sequence[str]) -> Split:
+        """Return the part with the labels of some tasks only."""
+        labels = {name: values for name, values in self.labels.items() if name in tasks}
+        return replace(self, labels=labels, filed=tuple(name for name in self.filed if name in tasks))
 
     def loader(
         self,
@@ -66,8 +87,10 @@ class Split:
         seed: int | None = None,
         device: str | torch.device = "auto",
         drop_last: bool = False,
-    ) -> ResidentLoader:
-        """Return a loader of this part that lives on the device."""
+    ) -> ResidentLoader | FileLoader:
+        """Return a loader of this part: on the device, or reading files as it goes."""
+        if self.reader is not None:
+            return FileLoader(self._read_by(self.reader), batch_size, shuffle, seed, device, drop_last, self.workers)
         return ResidentLoader(
             self.x,
             self.labels,
@@ -83,9 +106,15 @@ class Split:
             twins=self.twins,
         )
 
-    def torch_dataset(self) -> TableDataset:
+    def torch_dataset(self) -> TableDataset | FileRows:
         """Return the same rows for an ordinary ``torch.utils.data.DataLoader``."""
+        if self.reader is not None:
+            return self._read_by(self.reader)
         return TableDataset(self.x, self.labels, self.groups, group_names=self.group_names, reference=self.reference)
+
+    def _read_by(self, reader: Reader) -> FileRows:
+        names = self.group_names
+        return FileRows(reader, self.rows, self.labels, self.groups, filed=self.filed, group_names=names)
 
 
 @dataclass(frozen=True, repr=False)
@@ -134,6 +163,11 @@ class Dataset(Summarised):
         return len(self.feature_names)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of one input."""
+        return self.train.shape
+
+    @property
     def task_names(self) -> tuple[str, ...]:
         """Return the names of the tasks, in order."""
         return tuple(task.name for task in self.tasks)
@@ -152,7 +186,9 @@ class Dataset(Summarised):
         sizes = ", ".join(f"{len(split):,} {part}" for part, split in self.splits().items())
         lines = [
             ("rows", sizes),
-            ("inputs", f"{listed(self.inputs)}; {self.n_features} columns encoded"),
+            ("inputs", f"{listed(self.inputs)}; {self.n_features} columns encoded")
+            if self.train.reader is None
+            else ("inputs", f"read from files, {' x '.join(map(str, self.shape))}"),
             *((f"task {task.name}", _about(task, self.card["tasks"][task.name])) for task in self.tasks),
         ]
         for attribute, entry in self.card["groups"].items():

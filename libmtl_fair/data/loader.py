@@ -267,7 +267,38 @@ class Packed(NamedTuple):
     twins: Callable[[int], Tensor | None] = lambda turn: None
 
 
-class ResidentLoader:
+class Resumable:
+    """A loader whose coming epochs depend on its seed and how many there were, so that a training can go on."""
+
+    n_rows: int
+    batch_size: int
+    seed: int
+    epoch: int
+
+    def state_dict(self) -> dict[str, int]:
+        """Return what the order of the coming epochs depends on. An epoch under way is not part of it."""
+        return {"seed": self.seed, "epoch": self.epoch, "n_rows": self.n_rows, "batch_size": self.batch_size}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue where ``state`` was taken: the next epoch has the order that it would have had there.
+
+        Raises
+        ------
+        DataError
+            The state is of other data, another batch size, or lacks a field.
+        """
+        for field in ("n_rows", "batch_size"):
+            if state.get(field) != getattr(self, field):
+                raise DataError(
+                    f"loader state: {field} is {state.get(field)}, expected {getattr(self, field)}; "
+                    "resume with the data and settings that the state was saved with"
+                )
+        if "seed" not in state or "epoch" not in state:
+            raise DataError(f"loader state: expected 'seed' and 'epoch', found {sorted(state)}")
+        self.seed, self.epoch = int(state["seed"]), int(state["epoch"])
+
+
+class ResidentLoader(Resumable):
     """Yield ``(x, labels)`` batches of tensors that were moved to the device once.
 
     An epoch draws one permutation on the device and each batch is gathered by it: no per-row Python, no copies between
@@ -407,28 +438,6 @@ class ResidentLoader:
         order = self._order(self.epoch) if self.shuffle else None
         self.epoch += 1
         return Epoch(self, order)
-
-    def state_dict(self) -> dict[str, int]:
-        """Return what the order of the coming epochs depends on. An epoch under way is not part of it."""
-        return {"seed": self.seed, "epoch": self.epoch, "n_rows": self.n_rows, "batch_size": self.batch_size}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue where ``state`` was taken: the next epoch has the order that it would have had there.
-
-        Raises
-        ------
-        DataError
-            The state is of other data, another batch size, or lacks a field.
-        """
-        for field in ("n_rows", "batch_size"):
-            if state.get(field) != getattr(self, field):
-                raise DataError(
-                    f"loader state: {field} is {state.get(field)}, expected {getattr(self, field)}; "
-                    "resume with the data and settings that the state was saved with"
-                )
-        if "seed" not in state or "epoch" not in state:
-            raise DataError(f"loader state: expected 'seed' and 'epoch', found {sorted(state)}")
-        self.seed, self.epoch = int(state["seed"]), int(state["epoch"])
 
     def _order(self, epoch: int) -> Tensor:
         order = epoch_order(self.seed, epoch, self.n_rows, self.device)

@@ -145,16 +145,22 @@ def read_table(spec: TableSpec, frame: pd.DataFrame, choice: Choice) -> Table:
 
 
 def choose_tasks(spec: TableSpec, tasks: Sequence[str] | str | None) -> dict[str, TaskSpec]:
-    """Return the chosen tasks' specs in the order chosen, the default ones without a choice."""
+    """Return the specs of the chosen tasks (:func:`chosen_names`) whose labels are columns, in order."""
+    return {name: spec.tasks[name] for name in chosen_names(spec, tasks) if name in spec.tasks}
+
+
+def chosen_names(spec: TableSpec, tasks: Sequence[str] | str | None) -> tuple[str, ...]:
+    """Return the names of the chosen tasks in the order chosen, the default ones without a choice."""
     names = spec.default_tasks if tasks is None else checked(Listed, tasks, "tasks")
+    known = (*spec.tasks, *(spec.filed or ()))
     if not names:
-        raise DataError(f"dataset {spec.name!r}: no task chosen; choose some of {', '.join(spec.tasks)}")
+        raise DataError(f"dataset {spec.name!r}: no task chosen; choose some of {', '.join(known)}")
     for name in names:
-        if name not in spec.tasks:
-            raise DataError(f"dataset {spec.name!r}: {unknown('task', name, spec.tasks)}")
+        if name not in known:
+            raise DataError(f"dataset {spec.name!r}: {unknown('task', name, known)}")
         if names.count(name) > 1:
             raise DataError(f"dataset {spec.name!r}: task {name!r} is chosen twice")
-    return {name: spec.tasks[name] for name in names}
+    return names
 
 
 def leaks(tasks: Mapping[str, TaskSpec]) -> dict[str, list[str]]:
@@ -170,7 +176,7 @@ def choose_inputs(spec: TableSpec, tasks: Mapping[str, TaskSpec], without: Colle
     """Return the candidate columns that leak none of the chosen tasks, as one input serves them all."""
     out = {*leaks(tasks), *without}
     inputs = [column for column in spec.candidates if column not in out]
-    if not inputs:
+    if not inputs and spec.filed is None:
         raise DataError(f"dataset {spec.name!r}: tasks {list(tasks)} leave no input column; choose fewer tasks")
     return inputs
 

@@ -204,6 +204,8 @@ class TableSpec:
         Known problems, for the card.
     missing_values : tuple of str, default ()
         Words that are missing values in text columns, too.
+    filed : mapping of str to str, optional
+        Where inputs are read from files and no column is one: {task whose labels are in files, too: definition}.
     """
 
     name: str
@@ -222,6 +224,7 @@ class TableSpec:
     filter: str = ""
     notes: tuple[str, ...] = ()
     missing_values: tuple[str, ...] = ()
+    filed: Mapping[str, str] | None = None
 
 
 def make_spec(cls: type[_AnySpec], value: object, what: str, name: str) -> _AnySpec:

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from libmtl_fair.data import Dataset, Split, dataset_names, load_dataset, load_table
-from libmtl_fair.data.loader import ResidentLoader
-from libmtl_fair.errors import HostError, RecipeError
+from libmtl_fair.data import Dataset, ResidentLoader, dataset_names, load_dataset, load_table
+from libmtl_fair.data.streamed import FileLoader
+from libmtl_fair.errors import DataError, HostError, RecipeError
 from libmtl_fair.libmtl.checkpoint import random_state_kept, seed_everything
 from libmtl_fair.libmtl.losses import task_dict
 from libmtl_fair.libmtl.registry import (
@@ -103,7 +103,8 @@ def make_dataset(recipe: Recipe, seed: int) -> Dataset:
     options["test_seed"] = data.test_seed if data.resplit else None
     if data.name is not None:
         tasks, sensitive = (None if chosen is None else tuple(chosen) for chosen in (data.tasks, data.sensitive))
-        made = load_dataset(data.name, tasks, sensitive, **options)
+        options |= {"root": None if data.root is None else recipe.beside(data.root), "args": data.args}
+        made = load_dataset(data.name, tasks, sensitive, workers=data.workers, **options)
     else:
         assert isinstance(data.tasks, dict)
         features: tuple[str, ...] | dict[str, str] | None = data.features
@@ -145,6 +146,8 @@ def need_model(model: Model, n_features: int) -> None:
 
 def keep_labels(data: Dataset, fraction: float, seed: int) -> Dataset:
     """Return the data with a random share of each task's training labels, the rest missing."""
+    if data.train.filed:
+        raise DataError(f"label_fraction: labels of {', '.join(data.train.filed)} are in files and cannot be left out")
     generator = torch.Generator().manual_seed(seed)
     labels = {}
     for name, values in data.train.labels.items():
@@ -154,8 +157,8 @@ def keep_labels(data: Dataset, fraction: float, seed: int) -> Dataset:
     return dataclasses.replace(data, train=dataclasses.replace(data.train, labels=labels))
 
 
-def loaders(data: Dataset, batch_size: int, seed: int, device: torch.device) -> dict[str, ResidentLoader]:
-    """Return resident loaders of the three parts; only the training part is shuffled."""
+def loaders(data: Dataset, batch_size: int, seed: int, device: torch.device) -> dict[str, ResidentLoader | FileLoader]:
+    """Return loaders of the three parts; only the training part is shuffled."""
     return {
         "train": data.train.loader(batch_size, shuffle=True, seed=seed, device=device),
         "val": data.val.loader(EVAL_BATCH, device=device),
@@ -165,11 +168,8 @@ def loaders(data: Dataset, batch_size: int, seed: int, device: torch.device) -> 
 
 def only(data: Dataset, tasks: tuple[str, ...]) -> Dataset:
     """Return the data with the labels of some tasks only."""
-
-    def part(split: Split) -> Split:
-        return dataclasses.replace(split, labels={name: split.labels[name] for name in tasks})
-
-    return dataclasses.replace(data, train=part(data.train), val=part(data.val), test=part(data.test))
+    parts: dict[str, Any] = {name: split.only(tasks) for name, split in data.splits().items()}
+    return dataclasses.replace(data, **parts)
 
 
 def utility_of(tasks: Mapping[str, Task | None]) -> Callable[[Results], float]:

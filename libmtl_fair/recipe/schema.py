@@ -77,8 +77,12 @@ class Recipe(Section):
         return _over(self.model, spec.model).model_copy(update=changes)
 
     def table_path(self) -> Path:
-        """Path of the user's table: relative paths are looked up beside the recipe first, then from here."""
-        path = Path(self.data.table or "")
+        """Path of the user's table."""
+        return self.beside(self.data.table or "")
+
+    def beside(self, name: str) -> Path:
+        """Return a path that the recipe gives: relative paths are looked up beside the recipe first, then from here."""
+        path = Path(name)
         beside = Path(self._source.file).parent / path
         return beside if not path.is_absolute() and beside.exists() else path
 

@@ -149,7 +149,7 @@ Tasks = Annotated[_NAMES | Annotated[dict[Text, TaskSpec], *_DECLARED], Discrimi
 Sensitive = Annotated[_NAMES | Annotated[dict[Text, SensitiveSpec], *_DECLARED], Discriminator(form)]
 
 
-_LATER = ("test_seed", "max_categories", "drop", "where", "missing_values")
+_LATER = ("test_seed", "max_categories", "drop", "where", "missing_values", "root", "args", "workers")
 
 
 class Data(Section):
@@ -157,6 +157,8 @@ class Data(Section):
 
     ``where`` keeps the rows that it says, ``drop`` names columns that are no inputs, ``missing_values`` words that are missing in text.
     ``resplit`` divides the rows anew for each seed; with ``test_seed`` the test rows are those of that seed for all of them.
+    A data set whose files the user has needs their folder, ``root``, and takes its own settings in ``args``; ``workers`` processes
+    read ahead.
     """
 
     name: Text | None = None
@@ -179,6 +181,9 @@ class Data(Section):
     where: Annotated[Text, AfterValidator(_readable)] | None = None
     missing_values: OptionalNames = ()
     subset: Subset | None = None
+    root: Text | None = None
+    args: Settings = Field(default_factory=dict)
+    workers: Annotated[int, Field(ge=0, le=256)] = 0
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:
@@ -193,6 +198,8 @@ class Data(Section):
             )
         if self.name is not None and (self.drop or self.where or self.missing_values):
             raise ValueError("'drop', 'where' and 'missing_values' belong to a 'table', found them beside 'name'")
+        if self.table is not None and (self.root is not None or self.args or self.workers):
+            raise ValueError("'root', 'args' and 'workers' belong to a data set by 'name', found them beside 'table'")
         if self.table is not None and not isinstance(self.tasks, dict):
             raise ValueError("a table needs 'tasks' as a mapping, such as tasks: {income: {kind: binary}}")
         if self.table is not None and self.sensitive is None:
@@ -205,7 +212,7 @@ class Data(Section):
     def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, object]:
         """Leave out what is not said, so that recipes from before this field keep their fingerprints."""
         later = {name: type(self).model_fields[name].default for name in _LATER}
-        return {n: item for n, item in write(self).items() if n not in later or item not in (later[n], None, [])}
+        return {n: item for n, item in write(self).items() if n not in later or item not in (later[n], None, [], {})}
 
 
 class Encoder(Section):

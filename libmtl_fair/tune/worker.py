@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 
 from libmtl_fair.data import Dataset
 from libmtl_fair.data.loader import ResidentLoader, resolve_device
+from libmtl_fair.data.streamed import FileLoader
 from libmtl_fair.errors import CheckpointError, FairMTLError
 from libmtl_fair.libmtl import FairTrainer
 from libmtl_fair.libmtl.state import Results
@@ -101,7 +102,12 @@ def run_trial(
 
 
 def predicted(
-    plan: Plan, candidate: Candidate, trainer: FairTrainer, seed: int, loader: ResidentLoader, part: str = "val"
+    plan: Plan,
+    candidate: Candidate,
+    trainer: FairTrainer,
+    seed: int,
+    loader: ResidentLoader | FileLoader,
+    part: str = "val",
 ) -> Predictions:
     """Return what a model says of a part of the data, with what the audit of people finds where a measure is of it."""
     predictions = trainer.predict(loader)
@@ -134,7 +140,7 @@ def measure(plan: Plan, predictions: Predictions, protocol: Protocol, outcome: O
 
 def _train(
     plan: Plan, candidate: Candidate, seed: int, tasks: tuple[Task, ...], device: str, trial: optuna.Trial | None = None
-) -> tuple[FairTrainer, dict[str, ResidentLoader]]:
+) -> tuple[FairTrainer, dict[str, ResidentLoader | FileLoader]]:
     data = dataclasses.replace(data_for(candidate.recipe, candidate.method, plan.dataset(seed)), tasks=tasks)
     trainer = make_trainer(candidate.recipe, candidate.method, data, tasks, seed, device=resolve_device(device))
     judge, epochs = trainer.select_by, itertools.count()
