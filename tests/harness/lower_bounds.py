@@ -32,7 +32,19 @@ QUICK += [
     "tests/sklearn_api/test_sample_weight.py",
     "tests/cli/test_cli_run.py::test_methods_and_datasets_are_listed",
 ]
-TOOLS = ["pytest>=8.2", "hypothesis>=6.100", "polars>=1.20", "grpcio", "protobuf", "quadprog>=0.1.12", "jsonschema>=4.18"]
+TOOLS = [
+    "pytest>=8.2",
+    "hypothesis>=6.100",
+    "polars>=1.20",
+    "grpcio",
+    "protobuf",
+    "quadprog>=0.1.12",
+    "jsonschema>=4.18",
+    "pytest-xdist>=3.6",
+]
+TOOLS += [
+    "pyparsing<3.3"
+]  # the oldest matplotlib warns with later ones, and the command line is tested with warnings as errors
 
 
 def lowest(requirements: list[str], torch: str | None) -> list[str]:
