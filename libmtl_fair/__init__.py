@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from libmtl_fair.methods.heads.auxiliary import add_fairness_heads, drop_fairness_heads
     from libmtl_fair.metrics.post_processing import post_process
     from libmtl_fair.predictions import Predictions
-    from libmtl_fair.tasks import Binary, Multiclass, Multilabel, Regression, Task
+    from libmtl_fair.tasks import Binary, BinarySequence, Multiclass, Multilabel, Regression, Task
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Binary",
+    "BinarySequence",
     "Dataset",
     "DivergenceError",
     "FBGrad",
@@ -77,7 +78,7 @@ _HOMES = {
     "methods.heads.auxiliary": "add_fairness_heads drop_fairness_heads",
     "metrics.post_processing": "post_process",
     "predictions": "Predictions",
-    "tasks": "Binary Multiclass Multilabel Regression Task",
+    "tasks": "Binary BinarySequence Multiclass Multilabel Regression Task",
 }
 __getattr__, __dir__ = lazy(__name__, _HOMES)
 

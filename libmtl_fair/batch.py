@@ -180,7 +180,8 @@ class FairBatch:
     tasks : mapping of str to Task or None
         Task name -> task, in ``task_dict`` order; None where its kind is not known.
     h : Tensor or dict of str to Tensor
-        What the heads received, [B, d], or task -> [B, d] where the tasks' representations differ.
+        What the heads received, [B, d], or task -> [B, d] where the tasks' representations differ; sequences and maps have more
+        dimensions, and ``embedding`` pools them.
     outputs : mapping of str to Tensor
         Task -> head output after ``process_preds``; without ``matrices`` the losses hang on each.
     labels : mapping of str to Tensor
@@ -305,8 +306,8 @@ class FairBatch:
     def embedding(self) -> Tensor:
         """Representations as [B, d] where all tasks share one, else [T, B, d] of main tasks (zeros past a task's end)."""
         if isinstance(self.h, Tensor):
-            return self.h.flatten(1)
-        rows = {name: self.h[name].flatten(1) for name in self.main}
+            return F.pooled(self.h)
+        rows = {name: F.pooled(self.h[name]) for name in self.main}
         widths = {name: row.shape[1] for name, row in rows.items()}
         if len(set(widths.values())) > 1:
             raise HostError(

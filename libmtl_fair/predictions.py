@@ -202,7 +202,7 @@ class Predictions(Summarised):
             columns = [c for c in frame if str(c).startswith(f"{task.name}/output_")]
             output = torch.from_numpy(frame[columns].to_numpy(copy=True))
             outputs[task.name] = output.reshape(len(frame), *meta["shapes"][task.name])
-            labels[task.name] = _labels(frame, task)
+            labels[task.name] = _labels(frame, task, meta["shapes"][task.name])
             scores[task.name] = torch.from_numpy(frame[f"{task.name}/score"].to_numpy(copy=True))
         names: dict[str, list[str]] = meta["group_names"]
         codes = {a: pd.Categorical(frame[f"sensitive/{a}"], categories=known).codes for a, known in names.items()}
@@ -237,9 +237,9 @@ def _missing(labels: Values) -> Column:
     return values
 
 
-def _labels(frame: pd.DataFrame, task: Task) -> Tensor:
-    if task.kind == "multilabel":
-        columns = [f"{task.name}/label_{c}" for c in range(task.out_features)]
+def _labels(frame: pd.DataFrame, task: Task, shape: Sequence[int]) -> Tensor:
+    if task.kind in ("multilabel", "binary_sequence"):
+        columns = [f"{task.name}/label_{c}" for c in range(shape[0])]
         return torch.from_numpy(frame[columns].to_numpy(dtype=np.float32, na_value=np.nan, copy=True))
     column = frame[f"{task.name}/label"]
     if column.dtype.kind == "f" and task.kind != "multiclass":

@@ -55,6 +55,7 @@ from libmtl_fair.functional.quantiles import masked_mean, masked_quantile, maske
 from libmtl_fair.functional.scores import auc, group_auc, task_scores
 from libmtl_fair.functional.similarity import linear_cka, pair_by_similarity
 from libmtl_fair.functional.simplex import aggregate_disparities, head_gram, min_norm_weights, project_to_simplex
+from libmtl_fair.functional.steps import last_step, pooled, valid_steps
 
 __all__ = [
     "FlipGaps",
@@ -92,6 +93,7 @@ __all__ = [
     "head_gram",
     "huber",
     "huberized_hinge",
+    "last_step",
     "lift",
     "linear_cka",
     "lipschitz_derivatives",
@@ -108,6 +110,7 @@ __all__ = [
     "norm_violation",
     "one_hot_labels",
     "pair_by_similarity",
+    "pooled",
     "project_conflicts",
     "project_to_simplex",
     "prototype_pairs",
@@ -119,6 +122,7 @@ __all__ = [
     "spread",
     "task_scores",
     "unit_vectors",
+    "valid_steps",
     "wilson_interval",
     "written",
 ]

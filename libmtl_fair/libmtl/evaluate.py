@@ -10,12 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from libmtl_fair import functional as F
 from libmtl_fair.batch import Columns, beside
 from libmtl_fair.errors import DataError, HostError
 from libmtl_fair.libmtl import batches
 from libmtl_fair.libmtl.state import Loader, Loaders, RepresentationHook, Results, TrainingState
 from libmtl_fair.predictions import Predictions
-from libmtl_fair.tasks import Task, with_nan
+from libmtl_fair.tasks import BinarySequence, Task, with_nan
 
 
 def forward(
@@ -139,7 +140,7 @@ def predict(trainer: TrainingState, loaders: Loaders, embeddings: bool = False) 
             for attribute, ids in seen.groups.items():
                 parts["group"][attribute].append(ids)
             for task, h in seen.h.items():
-                parts["h"][task].append(h.detach().flatten(1))
+                parts["h"][task].append(F.pooled(h.detach()))
     finally:
         if hook is not None:
             hook.remove()
@@ -168,7 +169,7 @@ def constant_loss(task: Task, labels: Tensor) -> float:
         return float(seen.var(correction=0))
     if task.kind == "multiclass":
         return float(torch.special.entr(seen.long().bincount() / max(len(seen), 1)).sum())
-    rate = seen.nanmean(0)
+    rate = seen.nanmean() if isinstance(task, BinarySequence) else seen.nanmean(0)
     return float((torch.special.entr(rate) + torch.special.entr(1 - rate)).mean())
 
 

@@ -12,7 +12,7 @@ from libmtl_fair import functional as F
 from libmtl_fair.batch import joined
 from libmtl_fair.errors import HostError, RecipeError
 from libmtl_fair.libmtl.loading import AbsLoss, AbsMetric
-from libmtl_fair.tasks import Binary, Multiclass, Regression, Task
+from libmtl_fair.tasks import Binary, BinarySequence, Multiclass, Regression, Task, decisions
 
 Entry: TypeAlias = "dict[str, Any]"
 """A task's entry of LibMTL's ``task_dict``: ``metrics``, ``metrics_fn``, ``loss_fn``, ``weight``, and our ``task``."""
@@ -55,8 +55,9 @@ class TaskMetric(AbsMetric):  # type: ignore[misc]
     def update_fun(self, pred: Tensor, gt: Tensor) -> None:
         """Collect one batch."""
         known = self.task.kind in _SHOWN
-        self.record.append(self.task.probabilities(pred.detach()) if known else pred.detach())
-        self.bs.append(self.task.flat(gt))
+        task, pred, gt, _ = decisions(self.task, pred.detach(), gt)
+        self.record.append(task.probabilities(pred) if known else pred)
+        self.bs.append(task.flat(gt))
 
     def score_fun(self) -> list[float]:
         """Return the metrics in the order of ``names``; NaN where the labels do not define one."""
@@ -66,13 +67,15 @@ class TaskMetric(AbsMetric):  # type: ignore[misc]
         if self.task.kind not in _SHOWN:
             return [float(self.task.loss(values, labels))]
         native = (self.task.mean, self.task.std) if isinstance(self.task, Regression) else (0.0, 1.0)
-        return list(F.task_scores(self.task.kind, values, labels, self._scores, native).values())
+        kind = self.task.step.kind if isinstance(self.task, BinarySequence) else self.task.kind
+        return list(F.task_scores(kind, values, labels, self._scores, native).values())
 
 
 _SHOWN: Mapping[str, Mapping[str, tuple[str, int]]] = {
     "binary": {"AUC": ("auc", 1), "Acc": ("accuracy", 1)},
     "multiclass": {"Acc": ("accuracy", 1)},
     "multilabel": {"AUC": ("auc", 1)},
+    "binary_sequence": {"AUC": ("auc", 1), "Acc": ("accuracy", 1)},
     "regression": {"MAE": ("mae", 0), "R2": ("r2", 1)},
     "auxiliary": {},
 }

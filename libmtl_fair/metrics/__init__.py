@@ -27,7 +27,15 @@ from libmtl_fair.metrics.near_pairs import NearPairs, find_near_pairs, reference
 from libmtl_fair.metrics.post_models import Blend, Offsets, Thresholds, fit_offsets, fit_thresholds
 from libmtl_fair.metrics.post_processing import PostProcessed, post_process
 from libmtl_fair.metrics.rates import GroupRates, group_rates
-from libmtl_fair.metrics.scores import auc_score, group_auc, group_regression, ks_distance, task_utility, utility
+from libmtl_fair.metrics.scores import (
+    auc_score,
+    group_auc,
+    group_regression,
+    ks_distance,
+    step_auc,
+    task_utility,
+    utility,
+)
 from libmtl_fair.metrics.shrinkage import below_curve, least_bias, native_error, score_targets, shrinkage_curve
 from libmtl_fair.metrics.tolerance import conformal_delta, pair_distances, quantile_delta, reference_pairs
 from libmtl_fair.metrics.verdicts import (
@@ -100,6 +108,7 @@ __all__ = [
     "score_targets",
     "shrinkage_curve",
     "smallest_gap",
+    "step_auc",
     "task_utility",
     "thresholds_in_use",
     "to_fairlearn",

@@ -8,11 +8,11 @@ import torch
 
 from libmtl_fair.metrics.group_state import Rows, base_rates
 from libmtl_fair.predictions import Predictions
-from libmtl_fair.tasks import with_nan
+from libmtl_fair.tasks import decisions, with_nan
 
 Held = Mapping[str, float | list[float]]
 """Task -> the threshold of its probabilities, or one for each label of a multilabel task."""
-DECIDED = ("binary", "multilabel")
+DECIDED = ("binary", "multilabel", "binary_sequence")
 """Kinds of task whose decisions a threshold makes; multiclass tasks decide for the likeliest class."""
 
 
@@ -26,8 +26,9 @@ def base_rate_thresholds(predictions: Predictions) -> dict[str, float | list[flo
     found: dict[str, float | list[float]] = {}
     for task in predictions.tasks:
         if task.kind in DECIDED:
-            labels = with_nan(task.flat(predictions.labels[task.name]))
-            observed, values = labels.isfinite(), task.probabilities(predictions.outputs[task.name])
+            unit, made, truth, _ = decisions(task, predictions.outputs[task.name], predictions.labels[task.name])
+            labels, values = with_nan(unit.flat(truth)), unit.probabilities(made)
+            observed = labels.isfinite()
             if observed.any():
                 least = base_rates(Rows(values, labels, observed, {}, None)).clamp(min=0)
                 meant = observed.any(0) & (task.name not in predictions.decided)

@@ -13,7 +13,7 @@ from libmtl_fair import functional as F
 from libmtl_fair.errors import DataError
 from libmtl_fair.faults import Faults, check_labels
 from libmtl_fair.metrics.arrays import Floats
-from libmtl_fair.tasks import Task, need_known_kinds
+from libmtl_fair.tasks import BinarySequence, Task, decisions, need_known_kinds
 
 
 class Rows(NamedTuple):
@@ -36,7 +36,9 @@ class TaskState:
     def __init__(self, task: Task, threshold: float | str | list[float], auc: bool) -> None:
         """Decide what has to be kept."""
         need_known_kinds("GroupMetrics", [task])
-        self.task, self.auc = task, auc
+        self.given, self.auc = task, auc
+        self.task = task.step if isinstance(task, BinarySequence) else task
+        task = self.task
         self.threshold = 0.5 if isinstance(threshold, str) else threshold
         self.late = threshold == "base_rate" and task.kind in ("binary", "multilabel")
         self.counted = task.kind != "regression" and not self.late
@@ -55,6 +57,12 @@ class TaskState:
     def taken(self, output: Tensor, labels: Tensor, ids: Mapping[str, Tensor], weight: Tensor | None) -> Rows:
         """Return one batch as rows; what does not fit is refused, or noted where its device would have to be waited for."""
         name, size = self.task.name, len(next(iter(ids.values())))
+        if self.given is not self.task and len(output) == len(labels) == size:
+            _, output, labels, steps = decisions(
+                self.given, output, torch.as_tensor(labels, device=output.device).detach()
+            )
+            ids, size = {a: each.repeat_interleave(steps) for a, each in ids.items()}, size * steps
+            weight = None if weight is None else weight.repeat_interleave(steps)
         values = self._values(output)
         labels = self.task.flat(torch.as_tensor(labels, device=output.device).detach())
         labels = labels.float() if labels.is_floating_point() and labels.dtype.itemsize < 4 else labels

@@ -12,6 +12,9 @@ from libmtl_fair.metrics.decisions import Held, thresholds_in_use
 from libmtl_fair.metrics.ranks import Scores
 from libmtl_fair.predictions import Predictions
 
+_SEVERAL = ("multilabel", "binary_sequence")
+"""Kinds of task that decide several times about a person: none of these is the person's decision."""
+
 
 def audit_people(
     audit: ConsistencyAudit,
@@ -37,16 +40,22 @@ def audit_people(
         Of decisions of binary tasks: a number, task -> number, or "base_rate": of the reference's labels.
     """
     base = reference or predictions
-    bars = {name: bar for name, bar in thresholds_in_use(base, threshold).items() if isinstance(bar, float)}
+    several = {task.name for task in predictions.tasks if task.kind in _SEVERAL}
+    held = thresholds_in_use(base, threshold)
+    bars = {name: bar for name, bar in held.items() if isinstance(bar, float) and name not in several}
     none = np.full(len(predictions), np.nan)
     lacking = {attribute: predictions.groups[attribute].numpy() < 0 for attribute in twins or {}}
     return audit.run(
         scores_of(predictions),
         reference_scores=None if reference is None else scores_of(reference),
         twins={a: [_hidden(scores_of(p), lacking[a]) for p in each] for a, each in (twins or {}).items()} or None,
-        labels={name: labels.numpy() for name, labels in base.labels.items()} if reference is not None else None,
+        labels={
+            name: labels.numpy() for name, labels in base.labels.items() if base.task(name).kind != "binary_sequence"
+        }
+        if reference is not None
+        else None,
         thresholds=bars,
-        decisions={task.name: none for task in predictions.tasks if task.kind == "multilabel"},
+        decisions=dict.fromkeys(several, none),
     )
 
 

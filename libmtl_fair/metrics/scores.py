@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,7 +15,10 @@ from libmtl_fair.faults import Faults, check_labels
 from libmtl_fair.metrics.arrays import Array, Floats, Ints, Values, as_floats, as_ids, as_numpy, as_weights, divide
 from libmtl_fair.metrics.decisions import Held, thresholds_in_use
 from libmtl_fair.predictions import Predictions
-from libmtl_fair.tasks import Regression, Task
+from libmtl_fair.tasks import BinarySequence, Regression, Task, decisions, with_nan
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 REGRESSION = ("mae", "rmse", "r2", "ccc", "mean_prediction", "mean_error")
 """Metrics of a regression task; ``mean_error`` is that of prediction minus target."""
@@ -59,13 +63,14 @@ def task_utility(task: Task, output: Values, labels: Values) -> dict[str, float]
     """Return metric -> value of one task, over observed labels; NaN where the labels do not define one.
 
     ``output`` is the head's, [N], [N, 1] or [N, C]; ``labels`` [N] or [N, C], NaN or -100 where missing. The metrics are those of
-    :func:`libmtl_fair.functional.task_scores`.
+    :func:`libmtl_fair.functional.task_scores`; of a sequence those of all its steps.
     """
     native = (task.mean, task.std) if isinstance(task, Regression) else (0.0, 1.0)
     truth, faults = torch.as_tensor(labels), Faults()
     check_labels(faults, task, truth)
     faults.check()
-    return F.task_scores(task.kind, task.probabilities(torch.as_tensor(output)), truth, native=native)
+    task, made, truth, _ = decisions(task, torch.as_tensor(output), truth)
+    return F.task_scores(task.kind, task.probabilities(made), truth, native=native)
 
 
 def utility(predictions: Predictions, threshold: float | str | Held = 0.5) -> dict[str, dict[str, float]]:
@@ -78,8 +83,10 @@ def utility(predictions: Predictions, threshold: float | str | Held = 0.5) -> di
     given = [(t, predictions.outputs[t.name], predictions.labels[t.name]) for t in predictions.tasks]
     found = {task.name: task_utility(task, *each) for task, *each in given}
     for name, bar in thresholds_in_use(predictions, threshold).items():
-        decides, labels = predictions.task(name), predictions.labels[name]
-        chosen = decides.probabilities(predictions.outputs[name])
+        decides, made, labels, _ = decisions(
+            predictions.task(name), predictions.outputs[name], predictions.labels[name]
+        )
+        chosen = decides.probabilities(made)
         found[name] |= F.task_scores(
             decides.kind, (chosen > torch.tensor(bar).to(chosen)).double(), labels, ["accuracy", "f1"]
         )
@@ -88,6 +95,39 @@ def utility(predictions: Predictions, threshold: float | str | Held = 0.5) -> di
     names = [name for name in ("auc", "accuracy", "brier", "r2") if not (predictions.decided and name in _OF_SCORES)]
     known = {name: [v for s in found.values() if not math.isnan(v := s.get(name, math.nan))] for name in names}
     return {**found, "macro": {name: sum(values) / len(values) for name, values in known.items() if values}}
+
+
+def step_auc(predictions: Predictions, task: str) -> pd.DataFrame:
+    """Return the AUC at each step of a sequence: over the examples that have a label there.
+
+    Parameters
+    ----------
+    predictions : Predictions
+        Of a model with a :class:`libmtl_fair.BinarySequence`.
+    task : str
+        Its name.
+
+    Returns
+    -------
+    DataFrame
+        step (from 0), labelled, positive, auc (NaN where one class is empty).
+
+    Raises
+    ------
+    DataError
+        A task that is no sequence, or not in the predictions.
+    """
+    import pandas as pd
+
+    found = predictions.task(task)
+    if not isinstance(found, BinarySequence):
+        raise DataError(f"step_auc: task {task!r} is {found.kind}; expected a binary_sequence")
+    values, labels = found.probabilities(predictions.outputs[task]), with_nan(predictions.labels[task])
+    rows = []
+    for step, (p, y) in enumerate(zip(values.unbind(1), labels.unbind(1))):
+        seen = y.isfinite() & p.isfinite()
+        rows.append((step, int(seen.sum()), int(y[seen].sum()), float(F.auc(p[seen], y[seen] > 0.5))))
+    return pd.DataFrame(rows, columns=["step", "labelled", "positive", "auc"])
 
 
 @dataclass(frozen=True)

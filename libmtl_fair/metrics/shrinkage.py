@@ -11,7 +11,7 @@ from libmtl_fair.errors import DataError
 from libmtl_fair.metrics.arrays import Floats, Values, as_floats
 from libmtl_fair.metrics.audit import FixedDeltaAudit
 from libmtl_fair.predictions import Predictions
-from libmtl_fair.tasks import Multilabel, Regression, Task, with_nan
+from libmtl_fair.tasks import BinarySequence, Multilabel, Regression, Task, with_nan
 
 GRID = tuple(np.round(np.linspace(1.0, 0.025, 40), 10))
 _FINE = np.linspace(0.0, 1.0, 4001)
@@ -22,8 +22,9 @@ MARGIN = 1e-3
 def score_targets(task: Task, output: Values, labels: Values) -> Floats:
     """Return what the audit score of each example should have been, [N] in [0, 1], NaN without a label (ours).
 
-    Binary: the label. Regression: the label, squashed as outputs are. Multiclass and multilabel, whose score is their highest
-    probability: whether that class was right. The squared error of a score is then its Brier score.
+    Binary: the label; of a sequence the mean of its labels. Regression: the label, squashed as outputs are.
+    Multiclass and multilabel, whose score is their highest probability: whether that class was right.
+    The squared error of a score is then its Brier score.
     """
     import torch
 
@@ -31,6 +32,8 @@ def score_targets(task: Task, output: Values, labels: Values) -> Floats:
     if isinstance(task, Regression):
         return as_floats(task.score(task.flat(truth).to(given.dtype)))
     known = with_nan(task.flat(truth)).double()
+    if isinstance(task, BinarySequence):
+        return as_floats(known.nanmean(-1))
     chances = task.probabilities(given)
     if chances.dim() == 1:
         return as_floats(known)

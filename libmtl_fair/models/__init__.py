@@ -5,6 +5,18 @@ An encoder is a module here: a class (or function) that is ``registered``, with 
 
 from libmtl_fair.models.encoders import ENCODERS, EncoderKind, encoder_for, registered
 from libmtl_fair.models.heads import Heads, any_names, linear_heads
+from libmtl_fair.models.lstm import LSTM, sequence_heads
 from libmtl_fair.models.mlp import MLP
 
-__all__ = ["ENCODERS", "MLP", "EncoderKind", "Heads", "any_names", "encoder_for", "linear_heads", "registered"]
+__all__ = [
+    "ENCODERS",
+    "LSTM",
+    "MLP",
+    "EncoderKind",
+    "Heads",
+    "any_names",
+    "encoder_for",
+    "linear_heads",
+    "registered",
+    "sequence_heads",
+]

@@ -28,14 +28,14 @@ from libmtl_fair.libmtl.trainer import FairTrainer
 from libmtl_fair.memory import need_memory
 from libmtl_fair.methods.base import Declared
 from libmtl_fair.methods.heads.auxiliary import add_fairness_heads
-from libmtl_fair.models import encoder_for, linear_heads
+from libmtl_fair.models import encoder_for, linear_heads, sequence_heads
 from libmtl_fair.recipe.post import POST_SETTINGS, check_post
 from libmtl_fair.recipe.schema import Recipe, check_names
 from libmtl_fair.recipe.sections import Encoder, Model, Train
 from libmtl_fair.tasks import Task
 
 EVAL_BATCH = 8192
-_UTILITY = {"binary": "AUC", "multiclass": "Acc", "multilabel": "AUC", "regression": "R2"}
+_UTILITY = {"binary": "AUC", "multiclass": "Acc", "multilabel": "AUC", "binary_sequence": "AUC", "regression": "R2"}
 
 
 def check(recipe: Recipe) -> None:
@@ -236,7 +236,8 @@ def build_trainer(
         seed_everything(seed)
     made_by = partial(_encoder, model, input_shape) if encoder is None else partial(encoder, input_shape[0])
     width = _out_features(made_by) if encoder is None else _width(encoder, input_shape[0])
-    described, decoders = task_dict(tasks), dict(linear_heads(tasks, width).items())
+    heads_of = sequence_heads if len(input_shape) == 2 else linear_heads
+    described, decoders = task_dict(tasks), dict(heads_of(tasks, width).items())
     if heads is not None:
         counts = {name: len(names) for name, names in groups.items()}
         described, made = add_fairness_heads(

@@ -19,6 +19,7 @@ from libmtl_fair.tasks.base import (
     task_to_dict,
     with_nan,
 )
+from libmtl_fair.tasks.sequence import BinarySequence, at_steps, decisions
 from libmtl_fair.tasks.tabular import Binary, Multiclass, Multilabel, Regression
 
 __all__ = [
@@ -27,10 +28,13 @@ __all__ = [
     "KINDS",
     "MAIN_SHARE",
     "Binary",
+    "BinarySequence",
     "Multiclass",
     "Multilabel",
     "Regression",
     "Task",
+    "at_steps",
+    "decisions",
     "need_known_kinds",
     "registered",
     "task_from_dict",

@@ -54,6 +54,8 @@ class Task:
     kind: ClassVar[str] = "task"
     auxiliary: ClassVar[bool] = False
     higher_is_better: ClassVar[bool] = True
+    single: ClassVar[bool] = True
+    """Whether an example has one answer, and not one a step or place."""
 
     def __init_subclass__(cls) -> None:
         """Let what derives from a known kind be of that kind."""
@@ -126,9 +128,14 @@ def need_count(task: str, field: str, found: object, least: int) -> None:
         raise RecipeError(f"task {task!r}: {field} must be an integer of at least {least}, found {found!r}")
 
 
-def need_known_kinds(who: str, tasks: Iterable[Task | None]) -> None:
-    """Raise RecipeError where a task is of a kind of one's own."""
+def need_known_kinds(who: str, tasks: Iterable[Task | None], single: bool = False) -> None:
+    """Raise RecipeError where a task is of a kind of one's own, or, if only a ``single`` answer an example will do, has several."""
     for task in tasks:
+        if task is not None and single and not task.single:
+            raise RecipeError(
+                f"{who} compares one answer of each person, and task {task.name!r} ({task.kind}) has many; leave the task out, make it "
+                "one of the whole example, or take ReLiF, FBGrad or a weighting of LibMTL's"
+            )
         if task is not None and task.kind not in KINDS and not task.auxiliary:
             raise RecipeError(
                 f"{who} knows {', '.join(KINDS)} tasks, and {task.name!r} is of a kind of your own, {task.kind!r} "

@@ -16,7 +16,7 @@ from libmtl_fair.tasks.base import IGNORE_INDEX, Task, need_count, registered, w
 _NORMAL_Q10 = -1.2815515655446004
 
 
-class _YesNo(Task):
+class YesNo(Task):
     """Labels of 0 and 1."""
 
     @property
@@ -34,7 +34,7 @@ class _YesNo(Task):
 
 @registered
 @dataclass(frozen=True)
-class Binary(_YesNo):
+class Binary(YesNo):
     """A yes/no task. Output: one logit ([B] or [B, 1]) or two ([B, 2]); labels 0/1, NaN (or -100) where missing.
 
     >>> import torch
@@ -118,7 +118,7 @@ class Multiclass(Task):
 
 @registered
 @dataclass(frozen=True)
-class Multilabel(_YesNo):
+class Multilabel(YesNo):
     """Any of ``n_labels``. Output: logits [B, C]; labels float [B, C] of 0/1, NaN where missing.
 
     An example counts as observed if at least one of its labels is; its loss is the mean over those observed. ``labels`` may name

@@ -76,14 +76,3 @@ def trainer_of(method: Any, tasks: Any, args: Any, heads: bool = False, **option
 def losses_of(entries: Any, outputs: dict[str, Tensor], labels: dict[str, Any]) -> dict[str, Tensor]:
     """Return the losses of the main tasks, as a user's loop makes them."""
     return {t: e["task"].loss(outputs[t], labels[t]) for t, e in entries.items() if not t.startswith("fair:")}
-
-
-def loop(fair: Any, net: Any, entries: Any, optimizer: Any, loader: Any, epochs: int) -> None:
-    """Train in a plain loop of one's own."""
-    for _ in range(epochs):
-        for x, labels in loader:
-            h, outputs = net(x)
-            optimizer.zero_grad()
-            fair.backward(losses_of(entries, outputs, labels), representation=h, outputs=outputs, labels=labels)
-            optimizer.step()
-        fair.close_epoch()

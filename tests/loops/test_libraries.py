@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from loop_kit import FEATURES, TASKS, loop, losses_of, made, make_loader
+from loop_kit import FEATURES, TASKS, losses_of, made, make_loader
 from torch import Tensor, nn
 
 import libmtl_fair as lf
@@ -46,7 +46,14 @@ def plain(loader: Any) -> Any:
     """Train two epochs in a plain loop."""
     entries, net = made(TASKS)
     fair = step_of(net, entries, len(loader))
-    loop(fair, net, entries, torch.optim.SGD(net.parameters(), lr=0.1), loader, 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(2):
+        for x, labels in loader:
+            h, outputs = net(x)
+            optimizer.zero_grad()
+            fair.backward(losses_of(entries, outputs, labels), representation=h, outputs=outputs, labels=labels)
+            optimizer.step()
+        fair.close_epoch()
     return net, fair
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from loop_kit import EPOCHS, FEATURES, MIXED, TASKS, loop, made, make_loader, trainer_of
+from loop_kit import EPOCHS, FEATURES, MIXED, TASKS, losses_of, made, make_loader, trainer_of
 
 import libmtl_fair as lf
 from libmtl_fair.libmtl import step as stepping
@@ -102,7 +102,14 @@ def stepped(method: str, args: dict[str, Any], tasks: Any) -> dict[str, torch.Te
     optimizer = torch.optim.Adam([*net.parameters(), *fair.parameters()], lr=1e-2)
     torch.manual_seed(0)
     random.seed(0)
-    loop(fair, net, entries, optimizer, loader, EPOCHS)
+    for _ in range(EPOCHS):
+        for x, labels in loader:
+            h, outputs = net(x)
+            optimizer.zero_grad()
+            losses = losses_of(entries, outputs, labels)
+            fair.backward(losses, representation=h, outputs=outputs, labels=labels)
+            optimizer.step()
+        fair.close_epoch()
     return {**net.state_dict(), **{f"trace {name}": torch.tensor(value) for name, value in fair.trace.items()}}
 
 

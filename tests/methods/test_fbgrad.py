@@ -249,25 +249,18 @@ TREES = {
 }
 
 
-def grown(tree: str, **options: Any) -> Any:
-    """Return a trainer whose model has branched as ``TREES`` says, with parameters that have moved apart."""
-    trainer = make(**options)
+@pytest.mark.parametrize("base", ["EW", "DWA"])  # DWA's weights are 1 in the first epoch; its backward is its own
+@pytest.mark.parametrize("where", ["branches", "everywhere", "branches-only", "none"])
+@pytest.mark.parametrize("conflicts", ["block", "branch"])
+@pytest.mark.parametrize("tree", TREES)
+def test_a_step_equals_the_definition(tree: str, conflicts: str, where: str, base: str) -> None:
+    trainer = make(weight_args={"where": where, "conflicts": conflicts, "strength": 0.7, "base": base})
     trainer.model.epoch = 0
     for pairs in TREES[tree]:
         trainer.model.encoder.grow(trainer.model.tree.branch(pairs))
         with torch.no_grad():
             for p in trainer.model.parameters():
                 p.add_(0.3 * torch.randn_like(p))
-    return trainer
-
-
-@pytest.mark.parametrize("base", ["EW", "DWA"])  # DWA's weights are 1 in the first epoch; its backward is its own
-@pytest.mark.parametrize("where", ["branches", "everywhere", "branches-only", "none"])
-@pytest.mark.parametrize("conflicts", ["block", "branch"])
-@pytest.mark.parametrize("tree", TREES)
-def test_a_step_equals_the_definition(tree: str, conflicts: str, where: str, base: str) -> None:
-    weight_args = {"where": where, "conflicts": conflicts, "strength": 0.7, "base": base}
-    trainer = grown(tree, weight_args=weight_args)
     expected = brute_step(trainer, where, 0.7, conflicts=conflicts)
     check_step(trainer, expected)
 
@@ -283,7 +276,13 @@ def test_a_step_on_hard_sharing_equals_the_definition(conflicts: str, where: str
 @pytest.mark.parametrize("tree", TREES)
 def test_the_published_form_in_double_precision(tree: str, double: None) -> None:
     """Conflicts by block, corrected in branches, the trunk's fairness gradient as it is: by loops, to 1e-9."""
-    trainer = grown(tree)
+    trainer = make()
+    trainer.model.epoch = 0
+    for pairs in TREES[tree]:
+        trainer.model.encoder.grow(trainer.model.tree.branch(pairs))
+        with torch.no_grad():
+            for p in trainer.model.parameters():
+                p.add_(0.3 * torch.randn_like(p))
     check_step(trainer, brute_step(trainer, "branches", 1.0, conflicts="block"), 1e-9)
 
 

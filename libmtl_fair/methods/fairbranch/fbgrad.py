@@ -17,7 +17,7 @@ from libmtl_fair.libmtl.gradients import add_gradients, flatten, gradients
 from libmtl_fair.methods.base import FairWeighting, Names, Settings, setting
 from libmtl_fair.methods.fairbranch.blocks import find_blocks
 from libmtl_fair.methods.fairbranch.tree import BranchTree
-from libmtl_fair.tasks import Binary, Multiclass, Multilabel
+from libmtl_fair.tasks import Binary, BinarySequence, Multiclass, Multilabel, decisions
 
 if TYPE_CHECKING:
     from libmtl_fair.metrics.conflicts import ConflictRecord
@@ -27,7 +27,8 @@ def robust_losses(batch: FairBatch, tasks: Sequence[str], attributes: Sequence[s
     r"""Return :math:`F_t = \sum_y \max_g L_t | y, g` for each of ``tasks``, [M], attached to the graph.
 
     Over observed labels and known groups; a cell without examples is absent. Several sensitive attributes: the sum.
-    Multiclass: y runs over the classes. Multilabel: the mean over labels of the binary loss **(ours)**. Regression, and
+    Multiclass: y runs over the classes. Multilabel: the mean over labels of the binary loss **(ours)**; sequences: every step
+    is an example **(ours)**. Regression, and
     kinds without classes: the worst group's mean error. ``attributes`` are those that count; None for all.
     """
     columns = {
@@ -47,7 +48,11 @@ def robust_losses(batch: FairBatch, tasks: Sequence[str], attributes: Sequence[s
         found |= {name: part.mean() for name, part in zip(names, parts)}
     for name in tasks:
         if name not in found:
-            found[name] = _robust(batch, name, attributes, batch.example_losses[name], *_classes(batch, name))
+            found[name] = (
+                _robust_steps(batch, name, task, attributes)
+                if isinstance(task := batch.task(name), BinarySequence)
+                else _robust(batch, name, attributes, batch.example_losses[name], *_classes(batch, name))
+            )
     return torch.stack([found[name] for name in tasks])
 
 
@@ -64,10 +69,25 @@ def _classes(batch: FairBatch, name: str) -> tuple[Tensor, int]:
     return torch.where(task.observed(labels), 0, -1), 1
 
 
+def _robust_steps(batch: FairBatch, name: str, task: BinarySequence, attributes: Sequence[str] | None) -> Tensor:
+    """Return the robust loss of a sequence's steps, each an example of its person's group."""
+    losses, _ = task.step_losses(batch.outputs[name], batch.labels[name])
+    _, _, labels, steps = decisions(task, batch.outputs[name], batch.labels[name])
+    return _robust(batch, name, attributes, losses.reshape(-1), labels, 2, steps)
+
+
 def _robust(
-    batch: FairBatch, name: str, attributes: Sequence[str] | None, losses: Tensor, classes: Tensor, n_classes: int
+    batch: FairBatch,
+    name: str,
+    attributes: Sequence[str] | None,
+    losses: Tensor,
+    classes: Tensor,
+    n_classes: int,
+    steps: int = 1,
 ) -> Tensor:
     groups = batch.task_groups(name)
+    if steps > 1:
+        groups = {attribute: ids.repeat_interleave(steps) for attribute, ids in groups.items()}
     for attribute in attributes or ():
         if attribute not in groups:
             raise RecipeError(f"FBGrad: {unknown('sensitive attribute', attribute, list(groups))}")

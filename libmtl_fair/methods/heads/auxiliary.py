@@ -28,7 +28,7 @@ from libmtl_fair.methods.heads.group_losses import (
 )
 from libmtl_fair.methods.heads.modules import Adversary, DetachedHead, GroupHeads, fresh_copy
 from libmtl_fair.models import Heads
-from libmtl_fair.tasks import AUXILIARY_PREFIX, MAIN_SHARE, Task
+from libmtl_fair.tasks import AUXILIARY_PREFIX, MAIN_SHARE, Task, need_known_kinds
 
 TARGETS = ("main", "label", "label+accuracy", "group")
 LOSSES = (*GROUP_LOSSES, "adversarial", "group_specific")
@@ -381,7 +381,11 @@ def _mains(
             )
     for name in chosen or ():
         _one_of("task", name, known)
-    return tuple(task for name, task in known.items() if chosen is None or name in chosen)
+    wanted = [
+        task for name, task in known.items() if (task.single if chosen is None else name in chosen)
+    ] or known.values()
+    need_known_kinds("a fairness head", wanted, single=True)
+    return tuple(wanted)
 
 
 def _width(name: str, head: nn.Module) -> int:
