@@ -112,7 +112,9 @@ def test_all_classes_and_gaps_occur() -> None:
 def test_a_scene_hangs_on_seed_and_index_alone() -> None:
     first, again = (make_scene(5, 7, H, W) for _ in range(2))
     make_scene(5, 6, H, W)
-    assert all(np.array_equal(getattr(first, name), getattr(again, name)) for name in ("image", "label", "depth", "normal"))
+    assert all(
+        np.array_equal(getattr(first, name), getattr(again, name)) for name in ("image", "label", "depth", "normal")
+    )
     assert not np.array_equal(first.label, make_scene(5, 8, H, W).label)
 
 
