@@ -27,7 +27,7 @@ from libmtl_fair.validation import STRICT, explain
 PART = "(part)"
 """Column of a source's table that says which part a row is of, where that is published."""
 
-_MODULES = {"celeba": "faces", "face_folders": "faces"}
+_MODULES = {"acs": "acs", "celeba": "faces", "face_folders": "faces"}
 """Source -> module of ``data`` that has it in its ``SOURCES``."""
 
 
@@ -49,11 +49,14 @@ class Opened:
         Reads the inputs of a row by its position; None where they are columns.
     filed : tuple of Task, default ()
         The chosen tasks whose labels the reader gives.
+    spec : TableSpec, optional
+        What is known of these files, where it depends on the settings; None: what the source says.
     """
 
     frame: pd.DataFrame
     reader: Reader | None = None
     filed: tuple[Task, ...] = ()
+    spec: TableSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def load_source(
     frame = opened.frame
     if PART in frame.columns:
         frame, choice = _with_validation(frame, choice, name)
-    data = build_dataset(found.spec, frame, choice)
+    data = build_dataset(opened.spec or found.spec, frame, choice)
     return data if opened.reader is None else _read_from(data, opened, opened.reader, names, workers)
 
 

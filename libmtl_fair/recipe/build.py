@@ -186,7 +186,7 @@ def utility_of(tasks: Mapping[str, Task | None]) -> Callable[[Results], float]:
 class Shape(Protocol):
     """What a model's shape needs of data: the width of the inputs and the names of the groups.
 
-    Data whose inputs are no rows of numbers have ``input_shape`` too: [steps, features], or [channels, height, width].
+    Data whose inputs are no rows of numbers have ``shape`` too: [steps, features], or [channels, height, width].
     """
 
     @property
@@ -208,7 +208,7 @@ def make_trainer(
     settled = {"progress": False, "select_by": judge, "loggers": recipe.output.loggers, "weight_args": dict(spec.args)}
     made = settled | options
     weighting = str(made.pop("weighting", spec.weighting))
-    shape = tuple(getattr(data, "input_shape", (data.n_features,)))
+    shape = tuple(getattr(data, "shape", (data.n_features,)))
     return build_trainer(weighting, model, train, tasks, shape, data.groups, seed, heads=heads, **made)
 
 

@@ -1,0 +1,27 @@
+"""Recipes of data that the user must have, each on small made-up data in its format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from libmtl_fair.data.sources import write_example
+from libmtl_fair.recipe import load_recipe
+from libmtl_fair.recipe.run import run_recipe
+
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes" / "sources").glob("*.yaml"))
+LIGHT = ["seeds=[0]", "train.epochs=1", "output.report=false", "metrics.n_bootstrap=0"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_runs_on_its_example_data(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.data.name is not None
+    root = write_example(recipe.data.name, tmp_path / "data")
+    own = ["model.encoder_args.hidden=8"] if recipe.model.encoder == "lstm" else []
+    out = run_recipe(load_recipe(path, [f"data.root={root}", *LIGHT, *own]), tmp_path / "run", device="cpu")
+    for method in recipe.methods:
+        found = json.loads((out / method / "seed0" / "metrics.json").read_text())
+        assert set(found["utility"]["test"]) == {*(recipe.data.tasks or ()), "macro"}
