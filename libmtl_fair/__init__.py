@@ -20,7 +20,17 @@ if TYPE_CHECKING:
     from libmtl_fair.methods.heads.auxiliary import add_fairness_heads, drop_fairness_heads
     from libmtl_fair.metrics.post_processing import post_process
     from libmtl_fair.predictions import Predictions
-    from libmtl_fair.tasks import Binary, BinarySequence, Multiclass, Multilabel, Regression, Task
+    from libmtl_fair.tasks import (
+        Binary,
+        BinarySequence,
+        Depth,
+        Multiclass,
+        Multilabel,
+        Normals,
+        Regression,
+        Segmentation,
+        Task,
+    )
 
 __version__ = "0.1.0"
 
@@ -28,6 +38,7 @@ __all__ = [
     "Binary",
     "BinarySequence",
     "Dataset",
+    "Depth",
     "DivergenceError",
     "FBGrad",
     "FairBranch",
@@ -39,11 +50,13 @@ __all__ = [
     "LambdaMix",
     "Multiclass",
     "Multilabel",
+    "Normals",
     "Predictions",
     "Predictor",
     "ReLiF",
     "Regression",
     "ResidentLoader",
+    "Segmentation",
     "Task",
     "add_fairness_heads",
     "data",
@@ -78,7 +91,7 @@ _HOMES = {
     "methods.heads.auxiliary": "add_fairness_heads drop_fairness_heads",
     "metrics.post_processing": "post_process",
     "predictions": "Predictions",
-    "tasks": "Binary BinarySequence Multiclass Multilabel Regression Task",
+    "tasks": "Binary BinarySequence Depth Multiclass Multilabel Normals Regression Segmentation Task",
 }
 __getattr__, __dir__ = lazy(__name__, _HOMES)
 

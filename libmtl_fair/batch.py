@@ -208,6 +208,8 @@ class FairBatch:
         loader can make them and the weighting says ``needs_twins``.
     share : Share, optional
         Which part of the batch is this process's; None where it is the only one.
+    features : mapping of str to Tensor
+        Task -> its head's feature map [B, C, h, w], of kinds whose audit score is made of it.
     """
 
     tasks: Mapping[str, Task | None]
@@ -226,6 +228,7 @@ class FairBatch:
     epoch_steps: int | None = None
     twins: Mapping[str, Tensor] | None = None
     share: Share | None = None
+    features: Mapping[str, Tensor] = field(default_factory=dict)
 
     def total(self, value: Tensor) -> Tensor:
         """Return the sum over all processes of what is of this process's rows; the value itself where it is alone."""
@@ -281,7 +284,10 @@ class FairBatch:
     @cached_property
     def scores(self) -> dict[str, Tensor]:
         """Task -> audit score of each example [B], attached to the graph."""
-        return {name: self.task(name).score(self.outputs[name]) for name in self.main}
+        return {
+            name: self.task(name).example_scores(self.outputs[name], self.labels[name], self.features.get(name))
+            for name in self.main
+        }
 
     def loss_gradient(self, losses: Tensor, share: float = 1.0) -> tuple[Tensor, Tensor]:
         """Return where the gradient of ``share`` times the sum of the losses starts, and the gradient there.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from libmtl_fair.errors import CheckpointError, DamagedFileError, DataError
 from libmtl_fair.summaries import Lines, Summarised, shares
-from libmtl_fair.tasks import IGNORE_INDEX, Task, task_from_dict, task_to_dict
+from libmtl_fair.tasks import IGNORE_INDEX, Ranged, Task, task_from_dict, task_to_dict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,6 +51,8 @@ class Predictions(Summarised):
         Tasks of which decisions alone are meant: no AUC, no Brier of their scores.
     people : dict of str to float
         What an audit of people found of them: "inconsistency", "flip_gap"; empty unless one was made.
+    raw : dict of str to Tensor
+        Task -> score before a range squashes it, [N], of tasks whose outputs are no rows (maps, sequences).
     """
 
     tasks: tuple[Task, ...]
@@ -62,6 +64,7 @@ class Predictions(Summarised):
     embeddings: Tensor | dict[str, Tensor] | None = None
     decided: tuple[str, ...] = ()
     people: dict[str, float] = field(default_factory=dict)
+    raw: dict[str, Tensor] = field(default_factory=dict)
 
     def _summary(self) -> tuple[str, Lines]:
         sizes = sorted({len(score) for score in self.scores.values()})
@@ -113,7 +116,8 @@ class Predictions(Summarised):
 
     def rescored(self, tasks: tuple[Task, ...]) -> Predictions:
         """Return the same predictions with the audit scores that ``tasks`` give, such as under frozen score ranges."""
-        return replace(self, tasks=tasks, scores={t.name: t.score(self.outputs[t.name]) for t in tasks})
+        scores = {t.name: scores_of(t, self.outputs[t.name], self.raw.get(t.name)) for t in tasks}
+        return replace(self, tasks=tasks, scores=scores)
 
     def frame(self) -> pd.DataFrame:
         """Return one row per example: ``<task>/label|score|prob|value`` and ``sensitive/<attribute>`` as names.
@@ -132,9 +136,15 @@ class Predictions(Summarised):
             )
         columns: dict[str, Column] = {"row": np.arange(len(self))}
         for task in self.tasks:
-            labels, values = self.labels[task.name].numpy(), task.probabilities(self.outputs[task.name]).numpy()
+            given = self.labels[task.name]
+            labels = (task.coverage(given) if task.summed else given).numpy()
+            values = task.probabilities(self.outputs[task.name]).numpy()
             columns.update(_numbered(f"{task.name}/label", labels, _missing))
             columns[f"{task.name}/score"] = self.scores[task.name].numpy()
+            if task.summed:
+                native = task.native(task.statistics(self.outputs[task.name], given))
+                columns.update({f"{task.name}/{name}": value.numpy() for name, value in native.items()})
+                continue
             columns.update(_numbered(f"{task.name}/{'value' if task.kind == 'regression' else 'prob'}", values))
         for attribute, ids in self.groups.items():
             named = pd.Series(self.named_groups(attribute), dtype="string")
@@ -146,24 +156,36 @@ class Predictions(Summarised):
         return self.group_names.get(attribute) or [str(i) for i in range(highest + 1)]
 
     def save(self, path: str | Path) -> Path:
-        """Write :meth:`frame` and the raw outputs to a parquet file that :meth:`load` and pandas read."""
+        """Write :meth:`frame` and the raw outputs to a parquet file that :meth:`load` and pandas read.
+
+        Of outputs that are maps what metrics need is written, in their place.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         from libmtl_fair.files import BLANK_SEAL, sealed_path
 
         frame = self.frame()
+        wide: dict[str, pa.Array] = {}
         for task in self.tasks:
+            if task.name in self.raw:
+                frame[f"{task.name}/raw_score"] = self.raw[task.name].numpy()
+            if task.summed:
+                kept = task.statistics(self.outputs[task.name], self.labels[task.name]).numpy()
+                wide[f"{task.name}/output"] = pa.FixedSizeListArray.from_arrays(kept.ravel(), kept.shape[1])
+                continue
             for c, output in enumerate(np.atleast_2d(self.outputs[task.name].numpy().T)):
                 frame[f"{task.name}/output_{c}"] = output
         meta = {
             "tasks": [task_to_dict(task) for task in self.tasks],
             "group_names": {attribute: self._names(attribute) for attribute in self.groups},
-            "shapes": {t.name: list(self.outputs[t.name].shape[1:]) for t in self.tasks},
+            "shapes": {t.name: list(self.outputs[t.name].shape[1:]) for t in self.tasks if t.name not in wide},
             "decided": list(self.decided),
             "sealed": True,
         }
         table = pa.Table.from_pandas(frame, preserve_index=False)
+        for name, column in wide.items():
+            table = table.append_column(name, column)
         ours = {_META: json.dumps(meta).encode(), _SEAL: BLANK_SEAL.encode()}
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), **ours})
         with sealed_path(path) as temporary:
@@ -197,17 +219,32 @@ class Predictions(Summarised):
             ) from error
         frame = table.to_pandas()
         tasks = [task_from_dict(entry) for entry in meta["tasks"]]
-        outputs, labels, scores = {}, {}, {}
+        outputs, labels, scores, raw = {}, {}, {}, {}
         for task in tasks:
             columns = [c for c in frame if str(c).startswith(f"{task.name}/output_")]
             output = torch.from_numpy(frame[columns].to_numpy(copy=True))
-            outputs[task.name] = output.reshape(len(frame), *meta["shapes"][task.name])
-            labels[task.name] = _labels(frame, task, meta["shapes"][task.name])
+            outputs[task.name] = (
+                torch.from_numpy(np.stack(frame[f"{task.name}/output"].to_list()))
+                if task.summed
+                else output.reshape(len(frame), *meta["shapes"][task.name])
+            )
+            if f"{task.name}/raw_score" in frame:
+                raw[task.name] = torch.from_numpy(frame[f"{task.name}/raw_score"].to_numpy(copy=True))
+            labels[task.name] = _labels(frame, task, meta["shapes"].get(task.name, ()))
             scores[task.name] = torch.from_numpy(frame[f"{task.name}/score"].to_numpy(copy=True))
         names: dict[str, list[str]] = meta["group_names"]
         codes = {a: pd.Categorical(frame[f"sensitive/{a}"], categories=known).codes for a, known in names.items()}
         groups = {a: torch.from_numpy(code.astype(np.int64)) for a, code in codes.items()}
-        return cls(tuple(tasks), scores, outputs, labels, groups, names, decided=tuple(meta.get("decided") or ()))
+        return cls(
+            tuple(tasks), scores, outputs, labels, groups, names, decided=tuple(meta.get("decided") or ()), raw=raw
+        )
+
+
+def scores_of(task: Task, outputs: Tensor, raw: Tensor | None = None) -> Tensor:
+    """Return the audit scores [N] of a task's outputs, or of their ``raw`` scores where these were kept."""
+    if raw is None:
+        return task.score(outputs)
+    return task.squash(raw) if isinstance(task, Ranged) else raw
 
 
 def side_by_side(found: Sequence[Predictions]) -> Predictions:
@@ -216,7 +253,7 @@ def side_by_side(found: Sequence[Predictions]) -> Predictions:
         return found[0]
     joined: dict[str, Any] = {
         name: {task: value for each in found for task, value in getattr(each, name).items()}
-        for name in ("scores", "outputs", "labels")
+        for name in ("scores", "outputs", "labels", "raw")
     }
     vectors = {each.tasks[0].name: each.embeddings for each in found if isinstance(each.embeddings, Tensor)}
     return replace(found[0], tasks=tuple(each.tasks[0] for each in found), embeddings=vectors or None, **joined)

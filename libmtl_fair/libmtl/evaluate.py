@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -14,8 +14,8 @@ from libmtl_fair import functional as F
 from libmtl_fair.batch import Columns, beside
 from libmtl_fair.errors import DataError, HostError
 from libmtl_fair.libmtl import batches
-from libmtl_fair.libmtl.state import Loader, Loaders, RepresentationHook, Results, TrainingState
-from libmtl_fair.predictions import Predictions
+from libmtl_fair.libmtl.state import FeatureHook, Loader, Loaders, RepresentationHook, Results, TrainingState
+from libmtl_fair.predictions import Predictions, scores_of
 from libmtl_fair.tasks import BinarySequence, Task, with_nan
 
 
@@ -64,14 +64,29 @@ class _Seen(NamedTuple):
     labels: Mapping[str, Tensor]
     groups: Mapping[str, Tensor]
     h: Mapping[str, Tensor]
+    raw: Mapping[str, Tensor]
 
     def to(self, device: torch.device | str) -> _Seen:
         """Return it on a device."""
         return _Seen(*({name: value.to(device) for name, value in part.items()} for part in self))
 
 
+class _Watched(NamedTuple):
+    """What else than outputs is wanted: representations, feature maps, and whether outputs of maps are kept as they are."""
+
+    h: RepresentationHook | None
+    features: FeatureHook
+    maps: bool
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        self.features.remove()
+        if self.h is not None:
+            self.h.remove()
+
+
 def _run_over(
-    trainer: TrainingState, loaders: Loaders, hook: RepresentationHook | None = None
+    trainer: TrainingState, loaders: Loaders, hook: _Watched | None = None
 ) -> Iterator[tuple[list[str], _Seen]]:
     """Yield (tasks, what was seen of them) of every batch, in evaluation mode; of all processes' shares, batch by batch."""
     trainer.model.eval()
@@ -86,13 +101,30 @@ def _run_over(
     trainer.faults.check()
 
 
-def _run_here(trainer: TrainingState, name: str, loader: Loader, hook: RepresentationHook | None) -> Iterator[_Seen]:
+def _run_here(trainer: TrainingState, name: str, loader: Loader, hook: _Watched | None) -> Iterator[_Seen]:
     tasks = [name] if name else trainer.main_tasks
     for batch in batches.drawn(loader, trainer, tasks):
         inputs, labels, groups, *_ = batches.split(batch, trainer.device, tasks)
         outputs = forward(trainer, inputs, name or None, groups)
-        h = {} if hook is None else hook.take()
-        yield _Seen(outputs, labels, groups, {name: h} if isinstance(h, Tensor) else h)
+        h = {} if hook is None or hook.h is None else hook.h.take()
+        seen = _Seen(outputs, labels, groups, {name: h} if isinstance(h, Tensor) else h, {})
+        yield seen if hook is None else _looked_at(trainer, tasks, seen, hook)
+
+
+def _looked_at(trainer: TrainingState, tasks: Sequence[str], seen: _Seen, hook: _Watched) -> _Seen:
+    """Return raw scores of outputs that are no rows, and, unless they are kept, what metrics need of them in their place."""
+    features = hook.features.take()
+    outputs, labels = dict(seen.outputs), dict(seen.labels)
+    raw: dict[str, Tensor] = {}
+    for name in tasks:
+        task = trainer.tasks[name]
+        if task is None or not task.summed:
+            continue
+        raw[name] = task.raw_score(outputs[name], labels[name], features.get(name))
+        if task.summed and not hook.maps:
+            outputs[name] = task.statistics(outputs[name], labels[name])
+            labels[name] = task.coverage(labels[name])
+    return seen._replace(outputs=outputs, labels=labels, raw=raw) if raw else seen
 
 
 @torch.no_grad()
@@ -105,7 +137,7 @@ def evaluate(trainer: TrainingState, loaders: Loaders) -> Results:
     for tasks, batch in _run_over(trainer, loaders):
         for task in tasks:
             kind, output, label = trainer.tasks[task], batch.outputs[task], batch.labels[task]
-            seen = kind.observed(label).sum() if kind else torch.tensor(len(output))
+            seen = kind.count(label) if kind else torch.tensor(len(output))
             total[task] = total[task] + trainer.losses.one(task, output, label) * seen
             count[task] = count[task] + seen
             trainer.task_dict[task]["metrics_fn"].update_fun(output, label)
@@ -123,27 +155,34 @@ def evaluate(trainer: TrainingState, loaders: Loaders) -> Results:
 
 
 @torch.no_grad()
-def predict(trainer: TrainingState, loaders: Loaders, embeddings: bool = False) -> Predictions:
-    """Return what the model says about every example of the loader, on the CPU."""
+def predict(trainer: TrainingState, loaders: Loaders, embeddings: bool = False, maps: bool = False) -> Predictions:
+    """Return what the model says about every example of the loader, on the CPU.
+
+    ``maps``: outputs and labels of tasks with several labels an example as they are; else what metrics need of them.
+    """
     unknown_kind = [name for name, task in trainer.tasks.items() if task is None]
     if unknown_kind:
         raise HostError(
             f"task {unknown_kind[0]!r} has no known kind, so its outputs have no score: build task_dict with lf.task_dict"
         )
-    parts: dict[str, dict[str, list[Tensor]]] = {key: defaultdict(list) for key in ("out", "label", "group", "h")}
-    hook = RepresentationHook(trainer.model) if embeddings else None
+    parts: dict[str, dict[str, list[Tensor]]] = {
+        key: defaultdict(list) for key in ("out", "label", "group", "h", "raw")
+    }
+    heads = getattr(trainer.model, "decoders", {})
+    hook = _Watched(RepresentationHook(trainer.model) if embeddings else None, trainer.watch_features(heads), maps)
     try:
         for tasks, seen in _run_over(trainer, loaders, hook):
             for task in tasks:
                 parts["out"][task].append(seen.outputs[task])
                 parts["label"][task].append(seen.labels[task])
+                if task in seen.raw:
+                    parts["raw"][task].append(seen.raw[task])
             for attribute, ids in seen.groups.items():
                 parts["group"][attribute].append(ids)
             for task, h in seen.h.items():
                 parts["h"][task].append(F.pooled(h.detach()))
     finally:
-        if hook is not None:
-            hook.remove()
+        hook.remove()
     empty = [task for task in trainer.main_tasks if task not in parts["out"]]
     if empty:
         raise DataError(f"the loader has no batch for task {empty[0]!r}; nothing to predict")
@@ -153,12 +192,13 @@ def predict(trainer: TrainingState, loaders: Loaders, embeddings: bool = False) 
     vectors = {name: h.cpu() for name, h in found["h"].items() if name not in trainer.auxiliary}
     return Predictions(
         tasks=tuple(main.values()),
-        scores={name: task.score(found["out"][name]).cpu() for name, task in main.items()},
+        scores={name: scores_of(task, found["out"][name], found["raw"].get(name)).cpu() for name, task in main.items()},
         outputs={name: found["out"][name].cpu() for name in main},
         labels={name: task.flat(found["label"][name]).cpu() for name, task in main.items()},
         groups={} if trainer.multi_input else {name: ids.cpu() for name, ids in found["group"].items()},
         group_names={name: list(names) for name, names in batches.declared(first, "group_names").items()},
         embeddings=vectors.get("", vectors) if vectors else None,
+        raw={name: values.cpu() for name, values in found["raw"].items()},
     )
 
 
@@ -176,7 +216,7 @@ def constant_loss(task: Task, labels: Tensor) -> float:
 def collapsed(trainer: TrainingState, loaders: Loaders, losses: Mapping[str, float]) -> list[str]:
     """Say which main tasks have training ``losses`` of 98 % or more of a constant's on a loader's labels **(ours)**."""
     found = predict(trainer, loaders)
-    limits = {task.name: constant_loss(task, found.labels[task.name]) for task in found.tasks}
+    limits = {task.name: constant_loss(task, found.labels[task.name]) for task in found.tasks if not task.summed}
     return [
         f"{task} (training loss {losses[task]:.3f}, of a constant {limit:.3f})"
         for task, limit in limits.items()

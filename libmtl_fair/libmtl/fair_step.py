@@ -103,6 +103,8 @@ class FairStep(StepState, nn.Module):
             method, self.task_name, given, encoder, multi_input, settings, tuple(self.auxiliary.values())
         )
         self.weighting = type(self.model).__name__
+        if given is not None and isinstance(self.model, FairWeighting):
+            self.features = self.watch_features(given, True)
         if self.weighting in SAMPLES:
             raise HostError(f"{self.weighting} takes {SAMPLES[self.weighting]} batches a step: use FairTrainer")
         self.n_groups, self._declared = dict(n_groups or {}), n_groups is not None

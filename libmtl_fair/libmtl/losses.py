@@ -11,8 +11,19 @@ from torch import Tensor
 from libmtl_fair import functional as F
 from libmtl_fair.batch import joined
 from libmtl_fair.errors import HostError, RecipeError
+from libmtl_fair.functional.scores import SCORES
 from libmtl_fair.libmtl.loading import AbsLoss, AbsMetric
-from libmtl_fair.tasks import Binary, BinarySequence, Multiclass, Regression, Task, decisions
+from libmtl_fair.tasks import (
+    Binary,
+    BinarySequence,
+    Depth,
+    Multiclass,
+    Normals,
+    Regression,
+    Segmentation,
+    Task,
+    decisions,
+)
 
 Entry: TypeAlias = "dict[str, Any]"
 """A task's entry of LibMTL's ``task_dict``: ``metrics``, ``metrics_fn``, ``loss_fn``, ``weight``, and our ``task``."""
@@ -32,7 +43,7 @@ class TaskLoss(AbsLoss):  # type: ignore[misc]
     def _update_loss(self, pred: Tensor, gt: Tensor) -> Tensor:
         loss = self.compute_loss(pred, gt)
         self.record.append(loss.detach())
-        self.bs.append(self.task.observed(gt).sum())
+        self.bs.append(self.task.count(gt))
         return loss
 
     def _average_loss(self) -> float:
@@ -43,43 +54,38 @@ class TaskLoss(AbsLoss):  # type: ignore[misc]
 
 
 class TaskMetric(AbsMetric):  # type: ignore[misc]
-    """LibMTL metric of a task over observed labels. Collects on the device; numbers are made once, at the end."""
+    """LibMTL metric of a task over observed labels. Sums or collects on the device; numbers are made once, at the end."""
 
     def __init__(self, task: Task) -> None:
         super().__init__()
         self.task = task
-        shown = _SHOWN.get(task.kind, {"Loss": ("loss", 0)})
-        self.names, self.weights = list(shown), [better for _, better in shown.values()]
-        self._scores = [score for score, _ in shown.values()]
+        self.names, self.weights = list(task.shown), [better for _, better in task.shown.values()]
+        self._scores = [score for score, _ in task.shown.values()]
 
     def update_fun(self, pred: Tensor, gt: Tensor) -> None:
         """Collect one batch."""
-        known = self.task.kind in _SHOWN
         task, pred, gt, _ = decisions(self.task, pred.detach(), gt)
-        self.record.append(task.probabilities(pred) if known else pred)
+        if task.summed:
+            found = task.statistics(pred, gt).double().sum(0)
+            kept: list[Tensor] = self.record
+            kept[:] = [kept[0] + found if kept else found]
+            return
+        self.record.append(task.probabilities(pred) if task.kind in SCORES else pred)
         self.bs.append(task.flat(gt))
 
     def score_fun(self) -> list[float]:
         """Return the metrics in the order of ``names``; NaN where the labels do not define one."""
         if not self.record or not self.names:
             return [float("nan")] * len(self.names)
+        if self.task.summed:
+            found = self.task.native(self.record[0])
+            return [float(found[name]) for name in self._scores]
         values, labels = torch.cat(self.record), torch.cat(self.bs)
-        if self.task.kind not in _SHOWN:
+        kind = self.task.step.kind if isinstance(self.task, BinarySequence) else self.task.kind
+        if kind not in SCORES:
             return [float(self.task.loss(values, labels))]
         native = (self.task.mean, self.task.std) if isinstance(self.task, Regression) else (0.0, 1.0)
-        kind = self.task.step.kind if isinstance(self.task, BinarySequence) else self.task.kind
         return list(F.task_scores(kind, values, labels, self._scores, native).values())
-
-
-_SHOWN: Mapping[str, Mapping[str, tuple[str, int]]] = {
-    "binary": {"AUC": ("auc", 1), "Acc": ("accuracy", 1)},
-    "multiclass": {"Acc": ("accuracy", 1)},
-    "multilabel": {"AUC": ("auc", 1)},
-    "binary_sequence": {"AUC": ("auc", 1), "Acc": ("accuracy", 1)},
-    "regression": {"MAE": ("mae", 0), "R2": ("r2", 1)},
-    "auxiliary": {},
-}
-"""Kind of task -> metric as LibMTL shows it -> name of the score, and 1 where higher is better."""
 
 
 def entry(task: Task) -> Entry:
@@ -125,16 +131,25 @@ def task_dict(tasks: Iterable[Task]) -> dict[str, Entry]:
 
 def tasks_of(task_dict: Mapping[str, Mapping[str, Any]]) -> dict[str, Task | None]:
     """Return the task behind each entry: the one it carries, or one inferred from a LibMTL loss; None if unknown."""
-    return {name: values.get("task") or _infer(name, values["loss_fn"]) for name, values in task_dict.items()}
+    return {name: values.get("task") or _infer(name, values) for name, values in task_dict.items()}
 
 
-def _infer(name: str, loss_fn: object) -> Task | None:
+def _infer(name: str, values: Mapping[str, object]) -> Task | None:
+    loss_fn = values["loss_fn"]
     kind, inner = type(loss_fn).__name__, getattr(loss_fn, "loss_fn", None)
+    classes = getattr(values.get("metrics_fn"), "num_classes", None)
+    if kind == "SegLoss" and isinstance(classes, int):  # those of LibMTL's nyu example
+        return Segmentation(name, classes)
+    if kind in _MAPS:
+        return _MAPS[kind](name)
     if kind in ("MSELoss", "L1Loss"):
         return Regression(name)
     if kind == "CELoss" or isinstance(inner, torch.nn.CrossEntropyLoss):
         return Multiclass(name)
     return Binary(name) if isinstance(inner, torch.nn.BCEWithLogitsLoss) else None
+
+
+_MAPS: Mapping[str, type[Task]] = {"DepthLoss": Depth, "NormalLoss": Normals}
 
 
 class LossBank:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from libmtl_fair.errors import HostError
 from libmtl_fair.faults import Faults
@@ -95,15 +96,19 @@ class TakesGroups(Protocol):
 
 
 class Keeper:
-    """Shows a head's input to whoever watches; copies of the head share it, and it is not saved with one."""
+    """Shows a module's input to whoever watches; copies of the module share it, and it is not saved with one."""
 
-    def __init__(self, hook: RepresentationHook | None = None, task: str = "") -> None:
+    def __init__(self, hook: RepresentationHook | FeatureHook | None = None, task: str = "") -> None:
         self._hook, self._task = hook, task
 
-    def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Keep what the head receives."""
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Keep what the module receives."""
         if self._hook is not None:
-            self._hook.seen[self._task] = inputs[0]
+            self._hook.keep(self._task, module, inputs[0])
+
+    def after(self, module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+        """Keep what the module gives."""
+        self(module, (output,))
 
     def __deepcopy__(self, _: object) -> Keeper:
         """Return itself."""
@@ -125,6 +130,10 @@ class RepresentationHook:
         self._handles = [model.decoders[t].register_forward_pre_hook(Keeper(self, t)) for t in watched]
         model.fair_watchers += 1
 
+    def keep(self, task: str, _: nn.Module, value: Tensor) -> None:
+        """Keep what a head received."""
+        self.seen[task] = value
+
     def take(self) -> Tensor | dict[str, Tensor]:
         """Return the representation [B, d] where the heads shared one, else one per task; forget it."""
         own = self._own() if self._own is not None else None
@@ -139,6 +148,55 @@ class RepresentationHook:
     def remove(self) -> None:
         """Take the hooks off the heads."""
         self._model.fair_watchers -= 1
+        for handle in self._handles:
+            handle.remove()
+
+
+class FeatureHook:
+    """Keeps the feature maps of heads whose tasks' audit score is made of them, of the first forward pass since it was asked.
+
+    A head says what its feature map is by ``feature_layer``, a submodule (or its path) whose output it is; without it that is what
+    its last layer with weights receives.
+
+    Parameters
+    ----------
+    heads : mapping of str to nn.Module
+        Task -> head.
+    in_training : bool
+        Whether only passes in training mode count.
+    """
+
+    def __init__(self, heads: Mapping[str, nn.Module], in_training: bool = False) -> None:
+        self.seen: dict[str, Tensor] = {}
+        self._in_training = in_training
+        self._handles = [self._watch(task, head) for task, head in heads.items()]
+
+    def _watch(self, task: str, head: nn.Module) -> RemovableHandle:
+        named = getattr(head, "feature_layer", None)
+        keeper = Keeper(self, task)
+        if named is not None:
+            layer = head.get_submodule(named) if isinstance(named, str) else named
+            return layer.register_forward_hook(keeper.after)
+        layers = [m for m in head.modules() if any(p.dim() >= 2 for p in m.parameters(recurse=False))]
+        if not layers:
+            raise HostError(
+                f"task {task!r}: its audit score is of its head's feature map, and its head, {type(head).__name__}, has no layer with "
+                "weights; name one by the head's attribute feature_layer"
+            )
+        return layers[-1].register_forward_pre_hook(keeper)
+
+    def keep(self, task: str, module: nn.Module, value: Tensor) -> None:
+        """Keep a feature map."""
+        if module.training or not self._in_training:
+            self.seen.setdefault(task, value)
+
+    def take(self) -> dict[str, Tensor]:
+        """Return task -> feature map, and forget them."""
+        seen, self.seen = self.seen, {}
+        return seen
+
+    def remove(self) -> None:
+        """Take the hooks off the heads."""
         for handle in self._handles:
             handle.remove()
 
@@ -184,6 +242,7 @@ class StepState:
 
     model: Model
     representation: RepresentationHook | None = None
+    features: FeatureHook | None = None
     weighting: str
     weight_args: dict[str, object]
     n_groups: dict[str, int]
@@ -211,6 +270,11 @@ class StepState:
             raise HostError("task_dict has auxiliary tasks only; it needs at least one main task")
         binary = not self.multi_input and all(isinstance(self.tasks[name], Binary) for name in self.main_tasks)
         self.binary = tuple(self.main_tasks) if binary else ()
+
+    def watch_features(self, heads: Mapping[str, nn.Module] | nn.ModuleDict, in_training: bool = False) -> FeatureHook:
+        """Return what keeps the feature maps of tasks whose scores are made of them."""
+        needed = {name: heads[name] for name, task in self.tasks.items() if task and task.needs_features}
+        return FeatureHook(needed, in_training)
 
     @property
     def own_losses(self) -> bool:

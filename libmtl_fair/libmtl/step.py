@@ -258,13 +258,7 @@ def mean_over_processes(
     counts = []
     for name in names:
         task, known = state.tasks[name], name in labels
-        seen = (
-            task.observed(labels[name]).sum()
-            if task is not None and known
-            else len(outputs[name])
-            if name in outputs
-            else 1
-        )
+        seen = task.count(labels[name]) if task is not None and known else len(outputs[name]) if name in outputs else 1
         counts.append(torch.as_tensor(seen, device=losses.device).to(losses.dtype))
     n = torch.stack(counts)
     sums, counted = state.processes.total(torch.stack([torch.where(n > 0, losses.detach() * n, 0), n])).unbind()
@@ -286,10 +280,12 @@ def _need_people(state: StepState, made: Made) -> None:
     if state.model.needs_known_kinds:
         need_known_kinds(state.weighting, state.tasks.values(), state.model.needs_single_answers)
     for name in state.main_tasks:
-        if state.tasks[name] is not None and isinstance(z := made.outputs[name], Tensor) and z.dim() > 2:
+        task, z = state.tasks[name], made.outputs[name]
+        if task is not None and task.single and isinstance(z, Tensor) and z.dim() > 2:
             raise HostError(
-                f"task {name!r}: {state.weighting} compares people, an output [B] or [B, C] each, and this head's is {list(z.shape)}: "
-                "pool it, or train this task with a weighting of LibMTL's"
+                f"task {name!r}: {state.weighting} compares people, an output [B] or [B, C] each, and this head's is "
+                f"{list(z.shape)}: say that its labels are maps (lf.Segmentation, lf.Depth, lf.Normals), pool it, or train this task "
+                "with a weighting of LibMTL's"
             )
 
 
@@ -300,9 +296,13 @@ def fair_batch(state: StepState, made: Made, epoch: int, h: Tensor | dict[str, T
     if h is None:
         assert state.representation is not None
         h = state.representation.take()
+    features = {} if state.features is None else state.features.take()
     reference, share = made.reference() if state.model.needs_reference else None, made.share
     twins = made.twins(state.global_step) if state.model.needs_twins else None
+    if twins is not None and state.features is not None:
+        state.features.take()  # of the second forward pass
     if share is not None:
+        features = share.each(features)
         twins = None if twins is None else share.each(twins)
         share.h, reference = h, None if reference is None else share.every(reference)
         h = share.every(h) if state.model.needs_representation and reference is None else h
@@ -323,6 +323,7 @@ def fair_batch(state: StepState, made: Made, epoch: int, h: Tensor | dict[str, T
         epoch_steps=state.epoch_steps,
         twins=twins,
         share=share,
+        features=features,
     )
 
 

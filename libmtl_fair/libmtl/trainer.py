@@ -168,7 +168,11 @@ class FairTrainer(TrainingState):
         if self.processes is not None:
             self.processes.broadcast([*self.model.parameters(), *self.model.buffers()])
         self.group_modules = [m for m in self.model.modules() if isinstance(m, TakesGroups)]
-        self.representation = RepresentationHook(self.model) if isinstance(self.model, FairWeighting) else None
+        fair = isinstance(self.model, FairWeighting)
+        self.representation = RepresentationHook(self.model) if fair else None
+        self.features = (
+            self.watch_features(self.model.decoders, True) if fair and hasattr(self.model, "decoders") else None
+        )
         self.samples, self.faults = stepping.SAMPLES.get(self.weighting, 1), Faults()
         self.update = Update(accumulate, clip_norm, self._precision(amp))
         self.callbacks, self._stopped = tuple(callbacks), False
@@ -469,12 +473,13 @@ class FairTrainer(TrainingState):
         """Return task -> metric -> value over a loader (``loss`` and the task's metrics)."""
         return evaluate(self, test_dataloaders)
 
-    def predict(self, loader: Loaders, *, embeddings: bool = False) -> Predictions:
+    def predict(self, loader: Loaders, *, embeddings: bool = False, maps: bool = True) -> Predictions:
         """Return outputs, scores, labels and groups of every example, on the CPU.
 
-        ``embeddings=True`` also keeps what the heads received, [N, d] or one per task.
+        ``embeddings=True`` also keeps what the heads received, [N, d] or one per task. ``maps=False`` keeps of outputs that are maps
+        (or sequences) what metrics need, and not themselves, which many images have no room for.
         """
-        return predict(self, loader, embeddings)
+        return predict(self, loader, embeddings, maps)
 
     @overload
     def audit(
@@ -518,11 +523,13 @@ class FairTrainer(TrainingState):
         from libmtl_fair.metrics import ConsistencyAudit, FixedDeltaAudit
         from libmtl_fair.metrics.people import audit_people
 
-        predictions, found = self.predict(loader), None
+        predictions, found = self.predict(loader, maps=False), None
         if people is not None:
             groups = {attribute: ids.numpy() for attribute, ids in predictions.groups.items()}
             audit = people if isinstance(people, ConsistencyAudit) else ConsistencyAudit(people, sensitive=groups)
-            found = audit_people(audit, predictions, None if validation is None else self.predict(validation))
+            found = audit_people(
+                audit, predictions, None if validation is None else self.predict(validation, maps=False)
+            )
         if delta is not None:
             report = FixedDeltaAudit(delta, exact=exact, **options).run(predictions.scores)
             return dataclasses.replace(report, people=found)

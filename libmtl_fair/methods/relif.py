@@ -17,6 +17,7 @@ from libmtl_fair.functional.lipschitz import PROTOTYPES
 from libmtl_fair.methods.base import Penalty, Settings, Written, setting
 from libmtl_fair.methods.controllers import Controller, Pace, ShareController, ViolationController
 from libmtl_fair.predictions import Predictions
+from libmtl_fair.tasks import Task
 
 SCALE_FLOOR = 1e-4
 DISTANCE_FLOOR = 1e-3
@@ -342,6 +343,11 @@ class ReLiF(Penalty):
         if flip and batch.twins is None:
             raise HostError(f"ReLiF with flip={flip:g} needs flip twins, and {NO_TWINS}")
         found, near, twins, close, flipped = [], [], [], [], []
+        odd = [name for name in batch.main if flip and batch.task(name).summed]
+        if odd:
+            raise HostError(
+                f"ReLiF: flip compares people with their twins, and task {odd[0]!r} has no one value a person; use flip=0"
+            )
         for column in _columns(batch):
             rows, shares = column.values.detach().mT, column.shares
             gaps = F.near_gaps(rows, column.near.others, logits=column.logits)
@@ -421,12 +427,20 @@ def _columns(batch: FairBatch) -> Iterator[_Column]:
         return
     for name in batch.main:
         task = batch.task(name)
+        if task.summed:  # a map has no one value: its score, which is not yet squashed
+            yield _Column(*_scores(batch, task), batch.near[name], None)
+            continue
         values, twins = (
             None if outputs is None else _wide(task.log_odds(outputs[name])) for outputs in (batch.outputs, batch.twins)
         )
         assert values is not None
         shares = torch.sigmoid(values.detach()).mean(0) if task.kind == "multiclass" else torch.ones_like(values[0])
         yield _Column(values, task.kind != "regression", shares, batch.near[name], twins)
+
+
+def _scores(batch: FairBatch, task: Task) -> tuple[Tensor, bool, Tensor]:
+    raw = task.raw_score(batch.outputs[task.name], batch.labels[task.name], batch.features.get(task.name))
+    return raw.unsqueeze(1), False, raw.new_ones(1)
 
 
 def _wide(values: Tensor) -> Tensor:

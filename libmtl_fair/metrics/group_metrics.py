@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from libmtl_fair.metrics.arrays import Values, as_numpy
 from libmtl_fair.metrics.group_state import TaskState
 from libmtl_fair.metrics.group_table import RESERVED, GroupTable, Options, add_task, to_frame
 from libmtl_fair.metrics.rates import check_option
+from libmtl_fair.metrics.summed_state import SummedState
 from libmtl_fair.tasks import Task
 
 Threshold = float | str | list[float]
@@ -62,6 +64,10 @@ class GroupMetrics:
         that :mod:`libmtl_fair.metrics.intervals` names.
     auc : bool, default True
         AUC per group; keeps every score until :meth:`compute`.
+
+    Notes
+    -----
+    Tasks whose labels are maps have their own metrics of each group and their gaps, without intervals.
 
     Examples
     --------
@@ -110,7 +116,9 @@ class GroupMetrics:
         for name, parts in self.crossed.items():
             self.names[name] = [_JOIN.join(names) for names in product(*(self.names[p] for p in parts))]
         self.sizes = {a: len(names) for a, names in self.names.items()}
-        self._states = {t.name: TaskState(t, _threshold(threshold, t), auc) for t in tasks}
+        self._states: dict[str, Any] = {
+            t.name: SummedState(t) if t.summed else TaskState(t, _threshold(threshold, t), auc) for t in tasks
+        }
         self.reset()
 
     def reset(self) -> GroupMetrics:

@@ -15,6 +15,7 @@ from libmtl_fair.metrics.group_state import Rows, TaskState
 from libmtl_fair.metrics.intervals import Gap, GroupNoise, effective_sizes, gap_interval, rate_noise, wilson
 from libmtl_fair.metrics.rates import ALIASES, DENOMINATOR, FPR, RATES, TPR, combine, gaps, table_rates
 from libmtl_fair.metrics.scores import REGRESSION, binned_shares, group_auc, group_regression, ks_distance
+from libmtl_fair.metrics.summed_state import SummedState
 from libmtl_fair.tasks import Regression
 
 RESERVED = ("difference", "ratio", "overall")
@@ -190,9 +191,18 @@ def to_frame(tables: Iterable[tuple[str, str, GroupTable]]) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def add_task(table: GroupTable, state: TaskState, attribute: str, counted: Floats, kept: Rows | None) -> None:
+def add_task(
+    table: GroupTable, state: TaskState | SummedState, attribute: str, counted: Floats, kept: Rows | None
+) -> None:
     """Add every metric of the task for one attribute, from its confusion table [3, G, cells] and the rows kept."""
     task = state.task
+    if isinstance(state, SummedState):
+        shown, values = state.metrics(counted[0, :, 1:])
+        table.values(shown, values)
+        found = gaps(values[:, :-1], values[:, -1:] if table.options.method == "to_overall" else None)
+        for k, kind in enumerate(RESERVED[:2]):
+            table.gap_rows(shown, kind, found[k], ~np.isnan(values[:, :-1]), (np.nan, np.nan))
+        return
     if isinstance(task, Regression) and kept is not None:
         _add_regression(table, task, kept, attribute)
         return

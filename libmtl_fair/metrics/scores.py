@@ -66,6 +66,9 @@ def task_utility(task: Task, output: Values, labels: Values) -> dict[str, float]
     :func:`libmtl_fair.functional.task_scores`; of a sequence those of all its steps.
     """
     native = (task.mean, task.std) if isinstance(task, Regression) else (0.0, 1.0)
+    if task.summed:
+        sums = task.statistics(torch.as_tensor(output), torch.as_tensor(labels)).double().sum(0)
+        return {name: float(value) for name, value in task.native(sums).items()}
     truth, faults = torch.as_tensor(labels), Faults()
     check_labels(faults, task, truth)
     faults.check()

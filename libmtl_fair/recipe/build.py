@@ -35,7 +35,6 @@ from libmtl_fair.recipe.sections import Encoder, Model, Train
 from libmtl_fair.tasks import Task
 
 EVAL_BATCH = 8192
-_UTILITY = {"binary": "AUC", "multiclass": "Acc", "multilabel": "AUC", "binary_sequence": "AUC", "regression": "R2"}
 
 
 def check(recipe: Recipe) -> None:
@@ -173,10 +172,10 @@ def only(data: Dataset, tasks: tuple[str, ...]) -> Dataset:
 
 
 def utility_of(tasks: Mapping[str, Task | None]) -> Callable[[Results], float]:
-    """Return the function that judges an epoch: the mean of AUC, accuracy or R2 over tasks, NaN left out."""
+    """Return the function that judges an epoch: the mean of AUC, accuracy, R2 (and what maps have) over tasks, NaN left out."""
 
     def judge(results: Results) -> float:
-        found = [results[name][_UTILITY[task.kind]] for name, task in tasks.items() if task and name in results]
+        found = [task.utility(results[name]) for name, task in tasks.items() if task and name in results]
         known = [value for value in found if value == value]
         return sum(known) / len(known) if known else float("-inf")
 

@@ -22,7 +22,7 @@ from libmtl_fair.metrics.tolerance import draw_pool
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.recipe.sections import Audit
-from libmtl_fair.tasks import Regression, Task
+from libmtl_fair.tasks import Ranged, Task
 
 Row = dict[str, Any]
 Ranges = dict[str, tuple[float, float]]
@@ -82,9 +82,7 @@ class Protocol:
     def freeze(self, tasks: tuple[Task, ...], seed: int) -> tuple[Task, ...]:
         """Return the tasks with the frozen score ranges of a seed."""
         known = self.by_seed.get(seed, self.score_ranges)
-        return tuple(
-            replace(t, score_range=known[t.name]) if isinstance(t, Regression) and t.name in known else t for t in tasks
-        )
+        return tuple(t.ranged(known[t.name]) if isinstance(t, Ranged) and t.name in known else t for t in tasks)
 
     def to_dict(self) -> Row:
         """Return plain values."""
@@ -114,7 +112,8 @@ class Protocol:
 
 
 def _score_ranges(predictions: Predictions) -> Ranges:
-    fixed = [t.with_score_range(predictions.outputs[t.name]) for t in predictions.tasks if isinstance(t, Regression)]
+    raw = {**predictions.outputs, **predictions.raw}
+    fixed = [t.with_score_range(raw[t.name]) for t in predictions.tasks if isinstance(t, Ranged)]
     return {task.name: task.score_range for task in fixed if task.score_range is not None}
 
 

@@ -12,6 +12,7 @@ from libmtl_fair.tasks.base import (
     IGNORE_INDEX,
     KINDS,
     MAIN_SHARE,
+    Ranged,
     Task,
     need_known_kinds,
     registered,
@@ -19,6 +20,7 @@ from libmtl_fair.tasks.base import (
     task_to_dict,
     with_nan,
 )
+from libmtl_fair.tasks.dense import Depth, MapTask, Normals, Segmentation
 from libmtl_fair.tasks.sequence import BinarySequence, at_steps, decisions
 from libmtl_fair.tasks.tabular import Binary, Multiclass, Multilabel, Regression
 
@@ -29,9 +31,14 @@ __all__ = [
     "MAIN_SHARE",
     "Binary",
     "BinarySequence",
+    "Depth",
+    "MapTask",
     "Multiclass",
     "Multilabel",
+    "Normals",
+    "Ranged",
     "Regression",
+    "Segmentation",
     "Task",
     "at_steps",
     "decisions",

@@ -8,13 +8,13 @@ shows, the probabilities that group metrics read, and the score in [0, 1] that t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, TypeVar
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from libmtl_fair.errors import RecipeError
+from libmtl_fair.errors import DataError, RecipeError
 
 IGNORE_INDEX = -100
 """Integer label of an example whose label is missing (PyTorch's ``ignore_index``)."""
@@ -24,6 +24,8 @@ AUXILIARY_PREFIX = "fair:"
 
 MAIN_SHARE = 0.98
 """Share of the main tasks' losses beside those of auxiliary fairness tasks unless it is told (ours, measured)."""
+
+_NORMAL_Q10 = -1.2815515655446004
 
 KINDS: dict[str, type[Task]] = {}
 """Task kinds by name, as recipes spell them; :func:`registered` adds one."""
@@ -56,6 +58,16 @@ class Task:
     higher_is_better: ClassVar[bool] = True
     single: ClassVar[bool] = True
     """Whether an example has one answer, and not one a step or place."""
+    summed: ClassVar[bool] = False
+    """Whether metrics are made of sums over examples: :meth:`statistics` and :meth:`native`."""
+    has_rates: ClassVar[bool] = True
+    """Whether groups have rates of decisions; else they are compared by the errors of their examples."""
+    needs_features: ClassVar[bool] = False
+    """Whether the audit score is of the head's feature map."""
+    shown: ClassVar[Mapping[str, tuple[str, int]]] = {"Loss": ("loss", 0)}
+    """Metric as LibMTL shows it -> its name here, and 1 where higher is better."""
+    headline: ClassVar[str] = "Loss"
+    """The metric of :attr:`shown` that stands for the task."""
 
     def __init_subclass__(cls) -> None:
         """Let what derives from a known kind be of that kind."""
@@ -94,10 +106,29 @@ class Task:
         """Return the loss of each example, [B]; 0, with zero gradient, where the label is missing."""
         raise NotImplementedError
 
+    def count(self, labels: Tensor) -> Tensor:
+        """Return how many labels :meth:`loss` is the mean over (scalar)."""
+        return self.observed(labels).sum()
+
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
         """Return the mean loss over observed labels (scalar); 0 with zero gradient if there is none."""
-        count = self.observed(labels).sum().clamp(min=1)
-        return self.example_losses(output, labels).sum() / count
+        return self.example_losses(output, labels).sum() / self.count(labels).clamp(min=1)
+
+    def statistics(self, output: Tensor, labels: Tensor) -> Tensor:
+        """Return of each example the numbers whose sums make the metrics, [B, K]."""
+        raise NotImplementedError
+
+    def coverage(self, labels: Tensor) -> Tensor:
+        """Return each example's share of places that have a label, [B]: what predictions without maps keep of labels."""
+        raise NotImplementedError
+
+    def native(self, statistics: Tensor) -> dict[str, Tensor]:
+        """Return metric -> value [...] of summed :meth:`statistics` [..., K]."""
+        raise NotImplementedError
+
+    def utility(self, results: Mapping[str, float]) -> float:
+        """Return one number of an evaluation's results, higher is better."""
+        return results[self.headline]
 
     def probabilities(self, output: Tensor) -> Tensor:
         """Return probabilities, or the predicted value for regression: [B] or [B, C]."""
@@ -111,6 +142,58 @@ class Task:
         """Return the audit score of each example, [B], in [0, 1]: its highest probability (METHODS.md, section 0)."""
         p = self.probabilities(output)
         return p if p.dim() == 1 else p.amax(dim=-1)
+
+    def raw_score(self, output: Tensor, labels: Tensor | None = None, features: Tensor | None = None) -> Tensor:
+        """Return the audit score before a range squashes it, [B].
+
+        Parameters
+        ----------
+        output : Tensor
+            Of the head.
+        labels : Tensor, optional
+            Say which places of an example are valid; without them all are.
+        features : Tensor, optional
+            The head's feature map [B, C, h, w], of kinds that need it.
+        """
+        return self.score(output)
+
+    def example_scores(self, output: Tensor, labels: Tensor | None = None, features: Tensor | None = None) -> Tensor:
+        """Return the audit score of each example, [B], in [0, 1]; see :meth:`raw_score`."""
+        return self.raw_score(output, labels, features)
+
+
+class Ranged(Task):
+    """A task whose raw score is squashed to [0, 1] by the range of a reference model's, ``clip((s - q10) / (q90 - q10 + 1e-6), 0, 1)``."""
+
+    score_range: tuple[float, float] | None
+
+    @property
+    def default_range(self) -> tuple[float, float]:
+        """Range of the score where no reference model has frozen one: that of a standard normal's middle 80 % **(ours)**."""
+        return _NORMAL_Q10, -_NORMAL_Q10
+
+    def squash(self, raw: Tensor) -> Tensor:
+        """Return raw scores [B] in [0, 1]."""
+        low, high = self.score_range or self.default_range
+        return ((raw - low) / (high - low + 1e-6)).clamp(0, 1)
+
+    def example_scores(self, output: Tensor, labels: Tensor | None = None, features: Tensor | None = None) -> Tensor:
+        """Return the raw score squashed by the range, [B]."""
+        return self.squash(self.raw_score(output, labels, features))
+
+    def with_score_range(self, raw_scores: Tensor) -> Self:
+        """Return this task with its score range frozen to the 10 % and 90 % quantiles of a reference model's raw scores [N]."""
+        values = raw_scores.detach().reshape(-1).double().cpu()
+        values = values[torch.isfinite(values)]
+        if not len(values):
+            raise DataError(f"task {self.name!r}: the reference model has no finite output to take a score range from")
+        low, high = torch.quantile(values, torch.tensor([0.1, 0.9], dtype=values.dtype)).tolist()
+        return self.ranged((low, high))
+
+    def ranged(self, score_range: tuple[float, float]) -> Self:
+        """Return this task with a frozen score range."""
+        changes: dict[str, Any] = {"score_range": score_range}
+        return replace(self, **changes)
 
 
 T = TypeVar("T", bound=Task)
@@ -129,16 +212,19 @@ def need_count(task: str, field: str, found: object, least: int) -> None:
 
 
 def need_known_kinds(who: str, tasks: Iterable[Task | None], single: bool = False) -> None:
-    """Raise RecipeError where a task is of a kind of one's own, or, if only a ``single`` answer an example will do, has several."""
+    """Raise RecipeError where a task is of a kind of one's own, or has several answers an example.
+
+    The latter where only a ``single`` one will do; kinds that are compared by the errors of their examples have one error.
+    """
     for task in tasks:
-        if task is not None and single and not task.single:
+        if task is not None and single and not task.single and task.has_rates:
             raise RecipeError(
                 f"{who} compares one answer of each person, and task {task.name!r} ({task.kind}) has many; leave the task out, make it "
                 "one of the whole example, or take ReLiF, FBGrad or a weighting of LibMTL's"
             )
         if task is not None and task.kind not in KINDS and not task.auxiliary:
             raise RecipeError(
-                f"{who} knows {', '.join(KINDS)} tasks, and {task.name!r} is of a kind of your own, {task.kind!r} "
+                f"{who} knows {', '.join(sorted(KINDS))} tasks, and {task.name!r} is of a kind of your own, {task.kind!r} "
                 f"({type(task).__name__}): derive it from the class of one of these, or leave it out"
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,6 +34,8 @@ class BinarySequence(YesNo):
     """
 
     kind: ClassVar[str] = "binary_sequence"
+    shown: ClassVar[Mapping[str, tuple[str, int]]] = {"AUC": ("auc", 1), "Acc": ("accuracy", 1)}
+    headline: ClassVar[str] = "AUC"
     single: ClassVar[bool] = False
 
     @property

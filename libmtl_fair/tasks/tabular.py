@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -11,9 +12,7 @@ from torch import Tensor
 
 from libmtl_fair import functional as F
 from libmtl_fair.errors import DataError, RecipeError
-from libmtl_fair.tasks.base import IGNORE_INDEX, Task, need_count, registered, with_nan
-
-_NORMAL_Q10 = -1.2815515655446004
+from libmtl_fair.tasks.base import IGNORE_INDEX, Ranged, Task, need_count, registered, with_nan
 
 
 class YesNo(Task):
@@ -44,6 +43,8 @@ class Binary(YesNo):
     """
 
     kind: ClassVar[str] = "binary"
+    shown: ClassVar[Mapping[str, tuple[str, int]]] = {"AUC": ("auc", 1), "Acc": ("accuracy", 1)}
+    headline: ClassVar[str] = "AUC"
 
     def logit(self, output: Tensor) -> Tensor:
         """Return the log-odds of the positive class, [B]."""
@@ -73,6 +74,8 @@ class Multiclass(Task):
     n_classes: int = 2
     classes: tuple[str, ...] | None = None
     kind: ClassVar[str] = "multiclass"
+    shown: ClassVar[Mapping[str, tuple[str, int]]] = {"Acc": ("accuracy", 1)}
+    headline: ClassVar[str] = "Acc"
 
     def __post_init__(self) -> None:
         """Check the number of classes."""
@@ -128,6 +131,8 @@ class Multilabel(YesNo):
     n_labels: int = 2
     labels: tuple[str, ...] | None = None
     kind: ClassVar[str] = "multilabel"
+    shown: ClassVar[Mapping[str, tuple[str, int]]] = {"AUC": ("auc", 1)}
+    headline: ClassVar[str] = "AUC"
 
     def __post_init__(self) -> None:
         """Check the number of labels."""
@@ -171,7 +176,7 @@ class Multilabel(YesNo):
 
 @registered
 @dataclass(frozen=True)
-class Regression(Task):
+class Regression(Ranged):
     """A number. Output [B] or [B, 1] and labels [B] in standardised units; ``mean`` and ``std`` give native units.
 
     Parameters
@@ -188,6 +193,9 @@ class Regression(Task):
     std: float = 1.0
     score_range: tuple[float, float] | None = None
     kind: ClassVar[str] = "regression"
+    has_rates: ClassVar[bool] = False
+    shown: ClassVar[Mapping[str, tuple[str, int]]] = {"MAE": ("mae", 0), "R2": ("r2", 1)}
+    headline: ClassVar[str] = "R2"
     higher_is_better: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -212,16 +220,10 @@ class Regression(Task):
         seen = self.observed(labels)
         return torch.where(seen, (value - torch.where(seen, labels, 0).to(value.dtype)) ** 2, 0.0)
 
+    def raw_score(self, output: Tensor, labels: Tensor | None = None, features: Tensor | None = None) -> Tensor:
+        """Return the predicted value, [B]."""
+        return self.value(output)
+
     def score(self, output: Tensor) -> Tensor:
         """Return the output squashed to [0, 1] by the reference range, [B]."""
-        low, high = self.score_range or (_NORMAL_Q10, -_NORMAL_Q10)
-        return ((self.value(output) - low) / (high - low + 1e-6)).clamp(0, 1)
-
-    def with_score_range(self, reference_outputs: Tensor) -> Regression:
-        """Return this task with its score range frozen to the 10 % and 90 % quantiles of ``reference_outputs`` [N]."""
-        values = self.value(reference_outputs.detach()).double().cpu()
-        values = values[torch.isfinite(values)]
-        if not len(values):
-            raise DataError(f"task {self.name!r}: the reference model has no finite output to take a score range from")
-        low, high = torch.quantile(values, torch.tensor([0.1, 0.9], dtype=values.dtype)).tolist()
-        return replace(self, score_range=(low, high))
+        return self.squash(self.value(output))

@@ -27,7 +27,7 @@ from libmtl_fair.metrics.decisions import Held, thresholds_in_use
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.build import EVAL_BATCH, data_for, loaders, make_trainer
 from libmtl_fair.recipe.measure import Protocol
-from libmtl_fair.tasks import Regression, Task
+from libmtl_fair.tasks import Ranged, Task
 from libmtl_fair.tune.artifacts import Keeper
 from libmtl_fair.tune.budget import Heartbeat, Reaper, claim, fill, give_up, slots
 from libmtl_fair.tune.evidence import counts_of, degenerate_tasks, utilities
@@ -61,7 +61,7 @@ def protocol_of(study: optuna.Study, plan: Plan, device: str) -> Protocol:
             made.deltas[delta] = float(delta)
     levels = {m.level for m in plan.measures if m.level is not None}
     # a run freezes the score ranges of regression tasks before it trains other methods than the reference
-    scaled = any(isinstance(task, Regression) for task in plan.dataset(plan.seeds[0]).tasks)
+    scaled = any(isinstance(task, Ranged) for task in plan.dataset(plan.seeds[0]).tasks)
     if scaled or levels - set(made.deltas):
         for i, seed in enumerate(plan.seeds if scaled else plan.seeds[:1]):
             reference = Candidate(recipe, recipe.reference, [seed])

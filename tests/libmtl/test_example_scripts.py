@@ -39,7 +39,7 @@ common = dict(rep_grad=params.rep_grad, multi_input=params.multi_input, optim_pa
 
 NYU = """
 # images to images: a task of classes and one of numbers for each pixel; outputs are resized in process_preds
-class PixelLoss(AbsLoss):
+class DepthLoss(AbsLoss):
     def compute_loss(self, pred, gt):
         return (pred - gt).abs().mean()
 
@@ -51,6 +51,7 @@ class SegLoss(AbsLoss):
         return self.loss_fn(pred, gt.long())
 
 class Pixels(AbsMetric):
+    num_classes = 2
     def update_fun(self, pred, gt):
         self.record.append((pred.mean() - gt.mean()).abs().item())
         self.bs.append(pred.size()[0])
@@ -89,7 +90,7 @@ class NYUtrainer(Trainer):
         return preds
 
 task_dict = {"segmentation": {"metrics": ["err"], "metrics_fn": Pixels(), "loss_fn": SegLoss(), "weight": [0]},
-             "depth": {"metrics": ["err"], "metrics_fn": Pixels(), "loss_fn": PixelLoss(), "weight": [0]}}
+             "depth": {"metrics": ["err"], "metrics_fn": Pixels(), "loss_fn": DepthLoss(), "weight": [0]}}
 decoders = nn.ModuleDict({t: nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, c, 1))
                           for t, c in (("segmentation", 2), ("depth", 1))})
 trained = NYUtrainer(task_dict=task_dict, encoder_class=Dilated, decoders=decoders, scheduler_param=scheduler_param, **common)
@@ -228,6 +229,7 @@ PATHS = ("--fairbranch_blocks", '["resnet_network.layer3", "resnet_network.layer
         (NYU, ("--weighting", "EW")),
         (NYU, ("--weighting", "MGDA", "--rep_grad")),
         (NYU, (*BRANCHED, "PCGrad")),
+        (NYU, ("--weighting", "ReLiF")),
         (OFFICE, ("--weighting", "EW", "--multi_input")),
         (OFFICE, ("--weighting", "ReLiF", "--relif_pairs", "random", "--multi_input")),
         (OFFICE, (*BRANCHED, "EW", "--multi_input", *PATHS)),
@@ -247,9 +249,9 @@ def test_a_script_in_the_shape_of_an_example(fresh: Any, tmp_path: Path, script:
     assert events == (2 if script is NYU and "FairBranch" in args else 0)  # office's goes back to its best epoch
 
 
-def test_pixels_are_no_people(fresh: Any, tmp_path: Path) -> None:
+def test_pixels_are_no_people_where_nothing_says_what_they_are(fresh: Any, tmp_path: Path) -> None:
     path = tmp_path / "main.py"
-    path.write_text(HEAD + NYU)
+    path.write_text(HEAD + NYU.replace("num_classes = 2", "pass"))
     assert "task 'segmentation': ReLiF compares people" in fresh(
         CODE.format(path=str(path), args=["--weighting", "ReLiF"])
     )

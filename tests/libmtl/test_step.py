@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import libmtl_fair as lf
 from libmtl_fair.libmtl import step as stepping
@@ -59,6 +60,33 @@ def test_a_step_reads_no_value(method: str, args: dict[str, Any], tasks: tuple[l
         stepping.step(trainer, (torch.zeros(16, 6, device="meta"), labels), 0, log)
     assert (len(log), trainer.global_step) == (2, 2)
     assert all(p.grad is not None for p in trainer.model.encoder.parameters())
+
+
+@pytest.mark.parametrize(("method", "args"), [(m, a) for m, a in METHODS if a.get("tasks") is None])
+def test_a_step_on_maps_reads_no_value(method: str, args: dict[str, Any]) -> None:
+    tasks = (lf.Segmentation("s", 3), lf.Depth("d"), lf.Normals("n"), lf.Binary("a"))
+    entries = lf.task_dict(tasks)
+    heads: Any = {t.name: nn.Conv2d(4, t.out_features, 1) for t in tasks[:3]}
+    heads["a"] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1))
+    if method == "LambdaMix":
+        entries, heads = lf.add_fairness_heads(entries, heads, sensitive=("sex",))
+    trainer = lf.FairTrainer(
+        entries, method, "FairBranch" if method == "FBGrad" else "HPS", lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)),
+        heads, False, False, {"optim": "adam", "lr": 1e-3}, None, device="meta", progress=False, select="last",
+        weight_args={**args, "proxy": "representation"} if "alpha" in args or "form" in args else args,
+    )  # fmt: skip
+    trainer.n_groups, trainer.model.epoch = {"sex": 2}, 0
+    trainer.epoch_steps, trainer.model.epochs = 1, 4
+    trainer.model.train_loss_buffer = torch.ones(len(tasks), 1).numpy()
+    trainer.model.train()
+    shapes = {"s": (16, 5, 6), "d": (16, 1, 5, 6), "n": (16, 3, 5, 6), "a": (16,)}
+    labels: dict[str, Any] = {name: torch.zeros(shape, device="meta") for name, shape in shapes.items()}
+    labels["sensitive"] = {"sex": torch.zeros(16, dtype=torch.long, device="meta")}
+    labels["reference"] = torch.zeros(16, 3, device="meta")
+    log = StepLog()
+    for _ in range(2):
+        stepping.step(trainer, (torch.zeros(16, 3, 5, 6, device="meta"), labels), 0, log)
+    assert (len(log), trainer.global_step) == (2, 2)
 
 
 def test_every_method_of_ours_is_among_them() -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from libmtl_fair import functional as F
+from libmtl_fair.errors import RecipeError
 from libmtl_fair.functional.disparity import CCC_COUNT, ccc_bound, mean_bound, rate_bound
 from libmtl_fair.methods.controllers import Controller
 from libmtl_fair.methods.fairmt.settings import FairMTSettings
@@ -323,7 +324,7 @@ class Constraint(Controller):
         """Return the costs of tasks that share a batch, and where they count: misses and alarms of all, then errors."""
         costs: list[Tensor] = []
         seen: list[Tensor] = []
-        rates = [i for i, task in enumerate(tasks) if not isinstance(task, Regression)]
+        rates = [i for i, task in enumerate(tasks) if task.has_rates]
         if rates:
             p = torch.cat([_as_columns(tasks[i].probabilities(outputs[i])) for i in rates], 1)
             if self.sharpness != 1:
@@ -332,14 +333,21 @@ class Constraint(Controller):
             positive, negative = (y == 1).to(p.dtype), (y == 0).to(p.dtype)
             costs, seen = [(1 - p) * positive, p * negative], [positive, negative]
         for task, output, label in zip(tasks, outputs, labels):
-            if isinstance(task, Regression):
+            if not task.has_rates:
                 values, mask = self._error_columns(task, output, label)
                 costs.append(values)
                 seen.append(mask.expand_as(values))
         return costs, seen
 
-    def _error_columns(self, task: Regression, output: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _error_columns(self, task: Task, output: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         known = task.observed(labels)
+        if not isinstance(task, Regression):
+            if self.settings.error == "ccc":
+                raise RecipeError(
+                    f"FairMT: error='ccc' is of one number an example, and task {task.name!r} is {task.kind}"
+                )
+            size = task.example_losses(output, labels)
+            return torch.stack([size, size.detach().square()][: self.moments], 1), known.to(size.dtype).unsqueeze(1)
         f = torch.where(known, task.value(output), 0.0)
         y = torch.where(known, labels, 0.0).to(f.dtype)
         wrong = f - y

@@ -28,7 +28,7 @@ from libmtl_fair.methods.fairmt.task_weights import Gradients, TaskWeights, unif
 from libmtl_fair.methods.relif import LipschitzScales
 from libmtl_fair.methods.targets import Target, chosen
 from libmtl_fair.predictions import Predictions
-from libmtl_fair.tasks import AUXILIARY_PREFIX, Binary, Multilabel, Regression, Task
+from libmtl_fair.tasks import AUXILIARY_PREFIX, Binary, Multilabel, Task
 
 __all__ = ["FairMT", "FairMTSettings"]
 _LOG = logging.getLogger(__name__)
@@ -379,7 +379,7 @@ class FairMT(Penalty):
             raise HostError(
                 "FairMT: none of the tasks is binary, so none has decisions to constrain; form='phi' takes any kind"
             )
-        widths = [0 if isinstance(task, Regression) else task.out_features for task in tasks]
+        widths = [task.out_features if task.has_rates else 0 for task in tasks]
         blocks = [[t] for t in range(len(tasks))] if multi_input else [list(range(len(tasks)))]
         rule = self._constraint = Constraint(s, tasks, widths, n_groups, blocks, self.device, dtype)
         if s.form == "constraints":

@@ -64,6 +64,7 @@ class AuxiliaryTask(Task):
     attributes: tuple[str, ...] = ()
     kind: ClassVar[str] = "auxiliary"
     auxiliary: ClassVar[bool] = True
+    shown: ClassVar[Mapping[str, tuple[str, int]]] = {}
 
     @property
     def source(self) -> str:
@@ -296,6 +297,12 @@ def add_fairness_heads(
         disparity = GroupLoss(loss=loss, conditional=conditional, bins=bins, sharpness=sharpness)
     for main in mains:
         disparity.check_task(main)
+    maps = [main.name for main in mains if main.summed]
+    if maps and (specific or heads == "shared"):
+        what = "loss 'group_specific'" if specific else "heads='shared'"
+        raise RecipeError(
+            f"{what} is for outputs that are rows, and task {maps[0]!r} gives one at every place of an example"
+        )
     if specific and len(names) > 1 and not intersectional:
         raise RecipeError(
             f"group_specific has one head per group of one attribute, found {', '.join(names)}: choose one, or intersectional=True"
@@ -382,7 +389,9 @@ def _mains(
     for name in chosen or ():
         _one_of("task", name, known)
     wanted = [
-        task for name, task in known.items() if (task.single if chosen is None else name in chosen)
+        task
+        for name, task in known.items()
+        if (task.single or not task.has_rates if chosen is None else name in chosen)
     ] or known.values()
     need_known_kinds("a fairness head", wanted, single=True)
     return tuple(wanted)
@@ -392,6 +401,8 @@ def _width(name: str, head: nn.Module) -> int:
     for module in head.modules():
         if isinstance(module, nn.Linear):
             return module.in_features
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels
     raise RecipeError(
         f"{name}: the main head has no linear layer that tells the representation's width; give in_features"
     )

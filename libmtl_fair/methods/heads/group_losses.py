@@ -97,6 +97,10 @@ class GroupLoss(Declared):
 
     def check_task(self, task: Task) -> None:
         """Raise a RecipeError where the disparity is not defined for the task."""
+        if self.loss not in _OF_LOSSES and task.summed:
+            raise RecipeError(
+                f"loss {self.loss!r} compares one score an example, and task {task.name!r} is {task.kind}; use 'glf', 'gld' or 'bgl'"
+            )
         if self.loss in ("fprl", "tprl", "lift", "norm") and task.kind == "regression":
             raise RecipeError(
                 f"loss {self.loss!r} needs classes, and task {task.name!r} is a regression; use 'glf', 'gld', 'bgl' or 'dpl'"
@@ -201,9 +205,11 @@ def class_indicator(task: Task, labels: Tensor, bins: int = 4) -> Tensor:
     """Return which class each example is of, bool [B, K]; the row of a missing label is False.
 
     Binary: K = 2 (no, yes). Multiclass: K = n_classes. Multilabel: K = 2 n_labels (every label's no, then every label's
-    yes). Regression: K = ``bins`` quantile bins of the batch's targets.
+    yes). Regression: K = ``bins`` quantile bins of the batch's targets. Maps and sequences: K = 1, all that have a label.
     """
     labels = task.flat(labels)
+    if task.summed:
+        return task.observed(labels)[:, None]
     if task.kind in ("binary", "multilabel"):
         columns = labels.reshape(len(labels), -1)
         return torch.cat([columns == 0, columns == 1], dim=1)
@@ -215,6 +221,8 @@ def class_indicator(task: Task, labels: Tensor, bins: int = 4) -> Tensor:
 
 def class_count(task: Task, bins: int = 4) -> int:
     """Return the number of columns of :func:`class_indicator`."""
+    if task.summed:
+        return 1
     return {"binary": 2, "regression": bins, "multilabel": 2 * task.out_features}.get(task.kind, task.out_features)
 
 

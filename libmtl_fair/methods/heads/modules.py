@@ -82,7 +82,7 @@ def reverse_gradient(h: Tensor) -> Tensor:
 
 
 class Adversary(nn.Module):
-    """Predict the group from the representation [B, d] through one hidden layer, with the gradient reversed."""
+    """Predict the group from the representation, pooled to [B, d], through one hidden layer, with the gradient reversed."""
 
     def __init__(self, in_features: int, out_features: int, hidden: int = 64) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Adversary(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Return logits, [B, out_features]."""
-        logits: Tensor = self.net(reverse_gradient(h.flatten(1)))
+        logits: Tensor = self.net(reverse_gradient(F.pooled(h)))
         return logits
 
 
