@@ -79,7 +79,9 @@ def check(
     data, parts = found.data, found.data.splits()
     sizes = ", ".join(f"{name} {len(part):,}" for name, part in parts.items())
     say(escape(f"rows: {data.card['rows']:,} of {data.card['rows_in_source']:,} ({sizes})"))
-    say(escape(f"inputs: {len(data.inputs)} columns ({', '.join(data.inputs)}), {data.n_features} features"))
+    columns = f"{len(data.inputs)} columns ({', '.join(data.inputs)}), {data.n_features} features"
+    read = f"read from files, {' x '.join(map(str, data.input_shape))}"
+    say(escape(f"inputs: {columns if data.train.reader is None else read}"))
     for column, why in data.card["dropped"].items():
         say(escape(f"no input: {column} ({why})"))
     for column, words in data.card["taken_as_missing"].items():

@@ -163,7 +163,7 @@ class Dataset(Summarised):
         return len(self.feature_names)
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def input_shape(self) -> tuple[int, ...]:
         """Return the shape of one input."""
         return self.train.shape
 
@@ -188,7 +188,7 @@ class Dataset(Summarised):
             ("rows", sizes),
             ("inputs", f"{listed(self.inputs)}; {self.n_features} columns encoded")
             if self.train.reader is None
-            else ("inputs", f"read from files, {' x '.join(map(str, self.shape))}"),
+            else ("inputs", f"read from files, {' x '.join(map(str, self.input_shape))}"),
             *((f"task {task.name}", _about(task, self.card["tasks"][task.name])) for task in self.tasks),
         ]
         for attribute, entry in self.card["groups"].items():
@@ -252,6 +252,8 @@ class Dataset(Summarised):
 
 def _about(task: Task, card: Card) -> str:
     """Return a task's kind and what its labels are like."""
+    if "n" not in card:
+        return f"{task.kind}, labels in files"
     if task.kind == "regression":
         what = f", mean {card['mean']:.4g}, standard deviation {card['std']:.4g}" if "mean" in card else ""
     elif task.kind == "binary":

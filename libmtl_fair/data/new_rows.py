@@ -47,6 +47,8 @@ class NewRows:
         Words that were missing values in text columns, too.
     dates : dict of str to str
         Numeric input -> "date" or "duration", where it is the days of that.
+    read_shape : tuple of int
+        Of one input, where inputs are no columns but read from files; else empty.
     """
 
     encoder: FeatureEncoder
@@ -57,6 +59,12 @@ class NewRows:
     transforms: Mapping[str, Transform] = field(default_factory=dict)
     missing_values: tuple[str, ...] = ()
     dates: Mapping[str, str] = field(default_factory=dict)
+    read_shape: tuple[int, ...] = ()
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Return the shape of one input."""
+        return self.read_shape or (self.n_features,)
 
     @property
     def n_features(self) -> int:
@@ -69,8 +77,13 @@ class NewRows:
         Raises
         ------
         DataError
-            The table lacks input columns (all are named), or holds values that do not fit theirs.
+            The table lacks input columns (all are named), or holds values that do not fit theirs; or inputs are no columns.
         """
+        if self.read_shape:
+            raise DataError(
+                f"this model takes inputs of shape {list(self.read_shape)} that are read from files, and a table has none; use the "
+                "network itself (export, or FairTrainer.predict with a loader of the files)"
+            )
         self._need(self.encoder.kinds, frame, "inputs of the model")
         return torch.from_numpy(self.encoder.encode(frame.assign(**self._numbers(frame))))
 
@@ -147,6 +160,7 @@ class NewRows:
             "transforms": dict(self.transforms),
             "missing_values": list(self.missing_values),
             "dates": dict(self.dates),
+            **({"read_shape": list(self.read_shape)} if self.read_shape else {}),
         }
 
     @classmethod
@@ -167,6 +181,7 @@ class NewRows:
             dict(values["transforms"]),
             tuple(values.get("missing_values", ())),
             dict(values.get("dates") or {}),
+            tuple(map(int, values.get("read_shape") or ())),
         )
 
     @staticmethod

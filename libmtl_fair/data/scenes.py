@@ -174,7 +174,7 @@ def cast(boxes: Boxes, origin: Floats, directions: Floats) -> tuple[Floats, NDAr
 def _turned(vectors: Floats, angle: float) -> Floats:
     """Return vectors [..., 3] turned about the vertical axis."""
     c, s = np.cos(angle), np.sin(angle)
-    return vectors @ np.array([[c, 0.0, -s], [0.0, 1.0, 0.0], [s, 0.0, c]])
+    return np.asarray(vectors @ np.array([[c, 0.0, -s], [0.0, 1.0, 0.0], [s, 0.0, c]]))
 
 
 def face_normals(boxes: Boxes) -> Floats:

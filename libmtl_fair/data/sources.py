@@ -27,7 +27,9 @@ from libmtl_fair.validation import STRICT, explain
 PART = "(part)"
 """Column of a source's table that says which part a row is of, where that is published."""
 
-_MODULES = {"acs": "acs", "celeba": "faces", "face_folders": "faces"}
+_MODULES = {
+    "acs": "acs", "nyuv2": "dense", "cityscapes": "dense", "scenes": "dense", "celeba": "faces", "face_folders": "faces",
+}  # fmt: skip
 """Source -> module of ``data`` that has it in its ``SOURCES``."""
 
 
@@ -233,7 +235,9 @@ def _read_from(data: Dataset, opened: Opened, reader: Reader, names: tuple[str, 
             "per_group": per_group,
         }
     card = {**data.card, "inputs": ["read from files"], "tasks": {name: about[name] for name in names}}
-    return replace(data, **splits, tasks=tuple(made[name] for name in names), card=card)
+    tasks = tuple(made[name] for name in names)
+    new_rows = replace(data.new_rows, tasks=tasks, read_shape=reader.shape)
+    return replace(data, **splits, tasks=tasks, card=card, new_rows=new_rows)
 
 
 def _definitions(name: str) -> Mapping[str, str]:

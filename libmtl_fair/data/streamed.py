@@ -29,6 +29,9 @@ _PASSED_ON = "DataError: "
 class Reader(Protocol):
     """What reads one example; a plain object that can be pickled, for workers.
 
+    A reader that knows by what its examples are alike may have ``alike(rows) -> ndarray [N, r]`` and ``alike_by``, words for it; one
+    that can show an example with another sensitive value ``flips() -> {attribute: reader}``.
+
     Attributes
     ----------
     shape : tuple of int

@@ -204,7 +204,7 @@ FORMATS: Mapping[str, tuple[str, Callable[[Predictor, InUse, Path], None]]] = {
 
 
 def _example(predictor: Predictor) -> Tensor:
-    return torch.zeros(_TRACED, predictor.rows.n_features)
+    return torch.zeros(_TRACED, *predictor.rows.input_shape)
 
 
 @contextmanager

@@ -104,6 +104,8 @@ def make_dataset(recipe: Recipe, seed: int) -> Dataset:
         tasks, sensitive = (None if chosen is None else tuple(chosen) for chosen in (data.tasks, data.sensitive))
         options |= {"root": None if data.root is None else recipe.beside(data.root), "args": data.args}
         made = load_dataset(data.name, tasks, sensitive, workers=data.workers, **options)
+        if made.train.reader is not None:
+            _need_no_columns(recipe)
     else:
         assert isinstance(data.tasks, dict)
         features: tuple[str, ...] | dict[str, str] | None = data.features
@@ -121,6 +123,14 @@ def make_dataset(recipe: Recipe, seed: int) -> Dataset:
             **options,
         )
     return keep_labels(made, data.label_fraction, options["seed"]) if data.label_fraction < 1 else made
+
+
+def _need_no_columns(recipe: Recipe) -> None:
+    """Refuse what needs inputs that are columns."""
+    for name, method in recipe.methods.items():
+        key = "unaware" if method.unaware else "post" if method.post == "exponentiated_gradient" else None
+        if key is not None:
+            raise recipe.error(("methods", name, key), "needs inputs that are columns, and these are read from files")
 
 
 def data_for(recipe: Recipe, method: str, data: Dataset) -> Dataset:

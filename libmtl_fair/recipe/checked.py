@@ -51,7 +51,10 @@ def check_recipe(recipe: Recipe) -> Checked:
     for method in recipe.methods:
         need_model(recipe.model_for(method), data.n_features)
     parts = data.splits()
-    tasks = [(t.name, t.kind, *(_labels(t, part.labels[t.name]) for part in parts.values())) for t in data.tasks]
+    tasks = [
+        (t.name, t.kind, *(_labels(t, part.labels[t.name]) if t.name in part.labels else "in files" for part in parts.values()))
+        for t in data.tasks
+    ]
     binary = [task for task in data.tasks if task.kind == "binary"]
     groups, too_small = [], []
     for attribute, names in data.groups.items():

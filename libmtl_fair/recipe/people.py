@@ -88,16 +88,19 @@ def people_of(
     how = recipe.audit.people
     if how.reference == "off":
         return People("The audit of people is off in the recipe (audit.people).", {}, {})
-    reference = _reference(recipe, data)
-    if reference is None:
-        return People("There is no audit of people: every input tells a sensitive attribute.", {}, {})
-    extra = _groups_beside(data) if how.reference == "inputs+sensitive" else []
+    alike = getattr(data.train.reader, "alike", None)
+    reference = _reference(recipe, data) if data.train.reader is None else None
+    if reference is None and alike is None:
+        why = "every input tells a sensitive attribute" if data.train.reader is None else "nothing says which inputs in files are alike"
+        return People(f"There is no audit of people: {why}.", {}, {})
+    extra = _groups_beside(data) if how.reference == "inputs+sensitive" and reference is not None else []
     audits, rows = {}, {}
     for part in parts:
         split = data.splits()[part]
         if len(split) < 2:
             continue
-        matrix, settings = _matrix(reference, split, extra), (how.k, how.anchors, how.seed)
+        matrix = alike(split.rows.tolist()) if reference is None else _matrix(reference, split, extra)
+        settings = (how.k, how.anchors, how.seed)
         path = folder / f"near_pairs_{part}{name}.npz" if folder else None
         pairs = _kept(path, pairs_digest(matrix, *settings))
         if pairs is None:
@@ -107,7 +110,8 @@ def people_of(
         groups = {attribute: ids.numpy() for attribute, ids in split.groups.items()}
         audits[part] = ConsistencyAudit(pairs, sensitive=groups, confidence=recipe.metrics.confidence)
         rows[part] = split.rows.tolist()
-    return People(_sentence(reference, extra), audits, rows)
+    sentence = f"Examples are alike if they have like {data.train.reader.alike_by}." if reference is None else ""  # type: ignore[union-attr]
+    return People(sentence or _sentence(reference, extra), audits, rows)
 
 
 def kept_audit(recipe: Recipe, folder: Path, part: str, seed: int, predictions: Predictions) -> ConsistencyAudit | None:
