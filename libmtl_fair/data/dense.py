@@ -24,7 +24,7 @@ from libmtl_fair.data.sources import PART, Opened, Settings, Source, need_root
 from libmtl_fair.data.spec import SensitiveSpec, TableSpec
 from libmtl_fair.data.streamed import load_array
 from libmtl_fair.errors import DataError
-from libmtl_fair.tasks import Depth, Normals, Segmentation
+from libmtl_fair.tasks import Depth, MapTask, Normals, Segmentation
 
 ATTRIBUTES = "attributes.csv"
 """File of a part's folder that may say of each image what is known of it (ours): ``index``, then one column an attribute."""
@@ -109,8 +109,12 @@ def _open_layout(spec: TableSpec, n_classes: int, root: Path, settings: MapSetti
     return Opened(frame, MapReader(paths, shape, settings), _tasks(tasks, n_classes))
 
 
-def _tasks(names: Sequence[str], n_classes: int) -> tuple[Segmentation | Depth | Normals, ...]:
-    made = {"segmentation": Segmentation("segmentation", n_classes), "depth": Depth("depth"), "normal": Normals("normal")}
+def _tasks(names: Sequence[str], n_classes: int) -> tuple[MapTask, ...]:
+    made: dict[str, MapTask] = {
+        "segmentation": Segmentation("segmentation", n_classes),
+        "depth": Depth("depth"),
+        "normal": Normals("normal"),
+    }
     return tuple(made[name] for name in names)
 
 
@@ -160,9 +164,9 @@ def _write_layout(street: bool, folder: Path, n: int, size: tuple[int, ...], see
             np.save(path, values)
         rows.append((part, number, ROOMS[scene.room], LIGHTS[scene.light]))
     table = pd.DataFrame(rows, columns=["part", "index", "room", "light"])
-    for part, own in table.groupby("part"):
-        shown = own[["index", "light"] if street else ["index", "room", "light"]]
-        shown.to_csv(folder / str(part) / ATTRIBUTES, index=False)
+    columns = ["index", "light"] if street else ["index", "room", "light"]
+    for part in ("train", "val"):
+        table.loc[table["part"] == part, columns].to_csv(folder / part / ATTRIBUTES, index=False)
 
 
 # -- scenes -------------------------------------------------------------------------------------------------------------
@@ -225,7 +229,9 @@ class SceneReader:
 
 
 def _as_tensors(scene: Scene) -> tuple[Tensor, dict[str, Tensor]]:
-    x, depth, normal = (torch.from_numpy(each).movedim(-1, 0).contiguous() for each in (scene.image, scene.depth, scene.normal))
+    x, depth, normal = (
+        torch.from_numpy(each).movedim(-1, 0).contiguous() for each in (scene.image, scene.depth, scene.normal)
+    )
     return x, {"segmentation": torch.from_numpy(scene.label), "depth": depth, "normal": normal}
 
 
@@ -297,9 +303,15 @@ SCENES = TableSpec(
 )
 
 SOURCES = {
-    "nyuv2": Source(NYUV2, partial(_open_layout, NYUV2, len(CLASSES)), MapSettings, partial(_write_layout, False), (16, 288, 384)),
+    "nyuv2": Source(
+        NYUV2, partial(_open_layout, NYUV2, len(CLASSES)), MapSettings, partial(_write_layout, False), (16, 288, 384)
+    ),
     "cityscapes": Source(
-        CITYSCAPES, partial(_open_layout, CITYSCAPES, len(STREET_CLASSES)), MapSettings, partial(_write_layout, True), (24, 128, 256)
+        CITYSCAPES,
+        partial(_open_layout, CITYSCAPES, len(STREET_CLASSES)),
+        MapSettings,
+        partial(_write_layout, True),
+        (24, 128, 256),
     ),
     "scenes": Source(SCENES, _open_scenes, SceneSettings),
 }

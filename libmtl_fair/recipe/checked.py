@@ -52,7 +52,11 @@ def check_recipe(recipe: Recipe) -> Checked:
         need_model(recipe.model_for(method), data.n_features)
     parts = data.splits()
     tasks = [
-        (t.name, t.kind, *(_labels(t, part.labels[t.name]) if t.name in part.labels else "in files" for part in parts.values()))
+        (
+            t.name,
+            t.kind,
+            *(_labels(t, part.labels[t.name]) if t.name in part.labels else "in files" for part in parts.values()),
+        )
         for t in data.tasks
     ]
     binary = [task for task in data.tasks if task.kind == "binary"]

@@ -88,19 +88,15 @@ def people_of(
     how = recipe.audit.people
     if how.reference == "off":
         return People("The audit of people is off in the recipe (audit.people).", {}, {})
-    alike = getattr(data.train.reader, "alike", None)
-    reference = _reference(recipe, data) if data.train.reader is None else None
-    if reference is None and alike is None:
-        why = "every input tells a sensitive attribute" if data.train.reader is None else "nothing says which inputs in files are alike"
-        return People(f"There is no audit of people: {why}.", {}, {})
-    extra = _groups_beside(data) if how.reference == "inputs+sensitive" and reference is not None else []
+    features, sentence = _compared_by(recipe, data)
+    if features is None:
+        return People(f"There is no audit of people: {sentence}.", {}, {})
     audits, rows = {}, {}
     for part in parts:
         split = data.splits()[part]
         if len(split) < 2:
             continue
-        matrix = alike(split.rows.tolist()) if reference is None else _matrix(reference, split, extra)
-        settings = (how.k, how.anchors, how.seed)
+        matrix, settings = features(split), (how.k, how.anchors, how.seed)
         path = folder / f"near_pairs_{part}{name}.npz" if folder else None
         pairs = _kept(path, pairs_digest(matrix, *settings))
         if pairs is None:
@@ -110,8 +106,23 @@ def people_of(
         groups = {attribute: ids.numpy() for attribute, ids in split.groups.items()}
         audits[part] = ConsistencyAudit(pairs, sensitive=groups, confidence=recipe.metrics.confidence)
         rows[part] = split.rows.tolist()
-    sentence = f"Examples are alike if they have like {data.train.reader.alike_by}." if reference is None else ""  # type: ignore[union-attr]
-    return People(sentence or _sentence(reference, extra), audits, rows)
+    return People(sentence, audits, rows)
+
+
+def _compared_by(recipe: Recipe, data: Dataset) -> tuple[Callable[[Split], Floats] | None, str]:
+    """Return what makes a part's reference features, and in words who is alike by them; or None, and why there are none."""
+    reader = data.train.reader
+    if reader is not None:
+        alike: Callable[[list[int]], Floats] | None = getattr(reader, "alike", None)
+        if alike is None:
+            return None, "nothing says which inputs in files are alike"
+        words = getattr(reader, "alike_by", "features")
+        return (lambda split: alike(split.rows.tolist())), f"Examples are alike if they have like {words}."
+    reference = _reference(recipe, data)
+    if reference is None:
+        return None, "every input tells a sensitive attribute"
+    extra = _groups_beside(data) if recipe.audit.people.reference == "inputs+sensitive" else []
+    return (lambda split: _matrix(reference, split, extra)), _sentence(reference, extra)
 
 
 def kept_audit(recipe: Recipe, folder: Path, part: str, seed: int, predictions: Predictions) -> ConsistencyAudit | None:

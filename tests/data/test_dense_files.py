@@ -43,7 +43,9 @@ def test_a_row_is_what_libmtl_s_example_reads(written: Path) -> None:
     for part, folder, first in ((data.val, "train", 0), (data.test, "val", 15)):
         x, labels = part.torch_dataset()[1]
         number = int(part.rows[1]) - first
-        held = {what: np.load(written / folder / what / f"{number}.npy") for what in ("image", "label", "depth", "normal")}
+        held = {
+            what: np.load(written / folder / what / f"{number}.npy") for what in ("image", "label", "depth", "normal")
+        }
         assert torch.equal(x, torch.from_numpy(np.moveaxis(held["image"], -1, 0)))
         assert torch.equal(labels["segmentation"], torch.from_numpy(held["label"]))
         for task in ("depth", "normal"):
@@ -114,9 +116,7 @@ def _save(what: str, values: object) -> Callable[[Path], None]:
 def test_damage_is_said(nyuv2: Path, damage: Callable[[Path], None], message: str) -> None:
     damage(nyuv2)
     with pytest.raises(DataError, match=message):
-        data = load(nyuv2)
-        trainer = _trainer(data)
-        trainer.train(data.train.loader(4, device="cpu"), None, 1, data.val.loader(4, device="cpu"))
+        _train(nyuv2)
 
 
 def test_attributes_that_files_do_not_have(nyuv2: Path) -> None:
@@ -125,6 +125,11 @@ def test_attributes_that_files_do_not_have(nyuv2: Path) -> None:
     assert load(nyuv2).groups == {}
     with pytest.raises(DataError, match="'light'"):
         load(nyuv2, sensitive=["light"])
+
+
+def _train(root: Path) -> None:
+    data = load(root)
+    _trainer(data).train(data.train.loader(4, device="cpu"), None, 1, data.val.loader(4, device="cpu"))
 
 
 def _trainer(data: Dataset) -> lf.FairTrainer:
