@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -68,14 +68,52 @@ def mean_rank(results: Results, higher_is_better: HigherIsBetter = True) -> dict
     return dict(zip(results, frame.rank(na_option="bottom").mean(axis=1).astype(float)))
 
 
-def worst_and_macro(results: Results, higher_is_better: HigherIsBetter = True) -> pd.DataFrame:
-    """Return each method's worst and mean normalised score over metrics, 0 for the worst method and 1 for the best.
+UNIT_SCORES: Mapping[str, Callable[[Floats], Floats]] = {
+    "auc": lambda value: value,
+    "accuracy": lambda value: value,
+    "r2": lambda value: np.clip(value, 0, 1),
+    "miou": lambda value: value,
+    "rmse": lambda value: 1 / (1 + value),
+    "angle": lambda value: 1 - value / 180,
+}
+"""Kind of metric -> a score in [0, 1] that no other method moves; the angle is in degrees."""
 
-    A metric on which all methods agree counts 1 for all (ours).
+
+def worst_and_macro(results: Results, kinds: Mapping[str, str]) -> pd.DataFrame:
+    """Return each method's worst and mean score over tasks, each score in [0, 1] and fixed, whatever else is compared.
+
+    On NYUv2 they are of mIoU, 1 / (1 + RMSE) of depth and 1 - err / 180 of normals (ReLiF, arXiv:2606.10632); elsewhere the AUC of a
+    binary task, the accuracy of a multiclass one and R2, at least 0, of a regression (ours). A task without a value makes both NaN:
+    a mean over fewer tasks is another quantity.
+
+    Parameters
+    ----------
+    results : mapping of str to mapping
+        Method -> metric (one per task) -> value.
+    kinds : mapping of str to str
+        Metric -> ``auc``, ``accuracy``, ``r2``, ``miou``, ``rmse`` or ``angle`` (degrees).
+
+    Raises
+    ------
+    DataError
+        A metric without a kind, or a method that lacks one.
+    RecipeError
+        No such kind.
+
+    Examples
+    --------
+    >>> nyu = {"plain": {"segmentation": 0.5, "depth": 0.6, "normals": 27.0}}
+    >>> worst_and_macro(nyu, {"segmentation": "miou", "depth": "rmse", "normals": "angle"}).round(3).loc["plain"].tolist()
+    [0.5, 0.658]
     """
-    values = _table(results, next(iter(results.values())), higher_is_better)
-    scaled = np.where(np.ptp(values, 0) > 0, divide(values - values.min(0), np.ptp(values, 0)), 1.0)
-    return pd.DataFrame({"worst": scaled.min(1), "macro": scaled.mean(1)}, index=list(results))
+    metrics = next(iter(results.values()), {})
+    if lacking := [name for name in metrics if name not in kinds]:
+        raise DataError(f"kinds does not say of what kind {', '.join(lacking)} is: {', '.join(UNIT_SCORES)}")
+    for name in metrics:
+        check_option("kind", kinds[name], tuple(UNIT_SCORES))
+    values = _table(results, metrics, True)
+    scores = np.stack([UNIT_SCORES[kinds[name]](values[:, i]) for i, name in enumerate(metrics)], 1)
+    return pd.DataFrame({"worst": scores.min(1), "macro": scores.mean(1)}, index=list(results))
 
 
 def knowledge_gain(multi: Mapping[str, float], single: Mapping[str, float]) -> dict[str, float]:

@@ -306,6 +306,35 @@ def _results(run: RunFolder, fair: bool) -> tuple[dict[str, dict[str, float]], d
     return results, dict(zip(frame["name"], frame["higher"].astype(bool)))
 
 
+_UNIT = (
+    ({"miou"}, "miou", "miou"),
+    ({"abs_err", "rmse"}, "rmse", "rmse"),
+    ({"mean", "median"}, "mean", "angle"),
+    ({"macro_f1"}, "accuracy", "accuracy"),
+    ({"auc"}, "auc", "auc"),
+    ({"r2"}, "r2", "r2"),
+)
+"""What tells a task by its metrics, in lower case, the metric that its fixed score is of, and of what kind that is."""
+
+
+def worst_and_macro(run: RunFolder) -> pd.DataFrame:
+    """Return worst and macro of each method (:func:`libmtl_fair.metrics.worst_and_macro`), means over seeds before scores.
+
+    Empty where a task's metrics are of no known kind.
+    """
+    frame = run.frame("utility")
+    frame = frame[frame["task"] != "macro"].assign(metric=lambda rows: rows["metric"].str.lower())
+    taken = {}
+    for task, names in frame.groupby("task", sort=False)["metric"].agg(set).items():
+        found = next(((metric, kind) for known, metric, kind in _UNIT if known <= names and metric in names), None)
+        if found is None:
+            return pd.DataFrame(columns=["worst", "macro"])
+        taken[str(task)] = found
+    values = frame.groupby(["method", "task", "metric"])["value"].mean()
+    results = {m: {t: float(values.get((m, t, of), math.nan)) for t, (of, _) in taken.items()} for m in run.methods}
+    return metrics.worst_and_macro(results, {task: kind for task, (_, kind) in taken.items()})
+
+
 def single_task_methods(run: RunFolder) -> list[str]:
     """Return the methods that train each task alone, as their recipes say."""
     return [m for m in run.methods if (run.of(m)[0].metrics.get("settings") or {}).get("single_task")]
@@ -313,6 +342,8 @@ def single_task_methods(run: RunFolder) -> list[str]:
 
 GAINS = {"knowledge": "knowledge gain ↑", "ep": "discrimination gain, EP ↓", "eo": "discrimination gain, EO ↓"}
 """Columns of :func:`gains` and what they are called."""
+MEAN_GAINS = {"knowledge": "knowledge_gain", "ep": "discrimination_gain_ep", "eo": "discrimination_gain_eo"}
+"""Columns of :func:`gains` -> the measure of ``published`` that is their mean over tasks."""
 
 
 def gains(run: RunFolder) -> pd.DataFrame:
@@ -367,10 +398,13 @@ def _violations(run: RunFolder) -> dict[str, pd.Series[float]]:
 def beside_published(run: RunFolder, cells: pd.DataFrame, overview: pd.DataFrame) -> pd.DataFrame:
     """Return method, measure, published, ours (mean over seeds): one row for each published number of a method of the run.
 
-    A measure is a column of the comparison's ``cells`` or of its ``overview``; ``ours`` is NaN where it is neither, and for
+    A measure is a column of the comparison's ``cells`` or of its ``overview``, or :func:`gains` averaged over tasks; ``ours`` is NaN where it is neither, and for
     ``fair_delta_m``, a scale of this project's own: recipes of earlier versions put GLF's Delta_m there, which is ``glf_delta_m``.
     """
     ours = overview.set_index("method").join(cells.pivot(index="method", columns="column", values="mean"))
+    gained = gains(run)
+    gained = gained[gained["task"] == "mean"].set_index("method")[list(GAINS)]
+    ours = ours.join(gained.rename(columns=MEAN_GAINS).reindex(ours.index).astype(float))
     values = (run.recipe.get("published") or {}).get("values") or {}
     found = [
         (

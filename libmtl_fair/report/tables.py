@@ -342,8 +342,10 @@ def standing_sheet(overview: pd.DataFrame) -> Sheet:
     texts = {name: [f"{rank:.2f}" for rank in overview[name]] for name in ("mean_rank", "fair_rank")}
     texts |= {name: [f"{loss:+.2f} %" for loss in overview[name]] for name in ("delta_m", "fair_delta_m")}
     heads = ["method", "mean rank ↓", "Δm ↓", "mean rank, fairness too ↓", "Δm, fairness too ↓"]
-    frame = overview.assign(**texts)[["method", "mean_rank", "delta_m", "fair_rank", "fair_delta_m"]]
-    return sheet("Ranks and Δm", heads, frame, notes.STANDING)
+    columns = ["method", "mean_rank", "delta_m", "fair_rank", "fair_delta_m"]
+    if "worst" in overview:
+        columns, heads = [*columns, "worst", "macro"], [*heads, "worst ↑", "macro ↑"]
+    return sheet("Ranks and Δm", heads, overview.assign(**texts)[columns], notes.STANDING)
 
 
 def published_sheet(run: RunFolder, published: pd.DataFrame) -> Sheet | None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,10 +58,36 @@ def test_mean_rank_shares_ties_and_puts_missing_last():
     assert mean_rank({}) == {}
 
 
-def test_worst_and_macro():
-    found = worst_and_macro(RESULTS, WAYS)
-    assert found.loc["a"].tolist() == pytest.approx([2 / 3, 5 / 6])
-    assert found.loc["b"].tolist() == [0.0, 0.5]
+def test_worst_and_macro_of_nyuv2_by_hand():
+    results = {"a": {"seg": 0.5, "depth": 0.6, "normals": 27.0}, "b": {"seg": 0.2, "depth": 1.0, "normals": 90.0}}
+    found = worst_and_macro(results, {"seg": "miou", "depth": "rmse", "normals": "angle"})
+    assert found.loc["a"].tolist() == pytest.approx([0.5, (0.5 + 1 / 1.6 + 0.85) / 3])
+    assert found.loc["b"].tolist() == pytest.approx([0.2, (0.2 + 0.5 + 0.5) / 3])
+
+
+KINDS = {"x": "auc", "y": "r2", "z": "rmse"}
+CELLS = st.fixed_dictionaries(
+    {"x": st.floats(0, 1), "y": st.floats(-5, 1), "z": st.floats(0, 1e6)}  # any AUC, R2 and RMSE
+)
+
+
+@given(st.lists(CELLS, min_size=2, max_size=5))
+def test_worst_and_macro_of_a_method_do_not_move_with_the_others(rows):
+    found = worst_and_macro({str(i): row for i, row in enumerate(rows)}, KINDS)
+    alone = pd.concat([worst_and_macro({str(i): row}, KINDS) for i, row in enumerate(rows)])
+    pd.testing.assert_frame_equal(found, alone)
+    assert ((found >= 0) & (found <= 1)).all(axis=None)
+    assert (found["worst"] <= found["macro"] + 1e-12).all()
+
+
+def test_worst_and_macro_of_what_is_missing():
+    found = worst_and_macro({"a": {"x": 0.9, "y": float("nan")}}, {"x": "auc", "y": "r2"})
+    assert found.isna().all(axis=None)
+    assert worst_and_macro({"a": {"y": -3.0}}, {"y": "r2"}).loc["a"].tolist() == [0.0, 0.0]
+    with pytest.raises(DataError, match="kind y is"):
+        worst_and_macro({"a": {"y": 1.0}}, {"x": "auc"})
+    with pytest.raises(RecipeError, match="kind.*'f1'"):
+        worst_and_macro({"a": {"y": 1.0}}, {"y": "f1"})
 
 
 def test_gains_and_violation():
