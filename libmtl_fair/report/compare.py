@@ -15,7 +15,7 @@ from libmtl_fair.report.choice import Rule, with_choice
 from libmtl_fair.report.notes import choice_sentence, comparison_notes
 from libmtl_fair.report.reaudit import Reaudit, common_scores, load_predictions, reaudit, run_names
 from libmtl_fair.report.run_folder import Json, RunFolder, read_run, records
-from libmtl_fair.report.summary import beside_published, delta_m, gains, glf_delta_m, mean_rank, summary, worst_and_macro
+from libmtl_fair.report.summary import beside_published, gains, standing, summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Comparison:
 
     ``run`` is all runs as one, methods named ``run/method`` where there are several; ``cells`` are those of
     :func:`~libmtl_fair.report.summary.summary`; ``overview`` has delta_m (%, negative is better) and mean_rank of every
-    method by the tasks' utility, worst and macro of their fixed scores, fair_delta_m and fair_rank by the differences between groups as well, glf_delta_m on the scale of GLF's
-    table; ``drift``, ``gains``, ``choice`` and ``published`` are empty without predictions, a single-task method, a rule, and published
+    method by the tasks' utility, worst and macro of their fixed scores, fair_delta_m and fair_rank by the differences between groups as
+    well, glf_delta_m on the scale of GLF's table; ``drift``, ``gains``, ``choice`` and ``published`` are empty without predictions, a single-task method, a rule, and published
     numbers.
     """
 
@@ -79,11 +79,7 @@ def compare(run_dirs: Sequence[str | Path], deltas: Sequence[str] = (), rule: Ru
         run, choice = with_choice(run, rule)
         chosen = [choice_sentence(rule, choice)]
     held, lacking = _drift(run)
-    standing = {"delta_m": delta_m(run), "mean_rank": mean_rank(run)}
-    standing |= {"fair_delta_m": delta_m(run, fair=True), "fair_rank": mean_rank(run, fair=True)}
-    standing["glf_delta_m"] = glf_delta_m(run)
-    standing |= {name: {str(k): v for k, v in column.items()} for name, column in worst_and_macro(run).items()}
-    overview = pd.DataFrame(standing, index=run.methods, dtype=float).rename_axis("method").reset_index()
+    overview = standing(run)
     cells = summary(run, further=True)
     names = run_names(runs)
     others = [name for name, one in zip(names, runs) if _data_of(one) != _data_of(runs[0])]

@@ -47,8 +47,8 @@ STANDING = (
     "By each task's main metric (AUC, else accuracy, else R²); with fairness, the differences between groups in equalised "
     "odds, equal opportunity and AUC (regression: MAE) of each attribute, means over tasks, count as one metric each; a method with a "
     "degenerate decision has no such standing. "
-    "Δm: mean relative loss to the reference; below 0 is better. Worst and macro: the least and the mean of the tasks' scores in [0, 1] (AUC; "
-    "accuracy of several classes; R², at least 0; mIoU, 1 / (1 + RMSE), 1 − angle / 180), which no other method moves."
+    "Δm: mean relative loss to the reference; below 0 is better. Worst and macro: the least and the mean of the tasks' scores in [0, 1] "
+    "(AUC; accuracy of several classes; R², at least 0; mIoU, 1 / (1 + RMSE), 1 − angle / 180), which no other method moves."
 )
 MARGINALS = (
     "Bias and VR depend on each task's distribution of scores alone: which person gets which score changes nothing. They say how far "

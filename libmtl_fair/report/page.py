@@ -69,6 +69,7 @@ def render(run: RunFolder, *, interactive: bool = True, plots: Iterable[Plot] | 
             tables.summary_sheet(run, "Mean over tasks", ("macro ",)),
             tables.task_sheet(run),
             tables.gain_sheet(run),
+            tables.published_sheet(run),
         ],
         fairness=[
             tables.summary_sheet(run, "Largest gap of the worst task", tables.GAPS, tables.MARKS),

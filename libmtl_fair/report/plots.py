@@ -41,6 +41,7 @@ from libmtl_fair.report.theme import (
     label,
     slug,
 )
+from libmtl_fair.report.transfer import transfer_plots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -406,6 +407,7 @@ def _plots(run: RunFolder) -> Iterator[Plot]:
         draw = partial(group_bars, run.methods, f"{label(task)} by {label(attribute)}", frames)
         yield Plot(f"groups_{slug(task)}_{slug(attribute)}", "groups", f"{task} by {attribute}", draw)
     yield from branch_plots(run)
+    yield from transfer_plots(run)
     for method in run.methods:
         yield from _trace_plots(run, method)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -395,11 +395,22 @@ def _violations(run: RunFolder) -> dict[str, pd.Series[float]]:
     return {name: one.groupby(level=keys).mean() for name, one in of_class.items()}
 
 
+def standing(run: RunFolder) -> pd.DataFrame:
+    """Return a row a method: delta_m, mean_rank, fair_delta_m, fair_rank, glf_delta_m, and worst and macro where they are known."""
+    found: dict[str, Mapping[str, float]] = {"delta_m": delta_m(run), "mean_rank": mean_rank(run)}
+    found |= {"fair_delta_m": delta_m(run, fair=True), "fair_rank": mean_rank(run, fair=True)}
+    found["glf_delta_m"] = glf_delta_m(run)
+    for name, column in worst_and_macro(run).astype(float).items():
+        found[str(name)] = dict(zip(map(str, column.index), column.to_list()))
+    return pd.DataFrame(found, index=run.methods, dtype=float).rename_axis("method").reset_index()
+
+
 def beside_published(run: RunFolder, cells: pd.DataFrame, overview: pd.DataFrame) -> pd.DataFrame:
     """Return method, measure, published, ours (mean over seeds): one row for each published number of a method of the run.
 
-    A measure is a column of the comparison's ``cells`` or of its ``overview``, or :func:`gains` averaged over tasks; ``ours`` is NaN where it is neither, and for
-    ``fair_delta_m``, a scale of this project's own: recipes of earlier versions put GLF's Delta_m there, which is ``glf_delta_m``.
+    A measure is a column of the comparison's ``cells`` or of its ``overview``, or :func:`gains` averaged over tasks. ``ours`` is NaN where
+    it is none of them, and for ``fair_delta_m``, a scale of this project's own: recipes of earlier versions put GLF's Delta_m there,
+    which is ``glf_delta_m``.
     """
     ours = overview.set_index("method").join(cells.pivot(index="method", columns="column", values="mean"))
     gained = gains(run)

@@ -348,8 +348,12 @@ def standing_sheet(overview: pd.DataFrame) -> Sheet:
     return sheet("Ranks and Δm", heads, overview.assign(**texts)[columns], notes.STANDING)
 
 
-def published_sheet(run: RunFolder, published: pd.DataFrame) -> Sheet | None:
+def published_sheet(run: RunFolder, published: pd.DataFrame | None = None) -> Sheet | None:
     """Return a source's numbers beside ours; None where the recipe holds none."""
+    if published is None:
+        if not run.recipe.get("published"):
+            return None
+        published = numbers.beside_published(run, numbers.summary(run, further=True), numbers.standing(run))
     heads = ["method", "measure", "published", "ours", "ours − published"]
     frame = published.assign(gap=[f"{r.ours - r.published:+.4f}" for r in rows(published)])
     return sheet("Beside published numbers", heads, frame, notes.publication(run)) if len(frame) else None

@@ -16,7 +16,7 @@ from libmtl_fair.recipe import load_recipe
 from libmtl_fair.recipe.json_schema import as_text, recipe_schema, shipped_schema
 from libmtl_fair.recipe.yaml_source import read_yaml
 
-RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").rglob("*.yaml"))
 
 
 @pytest.fixture(scope="module")

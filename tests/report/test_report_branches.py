@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,6 +17,7 @@ from libmtl_fair.report import read_run, write_report
 from libmtl_fair.report.branches import branchings, conflict_plot, conflict_table, event_sheet, tree_texts
 from libmtl_fair.report.page import render
 from libmtl_fair.report.plots import plots_of
+from libmtl_fair.report.transfer import angle_boxes, gain_triangles, task_conflicts
 
 TASKS = ["income", "hours", "<script>alert(1)</script>"]
 
@@ -120,7 +122,7 @@ def test_the_page_shows_branches_and_conflicts(branched):
     text = path.read_text(encoding="utf-8")
     assert '<a href="#branches">' in text
     assert "branch tree as it ended, seed 0; 2 more below as text" in text
-    assert text.count("accuracy gradients") == 2
+    assert text.count("accuracy gradients") == 4
     assert "<script>alert(1)" not in text
     for name in ("tree_relif", "conflicts_share_relif", "conflicts_angle_relif"):
         assert (branched / "plots" / f"{name}.png").exists()
@@ -178,4 +180,52 @@ def test_a_branching_run_writes_its_tree_and_conflicts(tmp_path):
     table = conflict_table(read_run(out), "branch")
     assert set(table["epoch"]) == {0, 1, 2}
     names = [plot.name for plot in plots_of(read_run(out)) if plot.section == "branches"]
-    assert names == ["tree_branch", "conflicts_share_branch", "conflicts_angle_branch"]
+    maps = ["tree_branch", "conflicts_share_branch", "conflicts_angle_branch"]
+    assert names == [*maps, "angles_branch", "task_conflicts_branch"]
+
+
+def test_conflicts_task_by_task_are_those_counted_by_hand(branched):
+    frame = pd.concat([item.conflicts() for item in read_run(branched).of("relif")])
+    counts = task_conflicts(frame, "accuracy", TASKS)
+    by_hand = pd.DataFrame(0, index=TASKS, columns=TASKS)
+    for row in frame.itertuples():
+        if row.kind == "accuracy" and row.cosine < 0:
+            by_hand.loc[row.task_a, row.task_b] += 1
+            by_hand.loc[row.task_b, row.task_a] += 1
+    assert counts.to_numpy().tolist() == by_hand.to_numpy().tolist()
+    assert counts.to_numpy().sum() == 2 * 3  # three pairs, in one epoch and layer of one seed
+    assert (task_conflicts(frame, "fairness", TASKS).to_numpy() == 0).all()
+
+
+def test_boxes_hold_the_angles_above_90_of_each_epoch(branched):
+    frame = pd.concat([item.conflicts() for item in read_run(branched).of("relif")])
+    accuracy, fairness = angle_boxes(frame).axes
+    assert len(accuracy.patches) == 1  # of two epochs the first alone has conflicts
+    assert [text.get_text() for text in accuracy.texts] == ["3"]
+    assert not fairness.patches
+
+
+def test_triangles_point_and_are_coloured_by_good_and_bad():
+    rows = [("a", "one", 0.02, 0.01, -0.01), ("a", "two", -0.03, -0.02, -0.04), ("a", "mean", -0.005, -0.005, -0.025)]
+    found = pd.DataFrame(rows, columns=["method", "task", "knowledge", "ep", "eo"])
+    panels = gain_triangles(found, ["a"]).axes
+    green, red = (matplotlib.colors.to_rgba(colour) for colour in ("#009E73", "#D55E00"))
+    drawn = {}
+    for name, axes in zip(("knowledge", "ep", "eo"), panels):
+        drawn[name] = {
+            float(y): tuple(points.get_facecolors()[0])
+            for points in axes.collections[:-1]
+            if len(points.get_offsets())
+            for _, y in points.get_offsets()
+        }
+        assert axes.collections[-1].get_segments()[0][0][1] == found.loc[2, name]
+    assert drawn["knowledge"] == {0.02: green, -0.03: red}
+    assert drawn["ep"] == {0.01: red, -0.02: green}
+    assert drawn["eo"] == {-0.01: green, -0.04: green}
+
+
+def test_all_of_fairbranchs_figures_are_on_the_page(branched):
+    names = {plot.name for plot in plots_of(read_run(branched))}
+    assert {"angles_relif", "task_conflicts_relif", "conflicts_share_relif", "tree_relif"} <= names
+    text = render(read_run(branched), interactive=False)
+    assert "accumulated over the first batch of each epoch, all layers and 3 seeds" in text
