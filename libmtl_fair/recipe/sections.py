@@ -481,8 +481,8 @@ class Published(Section):
     """A source's own numbers, which ``compare`` shows beside the run's: method -> measure -> value.
 
     A measure is a column of the comparison, such as ``macro AUC`` or ``EO diff sex``, or ``delta_m``, ``mean_rank``, ``fair_rank``,
-    ``worst``, ``macro``, ``knowledge_gain``, ``discrimination_gain_ep``, ``discrimination_gain_eo``, ``glf_delta_m`` (the scale of GLF's table, which is not that of our ``fair_delta_m``). ``source`` says where the numbers come from,
-    ``note`` where the protocols differ.
+    ``worst``, ``macro``, ``knowledge_gain``, ``discrimination_gain_ep``, ``discrimination_gain_eo``, ``glf_delta_m`` (the scale of GLF's
+    table, which is not that of our ``fair_delta_m``). ``source`` says where the numbers come from, ``note`` where the protocols differ.
     """
 
     source: Text

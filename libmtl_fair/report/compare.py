@@ -25,8 +25,8 @@ class Comparison:
     ``run`` is all runs as one, methods named ``run/method`` where there are several; ``cells`` are those of
     :func:`~libmtl_fair.report.summary.summary`; ``overview`` has delta_m (%, negative is better) and mean_rank of every
     method by the tasks' utility, worst and macro of their fixed scores, fair_delta_m and fair_rank by the differences between groups as
-    well, glf_delta_m on the scale of GLF's table; ``drift``, ``gains``, ``choice`` and ``published`` are empty without predictions, a single-task method, a rule, and published
-    numbers.
+    well, glf_delta_m on the scale of GLF's table; ``drift``, ``gains``, ``choice`` and ``published`` are empty without predictions, a
+    single-task method, a rule, and published numbers.
     """
 
     run: RunFolder
