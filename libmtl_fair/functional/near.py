@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -116,6 +117,24 @@ def near_gaps(values: Tensor, nearest: Tensor, *, logits: bool = False) -> NearG
     if logits:
         slope[1].mul_(parts[1]).mul_(1 - parts[1])
     return NearGaps(value.mean(0), present, slope.mean(0))
+
+
+_PER_AUC = 2 * math.pi**0.5
+
+
+def near_price(values: Tensor, closeness: Tensor, *, logits: bool = False) -> Tensor:
+    """Return what utility is worth of the loss times the closeness, [...], of values [..., B]: the unit of lambda (ours).
+
+    A whole point of AUC (``logits``) is worth ``2 sqrt(pi) sd(p)`` near chance: normal scores d apart have ``AUC = Phi(d / sqrt 2)``,
+    hold ``d^2 p (1 - p) / 2`` nats and have ``sd(p) = d p (1 - p)``. One of R² is worth the target's variance, at least that of what
+    is predicted, which is taken. So a task that knows little, or has learned little yet, is asked for little, and a unit of any
+    task's R has one price.
+
+    >>> near_price(torch.tensor([-1.0, 0.0, 2.0]), torch.tensor(0.5), logits=True)
+    tensor(0.4471)
+    """
+    worth = torch.sigmoid(values).std(-1, correction=0).mul_(_PER_AUC) if logits else values.var(-1, correction=0)
+    return worth.mul_(closeness)
 
 
 class FlipGaps(NamedTuple):

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from libmtl_fair import functional as F
-from libmtl_fair.batch import FairBatch, joined
+from libmtl_fair.batch import FairBatch
 from libmtl_fair.errors import HostError, RecipeError
 from libmtl_fair.functional.lipschitz import PROTOTYPES
 from libmtl_fair.methods.base import Penalty, Settings, Written, setting
 from libmtl_fair.methods.controllers import Controller, Pace, ShareController, ViolationController
+from libmtl_fair.methods.near_pairs import PRICE, REFERENCE, near_term
 from libmtl_fair.predictions import Predictions
-from libmtl_fair.tasks import Task
 
 SCALE_FLOOR = 1e-4
 DISTANCE_FLOOR = 1e-3
 PAIRS = ("near", "random")
 _LOG = logging.getLogger(__name__)
-HOW_TO = (
-    "give the loader one: ResidentLoader(..., reference=features), [N, r] and without sensitive attributes; load_table, "
-    "load_dataset, recipes and estimators do so themselves"
-)
 NO_TWINS = (
     "there are none here: no sensitive value is among the inputs (unaware, or sensitive_inputs: false), the loader is not a "
     "ResidentLoader of a table, or the step is one of your own; give the loader their inputs: ResidentLoader(..., twins=x), [N, ...]"
@@ -42,9 +39,6 @@ PAPER: Mapping[str, Any] = {
     "task_pairs": None,
 }
 """The published settings for NYUv2. ``preset="paper"`` puts them under those given, ``"eicu"`` those for eICU."""
-
-BY_CLOSENESS = 0.1
-"""Of near pairs: lambda where none is given, in units of the batch's closeness (ours)."""
 
 _NEAR = frozenset(("lam", "share", "floor", "flip"))
 _BOTH = frozenset(("base", "base_args", "pairs", "eta", "warmup", "rate_ema"))
@@ -73,8 +67,9 @@ class ReLiFSettings(Settings):
     )
     lam: float | None = setting(
         None,
-        "lambda, the weight of near pairs' gaps; null is 0.1 times how close the batch's near pairs are, .02 to .06 on the shipped "
-        "tables, so that people who are not alike are not drawn together",
+        "lambda, the weight of near pairs' gaps; null gives each task its own, so that .01 less of R has one price in AUC (or R²) "
+        "everywhere, .0014 times how close the batch's near pairs are: who are not alike are not drawn together, and a task that "
+        "knows little is asked for little",
         ours=True,
         expected=">= 0",
         ge=0,
@@ -174,7 +169,7 @@ class ReLiFSettings(Settings):
         """Return the controller of near pairs' lambda; None where it is static."""
         if self.share is None:
             return None
-        start, smoothing = BY_CLOSENESS if self.lam is None else self.lam, self.rate_ema
+        start, smoothing = PRICE if self.lam is None else self.lam, self.rate_ema
         return ShareController(self.share, self.floor, self.eta, initial=start, warmup=self.warmup, smoothing=smoothing)
 
     def pace(self, step: int, steps: int | None) -> Pace | None:
@@ -327,13 +322,13 @@ class ReLiF(Penalty):
         if batch.reference is not None:
             return self._near(batch)
         if self.settings.form == "near":
-            raise HostError(f"ReLiF with near pairs needs reference features, by which people are alike: {HOW_TO}")
+            raise HostError(f"ReLiF with near pairs needs reference features, by which people are alike: {REFERENCE}")
         if not self._told:
             self._told = True
             _LOG.info(  # no warning: LibMTL users' loaders have none, and this is what ReLiF has been for them
                 "ReLiF: the loader gives no reference features, so that near people cannot be told and pairs='random', the published "
                 "form's variant, is used. For near pairs %s; or say pairs='random'",
-                HOW_TO,
+                REFERENCE,
             )
         return self._random(batch)
 
@@ -342,38 +337,18 @@ class ReLiF(Penalty):
         flip = self.settings.flip
         if flip and batch.twins is None:
             raise HostError(f"ReLiF with flip={flip:g} needs flip twins, and {NO_TWINS}")
-        found, near, twins, close, flipped = [], [], [], [], []
         odd = [name for name in batch.main if flip and batch.task(name).summed]
         if odd:
             raise HostError(
                 f"ReLiF: flip compares people with their twins, and task {odd[0]!r} has no one value a person; use flip=0"
             )
-        for column in _columns(batch):
-            rows, shares = column.values.detach().mT, column.shares
-            gaps = F.near_gaps(rows, column.near.others, logits=column.logits)
-            weight = torch.where(gaps.present, shares, 0) if shares is not None else gaps.present.to(rows.dtype)
-            if shares is not None:
-                weight = weight / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
-            near.append((column.values, gaps.slope.mul_(weight.unsqueeze(-1)).mT))
-            found.append(torch.stack([gaps.value * weight, weight]))
-            close.append(column.near.closeness)
-            if flip and column.twins is not None:
-                moved = F.flip_gaps(rows, column.twins.detach().mT, logits=column.logits)
-                flipped.append((moved.value * weight).sum())
-                weight = (flip * weight).unsqueeze(-1)
-                twins += [(column.values, (moved.slope * weight).mT), (column.twins, (moved.slope_twins * weight).mT)]
-        value, present = torch.cat(found, 1).sum(1)
-        inconsistency = value / present
-        strength = self._strength(inconsistency, present > 0, batch)
-        strengths = strength.expand(len(close)) if self.settings.lam is not None else strength * torch.stack(close)
-        gap = {"flip_gap": torch.stack(flipped).sum() / present} if flipped else {}
-        self.__dict__["trace"] = {"lambda": strengths.mean(), "inconsistency": inconsistency, **gap}
-        return Written([(values, slope.mul_(each)) for (values, slope), each in zip(near, strengths)] + twins)
+        term, self.__dict__["trace"] = near_term(batch, self.settings.lam, partial(self._strength, batch), flip)
+        return term
 
-    def _strength(self, inconsistency: Tensor, valid: Tensor, batch: FairBatch) -> Tensor:
-        """Return lambda, or what closeness is multiplied by, after moving its controller."""
+    def _strength(self, batch: FairBatch, inconsistency: Tensor, valid: Tensor) -> Tensor:
+        """Return lambda, or the price where none is given, after moving its controller."""
         if self.share is None:
-            lam = BY_CLOSENESS if self.settings.lam is None else self.settings.lam
+            lam = PRICE if self.settings.lam is None else self.settings.lam
             return torch.as_tensor(lam, dtype=inconsistency.dtype, device=inconsistency.device)
         epochs = int(getattr(self, "epochs", 0) or 0)
         pace = self.settings.pace(batch.step, epochs * (batch.epoch_steps or 0))
@@ -404,44 +379,3 @@ class ReLiF(Penalty):
         if term.to_embeddings is not None:
             pairs.append((embedding, term.to_embeddings.mul_(strength)))
         return Written(pairs)
-
-
-class _Column(NamedTuple):
-    """Values [B, n] of the step's graph whose near gaps are taken together, and their flip twins' where there are any.
-
-    ``logits``: whether they are log-odds; ``shares``: what each column's gap counts, None where each is a task.
-    """
-
-    values: Tensor
-    logits: bool
-    shares: Tensor | None
-    near: F.Near
-    twins: Tensor | None
-
-
-def _columns(batch: FairBatch) -> Iterator[_Column]:
-    """Yield all binary tasks as one, or each task by itself: the classes by their mean probability, labels alike."""
-    if batch.matrices is not None:
-        twins = None if batch.twins is None else joined(batch.twins, batch.main)
-        yield _Column(batch.matrices.logits, True, None, batch.near[batch.main[0]], twins)
-        return
-    for name in batch.main:
-        task = batch.task(name)
-        if task.summed:  # a map has no one value: its score, which is not yet squashed
-            yield _Column(*_scores(batch, task), batch.near[name], None)
-            continue
-        values, twins = (
-            None if outputs is None else _wide(task.log_odds(outputs[name])) for outputs in (batch.outputs, batch.twins)
-        )
-        assert values is not None
-        shares = torch.sigmoid(values.detach()).mean(0) if task.kind == "multiclass" else torch.ones_like(values[0])
-        yield _Column(values, task.kind != "regression", shares, batch.near[name], twins)
-
-
-def _scores(batch: FairBatch, task: Task) -> tuple[Tensor, bool, Tensor]:
-    raw = task.raw_score(batch.outputs[task.name], batch.labels[task.name], batch.features.get(task.name))
-    return raw.unsqueeze(1), False, raw.new_ones(1)
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values.unsqueeze(1) if values.dim() == 1 else values

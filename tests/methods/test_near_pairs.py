@@ -14,6 +14,7 @@ from torch import Tensor
 import libmtl_fair as lf
 from libmtl_fair.data import load_dataset
 from libmtl_fair.errors import DataError, HostError, RecipeError
+from libmtl_fair.functional.near import near_price
 from libmtl_fair.libmtl import step as stepping
 from libmtl_fair.methods.controllers import Pace, ShareController
 from libmtl_fair.methods.relif import ReLiFSettings
@@ -67,8 +68,10 @@ def mean_gap(f: Tensor, nearest: list[int]) -> Tensor:
     return sum(((f[i] - f[nearest[i]]).abs() for i in range(size)), f.new_zeros(())) / size / gini
 
 
-def term_by_loops(tasks: tuple[lf.Task, ...], outputs: dict[str, Tensor], reference: Tensor) -> Tensor:
-    """Return the sum of R_t, read aloud from METHODS.md."""
+def term_by_loops(
+    tasks: tuple[lf.Task, ...], outputs: dict[str, Tensor], reference: Tensor, closeness: float | None = None
+) -> Tensor:
+    """Return the sum of R_t, read aloud from METHODS.md; with a closeness each in units of its price."""
     nearest = []
     for i in range(len(reference)):
         distances = [float((reference[i] - reference[j]).norm()) if j != i else np.inf for j in range(len(reference))]
@@ -77,17 +80,26 @@ def term_by_loops(tasks: tuple[lf.Task, ...], outputs: dict[str, Tensor], refere
     for task in tasks:
         for values, share, logits in columns_of(task, outputs[task.name]):
             parts = (values, torch.sigmoid(values)) if logits else (values,)
-            total = total + share * sum(mean_gap(part, nearest) for part in parts) / len(parts)
+            gap = sum((mean_gap(part, nearest) for part in parts), total * 0) / len(parts)
+            price = 1.0 if closeness is None else price_of(parts[-1].detach(), closeness, logits)
+            total = total + share * gap * price
     return total
 
 
-def expected(trainer: Any, tasks: tuple[lf.Task, ...], batch: Any, lam: float, loss: bool = True) -> tuple[Any, Any]:
+def price_of(said: Tensor, closeness: float, logits: bool) -> float:
+    """What a point of AUC (R²) is worth of the loss: ``said`` are probabilities (values)."""
+    return closeness * (2 * np.pi**0.5 * float(said.std(correction=0)) if logits else float(said.var(correction=0)))
+
+
+def expected(
+    trainer: Any, tasks: tuple[lf.Task, ...], batch: Any, lam: float, loss: bool = True, closeness: float | None = None
+) -> tuple[Any, Any]:
     """The gradient of the losses plus lam times the term, by autograd in float64, and the term."""
     encoder = copy.deepcopy(trainer.model.encoder).double()
     heads = {t.name: copy.deepcopy(trainer.model.decoders[t.name]).double() for t in tasks}
     h = encoder(batch[0].double())
     outputs = {name: head(h) for name, head in heads.items()}
-    term = term_by_loops(tasks, outputs, batch[1]["reference"].double())
+    term = term_by_loops(tasks, outputs, batch[1]["reference"].double(), closeness)
     total = lam * term
     if loss:
         total = total + sum(t.loss(outputs[t.name], batch[1][t.name]) for t in tasks)
@@ -319,17 +331,68 @@ def test_people_who_are_alike_get_closer_ranks_and_scores_are_not_shrunk() -> No
 
 
 @pytest.mark.parametrize("tasks", [BINARY, MIXED], ids=["binary", "mixed"])
-def test_lambda_goes_by_closeness_where_none_is_given(tasks: Any) -> None:
+def test_lambda_goes_by_closeness_and_by_what_utility_is_worth_where_none_is_given(tasks: Any) -> None:
     trainer, batch = make_trainer(tasks), next(iter(make_loader()))
-    x = batch[1]["reference"].double()
+    wanted, _ = expected(trainer, tasks, batch, 0.14, closeness=closeness_of(batch[1]["reference"].double()))
+    for name, grad in one_backward(trainer, batch).items():
+        assert_same(grad, wanted[name], name)
+
+
+def closeness_of(x: Tensor) -> float:
     squares = torch.cdist(x, x).square()
     any_two = float(squares.sum()) / (len(x) * (len(x) - 1))
     nearest = float(squares.fill_diagonal_(torch.inf).min(1).values.mean())
-    lam = 0.1 * (1 - (nearest / any_two) ** 0.5) ** 2
-    wanted, _ = expected(trainer, tasks, batch, lam)
-    for name, grad in one_backward(trainer, batch).items():
-        assert_same(grad, wanted[name], name)
-    assert float(trainer.model.trace["lambda"]) == pytest.approx(lam, rel=1e-4)
+    return float((1 - (nearest / any_two) ** 0.5) ** 2)
+
+
+@pytest.mark.parametrize("tasks", [BINARY, MIXED], ids=["binary", "mixed"])
+@pytest.mark.parametrize("base", ["EW", "UW"])
+def test_near_pairs_are_one_more_constraint_of_fairmt(tasks: Any, base: str) -> None:
+    """After the warm-up its gradient is FairMT's plus the priced term's, by the multiplier that moved."""
+    batch = next(iter(make_loader(groups={"g": torch.arange(96) % 2})))
+    found = {}
+    for near in (None, 0.5):
+        trainer = make_trainer(tasks, "FairMT", target="eo <= 0.01", near=near, base=base)
+        trainer.n_groups, trainer.epoch_steps, trainer.model.epochs, trainer.model.past_steps = {"g": 2}, 25, 8, 100
+        if near:
+            for name, value in {"level": 1.0, "smoothed": 1.0, "steps": 100}.items():
+                getattr(trainer.model.near, name).fill_(value)
+        found[near] = one_backward(trainer, batch)
+    multiplier = float(trainer.model.near.value)
+    assert multiplier > 0.14  # of half of plain's inconsistency there is more
+    added, _ = expected(
+        trainer, tasks, batch, multiplier, loss=False, closeness=closeness_of(batch[1]["reference"].double())
+    )
+    for name, grad in found[0.5].items():
+        assert_same(grad, found[None].get(name, 0) + added.get(name, 0), name)
+    assert 0 < float(trainer.model.trace["inconsistency"]) < 2
+
+
+def test_fairmt_says_what_near_needs() -> None:
+    with pytest.raises(RecipeError, match="form='constraints'"):
+        make_trainer(weighting="FairMT", near=0.7, form="phi")
+    with pytest.raises(RecipeError, match="alpha='uniform'"):
+        make_trainer(weighting="FairMT", near=0.7, alpha="proxy")
+    trainer = make_trainer(weighting="FairMT", near=0.7)
+    with pytest.raises(HostError, match="reference=features"):
+        trainer.train(make_loader(reference=None, groups={"g": torch.arange(96) % 2}), epochs=2)
+
+
+def test_a_price_is_that_of_auc_near_chance() -> None:
+    """Scores d apart: the AUC lost per nat is that of the exact binormal model, at small d."""
+    p, d, h = 0.3, 0.3, 0.01
+    g = torch.Generator().manual_seed(0)
+    y = (torch.rand(400_000, generator=g, dtype=torch.float64) < p).double()
+    noise = torch.randn(400_000, generator=g, dtype=torch.float64)
+
+    def of(d: float) -> tuple[float, float, Tensor]:
+        logits = d * (noise + d * y) - d * d / 2 + np.log(p / (1 - p))  # log-odds of the model that is right
+        nats = torch.nn.functional.binary_cross_entropy_with_logits(logits, y)
+        return float(torch.special.ndtr(torch.tensor(d / 2**0.5))), float(nats), logits
+
+    (more, below, _), (less, above, _) = of(d + h), of(d - h)
+    price = float(near_price(of(d)[2], torch.tensor(1.0, dtype=torch.float64), logits=True))
+    assert price == pytest.approx((above - below) / (more - less), rel=0.1)
 
 
 def flip_by_loops(tasks: tuple[lf.Task, ...], outputs: dict[str, Tensor], twins: dict[str, Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -19,12 +19,13 @@ from libmtl_fair.errors import CheckpointError, HostError, RecipeError, unknown
 from libmtl_fair.libmtl.gradients import add_gradients, carry_representation_gradients, extra_gradients
 from libmtl_fair.libmtl.state import StepState
 from libmtl_fair.methods.base import Penalty, Settings, Written
-from libmtl_fair.methods.controllers import Pace
+from libmtl_fair.methods.controllers import Pace, ShareController
 from libmtl_fair.methods.fairmt.constraint import BinaryColumns, Constraint, MixedColumns, OutputColumns, evaluate
 from libmtl_fair.methods.fairmt.duals import Duals, Found
 from libmtl_fair.methods.fairmt.pursuit import FASTEST, SLOTS, Window, decay_of, pursue
 from libmtl_fair.methods.fairmt.settings import DEFAULT_TARGET, FairMTSettings
 from libmtl_fair.methods.fairmt.task_weights import Gradients, TaskWeights, uniform
+from libmtl_fair.methods.near_pairs import PRICE, REFERENCE, near_term
 from libmtl_fair.methods.relif import LipschitzScales
 from libmtl_fair.methods.targets import Target, chosen
 from libmtl_fair.predictions import Predictions
@@ -75,6 +76,7 @@ class FairMT(Penalty):
     needs_groups = True
     settings: FairMTSettings
     lipschitz: LipschitzScales | None
+    near: ShareController | None
     running: Tensor | None = None
     presence: Tensor | None = None
     ring: Tensor | None = None
@@ -87,12 +89,16 @@ class FairMT(Penalty):
     past_steps: int = 0
     early_steps: int = 0
     epoch_length: int = 0
+    _now: Pace = Pace(True, 0.0)
 
     def configure(self, settings: Settings) -> None:
         """Make the dual variable of the form phi; those of the constraints wait for the data."""
         super().configure(settings)
         self.dual = self.settings.dual()
         self.lipschitz = LipschitzScales(self.settings.relif()) if self.settings.lipschitz else None
+        share = self.settings.near
+        self.near = None if share is None else ShareController(share, initial=PRICE)
+        self.needs_reference = share is not None
         self.to(self.device)
         self._constraint: Constraint | None = None
         self._duals: Duals | None = None
@@ -123,6 +129,8 @@ class FairMT(Penalty):
             pairs = [(root, g * strength.to(g.dtype)) for root, g in zip(found.roots, found.grads)]
         if found.term is not None:
             pairs.append((found.term, strength.to(found.term.dtype)))
+        if self.near is not None:
+            pairs += self._near(batch, self.near)
         if self.settings.form == "phi" and self.settings.weighing == "uniform":
             self._trace("alpha", uniform(found.observed, torch.get_default_dtype()))
         return Written(pairs)
@@ -200,7 +208,8 @@ class FairMT(Penalty):
         """Move sums and multipliers; return the gradient of all constraints to the main tasks' outputs, and the term's strength."""
         duals = self._duals
         assert duals is not None
-        pace, length = self._pace(batch)
+        self._now, length = self._pace(batch)
+        pace = self._now
         if not self.past_steps:
             rows = len(next(iter(batch.outputs.values())))
             self.decay = decay_of(rows, batch.epoch_steps) if self.settings.ema is None else self.settings.ema
@@ -312,6 +321,14 @@ class FairMT(Penalty):
             used = pursue(log_eta, torch.where(torch.isfinite(mean), error, 0.0), pace.gain, 1e-4, 1.0)
         self.trace = {**self.trace, "eta/lipschitz": log_eta.exp(), "psi/lipschitz": value}
         return used * math.log(2)
+
+    def _near(self, batch: FairBatch, multiplier: ShareController) -> Sequence[tuple[Tensor, Tensor]]:
+        """Return the gradient of near people's gaps as one more constraint, on their mean beside plain training's."""
+        if batch.reference is None:
+            raise HostError(f"FairMT: near needs reference features, by which people are alike: {REFERENCE}")
+        term, trace = near_term(batch, None, partial(multiplier.update, pace=self._now))
+        self.trace = {**self.trace, **trace}
+        return term.pairs
 
     def _record(self, duals: Duals, state: Tensor, found: Found, psi: Tensor) -> None:
         there = torch.as_tensor(found.present, device=self.device)

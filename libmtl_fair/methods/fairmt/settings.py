@@ -160,6 +160,15 @@ class FairMTSettings(Settings):
     lipschitz: bool = setting(
         False, "ReLiF's term is one more disparity, so that individual and group fairness are one constraint", ours=True
     )
+    near: float | None = setting(
+        None,
+        "share of plain training's own inconsistency between people who are alike that is kept as one more constraint, by a multiplier "
+        "of its own (ReLiF's near pairs, whose ``share`` it is); null: none",
+        ours=True,
+        gt=0,
+        le=1,
+        search=(0.5, 0.95),
+    )
     lipschitz_args: Mapping[str, Any] = setting({}, "its settings, as ReLiF's: " + ", ".join(_LIPSCHITZ))
 
     def __init__(self, *values: Any, **named: Any) -> None:
@@ -212,6 +221,10 @@ class FairMTSettings(Settings):
         if self.rank_one and (self.proxy != "head" or self.weighing != "proxy"):
             raise self.refused(
                 "rank_one", "rank_one=True is a form of the head proxy: it needs proxy='head', alpha='proxy'"
+            )
+        if self.near is not None and (self.form == "phi" or self.weighing == "proxy"):
+            raise self.refused(
+                "near", "near is a constraint beside others: it needs form='constraints', and alpha='uniform' or a base"
             )
         self.dual()
         self.relif()

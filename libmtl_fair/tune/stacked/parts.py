@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from libmtl_fair import functional as F
 from libmtl_fair.functional._gram import head_products
+from libmtl_fair.functional.near import near_price
 from libmtl_fair.methods.controllers import stack, unstack
 from libmtl_fair.methods.fairmt.constraint import BinaryColumns, Constraint, evaluate
 from libmtl_fair.methods.fairmt.task_weights import uniform
-from libmtl_fair.methods.relif import BY_CLOSENESS
+from libmtl_fair.methods.near_pairs import PRICE
 from libmtl_fair.tasks import Binary
 from libmtl_fair.tune.stacked.members import Member
 
@@ -115,7 +116,7 @@ class NearPart(Part):
         super().__init__(places, members)
         self.models = [member.trainer.model for member in members]
         self.auto = self.models[0].settings.lam is None
-        lam = [BY_CLOSENESS if self.auto else model.settings.lam for model in self.models]
+        lam = [PRICE if self.auto else model.settings.lam for model in self.models]
         self.lam = torch.tensor(lam, device=members[0].device)
         self.share = None if self.models[0].share is None else stack([model.share for model in self.models])
 
@@ -134,8 +135,10 @@ class NearPart(Part):
         strength, present = self.lam, gaps.present.sum(1)
         if self.share is not None:
             strength = self.share.update(gaps.value.sum(1) / present, present > 0)
-        strength = strength * near.closeness if self.auto else strength
-        return step.loss_gradient().add_(gaps.slope.mul_(strength.to(main.dtype).view(-1, 1, 1)).mT), None
+        strength = strength.to(main.dtype).view(-1, 1, 1)
+        if self.auto:
+            strength = strength * near_price(main, near.closeness.unsqueeze(-1), logits=True).unsqueeze(-1)
+        return step.loss_gradient().add_(gaps.slope.mul_(strength).mT), None
 
 
 class ReLiFPart(Part):
