@@ -193,14 +193,11 @@ def utility_of(tasks: Mapping[str, Task | None]) -> Callable[[Results], float]:
 
 
 class Shape(Protocol):
-    """What a model's shape needs of data: the width of the inputs and the names of the groups.
-
-    Data whose inputs are no rows of numbers have ``shape`` too: [steps, features], or [channels, height, width].
-    """
+    """What a model's shape needs of data: the shape of an input and the names of the groups."""
 
     @property
-    def n_features(self) -> int:
-        """Return the number of columns of x."""
+    def input_shape(self) -> tuple[int, ...]:
+        """Return the shape of one input: [features], [steps, features] or [channels, height, width]."""
 
     @property
     def groups(self) -> dict[str, list[str]]:
@@ -217,8 +214,7 @@ def make_trainer(
     settled = {"progress": False, "select_by": judge, "loggers": recipe.output.loggers, "weight_args": dict(spec.args)}
     made = settled | options
     weighting = str(made.pop("weighting", spec.weighting))
-    shape = tuple(getattr(data, "shape", (data.n_features,)))
-    return build_trainer(weighting, model, train, tasks, shape, data.groups, seed, heads=heads, **made)
+    return build_trainer(weighting, model, train, tasks, data.input_shape, data.groups, seed, heads=heads, **made)
 
 
 def build_trainer(

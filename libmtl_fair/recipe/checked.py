@@ -49,7 +49,7 @@ def check_recipe(recipe: Recipe) -> Checked:
     check(recipe)
     data = make_dataset(recipe, recipe.seeds[0])
     for method in recipe.methods:
-        need_model(recipe.model_for(method), data.n_features)
+        need_model(recipe.model_for(method), data.input_shape[0])
     parts = data.splits()
     tasks = [
         (
