@@ -94,6 +94,12 @@ class TestEncodersByName:
             ("{encoder: mlpp}", r"recipe.yaml:\d+: model.encoder: unknown encoder 'mlpp'"),
             ("{encoder_args: {hidden: [4]}}", r"model.encoder_args: encoder 'mlp' takes its settings from hidden"),
             ("{weights: a.pt}", r"model.weights: encoder 'mlp' is trained from the start"),
+            ("{encoder: cnn, weights: a.pt}", r"model.weights: no file a.pt; weights are of a state dict in a file"),
+            (
+                "{encoder: cnn, encoder_args: {chanels: [4]}}",
+                r"model.encoder_args.*: unknown argument of encoder 'cnn' 'chanels'",
+            ),
+            ("{encoder: cnn, head: apps}", r"model.head: .*expected 'conv' or 'aspp'"),
         ],
     )
     def test_in_a_recipe(self, tmp_path: Path, model: str, match: str) -> None:

@@ -168,6 +168,7 @@ def _trainer(
             "loggers": (),
             "select_by": None,
             "device": device,
+            "pretrained": False,
         }
         trainer = make_trainer(recipe, method, rows, tasks, seed, **plain)
     checkpoint.reshape(trainer, held["structure"])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import cache
+from importlib import import_module
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -59,6 +62,19 @@ class EncoderKind:
             return self.make(input_shape[-1 if self.dims == 2 else 0], **(args or {}))
         except (TypeError, AttributeError) as error:
             raise RecipeError(f"encoder {self.name!r} cannot be made of {dict(args or {})}: {error}") from error
+
+
+@cache
+def torchvision_models() -> tuple[Any, str]:
+    """Return ``torchvision.models``, or None, and why it does not import (absent, or made for another torch)."""
+    before = set(sys.modules)
+    try:
+        return import_module("torchvision.models"), ""
+    except (ImportError, RuntimeError, AttributeError, OSError) as error:
+        for name in set(sys.modules) - before:  # half loaded
+            if name.partition(".")[0] == "torchvision":
+                del sys.modules[name]
+        return None, str(error)
 
 
 ENCODERS: dict[str, EncoderKind] = {}

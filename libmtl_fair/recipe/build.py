@@ -28,7 +28,7 @@ from libmtl_fair.libmtl.trainer import FairTrainer
 from libmtl_fair.memory import need_memory
 from libmtl_fair.methods.base import Declared
 from libmtl_fair.methods.heads.auxiliary import add_fairness_heads
-from libmtl_fair.models import encoder_for, linear_heads, sequence_heads
+from libmtl_fair.models import encoder_for, linear_heads, load_weights, map_heads, sequence_heads
 from libmtl_fair.recipe.post import POST_SETTINGS, check_post
 from libmtl_fair.recipe.schema import Recipe, check_names
 from libmtl_fair.recipe.sections import Encoder, Model, Train
@@ -86,11 +86,17 @@ def _check_encoders(recipe: Recipe) -> None:
             raise recipe.error(where("encoder_args"), text)
         if kind.name == "mlp" and model.weights:
             raise recipe.error(where("weights"), "encoder 'mlp' is trained from the start; leave weights out")
+        if model.weights and not recipe.beside(model.weights).is_file():
+            raise recipe.error(
+                where("weights"), f"no file {recipe.beside(model.weights)}; weights are of a state dict in a file"
+            )
         try:
             with torch.device("meta"):
                 kind((3,) * kind.dims, model.encoder_args)
-        except RecipeError as error:
-            raise recipe.error(where("encoder_args"), str(error)) from error
+        except (RecipeError, HostError) as error:
+            raise recipe.error(
+                where("encoder_args" if isinstance(error, RecipeError) else "encoder"), str(error)
+            ) from error
 
 
 def make_dataset(recipe: Recipe, seed: int) -> Dataset:
@@ -205,14 +211,26 @@ class Shape(Protocol):
 
 
 def make_trainer(
-    recipe: Recipe, method: str, data: Shape, tasks: tuple[Task, ...], seed: int, **options: Any
+    recipe: Recipe,
+    method: str,
+    data: Shape,
+    tasks: tuple[Task, ...],
+    seed: int,
+    **options: Any,
 ) -> FairTrainer:
-    """Return the trainer of one method and seed of a recipe; ``options`` go to :class:`FairTrainer`, above the recipe's own."""
+    """Return the trainer of one method and seed of a recipe; ``options`` go to :class:`FairTrainer`, above the recipe's own.
+
+    ``pretrained=False`` leaves the file of pretrained weights alone, as others come.
+    """
     spec, train, model = recipe.methods[method], recipe.train_for(method), recipe.model_for(method)
+    if model.weights:
+        model = model.model_copy(
+            update={"weights": str(recipe.beside(model.weights)) if options.get("pretrained", True) else None}
+        )
     heads = None if spec.heads is None else spec.heads.model_dump(exclude_none=True)
     judge = utility_of({t.name: t for t in tasks}) if train.select_by == "utility" else None
     settled = {"progress": False, "select_by": judge, "loggers": recipe.output.loggers, "weight_args": dict(spec.args)}
-    made = settled | options
+    made = {name: value for name, value in (settled | options).items() if name != "pretrained"}
     weighting = str(made.pop("weighting", spec.weighting))
     return build_trainer(weighting, model, train, tasks, data.input_shape, data.groups, seed, heads=heads, **made)
 
@@ -239,10 +257,14 @@ def build_trainer(
         need_model(model, input_shape[0])
     if seed is not None:
         seed_everything(seed)
-    made_by = partial(_encoder, model, input_shape) if encoder is None else partial(encoder, input_shape[0])
+    pool = not any(task.summed for task in tasks)
+    made_by = partial(_encoder, model, input_shape, pool) if encoder is None else partial(encoder, input_shape[0])
     width = _out_features(made_by) if encoder is None else _width(encoder, input_shape[0])
-    heads_of = sequence_heads if len(input_shape) == 2 else linear_heads
-    described, decoders = task_dict(tasks), dict(heads_of(tasks, width).items())
+    own: Mapping[int, Callable[..., nn.ModuleDict]] = {2: sequence_heads}
+    if len(input_shape) == 3 and not _own_args(model, pool).get("pool", False):
+        own = {3: partial(map_heads, head=model.head)}
+    described = task_dict(tasks)
+    decoders = dict(own.get(len(input_shape), linear_heads)(tasks, width).items())
     if heads is not None:
         counts = {name: len(names) for name, names in groups.items()}
         described, made = add_fairness_heads(
@@ -275,15 +297,20 @@ def build_trainer(
     )
 
 
-def _encoder(model: Model, input_shape: Sequence[int]) -> nn.Module:
-    """Return the model's encoder for inputs of this shape."""
+def _encoder(model: Model, input_shape: Sequence[int], pool: bool) -> nn.Module:
+    """Return the model's encoder for inputs of this shape, with its pretrained weights."""
+    made = encoder_for(model.encoder)(input_shape, _own_args(model, pool))
+    if model.weights and not any(p.is_meta for p in made.parameters()):
+        load_weights(made, model.weights)
+    return made
+
+
+def _own_args(model: Model, pool: bool) -> Mapping[str, Any]:
+    """Return the encoder's arguments; maps are pooled, unless something is said of it, where no task has labels at every place."""
     kind = encoder_for(model.encoder)
-    own = (
-        {"hidden": model.hidden, "dropout": model.dropout, "norm": model.norm}
-        if kind.name == "mlp"
-        else model.encoder_args
-    )
-    return kind(input_shape, own)
+    if kind.name == "mlp":
+        return {"hidden": model.hidden, "dropout": model.dropout, "norm": model.norm}
+    return ({"pool": pool} if "pool" in kind.arguments else {}) | model.encoder_args
 
 
 def _out_features(made_by: Callable[[], nn.Module]) -> int:

@@ -219,7 +219,7 @@ class Encoder(Section):
     """Encoder of the model: what a method may change of it.
 
     ``hidden``, ``dropout`` and ``norm`` are of ``mlp``; other encoders have ``encoder_args``, and may start from the ``weights``
-    of a file.
+    of a file. ``head`` is that of tasks whose labels are maps.
     """
 
     encoder: Text = "mlp"
@@ -228,11 +228,12 @@ class Encoder(Section):
     norm: Literal["batch", "layer"] | None = None
     encoder_args: Settings = Field(default_factory=dict)
     weights: Text | None = None
+    head: Literal["conv", "aspp"] = "conv"
 
     @model_serializer(mode="wrap")
     def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, object]:
         """Leave out what is not said, so that recipes from before these fields keep their fingerprints."""
-        later = {"encoder_args", "weights"} - self.model_fields_set
+        later = {"encoder_args", "weights", "head"} - self.model_fields_set
         return {name: value for name, value in write(self).items() if name not in later}
 
 
