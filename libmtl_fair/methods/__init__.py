@@ -8,6 +8,7 @@ from libmtl_fair.methods.fairbranch.fairbranch import FairBranch, FairBranchSett
 from libmtl_fair.methods.fairbranch.fbgrad import FBGrad, FBGradSettings
 from libmtl_fair.methods.fairmt.fairmt import FairMT, FairMTSettings
 from libmtl_fair.methods.heads.lambda_mix import LambdaMix, LambdaMixSettings
+from libmtl_fair.methods.recon import Recon, ReconSettings
 from libmtl_fair.methods.regulariser import GroupRegulariser, GroupRegulariserSettings
 from libmtl_fair.methods.relif import ReLiF, ReLiFSettings
 
@@ -29,4 +30,6 @@ __all__ = [
     "LambdaMixSettings",
     "ReLiF",
     "ReLiFSettings",
+    "Recon",
+    "ReconSettings",
 ]

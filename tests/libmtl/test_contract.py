@@ -37,7 +37,7 @@ TORCHJD = [f"torchjd:{name}" for name in torchjd_names()] if importlib.util.find
 EQUAL_BATCHES = {"FairMT"}  # with inputs of their own, the tasks' batches must be of one size: see its own suite
 RESNET = {"Cross_stitch", "MTAN", "PLE", "LTB"}
 SINGLE_INPUT = {"Cross_stitch", "LTB"} | ({"PLE"} if LINEAGE == "git main" else set())
-ELSEWHERE = {"FairBranch"}
+ELSEWHERE = {"FairBranch", "Recon"}
 """Our architectures need more than a combination can give them here: they have suites of their own."""
 OURS_ELSEWHERE = {
     "FBGrad": "groups must be of FairBranch's tree",
@@ -232,6 +232,7 @@ def test_contract_covers_all_that_is_installed() -> None:
         "FBGrad",
         "LambdaMix",
         "FairBranch",
+        "Recon",
         *TORCHJD,
     }
 
