@@ -296,7 +296,9 @@ class FairBatch:
         """
         if self.matrices is None or not self.standard_losses or len(losses) > len(self.main):
             return losses, torch.full_like(losses, share)
-        grad = self.matrices.loss_gradient(self.score_matrix.detach().T)
+        scores = self.__dict__.get("score_matrix")
+        with torch.no_grad():
+            grad = self.matrices.loss_gradient(torch.sigmoid(self.matrices.logits) if scores is None else scores.T)
         return self.matrices.logits, grad if share == 1 else grad.mul_(share)
 
     @cached_property

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+A = TypeVar("A", Tensor, NDArray[Any])
+_SIGNS = np.array([1.0, -1.0])
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
@@ -25,6 +28,38 @@ def on_cpu(*tensors: Tensor) -> bool:
         if not tensor.is_cpu:
             return False
     return has_values(*tensors)
+
+
+def on_host(values: Tensor) -> Any:
+    """Return the same memory as a numpy array where that is the CPU's, else the tensor: what changes in place changes in both.
+
+    >>> on_host(torch.ones(2))
+    array([1., 1.], dtype=float32)
+    """
+    return values.numpy() if on_cpu(values) else values
+
+
+def library(values: Any) -> Any:
+    """Return torch for a tensor, numpy for an array: functions of one name, with dimensions as the second argument."""
+    return torch if isinstance(values, Tensor) else np
+
+
+def at_least(values: A, low: float) -> A:
+    """Return values of at least ``low``; numpy's own clip takes longer than a dozen sums."""
+    found: A = values.clamp(min=low) if isinstance(values, Tensor) else np.maximum(values, low)
+    return found
+
+
+def largest(values: A, dim: int) -> A:
+    """Return the largest values along a dimension."""
+    found: A = values.amax(dim) if isinstance(values, Tensor) else np.maximum.reduce(values, dim)
+    return found
+
+
+def with_negative(values: A) -> A:
+    """Return the values and their negatives, [2, ...]."""
+    found: A = torch.stack([values, -values]) if isinstance(values, Tensor) else np.multiply.outer(_SIGNS, values)
+    return found
 
 
 def as_array(values: Tensor) -> NDArray[Any]:

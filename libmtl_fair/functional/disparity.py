@@ -7,18 +7,16 @@ compare); an absent value is 0 with zero gradient.
 
 from __future__ import annotations
 
-from typing import Any, TypedDict, TypeVar, Unpack
+from typing import TypedDict, Unpack
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from libmtl_fair.errors import RecipeError, unknown
+from libmtl_fair.functional._device import A, at_least, largest, library, with_negative
 from libmtl_fair.functional.groups import group_mean, group_sums, soft_rates
 from libmtl_fair.functional.quantiles import masked_mean
 
-A = TypeVar("A", Tensor, npt.NDArray[Any])
 REFERENCES = ("max", "lcb")
 _Z95 = 1.959963984540054
 
@@ -44,24 +42,24 @@ class LiftOptions(TypedDict, total=False):
 
 
 def lift(
-    cost: Tensor,
-    count: Tensor,
-    bound: Tensor | None = None,
+    cost: A,
+    count: A,
+    bound: A | None = None,
     *,
     symmetric: bool = False,
     normalise: bool = False,
-    min_count: float | Tensor = 0.0,
+    min_count: float | A = 0.0,
     smooth: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[A, A, A]:
     """What the groups' costs exceed the best group's by, summed; the best is detached, so that only the others are moved.
 
     Parameters
     ----------
-    cost, count : Tensor [..., G, C]
+    cost, count : Tensor or ndarray [..., G, C]
         Cost of each group (a rate or an error) and the examples behind it, which may be fractions (decayed sums).
-    bound : Tensor [..., G, C], optional
+    bound : Tensor or ndarray [..., G, C], optional
         The best group is the one whose bound is least, in place of the one whose cost is.
-    symmetric, normalise, min_count : bool = False, bool = False, float or Tensor = 0.0
+    symmetric, normalise, min_count : bool = False, bool = False, float, Tensor or ndarray = 0.0
         As in :class:`LiftOptions`; a group counts where its count is positive and at least ``min_count``.
     smooth : float = 0.0
         An excess u below it counts u^2 / (2 smooth), one above it u - smooth / 2: groups that are nearly equal are hardly
@@ -69,7 +67,7 @@ def lift(
 
     Returns
     -------
-    tuple of (Tensor, Tensor, Tensor)
+    tuple of (Tensor, Tensor, Tensor) or of ndarrays
         (value [..., C], present bool [..., C], slope [..., G, C]): the slope is the value's derivative to the cost; the
         value is differentiable by autograd too.
 
@@ -79,34 +77,49 @@ def lift(
     >>> value, slope.squeeze(1)
     (tensor([0.5000]), tensor([0., 1.]))
     """
-    fixed = cost.detach()
-    unknown = (
-        count < min_count if isinstance(min_count, float) and min_count > 0 else (count <= 0) | (count < min_count)
-    )
-    observed = cost.shape[-2] - unknown.sum(-2)
+    xp, fixed = library(cost), _fixed(cost)
+    known = _enough(count, min_count)
+    observed = known.sum(-2)
     present = observed >= 2
-    low = fixed.masked_fill(unknown, torch.inf)
+    low = -xp.where(known, fixed, xp.inf)
     if symmetric:
-        high, known = fixed.masked_fill(unknown, -torch.inf), ~unknown
-        top, bottom = high == high.amax(-2, keepdim=True), low == low.amin(-2, keepdim=True)
-        # groups that tie share the slope, as autograd's amax has it
-        top, bottom = (x & known & present.unsqueeze(-2) for x in (top, bottom))
-        slope = top / top.sum(-2, keepdim=True).clamp(min=1) - bottom / bottom.sum(-2, keepdim=True).clamp(min=1)
-        return (slope * cost).sum(-2), present, slope.to(cost.dtype)
-    best = low.amin(-2, keepdim=True)
+        ends, slope = (xp.where(known, fixed, -xp.inf), low), xp.zeros_like(fixed)
+        for sign, end in zip((1, -1), ends):  # groups that tie share the slope, as autograd's amax has it
+            at = (end == largest(end, -2)[..., None, :]) & known & present[..., None, :]
+            slope += sign * at / at_least(at.sum(-2)[..., None, :], 1)
+        return (slope * cost).sum(-2), present, slope
     if bound is not None:
-        best = fixed.gather(-2, bound.masked_fill(unknown, torch.inf).argmin(-2, keepdim=True))
-    excess = (cost - best).masked_fill(unknown, 0.0)  # with one group known it is the best, with none all is masked
+        low = xp.where(_first(-xp.where(known, bound, xp.inf)), low, -xp.inf)
+    # with one group known it is the best, with none all is masked
+    excess = xp.where(known, cost + largest(low, -2)[..., None, :], 0.0)
     if smooth > 0:
-        slope = (excess.detach() / smooth).clamp(0.0, 1.0)  # behind a bound's group some are ahead of it
-        value = torch.where(excess < smooth, excess.relu().square() / (2 * smooth), excess - smooth / 2)
+        slope = xp.clip(_fixed(excess) * (1 / smooth), 0.0, 1.0)  # behind a bound's group some are ahead of it
+        value = slope * (excess - slope * (smooth / 2))
     else:
-        slope = (excess.detach() > 0).to(cost.dtype)
+        slope = xp.where(_fixed(excess) > 0, xp.ones_like(fixed), 0.0)
         value = slope * excess
     if normalise:
-        others = (observed - 1).clamp(min=1).unsqueeze(-2)
+        others = at_least(observed - 1, 1)[..., None, :]
         slope, value = slope / others, value / others
     return value.sum(-2), present, slope
+
+
+def _enough(count: A, least: float | A) -> A:
+    known: A = count >= least if isinstance(least, float | int) and least > 0 else (count > 0) & (count >= least)
+    return known
+
+
+def _fixed(values: A) -> A:
+    """Return values that nothing is derived through."""
+    return values.detach() if isinstance(values, Tensor) else values
+
+
+def _first(values: A) -> A:
+    """Where the largest of values [..., G, C] is, the first where several are: bool."""
+    xp = library(values)
+    top = values == largest(values, -2)[..., None, :]
+    found: A = top & (xp.cumsum(top, -2) == 1)
+    return found
 
 
 def aeod(
@@ -296,7 +309,7 @@ def ccc_lack_from_sums(sums: Tensor) -> tuple[Tensor, Tensor]:
     return (error / total.where(some, 1.0)).where(some, 0.0), count
 
 
-def wilson_interval(rate: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+def wilson_interval(rate: A, count: A) -> tuple[A, A]:
     """Wilson 95 % interval (low, high) of rates in [0, 1] with their counts; [0, 1] where the count is 0.
 
     >>> wilson_interval(torch.tensor(1.0), torch.tensor(3.0))
@@ -305,13 +318,13 @@ def wilson_interval(rate: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     square = _Z95**2
     scale = 1 / (count + square)
     centre = (rate * count + square / 2) * scale
-    half = _Z95 * scale * (count * rate * (1 - rate) + square / 4).clamp(min=0).sqrt()
-    return (centre - half).clamp(0, 1), (centre + half).clamp(0, 1)
+    half = _Z95 * scale * at_least(count * rate * (1 - rate) + square / 4, 0) ** 0.5
+    return (centre - half).clip(0, 1), (centre + half).clip(0, 1)
 
 
-def rate_bound(rate: Tensor, count: Tensor) -> Tensor:
+def rate_bound(rate: A, count: A) -> A:
     """Upper 95 % bound of a rate that costs."""
-    return wilson_interval(rate.detach(), count)[1]
+    return wilson_interval(_fixed(rate), count)[1]
 
 
 def mean_bound(mean: Tensor, count: Tensor, square_mean: Tensor) -> Tensor:
@@ -349,16 +362,14 @@ def decision_gap(rate: A, count: A, min_count: float | A = 1.0) -> tuple[A, A, A
     >>> [round(float(x), 4) for x in (gap, noise)]
     [0.3957, 0.0583]
     """
-    xp: Any = torch if isinstance(rate, Tensor) else np
-    known = (count >= min_count) & (count > 0)
-    top, bottom = xp.where(known, rate, -1.0), xp.where(known, rate, 2.0)
-    high, low = xp.amax(top, -2), xp.amin(bottom, -2)
-    variance = rate * (1 - rate) / xp.clip(count, 1, None)
-    noise = sum(xp.amax(xp.where(x == y[..., None, :], variance, 0.0), -2) for x, y in ((top, high), (bottom, low)))
-    present = xp.sum(known, -2) >= 2
-    gap = high - low
-    value = xp.sqrt(xp.clip(gap * gap - noise, 0, None))
-    return xp.where(present, value, 0.0), xp.where(present, xp.sqrt(noise), 0.0), present
+    xp = library(rate)
+    known = _enough(count, min_count)
+    ends = xp.where(known, with_negative(rate), -2.0)
+    best, variance = largest(ends, -2), rate * (1 - rate) / at_least(count, 1)
+    noise = largest(xp.where(ends == best[..., None, :], variance, 0.0), -2).sum(0)
+    present, gap = known.sum(-2) >= 2, best.sum(0)
+    value = at_least(gap * gap - noise, 0) ** 0.5
+    return xp.where(present, value, 0.0), xp.where(present, noise, 0.0) ** 0.5, present
 
 
 def _lifted(cost: Tensor, count: Tensor, bound: Tensor | None, options: LiftOptions) -> tuple[Tensor, Tensor]:

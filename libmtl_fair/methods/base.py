@@ -329,7 +329,11 @@ class Penalty(FairWeighting):
         pairs = [] if term is None else term.pairs if isinstance(term, Written) else [(term, torch.ones_like(term))]
         pairs = [(tensor, grad) for tensor, grad in pairs if tensor.requires_grad]
         if self.settings.base == "EW" and not self.rep_grad:
-            pairs = [batch.loss_gradient(losses, share), *pairs]
+            root, whole = batch.loss_gradient(losses, share)
+            for tensor, grad in pairs:
+                if tensor is root:
+                    whole.add_(grad)
+            pairs = [(root, whole), *(pair for pair in pairs if pair[0] is not root)]
             torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
             return None
         extra = extra_gradients(self, [tensor for tensor, _ in pairs], [grad for _, grad in pairs])

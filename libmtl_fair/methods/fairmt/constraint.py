@@ -12,21 +12,19 @@ M = 2K + E (or more moments an error column) summed columns, T tasks; leading di
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from libmtl_fair import functional as F
 from libmtl_fair.errors import RecipeError
+from libmtl_fair.functional._device import A, at_least, library
 from libmtl_fair.functional.disparity import CCC_COUNT, ccc_bound, mean_bound, rate_bound
 from libmtl_fair.methods.controllers import Controller
 from libmtl_fair.methods.fairmt.settings import FairMTSettings
 from libmtl_fair.tasks import Binary, Multiclass, Multilabel, Regression, Task
 
-A = TypeVar("A", Tensor, npt.NDArray[Any])
 _TINY = 1e-12
 _CCC_MOMENTS = 5
 
@@ -41,9 +39,10 @@ class BinaryColumns:
 
     Attributes
     ----------
-    parts : list of Tensor
-        [..., B, 2K] each, misses, then false alarms: the costs; 1 where a column counts, else 0; and the costs of the
-        decisions at each of ``decided``, thresholds of the logits. Of the logits' type, at least float32.
+    table : Tensor
+        [..., B, (4 + 2C) K]: misses, then false alarms: the costs; 1 where a column's label is positive, and where it is negative, else
+        0; and misses and alarms of the decisions at each of ``decided``, thresholds of the logits. Of the logits' type, at least
+        float32.
     """
 
     def __init__(
@@ -59,18 +58,23 @@ class BinaryColumns:
         shifted = logits if cut is None else logits - cut
         self.p = p = torch.sigmoid(shifted if self._plain else shifted * sharpness)
         positive, negative = (torch.eq(labels, y, out=torch.empty_like(p)) for y in (1, 0))
-        self._positive, self._negative, self.width = positive, negative, 2 * p.shape[-1]
-        missed = torch.addcmul(positive, p, positive, value=-1)  # (1 - p) where positive
-        self.parts = [missed, p * negative, positive, negative]
+        self.positive, self.negative, self.width = positive, negative, 2 * p.shape[-1]
+        parts = [torch.addcmul(positive, p, positive, value=-1), p * negative, positive, negative]
         for at in decided:
             passed = torch.ge(logits, at, out=torch.empty_like(p))
-            self.parts += [torch.addcmul(positive, passed, positive, value=-1), passed * negative]
+            parts += [torch.addcmul(positive, passed, positive, value=-1), passed * negative]
+        self.table = torch.cat(parts, -1)
+
+    def people(self) -> tuple[Tensor, Tensor]:
+        """Return the table's sums over everybody, [4 + 2C, K], and the spread of each column's logits, [K]."""
+        away = self.logits - self.logits.mean(0)
+        return self.table.sum(0).view(-1, self.logits.shape[-1]), away.mul_(away).mean(0)
 
     def pull_back(self, gradient: Tensor) -> list[Tensor]:
         """Return the gradient to the logits from that to the costs, [..., B, 2K]."""
         k = self.p.shape[-1]
-        alarms, misses = gradient[..., k:] * self._negative, gradient[..., :k]
-        found = torch.ops.aten.sigmoid_backward(torch.addcmul(alarms, misses, self._positive, value=-1), self.p)
+        alarms, misses = gradient[..., k:] * self.negative, gradient[..., :k]
+        found = torch.ops.aten.sigmoid_backward(torch.addcmul(alarms, misses, self.positive, value=-1), self.p)
         return [found if self._plain else found * self.sharpness]
 
 
@@ -106,7 +110,8 @@ class MixedColumns:
         with torch.enable_grad():
             costs, seen = rule.costs(tasks, self._leaves, labels)
             self._costs = torch.cat(costs, 1).to(dtype)
-        self.parts, self.width = [self._costs.detach(), *(part.to(dtype) for part in seen)], self._costs.shape[1]
+        self.table = torch.cat([self._costs.detach(), *(part.to(dtype) for part in seen)], -1)
+        self.width = self._costs.shape[1]
 
     def pull_back(self, gradient: Tensor) -> list[Tensor]:
         """Return the gradient to each task's output."""
@@ -202,11 +207,12 @@ class Constraint(Controller):
         if self.crossed:
             chosen = [F.cross_groups(chosen, self.crossed)[0]]
         ids = chosen[0].unsqueeze(1) if len(chosen) == 1 else torch.stack(chosen, 1)
-        return (ids.unsqueeze(-1) == self._ids).to(self.dtype).flatten(1)
+        found = torch.empty((*ids.shape, self.n_groups), dtype=self.dtype, device=ids.device)
+        return torch.eq(ids.unsqueeze(-1), self._ids, out=found).flatten(1)
 
     def sums(self, blocks: Sequence[BinaryColumns | MixedColumns], members: Sequence[Tensor]) -> Tensor:
         """Return sums and counts by group of all blocks, [..., A * G, 2M]; sums of decisions after them, if there are any."""
-        parts = [torch.matmul(member.mT, torch.cat(block.parts, -1)) for block, member in zip(blocks, members)]
+        parts = [torch.matmul(member.mT, block.table) for block, member in zip(blocks, members)]
         if self._order is None:
             return parts[0]
         kinds = [torch.split(part, block.width, 1) for block, part in zip(blocks, parts)]
@@ -231,18 +237,18 @@ class Constraint(Controller):
 
         Where demographic parity is asked for, a miss is to be refused and an alarm to be passed, whatever the label.
         """
-        xp: Any = torch if isinstance(sums, Tensor) else np
-        shape = (*sums.shape[:-2], self.n_attributes, self.n_groups, -1)
-        total, count, k = sums.reshape(shape), counts.reshape(shape), self.n_rates
+        shape, k = (self.n_attributes, self.n_groups, sums.shape[-1]), self.n_rates
+        total, count = (x.reshape(*x.shape[:-2], *shape) for x in (sums, counts))
         if self.parity is not None:
+            xp = library(sums)
             parity = self.parity if isinstance(sums, Tensor) else self.parity.numpy()
             people = count[..., :k] + count[..., k:]
             passed = count[..., :k] - total[..., :k] + total[..., k:]
             total = xp.where(parity, xp.concatenate([people - passed, passed], -1), total)
             count = xp.where(parity, xp.concatenate([people, people], -1), count)
-        return total / xp.clip(count, _TINY, None), count
+        return total / at_least(count, _TINY), count
 
-    def lifted(self, rates: Tensor, number: Tensor, least: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def lifted(self, rates: A, number: A, least: float | A) -> tuple[A, A, A]:
         """Return the disparity [..., A, 2K] of misses and alarms, which are present, and slopes to the rates [..., A, G, 2K]."""
         s = self.settings
         bound = rate_bound(rates, number) if s.reference == "lcb" else None
@@ -251,11 +257,12 @@ class Constraint(Controller):
             smooth=s.smooth if s.form == "constraints" and not s.symmetric else 0.0,
         )  # fmt: skip
         if isinstance(self.fpr_weight, Tensor) or self.fpr_weight != 1 or self.weights is not None:
-            parts = torch.ones_like(part) if self.weights is None else self.weights.to(part.dtype)
+            parts = library(part).ones_like(part)
+            if self.weights is not None:
+                parts = parts * (self.weights if isinstance(part, Tensor) else self.weights.numpy())
             if isinstance(self.fpr_weight, Tensor) or self.fpr_weight != 1:
-                parts = parts.expand_as(part).clone()
                 parts[..., self.n_rates :] *= _at(self.fpr_weight, 2, part)
-            part, enough, slope = part * parts, enough & (parts > 0), slope * parts.unsqueeze(-2)
+            part, enough, slope = part * parts, enough & (parts > 0), slope * parts[..., None, :]
         return part, enough, slope
 
     def psi(self, sums: Tensor, counts: Tensor) -> Psi:
@@ -400,7 +407,7 @@ def evaluate(
     return Found(value, present, phi, w, rule.to_sums(psi, w[..., :tasks], divisor)), running
 
 
-def _at(number: float | Tensor, dims: int, like: Tensor) -> float | Tensor:
+def _at(number: float | Tensor, dims: int, like: Any) -> Any:
     """Return a number, or one of each training [...] with ``dims`` dimensions after it."""
     return number if not isinstance(number, Tensor) else number.to(like.dtype).view(*number.shape, *(1,) * dims)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from libmtl_fair import functional as F
-from libmtl_fair.functional._device import on_cpu, widest
+from libmtl_fair.functional._device import A, at_least, largest, library, on_host, widest
 from libmtl_fair.methods.controllers import Pace
 from libmtl_fair.methods.fairmt.constraint import Constraint
 from libmtl_fair.methods.fairmt.pursuit import LEAST, MOST, START, Bound, pursue
@@ -100,67 +100,65 @@ class Duals:
 
     def tolerance(self, level: Any, bound: Any, relative: Any) -> Any:
         """Return the difference that each constraint tolerates."""
-        xp: Any = torch if isinstance(level, Tensor) else np
-        return xp.where(relative, xp.clip(bound * level, self.floor, None), bound)
+        return library(level).where(relative, at_least(bound * level, self.floor), bound)
 
     def decisions(self, recent: Any) -> tuple[Any, Any, Any, Any]:
-        """Return difference, error, presence [C, A, K] and which groups have enough people [A, G, 2K], of sums [A * G, (2 + 2C) K].
+        """Return difference and error [C, A, K], presence [1, A, K], and which groups have enough people [A, G, 2K].
 
-        The sums are counts of positives and negatives, and of misses and false alarms among them at each threshold.
+        Of sums [A * G, (2 + 2C) K]: counts of positives and negatives, and of misses and false alarms among them at each threshold.
         """
-        xp: Any = torch if isinstance(recent, Tensor) else np
         k, least, shape = self.rule.n_rates, self.rule.min_count, (len(recent), 1 + len(self.cuts), -1)
-        parts = xp.moveaxis(recent.reshape(shape), 1, 0)
-        rate, count = self.rule.rates(parts[1:], xp.broadcast_to(parts[:1], parts[1:].shape))
+        xp, parts = library(recent), recent.reshape(shape).swapaxes(0, 1)
+        rate, count = self.rule.rates(parts[1:], parts[:1])
         gap, noise, there = F.decision_gap(rate, count, least)
-        alarms = self.alarms if isinstance(recent, Tensor) else self.alarms.numpy()
-        there_too, other = there[..., k:] & alarms, xp.where(alarms, gap[..., k:], 0.0)
-        larger = other > gap[..., :k]
-        worst, error = xp.where(larger, other, gap[..., :k]), xp.where(larger, noise[..., k:], noise[..., :k])
-        return worst, error, there[..., :k] | there_too, count[0] >= least
+        alarms = there[..., k:] & (self.alarms if isinstance(recent, Tensor) else self.alarms.numpy())
+        larger = alarms & (gap[..., k:] > gap[..., :k])
+        worst, error = xp.where(larger, gap[..., k:], gap[..., :k]), xp.where(larger, noise[..., k:], noise[..., :k])
+        return worst, error, there[..., :k] | alarms, count[0] >= least
 
     def update(self, state: Tensor, recent: Tensor, pace: Pace) -> Found:
         """Move the multipliers in ``state`` by the decisions of the last epoch; return what they are and how strong a step is.
 
         Plain numbers are read on the CPU, where numpy takes a fifth of torch's time for a dozen of them.
         """
-        local = on_cpu(state, recent)
-        xp: Any = np if local else torch
-        values = state.numpy() if local else state
+        values = on_host(state)
+        xp, local = library(values), not isinstance(values, Tensor)
         bound, relative, share = (x.numpy() if local else x for x in (self.bound, self.relative, self.share))
-        sums = recent.numpy().astype(np.float64) if local else recent.to(state.dtype)
+        sums = on_host(recent).astype(np.float64) if local else recent.to(state.dtype)
         gap, noise, there, enough = self.decisions(sums)
-        limit, level, present = Bound(*values[_BOUND]), values[_LEVELS:], there.any(0)
+        limit, level, present = Bound(*values[_BOUND]), values[_LEVELS:], there[0]
         if pace.warm:
             level[...] = gap
         # a share of what plain training has cannot be told from chance below the standard error
-        tolerance = self.tolerance(level, bound, relative)
-        tolerance = self.rule.settings.aim * xp.where(relative, xp.maximum(tolerance, noise), tolerance)
+        tolerance = (
+            xp.where(relative, xp.maximum(at_least(bound * level, self.floor), noise), bound) * self.rule.settings.aim
+        )
         excess = xp.where(there, gap / tolerance, -1.0)
-        farther = xp.argmax(excess, 0)
-        largest, strength = xp.amax(excess, 0), None
+        most, strength = largest(excess, 0), None
         if not pace.warm:
-            error = xp.where(present, xp.clip(largest - 1, -1, 1), 0.0)
+            error = xp.where(present, (most - 1).clip(-1, 1), 0.0)
             strength = pursue(values[0], error, pace.gain, LEAST, xp.exp(limit.log_most)) * share * self.units(sums)
-            limit.move(values[0], largest, pace.patience)
-        shown = xp.where(farther == 0, gap[0], gap[-1])
-        return Found(shown, present, strength, enough, xp.argmax(xp.amax(excess, -2), 0), limit.unmet)
+            limit.move(values[0], most, pace.patience)
+        shown, worst = xp.where(excess[-1] > excess[0], gap[-1], gap[0]), largest(excess, -2)
+        return Found(shown, present, strength, enough, worst[-1] > worst[0], limit.unmet)
 
     def units(self, sums: Any) -> Any:
         """Return the entropy [A, K] of each column's base rate in nats: what its loss can be at most without knowing anything."""
-        xp: Any = torch if isinstance(sums, Tensor) else np
-        k = self.rule.n_rates
-        count = sums[..., : 2 * k].reshape(*sums.shape[:-2], self.rule.n_attributes, self.rule.n_groups, 2 * k).sum(-2)
-        p = xp.clip(count[..., :k] / xp.clip(count[..., :k] + count[..., k:], 1, None), 1e-12, 1 - 1e-12)
-        return -(p * xp.log(p) + (1 - p) * xp.log1p(-p))
+        k, shape = self.rule.n_rates, (self.rule.n_attributes, self.rule.n_groups, 2, self.rule.n_rates)
+        count = sums[:, : 2 * k].reshape(shape).sum(1)
+        share = (count / at_least(count.sum(1), 1)[:, None]).clip(1e-12, 1 - 1e-12)
+        return -(share * library(share).log(share)).sum(1)
 
-    def to_sums(self, slope: Tensor, strength: Tensor, divisor: Tensor) -> Tensor:
+    def to_sums(self, slope: A, strength: A, divisor: A) -> A:
         """Return the gradient of ``strength . psi`` to every summed cost [A * G, 2K], from psi's slopes to the rates."""
-        found = slope * torch.cat([strength, strength], -1).unsqueeze(-2) / divisor.clamp(min=1e-12)
+        parts, k = (*slope.shape[:-1], 2, self.rule.n_rates), self.rule.n_rates
+        found = (slope.reshape(parts) * strength[..., None, None, :]).reshape(slope.shape) / at_least(divisor, 1e-12)
         if self.rule.parity is not None:
-            refused = found[..., : self.rule.n_rates] - found[..., self.rule.n_rates :]
-            found = torch.where(self.rule.parity, torch.cat([refused, -refused], -1), found)
-        return found.flatten(-3, -2)
+            xp, parity = library(found), self.rule.parity if isinstance(found, Tensor) else self.rule.parity.numpy()
+            refused = found[..., :k] - found[..., k:]
+            found = xp.where(parity, xp.concatenate([refused, -refused], -1), found)
+        flat: A = found.reshape(-1, 2 * k)
+        return flat
 
     def selected(self, sums: Tensor) -> Tensor:
         """Return the share of people who are passed at each threshold, [C, A, K]."""
@@ -189,7 +187,7 @@ class Duals:
                 row |= {"threshold": cut, "tolerance": tau, "plain": float(state[_LEVELS + c, a, k])}
                 row |= {"eta": eta, "at_bound": eta > 0.99 * most, "eta_bound": most}
                 for part, values in parts.items():
-                    gap, noise, there, passed = (x[c, a, k].item() for x in values)
+                    gap, noise, there, passed = (x[min(c, len(x) - 1), a, k].item() for x in values)
                     row[part] = gap if there else None
                     if there:
                         row |= {f"{part}_error": noise, f"{part}_met": gap <= tau + noise, f"{part}_selected": passed}

@@ -16,6 +16,7 @@ from torch import Tensor
 from libmtl_fair import functional as F
 from libmtl_fair.batch import Columns, FairBatch
 from libmtl_fair.errors import CheckpointError, HostError, RecipeError, unknown
+from libmtl_fair.functional._device import at_least, library, on_host
 from libmtl_fair.libmtl.gradients import add_gradients, carry_representation_gradients, extra_gradients
 from libmtl_fair.libmtl.state import StepState
 from libmtl_fair.methods.base import Penalty, Settings, Written
@@ -39,14 +40,13 @@ SHORT = 100
 
 @dataclass
 class Fairness:
-    """What fairness asks of a step: its gradient to each root (unscaled), its term, and its strength beside the losses' mean."""
+    """What fairness asks of a step: its gradient to each root (unscaled), its term, and its strength beside the losses (None: 1)."""
 
     grads: list[Tensor]
     roots: list[Tensor]
     sizes: tuple[int, ...]
     term: Tensor | None
-    strength: Tensor | float
-    observed: Tensor
+    strength: Tensor | None
 
 
 class FairMT(Penalty):
@@ -124,22 +124,24 @@ class FairMT(Penalty):
     def penalty(self, batch: FairBatch) -> Written:
         """Return what fairness asks of the step, beside the sum of the losses or what the base makes of them."""
         found = self._fairness(batch)
-        with torch.no_grad():
-            strength = torch.as_tensor(found.strength, device=self.device)
-            pairs = [(root, g * strength.to(g.dtype)) for root, g in zip(found.roots, found.grads)]
+        pairs = list(zip(found.roots, found.grads))
         if found.term is not None:
-            pairs.append((found.term, strength.to(found.term.dtype)))
+            pairs.append((found.term, torch.ones_like(found.term)))
+        if found.strength is not None:
+            pairs = [(root, g * found.strength.to(g.dtype)) for root, g in pairs]
         if self.near is not None:
             pairs += self._near(batch, self.near)
         if self.settings.form == "phi" and self.settings.weighing == "uniform":
-            self._trace("alpha", uniform(found.observed, torch.get_default_dtype()))
+            self._trace("alpha", uniform(self._observed(batch), torch.get_default_dtype()))
         return Written(pairs)
 
+    def _observed(self, batch: FairBatch) -> Tensor:
+        """Return which main tasks have a label in this batch, bool [T]."""
+        if batch.matrices is not None:
+            return batch.matrices.labelled > 0
+        return torch.stack([batch.observed[name].any() for name in self._main])
+
     def _fairness(self, batch: FairBatch) -> Fairness:
-        if batch.matrices is None:
-            observed = torch.stack([batch.observed[name].any() for name in self._main])
-        else:
-            observed = batch.matrices.labelled > 0
         lipschitz, term = None, None
         if self.lipschitz is not None:
             scores, embedding = batch.score_matrix, batch.embedding
@@ -149,13 +151,13 @@ class FairMT(Penalty):
         if rule is None:
             dtype = reduce(torch.promote_types, [z.dtype for z in batch.outputs.values()], torch.float32)
             rule = self._lay_out(tasks, batch.n_groups, batch.multi_input, dtype)
+        strength = None
         with torch.no_grad():
             if self.settings.form == "phi":
-                grads, share, strength = self._phi(batch, rule, lipschitz)
-                strength = strength * observed.sum()
+                grads, share, eta = self._phi(batch, rule, lipschitz)
+                strength = eta * self._observed(batch).sum()
             else:
                 grads, share = self._constraints(batch, rule, lipschitz)
-                strength = torch.ones_like(share)
         if lipschitz is not None:
             value = lipschitz.attached(scores, embedding)
             term = share.to(value.dtype) * value
@@ -168,7 +170,7 @@ class FairMT(Penalty):
         else:
             roots = outputs
         grads = [g.reshape(z.shape).to(z.dtype) for g, z in zip(grads, roots, strict=True)]
-        return Fairness(grads, roots, sizes, term, strength, observed)
+        return Fairness(grads, roots, sizes, term, strength)
 
     # -- the source's form -----------------------------------------------------------------------------------------
 
@@ -216,28 +218,25 @@ class FairMT(Penalty):
         self.past_steps, self.early_steps = self.past_steps + 1, self.early_steps + (not pace.settled)
         blocks, members = self._blocks(batch, rule)
         now, half = rule.sums(blocks, members), 2 * rule.n_rates
-        self.running = (
-            now[..., : 2 * half] if self.running is None else now[..., : 2 * half] + self.decay * self.running
-        )
-        self.ring, self.recent = Window.rolled(self.ring, self.recent, now[..., half:], self.past_steps - 1, length)
-        if self.multipliers is None:
-            self.multipliers = duals.start()
+        if self.running is None or self.multipliers is None:
+            self.running, self.multipliers = torch.zeros_like(now[..., : 2 * half]), duals.start()
         if not duals.fits(self.multipliers):
             raise CheckpointError(
                 "FairMT: the checkpoint has constraints of an earlier version, or of another threshold, which cannot go on: train anew"
             )
-        found = duals.update(self.multipliers, self.recent, pace)
+        ring, recent = Window.rolled(self.ring, self.recent, now[..., half:], self.past_steps - 1, length)
+        self.__dict__.update(
+            ring=ring, recent=recent
+        )  # as everywhere in a step: nn.Module's own way takes as long as an operation
+        found = duals.update(self.multipliers, recent, pace)
         if self.cut is not None:
             self._move_cuts(blocks, found)
-        rates, counts = rule.rates(self.running[..., :half], self.running[..., half:])
-        psi, there, slope = rule.lifted(rates, counts * torch.as_tensor(found.enough, device=self.device), 0.0)
-        k = rule.n_rates
-        self._record(
-            duals,
-            self.multipliers,
-            found,
-            torch.where(there[..., :k] | there[..., k:], psi[..., :k] + psi[..., k:], torch.nan),
-        )
+        running, new = on_host(self.running), on_host(now)[..., : 2 * half]
+        running *= self.decay
+        running += new
+        rates, counts = rule.rates(running[..., :half], running[..., half:])
+        psi, there, slope = rule.lifted(rates, counts * found.enough, 0.0)
+        self._record(duals, found, psi, there)
         strength = self._individual(lipschitz, pace, length)
         if found.strength is None:
             return [torch.zeros_like(z) for z in self._targets_of(batch)], strength
@@ -245,9 +244,9 @@ class FairMT(Penalty):
         if self.settings.ema_gradient == "true":
             divisor = counts * ((1 - self.decay) / (1 - self.decay**self.past_steps))
         elif self.settings.ema_gradient == "batch":
-            divisor = rule.rates(now[..., :half], now[..., half : 2 * half])[1]
-        used = torch.as_tensor(found.strength, device=self.device).to(slope.dtype)
-        grads = rule.pull_back(blocks, members, duals.to_sums(slope, used, divisor))
+            divisor = rule.rates(new[..., :half], new[..., half:])[1]
+        to_sums = torch.as_tensor(duals.to_sums(slope, found.strength, divisor)).to(now.dtype)
+        grads = rule.pull_back(blocks, members, to_sums)
         if batch.matrices is not None:
             return grads, strength
         own = iter(grads)
@@ -272,17 +271,17 @@ class FairMT(Penalty):
         are large.
         """
         assert self.cut is not None
+        assert self.farther is not None
         assert self._duals is not None
-        steps = []
-        for block in blocks:
-            assert isinstance(block, BinaryColumns)
-            positive, known = block.parts[2].sum(0), (block.parts[2] + block.parts[3]).sum(0).clamp(min=1)
-            base = (positive / known).clamp(min=0.5 / known, max=1 - 0.5 / known)
-            more = (block.parts[-1].sum(0) - block.parts[-2].sum(0)) / known  # chosen, less positive
-            steps.append(block.logits.std(0, correction=0) * (more / (1.8 * base * (1 - base))).clamp(-1, 1))
-        self.cut = self.cut + max(3 * (1 - self.decay), 1 / self.past_steps) * torch.cat(steps).to(self.cut.dtype)
-        at_base = len(self._duals.cuts) == 1 or found.farther
-        self.farther = torch.as_tensor(at_base, device=self.device).expand_as(self.cut).to(self.cut.dtype)
+        each = [block.people() for block in blocks if isinstance(block, BinaryColumns)]
+        people, spread = (on_host(torch.cat(x, -1) if len(x) > 1 else x[0]) for x in zip(*each))
+        positive, known = people[2], at_least(people[2] + people[3], 1)
+        base = (positive / known).clip(0.5 / known, 1 - 0.5 / known)
+        more = (people[-1] - people[-2]) / known  # chosen, less positive
+        step = spread**0.5 * (more / (1.8 * base * (1 - base))).clip(-1, 1)
+        cut, farther = on_host(self.cut), on_host(self.farther)
+        cut += max(3 * (1 - self.decay), 1 / self.past_steps) * step
+        farther[...] = 1.0 if len(self._duals.cuts) == 1 else found.farther
 
     def _targets_of(self, batch: FairBatch) -> list[Tensor]:
         return [batch.matrices.logits] if batch.matrices else [batch.outputs[name] for name in self._main]
@@ -330,13 +329,21 @@ class FairMT(Penalty):
         self.trace = {**self.trace, **trace}
         return term.pairs
 
-    def _record(self, duals: Duals, state: Tensor, found: Found, psi: Tensor) -> None:
-        there = torch.as_tensor(found.present, device=self.device)
-        self._note_presence(there)
-        gap = torch.as_tensor(found.gap, device=self.device).masked_fill(~there, torch.nan)
-        values = {"eta": state[0].exp(), "gap": gap, "psi": psi, "out_of_reach": torch.as_tensor(found.unmet).clone()}
-        self.trace = {name: value.flatten() for name, value in values.items()}
-        self.trace_labels = dict.fromkeys(values, duals.labels)
+    def _record(self, duals: Duals, found: Found, psi: Any, there: Any) -> None:
+        assert self.multipliers is not None
+        xp, k = library(psi), duals.rule.n_rates
+        if self.presence is None:
+            self.presence = torch.zeros_like(self.multipliers[0], dtype=torch.float32)
+        presence = on_host(self.presence)
+        presence += found.present
+        values = {
+            "eta": xp.exp(on_host(self.multipliers)[0]),
+            "gap": xp.where(found.present, found.gap, xp.nan),
+            "psi": xp.where(there[..., :k] | there[..., k:], psi[..., :k] + psi[..., k:], xp.nan),
+            "out_of_reach": found.unmet * 1.0,  # a copy
+        }
+        trace = {name: torch.as_tensor(value).flatten() for name, value in values.items()}
+        self.__dict__.update(trace=trace, trace_labels=dict.fromkeys(values, duals.labels))
 
     # -- task weights ----------------------------------------------------------------------------------------------
 
@@ -352,14 +359,14 @@ class FairMT(Penalty):
             keep = self._rows is not None  # the losses of further tasks were stacked with these
             each = torch.autograd.grad(main.sum(), found.roots, allow_unused=True, retain_graph=keep)
             grads = [torch.zeros_like(z) if g is None else g for z, g in zip(found.roots, each, strict=True)]
-        return Gradients(found.roots, found.sizes, grads, found.grads, found.observed, found.term)
+        return Gradients(found.roots, found.sizes, grads, found.grads, self._observed(batch), found.term)
 
     def _descend(self, batch: FairBatch, losses: Tensor, found: Fairness) -> Tensor:
         """Leave the gradient of the Lagrangian and of the auxiliary tasks' losses; return all tasks' weights."""
         grads = self._gradients(batch, losses, found)
         with torch.no_grad():
             count = grads.observed.sum().to(losses.dtype).clamp(min=1)
-            strength = torch.as_tensor(found.strength, device=self.device).to(losses.dtype)
+            strength = (torch.ones_like(count) if found.strength is None else found.strength).to(losses.dtype)
         alpha = self._alpha(batch, grads, strength / count)
         with torch.no_grad():
             weights = alpha * count
@@ -468,8 +475,7 @@ class FairMT(Penalty):
                 given = rule.tasks, [outputs[t.name] for t in rule.tasks], [labels[t.name] for t in rule.tasks], 1.0
                 cut = base_cuts(OutputColumns(*given))
                 columns = OutputColumns(*given, None, [0.0 if name == "half" else cut for name in duals.cuts])
-                made = torch.cat(columns.parts, -1).to(rule.dtype)
-                sums[part] = (rule.membership(groups).mT @ made)[:, columns.width :]
+                sums[part] = (rule.membership(groups).mT @ columns.table.to(rule.dtype))[:, columns.width :]
             return duals.rows(self.multipliers, **sums)
 
     def admits(self, predictions: Callable[[], Predictions]) -> bool:
@@ -530,7 +536,7 @@ class FairMT(Penalty):
 
 def base_cuts(columns: BinaryColumns) -> Tensor:
     """Return the logits [K] from which on as many of those with a label are chosen as are positive; 0 without any."""
-    known, positive = (columns.parts[2] + columns.parts[3]) > 0, columns.parts[2].sum(0)
+    known, positive = (columns.positive + columns.negative) > 0, columns.positive.sum(0)
     ordered = columns.logits.masked_fill(~known, torch.inf).sort(0).values
     count = known.sum(0)
     at = (count - positive).clamp(min=0).minimum((count - 1).clamp(min=0)).long()

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from libmtl_fair.functional._device import at_least, library, on_host
+
 LEAST, START, MOST = 0.01, 0.3, 3.0
 """Lowest multiplier, the first, and the highest: a disparity is worth at most so many times what the labels hold."""
 FASTEST = 0.3
@@ -44,13 +46,14 @@ class Window:
         if ring is None or recent is None or len(ring) != min(length, SLOTS):
             ring, recent = now.new_zeros((min(length, SLOTS), *now.shape)), torch.zeros_like(now)
         each = -(-length // SLOTS)
-        slot = ring[(step // each) % len(ring)]
+        slots, total, new = on_host(ring), on_host(recent), on_host(now)
+        slot = slots[(step // each) % len(ring)]
         if step % each == 0:
-            recent -= slot
-            slot.copy_(now)
+            total -= slot
+            slot[...] = new
         else:
-            slot += now
-        recent += now
+            slot += new
+        total += new
         return ring, recent
 
 
@@ -66,11 +69,11 @@ def pursue(log_eta: Any, error: Any, gain: float, least: float, most: Any) -> An
     >>> pursue(log_eta, np.array([0.0, -1.0]), 0.1, 0.01, 3.0), log_eta
     (array([1., 0.]), array([ 0. , -0.1]))
     """
-    xp: Any = torch if isinstance(log_eta, Tensor) else np
-    bound = math.log(most) if isinstance(most, float) else xp.log(most)
-    log_eta[...] = xp.clip(xp.clip(log_eta + gain * error, math.log(least), None), None, bound)
+    xp = library(log_eta)
+    most = xp.zeros_like(log_eta) + most if isinstance(most, float) else most
+    log_eta[...] = xp.minimum(at_least(log_eta + gain * error, math.log(least)), xp.log(most))
     none = math.exp(-1)
-    return xp.clip(xp.exp(log_eta) * (xp.exp(error) - none) / (1 - none), None, most)
+    return xp.minimum(xp.exp(log_eta) * ((xp.exp(error) - none) * (1 / (1 - none))), most)
 
 
 class Bound(NamedTuple):
@@ -92,8 +95,12 @@ class Bound(NamedTuple):
         out of reach: the bound is halved, again and again while the difference does not rise by a tenth, and doubled once if it
         does.
         """
-        xp: Any = torch if isinstance(excess, Tensor) else np
-        there = (log_eta >= self.log_most - 1e-9) & (excess > _CLEARLY) & (self.unmet < 2)
+        xp = library(excess)
+        there = log_eta >= self.log_most - 1e-9
+        if xp is np and not there.any():  # as it is nearly always: nothing else changes
+            self.since[...] = 0.0
+            return
+        there = there & (excess > _CLEARLY) & (self.unmet < 2)
         since = xp.where(there, self.since + 1, 0.0)
         mark = xp.where((since == 1) & (self.unmet == 0), excess, self.mark)
         due, trying = since >= patience, self.unmet == 1
