@@ -160,6 +160,7 @@ class Predictions(Summarised):
 
         Of outputs that are maps what metrics need is written, in their place.
         """
+        import pandas as pd
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -167,15 +168,17 @@ class Predictions(Summarised):
 
         frame = self.frame()
         wide: dict[str, pa.Array] = {}
+        more: dict[str, Values] = {}
         for task in self.tasks:
             if task.name in self.raw:
-                frame[f"{task.name}/raw_score"] = self.raw[task.name].numpy()
+                more[f"{task.name}/raw_score"] = self.raw[task.name].numpy()
             if task.summed:
                 kept = task.statistics(self.outputs[task.name], self.labels[task.name]).numpy()
                 wide[f"{task.name}/output"] = pa.FixedSizeListArray.from_arrays(kept.ravel(), kept.shape[1])
                 continue
             for c, output in enumerate(np.atleast_2d(self.outputs[task.name].numpy().T)):
-                frame[f"{task.name}/output_{c}"] = output
+                more[f"{task.name}/output_{c}"] = output
+        frame = pd.concat([frame, pd.DataFrame(more, index=frame.index)], axis=1)
         meta = {
             "tasks": [task_to_dict(task) for task in self.tasks],
             "group_names": {attribute: self._names(attribute) for attribute in self.groups},

@@ -259,7 +259,8 @@ def _about(task: Task, card: Card) -> str:
     elif task.kind == "binary":
         what = f", {card['rate']:.1%} positive" if "rate" in card else ""
     else:
-        what = f", {task.out_features} {'classes' if task.kind == 'multiclass' else 'labels'}"
+        words = {"multiclass": "classes", "multilabel": "labels"}
+        what = f", {task.out_features} {words[task.kind]}" if task.kind in words else ""
     return f"{task.kind}{what}" + (f"; {card['missing']:,} rows without a label" if card.get("missing") else "")
 
 

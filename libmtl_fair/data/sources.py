@@ -28,7 +28,8 @@ PART = "(part)"
 """Column of a source's table that says which part a row is of, where that is published."""
 
 _MODULES = {
-    "acs": "acs", "nyuv2": "dense", "cityscapes": "dense", "scenes": "dense", "celeba": "faces", "face_folders": "faces",
+    "acs": "acs", "mimic3": "mimic3", "eicu": "eicu", "nyuv2": "dense", "cityscapes": "dense", "scenes": "dense",
+    "celeba": "faces", "face_folders": "faces",
 }  # fmt: skip
 """Source -> module of ``data`` that has it in its ``SOURCES``."""
 
