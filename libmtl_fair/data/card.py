@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -113,9 +113,9 @@ def _group_card(groups: Groups, parts: Mapping[str, Rows], used: Rows, table: Ta
         total = sum(count.values())
         entries[name] = {
             "rows": total,
-            "share": round(total / len(used), 6),
+            "share": round(total / max(len(used), 1), 6),
             "split": count,
-            "split_share": {part: round(count[part] / len(rows), 6) for part, rows in parts.items()},
+            "split_share": {part: round(count[part] / max(len(rows), 1), 6) for part, rows in parts.items()},
         }
     return {
         "column": spec.column,
@@ -140,6 +140,38 @@ def _small_groups(cards: Mapping[str, Card]) -> list[str]:
     absent = [f"{group} no training row" for group, split in rows.items() if split["train"] == 0]
     small = {group: split["test"] for group, split in rows.items() if split["test"] < SMALL_GROUP}
     return absent + [f"{group} {n} test rows; its rates are noise" for group, n in small.items()]
+
+
+_COUNTS = {"rows", "rows_in_source", "labelled", "missing", "left_out", "n"}
+_OF_COUNTS = {"rows", "classes", "missing_inputs", "split"}
+
+
+def joined_cards(one: Card, two: Card, of: str = "") -> Card:
+    """Return the card of two tables' rows together, which were read and encoded alike."""
+    found = {**two, **one}
+    for name in one.keys() & two.keys():
+        a, b = one[name], two[name]
+        if isinstance(a, dict) and isinstance(b, dict):
+            found[name] = joined_cards(a, b, name)
+        elif isinstance(a, int) and not isinstance(a, bool) and (name in _COUNTS or of in _OF_COUNTS):
+            found[name] = a + b if name not in ("seed", "test_seed") else a
+    if "n" in one and found["n"]:
+        known = [card for card in (one, two) if card["n"]]
+        for name in {"rate", "mean"} & one.keys():
+            found[name] = sum(card[name] * card["n"] for card in known) / found["n"]
+        if "std" in one:
+            squares = sum((card["std"] ** 2 + (card["mean"] - found["mean"]) ** 2) * card["n"] for card in known)
+            found["std"] = (squares / found["n"]) ** 0.5
+    return found
+
+
+def settled_card(card: Card, notes: Sequence[str]) -> Card:
+    """Return a joined card with the shares and the notes of its counts."""
+    sizes = card["split"]["rows"]
+    for entry in (group for found in card["groups"].values() for group in found["groups"].values()):
+        entry["share"] = round(entry["rows"] / max(card["rows"], 1), 6)
+        entry["split_share"] = {part: round(n / max(sizes[part], 1), 6) for part, n in entry["split"].items()}
+    return {**card, "notes": [*notes, *_small_groups(card["groups"])]}
 
 
 def card_markdown(card: Card) -> str:

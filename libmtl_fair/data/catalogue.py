@@ -13,6 +13,8 @@ from libmtl_fair.data.expressions import evaluate
 from libmtl_fair.data.fetched import FETCHED
 from libmtl_fair.data.frames import column_of
 from libmtl_fair.data.loader import SENSITIVE
+from libmtl_fair.data.out_of_core import load_on_disk
+from libmtl_fair.data.parquet import Parquet
 from libmtl_fair.data.selection import Choice, choose_inputs, choose_tasks, leaks
 from libmtl_fair.data.shipped import SHIPPED, shipped_file
 from libmtl_fair.data.sources import load_source, source, source_names
@@ -197,13 +199,16 @@ def load_table(
     title: str | None = None,
     licence: str = "not stated",
     notes: Sequence[str] = (),
+    out_of_core: bool = False,
+    cache: str | Path | None = None,
 ) -> Dataset:
     """Load a table with several tasks and sensitive attributes.
 
     Parameters
     ----------
     source : Source
-        A .csv, .csv.gz or .parquet file, or a table of pandas, polars, pyarrow or another library that narwhals reads.
+        A .csv, .csv.gz or .parquet file, or a table of pandas, polars, pyarrow or another library that narwhals reads;
+        with ``out_of_core`` a .parquet file, or a folder of such.
     tasks : mapping of str to TaskSpec or mapping of str to object
         {name: TaskSpec or a mapping of its fields}, in order; a recipe gives mappings.
     sensitive : mapping of str to SensitiveSpec or mapping of str to object or str or sequence of str, default ()
@@ -227,6 +232,12 @@ def load_table(
         Words that are missing values in text columns, too, besides the empty cell; see :mod:`libmtl_fair.data.tables`.
     name, title, licence, notes : str, str, str, sequence of str, optional
         For the data card.
+    out_of_core : bool, default False
+        Read the file by row group and keep what was prepared in a cache on disk, which is used again until the file or the choice
+        changes: memory does not grow with the rows. ``split`` by shares, and ``subset``, then draw each row by its place, not
+        stratified; a split column gives the rows of a table in memory, and the same numbers.
+    cache : str or Path, optional
+        Folder of caches; None: ``<source>.libmtl_fair`` beside the file.
 
     Raises
     ------
@@ -240,8 +251,14 @@ def load_table(
     >>> data.inputs, data.groups, len(data.train)
     (('age', 'sex'), {'sex': ['f', 'm']}, 24)
     """
-    source = to_pandas(source)
-    frame = read_frame(source, missing_values)
+    table = Parquet.open(source) if out_of_core and isinstance(source, str | Path) else None
+    if out_of_core and table is None:
+        raise DataError("out_of_core=True needs the path of a .parquet file, or of a folder of such")
+    if table is None:
+        source = to_pandas(source)
+        frame = read_frame(source, missing_values)
+    else:
+        frame = next(table.raw(rows=1))
     task_specs: dict[str, TaskSpec] = {}
     for key, value in checked(dict, tasks, "tasks").items():
         if checked(str, key, "a task's name") == SENSITIVE:
@@ -282,7 +299,7 @@ def load_table(
         None, tuple(named), seed, split, missing, keep_groups, subset, min_frequency, sensitive_inputs, test_seed,
         max_categories,
     )  # fmt: skip
-    return build_dataset(spec, frame, choice)
+    return build_dataset(spec, frame, choice) if table is None else load_on_disk(spec, table, choice, cache)
 
 
 def _attributes(named: Mapping[str, object], columns: Collection[str]) -> dict[str, SensitiveSpec]:

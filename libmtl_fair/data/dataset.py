@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import pandas as pd
 import torch
 from torch import Tensor
 
+from libmtl_fair.data.blocks import BlockLoader
 from libmtl_fair.data.card import Card, card_markdown, dataset_card
 from libmtl_fair.data.features import FeatureEncoder, feature_kinds, fit_encoder
 from libmtl_fair.data.flips import Twins, fit_twins
@@ -52,6 +55,8 @@ class Split:
         Tasks whose labels the reader gives, too.
     workers : int, default 0
         Processes that read ahead of a loader.
+    maps : tuple of mmap, default ()
+        The files that the tensors are read from, as they are looked at; none where they are in memory.
     """
 
     x: Tensor
@@ -65,6 +70,7 @@ class Split:
     reader: Reader | None = None
     filed: tuple[str, ...] = ()
     workers: int = 0
+    maps: tuple[mmap.mmap, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -88,10 +94,11 @@ class Split:
         device: str | torch.device = "auto",
         drop_last: bool = False,
     ) -> ResidentLoader | FileLoader:
-        """Return a loader of this part: on the device, or reading files as it goes."""
+        """Return a loader of this part: on the device, reading files as it goes, or what was prepared on disk by blocks."""
         if self.reader is not None:
             return FileLoader(self._read_by(self.reader), batch_size, shuffle, seed, device, drop_last, self.workers)
-        return ResidentLoader(
+        kind = partial(BlockLoader, maps=self.maps) if self.maps else ResidentLoader
+        return kind(
             self.x,
             self.labels,
             self.groups,
@@ -227,6 +234,11 @@ class Dataset(Summarised):
         DataError
             No input is left.
         """
+        if self.train.maps:
+            raise DataError(
+                f"dataset {self.name!r} is out of core, with the inputs as they were prepared: for a model that does not see the "
+                "sensitive attributes prepare it with sensitive_inputs: false"
+            )
         shown = {column for columns in self.tell_tale.values() for column in columns}
         encoder = self.encoder.without(shown)
         kept = [i for i, name in enumerate(self.encoder.sources) if name not in shown]
@@ -264,13 +276,21 @@ def _about(task: Task, card: Card) -> str:
     return f"{task.kind}{what}" + (f"; {card['missing']:,} rows without a label" if card.get("missing") else "")
 
 
-def build_dataset(spec: TableSpec, frame: pd.DataFrame, choice: Choice) -> Dataset:
-    """Return the dataset that ``choice`` asks for: rows, labels, groups, splits, inputs, card, in this order."""
+def build_dataset(
+    spec: TableSpec, frame: pd.DataFrame, choice: Choice, fitted: FeatureEncoder | None = None
+) -> Dataset:
+    """Return the dataset that ``choice`` asks for: rows, labels, groups, splits, inputs, card, in this order.
+
+    The inputs are encoded as they were ``fitted``; without it, on the training part.
+    """
     table = read_table(spec, frame, choice)
     parts = table.parts()
     made = {item.name: make_task(item, parts["train"]) for item in table.labels}
-    kinds = feature_kinds(table.frame, table.inputs, spec.kinds)
-    encoder, x = fit_encoder(table.frame, parts["train"], kinds, choice.min_frequency, choice.max_categories)
+    if fitted is None:
+        kinds = feature_kinds(table.frame, table.inputs, spec.kinds)
+        encoder, x = fit_encoder(table.frame, parts["train"], kinds, choice.min_frequency, choice.max_categories)
+    else:
+        encoder, x = fitted, fitted.encode(table.frame)
     names = {item.attribute: list(item.names) for item in table.groups}
     training = parts["train"]
     known = {item.attribute: item.ids[training] for item in table.groups}

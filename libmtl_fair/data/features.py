@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +24,8 @@ MISSING_CATEGORY = "(missing)"
 """Category of a row without a value, if the training part has such rows."""
 OTHER = "(other)"
 """Category of the rare ones, and of those beyond ``max_categories``."""
+MOST_VALUES = 2**20
+"""Different categories of a column that are counted, of a table that is read part by part."""
 _FEW = 20
 
 
@@ -167,21 +170,9 @@ def fit_encoder(
             )
     fill = np.nanmedian(part, axis=0) if part.shape[1] else np.zeros(0)
     whole = np.asfortranarray(np.where(seen, part, fill))  # column by column, as scikit-learn sums them
-    centre, scale = whole.mean(0), whole.std(0)
-    constant = scale <= len(whole) * np.finfo(np.float64).eps * np.abs(centre)  # but for rounding, as in scikit-learn
     counts = [Counter(text[train].tolist()) for text in texts]
-    least = min_frequency if isinstance(min_frequency, int) else (min_frequency or 0) * len(part)
-    for name, count in zip(_of_kind(kinds, "categorical"), counts):
-        _no_id(name, count)
-    frequent = [_frequent(count, least, max_categories) for count in counts]
-    encoder = FeatureEncoder(
-        kinds=dict(kinds),
-        fill=tuple(fill.tolist()),
-        centre=tuple(centre.tolist()),
-        scale=tuple(np.where(constant, 1.0, scale).tolist()),
-        gaps=tuple(np.flatnonzero(~seen.all(0)).tolist()),
-        categories=tuple(tuple(sorted(kept)) for kept in frequent),
-        rare=tuple(tuple(sorted(set(count) - kept)) for count, kept in zip(counts, frequent)),
+    encoder = _encoder(
+        kinds, fill, whole.mean(0), whole.std(0), ~(~seen).sum(0).astype(bool), counts, len(part), min_frequency, max_categories
     )
     need_memory(
         12 * len(frame) * max(len(encoder.names), 1),
@@ -189,6 +180,100 @@ def fit_encoder(
         "leave columns out (drop), lower max_categories, or take a subset",
     )
     return encoder, encoder._encoded(numbers, texts)
+
+
+def _encoder(
+    kinds: Kinds,
+    fill: NDArray[np.float64],
+    centre: NDArray[np.float64],
+    scale: NDArray[np.float64],
+    complete: NDArray[np.bool_],
+    counts: Sequence[Counter[str]],
+    n_rows: int,
+    min_frequency: int | float | None,
+    max_categories: int,
+) -> FeatureEncoder:
+    """Return the encoder of training rows with these numbers and categories."""
+    constant = scale <= n_rows * np.finfo(np.float64).eps * np.abs(centre)  # but for rounding, as in scikit-learn
+    least = min_frequency if isinstance(min_frequency, int) else (min_frequency or 0) * n_rows
+    for name, count in zip(_of_kind(kinds, "categorical"), counts):
+        _no_id(name, count)
+    frequent = [_frequent(count, least, max_categories) for count in counts]
+    return FeatureEncoder(
+        kinds=dict(kinds),
+        fill=tuple(fill.tolist()),
+        centre=tuple(centre.tolist()),
+        scale=tuple(np.where(constant, 1.0, scale).tolist()),
+        gaps=tuple(np.flatnonzero(~complete).tolist()),
+        categories=tuple(tuple(sorted(kept)) for kept in frequent),
+        rare=tuple(tuple(sorted(set(count) - kept)) for count, kept in zip(counts, frequent)),
+    )
+
+
+class Moments:
+    """Mean and variance of columns of numbers, NaN where missing, of which a part at a time is seen.
+
+    Chan, Golub and LeVeque (1979): each part's own mean and sum of squares are joined to those before it.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.n, self.mean, self.squares = np.zeros(width), np.zeros(width), np.zeros(width)
+
+    def add(self, values: NDArray[np.float64]) -> None:
+        """Take rows [N, width] in."""
+        seen = ~np.isnan(values)
+        n = seen.sum(0)
+        mean = np.where(seen, values, 0).sum(0) / np.maximum(n, 1)
+        self.join(n, mean, np.where(seen, (values - mean) ** 2, 0).sum(0))
+
+    def join(self, n: NDArray[Any], mean: NDArray[np.float64], squares: NDArray[np.float64] | float = 0.0) -> None:
+        """Take in n values of each column with this mean and sum of squares about it."""
+        total, shift = np.maximum(self.n + n, 1), mean - self.mean
+        self.squares = self.squares + squares + shift**2 * self.n * n / total
+        self.mean, self.n = self.mean + shift * n / total, self.n + n
+
+    @property
+    def deviation(self) -> NDArray[np.float64]:
+        """Return the standard deviations [width]."""
+        return np.sqrt(self.squares / np.maximum(self.n, 1))
+
+
+class Statistics:
+    """What :func:`fit_encoder` finds, of training rows of which a part at a time is seen.
+
+    Parameters
+    ----------
+    kinds : Kinds
+        As there.
+    """
+
+    def __init__(self, kinds: Kinds) -> None:
+        self.kinds, self.n_rows = kinds, 0
+        self._moments = Moments(len(_of_kind(kinds, "numeric")))
+        self._counts: list[Counter[str]] = [Counter() for _ in _of_kind(kinds, "categorical")]
+
+    def add(self, frame: pd.DataFrame) -> None:
+        """Take rows in."""
+        self.n_rows += len(frame)
+        self._moments.add(_numbers(frame, self.kinds))
+        for name, count, text in zip(_of_kind(self.kinds, "categorical"), self._counts, _texts(frame, self.kinds)):
+            count.update(text.tolist())
+            if len(count) > MOST_VALUES:
+                _no_id(name, count)
+                raise DataError(f"feature {name!r} has more than {MOST_VALUES:,} categories; leave it out (drop)")
+
+    def encoder(self, sample: pd.DataFrame, min_frequency: int | float | None, max_categories: int) -> FeatureEncoder:
+        """Return the encoder of all rows seen; medians are those of a ``sample`` of them."""
+        numbers, m = _numbers(sample, self.kinds), self._moments
+        for name, n, held in zip(_of_kind(self.kinds, "numeric"), m.n, (~np.isnan(numbers)).sum(0)):
+            if not n or not held:
+                raise DataError(
+                    f"feature {name!r} has no value, or hardly one, in the training part; leave the column out"
+                )
+        fill, whole = (np.nanmedian(numbers, axis=0) if numbers.shape[1] else np.zeros(0)), copy.deepcopy(m)
+        whole.join(self.n_rows - m.n, fill)
+        args = self._counts, self.n_rows, min_frequency, max_categories
+        return _encoder(self.kinds, fill, whole.mean, whole.deviation, m.n == self.n_rows, *args)
 
 
 def _no_id(name: str, count: Counter[str]) -> None:

@@ -74,6 +74,9 @@ def as_text(series: Series) -> NDArray[np.object_]:
     >>> as_text(pd.Series([1.0, float("nan"), 2.0])).tolist()
     ['1', None, '2']
     """
+    if isinstance(series.dtype, pd.CategoricalDtype) and pd.api.types.is_string_dtype(series.cat.categories.dtype):
+        known = np.array([*as_text(pd.Series(series.cat.categories)), None], dtype=object)
+        return np.asarray(known[series.cat.codes])
     if series.dtype.kind == "M":
         values = series.astype(str).tolist()
     elif pd.api.types.is_float_dtype(series):

@@ -74,7 +74,7 @@ def raw_labels(name: str, spec: TaskSpec, frame: pd.DataFrame) -> RawLabels:
         if spec.kind == "multiclass":
             values, classes = _multiclass(spec, series, where)
         else:
-            values = (_binary if spec.kind == "binary" else _regression)(spec, series, where)
+            values = (_binary if spec.kind == "binary" else regression_values)(spec, series, where)
     labels = RawLabels(name, spec, values, classes)
     if not labels.observed.any():
         raise DataError(f"{where}: all {len(frame)} labels are missing; check the column and its values")
@@ -136,7 +136,8 @@ def _multiclass(spec: TaskSpec, series: Series, where: str) -> tuple[NDArray[np.
     return np.where(ids < 0, IGNORE_INDEX, ids), classes
 
 
-def _regression(spec: TaskSpec, series: Series, where: str) -> NDArray[np.float64]:
+def regression_values(spec: TaskSpec, series: Series, where: str) -> NDArray[np.float64]:
+    """Return a regression's labels in native units, NaN where missing."""
     values = as_numbers(series, where)
     if spec.transform is None:
         return values

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -378,7 +378,7 @@ class ResidentLoader(Resumable):
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise DataError(f"batch_size must be an integer of at least 1, found {batch_size!r}")
-        rows = TableDataset(
+        rows = self._table(
             x, labels, groups, group_names=group_names, feature_names=feature_names, reference=reference, twins=twins
         )
         self.n_rows = len(rows)
@@ -396,12 +396,25 @@ class ResidentLoader(Resumable):
             raise DataError("weights: rows are drawn in proportion to them, which needs shuffle=True")
         self._weights = None if weights is None else _shares(weights, self.n_rows).to(self.device)
         self.task_names, self.group_names, self.n_groups = rows.task_names, rows.group_names, rows.n_groups
-        self._x = rows.x.to(self.device).contiguous()
-        self._labels = _packed(rows.labels, self.device)
-        self._groups = _packed(rows.groups, self.device)
         self._given, self._reference = rows.reference, cast("Tensor | None", None)
         self._twins = rows.twins
         self._checked: set[Task] = set()
+        self._hold(rows)
+
+    _table = TableDataset
+
+    def _hold(self, rows: TableDataset) -> None:
+        self._x = rows.x.to(self.device).contiguous()
+        self._labels = _packed(rows.labels, self.device)
+        self._groups = _packed(rows.groups, self.device)
+
+    def at(self, rows: Tensor | slice) -> tuple[Tensor, Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """Return inputs, labels and groups of some rows; columns of one matrix where they are that."""
+        return _take(self._x, rows), _columns(self._labels, rows), _columns(self._groups, rows)
+
+    def reference_at(self, x: Tensor, rows: Tensor | slice) -> Tensor | None:
+        """Return the reference features of some rows, whose inputs are ``x``; None where there are none."""
+        return None if self.reference is None else _take(self.reference, rows)
 
     @property
     def reference(self) -> Tensor | None:
@@ -439,7 +452,7 @@ class ResidentLoader(Resumable):
         self.epoch += 1
         return Epoch(self, order)
 
-    def _order(self, epoch: int) -> Tensor:
+    def _order(self, epoch: int) -> Order:
         order = epoch_order(self.seed, epoch, self.n_rows, self.device)
         if self._weights is None:
             return order
@@ -448,10 +461,17 @@ class ResidentLoader(Resumable):
         return systematic(self._weights, start).index_select(0, order)
 
 
+class Order(Protocol):
+    """Row numbers in the order in which an epoch takes them."""
+
+    def __getitem__(self, places: slice, /) -> Tensor:
+        """Return those of some places."""
+
+
 class Epoch:
     """One pass over a loader's rows, in the given order or, without one, their own."""
 
-    def __init__(self, loader: ResidentLoader, order: Tensor | None) -> None:
+    def __init__(self, loader: ResidentLoader, order: Order | None) -> None:
         self._loader, self._order = loader, order
         self._next, self._end = 0, len(loader)
         self._processes = current() if loader.sharded else None
@@ -480,9 +500,9 @@ class Epoch:
             start, stop = start + n * rank // size, start + n * (rank + 1) // size
         self._next += 1
         rows = slice(start, stop) if self._order is None else self._order[start:stop]
-        parts = _take(loader._x, rows), _columns(loader._labels, rows), _columns(loader._groups, rows)
+        parts = loader.at(rows)
         return Packed(
-            *parts, partial(_take_reference, loader, rows), partial(loader.twins_of, parts[0], parts[2], rows)
+            *parts, partial(loader.reference_at, parts[0], rows), partial(loader.twins_of, parts[0], parts[2], rows)
         )
 
     next = __next__  # LibMTL's Trainer calls it
@@ -541,10 +561,6 @@ def _packed(columns: Mapping[str, Tensor], device: torch.device) -> list[_Pack]:
 
 def _take(values: Tensor, rows: Tensor | slice) -> Tensor:
     return values[rows] if isinstance(rows, slice) else values.index_select(0, rows)
-
-
-def _take_reference(loader: ResidentLoader, rows: Tensor | slice) -> Tensor | None:
-    return None if loader.reference is None else _take(loader.reference, rows)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

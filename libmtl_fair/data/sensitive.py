@@ -138,6 +138,15 @@ def _text(attribute: str, spec: SensitiveSpec, frame: pd.DataFrame) -> tuple[NDA
     return _binned(as_numbers(series, where), spec) if spec.bins else (as_text(series), list(spec.labels))
 
 
+def cells(attribute: str, known: Specs, frame: pd.DataFrame) -> NDArray[np.object_]:
+    """Return an attribute's value in each row as text, None where missing; of an intersection its parts' values, joined."""
+    spec = known[attribute]
+    if not spec.of:
+        return _text(attribute, spec, frame)[0]
+    parts = zip(*(cells(part, known, frame) for part in spec.of))
+    return np.array([None if None in cell else "\0".join(cell) for cell in parts], dtype=object)
+
+
 def known_groups(
     attribute: str, known: Specs, names: Sequence[str], frame: pd.DataFrame, missing: MissingRule
 ) -> NDArray[np.int64]:

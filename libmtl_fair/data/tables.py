@@ -32,7 +32,7 @@ Taken: TypeAlias = "dict[str, dict[str, int]]"
 """{column: {what was taken as missing: how often}}."""
 
 TAKEN = "taken_as_missing"
-_MISSING = ["", "na", "n/a", "#n/a", "nan", "null", "none", "?", "."]
+MISSING_WORDS = ["", "na", "n/a", "#n/a", "nan", "null", "none", "?", "."]
 _TRUTH = {"true", "false"}
 _INTEGER = r"^[+-]?[0-9]{1,18}$"
 _NUMBER = r"^(?i)[+-]?(([0-9]{1,18}([.][0-9]*)?|[.][0-9]+)(e[+-]?[0-9]{1,3})?|inf(inity)?)$"
@@ -189,7 +189,7 @@ def _read(series: pd.Series[Any], name: str, taken: Taken, words: Collection[str
     cells = pyarrow.array(series, pyarrow.string(), from_pandas=True)
     trimmed = pc.utf8_trim_whitespace(cells)
     gaps = pc.or_(
-        pc.is_in(pc.utf8_lower(trimmed), pyarrow.array(_MISSING)),
+        pc.is_in(pc.utf8_lower(trimmed), pyarrow.array(MISSING_WORDS)),
         pc.is_in(cells, pyarrow.array(words, pyarrow.string())),
     )
     gaps = pc.or_(gaps, pc.is_null(cells))

@@ -1,0 +1,119 @@
+"""Prepared rows on disk, memory-mapped: arrays of each part in a folder, sealed by one file that is written last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from libmtl_fair.errors import CheckpointError, DamagedFileError
+from libmtl_fair.files import file_digest, read_json, unwritable, write_json
+
+ABOUT = "cache.json"
+
+
+class Writer:
+    """Writes the arrays of a cache row by row, into a folder beside its place, and puts it there when all is written.
+
+    Parameters
+    ----------
+    folder : Path
+        The cache's place; what is there is replaced at the end.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            self._made = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+        except OSError as error:
+            raise unwritable(folder, error) from error
+        self._open: dict[str, tuple[BinaryIO, Any]] = {}
+        self._kinds: dict[str, tuple[str, list[int]]] = {}
+        self._rows: dict[str, int] = {}
+
+    def add(self, name: str, values: NDArray[Any]) -> None:
+        """Append rows [n, ...] to an array."""
+        try:
+            if name not in self._open:
+                self._open[name] = (self._made / name).open("wb"), hashlib.sha256()
+                self._kinds[name] = values.dtype.str, list(values.shape[1:])
+            stream, digest = self._open[name]
+            content = np.ascontiguousarray(values).data
+            stream.write(content)
+            digest.update(content)
+            self._rows[name] = self._rows.get(name, 0) + len(values)
+        except OSError as error:
+            raise unwritable(self.folder, error) from error
+
+    def finish(self, about: Mapping[str, object]) -> None:
+        """Flush everything to disk, write what it is, sealed, and move it to its place."""
+        arrays = {}
+        try:
+            for name, (stream, digest) in self._open.items():
+                stream.flush()
+                os.fsync(stream.fileno())
+                stream.close()
+                kind, shape = self._kinds[name]
+                arrays[name] = {"kind": kind, "shape": [self._rows[name], *shape], "sha256": digest.hexdigest()}
+            write_json(self._made / ABOUT, {**about, "arrays": arrays}, sealed=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
+            os.replace(self._made, self.folder)
+        except OSError as error:
+            raise unwritable(self.folder, error) from error
+
+    def drop(self) -> None:
+        """Remove what was written."""
+        for stream, _ in self._open.values():
+            stream.close()
+        shutil.rmtree(self._made, ignore_errors=True)
+
+
+def about(folder: Path, source: str) -> dict[str, Any] | None:
+    """Return what a cache says of itself; None where there is none, where it is damaged, or made of another ``source``."""
+    try:
+        found: dict[str, Any] = read_json(folder / ABOUT, sealed=True)
+    except CheckpointError:
+        return None
+    return found if found.get("source") == source else None
+
+
+def check(folder: Path, arrays: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise DamagedFileError where an array is not as it was written; reads all of them once."""
+    for name, held in arrays.items():
+        try:
+            sound = file_digest(folder / name) == held["sha256"]
+        except OSError as error:
+            raise DamagedFileError(f"{folder / name} cannot be read: {error.strerror or error}") from error
+        if not sound:
+            raise DamagedFileError(f"{folder / name} is damaged or was changed: it does not fit {ABOUT}")
+
+
+def mapped(folder: Path, name: str, held: Mapping[str, Any]) -> tuple[Tensor, list[mmap.mmap]]:
+    """Return an array as a tensor that the system reads from disk as it is looked at, and its map; writing to it changes no file."""
+    kind, shape = np.dtype(held["kind"]), tuple(held["shape"])
+    if 0 in shape:
+        return torch.from_numpy(np.empty(shape, kind)), []
+    with open(folder / name, "rb") as stream:
+        opened = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+    return torch.from_numpy(np.frombuffer(opened, kind).reshape(shape)), [opened]
+
+
+def key(*parts: object) -> str:
+    """Return a short name for a request, of plain values.
+
+    >>> len(key("table", {"tasks": ["a"]}))
+    12
+    """
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
