@@ -172,7 +172,15 @@ def fit_encoder(
     whole = np.asfortranarray(np.where(seen, part, fill))  # column by column, as scikit-learn sums them
     counts = [Counter(text[train].tolist()) for text in texts]
     encoder = _encoder(
-        kinds, fill, whole.mean(0), whole.std(0), ~(~seen).sum(0).astype(bool), counts, len(part), min_frequency, max_categories
+        kinds,
+        fill,
+        whole.mean(0),
+        whole.std(0),
+        ~(~seen).sum(0).astype(bool),
+        counts,
+        len(part),
+        min_frequency,
+        max_categories,
     )
     need_memory(
         12 * len(frame) * max(len(encoder.names), 1),
