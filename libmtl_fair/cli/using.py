@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -19,25 +18,20 @@ SeedNumber = Annotated[int | None, Option("--seed", metavar="N", help="of which 
 @command()
 def predict(
     folder: RunDir,
-    table: Annotated[Path, Argument(metavar="TABLE", help="new rows: .csv or .parquet, columns as in training")],
+    table: Annotated[
+        Path, Argument(metavar="TABLE", help="new rows: .csv, .parquet or a folder of it, columns as in training")
+    ],
     target: Annotated[Path, Option("--out", metavar="FILE", help=".parquet or .csv")] = Path("predictions.parquet"),
     method: MethodName = None,
     seed: SeedNumber = None,
 ) -> None:
     """Predict new rows: for each task its decision, class or value in native units, and its score; one row a row of TABLE."""
-    from libmtl_fair.data.tables import need_table_name, write_frame
     from libmtl_fair.deploy import load
+    from libmtl_fair.deploy.in_parts import predict_to_file
 
-    need_table_name(target)
     predictor = load(folder, method, seed)
-    with warnings.catch_warnings(action="ignore"):  # its notes are shown below
-        found = predictor.predict(table)
-    for note in predictor.notes:
-        say(f"note: {escape(note)}")
-    write_frame(found, target)
-    say(
-        f"predictions of {escape(predictor.method)}, seed {predictor.seed}, for {len(found)} rows: {escape(str(target))}"
-    )
+    n_rows = predict_to_file(predictor, table, target, lambda note: say(f"note: {escape(note)}"))
+    say(f"predictions of {escape(predictor.method)}, seed {predictor.seed}, for {n_rows} rows: {escape(str(target))}")
 
 
 @command()

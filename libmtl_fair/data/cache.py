@@ -80,6 +80,29 @@ class Writer:
         shutil.rmtree(self._made, ignore_errors=True)
 
 
+class Overflow:
+    """Rows that go to a temporary file as they come, and are mapped at the end."""
+
+    def __init__(self) -> None:
+        self._file, self._rows = tempfile.TemporaryFile(), 0  # noqa: SIM115
+        self._like: Tensor | None = None
+
+    def append(self, rows: Tensor) -> None:
+        """Add rows [n, ...]."""
+        self._like, self._rows = rows[:0].cpu(), self._rows + len(rows)
+        self._file.write(np.ascontiguousarray(rows.detach().cpu().numpy()).data)
+
+    def whole(self) -> Tensor:
+        """Return all rows, read from disk as they are looked at."""
+        assert self._like is not None
+        with self._file:
+            self._file.flush()
+            opened = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return torch.from_numpy(
+            np.frombuffer(opened, self._like.numpy().dtype).reshape(self._rows, *self._like.shape[1:])
+        )
+
+
 def about(folder: Path, source: str) -> dict[str, Any] | None:
     """Return what a cache says of itself; None where there is none, where it is damaged, or made of another ``source``."""
     try:

@@ -18,6 +18,7 @@ Values: TypeAlias = NDArray[Any]
 """Labels or classes of any type."""
 
 _LARGEST = 1e30
+_FEW_ROWS = 1000
 
 
 def column_of(frame: pd.DataFrame, name: str, where: str) -> Series:
@@ -77,6 +78,11 @@ def as_text(series: Series) -> NDArray[np.object_]:
     if isinstance(series.dtype, pd.CategoricalDtype) and pd.api.types.is_string_dtype(series.cat.categories.dtype):
         known = np.array([*as_text(pd.Series(series.cat.categories)), None], dtype=object)
         return np.asarray(known[series.cat.codes])
+    if len(series) > _FEW_ROWS and is_numeric(series):
+        codes, found = pd.factorize(series)
+        if len(found) < len(series) / 4:
+            known = np.array([*as_text(pd.Series(found)), None], dtype=object)
+            return np.asarray(known[codes])
     if series.dtype.kind == "M":
         values = series.astype(str).tolist()
     elif pd.api.types.is_float_dtype(series):

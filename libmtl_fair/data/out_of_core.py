@@ -176,19 +176,21 @@ class Sample:
     def _new(self, part: Part) -> NDArray[np.int64]:
         """Return which rows have a value that none before had in their part."""
         source, new = self._source, set[int]()
-        values = {name: cells(name, {**source.known, **source.sensitive}, part.frame) for name in source.sensitive}
-        for column in {column for task in source.tasks.values() for column in task_columns(task)}:
-            series = column_of(part.frame, column, "tasks")
-            values[f"\0{column}"] = series.astype(object).where(series.notna(), None).to_numpy()
-        for name, found in values.items():
+        values: dict[str, Any] = {
+            name: cells(name, {**source.known, **source.sensitive}, part.frame) for name in source.sensitive
+        }
+        columns = {column for task in source.tasks.values() for column in task_columns(task)}
+        values |= {f"\0{column}": column_of(part.frame, column, "tasks") for column in columns}
+        for name, given in values.items():
             seen = self._seen.setdefault(name, set())
             if len(seen) < _MOST_VALUES:
-                keys = pd.MultiIndex.from_arrays([pd.Index(found, dtype=object), part.code])
-                for at in np.flatnonzero(~keys.duplicated()):
-                    key = (found[at], int(part.code[at]))
+                codes, found = pd.factorize(given)
+                keys, first = np.unique(codes * len(PARTS) + part.code, return_index=True)
+                for at, code in zip(first.tolist(), (keys // len(PARTS)).tolist()):
+                    key = (None if code < 0 else found[code], int(part.code[at]))
                     if key not in seen:
                         seen.add(key)
-                        new.add(int(at))
+                        new.add(at)
         return np.array(sorted(new), dtype=np.int64)
 
     def taken(self) -> tuple[Part, bool]:

@@ -157,9 +157,9 @@ def known_groups(
         if spec.of:
             parts = [text(part) for part in spec.of]
             return np.array([None if None in cell else " & ".join(cell) for cell in zip(*parts)], dtype=object)
-        found, _ = _text(name, spec, frame)
+        codes, found = pd.factorize(_text(name, spec, frame)[0])
         rest = MISSING_GROUP if missing == "group" else None
-        return np.array([rest if value is None else spec.merge.get(value, value) for value in found], dtype=object)
+        return np.array([*(spec.merge.get(value, value) for value in found), rest], dtype=object)[codes]
 
     return ids_of(text(attribute), names)
 

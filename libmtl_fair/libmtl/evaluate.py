@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from libmtl_fair import functional as F
 from libmtl_fair.batch import Columns, beside
+from libmtl_fair.data.blocks import BlockLoader
+from libmtl_fair.data.cache import Overflow
 from libmtl_fair.errors import DataError, HostError
 from libmtl_fair.libmtl import batches
 from libmtl_fair.libmtl.state import FeatureHook, Loader, Loaders, RepresentationHook, Results, TrainingState
 from libmtl_fair.predictions import Predictions, scores_of
 from libmtl_fair.tasks import BinarySequence, Task, with_nan
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def forward(
@@ -155,6 +160,37 @@ def evaluate(trainer: TrainingState, loaders: Loaders) -> Results:
 
 
 @torch.no_grad()
+def group_metrics(trainer: TrainingState, loader: Loader, options: Mapping[str, Any]) -> pd.DataFrame:
+    """Return the group metrics of a loader's examples, counted batch by batch; of all processes' shares together."""
+    from libmtl_fair.metrics import GroupMetrics
+
+    if trainer.multi_input:
+        raise HostError(
+            "group_metrics needs one loader for all tasks, and multi_input=True gives each its own: use predict"
+        )
+    tasks = [trainer.tasks[name] for name in trainer.main_tasks]
+    known = [task for task in tasks if task is not None]
+    if len(known) < len(tasks):
+        raise HostError("group_metrics needs tasks of known kinds: build task_dict with lf.task_dict")
+    given = {"auc": False, "group_names": batches.declared(loader, "group_names") or None, **options}
+    found = GroupMetrics(known, trainer.n_groups or batches.group_counts([loader]), **given)
+    trainer.model.eval()
+    hook = _Watched(None, trainer.watch_features(getattr(trainer.model, "decoders", {})), False)
+    try:
+        for seen in _run_here(trainer, "", loader, hook):
+            found.update(seen.outputs, {task.name: task.flat(seen.labels[task.name]) for task in known}, seen.groups)
+    finally:
+        hook.remove()
+    trainer.faults.check()
+    if trainer.processes is not None:
+        first, *others = trainer.processes.objects(found)
+        for other in others:
+            first.merge(other)
+        found = first
+    return found.compute()
+
+
+@torch.no_grad()
 def predict(trainer: TrainingState, loaders: Loaders, embeddings: bool = False, maps: bool = False) -> Predictions:
     """Return what the model says about every example of the loader, on the CPU.
 
@@ -165,9 +201,9 @@ def predict(trainer: TrainingState, loaders: Loaders, embeddings: bool = False, 
         raise HostError(
             f"task {unknown_kind[0]!r} has no known kind, so its outputs have no score: build task_dict with lf.task_dict"
         )
-    parts: dict[str, dict[str, list[Tensor]]] = {
-        key: defaultdict(list) for key in ("out", "label", "group", "h", "raw")
-    }
+    parts: dict[str, dict[str, list[Tensor]]] = {key: defaultdict(list) for key in ("out", "label", "group", "raw")}
+    on_disk = any(isinstance(loader, BlockLoader) for loader in batches.per_task(trainer, loaders).values())
+    vectors: dict[str, Any] = defaultdict(Overflow if on_disk else list)  # many numbers a row
     heads = getattr(trainer.model, "decoders", {})
     hook = _Watched(RepresentationHook(trainer.model) if embeddings else None, trainer.watch_features(heads), maps)
     try:
@@ -180,7 +216,7 @@ def predict(trainer: TrainingState, loaders: Loaders, embeddings: bool = False, 
             for attribute, ids in seen.groups.items():
                 parts["group"][attribute].append(ids)
             for task, h in seen.h.items():
-                parts["h"][task].append(F.pooled(h.detach()))
+                vectors[task].append(F.pooled(h.detach()))
     finally:
         hook.remove()
     empty = [task for task in trainer.main_tasks if task not in parts["out"]]
@@ -189,7 +225,11 @@ def predict(trainer: TrainingState, loaders: Loaders, embeddings: bool = False, 
     found = {key: {name: torch.cat(values) for name, values in part.items()} for key, part in parts.items()}
     main: dict[str, Task] = {name: task for name, task in trainer.tasks.items() if task and name in trainer.main_tasks}
     first = next(iter(batches.per_task(trainer, loaders).values()))
-    vectors = {name: h.cpu() for name, h in found["h"].items() if name not in trainer.auxiliary}
+    held = {
+        name: h.whole() if isinstance(h, Overflow) else torch.cat(h).cpu()
+        for name, h in vectors.items()
+        if name not in trainer.auxiliary
+    }
     return Predictions(
         tasks=tuple(main.values()),
         scores={name: scores_of(task, found["out"][name], found["raw"].get(name)).cpu() for name, task in main.items()},
@@ -197,7 +237,7 @@ def predict(trainer: TrainingState, loaders: Loaders, embeddings: bool = False, 
         labels={name: task.flat(found["label"][name]).cpu() for name, task in main.items()},
         groups={} if trainer.multi_input else {name: ids.cpu() for name, ids in found["group"].items()},
         group_names={name: list(names) for name, names in batches.declared(first, "group_names").items()},
-        embeddings=vectors.get("", vectors) if vectors else None,
+        embeddings=held.get("", held) if held else None,
         raw={name: values.cpu() for name, values in found["raw"].items()},
     )
 

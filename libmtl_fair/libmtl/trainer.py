@@ -26,7 +26,7 @@ from libmtl_fair.libmtl import step as stepping
 from libmtl_fair.libmtl.batches import batch_count, group_counts, once, per_task, set_epoch
 from libmtl_fair.libmtl.checkpoint_selection import DivergenceError
 from libmtl_fair.libmtl.compat import forward
-from libmtl_fair.libmtl.evaluate import collapsed, evaluate, predict
+from libmtl_fair.libmtl.evaluate import collapsed, evaluate, group_metrics, predict
 from libmtl_fair.libmtl.history import Floats, StepLog
 from libmtl_fair.libmtl.joint_heads import joined_heads
 from libmtl_fair.libmtl.loggers import Tracker, Trackers
@@ -480,6 +480,13 @@ class FairTrainer(TrainingState):
         (or sequences) what metrics need, and not themselves, which many images have no room for.
         """
         return predict(self, loader, embeddings, maps)
+
+    def group_metrics(self, loader: Loader, **options: Any) -> pd.DataFrame:
+        """Return :class:`~libmtl_fair.metrics.GroupMetrics` of a loader's examples; no row is kept, however many there are.
+
+        ``options`` are its own; ``auc=True`` keeps every score.
+        """
+        return group_metrics(self, loader, options)
 
     @overload
     def audit(

@@ -126,6 +126,8 @@ def make_dataset(recipe: Recipe, seed: int) -> Dataset:
             where=data.where,
             missing_values=data.missing_values,
             name=recipe.name,
+            out_of_core=data.out_of_core,
+            cache=None if data.cache is None else recipe.beside(data.cache),
             **options,
         )
     return keep_labels(made, data.label_fraction, options["seed"]) if data.label_fraction < 1 else made

@@ -11,6 +11,7 @@ import numpy as np
 
 from libmtl_fair.data import Dataset
 from libmtl_fair.data.dataset import Split
+from libmtl_fair.data.out_of_core import SAMPLE
 from libmtl_fair.data.reference import Reference, reference_without, telling
 from libmtl_fair.data.twins import flipped
 from libmtl_fair.errors import CheckpointError, unknown
@@ -94,7 +95,7 @@ def people_of(
     audits, rows = {}, {}
     for part in parts:
         split = data.splits()[part]
-        if len(split) < 2:
+        if len(split) < 2 or (split.maps and len(split) > SAMPLE):
             continue
         matrix, settings = features(split), (how.k, how.anchors, how.seed)
         path = folder / f"near_pairs_{part}{name}.npz" if folder else None
@@ -106,6 +107,9 @@ def people_of(
         groups = {attribute: ids.numpy() for attribute, ids in split.groups.items()}
         audits[part] = ConsistencyAudit(pairs, sensitive=groups, confidence=recipe.metrics.confidence)
         rows[part] = split.rows.tolist()
+    large = [part for part in parts if part not in audits and len(data.splits()[part]) > SAMPLE]
+    if large:
+        sentence += f" Parts of more than {SAMPLE:,} rows that are out of core are not audited: {', '.join(large)}."
     return People(sentence, audits, rows)
 
 
@@ -168,7 +172,14 @@ def _reference(recipe: Recipe, data: Dataset) -> Reference | None:
     left: dict[str, str] = {}
     if how.reference == "inputs":
         groups = {attribute: ids.numpy() for attribute, ids in data.train.groups.items()}
-        left = telling(data.encoder, data.train.x.numpy(), groups, data.tell_tale)
+        if data.train.maps:  # found of a sample, when it was prepared
+            left = (
+                dict(data.reference.left_out)
+                if data.reference is not None
+                else dict.fromkeys(data.inputs, "tells a group")
+            )
+        else:
+            left = telling(data.encoder, data.train.x.numpy(), groups, data.tell_tale)
         own = {card["column"] for card in data.card["groups"].values()}
         own |= {
             c for name, card in data.card["groups"].items() if card["intersection_of"] for c in data.tell_tale[name]

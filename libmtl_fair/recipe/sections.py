@@ -149,7 +149,18 @@ Tasks = Annotated[_NAMES | Annotated[dict[Text, TaskSpec], *_DECLARED], Discrimi
 Sensitive = Annotated[_NAMES | Annotated[dict[Text, SensitiveSpec], *_DECLARED], Discriminator(form)]
 
 
-_LATER = ("test_seed", "max_categories", "drop", "where", "missing_values", "root", "args", "workers")
+_LATER = (
+    "test_seed",
+    "max_categories",
+    "drop",
+    "where",
+    "missing_values",
+    "root",
+    "args",
+    "workers",
+    "out_of_core",
+    "cache",
+)
 
 
 class Data(Section):
@@ -158,7 +169,8 @@ class Data(Section):
     ``where`` keeps the rows that it says, ``drop`` names columns that are no inputs, ``missing_values`` words that are missing in text.
     ``resplit`` divides the rows anew for each seed; with ``test_seed`` the test rows are those of that seed for all of them.
     A data set whose files the user has needs their folder, ``root``, and takes its own settings in ``args``; ``workers`` processes
-    read ahead.
+    read ahead. ``out_of_core`` reads a table of parquet, one file or a folder, by row group, and keeps what was prepared in ``cache``
+    (None: beside it).
     """
 
     name: Text | None = None
@@ -184,6 +196,8 @@ class Data(Section):
     root: Text | None = None
     args: Settings = Field(default_factory=dict)
     workers: Annotated[int, Field(ge=0, le=256)] = 0
+    out_of_core: bool = False
+    cache: Text | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:
@@ -200,6 +214,8 @@ class Data(Section):
             raise ValueError("'drop', 'where' and 'missing_values' belong to a 'table', found them beside 'name'")
         if self.table is not None and (self.root is not None or self.args or self.workers):
             raise ValueError("'root', 'args' and 'workers' belong to a data set by 'name', found them beside 'table'")
+        if (self.table is None and self.out_of_core) or (self.cache is not None and not self.out_of_core):
+            raise ValueError("'out_of_core' belongs to a 'table', and 'cache' to 'out_of_core: true'")
         if self.table is not None and not isinstance(self.tasks, dict):
             raise ValueError("a table needs 'tasks' as a mapping, such as tasks: {income: {kind: binary}}")
         if self.table is not None and self.sensitive is None:

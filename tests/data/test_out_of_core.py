@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import libmtl_fair as lf
 from libmtl_fair.data import catalogue, out_of_core, parquet
@@ -288,3 +290,56 @@ class TestCache:
             )
         with pytest.raises(DataError, match="out of core.*sensitive_inputs: false"):
             self.load(tmp_path / "p.parquet").unaware()
+
+
+RECIPE = """
+name: people
+data:
+  table: {table}
+  features: [x, gap, town, code, flag, day]
+  tasks: {{high: {{kind: binary, positive: "yes"}}, pay: {{kind: regression, transform: log1p}}}}
+  sensitive: [sex]
+  split: part
+  {more}
+model: {{hidden: [8]}}
+train: {{epochs: 1, batch_size: 256}}
+seeds: [0]
+audit: {{delta: [0.2], people: off}}
+metrics: {{n_bootstrap: 0}}
+methods: {{plain: {{weighting: EW}}}}
+output: {{report: false}}
+"""
+
+
+def test_a_recipe_and_its_predictions_are_those_of_the_table_in_memory(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from libmtl_fair.cli import app
+    from libmtl_fair.recipe import load_recipe
+    from libmtl_fair.recipe.run import run_recipe
+
+    runs = []
+    for name, more in (("memory", ""), ("disk", f"out_of_core: true\n  cache: {tmp_path / 'cache'}")):
+        (tmp_path / f"{name}.yaml").write_text(RECIPE.format(table=table, more=more))
+        runs.append(run_recipe(load_recipe(tmp_path / f"{name}.yaml"), tmp_path / name, device="cpu"))
+    held = [
+        {
+            k: v
+            for k, v in json.loads((run / "plain/seed0/metrics.json").read_text()).items()
+            if k not in ("timing", "digest")
+        }
+        for run in runs
+    ]
+    assert held[0] == held[1]
+
+    frame = people(700).drop(columns=["high", "pay"])
+    new = written(tmp_path / "new.parquet", frame, 150)
+    whole = lf.load(runs[0]).predict(new)
+    monkeypatch.setattr(parquet.Parquet.parts, "__defaults__", (200,))
+    for name, read in (("out.parquet", pd.read_parquet), ("out.csv", pd.read_csv), ("out.csv.gz", pd.read_csv)):
+        found = CliRunner().invoke(app, ["predict", str(runs[1]), str(new), "--out", str(tmp_path / name)])
+        assert found.exit_code == 0, found.output
+        pd.testing.assert_frame_equal(
+            read(tmp_path / name), whole, rtol=1e-5, atol=1e-6, check_dtype=name == "out.parquet"
+        )
+    assert "for 700 rows" in found.output
