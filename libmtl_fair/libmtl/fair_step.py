@@ -28,6 +28,7 @@ from libmtl_fair.tasks import Task
 
 Values = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 _EPOCH_STEPS, _SPARE_GROUPS = 100, 16
+_HALF = (torch.bfloat16, torch.float16)
 
 
 class FairStep(StepState, nn.Module):
@@ -138,7 +139,8 @@ class FairStep(StepState, nn.Module):
         representation : Tensor [B, d] or mapping of str to Tensor, optional
             What the heads received, attached to the graph.
         outputs : mapping of str to Tensor, optional
-            Task -> logits or values, [B], [B, 1] or [B, C].
+            Task -> logits or values, [B], [B, 1] or [B, C]. Half precision becomes float32 where no ``losses`` are given; where they
+            are, make them from ``output.float()`` and hand these over, so that group statistics are of float32.
         labels : mapping of str to Tensor, optional
             Task -> labels, NaN or -100 where missing; what a ResidentLoader gives brings ``groups`` and ``reference`` along.
         groups : mapping of str to Tensor, optional
@@ -185,7 +187,10 @@ class FairStep(StepState, nn.Module):
         if given is not None and not wanted:
             made = Made(self._whole(given, representation, outputs, labels), {}, {}, {})
         else:
-            made = self._made(given, outputs or {}, labels or {}, groups, reference)
+            full = outputs or {}
+            if given is None:  # losses and statistics are float32, as in FairTrainer
+                full = {task: z.float() if z.dtype in _HALF else z for task, z in full.items()}
+            made = self._made(given, full, labels or {}, groups, reference)
         h = representation if isinstance(representation, Tensor) else dict(representation or {})
         self.model.look_at([made.losses], [h] if isinstance(h, Tensor) else list(h.values()))
         if fair and self.global_step == self._first_step and self.model.losses_from_outputs:

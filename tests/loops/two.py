@@ -50,6 +50,12 @@ TRAINED: list[tuple[str, dict[str, Any], Any, str]] = [
     ("LambdaMix", {"base": "UW"}, MIXED, "HPS"),
     ("MGDA", {}, MIXED, "rep_grad"),
     ("ReLiF", {"pairs": "random", "k": 4}, MIXED, "rep_grad"),
+    ("EW", {}, MIXED, "accumulate"),
+    ("FairMT", {"min_count": 1}, TASKS, "accumulate"),
+    ("MGDA", {}, MIXED, "accumulate"),
+    ("EW", {}, MIXED, "amp"),
+    ("FairMT", {"min_count": 1}, TASKS, "amp"),
+    ("ReLiF", {"share": 0.5}, TASKS, "amp accumulate"),
     ("UW", {}, TASKS, "multi_input"),
     ("GroupRegulariser", {"loss": "gap"}, TASKS, "multi_input"),
 ]
@@ -62,9 +68,12 @@ def trained(method: str, args: dict[str, Any], tasks: Any, how: str) -> dict[str
     torch.manual_seed(4)
     encoder = MLP(FEATURES, (12, 8, 8)) if how == "FairBranch" else net.encoder
     several = how == "multi_input"
+    options: dict[str, Any] = {"accumulate": 2, "clip_norm": 0.5} if "accumulate" in how else {}
+    options |= {"amp": "bf16"} if "amp" in how else {}
     trainer = lf.FairTrainer(
         entries, method, how if how == "FairBranch" else "HPS", lambda: encoder, net.heads, how == "rep_grad", several,
-        {"optim": "adam", "lr": 1e-2}, None, device="cpu", progress=False, weight_args=args, seed=0,
+        {"optim": "sgd", "lr": 0.1} if "amp" in how else {"optim": "adam", "lr": 1e-2}, None,
+        device="cpu", progress=False, weight_args=args, seed=0, **options,
     )  # fmt: skip
     loaders = [make_loader(50, 15), make_loader(21, 15, shuffle=False)]
     if several:
@@ -77,46 +86,57 @@ def trained(method: str, args: dict[str, Any], tasks: Any, how: str) -> dict[str
     return found | {f"trace {name}": torch.tensor(frame[name].to_numpy()) for name in frame}
 
 
-STEPPED: list[tuple[str, dict[str, Any], Any]] = [
-    ("EW", {}, MIXED),
-    ("UW", {}, MIXED),
-    ("MGDA", {}, MIXED),
-    ("PCGrad", {}, MIXED),
-    ("ReLiF", {"pairs": "random", "k": 4}, MIXED),
-    ("FairMT", {"min_count": 1}, TASKS),
-    ("FairMT", {"form": "phi", "min_count": 1}, MIXED),
-    ("FairMT", {"form": "phi", "min_count": 1, "proxy": "representation"}, MIXED),
-    ("FBGrad", {"where": "everywhere"}, TASKS),
-    ("GroupRegulariser", {"loss": "gap"}, TASKS),
-    ("LambdaMix", {}, TASKS),
+STEPPED: list[tuple[str, dict[str, Any], Any, str]] = [
+    ("EW", {}, MIXED, ""),
+    ("UW", {}, MIXED, ""),
+    ("MGDA", {}, MIXED, ""),
+    ("PCGrad", {}, MIXED, ""),
+    ("ReLiF", {"pairs": "random", "k": 4}, MIXED, ""),
+    ("FairMT", {"min_count": 1}, TASKS, ""),
+    ("FairMT", {"form": "phi", "min_count": 1}, MIXED, ""),
+    ("FairMT", {"form": "phi", "min_count": 1, "proxy": "representation"}, MIXED, ""),
+    ("FBGrad", {"where": "everywhere"}, TASKS, ""),
+    ("GroupRegulariser", {"loss": "gap"}, TASKS, ""),
+    ("LambdaMix", {}, TASKS, ""),
+    ("FairMT", {"min_count": 1}, TASKS, "accumulate"),
+    ("MGDA", {}, MIXED, "accumulate"),
+    ("FairMT", {"min_count": 1}, TASKS, "amp"),
+    ("UW", {}, MIXED, "amp accumulate"),
 ]
 
 
-def stepped(method: str, args: dict[str, Any], tasks: Any) -> dict[str, torch.Tensor]:
+def stepped(method: str, args: dict[str, Any], tasks: Any, how: str) -> dict[str, torch.Tensor]:
     """Train in a loop of one's own with FairStep; return weights and the last trace."""
     entries, net = made(tasks, method == "LambdaMix")
     loader = make_loader(50, 15)
     fair = lf.FairStep(
         method, entries, net.heads, n_groups=loader.n_groups, epochs=EPOCHS, epoch_steps=len(loader), **args
     )
-    optimizer = torch.optim.Adam([*net.parameters(), *fair.parameters()], lr=1e-2)
+    parameters = [*net.parameters(), *fair.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.1) if "amp" in how else torch.optim.Adam(parameters, lr=1e-2)
     torch.manual_seed(0)
     random.seed(0)
+    batches = 2 if "accumulate" in how else 1
     for _ in range(EPOCHS):
-        for x, labels in loader:
-            h, outputs = net(x)
-            optimizer.zero_grad()
-            losses = losses_of(entries, outputs, labels)
+        for number, (x, labels) in enumerate(loader, 1):
+            with torch.autocast("cpu", torch.bfloat16, enabled="amp" in how):
+                h, outputs = net(x)
+            losses = None if "amp" in how else losses_of(entries, outputs, labels)  # FairStep makes them in float32
             fair.backward(losses, representation=h, outputs=outputs, labels=labels)
-            optimizer.step()
+            if number % batches == 0:
+                optimizer.step()
+                optimizer.zero_grad()
         fair.close_epoch()
     return {**net.state_dict(), **{f"trace {name}": torch.tensor(value) for name, value in fair.trace.items()}}
 
 
 def everything(out: str) -> None:
     """Train everything; the first process saves it."""
-    found = {f"{case[0]} {case[1]} {case[3]}": trained(*case) for case in TRAINED}
-    found |= {f"step {case[0]} {case[1]}": stepped(*case) for case in STEPPED}
+    found = {}
+    for train, name, cases in ((trained, "", TRAINED), (stepped, "step ", STEPPED)):
+        for case in cases:
+            torch.set_default_dtype(torch.float32 if "amp" in case[3] else torch.float64)  # autocast leaves float64 alone
+            found[f"{name}{case[0]} {case[1]} {case[3]}".strip()] = train(*case)
     if not dist.is_initialized() or dist.get_rank() == 0:
         torch.save(found, out)
 
