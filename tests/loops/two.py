@@ -135,7 +135,9 @@ def everything(out: str) -> None:
     found = {}
     for train, name, cases in ((trained, "", TRAINED), (stepped, "step ", STEPPED)):
         for case in cases:
-            torch.set_default_dtype(torch.float32 if "amp" in case[3] else torch.float64)  # autocast leaves float64 alone
+            torch.set_default_dtype(
+                torch.float32 if "amp" in case[3] else torch.float64
+            )  # autocast leaves float64 alone
             found[f"{name}{case[0]} {case[1]} {case[3]}".strip()] = train(*case)
     if not dist.is_initialized() or dist.get_rank() == 0:
         torch.save(found, out)
