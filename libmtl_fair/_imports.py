@@ -40,7 +40,6 @@ _MOVED = {
     "metrics.rates": "metrics.counts",
     "metrics.scores": "metrics.group_auc metrics.group_regression",
     "metrics.tolerance": "metrics.deltas metrics.sampling",
-    "models": "models.mlp",
     "recipe.schema": "recipe.problems",
     "recipe.sections": "recipe.fields",
     "report.page": "report.compare_page report.html",

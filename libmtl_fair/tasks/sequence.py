@@ -25,7 +25,8 @@ class BinarySequence(YesNo):
 
     Labels are [B, L], NaN (or -100) where a step has none. An example's loss is the mean over its labelled steps, so that
     long sequences count as short ones; its audit score is the mean probability over its steps, labelled or not. Metrics and
-    group metrics are those of all steps, each a decision about the example's group; FBGrad compares groups step by step.
+    group metrics are those of all steps, each a decision about the example's group (their intervals take steps as independent, and are
+    too narrow where a person's steps are alike); FBGrad compares groups step by step.
 
     >>> task = BinarySequence("decompensation")
     >>> logits = at_steps(torch.zeros(1, 3), torch.tensor([[True, True, False]]))
