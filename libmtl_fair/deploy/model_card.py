@@ -7,6 +7,7 @@ from typing import Any
 
 from libmtl_fair.deploy.predictor import Predictor
 from libmtl_fair.recipe.yaml_source import emit_yaml
+from libmtl_fair.report import judged
 from libmtl_fair.report.card import card_markdown
 from libmtl_fair.report.run_folder import RunFolder, number, read_run, rows
 
@@ -20,7 +21,8 @@ _METRICS = {
     "r2": "r_squared",
     "brier": "brier_score",
 }
-_GAPS = ("equalized_odds", "equal_opportunity", "demographic_parity")
+_LONGEST = 60
+"""Tables of more rows stay in the run: a page about a model is read."""
 _LOADED = {
     "onnx": """import json, numpy as np, onnxruntime, pandas as pd
 
@@ -80,7 +82,7 @@ def model_card(predictor: Predictor, format: str) -> str:
         "are named as the tasks: the probability of a binary task, of each class or label, a regression's value in native units. "
         f"Decisions: {cut or 'the likeliest class'}.\n\n"
     )
-    card = card_markdown(run).replace("# Fairness card", "## Fairness card", 1)
+    card = card_markdown(run, _LONGEST).replace("# Fairness card", "## Fairness card", 1)
     head, _, rest = card.partition("\n")
     return f"---\n{emit_yaml(front)}---\n\n{text}{head}\n" + rest.replace("\n## ", "\n### ").replace(
         "\n### ### ", "\n#### "
@@ -88,16 +90,17 @@ def model_card(predictor: Predictor, format: str) -> str:
 
 
 def _measured(predictor: Predictor, run: RunFolder) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (task, entry of the index) of what was measured of this method and seed: utility, then differences between groups."""
-    for part, wanted in (("utility", _METRICS), ("groups", dict.fromkeys(_GAPS))):
-        frame = run.frame(part)
-        frame = frame[(frame["method"] == predictor.method) & (frame["seed"] == predictor.seed)]
-        if part == "groups":
-            frame = frame[frame["group"] == "difference"]
-        for row in rows(frame[frame["metric"].isin(wanted) & frame["value"].notna()]):
-            value = round(number(row.value), 6)
-            if part == "utility":
-                yield str(row.task), {"type": wanted[row.metric], "value": value, "name": str(row.metric)}
-            else:
-                what = f"{row.metric} difference by {row.attribute}"
-                yield str(row.task), {"type": f"{row.metric}_difference", "value": value, "name": what}
+    """Yield (task, entry of the index) of what was measured of this method and seed: utility, then gaps of groups with enough people."""
+    utility, gaps = (
+        frame[(frame["method"] == predictor.method) & (frame["seed"] == predictor.seed) & frame["value"].notna()]
+        for frame in (run.frame("utility"), judged.gaps(run))
+    )
+    for row in rows(utility[utility["metric"].isin(_METRICS)]):
+        yield str(row.task), {"type": _METRICS[row.metric], "value": _number(row), "name": str(row.metric)}
+    for row in rows(gaps[gaps["metric"].isin(judged.METRICS)]):
+        name = f"{row.metric} difference by {row.attribute}, between groups of enough people"
+        yield str(row.task), {"type": f"{row.metric}_difference", "value": _number(row), "name": name}
+
+
+def _number(row: Any) -> float:
+    return round(number(row.value), 6)

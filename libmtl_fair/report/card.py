@@ -71,8 +71,8 @@ def card_dict(run: RunFolder) -> Json:
 
 
 @damage_named
-def card_markdown(run: RunFolder) -> str:
-    """Return the card as Markdown; every name from the run is escaped."""
+def card_markdown(run: RunFolder, longest: int | None = None) -> str:
+    """Return the card as Markdown; every name from the run is escaped. A table of more than ``longest`` rows is only named."""
     seeds = f"{len(run.seeds)} seed{'s' if len(run.seeds) > 1 else ''}"
     gaps = summary_sheet(run, "Largest gap of the worst task", GAPS, MARKS)
     results = (summary_sheet(run, "Utility", ("macro ",)), task_sheet(run), gaps, *pays_sheets(run), audit_sheet(run))
@@ -84,7 +84,7 @@ def card_markdown(run: RunFolder) -> str:
         "Methods": [_lines(("method", "weighting", "settings", "checkpoint chosen by"), method_facts(run))],
         "Audit protocol": [_list(checklist(run))],
         f"Results ({_escape(run.split)} split, mean ± sd over {seeds})": [
-            *map(_table, (*results, group_sheet(run, between=True), group_sheet(run)))
+            *(_table(each, longest) for each in (*results, group_sheet(run, between=True), group_sheet(run)))
         ],
         "Short names": [_list(legend(names))],
         "Limits": ["\n".join(f"- {_escape(note)}" for note in notes(run))],
@@ -98,9 +98,11 @@ def _list(items: Facts) -> str:
     return "\n".join(f"- **{_escape(name)}**: {_escape(value)}" for name, value in items)
 
 
-def _table(sheet: Sheet | None) -> str:
+def _table(sheet: Sheet | None, longest: int | None = None) -> str:
     if sheet is None:
         return ""
+    if longest is not None and len(sheet.body) > longest:
+        return f"### {_escape(sheet.title)}\n\n{len(sheet.body):,} rows, in the run's report and fairness card."
     body = ([f"{cell.text} ({cell.small})" if cell.small else cell.text for cell in line] for line in sheet.body)
     note = f"\n\n{_escape(sheet.note)}" if sheet.note else ""
     return f"### {_escape(sheet.title)}\n\n{_lines(sheet.heads, body)}{note}"

@@ -251,11 +251,15 @@ def _shrunk(run: RunFolder) -> Iterator[str]:
 def _no_gap(run: RunFolder) -> Iterator[str]:
     cells = summary(run)
     cells = cells[cells["column"].str.startswith("EO diff") & (cells["method"] == run.reference) & (cells["why"] == "")]
-    none = [
-        f"groups of {column_of(row.column)[1]}{_at(column_of(row.column)[2])}" for row in rows(cells[cells["p"] > 0.05])
-    ]
-    if none:
-        yield f"Between {_names(none)} the largest gap of {run.reference} is not distinguishable from none: chance makes one as large."
+    none = cells[cells["p"] > 0.05]
+    ends = none["column"].map(lambda column: column_of(column)[2])
+    for end, part in none.groupby(ends, sort=False):
+        groups = [f"groups of {column_of(column)[1]}" for column in part["column"]]
+        when = f"{_at(str(end))}," if end else ""
+        yield (
+            f"Between {_names(groups)}{when} the largest gap of {run.reference} is not distinguishable from none: chance makes "
+            "one as large."
+        )
 
 
 def _too_few(run: RunFolder) -> Iterator[str]:

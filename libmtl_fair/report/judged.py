@@ -25,7 +25,8 @@ SURE = 1.96
 """Standard errors that a change must exceed to be said (95 %, two-sided)."""
 NO_GROUP = frozenset({"difference", "ratio", "overall"})
 """Names that stand where a group's name would, for what compares groups and for all of them together."""
-_METRICS = ("equalized_odds", "demographic_parity", "equal_opportunity")
+METRICS = ("equalized_odds", "demographic_parity", "equal_opportunity")
+"""Gaps of decisions between groups with enough people."""
 _LABEL = r"^base_rate(?:\[(.*)\])?$"
 Counts = NDArray[np.float64]
 
@@ -43,8 +44,15 @@ class Decisions:
 
     @cached_property
     def mean(self) -> pd.DataFrame:
-        """Counts of all seeds, averaged and rounded; groups in order of appearance."""
-        return pd.concat(self.by_seed.values()).groupby(level=0, sort=False).mean().round()
+        """Counts of all seeds, averaged and rounded; groups in order of appearance.
+
+        True labels are rounded as sums: of one split they are the same for all seeds, and stay.
+        """
+        counts = pd.concat(self.by_seed.values()).groupby(level=0, sort=False).mean()
+        yes = counts[["fp", "tp"]].round()
+        negatives, positives = (counts["tn"] + counts["fp"]).round(), (counts["fn"] + counts["tp"]).round()
+        made = {"tn": negatives - yes["fp"], "fp": yes["fp"], "fn": positives - yes["tp"], "tp": yes["tp"]}
+        return pd.DataFrame(made)[list(verdicts.CELLS)]
 
     def gap(self, metric: str, seed: int | None = None, n_permutations: int = 0) -> verdicts.GapVerdict:
         """Return the largest difference between groups with enough people, of one seed or of the averaged counts."""
@@ -97,7 +105,7 @@ def _gaps(run: RunFolder, end: str) -> pd.DataFrame:
         (d.method, seed, d.task, d.attribute, metric, not d.label, d.gap(metric, seed).value)
         for d in decisions(run, end)
         for seed in d.by_seed
-        for metric in _METRICS
+        for metric in METRICS
     ]
     further = [] if end else list(_further(run))
     found = pd.DataFrame([*made, *further], columns=[*columns, "binary", "value"])

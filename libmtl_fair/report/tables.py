@@ -192,7 +192,7 @@ def pays_sheets(run: RunFolder) -> Iterator[Sheet]:
                 f"Who pays, by {attribute}{end}",
                 heads,
                 pd.DataFrame(lines),
-                f"{notes.PAYS.format(run.reference)}{MARKS}.",
+                f"{notes.PAYS.format(run.reference)} {MARKS}.",
             )
 
 

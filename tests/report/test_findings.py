@@ -217,15 +217,34 @@ def test_both_thresholds_stand_side_by_side(honest: Path, tamper: Any) -> None:
 
 
 def test_a_gap_that_chance_makes_is_said_to_be_none(builder: Any, tamper: Any) -> None:
-    made = builder(methods=METHODS, tasks={"income": "binary"}, groups={"sex": ["Male", "Female"]}, deltas={}).write()
+    groups = {"sex": ["Male", "Female"], "race": ["Male", "Female"]}
+    made = builder(methods=METHODS, tasks={"income": "binary"}, groups=groups, deltas={}).write()
 
     def alike(task: str, attribute: str, group: str, counts: Counts) -> Counts:
         return [280, 20, 40, 60] if group == "Male" else [282, 18, 43, 57]
 
     tamper(made, "*", alike)
-    assert "Between groups of sex the largest gap of plain is not distinguishable from none" in said(made)
+    tamper(made, "*", alike, "groups_base_rate")
+    tamper(made, "*", alike)
+    sentence = "the largest gap of plain is not distinguishable from none"
+    assert f"Between groups of sex and groups of race {sentence}" in said(made)
+    assert f"Between groups of sex and groups of race, when as many get a yes as should, {sentence}" in said(made)
     assert "not distinguishable from none (p = " in render(read_run(made), interactive=False)
     assert judged.p_values(read_run(made))["plain", "sex", "equalized_odds"] > 0.5
+
+
+def test_counts_averaged_over_seeds_of_one_split_keep_people_and_true_labels(builder: Any, tamper: Any) -> None:
+    groups = {"sex": ["Male", "Female"]}
+    made = builder(methods=METHODS, tasks={"income": "binary"}, groups=groups, seeds=[0, 1], deltas={}).write()
+    tamper(made, "*", lambda *of: [61, 19, 25, 20])
+    for path in made.glob("*/seed1/metrics.json"):
+        changed = [{**row, **_HALF_MORE.get(row["metric"], {})} for row in json.loads(path.read_text())["groups"]["test"]]
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"groups": {"test": changed}}))
+    for d in judged.decisions(read_run(made)):
+        assert (d.mean.sum(axis=1) == 125).all() and (d.mean["fn"] + d.mean["tp"] == 45).all(), d.mean
+
+
+_HALF_MORE = {"true_positive_rate": {"value": 21 / 45}, "false_positive_rate": {"value": 20 / 80}}
 
 
 def test_the_first_screen_needs_no_short_names(honest: Path) -> None:

@@ -67,6 +67,12 @@ def test_report_is_whole_and_self_contained(run_dir):
     assert text.count("plotly.js v") <= 2
 
 
+def test_what_is_folded_on_the_screen_is_folded_on_paper_and_plots_are_scaled_to_it(run_dir):
+    text = write_report(run_dir).read_text(encoding="utf-8")
+    assert "each.open = true" not in text and "details:not([open]) > summary::after" in text
+    assert 'addEventListener("beforeprint", () => drawn()' in text and "svg.main-svg { width: 100% !important" in text
+
+
 def test_names_are_data_not_markup(run_dir):
     text = render(read_run(run_dir), interactive=True)
     page = Page(text)
