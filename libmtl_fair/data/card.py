@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from libmtl_fair.data.features import FeatureEncoder
+from libmtl_fair.data.frames import number_text
 from libmtl_fair.data.labels import RawLabels, task_columns
 from libmtl_fair.data.selection import PARTS, Rows, Table, leaks
 from libmtl_fair.data.sensitive import Groups
@@ -32,7 +33,9 @@ def dataset_card(table: Table, source: pd.DataFrame, parts: Mapping[str, Rows], 
     for attribute, columns in ({} if choice.sensitive_inputs else table.tell_tale).items():
         dropped |= {name: f"shows {attribute}; sensitive attributes are no inputs here" for name in sorted(columns)}
     for column, names in leaks(table.tasks).items():
-        dropped[column] = f"gives away the task{'s' if len(names) > 1 else ''} {', '.join(names)}"
+        own = all(column in task_columns(table.tasks[name]) for name in names)
+        what = "defines" if own else "gives away"
+        dropped[column] = f"{what} the task{'s' if len(names) > 1 else ''} {', '.join(names)}"
     return {
         "name": spec.name,
         "title": spec.title,
@@ -69,7 +72,7 @@ def _definition(spec: TaskSpec) -> str:
     if spec.positive is not None:
         return f"{columns} = {spec.positive}"
     if spec.threshold is not None:
-        return f"{columns} >= {spec.threshold:g}"
+        return f"{columns} >= {number_text(spec.threshold)}"
     return f"{spec.transform} of {columns}" if spec.transform else columns
 
 

@@ -159,3 +159,17 @@ def group_ids(values: object, where: str, names: Sequence[str] | None = None) ->
     if len(strange):
         raise DataError(f"{where}: {unknown('group', str(text[strange[0]]), known)}")
     return ids, known
+
+
+def number_text(value: float) -> str:
+    """Return a number as text that reads back as itself: short where short is exact, without an exponent where it is whole.
+
+    Examples
+    --------
+    >>> number_text(30.0), number_text(0.25), number_text(1234567), number_text(2930560.5)
+    ('30', '0.25', '1234567', '2930560.5')
+    """
+    short = f"{value:g}"
+    if float(short) == value and "e" not in short:
+        return short
+    return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else repr(float(value))

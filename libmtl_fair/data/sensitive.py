@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from libmtl_fair.data.frames import Series, as_numbers, as_text, column_of, ids_of, is_date, is_numeric, values_in
+from libmtl_fair.data.frames import Series, as_numbers, as_text, column_of, ids_of, is_date, is_numeric, number_text, values_in
 from libmtl_fair.data.spec import SensitiveSpec
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.validation import Keep, Listed, MissingRule, checked
@@ -182,10 +182,10 @@ def need_groups(series: Series, where: str) -> None:
     seen = np.unique(values[~np.isnan(values)])
     if not is_date(series) and len(seen) <= (MOST_NUMBERS if (seen % 1 == 0).all() else 2):
         return
-    what = "dates" if is_date(series) else f"{len(seen)} different numbers, from {seen[0]:g} to {seen[-1]:g}"
+    what = "dates" if is_date(series) else f"{len(seen)} different numbers, from {number_text(seen[0])} to {number_text(seen[-1])}"
     advice = "make an age, a year or the like of it first"
     if not is_date(series):
-        edges = f"[{', '.join(f'{edge:g}' for edge in quartiles(values))}]"
+        edges = f"[{', '.join(map(number_text, quartiles(values)))}]"
         advice = (
             f"give bins, such as its quartiles: bins: {edges} in a recipe, pd.cut(column, [...]) before an estimator"
         )
@@ -197,14 +197,14 @@ def quartiles(values: NDArray[np.float64]) -> list[float]:
     seen = values[~np.isnan(values)]
     edges = np.quantile(seen, [0.25, 0.5, 0.75])
     rounded = np.round(edges) if len(np.unique(np.round(edges))) == len(np.unique(edges)) else edges
-    return [float(f"{edge:.6g}") for edge in np.unique(rounded) if edge > seen.min()]
+    return [float(f"{edge:.10g}") for edge in np.unique(rounded) if edge > seen.min()]
 
 
 def _binned(values: NDArray[np.float64], spec: SensitiveSpec) -> tuple[NDArray[np.object_], list[str]]:
-    bins = spec.bins
-    between = (f"{low:g} to under {high:g}" for low, high in itertools.pairwise(bins))
-    names = list(spec.labels) or [f"under {bins[0]:g}", *between, f"{bins[-1]:g} and over"]
-    text = np.array(names, dtype=object)[np.digitize(values, bins)]
+    edges = [number_text(edge) for edge in spec.bins]
+    between = (f"{low} to under {high}" for low, high in itertools.pairwise(edges))
+    names = list(spec.labels) or [f"under {edges[0]}", *between, f"{edges[-1]} and over"]
+    text = np.array(names, dtype=object)[np.digitize(values, spec.bins)]
     text[np.isnan(values)] = None
     return text, names
 

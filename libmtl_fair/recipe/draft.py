@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from libmtl_fair.data.frames import number_text
 from libmtl_fair.data.loader import SENSITIVE
 from libmtl_fair.recipe.look import Look
 from libmtl_fair.recipe.yaml_source import parse_yaml
@@ -103,7 +104,7 @@ def _flow(value: object) -> str:
         return "{" + ", ".join(f"{_word(str(key))}: {_flow(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_flow, value)) + "]"
-    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else _word(str(value))
+    return number_text(value) if isinstance(value, int | float) and not isinstance(value, bool) else _word(str(value))
 
 
 def _word(text: str) -> str:

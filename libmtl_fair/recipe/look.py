@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,18 +33,21 @@ _WHOLE_NAMES = {"y", "class", "label", "response", "success"}
 _YES = {"yes", "y", "true", "t", "1", "positive", "pos", "approved", "accepted", "granted", "hired", "passed", ">50k"}
 _IDS = {"id", "ids", "uuid", "guid", "ssn", "key", "nr", "number", "unnamed", "index", "row", "email", "phone", "name"}
 _ATTRIBUTES = {
-    "sex": "sex gender male female",
-    "race or ethnicity": "race racial ethnicity ethnic ethn skin",
-    "age": "age ages agegroup birth born dob birthdate birthday birthyear",
-    "religion": "religion religious faith denomination",
-    "disability": "disability disabilities disabled handicap handicapped impairment",
-    "nationality": "nationality nation citizen citizenship nativity immigrant immigration migrant migration",
+    "sex": "sex gender male female geschlecht sexe sexo genero sesso geslacht",
+    "race or ethnicity": "race racial ethnicity ethnic ethn skin hautfarbe ethnie raza raca etnia",
+    "age": "age ages agegroup birth born dob birthdate birthday birthyear alter geburtsdatum geburtsjahr edad idade leeftijd eta",
+    "religion": "religion religious faith denomination konfession religione",
+    "disability": "disability disabilities disabled handicap handicapped impairment behinderung discapacidad deficiencia disabilita",
+    "nationality": "nationality nation citizen citizenship nativity immigrant immigration migrant migration birthplace "
+    "nationalitat staatsangehorigkeit nationalite nacionalidad nacionalidade nazionalita geburtsland",
 }
+_PLACES, _OF_ORIGIN = {"country", "place", "land", "state", "city", "region"}, {"birth", "native", "origin", "born"}
 _TOKENS = {token: what for what, tokens in _ATTRIBUTES.items() for token in tokens.split()}
 _VALUES = {
-    "sex": "male female m f man woman men women boy girl nonbinary non-binary diverse",
+    "sex": "male female m f w man woman men women boy girl nonbinary non-binary diverse mann frau mannlich weiblich divers "
+    "homme femme hombre mujer masculino femenino feminino",
     "race or ethnicity": "white black asian hispanic latino latina caucasian african-american native indian arab roma",
-    "religion": "christian muslim jewish hindu buddhist sikh catholic protestant atheist islam",
+    "religion": "christian muslim jewish hindu buddhist sikh catholic protestant atheist islam katholisch evangelisch muslimisch judisch",
 }
 
 
@@ -110,7 +114,8 @@ def look(frame: pd.DataFrame, targets: Sequence[str] = (), sensitive: Sequence[s
             found.sensitive[name] = groups[0]
             found.why[f"sensitive {name}"] = "; ".join(filter(None, (what, groups[1])))
     found.drop = list(useless)
-    found.why |= useless
+    named = {name: what for name in useless if (what := _named_like(name))}
+    found.why |= {name: f"named like {named[name]}; {why}" if name in named else why for name, why in useless.items()}
     found.inputs = [name for name in frame.columns if name not in {*found.tasks, *useless}]
     for name, fields in found.tasks.items():
         leaking = {each: why for each in found.inputs if (why := _gives_away(sample[each], sample[name], fields))}
@@ -128,7 +133,13 @@ def look(frame: pd.DataFrame, targets: Sequence[str] = (), sensitive: Sequence[s
     return found
 
 
+def _plain(text: str) -> str:
+    """Return a text without accents."""
+    return "".join(char for char in unicodedata.normalize("NFKD", text) if not unicodedata.combining(char))
+
+
 def _tokens(name: str) -> set[str]:
+    name = _plain(name)
     parts = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)
     return {part.lower() for part in parts} | {name.lower()}
 
@@ -140,24 +151,27 @@ def _seen(series: Series) -> Series:
 def _guess_targets(frame: pd.DataFrame) -> list[str]:
     like = {name: _tokens(name) & _OUTCOMES or name.lower() in _WHOLE_NAMES for name in frame.columns}
     named = [name for name, is_like in like.items() if is_like and not _tokens(name) & {"date", "time", "day"}]
-    able = [name for name in named if _seen(frame[name]).nunique() >= 2 and _can_be_task(frame[name])]
+    unable = {name: why for name in named if (why := _no_task(frame[name]))}
+    able = [name for name in named if name not in unable]
     last = str(frame.columns[-1])
     if not able and _seen(frame[last]).nunique() == 2:
         able = [last]
     if not able:
+        seen = "; ".join(unable.values()) or "no column is named like something to predict"
         raise RecipeError(
-            f"no column is named like something to predict; say which with --target NAME (again for each): "
+            f"{seen}; say which with --target NAME (again for each): "
             f"{', '.join(map(repr, frame.columns))}"
         )
     return able
 
 
-def _can_be_task(series: Series) -> bool:
+def _no_task(series: Series) -> str:
+    """Return why a column can be no task, "" where it can."""
     try:
         _task(series)
-    except DataError:
-        return False
-    return True
+    except DataError as error:
+        return str(error)
+    return ""
 
 
 def _task(series: Series) -> tuple[Fields, str]:
@@ -252,14 +266,21 @@ def _as_dates(series: Series) -> Series | None:
     return made if made.notna().sum() > _NEARLY_ALL * text.notna().sum() else None
 
 
+def _named_like(name: str) -> str:
+    """Return what of a person a column is named like, "" for nothing."""
+    tokens = _tokens(name)
+    if tokens & _PLACES and tokens & _OF_ORIGIN:
+        return "nationality"
+    return next((_TOKENS[token] for token in sorted(tokens) if token in _TOKENS), "")
+
+
 def _sensitive_like(series: Series) -> str:
     """Return what of a person a column's name or values say, "" for nothing."""
-    named = next((_TOKENS[token] for token in sorted(_tokens(str(series.name))) if token in _TOKENS), "")
-    if named:
+    if named := _named_like(str(series.name)):
         return f"named like {named}"
     if is_numeric(series) or is_date(series):
         return ""
-    values = {str(value).strip().lower() for value in _seen(series).unique()[:50]}
+    values = {_plain(str(value)).strip().lower() for value in _seen(series).unique()[:50]}
     for what, known in _VALUES.items():
         if len(values & set(known.split())) >= 2:
             return f"holds values of {what}"

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from libmtl_fair.cli import app
 from libmtl_fair.data.tables import read_frame
+from libmtl_fair.errors import RecipeError
 from libmtl_fair.recipe import load_recipe
 from libmtl_fair.recipe.build import make_dataset
 from libmtl_fair.recipe.draft import draft
@@ -96,6 +97,32 @@ def test_a_column_that_shows_an_attribute_is_named(tmp_path):
     frame = people(600)
     frame["title"] = np.where(frame["sex"] == "male", "Mr", "Ms")
     assert look(read_frame(frame), ["income"], ["sex"]).sensitive == {"sex": {"also_in": ["title"]}}
+
+
+def test_people_are_found_in_other_words(tmp_path):
+    draw, n = np.random.default_rng(0), 300
+    named = {"Geschlecht": ["x", "y"], "Âge": ["jung", "alt"], "native-country": ["A", "B"], "place of birth": ["C", "D"]}
+    filled = {"a": ["Männlich", "weiblich"], "b": ["m", "w"], "c": ["evangelisch", "Katholisch"]}
+    frame = pd.DataFrame({name: draw.choice(values, n) for name, values in (named | filled).items()})
+    frame["Geburtsdatum"] = pd.date_range("1950-01-01", periods=n, freq="30D")
+    found = look(frame.assign(y=draw.integers(0, 2, n)))
+    assert set(found.sensitive) == {*named, *filled}
+    assert found.why["sensitive place of birth"].startswith("named like nationality")
+    assert found.why["Geburtsdatum"].startswith("named like age; a date")
+    with pytest.raises(RecipeError, match="target 'y' holds one value; a task needs .* say which with --target"):
+        look(frame.assign(y=1, z=2))
+
+
+def test_bins_of_large_numbers_stay_apart(tmp_path):
+    values = np.arange(1_234_000, 1_234_400) + 0.5
+    frame = pd.DataFrame({"salary": values, "x": values % 7, "y": np.arange(400) % 2})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    libmtl_fair("init", tmp_path / "t.csv", "--target", "y", "--sensitive", "salary", "--out", tmp_path / "r.yaml")
+    data = make_dataset(load_recipe(tmp_path / "r.yaml"), 0)
+    assert data.groups["salary"] == [
+        "under 1234100", "1234100 to under 1234200", "1234200 to under 1234300", "1234300 and over",
+    ]  # fmt: skip
+    assert sum((data.train.groups["salary"] == g).sum() for g in range(4)) == len(data.train)
 
 
 def odd(seed: int) -> pd.DataFrame:
