@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +28,7 @@ def init(
     yes: Annotated[bool, Option("--yes", help="ask nothing, and write over a recipe that is there")] = False,
 ) -> None:
     """Write a recipe for a table of your own, with tasks, groups and columns to leave out as a first look suggests."""
+    from libmtl_fair.data.frames import column_of
     from libmtl_fair.data.tables import read_frame
     from libmtl_fair.files import atomic_path
     from libmtl_fair.recipe import load_recipe
@@ -44,22 +45,27 @@ def init(
         chosen = targets or _asked("Columns to predict", found.tasks)
         groups = sensitive or _asked("Columns whose groups are compared", found.sensitive)
         found = look(frame, chosen, groups)
-        found.drop = _asked("Columns that are no inputs", found.drop)
+        found.drop = [str(column_of(frame, n, "drop").name) for n in _asked("Columns that are no inputs", found.drop)]
         found.inputs = [n for n in frame.columns if n not in {*found.tasks, *found.drop}]
+    if not found.sensitive:
+        raise RecipeError(
+            "no column looks like one whose groups are to be compared; say which with --sensitive NAME (again for each): "
+            f"{', '.join(repr(name) for name in frame.columns if name not in found.tasks)}"
+        )
     with atomic_path(target) as path:
         path.write_text(draft(found, source, target), encoding="utf-8")
-    say(
-        escape(f"recipe: {target} (tasks: {', '.join(found.tasks)}; sensitive: {', '.join(found.sensitive) or 'none'})")
-    )
+    say(escape(f"recipe: {target} (tasks: {', '.join(found.tasks)}; sensitive: {', '.join(found.sensitive)})"))
     written = load_recipe(target)
     make_dataset(written, written.seeds[0])
     say(escape(f"next: read it; then libmtl-fair check {target}; then libmtl-fair run {target}"))
 
 
-def _asked(question: str, proposed: Iterable[str]) -> list[str]:
+def _asked(question: str, proposed: Collection[str]) -> list[str]:
     """Return the columns that a user names, separated by commas; - for none."""
     shown = ", ".join(proposed)
     answer = Prompt.ask(escape(f"{question} (separated by commas, - for none)"), default=shown or "-")
+    if answer == shown:  # names may hold commas
+        return list(proposed)
     return [] if answer.strip() == "-" else [name.strip() for name in answer.split(",") if name.strip()]
 
 

@@ -11,7 +11,17 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from libmtl_fair.data.frames import Series, as_numbers, as_text, column_of, ids_of, is_date, is_numeric, number_text, values_in
+from libmtl_fair.data.frames import (
+    Series,
+    as_numbers,
+    as_text,
+    column_of,
+    ids_of,
+    is_date,
+    is_numeric,
+    number_text,
+    values_in,
+)
 from libmtl_fair.data.spec import SensitiveSpec
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.validation import Keep, Listed, MissingRule, checked
@@ -182,7 +192,7 @@ def need_groups(series: Series, where: str) -> None:
     seen = np.unique(values[~np.isnan(values)])
     if not is_date(series) and len(seen) <= (MOST_NUMBERS if (seen % 1 == 0).all() else 2):
         return
-    what = "dates" if is_date(series) else f"{len(seen)} different numbers, from {number_text(seen[0])} to {number_text(seen[-1])}"
+    what = "dates" if is_date(series) else f"{len(seen)} different numbers, from {seen[0]:g} to {seen[-1]:g}"
     advice = "make an age, a year or the like of it first"
     if not is_date(series):
         edges = f"[{', '.join(map(number_text, quartiles(values)))}]"

@@ -44,17 +44,12 @@ def draft(found: Look, table: Path, target: Path) -> str:
         lines += [
             f"      # {_remark(each)}: {found.why[f'leak {column} {each}']}" for each in fields.get("forbids", ())
         ]
-    if found.sensitive:
-        lines.append("  sensitive: # between whose groups fairness is judged")
-        for column, fields in found.sensitive.items():
-            lines += _entry(column, {"column": column} | fields, found.why[f"sensitive {column}"])
-    else:
-        lines.append(
-            "  sensitive: [] # no column looks like one: nothing can be judged between groups; name one if there is"
-        )
+    lines.append("  sensitive: # between whose groups fairness is judged")
+    for column, fields in found.sensitive.items():
+        lines += _entry(column, {"column": column} | fields, found.why[f"sensitive {column}"])
     if found.drop:
         lines.append("  drop: # no inputs")
-        lines += [f"    - {_word(name)} # {_remark(found.why[name])}" for name in found.drop]
+        lines += [f"    - {_word(name)} # {_remark(found.why.get(name, 'as asked'))}" for name in found.drop]
     shown = ", ".join(map(_remark, found.inputs))
     lines += [
         f"  # inputs are the other {len(found.inputs)} columns: {shown[: 4 * _WIDE]}{'...' * (len(shown) > 4 * _WIDE)}"
@@ -81,8 +76,6 @@ def draft(found: Look, table: Path, target: Path) -> str:
 
 
 def _methods(found: Look) -> list[str]:
-    if not found.sensitive:
-        return ["  relif: {weighting: ReLiF} # people who are alike get closer ranks"]
     constrained = any(fields["kind"] == "binary" for fields in found.tasks.values())
     lines = [
         "  fairmt: {weighting: FairMT} # equalised odds within 30% of plain's"

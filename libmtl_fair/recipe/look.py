@@ -159,8 +159,7 @@ def _guess_targets(frame: pd.DataFrame) -> list[str]:
     if not able:
         seen = "; ".join(unable.values()) or "no column is named like something to predict"
         raise RecipeError(
-            f"{seen}; say which with --target NAME (again for each): "
-            f"{', '.join(map(repr, frame.columns))}"
+            f"{seen}; say which with --target NAME (again for each): {', '.join(map(repr, frame.columns))}"
         )
     return able
 

@@ -101,7 +101,12 @@ def test_a_column_that_shows_an_attribute_is_named(tmp_path):
 
 def test_people_are_found_in_other_words(tmp_path):
     draw, n = np.random.default_rng(0), 300
-    named = {"Geschlecht": ["x", "y"], "Âge": ["jung", "alt"], "native-country": ["A", "B"], "place of birth": ["C", "D"]}
+    named = {
+        "Geschlecht": ["x", "y"],
+        "Âge": ["jung", "alt"],
+        "native-country": ["A", "B"],
+        "place of birth": ["C", "D"],
+    }
     filled = {"a": ["Männlich", "weiblich"], "b": ["m", "w"], "c": ["evangelisch", "Katholisch"]}
     frame = pd.DataFrame({name: draw.choice(values, n) for name, values in (named | filled).items()})
     frame["Geburtsdatum"] = pd.date_range("1950-01-01", periods=n, freq="30D")
@@ -169,6 +174,7 @@ def test_what_init_writes_loads_as_it_is(tmp_path, seed):
         ({}, ["--target", "admitted"], "target 'admitted' holds dates"),
         ({}, ["--sensitive", "admitted"], "sensitive column 'admitted' holds dates"),
         ({}, ["--target", "person_id"], "holds text with 100 values"),
+        ({"sex": "A1", "Age": "A1", "ethnicity": "A1"}, [], "no column looks like one whose groups are to be compared"),
     ],
 )
 def test_what_init_cannot_use_is_said(tmp_path, monkeypatch, change, args, message):
@@ -190,19 +196,26 @@ def test_a_recipe_is_not_written_over(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
-def test_on_a_terminal_init_asks(tmp_path):
+@pytest.mark.parametrize(
+    ("answers", "dropped"),
+    [
+        (b"income, hours\nsex\nperson_id, skill\n", ("person_id", "skill")),
+        (b"income, hours\nsex\n\n", ("person_id", "row", "country", "notes, late", "admitted", "discharged")),
+    ],
+)
+def test_on_a_terminal_init_asks(tmp_path, answers, dropped):
     import pty
 
-    people(100).to_csv(tmp_path / "t.csv", index=False)
+    people(100).rename(columns={"notes": "notes, late"}).to_csv(tmp_path / "t.csv", index=False)
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "libmtl_fair", "init", "t.csv"]
     started = subprocess.Popen(command, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
-    os.write(ours, b"income, hours\nsex\nperson_id, notes\n")
+    os.write(ours, answers)
     assert started.wait(timeout=300) == 0
     shown = os.read(ours, 100_000).decode()
     os.close(ours)
     assert "Columns to predict" in shown and "Columns that are no inputs" in shown
     data = load_recipe(tmp_path / "recipe.yaml").data
     assert list(data.tasks) == ["income", "hours"] and list(data.sensitive) == ["sex"]
-    assert data.drop == ("person_id", "notes")
+    assert data.drop == dropped

@@ -132,7 +132,9 @@ def test_the_card_is_a_model_card(run, tmp_path):
     rows = [row for row in measured["groups"]["test"] if (row["task"], row["attribute"]) == ("rich", "sex")]
     rates = {(row["metric"], row["group"]): row["value"] for row in rows}
     assert any(row["flag"] for row in rows if row["group"] not in ("f", "m"))  # a group of a few people is in no gap
-    gap = max(abs(rates[f"{name}_positive_rate", "f"] - rates[f"{name}_positive_rate", "m"]) for name in ("true", "false"))
+    gap = max(
+        abs(rates[f"{name}_positive_rate", "f"] - rates[f"{name}_positive_rate", "m"]) for name in ("true", "false")
+    )
     name = "equalized_odds difference by sex, between groups of enough people"
     assert rich[name] == pytest.approx(gap, abs=1e-6)
     assert "rows, in the run's report and fairness card." in text

@@ -238,7 +238,9 @@ def test_counts_averaged_over_seeds_of_one_split_keep_people_and_true_labels(bui
     made = builder(methods=METHODS, tasks={"income": "binary"}, groups=groups, seeds=[0, 1], deltas={}).write()
     tamper(made, "*", lambda *of: [61, 19, 25, 20])
     for path in made.glob("*/seed1/metrics.json"):
-        changed = [{**row, **_HALF_MORE.get(row["metric"], {})} for row in json.loads(path.read_text())["groups"]["test"]]
+        changed = [
+            {**row, **_HALF_MORE.get(row["metric"], {})} for row in json.loads(path.read_text())["groups"]["test"]
+        ]
         path.write_text(json.dumps(json.loads(path.read_text()) | {"groups": {"test": changed}}))
     for d in judged.decisions(read_run(made)):
         assert (d.mean.sum(axis=1) == 125).all() and (d.mean["fn"] + d.mean["tp"] == 45).all(), d.mean
