@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import json
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -108,22 +110,30 @@ def check(
 def schema(
     target: Annotated[Path | None, Option("--out", metavar="FILE", help="write it to a file")] = None,
 ) -> None:
-    """Print the JSON schema of recipes; an editor that knows it completes and checks them."""
+    """Print the JSON schema of recipes, with the settings of every weighting here; an editor that knows it completes and checks."""
     from libmtl_fair.files import atomic_path
-    from libmtl_fair.recipe.json_schema import shipped_schema
+    from libmtl_fair.recipe.json_schema import as_text, shipped_schema, with_settings
 
+    text = as_text(with_settings(json.loads(shipped_schema())))
     if target is None:
-        typer.echo(shipped_schema(), nl=False)
+        typer.echo(text, nl=False)
         return
     with atomic_path(target) as path:
-        path.write_text(shipped_schema(), encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     say(escape(f"schema: {target}; in a recipe's first line: # yaml-language-server: $schema={target}"))
 
 
 @command()
 def methods(name: Annotated[str | None, Argument(help="show one with its settings")] = None) -> None:
     """List the weightings and architectures that recipes and LibMTL can name, or describe one."""
-    from libmtl_fair.libmtl.registry import OUR_ARCHITECTURES, OUR_WEIGHTINGS, architecture_names, weighting_names
+    from libmtl_fair.libmtl.registry import (
+        OUR_ARCHITECTURES,
+        OUR_WEIGHTINGS,
+        architecture_names,
+        described,
+        resolve_any,
+        weighting_names,
+    )
     from libmtl_fair.libmtl.torchjd_bridge import PREFIX, torchjd_names, weighting_of
     from libmtl_fair.methods.base import Declared
     from libmtl_fair.recipe.post import POST_SETTINGS
@@ -143,21 +153,22 @@ def methods(name: Annotated[str | None, Argument(help="show one with its setting
         rows = []
         for each in sorted(set(names) & {name or each for each in names}, key=lambda n: (n not in ours, n)):
             cls = ours.get(each)
-            what = (cls.__doc__ or "").strip().splitlines()[0] if cls else ""
+            text = (cls.__doc__ if cls else inspect.getdoc(resolve_any(each))) or ""
+            what = text.strip().splitlines()[0].rstrip(".") if text.strip() else ""
             rows.append((each, getattr(cls, "source", "") or "libmtl_fair" if cls else "LibMTL", what))
         if rows:
             table(title, ("name", "from", "what it does"), rows)
     shown = ours.get(name or "")
-    if shown is not None:
-        paper = getattr(shown, "source", "") or "the source"
-        settings: type[Declared] = getattr(shown, "settings_class", shown)
-        for row in settings.described():
-            search = f"; searched: {row['search']}" if row["search"] else ""
-            facts = f"{row['type']}, {row['range']}; default: {row['default']}{search}"
-            out.print(
-                f"[bold]{row['name']}[/] ({escape(facts)}; {'ours' if row['source'] == 'ours' else escape(paper)})"
-            )
+    settings: type[Declared] | None = getattr(shown, "settings_class", shown)
+    paper = {"ours": "ours", "source": getattr(shown, "source", "") or "the source"}
+    for row in settings.described() if settings else described(name) if name else ():
+        search = f"searched: {row['search']}" if row["search"] else ""
+        told = ", ".join(filter(None, (row["type"], row["range"]))), f"default: {row['default']}", search
+        facts = "; ".join(filter(None, (*told, paper.get(row["source"], row["source"]))))
+        out.print(f"[bold]{row['name']}[/] ({escape(facts)})")
+        if row["help"]:
             out.print(f"    {escape(row['help'].replace('``', ''))}", highlight=False)
+    if shown is not None:
         say(f"cost: {escape(getattr(shown, 'cost', '') or 'not stated')}")
 
 

@@ -192,6 +192,26 @@ def weight_args(cls: type[nn.Module], given: Mapping[str, object]) -> dict[str, 
     return args
 
 
+def resolve_any(name: str) -> type[nn.Module]:
+    """Return the class of a weighting or architecture that can be named."""
+    return (_WEIGHTING if name in _WEIGHTING.names() else _ARCHITECTURE).resolve(name)
+
+
+def described(name: str) -> list[dict[str, str]]:
+    """Return a row a setting of a weighting or architecture, as ``Declared.described``; of LibMTL's weightings names and defaults."""
+    cls = resolve_any(name)
+    declared = getattr(cls, "settings_class", None)
+    if declared is not None:
+        return list(declared.described())
+    parent = _parent(cls, _WEIGHTING, "")
+    rows = _default_args(parent) if parent else {}
+    empty = dict.fromkeys(("range", "search", "help"), "")
+    return [
+        {**empty, "name": key, "type": type(value).__name__, "default": str(value), "source": "LibMTL"}
+        for key, value in rows.items()
+    ]
+
+
 def _parent(cls: type[nn.Module], kind: _Kind, default: str) -> str:
     """Return the name of LibMTL's own class that a class is or derives from, whose options are its options too."""
     libmtls = {getattr(kind.namespace, name): name for name in kind.names() if name not in kind.ours}

@@ -40,6 +40,22 @@ def shipped_schema() -> str:
     return (resources.files("libmtl_fair.recipe") / FILE).read_text(encoding="utf-8")
 
 
+def with_settings(schema: Schema) -> Schema:
+    """Return the schema with the settings of every weighting that is installed here, for an editor to complete."""
+    from libmtl_fair.libmtl.registry import described, weighting_names
+
+    cases = []
+    for name in weighting_names():
+        told = {
+            row["name"]: {"description": f"{row['help'] or 'of LibMTL'} (default: {row['default']})"}
+            for row in described(name)
+        }
+        named = {"properties": {"weighting": {"const": name}}, "required": ["weighting"]}
+        cases += [{"if": named, "then": {"properties": told}}] if told else []
+    method = schema["$defs"]["Method"] | {"allOf": cases}
+    return {**schema, "$defs": schema["$defs"] | {"Method": method}}
+
+
 def as_text(schema: Schema) -> str:
     """Return a schema as the file holds it."""
     return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"

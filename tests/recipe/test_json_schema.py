@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from libmtl_fair.cli import app
 from libmtl_fair.recipe import load_recipe
-from libmtl_fair.recipe.json_schema import as_text, recipe_schema, shipped_schema
+from libmtl_fair.recipe.json_schema import as_text, recipe_schema, shipped_schema, with_settings
 from libmtl_fair.recipe.yaml_source import read_yaml
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").rglob("*.yaml"))
@@ -34,6 +34,19 @@ def test_every_recipe_fits(validator, path):
     assert [error.message for error in validator.iter_errors(read_yaml(path).data)] == []
     complete = json.loads(json.dumps(load_recipe(path).to_dict()))
     assert [error.message for error in validator.iter_errors(complete)] == []
+
+
+def test_an_editor_is_told_each_weightings_settings():
+    wide = with_settings(json.loads(shipped_schema()))
+    jsonschema.Draft202012Validator.check_schema(wide)
+    cases = wide["$defs"]["Method"]["allOf"]
+    told = {case["if"]["properties"]["weighting"]["const"]: case["then"]["properties"] for case in cases}
+    assert "default: 0.04" in told["FairMT"]["floor"]["description"]
+    assert told["DWA"]["T"]["description"] == "of LibMTL (default: 2.0)"
+    assert "EW" not in told
+    for recipe in (TABLE, read_yaml(RECIPES[0]).data):
+        assert [error.message for error in jsonschema.Draft202012Validator(wide).iter_errors(recipe)] == []
+    assert "T (float; default: 2.0; LibMTL)" in CliRunner().invoke(app, ["methods", "DWA"]).output
 
 
 TABLE = {
@@ -71,9 +84,10 @@ def test_what_a_recipe_refuses_is_marked(validator, change):
 
 
 def test_the_command_prints_and_writes_it(tmp_path):
-    assert CliRunner().invoke(app, ["schema"]).output == shipped_schema()
+    expected = as_text(with_settings(json.loads(shipped_schema())))
+    assert CliRunner().invoke(app, ["schema"]).output == expected
     CliRunner().invoke(app, ["schema", "--out", str(tmp_path / "s.json")])
-    assert (tmp_path / "s.json").read_text(encoding="utf-8") == shipped_schema()
+    assert (tmp_path / "s.json").read_text(encoding="utf-8") == expected
 
 
 def test_the_shell_completes():
