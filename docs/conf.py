@@ -19,14 +19,15 @@ import libmtl_fair  # noqa: E402
 project, author, copyright = "libmtl_fair", "the authors of libmtl_fair", "the authors of libmtl_fair, MIT licence"
 version = release = libmtl_fair.__version__
 extensions = [
-    "sphinx.ext.autodoc", "sphinx.ext.autosummary", "numpydoc", "myst_nb", "sphinx_design", "sphinx_copybutton", "generated",
+    "sphinx.ext.autodoc", "sphinx.ext.autosummary", "numpydoc", "myst_nb", "sphinx_design", "sphinx_copybutton", "generated", "formulas",
 ]  # fmt: skip
-exclude_patterns = ["conf.py", "generated.py", "check_pages.py", "jupyter_execute"]
+exclude_patterns = ["conf.py", "generated.py", "formulas.py", "check_pages.py", "jupyter_execute"]
 templates_path = ["_templates"]
 
 generated.write(HERE)
 
 html_theme = "pydata_sphinx_theme"
+html_math_renderer = "pictures"  # of formulas.py: no script of another site
 html_title = "libmtl_fair"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]

@@ -5,6 +5,7 @@ CI builds the site with warnings as errors; here is what can be seen without a b
 
 from __future__ import annotations
 
+import html
 import importlib
 import importlib.util
 import inspect
@@ -106,6 +107,30 @@ def test_links_between_files_lead_to_pages(generated):
     assert generated.site_links("[a](docs/METHODS.md), [b](RESULTS.md)") == "[a](/METHODS.md), [b](/RESULTS.md)"
     assert generated.site_links("[a](../recipes/glf_results.md)") == "a"
     assert generated.site_links("[a](https://x.y/Z.md)") == "[a](https://x.y/Z.md)"
+
+
+def test_every_formula_is_drawn_into_its_page(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    picture = importlib.import_module("formulas").picture
+    found = []
+    for path in (
+        *DOCS.rglob("*.md"),
+        *(DOCS.parent / "libmtl_fair").rglob("*.py"),
+        *DOCS.parent.glob("tutorials/*.py"),
+    ):
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".md":
+            prose = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+            found += [
+                a or b for a, b in re.findall(r"\$\$(.+?)\$\$|(?<![\w$])\$([^$\n]+?)\$(?![\w$])", prose, re.DOTALL)
+            ]
+        else:
+            found += [tex for tex in re.findall(r":math:`([^`]*)`", text) if tex != "[^"]
+    assert len(found) > 20
+    for tex in found:
+        drawn = picture(tex)
+        assert drawn.startswith('<img class="math inline"') and f'alt="{html.escape(tex)}"' in drawn
+    assert 'html_math_renderer = "pictures"' in (DOCS / "conf.py").read_text(encoding="utf-8")
 
 
 def blocks(page, language):
