@@ -1,11 +1,11 @@
 """Run the examples of a LibMTL checkout unchanged, on small data in their format, through ``libmtl-fair exec``.
 
-    python tests/harness/libmtl_examples.py --repo LibMTL [--only nyu office qm9 xtreme] [--weighting EW ReLiF] [--keep DIR]
+    python tests/harness/libmtl_examples.py --repo LibMTL [--only nyu cityscapes office qm9 xtreme] [--weighting EW ReLiF] [--keep DIR]
 
 The checkout is copied; only data, weights that would be downloaded and lists of files are made, never a line of a script.
 What has to be there beside LibMTL: torch_geometric for qm9, transformers 4 for xtreme (5 has no DataProcessor). torchvision's transforms, which office
 needs, are stood in for where torchvision does not import; ``transformers.AdamW``, which is gone, is torch's for xtreme.
-Prints one line a run and ends with 1 if one of them failed in another way than it has to.
+Prints one line a run and ends with 1 if one of them failed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -55,11 +54,10 @@ class Normalize:
 
 
 class Example(NamedTuple):
-    """How an example is run: what makes its data, its arguments, and the weightings whose refusal is right."""
+    """How an example is run: what makes its data and gives its arguments, and its weightings."""
 
     prepare: Callable[[Path, Path], list[str]]
     runs: Sequence[tuple[str, ...]]
-    refuses: Mapping[str, str] = MappingProxyType({})
 
 
 def weights(work: Path, name: str) -> None:
@@ -84,6 +82,23 @@ def nyu(repo: Path, work: Path) -> list[str]:
                 "label": rng.integers(-1, 13, (288, 384)).astype(float),
                 "depth": rng.random((288, 384, 1)) + 0.5,
                 "normal": rng.standard_normal((288, 384, 3)),
+            }
+            for name, values in made.items():
+                (work / part / name).mkdir(parents=True, exist_ok=True)
+                np.save(work / part / name / f"{i}.npy", values.astype(np.float32))
+    weights(work, "resnet50")
+    return ["--train_bs", "2", "--test_bs", "2", "--epochs", "1", "--dataset_path", str(work)]
+
+
+def cityscapes(repo: Path, work: Path) -> list[str]:
+    """Four images; labels have the size that the script resizes its outputs to."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for i in range(2):
+            made = {
+                "image": rng.random((32, 64, 3)),
+                "label": rng.integers(-1, 7, (128, 256)).astype(float),
+                "depth": rng.random((128, 256, 1)) + 0.5,
             }
             for name, values in made.items():
                 (work / part / name).mkdir(parents=True, exist_ok=True)
@@ -153,11 +168,11 @@ BertModel(made).save_pretrained({str(bert)!r})
     return ["--multi_input", "--bs", "4", "--epochs", "1", "--dataset_path", str(work)]
 
 
-PIXELS = "compares people"
 BRANCH = ("--arch", "FairBranch")
 EXAMPLES = {
-    "nyu": Example(nyu, [("EW",), ("PCGrad",), ("ReLiF",), ("EW", *BRANCH)], {"ReLiF": PIXELS}),
-    "office": Example(office, [("EW",), ("MGDA",), ("ReLiF",), ("EW", *BRANCH)]),
+    "nyu": Example(nyu, [("EW",), ("PCGrad",), ("ReLiF",), ("EW", *BRANCH), ("ReLiF", *BRANCH)]),
+    "cityscapes": Example(cityscapes, [("EW",), ("ReLiF",)]),
+    "office": Example(office, [("EW",), ("MGDA",), ("ReLiF",), ("EW", *BRANCH), ("ReLiF", *BRANCH)]),
     "qm9": Example(qm9, [("EW",), ("UW",), ("ReLiF",)]),
     "xtreme": Example(xtreme, [("EW",), ("ReLiF",)]),
 }
@@ -169,7 +184,7 @@ def imports(name: str) -> bool:
 
 
 def run(name: str, example: Example, checkout: Path, keep: Path, only: Sequence[str] | None) -> bool:
-    """Run one example with each of its weightings; return whether all ended as they should."""
+    """Run one example with each of its weightings; return whether all did."""
     repo, work, fine = keep / "LibMTL", keep / name, True
     shutil.rmtree(work, ignore_errors=True)
     shutil.rmtree(repo, ignore_errors=True)
@@ -197,12 +212,12 @@ def run(name: str, example: Example, checkout: Path, keep: Path, only: Sequence[
         script = str(repo / "examples" / name / "main.py")
         chosen = [script, "--", "--weighting", weighting, *more, *arguments]
         code = PRELUDE.format(hide=hide, adamw=name == "xtreme", arguments=chosen)
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=work)
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=Path(script).parent
+        )
         said = (done.stdout + done.stderr).strip().splitlines()
-        refusal = example.refuses.get(weighting)
-        good = done.returncode == 0 if refusal is None else any(refusal in line for line in said)
-        fine &= good
-        what = "runs" if done.returncode == 0 else "is refused, as it should be" if good else "FAILED"
+        fine &= done.returncode == 0
+        what = "runs" if done.returncode == 0 else "FAILED"
         last = next((line for line in reversed(said) if line.strip("= ")), "")
         sys.stdout.write(f"{name:8} {weighting:8} {' '.join(more):18} {what}: {last[:200]}\n")
         sys.stdout.flush()

@@ -230,6 +230,7 @@ PATHS = ("--fairbranch_blocks", '["resnet_network.layer3", "resnet_network.layer
         (NYU, ("--weighting", "MGDA", "--rep_grad")),
         (NYU, (*BRANCHED, "PCGrad")),
         (NYU, ("--weighting", "ReLiF")),
+        (NYU, (*BRANCHED, "ReLiF")),
         (OFFICE, ("--weighting", "EW", "--multi_input")),
         (OFFICE, ("--weighting", "ReLiF", "--relif_pairs", "random", "--multi_input")),
         (OFFICE, (*BRANCHED, "EW", "--multi_input", *PATHS)),
