@@ -29,7 +29,13 @@ from libmtl_fair.report import shrinkage_verdict
 from libmtl_fair.report.run_folder import RunFolder, read_run
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "sources" / "scenes.yaml"
-SMOKE = ["train.epochs=1", "seeds=[0]", "data.args={n: 40, size: [24, 32]}", "output.report=false", "metrics.n_bootstrap=0"]
+SMOKE = [
+    "train.epochs=1",
+    "seeds=[0]",
+    "data.args={n: 40, size: [24, 32]}",
+    "output.report=false",
+    "metrics.n_bootstrap=0",
+]
 NATIVE = {"segmentation": ("mIoU", 3), "depth": ("RMSE", 3), "normal": ("mean", 1)}
 
 
