@@ -22,8 +22,19 @@ LIGHT = ["seeds=[0]", "train.epochs=1", "output.report=false", "metrics.n_bootst
 
 TINY = {
     "lstm": ["model.encoder_args.hidden=8", "data.args.hours=12"],
-    "cnn": ["model.encoder_args.channels=[4, 8]", "train.batch_size=16", "data.args={size: [16, 16]}", "data.workers=0"],
-    "resnet50": ["model.encoder=cnn", "model.encoder_args={}", "model.head=conv", "train.batch_size=4", "data.workers=0"],
+    "cnn": [
+        "model.encoder_args.channels=[4, 8]",
+        "train.batch_size=16",
+        "data.args={size: [16, 16]}",
+        "data.workers=0",
+    ],
+    "resnet50": [
+        "model.encoder=cnn",
+        "model.encoder_args={}",
+        "model.head=conv",
+        "train.batch_size=4",
+        "data.workers=0",
+    ],
 }
 
 
