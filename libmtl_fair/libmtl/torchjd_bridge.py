@@ -75,6 +75,15 @@ class TorchJDSettings(Declared):
         return self.made_from(**values)
 
     @classmethod
+    def described(cls) -> list[dict[str, str]]:
+        """Return a row a setting, as :meth:`Declared.described`; lists of numbers are called so."""
+        rows = super().described()
+        for row in rows:
+            lists = row["type"] in ("Optional", "Union")
+            row.update({"type": "list of numbers", "range": "one a task, or null"} if lists else {})
+        return rows
+
+    @classmethod
     def described_as(cls, name: str) -> str:
         """Return what TorchJD says of a setting."""
         return cls.model_fields[name].description or "TorchJD has no default"

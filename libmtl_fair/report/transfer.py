@@ -28,7 +28,7 @@ def gain_triangles(found: pd.DataFrame, methods: Sequence[str]) -> Figure:
 
     Up or down by its sign; of one colour where it is good, of another where it is negative transfer or bias transfer. A bar is the mean.
     """
-    figure, panels = canvas(1.5 + 1.1 * max(len(methods), 2) * len(GAINS), 3.4, 1, len(GAINS))
+    figure, panels = canvas(1.6 + 0.75 * max(len(methods), 5), 1.1 + 1.9 * len(GAINS), len(GAINS), 1, sharex=True)
     spread = np.linspace(-0.28, 0.28, max(len(set(found["task"])) - 1, 1))
     for axes, (name, title) in zip(panels, GAINS.items()):
         better = 1 if name == "knowledge" else -1
@@ -43,8 +43,8 @@ def gain_triangles(found: pd.DataFrame, methods: Sequence[str]) -> Figure:
             axes.hlines(rows[rows["task"] == "mean"][name], x - 0.36, x + 0.36, INK, linewidth=1.2)
         axes.axhline(0, color=INK, linewidth=0.8)
         axes.set_title(title)
-        axes.set_xticks(range(len(methods)), [label(m, 18) for m in methods], rotation=35, ha="right")
-        axes.set_xlim(-0.6, len(methods) - 0.4)
+    panels[-1].set_xticks(range(len(methods)), [label(m, 18) for m in methods], rotation=35, ha="right")
+    panels[-1].set_xlim(-0.6, len(methods) - 0.4)
     return figure
 
 
@@ -62,8 +62,11 @@ def angle_boxes(frame: pd.DataFrame) -> Figure:
                 positions=shown,
                 patch_artist=True,
                 widths=0.6,
-                flierprops={"markersize": 2.5},
+                flierprops={"markersize": 2.5, "markeredgecolor": INK},
                 medianprops={"color": INK},
+                whiskerprops={"color": INK},
+                capprops={"color": INK},
+                boxprops={"edgecolor": INK},
             )
             for box in boxes["boxes"]:
                 box.set_facecolor(colour)
@@ -90,7 +93,7 @@ def task_map(frame: pd.DataFrame) -> Figure:
     """Heat maps of :func:`task_conflicts`, accuracy and fairness side by side."""
     tasks = list(dict.fromkeys([*frame["task_a"], *frame["task_b"]]))
     wide = 1.6 + 0.42 * len(tasks)
-    figure, panels = canvas(2 * wide + 0.8, wide, 1, 2, sharey=True)
+    figure, panels = canvas(2 * wide + 0.8, max(wide, 3.6), 1, 2, sharey=True)
     counts = [task_conflicts(frame, kind, tasks).to_numpy(float) for kind in KINDS]
     edges = np.arange(len(tasks) + 1) - 0.5
     top = max(1.0, *(each.max(initial=0.0) for each in counts))
@@ -103,7 +106,7 @@ def task_map(frame: pd.DataFrame) -> Figure:
         axes.set_title(f"{kind} gradients")
         axes.set_xticks(range(len(tasks)), [label(task, 20) for task in tasks], rotation=90)
         axes.set_yticks(range(len(tasks)), [label(task, 20) for task in tasks])
-    figure.colorbar(mesh, ax=panels, label="conflicts over epochs and layers", shrink=0.9)
+    figure.colorbar(mesh, ax=panels, label="conflicts", shrink=0.9)
     return figure
 
 
