@@ -16,6 +16,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import libmtl_fair as lf
 from libmtl_fair import functional as F
 from libmtl_fair.errors import DataError, HostError, RecipeError
+from libmtl_fair.libmtl import step as stepping
+from libmtl_fair.libmtl.history import StepLog
 from libmtl_fair.metrics import GroupMetrics, base_rate_thresholds, shrinkage_curve, step_auc, utility
 from libmtl_fair.metrics.shrinkage import targets
 from libmtl_fair.models import LSTM, sequence_heads
@@ -196,8 +198,23 @@ def trainer_of(weighting: str, tasks: tuple[lf.Task, ...] = TASKS, **options: An
     architecture = "FairBranch" if weighting == "FBGrad" else "HPS"
     return lf.FairTrainer(
         lf.task_dict(tasks), weighting, architecture, lambda: LSTM(D, hidden=8, dropout=0.1), dict(sequence_heads(tasks, 8).items()),
-        False, False, {"optim": "adam", "lr": 0.01}, None, seed=0, device="cpu", progress=False, select="last", **options,
+        False, False, {"optim": "adam", "lr": 0.01}, None, seed=0, progress=False, select="last", **{"device": "cpu", **options},
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("weighting", ["EW", "ReLiF", "FBGrad", "FairMT"])
+def test_a_step_reads_no_value(weighting: str) -> None:
+    trainer = trainer_of(weighting, device="meta")
+    trainer.n_groups, trainer.model.epoch = {"sex": 2}, 0
+    trainer.epoch_steps, trainer.model.epochs = 1, 4
+    trainer.model.train_loss_buffer = torch.ones(3, 1).numpy()
+    trainer.model.train()
+    labels: dict[str, Any] = {
+        name: torch.zeros(16, *size, device="meta") for name, size in (("worse", (L,)), ("dies", ()), ("stay", ()))
+    }
+    labels["sensitive"] = {"sex": torch.zeros(16, dtype=torch.long, device="meta")}
+    stepping.step(trainer, (torch.zeros(16, L, D, device="meta"), labels), 0, StepLog())
+    assert trainer.global_step == 1
 
 
 @pytest.mark.parametrize("weighting", ["EW", "PCGrad", "ReLiF", "FBGrad"])
@@ -220,18 +237,37 @@ def test_a_branch_event_copies_a_layer() -> None:
     assert "dies" in str(trainer.model.tree)
 
 
-@pytest.mark.parametrize("weighting", ["FairMT", "GroupRegulariser"])
-def test_methods_that_take_one_answer_of_each_person_say_so(weighting: str) -> None:
-    with pytest.raises(RecipeError, match=rf"{weighting} compares one answer of each person, and task 'worse'"):
-        trainer_of(weighting).train(clinical(), None, 1)
+@pytest.mark.parametrize(
+    ("weighting", "args"),
+    [
+        ("FairMT", {}),
+        ("FairMT", {"form": "phi", "min_count": 1, "alpha": "uniform"}),
+        ("GroupRegulariser", {"loss": "glf"}),
+    ],
+)
+def test_constraints_and_regularisers_compare_the_losses_of_their_examples(
+    weighting: str, args: dict[str, Any]
+) -> None:
+    trainer, loader = trainer_of(weighting, weight_args=args), clinical()
+    trainer.train(loader, None, 4)
+    assert trainer.epochs["loss/worse"].iloc[-1] < trainer.epochs["loss/worse"].iloc[0]
 
 
-def test_fairness_heads_are_of_tasks_with_one_answer() -> None:
+def test_fairness_heads_compare_the_losses_of_their_examples() -> None:
     entries, decoders = lf.task_dict(TASKS), dict(sequence_heads(TASKS, 8).items())
-    with pytest.raises(RecipeError, match=r"a fairness head compares one answer of each person, and task 'worse'"):
-        lf.add_fairness_heads(entries, decoders, sensitive=("sex",), tasks=["worse"])
-    made, _ = lf.add_fairness_heads(entries, decoders, sensitive=("sex",))
-    assert list(made) == ["worse", "dies", "stay", "fair:dies/sex", "fair:stay/sex"]
+    with pytest.raises(
+        RecipeError, match=r"loss 'gap' compares one score an example, and task 'worse' is binary_sequence; use 'glf'"
+    ):
+        lf.add_fairness_heads(entries, decoders, loss="gap", sensitive=("sex",), tasks=["worse"])
+    made, heads = lf.add_fairness_heads(entries, decoders, loss="glf", sensitive=("sex",), tasks=["worse"])
+    torch.manual_seed(0)
+    trainer = lf.FairTrainer(
+        made, "LambdaMix", "HPS", lambda: LSTM(D, hidden=8), dict(heads.items()), False, False, {"optim": "adam", "lr": 0.01}, None,
+        seed=0, device="cpu", progress=False, select="last",
+    )  # fmt: skip
+    trainer.train(clinical(), None, 3)
+    shown = trainer.epochs["loss/fair:worse/sex"]
+    assert shown.notna().all() and (shown > 0).all()
 
 
 def test_a_head_of_every_step_needs_steps() -> None:

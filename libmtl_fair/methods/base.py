@@ -231,8 +231,7 @@ class FairWeighting(AbsWeighting):  # type: ignore[misc]
     :class:`FairTrainer` sets ``fair_batch`` before each ``backward`` and composes the model as architecture, this
     weighting, base weighting, so that :meth:`base_backward` reaches the base. A method that never asks for the representation says
     ``needs_representation = False``, one that derives the losses by the outputs ``losses_from_outputs = True``, and one that
-    reads decisions or labels, which tasks of a user's own kind lack, ``needs_known_kinds = True``; one that takes one answer an
-    example, not one a step or place, ``needs_single_answers = True``.
+    reads decisions or labels, which tasks of a user's own kind lack, ``needs_known_kinds = True``.
     """
 
     settings_class: ClassVar[type[Settings]] = Settings
@@ -242,7 +241,6 @@ class FairWeighting(AbsWeighting):  # type: ignore[misc]
     needs_representation: bool = True
     losses_from_outputs: bool = False
     needs_known_kinds: bool = False
-    needs_single_answers: bool = False
     source: ClassVar[str] = ""
     cost: ClassVar[str] = ""
     fair_batch: FairBatch | None = None

@@ -61,7 +61,6 @@ class GroupRegulariser(Penalty):
 
     settings_class = GroupRegulariserSettings
     needs_known_kinds = True
-    needs_single_answers = True
     needs_groups = True
     source = "Agarwal et al. 2019 (BGL); GLF's baselines"
     cost = "1.3 to 2 plain steps with 2 to 40 tasks (docs/RESULTS.md)"

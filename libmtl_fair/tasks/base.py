@@ -211,17 +211,9 @@ def need_count(task: str, field: str, found: object, least: int) -> None:
         raise RecipeError(f"task {task!r}: {field} must be an integer of at least {least}, found {found!r}")
 
 
-def need_known_kinds(who: str, tasks: Iterable[Task | None], single: bool = False) -> None:
-    """Raise RecipeError where a task is of a kind of one's own, or has several answers an example.
-
-    The latter where only a ``single`` one will do; kinds that are compared by the errors of their examples have one error.
-    """
+def need_known_kinds(who: str, tasks: Iterable[Task | None]) -> None:
+    """Raise RecipeError where a task is of a kind of one's own."""
     for task in tasks:
-        if task is not None and single and not task.single and task.has_rates:
-            raise RecipeError(
-                f"{who} compares one answer of each person, and task {task.name!r} ({task.kind}) has many; leave the task out, make it "
-                "one of the whole example, or take ReLiF, FBGrad or a weighting of LibMTL's"
-            )
         if task is not None and task.kind not in KINDS and not task.auxiliary:
             raise RecipeError(
                 f"{who} knows {', '.join(sorted(KINDS))} tasks, and {task.name!r} is of a kind of your own, {task.kind!r} "

@@ -26,7 +26,8 @@ class BinarySequence(YesNo):
     Labels are [B, L], NaN (or -100) where a step has none. An example's loss is the mean over its labelled steps, so that
     long sequences count as short ones; its audit score is the mean probability over its steps, labelled or not. Metrics and
     group metrics are those of all steps, each a decision about the example's group (their intervals take steps as independent, and are
-    too narrow where a person's steps are alike); FBGrad compares groups step by step.
+    too narrow where a person's steps are alike); FBGrad compares groups step by step, FairMT
+    (``form="phi"``; its constraints are of tasks with one decision a person) and fairness heads by the losses of their examples.
 
     >>> task = BinarySequence("decompensation")
     >>> logits = at_steps(torch.zeros(1, 3), torch.tensor([[True, True, False]]))
@@ -38,6 +39,7 @@ class BinarySequence(YesNo):
     shown: ClassVar[Mapping[str, tuple[str, int]]] = {"AUC": ("auc", 1), "Acc": ("accuracy", 1)}
     headline: ClassVar[str] = "AUC"
     single: ClassVar[bool] = False
+    has_rates: ClassVar[bool] = False
 
     @property
     def step(self) -> Binary:

@@ -70,7 +70,6 @@ class FairMT(Penalty):
 
     settings_class = FairMTSettings
     needs_known_kinds = True
-    needs_single_answers = True
     source = "arXiv:2512.00469"
     cost = "2.1 to 2.4 plain steps with 2 to 5 tasks (docs/RESULTS.md)"
     needs_groups = True

@@ -28,7 +28,7 @@ from libmtl_fair.methods.heads.group_losses import (
 )
 from libmtl_fair.methods.heads.modules import Adversary, DetachedHead, GroupHeads, fresh_copy
 from libmtl_fair.models import Heads
-from libmtl_fair.tasks import AUXILIARY_PREFIX, MAIN_SHARE, Task, need_known_kinds
+from libmtl_fair.tasks import AUXILIARY_PREFIX, MAIN_SHARE, Task
 
 TARGETS = ("main", "label", "label+accuracy", "group")
 LOSSES = (*GROUP_LOSSES, "adversarial", "group_specific")
@@ -388,13 +388,7 @@ def _mains(
             )
     for name in chosen or ():
         _one_of("task", name, known)
-    wanted = [
-        task
-        for name, task in known.items()
-        if (task.single or not task.has_rates if chosen is None else name in chosen)
-    ] or known.values()
-    need_known_kinds("a fairness head", wanted, single=True)
-    return tuple(wanted)
+    return tuple(task for name, task in known.items() if chosen is None or name in chosen)
 
 
 def _width(name: str, head: nn.Module) -> int:

@@ -97,7 +97,7 @@ class GroupLoss(Declared):
 
     def check_task(self, task: Task) -> None:
         """Raise a RecipeError where the disparity is not defined for the task."""
-        if self.loss not in _OF_LOSSES and task.summed:
+        if self.loss not in _OF_LOSSES and not task.single:
             raise RecipeError(
                 f"loss {self.loss!r} compares one score an example, and task {task.name!r} is {task.kind}; use 'glf', 'gld' or 'bgl'"
             )
@@ -208,7 +208,7 @@ def class_indicator(task: Task, labels: Tensor, bins: int = 4) -> Tensor:
     yes). Regression: K = ``bins`` quantile bins of the batch's targets. Maps and sequences: K = 1, all that have a label.
     """
     labels = task.flat(labels)
-    if task.summed:
+    if not task.single:
         return task.observed(labels)[:, None]
     if task.kind in ("binary", "multilabel"):
         columns = labels.reshape(len(labels), -1)
@@ -221,7 +221,7 @@ def class_indicator(task: Task, labels: Tensor, bins: int = 4) -> Tensor:
 
 def class_count(task: Task, bins: int = 4) -> int:
     """Return the number of columns of :func:`class_indicator`."""
-    if task.summed:
+    if not task.single:
         return 1
     return {"binary": 2, "regression": bins, "multilabel": 2 * task.out_features}.get(task.kind, task.out_features)
 

@@ -47,7 +47,6 @@ class LambdaMix(FairWeighting):
 
     settings_class = LambdaMixSettings
     needs_known_kinds = True
-    needs_single_answers = True
     source = "GLF, under review"
     settings: LambdaMixSettings
     lam: float
