@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from libmtl_fair import functional as F
 from libmtl_fair.errors import HostError
+from libmtl_fair.functional.near import near_rows, nearness
 from libmtl_fair.processes import Processes
 from libmtl_fair.tasks import Task, with_nan
 
@@ -153,6 +154,13 @@ class Share:
         """Return task -> [rows, ...] with the rows of all processes."""
         return {task: self.processes.gather([part], self.sizes[task])[0] for task, part in values.items()}
 
+    def near(self, features: Tensor, task: str) -> F.Near:
+        """Return :func:`F.near_others` of the features [B, r] of all rows: each process looks for the nearest to its own."""
+        sizes = self.sizes[task]
+        own = self.processes.rows(sizes)
+        found = self.processes.gather([x.unsqueeze(1) for x in near_rows(features, own.start, own.stop)], sizes)
+        return nearness(features, *(x.squeeze(1) for x in found))
+
     def gradients(self, losses: Tensor, tasks: Sequence[str]) -> list[Tensor]:
         """Return the gradient of the sum of losses made apart to each task's output, of all processes' rows; keeps the graph."""
         outputs = [self.outputs[task] for task in tasks]
@@ -263,8 +271,11 @@ class FairBatch:
     def near(self) -> dict[str, F.Near]:
         """Main task -> each example's nearest other one in the batch, and how near they are; empty where there is no reference."""
         if isinstance(self.reference, Tensor):
-            return dict.fromkeys(self.main, F.near_others(self.reference))
-        return {name: F.near_others(features) for name, features in (self.reference or {}).items()}
+            return dict.fromkeys(self.main, self._near(self.reference, self.main[0]))
+        return {name: self._near(features, name) for name, features in (self.reference or {}).items()}
+
+    def _near(self, features: Tensor, task: str) -> F.Near:
+        return F.near_others(features) if self.share is None else self.share.near(features, task)
 
     @cached_property
     def main(self) -> tuple[str, ...]:

@@ -13,6 +13,9 @@ from libmtl_fair.errors import DataError
 from libmtl_fair.functional._device import as_array, on_cpu
 from libmtl_fair.functional._written import written
 
+_ROWS = 512
+"""Rows whose distances to all others are looked at together."""
+
 
 class Near(NamedTuple):
     """Each example's nearest other one of a batch.
@@ -41,15 +44,31 @@ def near_others(features: Tensor) -> Near:
     if features.dim() > 2:  # one by one: another product may round otherwise, and so part who is equally near
         parts = [near_others(part) for part in features]
         return Near(torch.stack([part.others for part in parts]), torch.stack([part.closeness for part in parts]))
+    return nearness(features, *near_rows(features, 0, len(features)))
+
+
+@torch.no_grad()
+def near_rows(features: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Return the nearest other one of some rows of features [B, r], int64 [n], and its squared distance less the row's own square [n]."""
+    squares, found = features.square().sum(-1), []
+    for first in range(start, max(stop, start + 1), _ROWS):  # what is looked through stays in the processor's cache
+        some = features[first : min(first + _ROWS, stop)]
+        distances = torch.addmm(squares, some, features.mT, alpha=-2)
+        distances.diagonal(first).fill_(torch.inf)
+        # numpy takes a fifth of torch's time
+        others = torch.as_tensor(as_array(distances).argmin(-1)) if on_cpu(distances) else distances.argmin(-1)
+        found.append((others, distances.gather(-1, others.unsqueeze(-1)).squeeze(-1)))
+    return found[0] if len(found) == 1 else (torch.cat([o for o, _ in found]), torch.cat([d for _, d in found]))
+
+
+@torch.no_grad()
+def nearness(features: Tensor, others: Tensor, nearest: Tensor) -> Near:
+    """Return how near each example's nearest other one is, from what :func:`near_rows` found of all rows."""
     size, squares = len(features), features.square().sum(-1)
-    distances = torch.addmm(squares, features, features.mT, alpha=-2)  # less the row's own square
-    distances.fill_diagonal_(torch.inf)
-    # numpy takes a fifth of torch's time
-    others = torch.as_tensor(as_array(distances).argmin(-1)) if on_cpu(distances) else distances.argmin(-1)
-    if size < 2:
-        return Near(others, torch.zeros_like(squares.sum()))
     total = squares.sum()
-    near = distances.gather(-1, others.unsqueeze(-1)).sum().add_(total).clamp_(min=0)
+    if size < 2:
+        return Near(others, torch.zeros_like(total))
+    near = nearest.sum().add_(total).clamp_(min=0)
     any_two = (total - features.sum(0).square().sum() / size).mul_(2 * size / (size - 1))
     rho = torch.where(any_two > 1e-12 * total, near / any_two, 0).sqrt_()
     return Near(others, (1 - rho).clamp_(min=0).square_())
