@@ -1,7 +1,13 @@
-"""What several processes cost: a step beside plain DistributedDataParallel's, and the bytes that each process hands over.
+"""What several processes and mixed precision cost, side by side for every method.
 
-``python benchmarks/processes.py [--processes 1 2 4] [--smoke]`` (gloo on the CPU). Both sides see the same rows; a step is forward,
-backward, communication and Adam. The sides take turns, so that a busy machine slows all alike; medians are printed.
+``python benchmarks/processes.py [--processes 1 2 4] [--smoke]`` (gloo and bf16 on the CPU). All sides see the same rows; a step is
+forward, backward, communication and Adam. The sides take turns, so that a busy machine slows all alike; medians are printed:
+
+- ``x plain``: a step in one process beside that of DistributedDataParallel's (DDP) model by itself: what the method costs;
+- ``bf16 x own``: the step under ``amp="bf16"`` beside the same method's without;
+- ``x DDP``: a step in several processes beside DDP's, method and communication together;
+- ``x own``: the step beside the same method's in one process, over the same ratio of DDP: what of ``x DDP`` is communication;
+- the bytes that each process hands over.
 """
 
 from __future__ import annotations
@@ -29,11 +35,16 @@ from libmtl_fair.processes import current, leave
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "EW": ("EW", {}),
+    "UW": ("UW", {}),
+    "GradNorm": ("GradNorm", {}),
+    "PCGrad": ("PCGrad", {}),
+    "MGDA": ("MGDA", {}),
     "ReLiF": ("ReLiF", {}),
     "FairMT": ("FairMT", {}),
     "FairMT phi": ("FairMT", {"form": "phi"}),
     "GroupRegulariser": ("GroupRegulariser", {"loss": "gap"}),
-    "MGDA": ("MGDA", {}),
+    "LambdaMix": ("LambdaMix", {}),
+    "FBGrad": ("FBGrad", {"where": "everywhere"}),
 }
 
 
@@ -44,7 +55,7 @@ def endless(loader: lf.ResidentLoader) -> Iterator[Packed]:
 
 
 def plain(
-    loader: lf.ResidentLoader, tasks: tuple[Any, ...], hidden: tuple[int, ...], columns: int
+    loader: lf.ResidentLoader, tasks: tuple[Any, ...], hidden: tuple[int, ...], columns: int, amp: str | None
 ) -> Callable[[], None]:
     """Return a step of DistributedDataParallel with the sum of the losses."""
     torch.manual_seed(0)
@@ -55,7 +66,9 @@ def plain(
 
     def step() -> None:
         batch: Any = next(drawn)
-        loss = nn.functional.binary_cross_entropy_with_logits(trained(batch.x), batch.labels.matrix, reduction="none")
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp is not None):
+            logits = trained(batch.x).float()
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.labels.matrix, reduction="none")
         optimizer.zero_grad()
         loss.mean(0).sum().backward()
         optimizer.step()
@@ -70,14 +83,18 @@ def ours(
     tasks: tuple[Any, ...],
     hidden: tuple[int, ...],
     columns: int,
+    amp: str | None,
 ) -> Callable[[], None]:
     """Return a step of FairTrainer."""
+    entries, heads = lf.task_dict(tasks), linear_heads(tasks, hidden[-1])
+    if method == "LambdaMix":
+        entries, heads = lf.add_fairness_heads(entries, heads, loss="gap", sensitive=("group",))
     trainer = lf.FairTrainer(
-        lf.task_dict(tasks), method, "HPS", lambda: MLP(columns, hidden), linear_heads(tasks, hidden[-1]), False, False,
-        {"optim": "adam", "lr": 1e-3}, None, device="cpu", progress=False, weight_args=args, seed=0,
+        entries, method, "HPS", lambda: MLP(columns, hidden), heads, False, False,
+        {"optim": "adam", "lr": 1e-3}, None, device="cpu", progress=False, weight_args=args, seed=0, amp=amp,
     )  # fmt: skip
     trainer.n_groups, trainer.epoch_steps, trainer.model.epochs = dict(loader.n_groups), 4, 1000
-    trainer.model.epoch, trainer.model.train_loss_buffer = 0, torch.ones(len(tasks), 1).numpy()
+    trainer.model.epoch, trainer.model.train_loss_buffer = 0, torch.ones(len(entries), 1).numpy()
     trainer.model.train()
     drawn, log = endless(loader), StepLog()
 
@@ -103,8 +120,8 @@ def measure(rank: int, size: int, port: int, case: dict[str, Any], out: str) -> 
     loader = lf.ResidentLoader(
         x, labels, groups, batch_size=rows, shuffle=True, seed=0, device="cpu", reference=x[:, :8]
     )
-    sides: dict[str, Callable[[], None]] = {"DDP": plain(loader, tasks, hidden, columns)}
-    sides |= {name: ours(*METHODS[name], loader, tasks, hidden, columns) for name in case["methods"]}
+    sides: dict[str, Callable[[], None]] = {"DDP": plain(loader, tasks, hidden, columns, case["amp"])}
+    sides |= {name: ours(*METHODS[name], loader, tasks, hidden, columns, case["amp"]) for name in case["methods"]}
     times: dict[str, list[float]] = {name: [] for name in sides}
     processes = current()
     sent = dict.fromkeys(sides, 0)
@@ -137,7 +154,10 @@ def run(size: int, case: dict[str, Any]) -> dict[str, dict[str, float]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        multiprocessing.spawn(measure, (size, port, case, file.name), nprocs=size)
+        if size == 1:
+            measure(0, 1, port, case, file.name)
+        else:
+            multiprocessing.spawn(measure, (size, port, case, file.name), nprocs=size)
         with open(file.name, encoding="utf-8") as stream:
             found: dict[str, dict[str, float]] = json.load(stream)
     return found
@@ -146,7 +166,7 @@ def run(size: int, case: dict[str, Any]) -> dict[str, dict[str, float]]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--processes", type=int, nargs="+", default=[2])
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rows", type=int, default=1024, help="of each process")
@@ -156,20 +176,22 @@ def main() -> None:
     given = parser.parse_args()
     case = {
         "hidden": given.hidden, "columns": 128, "rows": given.rows, "tasks": given.tasks, "groups": given.groups, "steps": given.steps,
-        "methods": list(METHODS),
+        "methods": list(METHODS), "amp": None,
     }  # fmt: skip
     if given.smoke:
-        given.processes = [2]
         case |= {"hidden": [16], "rows": 32, "steps": 3, "methods": ["EW", "FairMT"]}
-    print(f"{'side':18}" + "".join(f"{f'{n} processes: ms':>20}{'x DDP':>8}{'kB sent':>10}" for n in given.processes))
-    found = {size: run(size, case) for size in given.processes}
+    one, half = run(1, case), run(1, {**case, "amp": "bf16"})
+    several = {size: run(size, case) for size in given.processes}
+    print(f"{'side':18}{'ms':>8}{'x plain':>9}{'bf16 x own':>12}" + "".join(
+        f"{f'{n} processes: ms':>18}{'x DDP':>7}{'x own':>7}{'kB':>7}" for n in given.processes
+    ))  # fmt: skip
     for name in ("DDP", *case["methods"]):
-        cells = (found[n][name] for n in given.processes)
-        base = (found[n]["DDP"]["ms"] for n in given.processes)
-        print(
-            f"{name:18}"
-            + "".join(f"{c['ms']:>20.2f}{c['ms'] / b:>8.2f}{c['bytes'] / 1e3:>10.0f}" for c, b in zip(cells, base))
-        )
+        ms, plain_ms = one[name]["ms"], one["DDP"]["ms"]
+        line = f"{name:18}{ms:>8.2f}{ms / plain_ms:>9.2f}{half[name]['ms'] / ms:>12.2f}"
+        for found in several.values():
+            beside = found[name]["ms"] / found["DDP"]["ms"]
+            line += f"{found[name]['ms']:>18.2f}{beside:>7.2f}{beside * plain_ms / ms:>7.2f}{found[name]['bytes'] / 1e3:>7.0f}"
+        print(line)
 
 
 if __name__ == "__main__":
