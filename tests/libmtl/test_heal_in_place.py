@@ -179,7 +179,7 @@ print(json.dumps([rest, strange, len(more)]))
 """)
     rest, strange, more = found
     assert rest == ["LibMTL.config:prepare_args"]
-    assert strange == []
+    assert strange == ["--torchjd_args"]  # of all weightings of TorchJD
     assert more > 0
 
 
