@@ -209,3 +209,28 @@ def test_bad_definitions() -> None:
     with pytest.raises(RecipeError, match="n_classes must be an integer of at least 2"):
         lf.Segmentation("s", 1)
     assert issubclass(lf.Depth, MapTask)
+
+
+def test_a_recipe_of_rooms_shows_what_maps_have(tmp_path: Any) -> None:
+    from libmtl_fair.recipe.run import run_recipe
+    from libmtl_fair.recipe.schema import load_recipe
+    from libmtl_fair.report.run_folder import read_run
+    from libmtl_fair.report.summary import summary, worst_and_macro
+
+    path = tmp_path / "rooms.yaml"
+    path.write_text(
+        "name: rooms\ndata: {name: scenes, sensitive: [light], args: {n: 24, size: [16, 24]}}\n"
+        "model: {encoder: cnn, encoder_args: {channels: [4, 8]}}\ntrain: {epochs: 1, batch_size: 6}\nseeds: [0]\n"
+        "methods: {plain: {weighting: EW}, relif: {weighting: ReLiF, pairs: random}}\naudit: {delta: [p50]}\n"
+    )
+    run_recipe(load_recipe(path), tmp_path / "run")
+    run = read_run(tmp_path / "run")
+    columns = set(summary(run)["column"])
+    assert {"macro mIoU", "macro RMSE", "macro mean angle", "Bias@p50"} <= columns
+    assert worst_and_macro(run).notna().all(axis=None)
+    groups = run.frame("groups")
+    assert {"mIoU", "RMSE", "median"} <= set(groups[groups["group"] == "difference"]["metric"])
+    predictions = Predictions.load(next((tmp_path / "run" / "relif").rglob("*.parquet")))
+    ranges = {task.name: task.score_range for task in predictions.tasks if hasattr(task, "score_range")}
+    assert len(ranges) == 2
+    assert predictions.outputs["segmentation"].dim() == 2

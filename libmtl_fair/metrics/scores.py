@@ -79,7 +79,8 @@ def task_utility(task: Task, output: Values, labels: Values) -> dict[str, float]
 def utility(predictions: Predictions, threshold: float | str | Held = 0.5) -> dict[str, dict[str, float]]:
     """Return task -> metric -> value, and under ``macro`` the means of auc, accuracy and brier over classification tasks.
 
-    A mean leaves out tasks that do not define the metric. With regression tasks, ``macro`` has their mean r2 too. Where decisions
+    A mean leaves out tasks that do not define the metric. With regression tasks, ``macro`` has their mean r2 too, with maps
+    their mIoU, RMSE and mean angle. Where decisions
     alone are meant (``Predictions.decided``) auc, brier and log_loss are NaN, and ``macro`` has no auc and brier. Accuracy and F1
     are of the decisions at ``threshold`` (:func:`libmtl_fair.metrics.decisions.thresholds_in_use`).
     """
@@ -96,6 +97,7 @@ def utility(predictions: Predictions, threshold: float | str | Held = 0.5) -> di
     for task in predictions.decided:
         found[task] |= dict.fromkeys(_OF_SCORES & found[task].keys(), math.nan)
     names = [name for name in ("auc", "accuracy", "brier", "r2") if not (predictions.decided and name in _OF_SCORES)]
+    names += dict.fromkeys(task.headline for task in predictions.tasks if task.summed)
     known = {name: [v for s in found.values() if not math.isnan(v := s.get(name, math.nan))] for name in names}
     return {**found, "macro": {name: sum(values) / len(values) for name, values in known.items() if values}}
 

@@ -313,7 +313,7 @@ class Run:
         found = []
         for names, trainer in trained.items():
             rows = getattr(only(data, names), part)
-            found.append(trainer.predict(rows.loader(EVAL_BATCH, device=self.device), embeddings=True))
+            found.append(trainer.predict(rows.loader(EVAL_BATCH, device=self.device), embeddings=True, maps=False))
         return side_by_side(found)
 
 

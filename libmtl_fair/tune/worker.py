@@ -66,7 +66,7 @@ def protocol_of(study: optuna.Study, plan: Plan, device: str) -> Protocol:
         for i, seed in enumerate(plan.seeds if scaled else plan.seeds[:1]):
             reference = Candidate(recipe, recipe.reference, [seed])
             trainer, sources = _train(plan, reference, seed, plan.dataset(seed).tasks, device)
-            val = trainer.predict(sources["val"], embeddings=True)
+            val = trainer.predict(sources["val"], embeddings=True, maps=False)
             made = made.with_seed(seed, val) if i else Protocol.choose(recipe, reference.method, seed, val)
     study.set_user_attr(PROTOCOL, made.to_dict())
     return made
@@ -110,13 +110,13 @@ def predicted(
     part: str = "val",
 ) -> Predictions:
     """Return what a model says of a part of the data, with what the audit of people finds where a measure is of it."""
-    predictions = trainer.predict(loader)
+    predictions = trainer.predict(loader, maps=False)
     if not any(m.metric in PEOPLE for m in plan.measures):
         return predictions
 
     def predict(changed: Dataset, part: str) -> Predictions:
         seen = data_for(candidate.recipe, candidate.method, changed).splits()[part]
-        return trainer.predict(seen.loader(EVAL_BATCH, device=trainer.device))
+        return trainer.predict(seen.loader(EVAL_BATCH, device=trainer.device), maps=False)
 
     found = plan.people(seed).numbers(plan.recipe, plan.dataset(seed), predictions, predict, part)
     return dataclasses.replace(predictions, people=found)
