@@ -168,8 +168,8 @@ class Data(Section):
 
     ``where`` keeps the rows that it says, ``drop`` names columns that are no inputs, ``missing_values`` words that are missing in text.
     ``resplit`` divides the rows anew for each seed; with ``test_seed`` the test rows are those of that seed for all of them.
-    A data set whose files the user has needs their folder, ``root``, and takes its own settings in ``args``; ``workers`` processes
-    read ahead. ``out_of_core`` reads a table of parquet, one file or a folder, by row group, and keeps what was prepared in ``cache``
+    A data set whose files the user has needs their folder, ``root``, and takes its own settings in ``args`` or beside it; ``workers``
+    processes read ahead. ``out_of_core`` reads a table of parquet, one file or a folder, by row group, and keeps what was prepared in ``cache``
     (None: beside it).
     """
 
@@ -198,6 +198,25 @@ class Data(Section):
     workers: Annotated[int, Field(ge=0, le=256)] = 0
     out_of_core: bool = False
     cache: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_of_its_own(cls, value: object) -> object:
+        """Take what is a setting of the data set, and no field here, as one of ``args``."""
+        from libmtl_fair.data.sources import source, source_names  # with torch, which other recipes do without here
+
+        if (
+            not isinstance(value, dict)
+            or value.get("name") not in source_names()
+            or not set(value) - set(cls.model_fields)
+        ):
+            return value
+        own = set(source(value["name"]).settings.model_fields) - set(cls.model_fields)
+        moved = {key: item for key, item in value.items() if key in own}
+        given = value.get("args") or {}
+        if not moved or not isinstance(given, dict):
+            return value
+        return {**{key: item for key, item in value.items() if key not in own}, "args": {**moved, **given}}
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from libmtl_fair.data.sources import source, source_names, write_example
-from libmtl_fair.recipe import load_recipe
+from libmtl_fair.errors import RecipeError
+from libmtl_fair.recipe import Recipe, load_recipe
 from libmtl_fair.recipe.build import check
 from libmtl_fair.recipe.run import run_recipe
 from libmtl_fair.report import read_run
@@ -70,3 +71,12 @@ def test_glf_table_1(tmp_path: Path, name: str) -> None:
     assert any("is_recid" in note or "-9.08" in note for note in found.notes)
     if name == "glf_compas":  # an outcome among the inputs: what the published AUC needs
         assert "is_recid" in str(read_run(tmp_path / name).data_card)
+
+
+def test_settings_of_a_data_set_may_stand_beside_its_name() -> None:
+    data = {"name": "acs", "root": "data", "years": [2019], "states": ["CA"]}
+    recipe = Recipe.from_dict({"name": "r", "data": data, "methods": {"EW": {"weighting": "EW"}}})
+    assert recipe.data.args == {"years": [2019], "states": ["CA"]}
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    with pytest.raises(RecipeError, match=r"data.yeers: unknown field"):
+        Recipe.from_dict({"name": "r", "data": {**data, "yeers": 1}, "methods": {"EW": {"weighting": "EW"}}})
