@@ -2,8 +2,9 @@
 
 Segmentation, depth and surface normals of scenes, three seeds: the published form's Bias and violation rate at tolerances that are
 fixed from the plain model (its table 1's measure), beside the least Bias that shrinking the plain model's scores reaches at no more
-error of the scores, the native metrics, the audit of people (are rooms that look alike scored alike?) and the gap to the same room
-under the other light.
+error of the scores, and what the plain model reaches with the same predictions at every pixel: the score of depth and normals is the
+norm of the head's feature map, and a map times s before a last layer divided by s predicts the same. Beside them the native metrics, the
+audit of people (are rooms that look alike scored alike?) and the gap to the same room under the other light.
 
     python benchmarks/scenes.py --out runs/scenes      # goes on where it was interrupted
     python benchmarks/scenes.py --smoke                # few scenes, one epoch: its numbers mean nothing
@@ -17,16 +18,21 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[_name] = "1"  # before torch and numpy are imported
 
 import argparse
+import itertools
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from libmtl_fair.files import write_text
+from libmtl_fair.metrics import FixedDeltaAudit
+from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe import load_recipe
 from libmtl_fair.recipe.run import run_recipe
 from libmtl_fair.report import shrinkage_verdict
 from libmtl_fair.report.run_folder import RunFolder, read_run
+from libmtl_fair.tasks import Ranged
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "sources" / "scenes.yaml"
 SMOKE = [
@@ -44,12 +50,32 @@ def means(frame: pd.DataFrame, keys: list[str], value: str = "value") -> pd.Data
     return frame.groupby(["method", *keys], sort=False)[value].agg(["mean", "std"])
 
 
-def shown(found: pd.DataFrame, key: tuple[str, ...], digits: int = 3) -> str:
+def shown(found: pd.DataFrame, key: tuple[str, ...] | str, digits: int = 3) -> str:
     """Return "mean ± sd" of one entry."""
     if key not in found.index:
         return "–"
     mean, sd = found.loc[key, ["mean", "std"]]
     return f"{mean:.{digits}f}" + ("" if sd != sd else f" ± {sd:.{digits}f}")
+
+
+def rescaled(held: Predictions, delta: float) -> float:
+    """Return the least Bias of a model whose feature maps are scaled, and its last layers so that every output stays as it is."""
+    ranged = [task for task in held.tasks if isinstance(task, Ranged) and task.name in held.raw]
+    audit, found = FixedDeltaAudit(delta, exact=True), []
+    for factors in itertools.product(np.geomspace(0.5, 4, 16), repeat=len(ranged)):
+        moved = {task.name: task.squash(held.raw[task.name] * factor) for task, factor in zip(ranged, factors)}
+        found.append(audit.run({**held.scores, **moved}).bias)
+    return min(found)
+
+
+def of_plain(run: RunFolder) -> pd.DataFrame:
+    """Return what :func:`rescaled` gives of the reference, mean and spread over seeds, by tolerance."""
+    audit, found = run.frame("audit"), []
+    for item in (each for each in run.runs if each.method == run.reference):
+        held = Predictions.load(item.folder / "predictions_test.parquet")
+        own = audit[(audit["method"] == run.reference) & (audit["seed"] == item.seed)]
+        found += [(name, rescaled(held, delta)) for name, delta in zip(own["delta_name"], own["delta"])]
+    return pd.DataFrame(found, columns=["delta_name", "bias"]).groupby("delta_name")["bias"].agg(["mean", "std"])
 
 
 def table(run: RunFolder) -> str:
@@ -70,7 +96,16 @@ def table(run: RunFolder) -> str:
             shrunk = f"{verdict.loc[key, 'curve_bias']:.3f}" if key in verdict.index else "–"
             below = " (below)" if key in verdict.index and verdict.loc[key, "below"] else ""
             cells += [shown(bias, key), shown(rates, key), shrunk + below]
-        lines.append([*cells, *(shown(alike, (method, metric)) for metric in ("inconsistency", "flip_gap"))])
+        lines.append([*cells, *(shown(alike, (method, metric)) for metric in ("inconsistency", "flip"))])
+    same, blank = of_plain(run), ["as plain"] * len(NATIVE)
+    scaled = [
+        "plain, feature maps rescaled",
+        *blank,
+        *(c for d in deltas for c in (shown(same, d), "–", "–")),
+        "as plain",
+        "as plain",
+    ]
+    lines.append(scaled)
     rule = ["---"] * len(lines[0])
     return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]]) + "\n"
 

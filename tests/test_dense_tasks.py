@@ -234,3 +234,19 @@ def test_a_recipe_of_rooms_shows_what_maps_have(tmp_path: Any) -> None:
     ranges = {task.name: task.score_range for task in predictions.tasks if hasattr(task, "score_range")}
     assert len(ranges) == 2
     assert predictions.outputs["segmentation"].dim() == 2
+
+
+def test_a_head_s_scale_moves_the_audit_score_and_no_prediction() -> None:
+    """What docs/RESULTS.md says of dense ReLiF rests on it."""
+    from libmtl_fair.models.dense_heads import ConvHead
+
+    torch.manual_seed(0)
+    head, x, task = ConvHead(4, 1).eval(), torch.randn(B, 4, H, W), TASKS["depth"]
+    layers = list(head)
+    features, norm, last = torch.nn.Sequential(*layers[:-1]), layers[1], layers[-1]
+    with torch.no_grad():
+        before, raw = head(x), task.raw_score(head(x), None, features(x))
+        for parameter, factor in ((norm.weight, 3.0), (norm.bias, 3.0), (last.weight, 1 / 3.0)):
+            parameter *= factor
+        assert torch.allclose(head(x), before, atol=1e-6)
+        assert torch.allclose(task.raw_score(head(x), None, features(x)), 3 * raw, rtol=1e-5)
