@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _FORMULA = re.compile(r"[=+\-@\t\r]")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def printable(text: str) -> str:
@@ -36,12 +37,19 @@ def csv_text(frame: pd.DataFrame) -> str:
     >>> csv_text(pd.DataFrame({"=a": ["-b", "c"], "d": [-1.5, 2.0]})).splitlines()
     ["'=a,d", "'-b,-1.5", 'c,2.0']
     """
-    safe = frame.rename(columns=_unformula).apply(lambda column: column.map(_unformula))
-    return printable(str(safe.to_csv(index=False, lineterminator="\n")))
+    return printable(str(for_spreadsheets(frame).to_csv(index=False, lineterminator="\n")))
 
 
-def _unformula(cell: object) -> object:
-    return f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell
+def for_spreadsheets(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a frame whose names and texts are printable, and none of them a formula; numbers spelt as text stay."""
+    safe = {name: column if column.dtype.kind in "biuf" else column.map(_cell) for name, column in frame.items()}
+    return type(frame)(safe, index=frame.index).rename(columns=_cell)
+
+
+def _cell(cell: object) -> object:
+    if not isinstance(cell, str):
+        return cell
+    return printable(f"'{cell}" if _FORMULA.match(cell) and not _NUMBER.fullmatch(cell) else cell)
 
 
 class Screen(Console):

@@ -148,11 +148,27 @@ def test_no_file_for_people_has_control_characters_or_markup_of_a_name(odd_run):
     assert r"clear\x1b[2J" in (odd_run / "fairness_card.md").read_text().replace("\\\\", "\\")
 
 
-def test_no_cell_of_a_csv_file_is_a_formula(odd_run):
+def test_no_cell_of_a_csv_file_is_a_formula(odd_run, tmp_path):
     import csv
 
-    tables = list(odd_run.rglob("*.csv"))
-    assert tables
+    from typer.testing import CliRunner
+
+    from libmtl_fair.cli import app
+
+    rows = pd.read_csv(odd_run.parent / "t.csv").head(20)
+    rows.to_parquet(tmp_path / "t.parquet")
+    rows.to_csv(tmp_path / "t.csv", index=False)
+    made = tmp_path / "made"
+    made.mkdir()
+    for source in ("t.csv", "t.parquet"):
+        target = made / f"{source}.csv"
+        done = CliRunner().invoke(
+            app, ["predict", str(odd_run), str(tmp_path / source), "--out", str(target), "--method", "plain"]
+        )
+        assert done.exit_code == 0, done.output
+        assert len(pd.read_csv(target)) == 20 and "\x1b" not in target.read_text()
+    tables = [*odd_run.rglob("*.csv"), *made.iterdir()]
+    assert len(tables) > 2
     for path in tables:
         for row in csv.reader(path.read_text().splitlines()):
             for cell in row:

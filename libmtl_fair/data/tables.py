@@ -265,10 +265,14 @@ def need_table_name(path: str | Path) -> None:
 
 
 def write_frame(frame: pd.DataFrame, path: str | Path) -> None:
-    """Write a table, without its index, to a .csv, .csv.gz or .parquet file, whole or not at all."""
+    """Write a table, without its index, to a .csv, .csv.gz or .parquet file, whole or not at all; a .csv for spreadsheets, too."""
+    from libmtl_fair.shown import for_spreadsheets
+
     need_table_name(path)
     with atomic_path(path) as temporary:
         if Path(path).name.lower().endswith(_ENDINGS[2:]):
             frame.to_parquet(temporary, index=False)
         else:
-            frame.to_csv(temporary, index=False, compression="gzip" if str(path).endswith("gz") else None)
+            for_spreadsheets(frame).to_csv(
+                temporary, index=False, compression="gzip" if str(path).endswith("gz") else None
+            )

@@ -16,6 +16,7 @@ from libmtl_fair.data.parquet import Parquet, is_parquet
 from libmtl_fair.data.tables import need_table_name, write_frame
 from libmtl_fair.deploy.predictor import Made, Predictor
 from libmtl_fair.files import atomic_path
+from libmtl_fair.shown import for_spreadsheets
 
 _MOST_NOTES = 20
 
@@ -84,7 +85,7 @@ class _Writer:
         if not is_parquet(self._named):
             opened = gzip.open if self._named.name.lower().endswith("gz") else open
             with opened(self._path, "at", encoding="utf-8", newline="") as stream:
-                stream.write(frame.to_csv(index=False, header=not self._begun))
+                stream.write(for_spreadsheets(frame).to_csv(index=False, header=not self._begun))
         else:
             schema = None if self._parquet is None else self._parquet.schema
             table = pa.Table.from_pandas(frame, schema, preserve_index=False)

@@ -101,6 +101,9 @@ class GroupMetrics:
         """Check the options; nothing is allocated before the first :meth:`update`."""
         if not tasks:
             raise RecipeError("GroupMetrics needs at least one task")
+        for task in (tasks,) if isinstance(tasks, str) else tasks:
+            if not isinstance(task, Task):
+                raise RecipeError(f"GroupMetrics: expected tasks such as [lf.Binary('income')], found {task!r}")
         check_option("rule for empty", empty, ("missing", "fairlearn"))
         check_option("method", method, ("between_groups", "to_overall"))
         check_option("agg", agg, ("worst_case", "mean"))

@@ -408,3 +408,9 @@ def test_float64_auc_of_many_rows_takes_20_bytes_a_row():
     expected = [roc_auc_score(y[group == j], score[group == j]) for j in range(3)]
     assert np.allclose(found.value, expected, atol=1e-12, rtol=0)
     assert np.allclose(found.error, group_auc(score, y, group, 3, sample_weight=np.ones(n)).error, rtol=1e-3)
+
+
+@pytest.mark.parametrize("tasks", [["income"], {"income": "binary"}, "income"])
+def test_names_are_no_tasks(tasks):
+    with pytest.raises(RecipeError, match=r"expected tasks such as \[lf.Binary\('income'\)\], found 'income'"):
+        GroupMetrics(tasks, {"sex": 2})
