@@ -1,9 +1,9 @@
 """Open questions of the sources and hybrids of methods, answered with numbers: the tables of docs/QUESTIONS.md.
 
 Small tables (compas by race, german by age, a census of 5,000 people whose sex moves the first label, :func:`untouched.census`), five
-splits each, an MLP 64-32. Measures are of test data: AUC (mean over tasks), EO (worst binary task and attribute, decisions at the
-base-rate threshold of validation data) and the inconsistency I between people who are alike. A cell is the mean difference to the
-row that a table names first, in points, with its 95 % interval over the splits (Student's t).
+splits each, an MLP 64-32. Measures are of test data: AUC (mean over tasks), EO (worst binary task and attribute, decisions at 0.5, and
+at the base-rate threshold of validation data) and the inconsistency I between people who are alike. A cell is the mean difference to
+the row that a table names first, in points, with its 95 % interval over the splits (Student's t).
 
     python benchmarks/questions.py                  # minutes; writes the tables into docs/QUESTIONS.md
     python benchmarks/questions.py --smoke          # seconds: one split, one epoch; prints, and its numbers mean nothing
@@ -41,7 +41,7 @@ from libmtl_fair.models import MLP, linear_heads
 from libmtl_fair.predictions import Predictions
 
 PAGE = Path(__file__).parents[1] / "docs" / "QUESTIONS.md"
-Values = tuple[float, float, float]
+Values = tuple[float, float, float, float]
 Change = Callable[[Dataset, int], Dataset]
 
 
@@ -72,7 +72,9 @@ def noisy(data: Dataset, seed: int, share: float = 0.3) -> Dataset:
 def _bases(*names: str) -> dict[str, Method]:
     found = {}
     for name in names:
-        found |= {name: Method(name), f"ReLiF over {name}": Method("ReLiF", {"pairs": "near", "base": name})}
+        args = {"alpha": 1.0} if name == "torchjd:FairGrad" else {}
+        over = {"pairs": "near", "base": name, **({"base_args": args} if args else {})}
+        found |= {name: Method(name, args), f"ReLiF over {name}": Method("ReLiF", over)}
     return found
 
 
@@ -81,8 +83,9 @@ def _fairmt(**args: Any) -> Method:
 
 
 SHARES = (0.85, 0.65)
+PLANS = ("5 epochs of 1024", "10 epochs of 512", "20 epochs of 256")
 QUESTIONS: dict[str, tuple[tuple[str, ...], dict[str, Method]]] = {
-    "bases": (("compas",), _bases("EW", "GradNorm", "IMTL", "PCGrad")),
+    "bases": (("compas",), _bases("EW", "GradNorm", "IMTL", "PCGrad", "torchjd:UPGrad", "torchjd:FairGrad")),
     "composition": (
         ("compas",),
         {
@@ -90,7 +93,12 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], dict[str, Method]]] = {
             "ReLiF": Method("ReLiF", {"pairs": "near"}),
             "FairMT": _fairmt(),
             "FairMT, Lipschitz term": _fairmt(lipschitz=True),
+            "FairMT, near pairs": _fairmt(near=0.7),
         },
+    ),
+    "lengths": (
+        tuple(f"{name}, {plan}" for name in ("compas", "census", "adult@8000") for plan in PLANS),
+        {"plain": Method(), "FairMT": _fairmt()},
     ),
     "deep": (
         ("census",),
@@ -132,12 +140,13 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], dict[str, Method]]] = {
         {"plain": Method()} | {f"share {s}": Method("ReLiF", {"pairs": "near", "share": s}) for s in SHARES},
     ),
 }
-"""Question -> its data sets, and row -> method; the first row is what the others are compared with."""
+"""Question -> its data sets (with a plan of training), and row -> method; the first row is what the others are compared with."""
 
 
 @functools.lru_cache(maxsize=2)
 def load(name: str, seed: int, small: bool) -> Dataset:
-    """Return a data set split by a seed."""
+    """Return a data set split by a seed; ``name@n`` takes so many rows."""
+    name, _, some = name.partition("@")
     rows: dict[str, Any] = {"subset": 600} if small else {}
     if name == "census":
         tasks = {"high_income": {"kind": "binary"}, "insured": {"kind": "binary"}}
@@ -147,7 +156,13 @@ def load(name: str, seed: int, small: bool) -> Dataset:
         )  # fmt: skip
     tasks_of = {"german": ["bad_credit", "owns_home"], "adult": ["income", "never_married", "long_hours"]}
     sensitive = {"german": ["age"], "adult": ["sex"], "compas2": ["race", "sex"]}.get(name, ["race"])
-    options = {"keep_groups": {"race": 2}} if name.startswith("compas") else {"subset": 4000} if name == "adult" else {}
+    options = (
+        {"keep_groups": {"race": 2}}
+        if name.startswith("compas")
+        else {"subset": int(some or 4000)}
+        if name == "adult"
+        else {}
+    )
     tasks = tasks_of.get(name, ["two_year_recid", "is_violent_recid"])
     return load_dataset(name.removesuffix("2"), tasks, sensitive, seed=seed, **{**options, **rows})
 
@@ -161,7 +176,9 @@ def heads_of(tasks: Sequence[lf.Task], deep: bool) -> nn.ModuleDict:
 
 
 def measured(name: str, method: Method, seed: int, small: bool) -> Values:
-    """Return AUC, EO and I of one training on test data, in points."""
+    """Return AUC, EO at both thresholds and I of one training on test data, in points."""
+    name, _, plan = name.partition(", ")
+    epochs, batch = map(int, plan.split(" epochs of ")) if plan else (8, 256)
     data = load(name, seed, small)
     seen = data if method.change is None else method.change(data, seed)
     torch.manual_seed(seed)
@@ -170,14 +187,14 @@ def measured(name: str, method: Method, seed: int, small: bool) -> Values:
         False, False, {"optim": "adam", "lr": 2e-3, "weight_decay": 1e-5}, None, device="cpu", progress=False, seed=seed,
         weight_args=dict(method.args), select="last",
     )  # fmt: skip
-    trainer.train(seen.train.loader(256, shuffle=True, seed=seed, device="cpu"), epochs=1 if small else 8)
+    trainer.train(seen.train.loader(batch, shuffle=True, seed=seed, device="cpu"), epochs=1 if small else epochs)
     val, test = (trainer.predict(part.loader(8192, device="cpu")) for part in (data.val, data.test))
     people = audit_people(audit_of(name, seed, small), test, val)
-    return 100 * metrics.utility(test)["macro"]["auc"], 100 * _eo(val, test), 100 * people.inconsistency
+    eo = 100 * _eo(test, 0.5), 100 * _eo(test, metrics.base_rate_thresholds(val))
+    return 100 * metrics.utility(test)["macro"]["auc"], *eo, 100 * people.inconsistency
 
 
-def _eo(val: Predictions, test: Predictions) -> float:
-    bars = metrics.base_rate_thresholds(val)
+def _eo(test: Predictions, bars: float | Mapping[str, Any]) -> float:
     sizes = {name: len(names) for name, names in test.group_names.items()}
     found = metrics.GroupMetrics(list(test.tasks), sizes, threshold=bars, n_bootstrap=0, min_group_size=0)
     table = found.update(test.outputs, test.labels, test.groups).compute()
@@ -205,7 +222,7 @@ def interval(values: Sequence[float]) -> str:
 def table(question: str, seeds: Sequence[int], small: bool) -> str:
     """Return a question's table as Markdown."""
     names, methods = QUESTIONS[question]
-    lines = ["| data | method | AUC | EO, base rate | I |", "|---|---|---|---|---|"]
+    lines = ["| data | method | AUC | EO, 0.5 | EO, base rate | I |", "|---|---|---|---|---|---|"]
     for name in names:
         by_seed = [{row: measured(name, method, seed, small) for row, method in methods.items()} for seed in seeds]
         found = {row: np.array([each[row] for each in by_seed]) for row in methods}
