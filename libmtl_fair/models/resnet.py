@@ -93,6 +93,7 @@ class ResNet(nn.Module):
 
     Examples
     --------
+    >>> import torch
     >>> images = torch.zeros(1, 3, 64, 64)
     >>> ResNet("resnet18")(images).shape, ResNet("resnet18", pool=False, dilated=8)(images).shape
     (torch.Size([1, 512]), torch.Size([1, 512, 8, 8]))
