@@ -259,18 +259,23 @@ def launched() -> dict[str, Any] | None:
     env = os.environ
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= env.keys():
         found = {"rank": int(env["RANK"]), "size": int(env["WORLD_SIZE"]), "local": int(env.get("LOCAL_RANK", "0"))}
-    elif {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"} <= env.keys():  # of srun; sbatch alone starts one
-        found = {
-            "rank": int(env["SLURM_PROCID"]),
-            "size": int(env["SLURM_STEP_NUM_TASKS"]),
-            "local": int(env["SLURM_LOCALID"]),
-        }
+    elif "SLURM_PROCID" in env and (tasks := _step_tasks()) is not None:
+        found = {"rank": int(env["SLURM_PROCID"]), "size": tasks, "local": int(env.get("SLURM_LOCALID", "0"))}
         host = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST", "localhost"))
         port = env.get("MASTER_PORT") or str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000)
         return {**found, "address": f"{host}:{port}"} if found["size"] > 1 else None
     else:
         return None
     return found if found["size"] > 1 else None
+
+
+def _step_tasks() -> int | None:
+    """Return how many tasks srun started; None within sbatch's own script, which is one process whatever SLURM_NTASKS says."""
+    env = os.environ
+    counted = env.get("SLURM_STEP_NUM_TASKS")
+    if counted is None and {"SLURM_STEP_ID", "MASTER_ADDR"} & env.keys():
+        counted = env.get("SLURM_NTASKS")
+    return None if counted is None else int(counted)
 
 
 def first_host(nodes: str) -> str:

@@ -96,7 +96,7 @@ class Parquet:
         for each in self.files:
             try:
                 with pq.ParquetFile(
-                    each, read_dictionary=[n for n in self.texts if n in (columns or self.columns)]
+                    each, read_dictionary=[n for n in self.texts if n in (columns or self.columns)], pre_buffer=False
                 ) as opened:
                     for batch in opened.iter_batches(rows, columns=None if columns is None else list(columns)):
                         yield batch.to_pandas()

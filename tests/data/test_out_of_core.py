@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -216,6 +217,17 @@ class TestBlocks:
         one = next(iter(BlockLoader(x, {"t": x[:, 0]}, {}, group_names={}, **settings)))[1]["reference"]
         two = next(iter(lf.ResidentLoader(x, {"t": x[:, 0]}, **settings)))[1]["reference"]
         torch.testing.assert_close(torch.pdist(one), torch.pdist(two), rtol=1e-4, atol=1e-4)
+
+
+def test_reading_by_row_group_holds_a_row_group(tmp_path: Path) -> None:
+    path = written(
+        tmp_path / "wide.parquet",
+        pd.DataFrame(np.random.default_rng(0).normal(size=(40_000, 20))).rename(columns=str),
+        1000,
+    )
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in parquet.Parquet.open(path).raw(rows=500)]
+    assert max(held) < path.stat().st_size / 5
 
 
 class TestCache:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pytest
 import torch
 
 from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS
+from libmtl_fair.processes import launched
 
 HERE = Path(__file__).parent
 LIMIT = 240
@@ -86,6 +88,30 @@ def test_a_process_that_dies_ends_the_others_and_any_number_goes_on(tmp_path: Pa
     pd.testing.assert_frame_equal(*frames, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("env", "found"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "n[07-08]", "SLURM_JOB_ID": "5"}, (3, 4, 1, "n07:20005")),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "a,b"}, (3, 4, 1, "a:20000")),
+        ({"SLURM_NTASKS": "4", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}, (3, 4, 1, "10.0.0.1:29500")),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "8", "MASTER_ADDR": "h"}, (3, 4, 1, "h:20000")),
+        ({"SLURM_NTASKS": "4"}, None),  # sbatch's own script
+        ({"SLURM_STEP_NUM_TASKS": "1"}, None),
+        (
+            {"SLURM_STEP_NUM_TASKS": "4", "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h"},
+            (1, 2, 0, None),
+        ),  # torchrun within
+    ],
+)
+def test_what_slurm_says(monkeypatch: pytest.MonkeyPatch, env: dict[str, str], found: Any) -> None:
+    for name in [name for name in os.environ if name.startswith(("SLURM", "MASTER", "RANK", "WORLD", "LOCAL_RANK"))]:
+        monkeypatch.delenv(name)
+    for name, value in {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", **env}.items():
+        monkeypatch.setenv(name, value)
+    said = launched()
+    assert found == (None if said is None else (said["rank"], said["size"], said["local"], said.get("address")))
+
+
 RECIPE = """
 name: both
 data: {name: compas, sensitive: [sex]}
@@ -111,3 +137,29 @@ def test_a_recipe_runs_under_torchrun_as_it_is(tmp_path: Path) -> None:
             torch.testing.assert_close(value, kept[1][name], rtol=1e-3, atol=1e-3, msg=f"{method}, {name}")
         written = [{p.name for p in (tmp_path / run / method / "seed0").iterdir()} for run in ("one", "two")]
         assert written[0] == written[1]
+
+
+SMALL = """
+name: small
+data: {name: german, sensitive: [sex], subset: 400}
+model: {hidden: [8]}
+train: {epochs: 2, batch_size: 64}
+seeds: [0]
+audit: {people: off}
+metrics: {n_bootstrap: 0}
+methods:
+  fairmt: {weighting: FairMT}
+output: {report: false}
+"""
+
+
+def test_a_recipe_runs_under_ray_as_it_is(tmp_path: Path) -> None:
+    pytest.importorskip("ray.train.torch", reason="ray[train] is not installed", exc_type=ImportError)
+    (tmp_path / "recipe.yaml").write_text(SMALL)
+    command = ["-m", "libmtl_fair", "run", tmp_path / "recipe.yaml", "--device", "cpu", "--out", tmp_path / "one"]
+    finish(*start(*command), *start(HERE / "ray_recipe.py", tmp_path / "recipe.yaml", tmp_path / "ray"))
+    kept = [torch.load(tmp_path / run / "fairmt/seed0/checkpoint.pt")["model"] for run in ("one", "ray")]
+    for name, value in kept[0].items():
+        torch.testing.assert_close(value, kept[1][name], rtol=1e-3, atol=1e-3, msg=name)
+    written = [{p.name for p in (tmp_path / run / "fairmt/seed0").iterdir()} for run in ("one", "ray")]
+    assert written[0] == written[1]
