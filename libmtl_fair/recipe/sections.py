@@ -168,9 +168,9 @@ class Data(Section):
 
     ``where`` keeps the rows that it says, ``drop`` names columns that are no inputs, ``missing_values`` words that are missing in text.
     ``resplit`` divides the rows anew for each seed; with ``test_seed`` the test rows are those of that seed for all of them.
-    A data set whose files the user has needs their folder, ``root``, and takes its own settings in ``args`` or beside it; ``workers``
-    processes read ahead. ``out_of_core`` reads a table of parquet, one file or a folder, by row group, and keeps what was prepared in ``cache``
-    (None: beside it).
+    A data set whose files the user has needs their folder, ``root``, and takes its own settings in ``args`` or beside it;
+    ``workers`` processes read ahead. ``out_of_core`` reads a table of parquet, one file or a folder, by row group, and keeps what
+    was prepared in ``cache`` (None: beside it).
     """
 
     name: Text | None = None
