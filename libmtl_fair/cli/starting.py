@@ -180,6 +180,8 @@ def datasets(name: Annotated[str | None, Argument(help="show one data set in ful
     found = {each: describe_dataset(each) for each in ([name] if name else dataset_names())}
     rows = [(each, ", ".join(it["tasks"]), ", ".join(it["sensitive"]), it["licence"]) for each, it in found.items()]
     table("data sets", ("name", "tasks", "sensitive", "licence"), rows)
+    if name:
+        out.print(f"from: {escape(str(found[name]['source']))}", highlight=False)
     for note in found[name]["notes"] if name else ():
         out.print(f"- {escape(str(note))}", highlight=False)
 
