@@ -6,9 +6,12 @@ Exit codes: 0 done, 1 failed, 2 bad input, 75 interrupted and resumable.
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib import import_module
 
-from libmtl_fair.cli.common import BAD_INPUT, DONE, FAILED, INTERRUPTED, app
+from rich.markup import escape
+
+from libmtl_fair.cli.common import BAD_INPUT, DONE, FAILED, INTERRUPTED, app, err, say
 
 __all__ = ["BAD_INPUT", "DONE", "FAILED", "INTERRUPTED", "app", "main"]
 
@@ -17,7 +20,8 @@ for family in ("starting", "running", "reading", "using"):  # --help lists them 
 
 
 def main() -> None:
-    """Run the command line; an interruption before a command has begun exits 75 too."""
+    """Run the command line; an interruption before a command has begun exits 75 too. A warning is one line of words."""
+    warnings.showwarning = lambda message, *_, **__: say(f"[yellow]note:[/] {escape(str(message))}", err)
     try:
         app()
     except KeyboardInterrupt:

@@ -219,3 +219,9 @@ def test_on_a_terminal_init_asks(tmp_path, answers, dropped):
     data = load_recipe(tmp_path / "recipe.yaml").data
     assert list(data.tasks) == ["income", "hours"] and list(data.sensitive) == ["sex"]
     assert data.drop == dropped
+
+
+def test_a_warning_is_one_printable_line_without_its_place_in_the_source():
+    warned = "import warnings, libmtl_fair.cli as c; c.app = lambda: warnings.warn('odd \\x1b[2J [b]name'); c.main()"
+    done = subprocess.run([sys.executable, "-c", warned], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "note: odd \\x1b[2J [b]name\n")
