@@ -71,7 +71,7 @@ def noisy(data: Dataset, seed: int, share: float = 0.3) -> Dataset:
 
 def _bases(*names: str) -> dict[str, Method]:
     found = {}
-    for name in names[: 2 if small else None]:
+    for name in names:
         args = {"alpha": 1.0} if name == "torchjd:FairGrad" else {}
         over = {"pairs": "near", "base": name, **({"base_args": args} if args else {})}
         found |= {name: Method(name, args), f"ReLiF over {name}": Method("ReLiF", over)}
