@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
 import subprocess
@@ -137,3 +138,30 @@ def test_a_recipe_runs_under_torchrun_as_it_is(tmp_path: Path) -> None:
             torch.testing.assert_close(value, kept[1][name], rtol=1e-3, atol=1e-3, msg=f"{method}, {name}")
         written = [{p.name for p in (tmp_path / run / method / "seed0").iterdir()} for run in ("one", "two")]
         assert written[0] == written[1]
+
+
+SMALL = """
+name: small
+data: {name: german, sensitive: [age], subset: 400}
+model: {hidden: [8]}
+train: {epochs: 2, batch_size: 64}
+seeds: [0]
+audit: {people: off}
+metrics: {n_bootstrap: 0}
+methods:
+  fairmt: {weighting: FairMT}
+output: {report: false}
+"""
+
+
+def test_a_recipe_runs_under_ray_as_it_is(tmp_path: Path) -> None:
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("ray is not installed (libmtl_fair[ray])")
+    (tmp_path / "recipe.yaml").write_text(SMALL)
+    command = ["-m", "libmtl_fair", "run", tmp_path / "recipe.yaml", "--device", "cpu", "--out", tmp_path / "one"]
+    finish(*start(*command), *start(HERE / "ray_recipe.py", tmp_path / "recipe.yaml", tmp_path / "ray"))
+    kept = [torch.load(tmp_path / run / "fairmt/seed0/checkpoint.pt")["model"] for run in ("one", "ray")]
+    for name, value in kept[0].items():
+        torch.testing.assert_close(value, kept[1][name], rtol=1e-3, atol=1e-3, msg=name)
+    written = [{p.name for p in (tmp_path / run / "fairmt/seed0").iterdir()} for run in ("one", "ray")]
+    assert written[0] == written[1]
