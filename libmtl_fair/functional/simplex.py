@@ -102,7 +102,7 @@ def aggregate_disparities(
     w = project_to_simplex(target) if solver == "exact" else _frank_wolfe(target, allowed, min(1.0, 1 / mu))
     w = w.where(present, 0.0)
     count = count.squeeze(-1)
-    centred = (w * w).sum(-1) - 1 / count.clamp(min=1)
+    centred = (w * w).sum(-1) - 1 / count.clamp(min=1).to(w.dtype)
     return (w * psi).sum(-1) - (mu / 2) * centred.where(count > 0, 0.0), w
 
 
