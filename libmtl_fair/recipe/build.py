@@ -242,7 +242,7 @@ def build_trainer(
     model: Model,
     train: Train,
     tasks: Sequence[Task],
-    input_shape: Sequence[int],
+    input_shape: int | Sequence[int],
     groups: Mapping[str, Sequence[str]],
     seed: int | None,
     *,
@@ -252,9 +252,11 @@ def build_trainer(
 ) -> FairTrainer:
     """Return a trainer with the model's encoder, heads and the fairness heads asked for, initialised from the seed.
 
-    ``encoder`` stands in the place of the model's own: a function of the number of columns. ``heads`` are arguments of
-    :func:`add_fairness_heads`, ``options`` what else goes to :class:`FairTrainer`.
+    ``input_shape`` is that of one example; of a table its number of columns. ``encoder`` stands in the place of the model's own: a
+    function of the number of columns. ``heads`` are arguments of :func:`add_fairness_heads`, ``options`` what else goes to
+    :class:`FairTrainer`.
     """
+    input_shape = (input_shape,) if isinstance(input_shape, int) else tuple(input_shape)
     if encoder is None:
         need_model(model, input_shape[0])
     if seed is not None:

@@ -167,7 +167,6 @@ class FairMTSettings(Settings):
         ours=True,
         gt=0,
         le=1,
-        search=(0.5, 0.95),
     )
     lipschitz_args: Mapping[str, Any] = setting({}, "its settings, as ReLiF's: " + ", ".join(_LIPSCHITZ))
 
