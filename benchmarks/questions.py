@@ -36,7 +36,7 @@ import libmtl_fair as lf
 from libmtl_fair import metrics
 from libmtl_fair.data import Dataset, load_dataset, load_table
 from libmtl_fair.files import write_text
-from libmtl_fair.metrics.people import audit_people
+from libmtl_fair.metrics.consistency import audit_people
 from libmtl_fair.models import MLP, linear_heads
 from libmtl_fair.predictions import Predictions
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from libmtl_fair.methods import FairMT, FBGrad, GroupRegulariser, LambdaMix, ReLiF
     from libmtl_fair.methods.fairbranch.fairbranch import FairBranch
     from libmtl_fair.methods.heads.auxiliary import add_fairness_heads, drop_fairness_heads
-    from libmtl_fair.metrics.post_processing import post_process
+    from libmtl_fair.metrics.fairlearn_bridge import post_process
     from libmtl_fair.predictions import Predictions
     from libmtl_fair.tasks import (
         Binary,
@@ -89,7 +89,7 @@ _HOMES = {
     "methods": "FBGrad FairMT GroupRegulariser LambdaMix ReLiF",
     "methods.fairbranch.fairbranch": "FairBranch",
     "methods.heads.auxiliary": "add_fairness_heads drop_fairness_heads",
-    "metrics.post_processing": "post_process",
+    "metrics.fairlearn_bridge": "post_process",
     "predictions": "Predictions",
     "tasks": "Binary BinarySequence Depth Multiclass Multilabel Normals Regression Segmentation Task",
 }

@@ -19,7 +19,7 @@ from libmtl_fair.errors import DataError, HostError, RecipeError
 from libmtl_fair.libmtl import step as stepping
 from libmtl_fair.libmtl.history import StepLog
 from libmtl_fair.metrics import GroupMetrics, base_rate_thresholds, shrinkage_curve, step_auc, utility
-from libmtl_fair.metrics.shrinkage import targets
+from libmtl_fair.metrics.drift import targets
 from libmtl_fair.models import LSTM, sequence_heads
 from libmtl_fair.models.lstm import LSTMLayer
 from libmtl_fair.tasks import at_steps

@@ -21,8 +21,8 @@ from libmtl_fair.data.new_rows import NewRows
 from libmtl_fair.data.tables import Source, read_frame
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.libmtl.trainer import FairTrainer
-from libmtl_fair.metrics.decisions import Held, thresholds_in_use
 from libmtl_fair.metrics.post_models import PostModel
+from libmtl_fair.metrics.scores import Held, thresholds_in_use
 from libmtl_fair.predictions import Predictions, side_by_side
 from libmtl_fair.recipe.build import EVAL_BATCH
 from libmtl_fair.recipe.reduction import Voter, decided_by

@@ -528,7 +528,7 @@ class FairTrainer(TrainingState):
             Loader of validation data, which ranks refer to; None: the audit's reference scores, or the same people.
         """
         from libmtl_fair.metrics import ConsistencyAudit, FixedDeltaAudit
-        from libmtl_fair.metrics.people import audit_people
+        from libmtl_fair.metrics.consistency import audit_people
 
         predictions, found = self.predict(loader, maps=False), None
         if people is not None:

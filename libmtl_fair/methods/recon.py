@@ -144,7 +144,7 @@ def conflicting_blocks(conflicts: pd.DataFrame, top: int, threshold: float = 0.0
     Parameters
     ----------
     conflicts : DataFrame
-        ``conflicts.csv`` of a run, or :meth:`~libmtl_fair.metrics.conflicts.ConflictRecord.frame`: columns layer, kind, cosine.
+        ``conflicts.csv`` of a run, or :meth:`~libmtl_fair.methods.fairbranch.conflicts.ConflictRecord.frame`: columns layer, kind, cosine.
     top : int
         How many, at most as many as there are.
     threshold : float, default 0.0

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from libmtl_fair.metrics.audit import AuditReport, FixedDeltaAudit
+from libmtl_fair.metrics.audit import (
+    AuditReport,
+    FixedDeltaAudit,
+    conformal_delta,
+    pair_distances,
+    quantile_delta,
+    reference_pairs,
+)
 from libmtl_fair.metrics.comparison import (
     delta_m,
     discrimination_gain,
@@ -19,25 +26,38 @@ from libmtl_fair.metrics.consistency import (
     consistency_score,
     consistency_scorer,
 )
-from libmtl_fair.metrics.decisions import base_rate_thresholds, thresholds_in_use
-from libmtl_fair.metrics.drift import drift, induced_thresholds, robust_pairs
-from libmtl_fair.metrics.fairlearn_bridge import FairlearnInputs, metric_frame, to_fairlearn
+from libmtl_fair.metrics.drift import (
+    below_curve,
+    drift,
+    induced_thresholds,
+    least_bias,
+    native_error,
+    robust_pairs,
+    score_targets,
+    shrinkage_curve,
+)
+from libmtl_fair.metrics.fairlearn_bridge import (
+    FairlearnInputs,
+    PostProcessed,
+    metric_frame,
+    post_process,
+    to_fairlearn,
+)
 from libmtl_fair.metrics.group_metrics import GroupMetrics
 from libmtl_fair.metrics.near_pairs import NearPairs, find_near_pairs, reference_matrix
 from libmtl_fair.metrics.post_models import Blend, Offsets, Thresholds, fit_offsets, fit_thresholds
-from libmtl_fair.metrics.post_processing import PostProcessed, post_process
 from libmtl_fair.metrics.rates import GroupRates, group_rates
 from libmtl_fair.metrics.scores import (
     auc_score,
+    base_rate_thresholds,
     group_auc,
     group_regression,
     ks_distance,
     step_auc,
     task_utility,
+    thresholds_in_use,
     utility,
 )
-from libmtl_fair.metrics.shrinkage import below_curve, least_bias, native_error, score_targets, shrinkage_curve
-from libmtl_fair.metrics.tolerance import conformal_delta, pair_distances, quantile_delta, reference_pairs
 from libmtl_fair.metrics.verdicts import (
     Changes,
     GapVerdict,

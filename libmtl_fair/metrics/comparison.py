@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from libmtl_fair.arrays import Floats, Values, as_floats, divide
 from libmtl_fair.errors import DataError
-from libmtl_fair.metrics.arrays import Floats, Values, as_floats, divide
 from libmtl_fair.metrics.rates import check_option
 
 Results = Mapping[str, Mapping[str, float]]

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from libmtl_fair import functional as F
+from libmtl_fair.arrays import Values, as_numpy
 from libmtl_fair.data.frames import group_ids
 from libmtl_fair.errors import DataError, RecipeError, unknown
 from libmtl_fair.faults import Faults, need_few_groups
-from libmtl_fair.metrics.arrays import Values, as_numpy
-from libmtl_fair.metrics.group_state import TaskState
+from libmtl_fair.metrics.group_state import SummedState, TaskState
 from libmtl_fair.metrics.group_table import RESERVED, GroupTable, Options, add_task, to_frame
 from libmtl_fair.metrics.rates import check_option
-from libmtl_fair.metrics.summed_state import SummedState
 from libmtl_fair.tasks import Task
 
 Threshold = float | str | list[float]

@@ -10,12 +10,11 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import pandas as pd
 
-from libmtl_fair.metrics.arrays import Array, Bools, Floats, Ints
-from libmtl_fair.metrics.group_state import Rows, TaskState
+from libmtl_fair.arrays import Array, Bools, Floats, Ints
+from libmtl_fair.metrics.group_state import Rows, SummedState, TaskState
 from libmtl_fair.metrics.intervals import Gap, GroupNoise, effective_sizes, gap_interval, rate_noise, wilson
 from libmtl_fair.metrics.rates import ALIASES, DENOMINATOR, FPR, RATES, TPR, combine, gaps, table_rates
 from libmtl_fair.metrics.scores import REGRESSION, binned_shares, group_auc, group_regression, ks_distance
-from libmtl_fair.metrics.summed_state import SummedState
 from libmtl_fair.tasks import Regression
 
 RESERVED = ("difference", "ratio", "overall")

@@ -22,7 +22,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from libmtl_fair.metrics.arrays import Bools, Floats, Ints, divide
+from libmtl_fair.arrays import Bools, Floats, Ints, divide
 from libmtl_fair.metrics.rates import DENOMINATOR, NUMERATOR
 
 _TINY = 1e-12

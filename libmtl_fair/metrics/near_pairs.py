@@ -12,11 +12,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import pandas as pd
 
+from libmtl_fair.arrays import Bools, Floats, Ints, Values, as_floats
 from libmtl_fair.data.frames import as_numbers, is_date
 from libmtl_fair.data.tables import settled
 from libmtl_fair.errors import CheckpointError, DataError, unknown
 from libmtl_fair.files import DAMAGE, atomic_path
-from libmtl_fair.metrics.arrays import Bools, Floats, Ints, Values, as_floats
 
 Features: TypeAlias = Values | pd.DataFrame
 Weights: TypeAlias = Mapping[str, float] | Values

@@ -17,12 +17,11 @@ from scipy.special import expit, logit
 from torch import Tensor
 
 from libmtl_fair import functional as F
+from libmtl_fair.arrays import Array, Bools, Floats, as_floats, as_numpy
 from libmtl_fair.errors import DataError, RecipeError, unknown
-from libmtl_fair.metrics.arrays import Array, Bools, Floats, as_floats, as_numpy
-from libmtl_fair.metrics.decisions import Held, thresholds_in_use
-from libmtl_fair.metrics.fairlearn_bridge import attributes_of
-from libmtl_fair.metrics.post_processing import PostProcessed, group_labels, post_process
+from libmtl_fair.metrics.fairlearn_bridge import PostProcessed, attributes_of, group_labels, post_process
 from libmtl_fair.metrics.rates import group_counts
+from libmtl_fair.metrics.scores import Held, thresholds_in_use
 from libmtl_fair.metrics.verdicts import judge
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.tasks import Binary, with_nan
@@ -249,7 +248,7 @@ def worst_gap(
 ) -> float:
     """Return the largest difference over binary tasks between groups with enough people; NaN where there is none.
 
-    ``thresholds`` as in :func:`libmtl_fair.metrics.decisions.thresholds_in_use`; ``"base_rate"``: those of these predictions.
+    ``thresholds`` as in :func:`libmtl_fair.metrics.scores.thresholds_in_use`; ``"base_rate"``: those of these predictions.
     """
     names, found, cut = attributes_of(predictions, sensitive), [], thresholds_in_use(predictions, thresholds)
     given = [predictions.groups[name] for name in names]

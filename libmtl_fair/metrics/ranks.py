@@ -8,8 +8,8 @@ from typing import TypeAlias
 
 import numpy as np
 
+from libmtl_fair.arrays import Array, Floats, Values, as_floats
 from libmtl_fair.errors import DataError
-from libmtl_fair.metrics.arrays import Array, Floats, Values, as_floats
 from libmtl_fair.metrics.near_pairs import NearPairs
 
 Scores: TypeAlias = Mapping[str, Values]

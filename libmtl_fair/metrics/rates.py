@@ -9,10 +9,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from libmtl_fair.data.frames import group_ids
-from libmtl_fair.errors import DataError, RecipeError, unknown
-from libmtl_fair.faults import need_few_groups
-from libmtl_fair.metrics.arrays import (
+from libmtl_fair.arrays import (
     Array,
     Bools,
     Floats,
@@ -25,6 +22,9 @@ from libmtl_fair.metrics.arrays import (
     as_weights,
     divide,
 )
+from libmtl_fair.data.frames import group_ids
+from libmtl_fair.errors import DataError, RecipeError, unknown
+from libmtl_fair.faults import need_few_groups
 
 Method = Literal["between_groups", "to_overall"]
 Aggregate = Literal["worst_case", "mean"]

@@ -13,8 +13,8 @@ from statistics import NormalDist
 import numpy as np
 import pandas as pd
 
+from libmtl_fair.arrays import Bools, Floats, Values, as_floats, divide
 from libmtl_fair.errors import DataError, RecipeError, unknown
-from libmtl_fair.metrics.arrays import Bools, Floats, Values, as_floats, divide
 from libmtl_fair.metrics.intervals import Gap, gap_interval, rate_noise
 from libmtl_fair.metrics.rates import ALIASES, DENOMINATOR, FPR, NUMERATOR, RATES, TPR, nan_reduce, table_rates
 

@@ -16,9 +16,9 @@ from libmtl_fair import metrics
 from libmtl_fair.errors import CheckpointError, DamagedFileError
 from libmtl_fair.files import file_digest, read_json
 from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS
-from libmtl_fair.metrics.decisions import Held
-from libmtl_fair.metrics.shrinkage import targets
-from libmtl_fair.metrics.tolerance import draw_pool
+from libmtl_fair.metrics.audit import draw_pool
+from libmtl_fair.metrics.drift import targets
+from libmtl_fair.metrics.scores import Held
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.recipe.sections import Audit

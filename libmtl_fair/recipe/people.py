@@ -9,16 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from libmtl_fair.arrays import Floats
 from libmtl_fair.data import Dataset
 from libmtl_fair.data.dataset import Split
 from libmtl_fair.data.out_of_core import SAMPLE
 from libmtl_fair.data.reference import Reference, reference_without, telling
 from libmtl_fair.data.twins import flipped
 from libmtl_fair.errors import CheckpointError, unknown
-from libmtl_fair.metrics.arrays import Floats
-from libmtl_fair.metrics.consistency import ConsistencyAudit, ConsistencyReport
+from libmtl_fair.metrics.consistency import ConsistencyAudit, ConsistencyReport, audit_people
 from libmtl_fair.metrics.near_pairs import NearPairs, find_near_pairs, pairs_digest
-from libmtl_fair.metrics.people import audit_people
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.schema import Recipe
 

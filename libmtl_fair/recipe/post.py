@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from libmtl_fair.arrays import Array, Bools, as_floats
 from libmtl_fair.data import Dataset, Split
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.methods.base import Declared, Names, setting
 from libmtl_fair.methods.targets import Target
 from libmtl_fair.metrics import post_models
-from libmtl_fair.metrics.arrays import Array, Bools, as_floats
+from libmtl_fair.metrics.fairlearn_bridge import group_labels
 from libmtl_fair.metrics.post_models import LIFTED, PostModel, binary_tasks, worst_gap
-from libmtl_fair.metrics.post_processing import group_labels
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.reduction import decided_by, reduction, voters_of
 from libmtl_fair.recipe.schema import Recipe

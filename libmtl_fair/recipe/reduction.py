@@ -11,7 +11,7 @@ import torch
 from scipy.special import logit
 from torch import Tensor
 
-from libmtl_fair.metrics.arrays import Array, Floats, as_floats
+from libmtl_fair.arrays import Array, Floats, as_floats
 from libmtl_fair.metrics.post_models import with_outputs
 from libmtl_fair.predictions import Predictions
 

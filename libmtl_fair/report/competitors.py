@@ -14,12 +14,11 @@ import pandas as pd
 import torch
 
 from libmtl_fair import metrics
+from libmtl_fair.arrays import as_floats
 from libmtl_fair.errors import CheckpointError, FairMTLError
 from libmtl_fair.files import file_digest, read_json, write_json
-from libmtl_fair.metrics.arrays import as_floats
-from libmtl_fair.metrics.decisions import thresholds_in_use
+from libmtl_fair.metrics.consistency import scores_of
 from libmtl_fair.metrics.near_pairs import NearPairs
-from libmtl_fair.metrics.people import scores_of
 from libmtl_fair.metrics.post_models import (
     STRENGTHS,
     Along,
@@ -33,6 +32,7 @@ from libmtl_fair.metrics.post_models import (
     worst_gap,
 )
 from libmtl_fair.metrics.ranks import RankedTask, mean_known
+from libmtl_fair.metrics.scores import thresholds_in_use
 from libmtl_fair.metrics.verdicts import FEWEST, MOST
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.report import judged

@@ -11,8 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from libmtl_fair.errors import CheckpointError, FairMTLError
-from libmtl_fair.metrics.consistency import ConsistencyAudit
-from libmtl_fair.metrics.people import audit_people
+from libmtl_fair.metrics.consistency import ConsistencyAudit, audit_people
 from libmtl_fair.report.reaudit import load_predictions, run_names
 from libmtl_fair.report.run_folder import Json, RunFolder, read_run, records, rows
 from libmtl_fair.report.summary import PEOPLE, with_sd

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from libmtl_fair import metrics
+from libmtl_fair.arrays import Floats
 from libmtl_fair.errors import FairMTLError
-from libmtl_fair.metrics.arrays import Floats
-from libmtl_fair.metrics.decisions import Held
 from libmtl_fair.metrics.rates import group_counts
+from libmtl_fair.metrics.scores import Held
 from libmtl_fair.metrics.verdicts import degenerate
 from libmtl_fair.predictions import Predictions
 

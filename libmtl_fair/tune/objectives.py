@@ -15,7 +15,7 @@ import torch
 from libmtl_fair import functional as F
 from libmtl_fair import metrics
 from libmtl_fair.errors import FairMTLError, RecipeError, unknown
-from libmtl_fair.metrics.decisions import Held, thresholds_in_use
+from libmtl_fair.metrics.scores import Held, thresholds_in_use
 from libmtl_fair.metrics.verdicts import judge
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.schema import Recipe

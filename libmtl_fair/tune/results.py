@@ -22,7 +22,7 @@ from rich.table import Table
 
 from libmtl_fair.errors import FairMTLError
 from libmtl_fair.files import atomic_path, write_json, write_text
-from libmtl_fair.metrics.decisions import thresholds_in_use
+from libmtl_fair.metrics.scores import thresholds_in_use
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.measure import Protocol
 from libmtl_fair.recipe.schema import Recipe, load_recipe

@@ -23,7 +23,7 @@ from libmtl_fair.errors import CheckpointError, FairMTLError
 from libmtl_fair.libmtl import FairTrainer
 from libmtl_fair.libmtl.state import Results
 from libmtl_fair.locks import GRACE
-from libmtl_fair.metrics.decisions import Held, thresholds_in_use
+from libmtl_fair.metrics.scores import Held, thresholds_in_use
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.build import EVAL_BATCH, data_for, loaders, make_trainer
 from libmtl_fair.recipe.measure import Protocol

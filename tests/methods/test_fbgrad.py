@@ -18,8 +18,8 @@ from libmtl_fair import functional as F
 from libmtl_fair.batch import FairBatch
 from libmtl_fair.errors import DataError, HostError, RecipeError
 from libmtl_fair.methods import FBGradSettings
+from libmtl_fair.methods.fairbranch.conflicts import ConflictRecord, conflict_heatmap, layer_cosines
 from libmtl_fair.methods.fairbranch.fbgrad import Plan, Shared, robust_losses
-from libmtl_fair.metrics.conflicts import ConflictRecord, conflict_heatmap, layer_cosines
 from libmtl_fair.models import MLP, linear_heads
 
 N, FEATURES = 64, 5

@@ -20,8 +20,7 @@ from libmtl_fair.metrics import (
     quantile_delta,
     reference_pairs,
 )
-from libmtl_fair.metrics.audit import excess_tables
-from libmtl_fair.metrics.tolerance import draw_pool
+from libmtl_fair.metrics.audit import draw_pool, excess_tables
 
 scores32 = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=25)
 

@@ -10,7 +10,7 @@ import torch
 
 import libmtl_fair as lf
 from libmtl_fair.errors import DataError, FairMTLError
-from libmtl_fair.metrics.post_processing import barycentre
+from libmtl_fair.metrics.fairlearn_bridge import barycentre
 
 
 def made(seed: int, n: int = 2000, unknown: int = 10) -> lf.Predictions:

@@ -14,6 +14,7 @@ from sklearn.metrics import roc_auc_score
 import libmtl_fair as lf
 from libmtl_fair.errors import DataError, RecipeError
 from libmtl_fair.metrics import thresholds_in_use, utility
+from libmtl_fair.metrics.fairlearn_bridge import ScorePassThrough
 from libmtl_fair.metrics.post_models import (
     STRENGTHS,
     Blend,
@@ -24,7 +25,6 @@ from libmtl_fair.metrics.post_models import (
     pick,
     worst_gap,
 )
-from libmtl_fair.metrics.post_processing import ScorePassThrough
 from libmtl_fair.predictions import Predictions
 
 

@@ -17,7 +17,7 @@ from libmtl_fair.data import load_dataset, load_table
 from libmtl_fair.data.twins import flipped
 from libmtl_fair.errors import DataError, RecipeError
 from libmtl_fair.metrics import ConsistencyAudit, NearPairs
-from libmtl_fair.metrics.people import audit_people
+from libmtl_fair.metrics.consistency import audit_people
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe import load_recipe
 from libmtl_fair.recipe.build import loaders, make_dataset, make_trainer

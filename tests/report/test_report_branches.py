@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from libmtl_fair.errors import CheckpointError
+from libmtl_fair.methods.fairbranch.conflicts import ConflictRecord
 from libmtl_fair.methods.fairbranch.tree import BranchTree
-from libmtl_fair.metrics.conflicts import ConflictRecord
 from libmtl_fair.recipe import Recipe
 from libmtl_fair.recipe.run import run_recipe
 from libmtl_fair.report import read_run, write_report

@@ -20,7 +20,7 @@ from libmtl_fair.methods.fairbranch.tree import BranchTree
 from libmtl_fair.tasks import Binary, BinarySequence, Multiclass, Multilabel, decisions
 
 if TYPE_CHECKING:
-    from libmtl_fair.metrics.conflicts import ConflictRecord
+    from libmtl_fair.methods.fairbranch.conflicts import ConflictRecord
 
 
 def robust_losses(batch: FairBatch, tasks: Sequence[str], attributes: Sequence[str] | None = None) -> Tensor:
@@ -350,7 +350,7 @@ class FBGrad(FairWeighting):
         HostError
             Nothing was recorded.
         """
-        from libmtl_fair.metrics.conflicts import ConflictRecord
+        from libmtl_fair.methods.fairbranch.conflicts import ConflictRecord
 
         cosines = self.conflict_cosines
         if cosines is None:
@@ -361,7 +361,7 @@ class FBGrad(FairWeighting):
 
     def _record(self, batch: FairBatch, losses: Tensor, robust: Tensor) -> None:
         """Add this batch to the record; 2 T backward passes, once an epoch."""
-        from libmtl_fair.metrics.conflicts import layer_cosines
+        from libmtl_fair.methods.fairbranch.conflicts import layer_cosines
 
         layers = self._layers(batch.main)
         found = torch.stack([layer_cosines(kind, layers, batch.main) for kind in (losses, robust)]).unsqueeze(0)
