@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from _timing import measure, ratio
 from threadpoolctl import threadpool_limits
 
 from libmtl_fair.metrics import FixedDeltaAudit
@@ -64,20 +64,13 @@ def row(tasks: int, n: int, count: int) -> str:
         "exact": lambda: exact.run(scores),
         "brute": lambda: brute(scores),
     }
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for call in variants.values():
-        call()
-    for _ in range(count):
-        for name, call in variants.items():
-            start = time.process_time()
-            call()
-            times[name].append(time.process_time() - start)
+    times = measure(variants, count)
     tracemalloc.start()
     exact.run(scores)
     memory = tracemalloc.get_traced_memory()[1] / 1e6
     tracemalloc.stop()
     shown = "".join(f"{statistics.median(times[name]) * 1e3:10.1f}" for name in variants)
-    ratios = [statistics.median(a / b for a, b in zip(times[v], times["exact"])) for v in ("loop", "sampled")]
+    ratios = [ratio(times[v], times["exact"]) for v in ("loop", "sampled")]
     return f"{tasks:6d} {n:9,d}{shown}{ratios[0]:12.2f}{ratios[1]:15.2f}{memory:9.1f}"
 
 

@@ -12,6 +12,7 @@ import statistics
 import time
 
 import torch
+from _timing import fair_epoch, measure, ratio
 
 import libmtl_fair as lf
 from libmtl_fair.models import MLP, linear_heads
@@ -70,22 +71,19 @@ def main() -> None:
     for loss in ("bgl", "dpl", "gap"):
         given = (options.batch, options.device, options.tasks, None, "GroupRegulariser")
         made[f"regulariser: {loss}, sex"] = make(*given, loss=loss, sensitive=("sex",))
-    times: dict[str, list[float]] = {name: [] for name in made}
-    clock = time.process_time if options.device == "cpu" else time.perf_counter  # of this process alone
-    for round_ in range(options.rounds + 2):
-        for name, (trainer, loader) in made.items():
-            if options.device != "cpu":
-                torch.cuda.synchronize()
-            started = clock()
-            trainer.train(loader, None, trainer.epoch + 1)
-            if options.device != "cpu":
-                torch.cuda.synchronize()
-            if round_ >= 2:
-                times[name].append((clock() - started) / len(loader))
-    ratios = {name: statistics.median(a / b for a, b in zip(times[name], times["none"])) for name in made}
+    clock = time.process_time  # of this process alone
+    if options.device != "cpu":
+
+        def clock() -> float:
+            torch.cuda.synchronize()
+            return time.perf_counter()
+
+    epochs = {name: fair_epoch(*each) for name, each in made.items()}
+    times = measure(epochs, options.rounds, {name: len(loader) for name, (_, loader) in made.items()}, 2, clock)
+    ratios = {name: ratio(times[name], times["none"]) for name in made}
     for name in made:
         print(f"{name:38s} {1e3 * statistics.median(times[name]):7.3f} ms   {ratios[name]:.2f}")
-    worst = max(ratio for name, ratio in ratios.items() if name.startswith("one head"))
+    worst = max(each for name, each in ratios.items() if name.startswith("one head"))
     print(f"one head costs at most {worst:.2f} times a step without (limit {LIMIT})")
     if options.check and worst > LIMIT:
         raise SystemExit(1)

@@ -13,35 +13,26 @@ costs beside its steps (from epochs of 2 and of 60 steps).
 
 from __future__ import annotations
 
-import os
-
-for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ[_name] = "1"  # before torch and numpy are imported
+import _timing  # noqa: F401, isort: skip  # before torch: one thread
 
 import argparse
-import contextlib
-import io
 import json
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+from _timing import BATCH, FEATURES, binary_data, fair_epoch, fair_trainer, libmtl_epoch, measure, ratio, settings
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 import libmtl_fair as lf
-from libmtl_fair.models import MLP, linear_heads
+from libmtl_fair.models import MLP
 
 lf.heal()
-from LibMTL import Trainer
-from LibMTL.architecture import HPS
 from LibMTL.weighting import EW
 
-FEATURES, BATCH = 100, 256
 GOALS = {2: (0.28, 0.40), 5: (0.18, 0.28), 40: (0.03, 0.06)}
 """Tasks -> goals for (plain, ReLiF) as shares of LibMTL's epoch."""
 LOOP_GOALS = {2: (1.2, 1), 5: (1.2, 1), 40: (1.3, 3)}
@@ -61,51 +52,12 @@ class Rows(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         return self.x[row], {task: column[row] for task, column in self.labels.items()}
 
 
-def make_data(rows: int, n_tasks: int) -> tuple[Tensor, dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, FEATURES, generator=generator)
-    logits = x @ torch.randn(FEATURES, n_tasks, generator=generator) / FEATURES**0.5
-    return x, {f"t{i}": (logits[:, i] > 0).float() for i in range(n_tasks)}
-
-
-def settings(n_tasks: int) -> dict[str, Any]:
-    tasks = [lf.Binary(f"t{i}") for i in range(n_tasks)]
-    return {
-        "task_dict": lf.task_dict(tasks),
-        "architecture": HPS,
-        "encoder_class": lambda: MLP(FEATURES, (128, 64)),
-        "decoders": linear_heads(tasks, 64),
-        "rep_grad": False,
-        "multi_input": False,
-        "optim_param": {"optim": "adam", "lr": 1e-3},
-        "scheduler_param": None,
-    }
-
-
-def libmtl_epoch(x: Tensor, labels: dict[str, Tensor]) -> Callable[[], None]:
-    """Return one epoch of LibMTL's Trainer; its test pass gets one batch, so that training is what is measured."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        trainer = Trainer(weighting=EW, weight_args={}, arch_args={}, **settings(len(labels)))
-    loader = DataLoader(Rows(x, labels), batch_size=BATCH, shuffle=True)
-    test = DataLoader(Rows(x[:BATCH], {t: v[:BATCH] for t, v in labels.items()}), batch_size=BATCH)
-
-    def epoch() -> None:
-        with contextlib.redirect_stdout(io.StringIO()):
-            trainer.train(loader, test, 1)
-
-    return epoch
-
-
-def fair_epoch(x: Tensor, labels: dict[str, Tensor], weighting: str, args: Any = None) -> Callable[[], None]:
+def plain_epoch(
+    x: Tensor, labels: dict[str, Tensor], weighting: str = "EW", **weight_args: object
+) -> Callable[[], object]:
     """Return one epoch of FairTrainer on a resident loader."""
-    kept = {"device": "cpu", "progress": False, "select": "last", "weight_args": args}
-    trainer = lf.FairTrainer(weighting=weighting, **kept, **settings(len(labels)))
     loader = lf.ResidentLoader(x, labels, batch_size=BATCH, shuffle=True, seed=0, device="cpu")
-
-    def epoch() -> None:
-        trainer.train(loader, epochs=trainer.epoch + 1)
-
-    return epoch
+    return fair_epoch(fair_trainer(weighting, settings(len(labels)), weight_args=weight_args), loader)
 
 
 def hand_epoch(x: Tensor, labels: dict[str, Tensor]) -> Callable[[], None]:
@@ -131,15 +83,14 @@ def hand_epoch(x: Tensor, labels: dict[str, Tensor]) -> Callable[[], None]:
 def beside_a_loop(n_tasks: int, rounds: int, steps: tuple[int, int] = (2, 60)) -> dict[str, float]:
     """Return a plain step's share of a step by hand, and the milliseconds of an epoch beside its steps."""
     few, many = steps
-    x, labels = make_data(BATCH * many, n_tasks)
+    x, labels = binary_data(BATCH * many, n_tasks)
     short = x[: BATCH * few], {t: y[: BATCH * few] for t, y in labels.items()}
-    plain = fair_epoch(x, labels, "EW")
     seconds = measure(
         {
             "hand": hand_epoch(x, labels),
             "hand short": hand_epoch(*short),
-            "plain": plain,
-            "plain short": fair_epoch(*short, "EW"),
+            "plain": plain_epoch(x, labels),
+            "plain short": plain_epoch(*short),
         },
         rounds,
     )
@@ -149,22 +100,6 @@ def beside_a_loop(n_tasks: int, rounds: int, steps: tuple[int, int] = (2, 60)) -
     }
     beside = statistics.median(seconds["plain short"]) - few * statistics.median(step["plain"])
     return {"tasks": n_tasks, "step_over_hand": ratio(step["plain"], step["hand"]), "beside_ms": beside * 1e3}
-
-
-def measure(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Return CPU seconds of each variant, a number a round, variants interleaved; the first round only warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(rounds + 1):
-        for name, run in variants.items():
-            started = time.process_time()
-            run()
-            if turn:
-                seconds[name].append(time.process_time() - started)
-    return seconds
-
-
-def ratio(top: list[float], bottom: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(top, bottom))
 
 
 def main() -> None:
@@ -177,16 +112,17 @@ def main() -> None:
     options = parser.parse_args()
     if options.smoke:
         options.rows, options.rounds, options.tasks = 1024, 1, [2, 5]
-    torch.set_num_threads(1)
     warnings.simplefilter("error")
     results = []
     print(f"{'T':>3} {'LibMTL':>10} {'plain':>8} {'goal':>6} {'ReLiF':>8} {'goal':>6} {'ReLiF/plain':>12}")
     for n_tasks in options.tasks:
-        data = make_data(options.rows, n_tasks)
+        x, labels = binary_data(options.rows, n_tasks)
+        one = Rows(x[:BATCH], {t: y[:BATCH] for t, y in labels.items()})
+        loaders = DataLoader(Rows(x, labels), batch_size=BATCH, shuffle=True), DataLoader(one, batch_size=BATCH)
         variants = {
-            "LibMTL": libmtl_epoch(*data),
-            "plain": fair_epoch(*data, "EW"),
-            "ReLiF": fair_epoch(*data, "ReLiF", {"pairs": "random"}),
+            "LibMTL": libmtl_epoch(*loaders, EW, settings(n_tasks)),
+            "plain": plain_epoch(x, labels),
+            "ReLiF": plain_epoch(x, labels, "ReLiF", pairs="random"),
         }
         seconds = measure(variants, options.rounds)
         row = {

@@ -14,38 +14,39 @@ printed are medians of per-round ratios.
 
 from __future__ import annotations
 
-import os
-
-for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ[_name] = "1"  # before torch and numpy are imported
+import _timing  # noqa: F401, isort: skip  # before torch: one thread
 
 import argparse
-import contextlib
-import io
 import itertools
 import json
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
+from _timing import (
+    BATCH,
+    FEATURES,
+    Run,
+    binary_data,
+    fair_epoch,
+    fair_trainer,
+    libmtl_epoch,
+    measure,
+    ratio,
+    resident,
+    settings,
+)
 
 import libmtl_fair as lf
-from libmtl_fair.models import MLP, linear_heads
 
 import LibMTL.weighting  # isort: skip
 
 _own_loop = LibMTL.weighting.PCGrad.__dict__["backward"]
 lf.heal()
-from LibMTL import Trainer
-from LibMTL.architecture import HPS
 from LibMTL.weighting import PCGrad
 
-FEATURES, BATCH, HIDDEN = 100, 256, (128, 64, 32)
+HIDDEN = (128, 64, 32)
 Tree = list[list[tuple[int, ...]]]
-Epoch = Callable[[], None]
 
 
 class OwnPCGrad(PCGrad):  # type: ignore[misc]
@@ -70,60 +71,20 @@ def trees(n: int) -> dict[str, Tree]:
     }
 
 
-def settings(n: int) -> dict[str, Any]:
-    tasks = [lf.Binary(f"t{i}") for i in range(n)]
-    return {
-        "task_dict": lf.task_dict(tasks),
-        "encoder_class": lambda: MLP(FEATURES, HIDDEN),
-        "decoders": linear_heads(tasks, HIDDEN[-1]),
-        "rep_grad": False,
-        "multi_input": False,
-        "optim_param": {"optim": "adam", "lr": 1e-3},
-        "scheduler_param": None,
-    }
-
-
-def loader(rows: int, n: int) -> lf.ResidentLoader:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, FEATURES, generator=generator)
-    logits = x @ torch.randn(FEATURES, n, generator=generator) / FEATURES**0.5
-    labels = {f"t{i}": (logits[:, i] > 0).float() for i in range(n)}
-    return lf.ResidentLoader(
-        x, labels, {"sex": (x[:, 0] > 0).long()}, batch_size=BATCH, shuffle=True, seed=0, device="cpu"
-    )
-
-
-def libmtl_epoch(data: lf.ResidentLoader, test: lf.ResidentLoader, n: int, weighting: type[Any]) -> Epoch:
-    """Return one epoch of LibMTL's Trainer; its test pass gets one batch."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        trainer = Trainer(weighting=weighting, architecture=HPS, weight_args={}, arch_args={}, **settings(n))
-
-    def epoch() -> None:
-        with contextlib.redirect_stdout(io.StringIO()):
-            trainer.train(data, test, 1)
-
-    return epoch
-
-
-def fair_epoch(data: lf.ResidentLoader, n: int, weighting: str, events: Tree | None = None) -> Epoch:
-    """Return one epoch of FairTrainer: PCGrad on hard sharing, or a FairBranch model that has had these events."""
-    branching = {"architecture": "FairBranch", "arch_args": {"max_events": 0}} if events is not None else {}
-    options: dict[str, Any] = {"architecture": HPS, **settings(n), **branching}
-    trainer = lf.FairTrainer(weighting=weighting, device="cpu", progress=False, select="last", **options)
-    for pairs in events or []:
+def fbgrad_epoch(data: lf.ResidentLoader, n: int, events: Tree) -> Run:
+    """Return one epoch of a FairBranch model that has had these events."""
+    made = settings(n, HIDDEN)
+    trainer = fair_trainer("FBGrad", made, architecture="FairBranch", arch_args={"max_events": 0})
+    for pairs in events:
         trainer.model.encoder.grow(trainer.model.tree.branch(pairs))
-    trainer._prepare_optimizer(options["optim_param"], None)
-
-    def epoch() -> None:
-        trainer.train(data, epochs=trainer.epoch + 1)
-
-    return epoch
+    trainer._prepare_optimizer(made["optim_param"], None)
+    return fair_epoch(trainer, data)
 
 
-def forwards(n: int, repeats: int) -> dict[str, Epoch]:
+def forwards(n: int, repeats: int) -> dict[str, Run]:
     """Return repeated forward passes of ``n`` branches, and the same by hand."""
-    options = {**settings(n), "architecture": "FairBranch", "arch_args": {"max_events": 0}}
-    model = lf.FairTrainer(weighting="EW", device="cpu", progress=False, select="last", **options).model.train()
+    options = {"architecture": "FairBranch", "arch_args": {"max_events": 0}}
+    model = fair_trainer("EW", settings(n, HIDDEN), **options).model.train()
     x = torch.randn(BATCH, FEATURES)
     model(x)
     for pairs in trees(n)["alone"]:
@@ -147,22 +108,6 @@ def forwards(n: int, repeats: int) -> dict[str, Epoch]:
     return {"FairBranch": ours, "baddbmm": by_hand}
 
 
-def measure(variants: dict[str, Epoch], rounds: int) -> dict[str, list[float]]:
-    """Return CPU seconds of each variant, a number a round, variants interleaved; the first round only warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(rounds + 1):
-        for name, run in variants.items():
-            started = time.process_time()
-            run()
-            if turn:
-                seconds[name].append(time.process_time() - started)
-    return seconds
-
-
-def ratio(top: list[float], bottom: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(top, bottom))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a few steps, to check that it runs")
@@ -170,16 +115,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     steps, rounds = (2, 1) if args.smoke else (15, args.rounds)
     results: dict[str, dict[str, dict[str, float]]] = {}
     for n in args.tasks:
-        data, test = loader(steps * BATCH, n), loader(BATCH, n)
+        made, data, test = settings(n, HIDDEN), *(resident(*binary_data(rows, n)) for rows in (steps * BATCH, BATCH))
         variants = {
-            "PCGrad, LibMTL's Trainer and loop": libmtl_epoch(data, test, n, OwnPCGrad),
-            "PCGrad, LibMTL's Trainer, healed": libmtl_epoch(data, test, n, PCGrad),
-            "PCGrad, FairTrainer": fair_epoch(data, n, "PCGrad"),
-            **{f"FBGrad, {name}": fair_epoch(data, n, "FBGrad", events) for name, events in trees(n).items()},
+            "PCGrad, LibMTL's Trainer and loop": libmtl_epoch(data, test, OwnPCGrad, made),
+            "PCGrad, LibMTL's Trainer, healed": libmtl_epoch(data, test, PCGrad, made),
+            "PCGrad, FairTrainer": fair_epoch(fair_trainer("PCGrad", settings(n, HIDDEN)), data),
+            **{f"FBGrad, {name}": fbgrad_epoch(data, n, events) for name, events in trees(n).items()},
         }
         seconds = measure(variants, rounds)
         peers = [name for name in variants if name.startswith("PCGrad")]

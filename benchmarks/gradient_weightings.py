@@ -13,39 +13,31 @@ task. One thread, process CPU time, variants interleaved; printed are medians. P
 
 from __future__ import annotations
 
-import os
-
-for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ[_name] = "1"  # before torch and numpy are imported
+import _timing  # noqa: F401, isort: skip  # before torch: one thread
 
 import argparse
-import contextlib
 import importlib.util
-import io
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as nnf
+from _timing import BATCH, Run, binary_data, fair_epoch, fair_trainer, libmtl_epoch, measure, resident, settings
 from torch import Tensor
 
 import libmtl_fair as lf
-from libmtl_fair.models import MLP, linear_heads
 
 import LibMTL.weighting  # isort: skip
 
-FEATURES, HIDDEN, BATCH = 100, (128, 64), 256
 NAMES = ("MGDA", "PCGrad", "GradVac", "CAGrad")
 ARGS: dict[str, dict[str, Any]] = {
     "MGDA": {"mgda_gn": "none"},
     "GradVac": {"beta": 0.5},
     "CAGrad": {"calpha": 0.5, "rescale": 1},
 }
-Step = Callable[[], None]
 
 
 def as_shipped(name: str) -> type[Any]:
@@ -63,7 +55,6 @@ def as_shipped(name: str) -> type[Any]:
 
 SHIPPED = {name: as_shipped(name) for name in NAMES if name != "CAGrad"}
 lf.heal()
-from LibMTL import Trainer
 from LibMTL.architecture import HPS
 
 
@@ -74,56 +65,7 @@ class OwnHPS(HPS):  # type: ignore[misc]
         self.encoder.zero_grad(set_to_none=False)
 
 
-def data(steps: int, n: int) -> lf.ResidentLoader:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(steps * BATCH, FEATURES, generator=generator)
-    logits = x @ torch.randn(FEATURES, n, generator=generator) / FEATURES**0.5
-    labels = {f"t{i}": (logits[:, i] > 0).float() for i in range(n)}
-    sex = {"sex": (x[:, 0] > 0).long()}
-    return lf.ResidentLoader(x, labels, sex, batch_size=BATCH, shuffle=False, seed=0, device="cpu")
-
-
-def settings(n: int) -> dict[str, Any]:
-    tasks = [lf.Binary(f"t{i}") for i in range(n)]
-    torch.manual_seed(0)
-    return {
-        "task_dict": lf.task_dict(tasks),
-        "encoder_class": lambda: MLP(FEATURES, HIDDEN),
-        "decoders": linear_heads(tasks, HIDDEN[-1]),
-        "rep_grad": False,
-        "multi_input": False,
-        "optim_param": {"optim": "adam", "lr": 1e-3},
-        "scheduler_param": None,
-    }
-
-
-def libmtl(
-    loader: lf.ResidentLoader, test: lf.ResidentLoader, n: int, weighting: Any, architecture: Any, args: Any
-) -> Step:
-    with contextlib.redirect_stdout(io.StringIO()):
-        trainer = Trainer(weighting=weighting, architecture=architecture, weight_args=args, arch_args={}, **settings(n))
-
-    def epoch() -> None:
-        with contextlib.redirect_stdout(io.StringIO()):
-            trainer.train(loader, test, 1)
-
-    return epoch
-
-
-def fair(loader: lf.ResidentLoader, n: int, weighting: str, args: Any) -> Step:
-    trainer = lf.FairTrainer(
-        weighting=weighting,
-        architecture="HPS",
-        weight_args=args,
-        device="cpu",
-        progress=False,
-        select="last",
-        **settings(n),
-    )
-    return lambda: trainer.train(loader, epochs=trainer.epoch + 1) and None
-
-
-def by_hand(loader: lf.ResidentLoader, n: int, backward: Callable[[Any, Tensor, list[Tensor], Any], None]) -> Step:
+def by_hand(loader: lf.ResidentLoader, n: int, backward: Callable[[Any, Tensor, list[Tensor], Any], None]) -> Run:
     """Return an epoch of a loop as the peers' documentation has it; ``backward(encoder, h, logits, labels)``."""
     made = settings(n)
     encoder, heads = made["encoder_class"](), made["decoders"]
@@ -144,7 +86,7 @@ def losses_of(logits: list[Tensor], labels: Any) -> list[Tensor]:
     return [nnf.binary_cross_entropy_with_logits(z, labels[f"t{i}"]) for i, z in enumerate(logits)]
 
 
-def torchjd(loader: lf.ResidentLoader, n: int, name: str) -> dict[str, Step]:
+def torchjd(loader: lf.ResidentLoader, n: int, name: str) -> dict[str, Run]:
     """Return TorchJD's two ways to the aggregator of that name; none where it, or what it needs, is not installed."""
     try:
         from torchjd import aggregation
@@ -173,8 +115,8 @@ def torchjd(loader: lf.ResidentLoader, n: int, name: str) -> dict[str, Step]:
     return {"TorchJD": by_hand(loader, n, jacobian), "autogram": by_hand(loader, n, gramian)}
 
 
-def regularisers(loader: lf.ResidentLoader, n: int) -> dict[str, Step]:
-    found = {"FairTrainer": fair(loader, n, "GroupRegulariser", {})}
+def regularisers(loader: lf.ResidentLoader, n: int) -> dict[str, Run]:
+    found = {"FairTrainer": fair_epoch(fair_trainer("GroupRegulariser", settings(n)), loader)}
     if importlib.util.find_spec("fairret") is None:
         print("fairret left out: it is not installed")
         return found
@@ -191,18 +133,6 @@ def regularisers(loader: lf.ResidentLoader, n: int) -> dict[str, Step]:
     return {**found, "fairret": by_hand(loader, n, backward)}
 
 
-def measure(variants: dict[str, Step], rounds: int, steps: int) -> dict[str, float]:
-    """Return milliseconds of CPU a step: the median over rounds, variants interleaved; the first round only warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(rounds + 1):
-        for name, run in variants.items():
-            started = time.process_time()
-            run()
-            if turn:
-                seconds[name].append(time.process_time() - started)
-    return {name: 1e3 * statistics.median(taken) / steps for name, taken in seconds.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a few steps, to check that it runs")
@@ -210,23 +140,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     steps, rounds = (2, 1) if args.smoke else (8, args.rounds)
     columns = ("LibMTL", "mended", "FairTrainer", "TorchJD", "autogram", "fairret")
     results: dict[str, dict[str, dict[str, float]]] = {}
     for n in [2] if args.smoke else args.tasks:
-        loader, test = data(steps, n), data(1, n)
+        loader, test = (resident(*binary_data(many * BATCH, n), shuffle=False) for many in (steps, 1))
         rows = {name: torchjd(loader, n, name) for name in NAMES}
         for name, variants in rows.items():
             more = ARGS.get(name, {})
             if name in SHIPPED:
-                variants["LibMTL"] = libmtl(loader, test, n, SHIPPED[name], OwnHPS, more)
-            variants["mended"] = libmtl(loader, test, n, getattr(LibMTL.weighting, name), HPS, more)
-            variants["FairTrainer"] = fair(loader, n, name, more)
+                variants["LibMTL"] = libmtl_epoch(
+                    loader, test, SHIPPED[name], settings(n), architecture=OwnHPS, weight_args=more
+                )
+            mended = getattr(LibMTL.weighting, name)
+            variants["mended"] = libmtl_epoch(loader, test, mended, settings(n), weight_args=more)
+            variants["FairTrainer"] = fair_epoch(fair_trainer(name, settings(n), weight_args=more), loader)
         rows["GroupRegulariser"] = regularisers(loader, n)
         print(f"\nT = {n}: milliseconds of CPU a step")
         print(f"{'':18}" + "".join(f"{column:>13}" for column in columns))
-        results[str(n)] = {name: measure(variants, rounds, steps) for name, variants in rows.items()}
+        results[str(n)] = {
+            name: {each: 1e3 * statistics.median(taken) for each, taken in measure(variants, rounds, steps).items()}
+            for name, variants in rows.items()
+        }
         for name, found in results[str(n)].items():
             cells = (f"{found[column]:13.2f}" if column in found else f"{'-':>13}" for column in columns)
             print(f"{name:18}" + "".join(cells))

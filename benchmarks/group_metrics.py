@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 import tracemalloc
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,6 +20,7 @@ from unittest import mock
 import fairlearn.metrics as flm
 import numpy as np
 import torch
+from _timing import measure, ratio
 from fairlearn.metrics import _annotated_metric_function as annotated
 from sklearn.metrics import roc_auc_score
 from threadpoolctl import threadpool_limits
@@ -32,28 +32,14 @@ RATES = ("selection_rate", "true_positive_rate", "false_positive_rate")
 FUNCTIONS = {name: getattr(flm, name) for name in RATES}
 
 
-def cpu(call: Callable[[], Any], repeats: int) -> float:
-    """Return the process CPU time of one call, in seconds."""
-    start = time.process_time()
-    for _ in range(repeats):
-        call()
-    return (time.process_time() - start) / repeats
-
-
 def rounds(variants: Mapping[str, tuple[Callable[[], Any], int]], count: int) -> dict[str, list[float]]:
-    """Time every variant once a round, in turn."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for call, _ in variants.values():
-        call()
-    for _ in range(count):
-        for name, (call, repeats) in variants.items():
-            times[name].append(cpu(call, repeats))
-    return times
+    """Time every variant once a round, a call so many times over."""
 
+    def repeated(call: Callable[[], Any], repeats: int) -> Callable[[], None]:
+        return lambda: [call() for _ in range(repeats)] and None
 
-def ratio(times: Mapping[str, list[float]], slow: str, fast: str) -> float:
-    """Return the median over rounds of slow / fast."""
-    return statistics.median(a / b for a, b in zip(times[slow], times[fast]))
+    repeats = {name: many for name, (_, many) in variants.items()}
+    return measure({name: repeated(*each) for name, each in variants.items()}, count, repeats)
 
 
 def _stack_mended(column: Any) -> Any:
@@ -121,11 +107,11 @@ def rate_row(n: int, groups: int, count: int, stock: bool) -> str:
     ours(y, p, group, groups)
     memory = tracemalloc.get_traced_memory()[1] / 1e6
     tracemalloc.stop()
-    shown, plain = (f"{ratio(times, 'stock', name):8.0f}" if stock else "       -" for name in ("ours", "table"))
+    shown, plain = (f"{ratio(times['stock'], times[name]):8.0f}" if stock else "       -" for name in ("ours", "table"))
     own, frame, rows = (statistics.median(times[name]) * 1e3 for name in ("ours", "whole", "table"))
     return (
-        f"{n:9,d} {groups:6d} {own:9.3f} {ratio(times, 'mended', 'ours'):8.0f} {ratio(times, 'bare', 'ours'):8.0f} {shown}"
-        f" {memory:8.1f} {frame:10.1f} {ratio(times, 'mended', 'whole'):8.1f} {rows:14.2f} {plain}"
+        f"{n:9,d} {groups:6d} {own:9.3f} {ratio(times['mended'], times['ours']):8.0f} {ratio(times['bare'], times['ours']):8.0f} {shown}"
+        f" {memory:8.1f} {frame:10.1f} {ratio(times['mended'], times['whole']):8.1f} {rows:14.2f} {plain}"
     )
 
 
@@ -149,7 +135,7 @@ def auc_row(n: int, groups: int, count: int) -> str:
         mine()
         memory = tracemalloc.get_traced_memory()[1] / 1e6
         tracemalloc.stop()
-        row += f" {statistics.median(times['ours']) * 1e3:9.2f} {ratio(times, 'sklearn', 'ours'):8.1f} {memory:8.1f}"
+        row += f" {statistics.median(times['ours']) * 1e3:9.2f} {ratio(times['sklearn'], times['ours']):8.1f} {memory:8.1f}"
     return row
 
 

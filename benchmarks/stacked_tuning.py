@@ -24,8 +24,10 @@ import contextlib
 import io
 import statistics
 import time
+from functools import partial
 
 import torch
+from _timing import measure, ratio
 
 import libmtl_fair as lf
 from libmtl_fair.libmtl.loading import Trainer
@@ -92,28 +94,31 @@ def libmtl(recipe, data, method, members, epochs, device) -> None:
     trainer.train(rows, one, epochs)
 
 
-def measure(options: argparse.Namespace, method: str, hidden: list[int]) -> dict[str, float]:
+def trials(options: argparse.Namespace, method: str, hidden: list[int]) -> dict[str, float]:
     """Print trials a minute; return other -> how many times as fast stacked is, the median over rounds."""
     recipe = recipe_of(hidden, options.epochs)
     data = make_dataset(recipe, 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    clock = time.perf_counter if options.wall or device.type == "cuda" else time.process_time
-    variants = {"stacked": (stacked, options.members), "one at a time": (single, 2), "LibMTL": (libmtl, 1)}
-    per_trial: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(options.rounds):
-        for name, (run, members) in variants.items():
-            began = clock()
-            with contextlib.redirect_stdout(io.StringIO()):
-                run(recipe, data, method, members, options.epochs, device)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-            per_trial[name].append((clock() - began) / members)
+    on_cpu = device.type == "cpu"
+
+    def clock() -> float:
+        if not on_cpu:
+            torch.cuda.synchronize()
+        return time.process_time() if on_cpu and not options.wall else time.perf_counter()
+
+    members = {"stacked": options.members, "one at a time": 2, "LibMTL": 1}
+    runs = {
+        name: partial(run, recipe, data, method, members[name], options.epochs, device)
+        for name, run in zip(members, (stacked, single, libmtl))
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        per_trial = measure(runs, options.rounds, members, 0, clock)
     widths = "-".join(map(str, hidden))
     rates = ", ".join(f"{name} {60 / statistics.median(times):.0f}" for name, times in per_trial.items())
     print(f"{method}, {widths}, M = {options.members}, {device}: trials a minute: {rates}")
     found = {}
     for other in ("one at a time", "LibMTL"):
-        found[other] = statistics.median(b / a for a, b in zip(per_trial["stacked"], per_trial[other]))
+        found[other] = ratio(per_trial[other], per_trial["stacked"])
         print(f"  stacked against {other}: {found[other]:.2f} times")
     return found
 
@@ -135,7 +140,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     widths = [[32, 16], [64, 32], [128, 64], [256, 128], [512, 256]] if options.widths else [options.hidden]
     for method in options.method:
-        found = {tuple(hidden): measure(options, method, hidden)["one at a time"] for hidden in widths}
+        found = {tuple(hidden): trials(options, method, hidden)["one at a time"] for hidden in widths}
         paying = [hidden for hidden, times in found.items() if times >= PAYS]
         if options.widths:
             print(f"{method}: stacking gains a tenth or more up to {max(paying) if paying else 'no width'}")
