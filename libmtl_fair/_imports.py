@@ -9,7 +9,6 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
 
 from libmtl_fair.errors import HostError
 
@@ -72,7 +71,7 @@ def lazy(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], object
     return attribute, lambda: sorted({*sys.modules[package].__dict__, *where})
 
 
-def optional(module: str, extra: str, product: str = "") -> Any:
+def optional(module: str, extra: str, product: str = "") -> ModuleType:
     """Return an optional module; HostError names the extra that brings it."""
     try:
         return import_module(module)

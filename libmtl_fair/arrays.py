@@ -13,6 +13,7 @@ from torch import Tensor
 from libmtl_fair.data.frames import is_numeric
 from libmtl_fair.data.tables import to_pandas
 from libmtl_fair.errors import DataError
+from libmtl_fair.files import Json
 
 Array: TypeAlias = NDArray[Any]
 Floats: TypeAlias = NDArray[np.float64]
@@ -84,6 +85,6 @@ def divide(numerator: Array, denominator: Array) -> Floats:
         return np.asarray(np.where(denominator != 0, numerator / denominator, np.nan))
 
 
-def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+def records(frame: pd.DataFrame) -> list[Json]:
     """Return the rows of a frame as plain objects."""
     return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]

@@ -20,10 +20,12 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from libmtl_fair.errors import CheckpointError, DamagedFileError
 
+Json: TypeAlias = dict[str, Any]
+"""An object of a JSON or YAML file, whose values are of any type."""
 BLANK_SEAL = "libmtl_fair sha256 " + "0" * 64
 """A seal before the digest is known: a format that nothing may follow, such as parquet or JSON, holds it somewhere inside."""
 DAMAGE = (

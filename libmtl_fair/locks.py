@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Concatenate, ParamSpec, Protocol, TypeVar
 
 from libmtl_fair.errors import CheckpointError
 from libmtl_fair.files import need_writable, unwritable, writes
@@ -26,7 +26,17 @@ LOCK = ".lock"
 GRACE = 60.0
 """Seconds without a sign of life after which a process on another machine counts as dead."""
 _PROC = Path("/proc")
-_F = TypeVar("_F", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class InFolder(Protocol):
+    """What has a folder, or none."""
+
+    run_dir: Path | None
+
+
+S = TypeVar("S", bound=InFolder)
 
 
 def machine() -> str:
@@ -159,18 +169,18 @@ def _works(owner: dict[str, object], path: Path, grace: float) -> bool:
         clock.unlink(missing_ok=True)
 
 
-def alone_in_its_folder(method: _F) -> _F:
+def alone_in_its_folder(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
     """Make a method of something with a ``run_dir`` be alone in it; where that is None it is as before.
 
     So it is in all processes of a training but the first.
     """
 
     @functools.wraps(method)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         if self.run_dir is None:
             return method(self, *args, **kwargs)
         need_writable(self.run_dir)
         with alone_in(self.run_dir):
             return method(self, *args, **kwargs)
 
-    return cast("_F", wrapped)
+    return wrapped

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from libmtl_fair.errors import CheckpointError, DamagedFileError, DataError
+from libmtl_fair.files import Json
 from libmtl_fair.summaries import Lines, Summarised, shares
 from libmtl_fair.tasks import IGNORE_INDEX, Ranged, Task, task_from_dict, task_to_dict
 
@@ -254,7 +255,7 @@ def side_by_side(found: Sequence[Predictions]) -> Predictions:
     """Return predictions of several models of one task each, for the same examples, as those of one model."""
     if len(found) == 1:
         return found[0]
-    joined: dict[str, Any] = {
+    joined: Json = {
         name: {task: value for each in found for task, value in getattr(each, name).items()}
         for name in ("scores", "outputs", "labels", "raw")
     }

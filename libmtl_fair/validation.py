@@ -133,7 +133,7 @@ Classes = Annotated[_Named | None, *_OPTIONAL]
 _adapter = cache(TypeAdapter)
 
 
-def checked(kind: Any, value: object, what: str) -> Any:
+def checked(kind: object, value: object, what: str) -> Any:
     """Return ``value`` as pydantic takes it for a type; ``what`` says where it stands, in the DataError.
 
     >>> checked(Listed, "age", "features")

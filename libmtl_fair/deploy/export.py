@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from libmtl_fair.deploy.loading import load
 from libmtl_fair.deploy.model_card import model_card
 from libmtl_fair.deploy.predictor import Network, Predictor, class_names
 from libmtl_fair.errors import FairMTLError, HostError, RecipeError, unknown
-from libmtl_fair.files import atomic_path, read_json, write_json, write_text
+from libmtl_fair.files import Json, atomic_path, read_json, write_json, write_text
 from libmtl_fair.methods.heads.auxiliary import drop_fairness_heads
 from libmtl_fair.recipe.schema import load_recipe
 from libmtl_fair.tasks import Regression, Task
@@ -108,10 +107,10 @@ def export(
     return folder / name, about, write_text(folder / CARD, model_card(predictor, format))
 
 
-def preprocessing(predictor: Predictor) -> dict[str, Any]:
+def preprocessing(predictor: Predictor) -> Json:
     """Return, as plain values, how a row becomes ``x``, column by column, and how outputs become decisions."""
     rows = predictor.rows
-    tasks: dict[str, dict[str, Any]] = {}
+    tasks: dict[str, Json] = {}
     for task in rows.tasks:
         unit = "value in native units" if task.kind == "regression" else "probability"
         about = tasks[task.name] = {"kind": task.kind, "output": unit}
@@ -132,7 +131,7 @@ def preprocessing(predictor: Predictor) -> dict[str, Any]:
     }
 
 
-def columns(encoder: FeatureEncoder, dates: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+def columns(encoder: FeatureEncoder, dates: Mapping[str, str]) -> Iterator[Json]:
     """Yield what each column of ``x`` is of a row, in order; ``value`` is text, in which whole numbers have no ``.0``."""
     numeric, texts = ([n for n, kind in encoder.kinds.items() if kind == k] for k in ("numeric", "categorical"))
     for name, fill, centre, scale in zip(numeric, encoder.fill, encoder.centre, encoder.scale):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from libmtl_fair.data.new_rows import NewRows
 from libmtl_fair.deploy.predictor import Made, Network, Predictor, Reduced
 from libmtl_fair.errors import CheckpointError, DataError, FairMTLError, HostError, RecipeError, unknown
-from libmtl_fair.files import read_json
+from libmtl_fair.files import Json, read_json
 from libmtl_fair.libmtl import checkpoint
 from libmtl_fair.libmtl.trainer import FairTrainer
 from libmtl_fair.metrics.post_models import Blend, PostModel
@@ -153,7 +152,7 @@ def _network(own: Path, recipe: Recipe, method: str, seed: int, rows: NewRows, d
 
 def _trainer(
     path: Path,
-    held: dict[str, Any],
+    held: Json,
     recipe: Recipe,
     method: str,
     seed: int,
@@ -162,7 +161,7 @@ def _trainer(
     device: str,
 ) -> FairTrainer:
     with checkpoint.random_state_kept():
-        plain: dict[str, Any] = {
+        plain: Json = {
             "weighting": "EW",
             "weight_args": {},
             "loggers": (),
@@ -180,7 +179,7 @@ def _trainer(
     return trainer
 
 
-def _voters(post: dict[str, Any], own: Path) -> dict[str, Any]:
+def _voters(post: Json, own: Path) -> Json:
     if not post.get("voters"):
         raise CheckpointError(
             f"{own}: the run was made by an earlier version, which did not keep the predictors of its reduction; run it again"
@@ -199,7 +198,7 @@ def _post_model(folder: Path, recipe: Recipe, method: str, seed: int) -> PostMod
         raise CheckpointError(f"{path} does not give what {method!r} was made of: {error}; run again") from error
 
 
-def _of_earlier_version(folder: Path, recipe: Recipe, method: str, seed: int, own: Path) -> dict[str, Any]:
+def _of_earlier_version(folder: Path, recipe: Recipe, method: str, seed: int, own: Path) -> Json:
     """Return what ``model.json`` would hold, made of the recipe and its data."""
     try:
         data = data_for(recipe, method, make_dataset(recipe, seed))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from libmtl_fair.deploy.predictor import Predictor
+from libmtl_fair.files import Json
 from libmtl_fair.recipe.yaml_source import emit_yaml
 from libmtl_fair.report import judged
 from libmtl_fair.report.card import card_markdown
-from libmtl_fair.report.run_folder import RunFolder, number, read_run, rows
+from libmtl_fair.report.run_folder import Row, RunFolder, number, read_run, rows
 
 _KINDS = {"regression": "tabular-regression"}
 _METRICS = {
@@ -50,7 +50,7 @@ def model_card(predictor: Predictor, format: str) -> str:
         "name": str(run.data_card.get("title") or run.name),
         "split": run.split,
     }
-    front: dict[str, Any] = {
+    front: Json = {
         "library_name": "libmtl_fair",
         "pipeline_tag": min(kinds),
         "tags": ["fairness", "multi-task-learning", "LibMTL", *sorted(kinds), format],
@@ -89,7 +89,7 @@ def model_card(predictor: Predictor, format: str) -> str:
     )
 
 
-def _measured(predictor: Predictor, run: RunFolder) -> Iterator[tuple[str, dict[str, Any]]]:
+def _measured(predictor: Predictor, run: RunFolder) -> Iterator[tuple[str, Json]]:
     """Yield (task, entry of the index) of what was measured of this method and seed: utility, then gaps of groups with enough people."""
     utility, gaps = (
         frame[(frame["method"] == predictor.method) & (frame["seed"] == predictor.seed) & frame["value"].notna()]
@@ -102,5 +102,5 @@ def _measured(predictor: Predictor, run: RunFolder) -> Iterator[tuple[str, dict[
         yield str(row.task), {"type": f"{row.metric}_difference", "value": _number(row), "name": name}
 
 
-def _number(row: Any) -> float:
+def _number(row: Row) -> float:
     return round(number(row.value), 6)

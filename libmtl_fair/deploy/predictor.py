@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,12 +19,13 @@ from libmtl_fair.data.loader import ResidentLoader
 from libmtl_fair.data.new_rows import NewRows
 from libmtl_fair.data.tables import Source, read_frame
 from libmtl_fair.errors import DataError, unknown
+from libmtl_fair.files import Json
 from libmtl_fair.libmtl.trainer import FairTrainer
 from libmtl_fair.metrics.post_models import PostModel
 from libmtl_fair.metrics.scores import Held, thresholds_in_use
 from libmtl_fair.predictions import Predictions, side_by_side
 from libmtl_fair.recipe.build import EVAL_BATCH
-from libmtl_fair.recipe.reduction import Voter, decided_by
+from libmtl_fair.recipe.reduction import decided_by
 from libmtl_fair.tasks import IGNORE_INDEX, Multiclass, Multilabel, Task
 
 
@@ -43,7 +43,7 @@ class Network:
             tasks = [task for task in trainer.tasks.values() if task is not None and not task.auxiliary]
             labels = {task.name: _no_labels(task, n_rows) for task in tasks}
             names = {attribute: rows.groups[attribute] for attribute in groups}
-            how: dict[str, Any] = {"batch_size": EVAL_BATCH, "shuffle": False, "seed": 0, "device": trainer.device}
+            how: Json = {"batch_size": EVAL_BATCH, "shuffle": False, "seed": 0, "device": trainer.device}
             loader = ResidentLoader(x, labels, groups, group_names=names, **how)
             found.append(trainer.predict(loader, embeddings=True))
         return side_by_side(found)
@@ -67,7 +67,7 @@ class Made:
 class Reduced:
     """Weighted voters for each binary task; other tasks are those of the method that it is made of."""
 
-    voters: Mapping[str, list[Voter]]
+    voters: Mapping[str, list[Json]]
     source: Predictor
 
     def predictions(self, rows: NewRows, frame: pd.DataFrame, groups: dict[str, Tensor]) -> Predictions:

@@ -39,7 +39,7 @@ def on_host(values: Tensor) -> Any:
     return values.numpy() if on_cpu(values) else values
 
 
-def library(values: Any) -> Any:
+def library(values: object) -> Any:
     """Return torch for a tensor, numpy for an array: functions of one name, with dimensions as the second argument."""
     return torch if isinstance(values, Tensor) else np
 

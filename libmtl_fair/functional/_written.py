@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import BackwardCFunction, once_differentiable
 
 
 class _Written(torch.autograd.Function):
@@ -17,7 +17,7 @@ class _Written(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: BackwardCFunction, outer: Tensor) -> tuple[Tensor | None, ...]:
         grads = [
             None if grad is None else outer.view(*outer.shape, *(1,) * (grad.dim() - outer.dim())) * grad
             for grad in ctx.saved_tensors

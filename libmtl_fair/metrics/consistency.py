@@ -20,6 +20,7 @@ from torch import Tensor
 
 from libmtl_fair.arrays import Bools, Floats, Values, as_floats, as_numpy, records
 from libmtl_fair.errors import DataError, unknown
+from libmtl_fair.files import Json
 from libmtl_fair.metrics.near_pairs import Distance, Features, NearPairs, Weights, find_near_pairs, reference_matrix
 from libmtl_fair.metrics.ranks import LEAST_GINI, LIMITS, RankedTask, Scores, apart, gini, mean_known
 from libmtl_fair.metrics.scores import Held, thresholds_in_use
@@ -85,7 +86,7 @@ class ConsistencyReport:
         """F, the mean over attributes and tasks; NaN without flip twins."""
         return mean_known(self.flips["flip"])
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[Json]:
         """Return task ("macro" for the mean over tasks), metric, value, low, high: NaN where there is no interval."""
         tasks = {str(row["task"]): row for row in records(self.per_task)}
         low, high = self.interval
@@ -102,7 +103,7 @@ class ConsistencyReport:
             found += [(row["task"], name, value, math.nan, math.nan) for name, value in each]
         return [dict(zip(("task", "metric", "value", "low", "high"), row)) for row in found]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Return plain Python values, ready for JSON: rows, split, worst_pairs, undefined, protocol."""
         tables = {"rows": self.rows(), "split": records(self.split), "worst_pairs": records(self.worst_pairs)}
         return {**tables, "undefined": self.undefined, "protocol": self.protocol}
@@ -329,13 +330,13 @@ def consistency_score(
     return 1 - ConsistencyAudit(frame, train=frame, **options).run(arrays).inconsistency
 
 
-def consistency_scorer(**options: Any) -> Callable[[Any, Features, object], float]:
+def consistency_scorer(**options: Any) -> Callable[[object, Features, object], float]:
     """Return ``scorer(estimator, X, y)`` for ``cross_validate`` or ``GridSearchCV``: :func:`consistency_score` of predictions.
 
     Of ``predict_proba`` where the estimator has it, else of ``decision_function``, else of ``predict``.
     """
 
-    def scorer(estimator: Any, X: Features, y: object = None) -> float:
+    def scorer(estimator: object, X: Features, y: object = None) -> float:
         how = next(n for n in ("predict_proba", "decision_function", "predict") if hasattr(estimator, n))
         return consistency_score(getattr(estimator, how)(X), X, **options)
 

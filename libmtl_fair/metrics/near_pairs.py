@@ -7,13 +7,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
 
 from libmtl_fair.arrays import Bools, Floats, Ints, Values, as_floats
-from libmtl_fair.data.frames import as_numbers, is_date
+from libmtl_fair.data.frames import Series, as_numbers, is_date
 from libmtl_fair.data.tables import settled
 from libmtl_fair.errors import CheckpointError, DataError, unknown
 from libmtl_fair.files import DAMAGE, atomic_path
@@ -62,7 +62,7 @@ class NearPairs:
 
     def save(self, path: str | Path) -> Path:
         """Write a compressed file that :meth:`load` reads."""
-        kept: dict[str, Any] = {name: getattr(self, name).astype(np.int32) for name in ("anchors", "neighbours")}
+        kept = {name: getattr(self, name).astype(np.int32) for name in ("anchors", "neighbours")}
         with atomic_path(path) as temporary, open(temporary, "wb") as stream:
             np.savez_compressed(stream, **kept, distances=self.distances, n=self.n, digest=self.digest)
         return Path(path)
@@ -144,7 +144,7 @@ def _frame(features: Features) -> pd.DataFrame:
     return pd.DataFrame(values)
 
 
-def _is_number(column: pd.Series[Any]) -> bool:
+def _is_number(column: Series) -> bool:
     return pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from libmtl_fair.errors import CheckpointError, FairMTLError, RecipeError
-from libmtl_fair.files import plain
+from libmtl_fair.files import Json, plain
 from libmtl_fair.predictions import Predictions
-from libmtl_fair.recipe.measure import Protocol, Row, measure, scores_digest
+from libmtl_fair.recipe.measure import Protocol, measure, scores_digest
 from libmtl_fair.recipe.people import measured_from_kept
 from libmtl_fair.recipe.schema import Recipe
 
@@ -17,8 +17,8 @@ _OF_TRAINING = ("settings", "weighting", "checkpoint", "timing", "post", "digest
 
 
 def measured_again(
-    recipe: Mapping[str, object], protocol: Row, folder: Path, metrics: Row, changed: Sequence[str]
-) -> Row:
+    recipe: Mapping[str, object], protocol: Json, folder: Path, metrics: Json, changed: Sequence[str]
+) -> Json:
     """Return the content of ``metrics.json`` for the predictions that are in ``folder`` now; ``changed`` splits are not as recorded.
 
     Where outputs changed and the scores beside them did not, the scores follow the outputs. What needs the model is left out: its own
@@ -52,5 +52,5 @@ def measured_again(
             f"{folder}: the saved predictions ({', '.join(changed)}) are not those that metrics.json was measured on, and they "
             f"cannot be measured: {error}"
         ) from error
-    again: Row = plain(content | {name: metrics[name] for name in _OF_TRAINING if name in metrics})
+    again: Json = plain(content | {name: metrics[name] for name in _OF_TRAINING if name in metrics})
     return again

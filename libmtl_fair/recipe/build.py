@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from libmtl_fair.data import Dataset, ResidentLoader, dataset_names, load_dataset, load_table
 from libmtl_fair.data.streamed import FileLoader
 from libmtl_fair.errors import DataError, HostError, RecipeError
+from libmtl_fair.files import Json
 from libmtl_fair.libmtl.checkpoint import random_state_kept, seed_everything
 from libmtl_fair.libmtl.losses import task_dict
 from libmtl_fair.libmtl.registry import (
@@ -103,7 +104,7 @@ def make_dataset(recipe: Recipe, seed: int) -> Dataset:
     """Return the recipe's data; ``seed`` decides the split where the recipe says ``resplit``."""
     data = recipe.data
     names = ("split", "missing", "subset", "min_frequency", "max_categories", "sensitive_inputs")
-    options: dict[str, Any] = {name: getattr(data, name) for name in names}
+    options: Json = {name: getattr(data, name) for name in names}
     options |= {"seed": seed if data.resplit else data.split_seed, "keep_groups": dict(data.keep_groups) or None}
     options["test_seed"] = data.test_seed if data.resplit else None
     if data.name is not None:
@@ -185,7 +186,7 @@ def loaders(data: Dataset, batch_size: int, seed: int, device: torch.device) -> 
 
 def only(data: Dataset, tasks: tuple[str, ...]) -> Dataset:
     """Return the data with the labels of some tasks only."""
-    parts: dict[str, Any] = {name: split.only(tasks) for name, split in data.splits().items()}
+    parts: Json = {name: split.only(tasks) for name, split in data.splits().items()}
     return dataclasses.replace(data, **parts)
 
 

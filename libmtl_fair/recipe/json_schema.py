@@ -10,18 +10,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from libmtl_fair.files import atomic_path
+from libmtl_fair.files import Json, atomic_path
 from libmtl_fair.recipe.schema import Recipe
 
-Schema = dict[str, Any]
 FILE = "recipe.schema.json"
 _SPELT = ("classes", "merge", "keep", "keep_groups", "labels")
 """Fields of values of a column, which may be spelt like numbers."""
 
 
-def recipe_schema() -> Schema:
+def recipe_schema() -> Json:
     """Return the JSON schema (draft 2020-12) of recipes."""
-    made: Schema = _widened(Recipe.model_json_schema())
+    made: Json = _widened(Recipe.model_json_schema())
     method = made["$defs"]["Method"]
     method["additionalProperties"] = {"description": "a setting of the weighting: libmtl-fair methods NAME lists them"}
     method.pop("required", None)  # a weighting, or post
@@ -40,7 +39,7 @@ def shipped_schema() -> str:
     return (resources.files("libmtl_fair.recipe") / FILE).read_text(encoding="utf-8")
 
 
-def with_settings(schema: Schema) -> Schema:
+def with_settings(schema: Json) -> Json:
     """Return the schema with the settings of every weighting that is installed here, for an editor to complete."""
     from libmtl_fair.libmtl.registry import described, weighting_names
 
@@ -56,12 +55,12 @@ def with_settings(schema: Schema) -> Schema:
     return {**schema, "$defs": schema["$defs"] | {"Method": method}}
 
 
-def as_text(schema: Schema) -> str:
+def as_text(schema: Json) -> str:
     """Return a schema as the file holds it."""
     return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
 
 
-def _widened(node: Any) -> Any:
+def _widened(node: object) -> Any:
     """Return a schema where one value stands for a list of one, nothing for a default, and no title repeats a name."""
     if isinstance(node, list):
         return [_widened(item) for item in node]

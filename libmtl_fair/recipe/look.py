@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,8 +15,8 @@ from libmtl_fair.data.frames import Series, as_numbers, as_text, column_of, is_d
 from libmtl_fair.data.sensitive import MOST_NUMBERS, quartiles
 from libmtl_fair.data.spec import words
 from libmtl_fair.errors import DataError, RecipeError
+from libmtl_fair.files import Json
 
-Fields = dict[str, Any]
 _MOST_CLASSES, _FEW_INTEGERS, _ROWS = 20, 10, 4000
 _MOSTLY_MISSING, _NEARLY_ALL, _PERFECT = 0.6, 0.9, 0.98
 _TEST_SHARE, _TEST_PEOPLE = 0.2, 30
@@ -59,7 +58,7 @@ class Look:
     ----------
     n_rows : int
         Of the table.
-    tasks, sensitive : dict of str to Fields
+    tasks, sensitive : dict of str to Json
         Name -> fields of its spec.
     drop : list of str
         Columns that are no inputs.
@@ -70,8 +69,8 @@ class Look:
     """
 
     n_rows: int
-    tasks: dict[str, Fields] = field(default_factory=dict)
-    sensitive: dict[str, Fields] = field(default_factory=dict)
+    tasks: dict[str, Json] = field(default_factory=dict)
+    sensitive: dict[str, Json] = field(default_factory=dict)
     drop: list[str] = field(default_factory=list)
     why: dict[str, str] = field(default_factory=dict)
     inputs: list[str] = field(default_factory=list)
@@ -173,7 +172,7 @@ def _no_task(series: Series) -> str:
     return ""
 
 
-def _task(series: Series) -> tuple[Fields, str]:
+def _task(series: Series) -> tuple[Json, str]:
     """Return the spec of a task of one column, and its labels in words."""
     seen = _seen(series)
     distinct = int(seen.nunique())
@@ -187,7 +186,7 @@ def _task(series: Series) -> tuple[Fields, str]:
         ones = pd.api.types.is_bool_dtype(series) or set(seen.unique()) == {0, 1}
         positive = "True" if pd.api.types.is_bool_dtype(series) else "1" if ones else _positive(text, numbers)
         share = float((text == positive).mean())
-        fields: Fields = {"kind": "binary"} if ones else {"kind": "binary", "positive": positive}
+        fields: Json = {"kind": "binary"} if ones else {"kind": "binary", "positive": positive}
         return fields, f"{share:.1%} are {positive!r}{gaps}"
     whole = numbers and bool((as_numbers(seen, "target") % 1 == 0).all())
     if numbers and not (whole and distinct <= _FEW_INTEGERS):
@@ -286,7 +285,7 @@ def _sensitive_like(series: Series) -> str:
     return ""
 
 
-def _groups(series: Series, asked: bool) -> tuple[Fields, str] | None:
+def _groups(series: Series, asked: bool) -> tuple[Json, str] | None:
     """Return the spec of an attribute of one column, and its groups in words; None where it makes none."""
     name, n = str(series.name), len(series)
     least = min(int(np.ceil(_TEST_PEOPLE / _TEST_SHARE)), max(n // 10, 2))
@@ -321,7 +320,7 @@ def _edges(values: NDArray[np.float64], age: bool, least: int) -> list[float]:
     return quartiles(values)
 
 
-def _gives_away(column: Series, target: Series, fields: Mapping[str, Any]) -> str:
+def _gives_away(column: Series, target: Series, fields: Json) -> str:
     """Return how well one column alone tells a target, where that is nearly perfect."""
     from sklearn.metrics import balanced_accuracy_score, r2_score
     from sklearn.model_selection import cross_val_predict

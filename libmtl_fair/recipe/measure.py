@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +13,7 @@ import torch
 
 from libmtl_fair import metrics
 from libmtl_fair.errors import CheckpointError, DamagedFileError
-from libmtl_fair.files import file_digest, read_json
+from libmtl_fair.files import Json, file_digest, read_json
 from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS
 from libmtl_fair.metrics.audit import draw_pool
 from libmtl_fair.metrics.drift import targets
@@ -24,7 +23,6 @@ from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.recipe.sections import Audit
 from libmtl_fair.tasks import Ranged, Task
 
-Row = dict[str, Any]
 Ranges = dict[str, tuple[float, float]]
 _BY_SEED = "score_ranges_by_seed"
 
@@ -39,7 +37,7 @@ class Protocol:
         Of the reference's first seed, for all.
     score_ranges : Ranges
         Regression task -> (q10, q90) of outputs in standardised units, of the reference's first seed.
-    about : Row
+    about : Json
         Where they come from.
     by_seed : dict of int to Ranges
         Seed -> score ranges of that seed's reference; a seed that is not there has those of the first, as have all in
@@ -48,7 +46,7 @@ class Protocol:
 
     deltas: dict[str, float]
     score_ranges: Ranges
-    about: Row = field(default_factory=dict)
+    about: Json = field(default_factory=dict)
     by_seed: dict[int, Ranges] = field(default_factory=dict)
 
     @classmethod
@@ -84,7 +82,7 @@ class Protocol:
         known = self.by_seed.get(seed, self.score_ranges)
         return tuple(t.ranged(known[t.name]) if isinstance(t, Ranged) and t.name in known else t for t in tasks)
 
-    def to_dict(self) -> Row:
+    def to_dict(self) -> Json:
         """Return plain values."""
         by_seed = {_BY_SEED: {str(seed): ranges for seed, ranges in self.by_seed.items()}} if self.by_seed else {}
         return {"deltas": self.deltas, "score_ranges": self.score_ranges, **by_seed, **self.about}
@@ -103,7 +101,7 @@ class Protocol:
             ) from error
 
     @classmethod
-    def from_dict(cls, values: Row) -> Protocol:
+    def from_dict(cls, values: Json) -> Protocol:
         """Read what :meth:`to_dict` gave."""
         by_seed = {int(seed): _pairs(ranges) for seed, ranges in values.get(_BY_SEED, {}).items()}
         about = {k: v for k, v in values.items() if k not in ("deltas", "score_ranges", _BY_SEED)}
@@ -117,7 +115,7 @@ def _score_ranges(predictions: Predictions) -> Ranges:
     return {task.name: task.score_range for task in fixed if task.score_range is not None}
 
 
-def _pairs(ranges: Row) -> Ranges:
+def _pairs(ranges: Json) -> Ranges:
     return {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
 
 
@@ -131,10 +129,10 @@ def _delta(name: float | str, audit: Audit, predictions: Predictions) -> float:
     return metrics.quantile_delta(distances, float(name.removeprefix("p")) / 100)
 
 
-def measure(recipe: Recipe, method: str, seed: int, predictions: Mapping[str, Predictions], protocol: Protocol) -> Row:
+def measure(recipe: Recipe, method: str, seed: int, predictions: Mapping[str, Predictions], protocol: Protocol) -> Json:
     """Return everything that ``metrics.json`` holds of one method and seed."""
 
-    def each(of: Callable[[Predictions], object]) -> Row:
+    def each(of: Callable[[Predictions], object]) -> Json:
         return {part: of(p) for part, p in predictions.items()}
 
     settings, weighting = recipe.methods[method].model_dump(), recipe.methods[method].weighting
@@ -144,7 +142,7 @@ def measure(recipe: Recipe, method: str, seed: int, predictions: Mapping[str, Pr
         settings = settings_class.from_args(weighting, recipe.methods[method].args).model_dump() | settings
     base_rate = metrics.base_rate_thresholds(predictions["val"])
     in_use = metrics.thresholds_in_use(predictions["val"], recipe.metrics.threshold)
-    content: Row = {
+    content: Json = {
         "method": method,
         "seed": seed,
         "thresholds": {"base_rate": base_rate, "in_use": in_use},
@@ -175,7 +173,7 @@ def scores_digest(predictions: Predictions) -> str:
     return found.hexdigest()
 
 
-def digests(folder: Path, predictions: Mapping[str, Predictions]) -> Row:
+def digests(folder: Path, predictions: Mapping[str, Predictions]) -> Json:
     """Return what ``metrics.json`` records of each saved file of predictions: its digest, and that of its scores."""
     paths = {part: folder / f"predictions_{part}.parquet" for part in predictions}
     return {
@@ -183,11 +181,11 @@ def digests(folder: Path, predictions: Mapping[str, Predictions]) -> Row:
     }
 
 
-def _records(frame: pd.DataFrame) -> list[Row]:
+def _records(frame: pd.DataFrame) -> list[Json]:
     return [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
 
 
-def _audit(audit: Audit, predictions: Predictions, name: str, delta: float) -> Row:
+def _audit(audit: Audit, predictions: Predictions, name: str, delta: float) -> Json:
     found = metrics.FixedDeltaAudit(delta, **audit.draws, exact=audit.exact, delta_source=name).run(predictions.scores)
     entry = {"delta_name": name, "delta": delta, "bias": found.bias, "violation_rate": found.violation_rate}
     if not audit.exact:  # the shrinkage envelope is exact
@@ -195,14 +193,14 @@ def _audit(audit: Audit, predictions: Predictions, name: str, delta: float) -> R
     return {**entry, "exact": audit.exact, "per_pair": _records(found.per_pair)}
 
 
-def _shrinkage(predictions: Predictions, protocol: Protocol) -> list[Row]:
+def _shrinkage(predictions: Predictions, protocol: Protocol) -> list[Json]:
     """Return the envelope of the shrunk reference, over centre and strength, for each tolerance."""
     scores, wanted = predictions.scores, targets(predictions)
     curves = {name: metrics.shrinkage_curve(scores, wanted, delta) for name, delta in protocol.deltas.items()}
     return [{"delta_name": name, **row} for name, curve in curves.items() for row in _records(curve)]
 
 
-def _groups(recipe: Recipe, predictions: Predictions, threshold: float | str | Held) -> list[Row]:
+def _groups(recipe: Recipe, predictions: Predictions, threshold: float | str | Held) -> list[Json]:
     if not predictions.groups:
         return []
     found = metrics.GroupMetrics(
@@ -215,14 +213,14 @@ def _groups(recipe: Recipe, predictions: Predictions, threshold: float | str | H
     return _records(table[~((table["metric"] == "auc") & table["task"].isin(predictions.decided))])
 
 
-def _induced(predictions: Predictions) -> Row:
+def _induced(predictions: Predictions) -> Json:
     thresholds = metrics.induced_thresholds(predictions.embeddings, predictions.scores)
     return {"tasks": [t.name for t in predictions.tasks], "induced": np.asarray(thresholds).tolist()}
 
 
-def pool_embeddings(recipe: Recipe, predictions: Mapping[str, Predictions]) -> Row:
+def pool_embeddings(recipe: Recipe, predictions: Mapping[str, Predictions]) -> Json:
     """Return the embeddings of each part's audit pool (examples with finite scores on every task): ``<part>/h[/<task>]``."""
-    found: Row = {}
+    found: Json = {}
     for part, p in predictions.items():
         finite = torch.stack([torch.isfinite(s) for s in p.scores.values()]).all(0).numpy()
         rows = found[f"{part}/rows"] = draw_pool(finite, recipe.audit.pool_size, recipe.audit.eval_seed)

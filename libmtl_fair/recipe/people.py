@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,12 +15,12 @@ from libmtl_fair.data.out_of_core import SAMPLE
 from libmtl_fair.data.reference import Reference, reference_without, telling
 from libmtl_fair.data.twins import flipped
 from libmtl_fair.errors import CheckpointError, unknown
+from libmtl_fair.files import Json
 from libmtl_fair.metrics.consistency import ConsistencyAudit, ConsistencyReport, audit_people
 from libmtl_fair.metrics.near_pairs import NearPairs, find_near_pairs, pairs_digest
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.schema import Recipe
 
-Row = dict[str, Any]
 PARTS = ("val", "test")
 Predict = Callable[[Dataset, str], Predictions]
 
@@ -66,10 +65,15 @@ class People:
                 held = predictions[part]
                 yield part, audit_people(audit, held, predictions.get("val"), changed, recipe.metrics.threshold)
 
-    def measured(self, *given: Any) -> dict[str, Any]:
+    def measured(
+        self,
+        recipe: Recipe,
+        predictions: Mapping[str, Predictions],
+        twins: Mapping[str, Mapping[str, list[Predictions]]] | None = None,
+    ) -> Json:
         """Return part -> what ``metrics.json`` holds of :meth:`reports`; rows of the worst pairs are those of the table, too."""
         found = {}
-        for part, report in self.reports(*given):
+        for part, report in self.reports(recipe, predictions, twins):
             content = report.to_dict()
             for pair in content["worst_pairs"]:
                 rows = self.rows.get(part)
@@ -146,9 +150,9 @@ def kept_audit(recipe: Recipe, folder: Path, part: str, seed: int, predictions: 
     return None
 
 
-def measured_from_kept(recipe: Recipe, folder: Path, old: Row, seed: int, held: Mapping[str, Predictions]) -> Row:
+def measured_from_kept(recipe: Recipe, folder: Path, old: Json, seed: int, held: Mapping[str, Predictions]) -> Json:
     """Return what ``metrics.json`` holds of the audit of people, from saved predictions and a run's near pairs; no flip twins."""
-    found: Row = {}
+    found: Json = {}
     for part, predictions in held.items():
         try:
             audit = kept_audit(recipe, folder, part, seed, predictions)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from libmtl_fair.arrays import Array, Bools, as_floats
 from libmtl_fair.data import Dataset, Split
 from libmtl_fair.errors import DataError, unknown
+from libmtl_fair.files import Json
 from libmtl_fair.methods.base import Declared, Names, setting
 from libmtl_fair.methods.targets import Target
 from libmtl_fair.metrics import post_models
@@ -23,7 +24,6 @@ from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.recipe.sections import POST
 from libmtl_fair.tasks import Task, with_nan
 
-Row = dict[str, Any]
 Parts = Mapping[str, Predictions]
 PARTS = ("val", "test")
 _GAP = (
@@ -106,7 +106,7 @@ class ThresholdsSettings(PathSettings):
 
     def fit(self, val: Predictions, threshold: float | str, seed: int) -> PostModel:
         """Return the fitted thresholds."""
-        how: Row = {"objective": self.objective, "threshold": threshold, "seed": seed}
+        how: Json = {"objective": self.objective, "threshold": threshold, "seed": seed}
         return post_models.fit_thresholds(val, self.attribute, self.constraint, **how)
 
 
@@ -181,8 +181,8 @@ def check_post_data(recipe: Recipe, data: Dataset) -> None:
 
 
 def make_post(
-    recipe: Recipe, method: str, seed: int, data: Dataset, sources: Mapping[str, Parts], asked: Sequence[Row] = ()
-) -> tuple[Row, Row]:
+    recipe: Recipe, method: str, seed: int, data: Dataset, sources: Mapping[str, Parts], asked: Sequence[Json] = ()
+) -> tuple[Json, Json]:
     """Return the predictions of a post-processing by part, and how it was made.
 
     ``sources``: those it is made of, by part; ``asked``: what came of the first one's constraints, ``constraint`` of its metrics.
@@ -208,10 +208,10 @@ def fitted(recipe: Recipe, method: str, seed: int, val: Predictions) -> PostMode
 
 
 def _on_path(
-    recipe: Recipe, settings: PathSettings, seed: int, held: Mapping[str, list[Predictions]], asked: Sequence[Row]
-) -> tuple[Row, Row]:
+    recipe: Recipe, settings: PathSettings, seed: int, held: Mapping[str, list[Predictions]], asked: Sequence[Json]
+) -> tuple[Json, Json]:
     threshold = recipe.metrics.threshold
-    about: Row = {}
+    about: Json = {}
     model = settings.fit(held["val"][0], threshold, seed)
     metric = _MEASURED.get(settings.constraint, settings.constraint)
     strength, chosen = settings.strength, "set in the recipe"
@@ -219,7 +219,7 @@ def _on_path(
     if strength is None and isinstance(settings, ThresholdsSettings) and full:
         strength, chosen = 1.0, "full strength"
     if strength is None:
-        rule: Row = {"metric": metric, "min_group_size": recipe.metrics.min_group_size}
+        rule: Json = {"metric": metric, "min_group_size": recipe.metrics.min_group_size}
 
         def disparity(made: Predictions) -> float:
             return worst_gap(made, settings.attribute, thresholds=threshold, **rule)
@@ -230,7 +230,7 @@ def _on_path(
             target = 1.0
 
             def disparity(made: Predictions) -> float:
-                least: Row = {"thresholds": threshold, "min_group_size": recipe.metrics.min_group_size}
+                least: Json = {"thresholds": threshold, "min_group_size": recipe.metrics.min_group_size}
                 gaps = [worst_gap(replace(made, tasks=(task,)), *of, **least) / most for task, of, most in kept]
                 return max((gap for gap in gaps if gap == gap), default=float("nan"))
 
@@ -248,7 +248,7 @@ def _on_path(
 
 
 def _constraints(
-    asked: Sequence[Row], val: Predictions, threshold: str
+    asked: Sequence[Json], val: Predictions, threshold: str
 ) -> list[tuple[Task, tuple[list[str], str], float]]:
     """Return (task, (attributes, metric), difference that is allowed) of each constraint on decisions at a threshold.
 
@@ -268,9 +268,9 @@ def _constraints(
     return found
 
 
-def _reduced(settings: ExponentiatedGradientSettings, seed: int, data: Dataset, held: Parts) -> tuple[Row, Row]:
+def _reduced(settings: ExponentiatedGradientSettings, seed: int, data: Dataset, held: Parts) -> tuple[Json, Json]:
     """Train a randomised classifier for each binary task; its score is the expected decision."""
-    about: Row = {"predictors": {}, "voters": {}}
+    about: Json = {"predictors": {}, "voters": {}}
     for task in binary_tasks(held["val"]):
         model = reduction(settings.constraint, settings.estimator, seed, eps=settings.eps, max_iter=settings.max_iter)
         rows, y, groups = _rows(data.train, held["val"], task, settings.attribute)

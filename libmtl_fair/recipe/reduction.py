@@ -12,13 +12,13 @@ from scipy.special import logit
 from torch import Tensor
 
 from libmtl_fair.arrays import Array, Floats, as_floats
+from libmtl_fair.files import Json
 from libmtl_fair.metrics.post_models import with_outputs
 from libmtl_fair.predictions import Predictions
 
 if TYPE_CHECKING:
     from fairlearn.reductions import ExponentiatedGradient
 
-Voter = dict[str, Any]
 """One predictor of a reduction: its ``weight``, and ``linear`` [F + 1], ``constant`` or ``trees``."""
 _MOMENTS = {
     "true_positive_rate_parity": "TruePositiveRateParity",
@@ -44,13 +44,13 @@ def reduction(constraint: str, estimator: str, seed: int, *, eps: float, max_ite
     return reductions.ExponentiatedGradient(base[estimator](), moment, eps=eps, max_iter=max_iter)
 
 
-def voters_of(model: ExponentiatedGradient) -> list[Voter]:
+def voters_of(model: ExponentiatedGradient) -> list[Json]:
     """Return the predictors of a fitted reduction that have a weight, as plain data."""
     used = [(float(w), predictor) for w, predictor in zip(model.weights_, model.predictors_) if w > 0]
     return [{"weight": weight, **_voter(predictor)} for weight, predictor in used]
 
 
-def _voter(predictor: Any) -> Voter:
+def _voter(predictor: Any) -> Json:
     if hasattr(predictor, "coef_"):
         return {"linear": [*predictor.coef_[0].tolist(), float(predictor.intercept_[0])]}
     if hasattr(predictor, "constant_"):  # scikit-learn's dummy, which fairlearn takes where all labels are alike
@@ -59,7 +59,7 @@ def _voter(predictor: Any) -> Voter:
     return {"trees": trees, "baseline": float(predictor._baseline_prediction.ravel()[0])}
 
 
-def votes(voter: Voter, x: Array) -> Floats:
+def votes(voter: Json, x: Array) -> Floats:
     """Return a voter's decisions 0/1 on encoded rows [N, F], float64 [N]."""
     if "constant" in voter:
         return np.full(len(x), float(voter["constant"]))
@@ -83,7 +83,7 @@ def _grown(tree: Mapping[str, Sequence[float]], x: Array) -> Floats:
     return as_floats(value[at])
 
 
-def decided_by(voters: Mapping[str, Sequence[Voter]], predictions: Predictions, x: Tensor) -> Predictions:
+def decided_by(voters: Mapping[str, Sequence[Json]], predictions: Predictions, x: Tensor) -> Predictions:
     """Return the predictions with the expected decision of a task's voters, weighted, as its score; other tasks stay."""
     rows, outputs = x.numpy().astype(np.float64), {}
     for task, every in voters.items():

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +19,7 @@ from libmtl_fair.data import Dataset
 from libmtl_fair.data.loader import resolve_device
 from libmtl_fair.errors import CheckpointError, DamagedFileError
 from libmtl_fair.files import (
+    Json,
     atomic_path,
     is_leftover,
     is_sealed,
@@ -204,7 +205,7 @@ class Run:
         protocol: Protocol | None,
     ) -> Protocol:
         """Make what is made of others, measure and write; return the protocol, with what is chosen here."""
-        recipe, started, made = self.recipe, time.perf_counter(), dict[str, Any]()
+        recipe, started, made = self.recipe, time.perf_counter(), Json()
         chooses = protocol is None or protocol.lacks(method, seed)
         if trained:
             predictions = {part: self._predict(trained, data, part) for part in PARTS}
@@ -258,7 +259,7 @@ class Run:
         method: str,
         seed: int,
         tasks: tuple[Task, ...],
-        content: Mapping[str, Any],
+        content: Json,
         voters: object,
     ) -> None:
         """Write what a model in use needs besides its weights: how rows are read, thresholds, and what it was made of."""
@@ -267,7 +268,7 @@ class Run:
         post = {"strength": content["post"].get("strength"), "voters": voters} if "post" in content else {}
         write_json(folder / MODEL, {**about, "post": post}, sealed=True)
 
-    def _constraints(self, trained: _Trained, data: Dataset, val: Predictions) -> list[dict[str, Any]]:
+    def _constraints(self, trained: _Trained, data: Dataset, val: Predictions) -> list[Json]:
         """Return what came of each constraint that a method set: of the kept model, on training and validation decisions."""
         found = []
         for names, trainer in trained.items():
@@ -295,7 +296,7 @@ class Run:
 
     def _consistency(
         self, method: str, seed: int, predictions: dict[str, Predictions], trained: dict[tuple[str, ...], FairTrainer]
-    ) -> dict[str, Any]:
+    ) -> Json:
         """Return the audit of people; flip twins are those of all inputs, of which a method sees what it saw in training."""
         people, data = self.people(seed), self.data(seed)
 

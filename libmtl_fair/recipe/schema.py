@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_valid
 from pydantic_core import ErrorDetails
 
 from libmtl_fair.errors import RecipeError, near, unknown
+from libmtl_fair.files import Json
 from libmtl_fair.recipe import sections
 from libmtl_fair.recipe.sections import FolderName, Method, Model, OptionalText, Section, Seeds, Train
 from libmtl_fair.recipe.yaml_source import Location, Source, emit_yaml, parse_yaml, read_yaml
@@ -90,7 +91,7 @@ class Recipe(Section):
         """A RecipeError about one entry, with file and line where they are known."""
         return RecipeError(_problem(self._source, location, message))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Plain data that :meth:`Recipe.from_dict` reads back to an equal recipe."""
         return self.model_dump(mode="json")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any, Literal, TypeGuard
+from typing import Annotated, Literal, TypeGuard
 
 from pydantic import (
     AfterValidator,
@@ -22,6 +22,7 @@ from pydantic import (
 
 from libmtl_fair.data.expressions import parse
 from libmtl_fair.data.spec import MAX_CATEGORIES, SensitiveSpec, TaskSpec
+from libmtl_fair.files import Json
 from libmtl_fair.validation import STRICT, Keep, MissingRule, Names, OptionalNames, Text, distinct, form, listed
 
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
@@ -129,7 +130,7 @@ def _readable(expression: str) -> str:
 
 _AS_IS = PlainSerializer(lambda value: value)
 OptionalText = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
-Settings = Annotated[dict[str, Any], PlainValidator(_settings)]
+Settings = Annotated[Json, PlainValidator(_settings)]
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 Delta = Annotated[float | str, PlainValidator(_delta)]
 Threshold = Annotated[float | str, PlainValidator(_threshold)]

@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 
 from libmtl_fair.errors import CheckpointError, FairMTLError
+from libmtl_fair.files import Json
 from libmtl_fair.methods.fairbranch.tree import BranchTree
 from libmtl_fair.report.notes import EVENTS
-from libmtl_fair.report.run_folder import Json, RunFolder
+from libmtl_fair.report.run_folder import RunFolder
 from libmtl_fair.report.tables import Sheet, sheet
 from libmtl_fair.report.theme import Plot, conflict_map, slug
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from libmtl_fair.files import write_json, write_text
+from libmtl_fair.arrays import records
+from libmtl_fair.files import Json, write_json, write_text
 from libmtl_fair.report.findings import findings
 from libmtl_fair.report.notes import INTENDED, legend, notes
 from libmtl_fair.report.protocol import Facts, card_facts, checklist, method_facts, run_facts
-from libmtl_fair.report.run_folder import Json, RunFolder, damage_named, read_run, records
+from libmtl_fair.report.run_folder import RunFolder, damage_named, read_run
 from libmtl_fair.report.summary import group_means, shrinkage_verdict, summary
 from libmtl_fair.report.tables import (
     GAPS,

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pandas as pd
 
+from libmtl_fair.arrays import records
 from libmtl_fair.errors import CheckpointError, RecipeError
+from libmtl_fair.files import Json
 from libmtl_fair.metrics import FixedDeltaAudit
 from libmtl_fair.metrics.drift import drift, ranked
 from libmtl_fair.report.choice import Rule, with_choice
 from libmtl_fair.report.notes import choice_sentence, comparison_notes
 from libmtl_fair.report.reaudit import Reaudit, common_scores, load_predictions, reaudit, run_names
-from libmtl_fair.report.run_folder import Json, RunFolder, read_run, records
+from libmtl_fair.report.run_folder import RunFolder, read_run
 from libmtl_fair.report.summary import beside_published, gains, standing, summary
 
 

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
-from typing import Any
 
 import pandas as pd
 import torch
@@ -16,7 +15,7 @@ import torch
 from libmtl_fair import metrics
 from libmtl_fair.arrays import as_floats
 from libmtl_fair.errors import CheckpointError, FairMTLError
-from libmtl_fair.files import file_digest, read_json, write_json
+from libmtl_fair.files import Json, file_digest, read_json, write_json
 from libmtl_fair.metrics.consistency import scores_of
 from libmtl_fair.metrics.near_pairs import NearPairs
 from libmtl_fair.metrics.post_models import (
@@ -37,7 +36,7 @@ from libmtl_fair.metrics.verdicts import FEWEST, MOST
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.report import judged
 from libmtl_fair.report.reaudit import load_predictions
-from libmtl_fair.report.run_folder import Json, RunFolder, number, rows
+from libmtl_fair.report.run_folder import Row, RunFolder, number, rows
 from libmtl_fair.report.tables import Cell, Sheet, sheet
 
 TITLE = "Beside simple competitors"
@@ -337,7 +336,7 @@ def _sentence(method: str, measure: str, part: pd.DataFrame) -> str:
     return f"{method}: no simple competitor is shown to dominate it in {what}; {', '.join(parts)}."
 
 
-def _told(row: Any) -> str:
+def _told(row: Row) -> str:
     def number_of(name: str, digits: int) -> str:
         ends = (-getattr(row, f"{name}{end}") for end in ("", "_high", "_low"))
         return "{} [{}, {}]".format(*(f"{value:+.{digits}f}" for value in ends))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 
 from libmtl_fair import metrics
 from libmtl_fair.report import judged
 from libmtl_fair.report.competitors import dominated, lacking
-from libmtl_fair.report.run_folder import RunFolder, damage_named, rows
+from libmtl_fair.report.run_folder import Row, RunFolder, damage_named, rows
 from libmtl_fair.report.summary import LABELS, column_of, shrinkage_verdict, summary
 
 _FIRST = 3
@@ -148,7 +148,7 @@ def _of_method(run: RunFolder, method: str) -> _Told:
     )
 
 
-def _gain(run: RunFolder, method: str, end: str, gains: list[Any], pays: pd.DataFrame) -> str:
+def _gain(run: RunFolder, method: str, end: str, gains: list[Row], pays: pd.DataFrame) -> str:
     cells = summary(run).set_index(["method", "column"])["mean"]
     falls = []
     for row in gains:
@@ -180,7 +180,7 @@ def _alike(run: RunFolder, method: str) -> tuple[str, float]:
     return text, float(own.difference)
 
 
-def _down(method: str, end: str, downs: list[Any], pays: pd.DataFrame) -> str:
+def _down(method: str, end: str, downs: list[Row], pays: pd.DataFrame) -> str:
     tasks = {(column_of(row.column)[1], task) for row in downs for task in row.down.split(", ")}
     fallen = pays[[key in tasks for key in zip(pays["attribute"], pays["task"])]].sort_values("d_tpr")
     falls = _most(fallen[fallen["d_tpr"] < 0])
@@ -195,7 +195,7 @@ def _most(moved: pd.DataFrame) -> str:
     return "; ".join(map(_moved, rows(moved.drop_duplicates(["attribute", "group"])[:_FIRST])))
 
 
-def _moved(row: Any) -> str:
+def _moved(row: Row) -> str:
     """Say what became of the people of one group that should get a yes."""
     return f"in {row.task}, {row.tpr:.0%} instead of {row.tpr_before:.0%} of {row.group} ({row.attribute}) who should get a yes do"
 

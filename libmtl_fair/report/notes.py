@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import pandas as pd
 
+from libmtl_fair.files import Json
 from libmtl_fair.report.choice import CHOSEN, Rule
 from libmtl_fair.report.judged import NO_GROUP, left_out
-from libmtl_fair.report.run_folder import Json, RunFolder, rows
+from libmtl_fair.report.run_folder import RunFolder, rows
 from libmtl_fair.report.summary import shrinkage_curves, shrinkage_verdict, single_task_methods
 
 LEGEND = {

@@ -12,13 +12,13 @@ import pandas as pd
 from rich.table import Table
 from rich.text import Text
 
-from libmtl_fair.files import write_json, write_text
+from libmtl_fair.files import Json, write_json, write_text
 from libmtl_fair.report import notes, protocol, tables
 from libmtl_fair.report.branches import event_sheet, tree_texts
 from libmtl_fair.report.competitors import competitor_sheet
 from libmtl_fair.report.findings import findings, headline
 from libmtl_fair.report.plots import bars, first_plots, plots_of, scatters, write_plots
-from libmtl_fair.report.run_folder import Json, RunFolder, damage_named, read_run, rows
+from libmtl_fair.report.run_folder import RunFolder, damage_named, read_run, rows
 from libmtl_fair.report.summary import PEOPLE
 from libmtl_fair.report.theme import REFERENCE, Plot, colours, label
 from libmtl_fair.shown import printable

@@ -10,10 +10,12 @@ import pandas as pd
 from rich.table import Table
 from rich.text import Text
 
+from libmtl_fair.arrays import records
 from libmtl_fair.errors import CheckpointError, FairMTLError
+from libmtl_fair.files import Json
 from libmtl_fair.metrics.consistency import ConsistencyAudit, audit_people
 from libmtl_fair.report.reaudit import load_predictions, run_names
-from libmtl_fair.report.run_folder import Json, RunFolder, read_run, records, rows
+from libmtl_fair.report.run_folder import RunFolder, read_run, rows
 from libmtl_fair.report.summary import PEOPLE, with_sd
 from libmtl_fair.report.tables import in_order, people_sentence, show
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from libmtl_fair.report.run_folder import Json, RunFolder, number
+from libmtl_fair.files import Json
+from libmtl_fair.report.run_folder import RunFolder, number
 
 MISSING = "not recorded"
 Facts = list[tuple[str, str]]

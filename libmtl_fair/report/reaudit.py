@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from rich.table import Table
 from rich.text import Text
 
+from libmtl_fair.arrays import records
 from libmtl_fair.errors import CheckpointError, RecipeError
-from libmtl_fair.files import DAMAGE
+from libmtl_fair.files import DAMAGE, Json
 from libmtl_fair.metrics import FixedDeltaAudit, conformal_delta, native_error, pair_distances, quantile_delta, utility
 from libmtl_fair.predictions import Predictions
-from libmtl_fair.report.run_folder import Json, RunFolder, SeedRun, number, read_run, records, rows
+from libmtl_fair.report.run_folder import RunFolder, SeedRun, number, read_run, rows
 from libmtl_fair.report.summary import with_sd
 from libmtl_fair.report.tables import in_order, show
 from libmtl_fair.tasks import Task

@@ -7,18 +7,16 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from libmtl_fair.errors import CheckpointError, DamagedFileError, FairMTLError, RecipeError
-from libmtl_fair.files import file_digest, is_sealed, read_json
+from libmtl_fair.files import Json, file_digest, is_sealed, read_json
 from libmtl_fair.recipe.yaml_source import read_yaml
 
-Json = dict[str, Any]
-"""An object of a JSON file."""
 _BASE_RATE = "_base_rate"
 _SPLIT_PARTS: dict[str, type] = {"utility": dict, "audit": list, "groups": list, "shrinkage": list}
 _SPLIT_PARTS |= {f"utility{_BASE_RATE}": dict, f"groups{_BASE_RATE}": list}
@@ -147,7 +145,7 @@ class RunFolder:
     environment: Json
     runs: tuple[SeedRun, ...]
     on: str = ""
-    _held: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+    _held: dict[str, object] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, name: str, make: Callable[[], Made]) -> Made:
         """Return what ``make`` makes, made once for this object under this name."""
@@ -219,14 +217,16 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def rows(frame: pd.DataFrame) -> Iterator[Any]:
-    """Rows of a frame as named tuples, whose fields are of any type."""
+class Row(Protocol):
+    """A row of a frame as a named tuple, whose fields are of any type."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a field."""
+
+
+def rows(frame: pd.DataFrame) -> Iterator[Row]:
+    """Rows of a frame as named tuples."""
     yield from frame.itertuples(index=False)
-
-
-def records(frame: pd.DataFrame) -> list[Json]:
-    """Rows of a frame as plain objects."""
-    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
 
 
 def read_run(path: str | Path) -> RunFolder:

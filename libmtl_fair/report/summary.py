@@ -9,11 +9,11 @@ from pathlib import Path
 import pandas as pd
 
 from libmtl_fair import metrics
-from libmtl_fair.files import write_json
+from libmtl_fair.files import Json, write_json
 from libmtl_fair.metrics.drift import MARGIN
 from libmtl_fair.report import judged
 from libmtl_fair.report.judged import NO_GROUP
-from libmtl_fair.report.run_folder import Json, RunFolder, number, read_run, rows
+from libmtl_fair.report.run_folder import RunFolder, number, read_run, rows
 
 HIGHER_IS_BETTER = frozenset(
     [

@@ -13,9 +13,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from libmtl_fair.arrays import records
+from libmtl_fair.files import Json
 from libmtl_fair.report import judged, notes
 from libmtl_fair.report import summary as numbers
-from libmtl_fair.report.run_folder import Json, RunFolder, SeedRun, damage_named, records, rows
+from libmtl_fair.report.run_folder import Row, RunFolder, SeedRun, damage_named, rows
 
 GAPS = (*numbers.GAPS, "mean EO diff", "mean DP diff")
 """How columns of the summary begin that compare groups."""
@@ -115,7 +117,7 @@ def summary_sheet(
     return sheet(title, ["method", *columns], wide, note) if columns else None
 
 
-def remarks(row: Any) -> dict[str, str]:
+def remarks(row: Row) -> dict[str, str]:
     """Return the marks of a cell of the summary, and what each says in words."""
     if row.why:
         return {NOTHING: f"says nothing: {row.why}"}
@@ -151,7 +153,7 @@ def glance_sheet(run: RunFolder) -> Sheet | None:
     )
 
 
-def show_difference(row: Any) -> str:
+def show_difference(row: Row) -> str:
     """Write a paired difference to the reference with its interval; nothing where there is none."""
     interval = f" [{row.low:+.4f}, {row.high:+.4f}]" if row.low == row.low else ""
     return f"{row.difference:+.4f}{interval}" if row.difference == row.difference else ""
@@ -164,7 +166,7 @@ def task_sheet(run: RunFolder) -> Sheet:
     tasks, names = list(dict.fromkeys(means["task"])), list(dict.fromkeys(means["metric"]))
     none = judged.degenerate_tasks(run)
 
-    def text(r: Any) -> str:
+    def text(r: Row) -> str:
         nothing = (r.method, r.task) in none and r.metric in numbers.DECIDED
         return f"{show(r.value, r.value_sd)}{f' {NOTHING}' if nothing else ''}"
 
@@ -390,7 +392,7 @@ def data_sheets(run: RunFolder) -> Iterator[Sheet]:
         yield sheet(f"Groups of {attribute}", ["group", "rows", "share", "test rows", *tasks], pd.DataFrame(lines))
 
 
-def base_rate(entry: Mapping[str, Any]) -> str:
+def base_rate(entry: Json) -> str:
     """Base rate, mean or class shares of a task in the data card.
 
     >>> base_rate({"rate": 0.239}), base_rate({"mean": 40.4, "std": 12.4})
@@ -450,7 +452,7 @@ def titled(title: str, run: RunFolder) -> Table:
     return Table(title=f"{title}, mean ± sd over {seeds}", title_justify="left")
 
 
-def starred(row: Any) -> Text:
+def starred(row: Row) -> Text:
     """Write a cell of the summary; the best mean is bold and has a star, what says nothing or levels down a mark."""
     text = " ".join(filter(None, (show(row.mean, row.sd) + "*" * bool(row.best), "".join(remarks(row)))))
     return Text(text, style="bold" if row.best else "")

@@ -21,6 +21,7 @@ from libmtl_fair.data.features import FeatureEncoder
 from libmtl_fair.data.loader import ResidentLoader, representative
 from libmtl_fair.data.reference import fit_reference
 from libmtl_fair.errors import CheckpointError, RecipeError
+from libmtl_fair.files import Json
 from libmtl_fair.libmtl import checkpoint
 from libmtl_fair.libmtl.state import RepresentationHook
 from libmtl_fair.libmtl.trainer import FairTrainer
@@ -218,14 +219,14 @@ class FairMTLBase(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
 
     def __getstate__(self) -> dict[str, object]:
         """Return plain values and arrays: the torch model is rebuilt from its weights."""
-        state: dict[str, Any] = {name: value for name, value in super().__getstate__().items() if name != "model_"}
+        state: Json = {name: value for name, value in super().__getstate__().items() if name != "model_"}
         if "weights_" in state:
             state["weights_"] = {name: value.numpy() for name, value in state["weights_"].items()}
             state["history_"] = {name: values.to_numpy() for name, values in state["history_"].items()}
             state |= {"encoder_": self.encoder_.to_dict(), "targets_": [dict(vars(target)) for target in self.targets_]}
         return state
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: Json) -> None:
         """Rebuild the torch model; states of earlier versions hold objects of ours."""
         state = dict(state)
         if isinstance(state.get("encoder_"), dict):
@@ -305,7 +306,7 @@ class FairMTLBase(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
         """Set what scikit-learn looks for beyond ``targets_``."""
 
 
-def _target(values: dict[str, Any]) -> Target:
+def _target(values: Json) -> Target:
     kept = values["classes"]
     classes = None if kept is None else np.array(kept["values"], dtype=np.dtype(kept["dtype"]))
     return Target(**{**values, "column": _column(values["column"]), "classes": classes})
@@ -317,6 +318,6 @@ def _plain(value: object) -> object:
     raise TypeError(f"{value!r} is no plain value")
 
 
-def _column(label: Any) -> Any:
+def _column(label: object) -> object:
     """Return a column's label: JSON makes a list of a tuple."""
     return tuple(map(_column, label)) if isinstance(label, list) else label

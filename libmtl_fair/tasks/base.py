@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Self, TypeVar
+from typing import ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from libmtl_fair.errors import DataError, RecipeError
+from libmtl_fair.files import Json
 
 IGNORE_INDEX = -100
 """Integer label of an example whose label is missing (PyTorch's ``ignore_index``)."""
@@ -192,7 +193,7 @@ class Ranged(Task):
 
     def ranged(self, score_range: tuple[float, float]) -> Self:
         """Return this task with a frozen score range."""
-        changes: dict[str, Any] = {"score_range": score_range}
+        changes: Json = {"score_range": score_range}
         return replace(self, **changes)
 
 
@@ -221,19 +222,19 @@ def need_known_kinds(who: str, tasks: Iterable[Task | None]) -> None:
             )
 
 
-def task_to_dict(task: Task) -> dict[str, Any]:
+def task_to_dict(task: Task) -> Json:
     """Return a task as plain values, its kind among them."""
     return {"kind": task.kind, **asdict(task)}
 
 
-def task_from_dict(values: Mapping[str, Any]) -> Task:
+def task_from_dict(values: Json) -> Task:
     """Read what :func:`task_to_dict` gave, from JSON too.
 
     >>> from libmtl_fair.tasks import Binary
     >>> task_from_dict(task_to_dict(Binary("income")))
     Binary(name='income')
     """
-    fields = {name: tuple(item) if isinstance(item, list) else item for name, item in values.items() if name != "kind"}
-    made: type[Any] = KINDS[values["kind"]]
-    task: Task = made(**fields)
-    return task
+    fields: Json = {
+        name: tuple(item) if isinstance(item, list) else item for name, item in values.items() if name != "kind"
+    }
+    return KINDS[values["kind"]](**fields)

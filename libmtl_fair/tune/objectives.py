@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ import torch
 from libmtl_fair import functional as F
 from libmtl_fair import metrics
 from libmtl_fair.errors import FairMTLError, RecipeError, unknown
+from libmtl_fair.files import Json
 from libmtl_fair.metrics.scores import Held, thresholds_in_use
 from libmtl_fair.metrics.verdicts import judge
 from libmtl_fair.predictions import Predictions
@@ -202,7 +202,7 @@ def gap_of(measure: Measure, counts: Counts, how: Metrics, ends: bool = True) ->
         for attribute, groups in counts[task].items():
             if not attribute or measure.attribute not in (None, attribute):
                 continue
-            given: dict[str, Any] = {"min_group_size": how.min_group_size, "confidence": how.confidence}
+            given: Json = {"min_group_size": how.min_group_size, "confidence": how.confidence}
             table, bootstrap = list(groups.values()), 1000 if ends else 0
             verdict = judge(table, GAPS[measure.metric], n_bootstrap=bootstrap, n_permutations=0, **given)
             if math.isnan(verdict.value):

@@ -7,13 +7,13 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import optuna
 
 from libmtl_fair.data import Dataset
 from libmtl_fair.errors import CheckpointError, RecipeError, unknown
+from libmtl_fair.files import Json
 from libmtl_fair.recipe.build import check, make_dataset
 from libmtl_fair.recipe.people import People, people_of
 from libmtl_fair.recipe.schema import Recipe
@@ -34,7 +34,7 @@ FINGERPRINT, DESCRIBED, RECIPE = "fingerprint", "about", "recipe"
 """Attributes of studies."""
 COMMON = "seeds of every trial"
 """Of a study's description; studies of before gave each trial seeds, and with resplit rows, of its own."""
-Queued = tuple[dict[str, Any], dict[str, Any]]
+Queued = tuple[Json, Json]
 """Parameters and attributes that a trial starts with."""
 
 
@@ -143,7 +143,7 @@ class Plan:
         """Objectives and what constraints are about, each once."""
         return tuple(dict.fromkeys([*self.objectives, *(c.measure for c in self.constraints)]))
 
-    def described(self) -> dict[str, Any]:
+    def described(self) -> Json:
         """Return what decides the results of the study, as plain values: the content of its fingerprint."""
         kept, plain = ("data", "model", "train", "seeds", "methods", "audit", "metrics"), self.recipe.to_dict()
         return {
@@ -175,7 +175,7 @@ class Plan:
                 raise self.recipe.error(("tune", "enqueue", i), str(error)) from error
         return found
 
-    def _known(self, role: str, method: str, args: dict[str, Any] | None) -> Queued:
+    def _known(self, role: str, method: str, args: Json | None) -> Queued:
         """Return settings of a method: as parameters where they lie in the space, else fixed."""
         values = {p.name: current(self.recipe, method, p, args) for p in self.space[method]}
         params, marks = _fixed(role, method, args)
@@ -183,7 +183,7 @@ class Plan:
             params, marks = self._params(method, values), {**marks, FIXED: False}
         return params, marks
 
-    def _params(self, method: str, values: Mapping[str, object]) -> dict[str, Any]:
+    def _params(self, method: str, values: Mapping[str, object]) -> Json:
         chosen = {"method": method} if len(self.space) > 1 else {}
         return chosen | {name: label(value) for name, value in values.items()}
 
@@ -256,17 +256,17 @@ def _untunable(spec: Method) -> str:
     return "a single-task method, which is several models; tune one model" if spec.single_task else ""
 
 
-def _fixed(role: str, method: str, args: dict[str, Any] | None = None) -> Queued:
+def _fixed(role: str, method: str, args: Json | None = None) -> Queued:
     """Return a method's settings as they stand, without parameters."""
     return {}, {ROLE: role, METHOD: method, FIXED: True, **({} if args is None else {ARGS: args})}
 
 
-def fingerprint(described: Mapping[str, Any]) -> str:
+def fingerprint(described: Json) -> str:
     """Return sha256 (hex) of a plan's description."""
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> Iterator[str]:
+def differences(old: Json, new: Json, where: str = "") -> Iterator[str]:
     """Yield a line for every entry that differs.
 
     >>> list(differences({"a": {"b": 1}}, {"a": {"b": 2}, "c": 3}))

@@ -17,10 +17,11 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from libmtl_fair.errors import RecipeError, unknown
+from libmtl_fair.files import Json
 from libmtl_fair.tune.budget import slots
 from libmtl_fair.tune.plan import FIXED, SLOT, Plan
 
-SAMPLERS: Mapping[str, Mapping[str, Any]] = {
+SAMPLERS: Mapping[str, Json] = {
     "nsga2": {"population_size": 20, "mutation_prob": None, "crossover_prob": 0.9, "swapping_prob": 0.5},
     "random": {},
     # group: the baseline and the published settings have no parameters, several methods have different ones.
@@ -73,7 +74,7 @@ class Evolution(optuna.samplers.NSGAIISampler):
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
+    ) -> Json:
         """Return a child of the generation before."""
         return super().sample_relative(study, trial, search_space) if search_space else {}
 
@@ -97,7 +98,7 @@ class BySlot(BaseSampler):
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
+    ) -> Json:
         """Return the values of what is sampled together."""
         if self._held is None or self._held[0] != trial._trial_id:
             self.infer_relative_search_space(study, trial)

@@ -5,21 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import optuna
 from optuna.distributions import CategoricalChoiceType, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from libmtl_fair.errors import RecipeError, unknown
+from libmtl_fair.files import Json
 from libmtl_fair.libmtl.registry import OUR_ARCHITECTURES, OUR_WEIGHTINGS
 from libmtl_fair.recipe.schema import Recipe
 
-Entry = dict[str, Any]
 Path = tuple[str, ...]
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 _ENTRIES = ("low", "high", "log", "choices")
 _WIDTHS = ([64, 32], [128, 64], [256, 128])
-_SHARED: Mapping[str, tuple[Path, Entry | None]] = {
+_SHARED: Mapping[str, tuple[Path, Json | None]] = {
     "lr": (("train", "optimizer", "lr"), {"low": 5e-4, "high": 1e-2, "log": True}),
     "dropout": (("model", "dropout"), {"low": 0.0, "high": 0.4}),
     "hidden": (("model", "hidden"), None),
@@ -40,7 +39,7 @@ class Parameter:
 
     name: str
     path: Path
-    entry: Entry
+    entry: Json
     distribution: Distribution
 
     @property
@@ -62,7 +61,7 @@ class Parameter:
         found = trial._suggest(self.name, self.distribution)
         return next((choice for choice in self.entry.get("choices", ()) if label(choice) == found), found)
 
-    def described(self) -> Entry:
+    def described(self) -> Json:
         """Return plain values, for the study's fingerprint."""
         return {"path": ".".join(self.path), "log": False, **self.entry}
 
@@ -98,7 +97,7 @@ def make_space(recipe: Recipe) -> dict[str, tuple[Parameter, ...]]:
     return space
 
 
-def _built_in(recipe: Recipe, method: str, asked: Iterable[str]) -> dict[str, tuple[Path, Entry]]:
+def _built_in(recipe: Recipe, method: str, asked: Iterable[str]) -> dict[str, tuple[Path, Json]]:
     """Return name -> place and range: of the method's and its architecture's settings (whole numbers last), then the shared ones.
 
     A method of several forms has the ranges of the one that its settings, and those ``asked`` for, belong to.
@@ -119,7 +118,7 @@ def _built_in(recipe: Recipe, method: str, asked: Iterable[str]) -> dict[str, tu
     return {**found, "hidden": (_SHARED["hidden"][0], {"choices": widths})}
 
 
-def _entry(name: str, entry: object, known: Mapping[str, tuple[Path, Entry]]) -> Entry:
+def _entry(name: str, entry: object, known: Mapping[str, tuple[Path, Json]]) -> Json:
     """Return a recipe's entry in its full form."""
     if entry == "builtin":
         if name not in known:
@@ -140,7 +139,7 @@ def _entry(name: str, entry: object, known: Mapping[str, tuple[Path, Entry]]) ->
     return {key: value for key, value in entry.items() if value is not None}
 
 
-def _distribution(name: str, entry: Entry) -> Distribution:
+def _distribution(name: str, entry: Json) -> Distribution:
     low, high, log, choices = map(entry.get, _ENTRIES)
     if choices is not None:
         if len(choices) < 2:

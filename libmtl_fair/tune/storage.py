@@ -13,7 +13,6 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import optuna
@@ -22,6 +21,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import get_lock_file
 
 from libmtl_fair.errors import CheckpointError, RecipeError, unknown
+from libmtl_fair.files import Json
 
 _CHAIN = b',"sum":"'
 _HINT = "; trials that were finished are kept. Repeat the same command to go on"
@@ -145,7 +145,7 @@ class JournalFile(JournalFileBackend):
         self._digests = [hashlib.sha256()]  # up to the start of each line that was read
         self._offsets = [0]
 
-    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+    def read_logs(self, log_number_from: int) -> Generator[Json, None, None]:
         """Yield the entries from a line on; CheckpointError where a line is not as it was written."""
         first = min(log_number_from, len(self._offsets) - 1)
         with open(self._file_path, "rb") as file:
@@ -162,7 +162,7 @@ class JournalFile(JournalFileBackend):
                 if number >= log_number_from:
                     yield entry
 
-    def _entry(self, number: int, line: bytes) -> dict[str, Any]:
+    def _entry(self, number: int, line: bytes) -> Json:
         body, mark, own = line.rpartition(_CHAIN)
         try:
             entry = json.loads(line)
@@ -178,7 +178,7 @@ class JournalFile(JournalFileBackend):
         entry.pop("sum", None)
         return entry
 
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+    def append_logs(self, logs: list[Json]) -> None:
         """Append the entries, or none of them; an OSError leaves the file as it was."""
         with get_lock_file(self._lock), FileIO(self._file_path, "r+") as file:
             for _ in self.read_logs(len(self._offsets) - 1):
