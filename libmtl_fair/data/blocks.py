@@ -183,9 +183,9 @@ class _Windows:
 
     def __getitem__(self, places: slice) -> Tensor:
         """Return the rows of places start:stop."""
-        found = []
+        found = [torch.empty(0, dtype=torch.int64)]  # all that a process has of a batch of fewer rows than processes
         for number, first in enumerate(self._starts[:-1]):
             low, high = max(places.start, first), min(places.stop, self._starts[number + 1])
             if low < high:
                 found.append(self._window(number)[low - first : high - first])
-        return torch.cat(found) if len(found) != 1 else found[0]
+        return torch.cat(found)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,10 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from libmtl_fair.errors import CheckpointError, DamagedFileError
-from libmtl_fair.files import file_digest, read_json, unwritable, write_json
+from libmtl_fair.errors import CheckpointError, DamagedFileError, DataError
+from libmtl_fair.files import file_digest, read_json, say_once, unwritable, write_json
+from libmtl_fair.processes import current
 
 ABOUT = "cache.json"
+_PART = 2**17
+_sound: set[tuple[str, int, int]] = set()  # caches of columns that this process has looked through
 
 
 class Writer:
@@ -68,10 +73,23 @@ class Writer:
                 kind, shape = self._kinds[name]
                 arrays[name] = {"kind": kind, "shape": [self._rows[name], *shape], "sha256": digest.hexdigest()}
             write_json(self._made / ABOUT, {**about, "arrays": arrays}, sealed=True)
-            shutil.rmtree(self.folder, ignore_errors=True)
-            os.replace(self._made, self.folder)
+            while not self._placed():
+                old = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.", suffix=".tmp", dir=self.folder.parent))
+                with suppress(FileNotFoundError):  # another process has moved it away
+                    os.replace(self.folder, old)
+                shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             raise unwritable(self.folder, error) from error
+
+    def _placed(self) -> bool:
+        """Move the folder to its place; False where another one is there."""
+        try:
+            os.replace(self._made, self.folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            return False
+        return True
 
     def drop(self) -> None:
         """Remove what was written."""
@@ -131,6 +149,62 @@ def mapped(folder: Path, name: str, held: Mapping[str, Any]) -> tuple[Tensor, li
     with open(folder / name, "rb") as stream:
         opened = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
     return torch.from_numpy(np.frombuffer(opened, kind).reshape(shape)), [opened]
+
+
+def ready(
+    folder: Path, source: str, make: Callable[[Writer], Mapping[str, object]], looked: bool = False
+) -> dict[str, Any]:
+    """Return what a cache of ``source`` says of itself; it is made where there is none or a damaged one.
+
+    Of several processes the first makes it, and the others wait. ``looked``: what this process has looked through is not looked
+    through again.
+
+    Raises
+    ------
+    DataError
+        It was exchanged just now.
+    """
+
+    def settle() -> None:
+        held = about(folder, source)
+        if held is not None and not (looked and _state(folder) in _sound):
+            try:
+                check(folder, held["arrays"])
+                _sound.add(_state(folder))
+            except DamagedFileError as error:
+                say_once(f"{error}; it is made anew")
+                held = None
+        if held is None:
+            writer = Writer(folder)
+            try:
+                writer.finish({"source": source, **make(writer)})
+            except BaseException:
+                writer.drop()
+                raise
+
+    together = current()
+    settle() if together is None else together.from_first(settle)
+    held = about(folder, source)
+    if held is None:
+        raise DataError(f"{folder}: what was prepared there does not fit its source any more; is somebody writing to it?")
+    return held
+
+
+def _state(folder: Path) -> tuple[str, int, int]:
+    found = (folder / ABOUT).stat()
+    return str(folder), found.st_ino, found.st_mtime_ns
+
+
+def columns(folder: Path, source: str, part: str, x: Tensor, kept: Sequence[int]) -> tuple[Tensor, list[mmap.mmap]]:
+    """Return columns of a matrix [N, F] of a part of the cache in ``folder``, mapped from a cache of their own beside it, and its map."""
+    place = folder.with_name(f"{folder.name}.{part}.{key(list(kept))}")
+
+    def write(writer: Writer) -> dict[str, object]:
+        for at in range(0, len(x), _PART):
+            writer.add("x", x[at : at + _PART, kept].numpy())
+        return {}
+
+    return mapped(place, "x", ready(place, source, write, looked=True)["arrays"]["x"])
 
 
 def key(*parts: object) -> str:

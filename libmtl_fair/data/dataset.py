@@ -6,11 +6,13 @@ import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import Tensor
 
+from libmtl_fair.data import cache
 from libmtl_fair.data.blocks import BlockLoader
 from libmtl_fair.data.card import Card, card_markdown, dataset_card
 from libmtl_fair.data.features import FeatureEncoder, feature_kinds, fit_encoder
@@ -19,7 +21,7 @@ from libmtl_fair.data.labels import make_task
 from libmtl_fair.data.loader import ResidentLoader, TableDataset
 from libmtl_fair.data.new_rows import NewRows, fit_new_rows
 from libmtl_fair.data.reference import Reference, fit_reference
-from libmtl_fair.data.selection import Choice, read_table
+from libmtl_fair.data.selection import PARTS, Choice, read_table
 from libmtl_fair.data.spec import TableSpec
 from libmtl_fair.data.streamed import FileLoader, FileRows, Reader
 from libmtl_fair.errors import DataError, unknown
@@ -146,6 +148,8 @@ class Dataset(Summarised):
         {attribute: source columns that show it}, inputs or not.
     new_rows : NewRows
         How rows of other tables are read, for models in use.
+    prepared : tuple of Path and str, optional
+        The folder on disk that the parts are mapped from, and of what it was made; None where they are in memory.
     """
 
     name: str
@@ -158,6 +162,7 @@ class Dataset(Summarised):
     card: Card
     new_rows: NewRows
     tell_tale: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    prepared: tuple[Path, str] | None = None
 
     @property
     def encoder(self) -> FeatureEncoder:
@@ -229,16 +234,13 @@ class Dataset(Summarised):
     def unaware(self) -> Dataset:
         """Return the data without the inputs that show a sensitive attribute, and without what is one-hot of them.
 
+        What was prepared on disk is written there once more, without these columns.
+
         Raises
         ------
         DataError
             No input is left.
         """
-        if self.train.maps:
-            raise DataError(
-                f"dataset {self.name!r} is out of core, with the inputs as they were prepared: for a model that does not see the "
-                "sensitive attributes prepare it with sensitive_inputs: false"
-            )
         shown = {column for columns in self.tell_tale.values() for column in columns}
         encoder = self.encoder.without(shown)
         kept = [i for i, name in enumerate(self.encoder.sources) if name not in shown]
@@ -251,11 +253,18 @@ class Dataset(Summarised):
             reference = replace(reference, columns=tuple(kept.index(i) for i in reference.columns))
         names = encoder.names
         train, val, test = (
-            replace(s, x=s.x[:, kept], feature_names=names, reference=reference, twins=None)
-            for s in self.splits().values()
+            replace(self._narrowed(part, kept), feature_names=names, reference=reference, twins=None) for part in PARTS
         )
         seen = replace(self.new_rows, encoder=encoder)
         return replace(self, train=train, val=val, test=test, feature_names=names, new_rows=seen)
+
+    def _narrowed(self, part: str, kept: list[int]) -> Split:
+        """Return a part with some columns of its inputs."""
+        split: Split = getattr(self, part)
+        if not split.maps or self.prepared is None:
+            return replace(split, x=split.x[:, kept])
+        x, maps = cache.columns(*self.prepared, part, split.x, kept)
+        return replace(split, x=x, maps=(*split.maps, *maps))
 
     def card_markdown(self) -> str:
         """Return the data card as Markdown."""

@@ -33,9 +33,8 @@ from libmtl_fair.data.selection import PARTS, Choice, Table, choose_inputs, choo
 from libmtl_fair.data.sensitive import Groups, cells, choose_sensitive, tell_tale_columns
 from libmtl_fair.data.spec import SensitiveSpec, TableSpec, TaskSpec
 from libmtl_fair.data.tables import TAKEN
-from libmtl_fair.errors import DamagedFileError, DataError
-from libmtl_fair.files import plain, say_once
-from libmtl_fair.processes import current
+from libmtl_fair.errors import DataError
+from libmtl_fair.files import plain
 from libmtl_fair.tasks import Regression, Task
 
 SAMPLE = 2**18
@@ -229,30 +228,12 @@ def load_on_disk(
     request = cache.key(_VERSION, sample, declared, asdict(choice))
     place = (Path(folder) if folder else table.path.with_name(f"{table.path.name}.libmtl_fair")) / request
 
-    def ready() -> str:
-        held = cache.about(place, table.digest)
-        if held is not None:
-            try:
-                cache.check(place, held["arrays"])
-            except DamagedFileError as error:
-                say_once(f"{error}; it is made anew")
-                held = None
-        if held is None:
-            _prepare(Source.of(spec, table, choice), place, sample)
-        return str(place)
-
-    together = current()
-    place = Path(ready() if together is None else together.from_first(ready))
-    held = cache.about(place, table.digest)
-    if held is None:
-        raise DataError(
-            f"{place}: what was prepared there does not fit {table.path} any more; is somebody writing to it?"
-        )
+    held = cache.ready(place, table.digest, lambda writer: _prepare(Source.of(spec, table, choice), writer, sample))
     return _opened(spec.name, place, held)
 
 
-def _prepare(source: Source, place: Path, most: int) -> None:
-    """Write the cache."""
+def _prepare(source: Source, writer: cache.Writer, most: int) -> dict[str, Any]:
+    """Write the arrays of the cache; return what is told beside them."""
     sample, statistics, scales = (
         Sample(source, most),
         None,
@@ -274,13 +255,7 @@ def _prepare(source: Source, place: Path, most: int) -> None:
     if not complete:
         made = replace(made, tasks=tuple(_scaled(task, source.tasks, scales) for task in made.tasks))
         made = replace(made, new_rows=replace(made.new_rows, tasks=made.tasks))
-    writer = cache.Writer(place)
-    try:
-        card = _write(source, taken.frame, made, writer, sample.n_rows if complete else most)
-        writer.finish({"source": source.table.digest, **_described(made, card)})
-    except BaseException:
-        writer.drop()
-        raise
+    return _described(made, _write(source, taken.frame, made, writer, sample.n_rows if complete else most))
 
 
 def _fitted(source: Source, sample: Part, statistics: Statistics | None) -> Dataset:
@@ -403,4 +378,5 @@ def _opened(name: str, place: Path, held: Mapping[str, Any]) -> Dataset:
         card=held["card"],
         new_rows=rows,
         tell_tale={attribute: tuple(columns) for attribute, columns in held["tell_tale"].items()},
+        prepared=(place, held["source"]),
     )

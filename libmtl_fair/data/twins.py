@@ -21,5 +21,5 @@ def flipped(data: Dataset, part: str) -> Iterator[tuple[str, Dataset]]:
     for flip in () if split.twins is None else split.twins.flips:
         for shift in flip.shifts:
             x = flip.twins(split.x, split.groups[flip.attribute], shift)
-            changed: dict[str, Any] = {part: replace(split, x=x)}
+            changed: dict[str, Any] = {part: replace(split, x=x, maps=())}  # in memory
             yield flip.attribute, replace(data, **changed)

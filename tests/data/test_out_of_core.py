@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 import libmtl_fair as lf
-from libmtl_fair.data import catalogue, out_of_core, parquet
+from libmtl_fair.data import cache, catalogue, out_of_core, parquet
 from libmtl_fair.data.blocks import BlockLoader
 from libmtl_fair.data.out_of_core import draws
 from libmtl_fair.errors import DataError
@@ -144,10 +144,10 @@ def test_statistics_are_of_all_rows_where_the_sample_is_not(
     assert "are those of" in parts.card["notes"][0]
 
 
-def trainer_of(data: lf.data.Dataset, **options: Any) -> lf.FairTrainer:
+def trainer_of(data: lf.data.Dataset, weighting: str = "EW", **options: Any) -> lf.FairTrainer:
     torch.manual_seed(0)
     return lf.FairTrainer(
-        task_dict(data.tasks), "EW", "HPS", lambda: MLP(data.n_features, (8,)), linear_heads(data.tasks, 8), False, False,
+        task_dict(data.tasks), weighting, "HPS", lambda: MLP(data.n_features, (8,)), linear_heads(data.tasks, 8), False, False,
         {"optim": "adam", "lr": 1e-2}, None, device="cpu", progress=False, seed=0, select="last", **options,
     )  # fmt: skip
 
@@ -168,6 +168,36 @@ def test_training_and_predictions_are_those_of_the_table_in_memory(table: Path, 
         assert torch.equal(scores, also.scores[task])
     assert one.epochs.drop(columns="train_s").equals(two.epochs.drop(columns="train_s"))
     assert seen.named_groups("both").tolist() == also.named_groups("both").tolist()
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_without_the_sensitive_inputs_it_is_that_of_the_table_in_memory(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "_PART", 100)
+    how = {**HOW, "features": ["x", "sex", "town", "age", "code", "race"], "tasks": {n: TASKS[n] for n in ("high", "pay")}}
+    whole, parts = lf.load_table(table, **how), lf.load_table(table, out_of_core=True, cache=tmp_path, **how)
+    one, two = whole.unaware(), parts.unaware()
+    same(one, two, 0)
+    assert two.inputs == ("x", "town", "code") != parts.inputs
+    assert all(split.maps and split.twins is None for split in two.splits().values())
+    found = []
+    for data in (one, two):
+        trainer = trainer_of(data, "ReLiF")
+        trainer.train(data.train.loader(64, shuffle=True, seed=3, device="cpu"), None, 1, data.val.loader(256, device="cpu"))
+        found.append(trainer.model.state_dict())
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+
+    made = {path.name: (path / "cache.json").stat().st_ino for path in tmp_path.iterdir()}
+    assert len(made) == 4  # the table, and the narrower inputs of three parts
+    monkeypatch.setattr(cache, "_sound", set())
+    assert torch.equal(parts.unaware().train.x, one.train.x)
+    assert made == {path.name: (path / "cache.json").stat().st_ino for path in tmp_path.iterdir()}
+    (narrow,) = tmp_path.glob("*.train.*")
+    (narrow / "x").write_bytes(bytes(8))
+    monkeypatch.setattr(cache, "_sound", set())
+    assert torch.equal(parts.unaware().train.x, one.train.x)
 
 
 class TestBlocks:
@@ -300,15 +330,13 @@ class TestCache:
                 sensitive=["sex"],
                 out_of_core=True,
             )
-        with pytest.raises(DataError, match="out of core.*sensitive_inputs: false"):
-            self.load(tmp_path / "p.parquet").unaware()
 
 
 RECIPE = """
 name: people
 data:
   table: {table}
-  features: [x, gap, town, code, flag, day]
+  features: [x, gap, town, code, flag, day, sex]
   tasks: {{high: {{kind: binary, positive: "yes"}}, pay: {{kind: regression, transform: log1p}}}}
   sensitive: [sex]
   split: part
@@ -316,9 +344,12 @@ data:
 model: {{hidden: [8]}}
 train: {{epochs: 1, batch_size: 256}}
 seeds: [0]
-audit: {{delta: [0.2], people: off}}
+audit: {{delta: [0.2]}}
 metrics: {{n_bootstrap: 0}}
-methods: {{plain: {{weighting: EW}}}}
+methods:
+  plain: {{weighting: EW}}
+  blind: {{weighting: EW, unaware: true}}
+  between: {{post: blend, of: [plain, blind]}}
 output: {{report: false}}
 """
 
@@ -334,22 +365,17 @@ def test_a_recipe_and_its_predictions_are_those_of_the_table_in_memory(
     for name, more in (("memory", ""), ("disk", f"out_of_core: true\n  cache: {tmp_path / 'cache'}")):
         (tmp_path / f"{name}.yaml").write_text(RECIPE.format(table=table, more=more))
         runs.append(run_recipe(load_recipe(tmp_path / f"{name}.yaml"), tmp_path / name, device="cpu"))
-    held = [
-        {
-            k: v
-            for k, v in json.loads((run / "plain/seed0/metrics.json").read_text()).items()
-            if k not in ("timing", "digest")
-        }
-        for run in runs
-    ]
-    assert held[0] == held[1]
+    for method in ("plain", "blind", "between"):
+        held = [json.loads((run / method / "seed0/metrics.json").read_text()) for run in runs]
+        kept = [{k: v for k, v in each.items() if k not in ("timing", "digest")} for each in held]
+        assert kept[0] == kept[1], method
 
     frame = people(700).drop(columns=["high", "pay"])
     new = written(tmp_path / "new.parquet", frame, 150)
-    whole = lf.load(runs[0]).predict(new)
+    whole = lf.load(runs[0], method="blind").predict(new)
     monkeypatch.setattr(parquet.Parquet.parts, "__defaults__", (200,))
     for name, read in (("out.parquet", pd.read_parquet), ("out.csv", pd.read_csv), ("out.csv.gz", pd.read_csv)):
-        found = CliRunner().invoke(app, ["predict", str(runs[1]), str(new), "--out", str(tmp_path / name)])
+        found = CliRunner().invoke(app, ["predict", str(runs[1]), str(new), "--method", "blind", "--out", str(tmp_path / name)])
         assert found.exit_code == 0, found.output
         pd.testing.assert_frame_equal(
             read(tmp_path / name), whole, rtol=1e-5, atol=1e-6, check_dtype=name == "out.parquet"

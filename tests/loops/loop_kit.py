@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import libmtl_fair as lf
+from libmtl_fair.data.blocks import BlockLoader
+from libmtl_fair.data.reference import Reference
 from libmtl_fair.models import MLP, linear_heads
 
 FEATURES, EPOCHS = 6, 3
@@ -15,8 +17,8 @@ TASKS = (lf.Binary("a"), lf.Binary("b"))
 MIXED = (*TASKS, lf.Regression("c"), lf.Multiclass("d", 3))
 
 
-def make_loader(n: int = 48, batch_size: int = 16, **options: Any) -> lf.ResidentLoader:
-    """Return people with labels of all four tasks, some missing, two attributes and a reference."""
+def people(n: int) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Return inputs, labels of all four tasks, some missing, and groups of two attributes."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(n, FEATURES, generator=g)
     signal = x[:, 0] + 0.5 * x[:, 1]
@@ -28,8 +30,29 @@ def make_loader(n: int = 48, batch_size: int = 16, **options: Any) -> lf.Residen
     }
     labels["b"][::7], labels["c"][::5], labels["d"][1::9] = torch.nan, torch.nan, -100
     groups = {"sex": (x[:, 3] > 0).long(), "race": torch.randint(-1, 3, (n,), generator=g)}
+    return x, labels, groups
+
+
+def make_loader(n: int = 48, batch_size: int = 16, **options: Any) -> lf.ResidentLoader:
+    """Return a loader of :func:`people` with a reference."""
+    x, labels, groups = people(n)
     given = {"shuffle": True, "seed": 1, "device": "cpu", "reference": x, **options}
     return lf.ResidentLoader(x, labels, groups, batch_size=batch_size, **given)
+
+
+def block_loader(rows: list[list[int]], n: int = 107, shuffle: bool = True) -> BlockLoader:
+    """Return a loader of :func:`people` in blocks of 8 rows, 3 a window, that notes which rows a batch has."""
+    x, labels, groups = people(n)
+
+    class Noting(BlockLoader):
+        def at(self, taken: Tensor | slice) -> Any:
+            rows.append(taken.tolist() if isinstance(taken, Tensor) else list(range(n))[taken])
+            return super().at(taken)
+
+    return Noting(
+        x, labels, groups, batch_size=15, shuffle=shuffle, seed=1, device="cpu", group_names={"sex": "fm", "race": "abc"},
+        reference=Reference(tuple(range(FEATURES)), (1.0,) * FEATURES, (), {}), block=8, window=3,
+    )  # fmt: skip
 
 
 class Net(nn.Module):

@@ -89,6 +89,21 @@ def test_a_process_that_dies_ends_the_others_and_any_number_goes_on(tmp_path: Pa
     pd.testing.assert_frame_equal(*frames, rtol=1e-6, atol=1e-9)
 
 
+def test_rows_in_blocks_are_shared_and_gone_on_with_as_one_process_has_them(tmp_path: Path) -> None:
+    script, whole, parts, n = HERE / "two.py", tmp_path / "whole", tmp_path / "parts", 107
+    finish(*start(script, "blocks", whole, 3), *start(script, "blocks", parts, 1, processes=2))
+    first = torch.load(parts / "found.pt", weights_only=True)
+    finish(*start(script, "blocks", parts, 3, processes=3))  # of the last batch's two rows one process has none
+    one, last = (torch.load(folder / "found.pt", weights_only=True) for folder in (whole, parts))
+    for method in ("EW", "ReLiF", "FairMT"):
+        order = one.pop(f"{method} rows").view(3, n)
+        assert not torch.equal(order[0], order[1])
+        assert torch.equal(order.sort().values, torch.arange(n).expand(3, n))  # each once an epoch
+        assert torch.equal(torch.cat([first[f"{method} rows"], last.pop(f"{method} rows")]), order.flatten())
+    assert_close(one, last, "blocks")
+    assert float((first["EW decoders.a.weight"] - last["EW decoders.a.weight"]).abs().max()) > 0.01
+
+
 @pytest.mark.parametrize(
     ("env", "found"),
     [

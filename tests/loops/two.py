@@ -1,7 +1,7 @@
 """One of several processes, in an environment as torchrun makes it; ``test_processes.py`` compares with one process.
 
 ``python two.py all OUT`` trains every method, ``python two.py one FOLDER EPOCHS [STEP]`` goes on with one training, in which the second
-process is killed at a step.
+process is killed at a step, ``python two.py blocks FOLDER EPOCH`` with several of rows that are read by blocks, up to an epoch.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from loop_kit import EPOCHS, FEATURES, MIXED, TASKS, losses_of, made, make_loader, trainer_of
+from loop_kit import EPOCHS, FEATURES, MIXED, TASKS, block_loader, losses_of, made, make_loader, trainer_of
 
 import libmtl_fair as lf
 from libmtl_fair.libmtl import step as stepping
 from libmtl_fair.models import MLP
+from libmtl_fair.processes import current
 
 TRAINED: list[tuple[str, dict[str, Any], Any, str]] = [
     *(
@@ -160,10 +161,41 @@ def one(folder: str, epochs: str, kill: str = "0") -> None:
         torch.save({**trainer.model.state_dict(), "bias": torch.tensor(audit.bias)}, Path(folder) / "found.pt")
 
 
+class Stopping:
+    """Ends a training after some epochs."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def epoch(self, trainer: Any, number: int, results: Any) -> None:
+        """Stop, if it is time."""
+        if number + 1 == self.epochs:
+            trainer.stop()
+
+
+def blocks(folder: str, stop: str) -> None:
+    """Go on with trainings of rows in blocks, several windows an epoch; say which rows each process had in each batch."""
+    found: dict[str, Any] = {}
+    for method, args in (("EW", {}), ("ReLiF", {"share": 0.5}), ("FairMT", {"min_count": 1})):
+        rows: list[list[int]] = []
+        loader = block_loader(rows)
+        options = {"run_dir": Path(folder) / method, "resume": True, "callbacks": [Stopping(int(stop))]}
+        trainer = trainer_of(method, TASKS, args, seed=0, **options)
+        trainer.train(loader, None, EPOCHS, block_loader([], shuffle=False))
+        together = current()
+        shares = [rows] if together is None else together.objects(rows)
+        found[f"{method} rows"] = torch.tensor([row for batch in zip(*shares) for share in batch for row in share])
+        found |= {f"{method} {name}": value for name, value in trainer.model.state_dict().items()}
+        for name, scores in trainer.predict(block_loader([], shuffle=False)).scores.items():
+            found[f"{method} score {name}"] = scores
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        torch.save(found, Path(folder) / "found.pt")
+
+
 if __name__ == "__main__":
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    {"all": everything, "one": one}[sys.argv[1]](*sys.argv[2:])
+    {"all": everything, "one": one, "blocks": blocks}[sys.argv[1]](*sys.argv[2:])
     if dist.is_initialized():
         dist.destroy_process_group()
