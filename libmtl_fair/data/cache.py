@@ -34,7 +34,7 @@ class Writer:
     Parameters
     ----------
     folder : Path
-        The cache's place; what is there is replaced at the end.
+        The cache's place; what is there of another source is replaced at the end.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -62,8 +62,8 @@ class Writer:
         except OSError as error:
             raise unwritable(self.folder, error) from error
 
-    def finish(self, about: Mapping[str, object]) -> None:
-        """Flush everything to disk, write what it is, sealed, and move it to its place."""
+    def finish(self, told: Mapping[str, object]) -> None:
+        """Flush everything to disk, write what it is and its ``source``, sealed, and move it to its place, unless one is there."""
         arrays = {}
         try:
             for name, (stream, digest) in self._open.items():
@@ -72,10 +72,13 @@ class Writer:
                 stream.close()
                 kind, shape = self._kinds[name]
                 arrays[name] = {"kind": kind, "shape": [self._rows[name], *shape], "sha256": digest.hexdigest()}
-            write_json(self._made / ABOUT, {**about, "arrays": arrays}, sealed=True)
+            write_json(self._made / ABOUT, {**told, "arrays": arrays}, sealed=True)
             while not self._placed():
+                if about(self.folder, str(told["source"])) is not None:  # another process was faster
+                    self.drop()
+                    break
                 old = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.", suffix=".tmp", dir=self.folder.parent))
-                with suppress(FileNotFoundError):  # another process has moved it away
+                with suppress(FileNotFoundError):
                     os.replace(self.folder, old)
                 shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
@@ -173,6 +176,7 @@ def ready(
                 _sound.add(_state(folder))
             except DamagedFileError as error:
                 say_once(f"{error}; it is made anew")
+                shutil.rmtree(folder, ignore_errors=True)
                 held = None
         if held is None:
             writer = Writer(folder)
@@ -186,7 +190,9 @@ def ready(
     settle() if together is None else together.from_first(settle)
     held = about(folder, source)
     if held is None:
-        raise DataError(f"{folder}: what was prepared there does not fit its source any more; is somebody writing to it?")
+        raise DataError(
+            f"{folder}: what was prepared there does not fit its source any more; is somebody writing to it?"
+        )
     return held
 
 

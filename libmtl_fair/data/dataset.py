@@ -335,4 +335,5 @@ def build_dataset(
         card=card,
         new_rows=fit_new_rows(table, encoder, tuple(task for task, _ in made.values())),
         tell_tale={name: tuple(sorted(columns)) for name, columns in table.tell_tale.items()},
+        prepared=None,
     )

@@ -13,11 +13,14 @@ from typing import NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 from libmtl_fair.errors import HostError
 from libmtl_fair.libmtl.state import Model
 from libmtl_fair.processes import Processes
+
+torch._functorch.config.donated_buffer = False  # else torch.compile's graphs are gone through once only
 
 Method = Callable[..., object]
 AnyMethod = TypeVar("AnyMethod", bound=Method)
@@ -49,6 +52,20 @@ def mends(where: str, why: str) -> Callable[[AnyMethod], AnyMethod]:
 def shared_parameters(model: Model) -> list[Tensor]:
     """Return the shared parameters that can be trained, as a list."""
     return [p for p in model.get_share_params() if p.requires_grad]
+
+
+@contextlib.contextmanager
+def of_compiled(weighting: str) -> Iterator[None]:
+    """Say in words where a model was compiled, and run, before it was known that its graphs are gone through several times."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "donated buffers" not in str(error):
+            raise
+        raise HostError(
+            f"{weighting} derives several times through a model that torch.compile made for one: import libmtl_fair before its "
+            "first forward pass"
+        ) from error
 
 
 def whole(model: Model, value: Tensor) -> Tensor:

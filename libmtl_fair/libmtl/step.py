@@ -14,10 +14,10 @@ from libmtl_fair.batch import Columns, FairBatch, Matrices, Share, beside, joine
 from libmtl_fair.errors import HostError
 from libmtl_fair.libmtl import batches
 from libmtl_fair.libmtl.evaluate import forward
-from libmtl_fair.libmtl.gradients import apart
+from libmtl_fair.libmtl.gradients import apart, of_compiled
 from libmtl_fair.libmtl.history import StepLog
 from libmtl_fair.libmtl.joint_heads import JointHeads
-from libmtl_fair.libmtl.state import Loaders, StepState, TrainingState
+from libmtl_fair.libmtl.state import Loaders, Model, StepState, TrainingState
 from libmtl_fair.methods.base import FairWeighting
 from libmtl_fair.processes import Processes
 from libmtl_fair.tasks import need_known_kinds
@@ -336,11 +336,16 @@ def descend(
     if isinstance(model, FairWeighting):
         model.__dict__["fair_batch"] = fair_batch(state, made[0], epoch, h)
     processes = model.__dict__["fair_processes"] = state.processes
+    with of_compiled(state.weighting):
+        return losses, _backward(state, model, losses, processes)
+
+
+def _backward(state: StepState, model: Model, losses: Tensor, processes: Processes | None) -> Any:
     if processes is None:
-        return losses, model.backward(losses, **state.weight_args)
+        return model.backward(losses, **state.weight_args)
     own = {id(p) for p in model.fair_own}  # each process derives by all of what they are of
     parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
     with apart(parameters):
         weights = model.backward(losses, **state.weight_args)
         processes.add_up(parameters)
-    return losses, weights
+    return weights

@@ -175,7 +175,11 @@ def test_without_the_sensitive_inputs_it_is_that_of_the_table_in_memory(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache, "_PART", 100)
-    how = {**HOW, "features": ["x", "sex", "town", "age", "code", "race"], "tasks": {n: TASKS[n] for n in ("high", "pay")}}
+    how = {
+        **HOW,
+        "features": ["x", "sex", "town", "age", "code", "race"],
+        "tasks": {n: TASKS[n] for n in ("high", "pay")},
+    }
     whole, parts = lf.load_table(table, **how), lf.load_table(table, out_of_core=True, cache=tmp_path, **how)
     one, two = whole.unaware(), parts.unaware()
     same(one, two, 0)
@@ -184,7 +188,9 @@ def test_without_the_sensitive_inputs_it_is_that_of_the_table_in_memory(
     found = []
     for data in (one, two):
         trainer = trainer_of(data, "ReLiF")
-        trainer.train(data.train.loader(64, shuffle=True, seed=3, device="cpu"), None, 1, data.val.loader(256, device="cpu"))
+        trainer.train(
+            data.train.loader(64, shuffle=True, seed=3, device="cpu"), None, 1, data.val.loader(256, device="cpu")
+        )
         found.append(trainer.model.state_dict())
     for name, value in found[0].items():
         assert torch.equal(value, found[1][name]), name
@@ -281,6 +287,22 @@ class TestCache:
         again = torch.cat([split.x[:, 0] for split in self.load(path).splits().values()])
         assert float(again.max()) > 10 > float(torch.cat([split.x[:, 0] for split in first.splits().values()]).max())
 
+    def test_of_two_that_prepare_it_at_a_time_one_is_kept(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = written(tmp_path / "people.parquet", people(600))
+        parts, made = cache.Writer.finish, []
+
+        def finish(writer: cache.Writer, told: Any) -> None:
+            monkeypatch.setattr(cache.Writer, "finish", parts)
+            made.append(self.load(path))  # what another process does meanwhile
+            writer.finish(told)
+
+        monkeypatch.setattr(cache.Writer, "finish", finish)
+        second = self.load(path)
+        assert torch.equal(made[0].train.x, second.train.x)
+        assert len(list((tmp_path / "people.parquet.libmtl_fair").iterdir())) == 1
+
     @pytest.mark.parametrize("name", ["train.x", "val.label0", "test.group0", "cache.json"])
     def test_a_damaged_one_is_made_anew(self, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
         path = written(tmp_path / "people.parquet", people(600))
@@ -375,7 +397,9 @@ def test_a_recipe_and_its_predictions_are_those_of_the_table_in_memory(
     whole = lf.load(runs[0], method="blind").predict(new)
     monkeypatch.setattr(parquet.Parquet.parts, "__defaults__", (200,))
     for name, read in (("out.parquet", pd.read_parquet), ("out.csv", pd.read_csv), ("out.csv.gz", pd.read_csv)):
-        found = CliRunner().invoke(app, ["predict", str(runs[1]), str(new), "--method", "blind", "--out", str(tmp_path / name)])
+        found = CliRunner().invoke(
+            app, ["predict", str(runs[1]), str(new), "--method", "blind", "--out", str(tmp_path / name)]
+        )
         assert found.exit_code == 0, found.output
         pd.testing.assert_frame_equal(
             read(tmp_path / name), whole, rtol=1e-5, atol=1e-6, check_dtype=name == "out.parquet"
