@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -15,8 +15,9 @@ from libmtl_fair.data.selection import PARTS, Rows, Table, leaks
 from libmtl_fair.data.sensitive import Groups
 from libmtl_fair.data.spec import TaskSpec
 from libmtl_fair.data.tables import taken_as_missing
+from libmtl_fair.files import Json
 
-Card = dict[str, Any]
+Card: TypeAlias = Json
 SMALL_GROUP = 30
 """Groups with fewer test rows than this are named in the card (METHODS.md 5: they are flagged in every table)."""
 

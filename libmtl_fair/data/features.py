@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from libmtl_fair.data.frames import as_numbers, as_text, column_of, ids_of, is_date, is_numeric
 from libmtl_fair.data.spec import MAX_CATEGORIES
 from libmtl_fair.errors import DataError, unknown
+from libmtl_fair.files import Json
 from libmtl_fair.memory import need_memory
 
 FeatureKind = Literal["numeric", "categorical"]
@@ -117,14 +118,14 @@ class FeatureEncoder:
             parts.append((ids[:, None] == np.arange(width)).astype(np.float32))
         return np.hstack(parts)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Return plain values."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> FeatureEncoder:
+    def from_dict(cls, values: Json) -> FeatureEncoder:
         """Read what :meth:`to_dict` gave, from JSON too; version 0.1 wrote the positions of each kind."""
-        fields: dict[str, Any] = {name: item for name, item in values.items() if name not in ("numeric", "categorical")}
+        fields: Json = {name: item for name, item in values.items() if name not in ("numeric", "categorical")}
         if "numeric" in values:
             kinds = dict.fromkeys(values["numeric"], "numeric") | dict.fromkeys(values["categorical"], "categorical")
             fields |= {"kinds": {str(i): kinds[i] for i in sorted(kinds)}, "rare": [()] * len(values["categorical"])}

@@ -9,11 +9,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from libmtl_fair.data.tables import Series as Series
 from libmtl_fair.data.tables import settled
 from libmtl_fair.errors import DataError, unknown
 
-Series: TypeAlias = "pd.Series[Any]"
-"""A column of a table."""
 Values: TypeAlias = NDArray[Any]
 """Labels or classes of any type."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,7 @@ from libmtl_fair.data.selection import Table
 from libmtl_fair.data.sensitive import known_groups
 from libmtl_fair.data.spec import SensitiveSpec, Transform, make_spec
 from libmtl_fair.errors import DataError, unknown
+from libmtl_fair.files import Json
 from libmtl_fair.tasks import Regression, Task, task_from_dict, task_to_dict
 from libmtl_fair.validation import MissingRule
 
@@ -149,7 +150,7 @@ class NewRows:
         transform = self.transforms.get(task.name)
         return np.asarray(back if transform is None else np.exp(back) if transform == "log" else np.expm1(back))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Return plain values, for JSON."""
         return {
             "encoder": self.encoder.to_dict(),
@@ -164,7 +165,7 @@ class NewRows:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> NewRows:
+    def from_dict(cls, values: Json) -> NewRows:
         """Read what :meth:`to_dict` gave, from JSON too; values that do not fit are a KeyError, TypeError or ValueError."""
         if values["missing"] not in get_args(MissingRule):
             raise DataError(unknown("rule for missing groups", values["missing"], get_args(MissingRule)))

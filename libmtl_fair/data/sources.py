@@ -21,6 +21,7 @@ from libmtl_fair.data.selection import Choice, chosen_names
 from libmtl_fair.data.spec import TableSpec
 from libmtl_fair.data.streamed import Reader
 from libmtl_fair.errors import DataError, unknown
+from libmtl_fair.files import Json
 from libmtl_fair.tasks import Task
 from libmtl_fair.validation import STRICT, explain
 
@@ -216,7 +217,7 @@ def _read_from(data: Dataset, opened: Opened, reader: Reader, names: tuple[str, 
     """Return the data with what is in files: the inputs, and the labels of some tasks."""
     made = {task.name: task for task in (*data.tasks, *opened.filed)}
     filed = tuple(task.name for task in opened.filed)
-    splits: dict[str, Any] = {
+    splits: Json = {
         part: replace(each, reader=reader, filed=filed, workers=workers) for part, each in data.splits().items()
     }
     about, rows = dict(data.card["tasks"]), data.card["rows"]

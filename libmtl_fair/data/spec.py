@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from libmtl_fair.errors import DataError, unknown
+from libmtl_fair.files import Json
 from libmtl_fair.validation import STRICT, Classes, Edges, Keep, OptionalNames, Renames, Text, explain
 
 if TYPE_CHECKING:
@@ -235,7 +236,7 @@ def make_spec(cls: type[_AnySpec], value: object, what: str, name: str) -> _AnyS
     """
     where = f"{what} {name!r}"
     if isinstance(value, cls):
-        fields: dict[str, Any] = {key: item for key, item in value if item not in (None, (), {})}
+        fields: Json = {key: item for key, item in value if item not in (None, (), {})}
     elif isinstance(value, str) and cls is SensitiveSpec:
         fields = {"column": value}
     elif isinstance(value, Mapping):

@@ -28,6 +28,8 @@ from libmtl_fair.validation import Listed, checked
 
 Source: TypeAlias = Any
 """A path, or a table of pandas, polars, pyarrow or any other library that narwhals reads."""
+Series: TypeAlias = "pd.Series[Any]"
+"""A column of a table."""
 Taken: TypeAlias = "dict[str, dict[str, int]]"
 """{column: {what was taken as missing: how often}}."""
 
@@ -147,9 +149,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
     return pd.DataFrame({place: cells[place].to_pandas() for place in places}).set_axis(names, axis=1)
 
 
-def settle(
-    series: pd.Series[Any], name: str, taken: Taken, words: Collection[str] = ("",), *, reads: bool = False
-) -> pd.Series[Any]:
+def settle(series: Series, name: str, taken: Taken, words: Collection[str] = ("",), *, reads: bool = False) -> Series:
     """Return a column with its type settled; ``reads`` text as what it spells, as for files.
 
     Objects of one kind (truth values, numbers, dates, with gaps) become a column of that kind; ``words`` in text become missing.
@@ -169,7 +169,7 @@ def settle(
     return series
 
 
-def _in_range(series: pd.Series[Any]) -> bool:
+def _in_range(series: Series) -> bool:
     try:
         pd.to_datetime(series)
     except (ValueError, TypeError, OverflowError):
@@ -177,14 +177,14 @@ def _in_range(series: pd.Series[Any]) -> bool:
     return True
 
 
-def _as_float(series: pd.Series[Any]) -> pd.Series[Any]:
+def _as_float(series: Series) -> Series:
     try:
         return series.infer_objects() if not series.isna().any() else series.astype("Float64").astype("float64")
     except (TypeError, ValueError, OverflowError):
         return series
 
 
-def _read(series: pd.Series[Any], name: str, taken: Taken, words: Collection[str]) -> pd.Series[Any] | None:
+def _read(series: Series, name: str, taken: Taken, words: Collection[str]) -> Series | None:
     """Return a file's column of text as what its values spell; None for text."""
     cells = pyarrow.array(series, pyarrow.string(), from_pandas=True)
     trimmed = pc.utf8_trim_whitespace(cells)
@@ -196,7 +196,7 @@ def _read(series: pd.Series[Any], name: str, taken: Taken, words: Collection[str
     real = trimmed.filter(pc.invert(gaps))
     complete = len(real) == len(cells)
     held = pc.if_else(gaps, None, trimmed)
-    made: pd.Series[Any] | None = None
+    made: Series | None = None
     if not len(real):
         return None
     if _all_match(real, _NUMBER) and not _any_match(real, _LEADING_ZERO):
@@ -237,7 +237,7 @@ def _any_match(values: pyarrow.StringArray, pattern: str) -> bool:
     return bool(pc.any(pc.match_substring_regex(values, pattern)).as_py())
 
 
-def _text(series: pd.Series[Any], name: str, taken: Taken, words: Collection[str]) -> pd.Series[Any]:
+def _text(series: Series, name: str, taken: Taken, words: Collection[str]) -> Series:
     """Return text with ``words`` as missing; the column itself where it has none."""
     gaps = series.isin(list(words))
     if not gaps.any():

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from libmtl_fair.errors import DamagedFileError
-from libmtl_fair.files import append_text, write_text
+from libmtl_fair.files import Json, append_text, write_text
 from libmtl_fair.shown import printable
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class History:
         return {"names": list(self._names), "rows": self._steps, "digest": self._digest}
 
     @classmethod
-    def read(cls, path: Path, state: Mapping[str, Any]) -> History:
+    def read(cls, path: Path, state: Json) -> History:
         """Return the history that :meth:`state_dict` spoke of: the first rows of a file; later ones are cut off in its next writing.
 
         Raises

@@ -17,13 +17,23 @@ class Hooks(Protocol):
     _process_data: Any
 
 
-class _Batches(Iterator[Any]):
+class Batches(Protocol):
+    """A loader of known length."""
+
+    def __iter__(self) -> Iterator[object]:
+        """Return the batches."""
+
+    def __len__(self) -> int:
+        """Return their number."""
+
+
+class _Batches(Iterator[object]):
     """An iterator with the ``.next()`` that iterators had, and LibMTL's scripts still call."""
 
-    def __init__(self, found: Iterator[Any]) -> None:
+    def __init__(self, found: Iterator[object]) -> None:
         self._found = found
 
-    def __next__(self) -> Any:
+    def __next__(self) -> object:
         return next(self._found)
 
     next = __next__
@@ -32,20 +42,20 @@ class _Batches(Iterator[Any]):
 class _Wrapped:
     """A loader whose iterators have ``.next()``; everything else is the loader's own."""
 
-    def __init__(self, loader: Any) -> None:
-        self._loader: Any = loader
+    def __init__(self, loader: Batches) -> None:
+        self._loader = loader
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         return _Batches(iter(self._loader))
 
     def __len__(self) -> int:
         return len(self._loader)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._loader, name)
 
 
-def prepare_dataloaders(self: Hooks, dataloaders: Any) -> tuple[Any, Any]:
+def prepare_dataloaders(self: Hooks, dataloaders: Any) -> tuple[object, object]:
     """Return what ``_process_data`` takes, [loader, iterator], and the number of its batches; one a task with ``multi_input``."""
     if not self.multi_input:
         wrapped = _Wrapped(dataloaders)
@@ -66,11 +76,11 @@ def next_batch(loader: list[Any]) -> Any:
 class _Prepared:
     """What a user's ``_prepare_dataloaders`` makes of all loaders, when first asked for."""
 
-    def __init__(self, trainer: Hooks, loaders: Any) -> None:
+    def __init__(self, trainer: Hooks, loaders: object) -> None:
         self.trainer, self._loaders = trainer, loaders
         self._made: tuple[Any, Any] | None = None
 
-    def of(self, name: str) -> tuple[Any, int]:
+    def of(self, name: str) -> tuple[object, int]:
         """Return a task's [loader, iterator], or whatever it is, and the number of its batches."""
         if self._made is None:
             self._made = self.trainer._prepare_dataloaders(self._loaders)
@@ -85,10 +95,10 @@ class _Prepared:
 class Hooked:
     """A loader through a user's own ``_prepare_dataloaders`` and ``_process_data``."""
 
-    def __init__(self, prepared: _Prepared, name: str, loader: Any) -> None:
+    def __init__(self, prepared: _Prepared, name: str, loader: object) -> None:
         self._prepared, self._name, self._loader = prepared, name, loader
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         given, count = self._prepared.of(self._name)
         for _ in range(count):
             batch = self._prepared.trainer._process_data(given)
@@ -102,11 +112,11 @@ class Hooked:
     def __len__(self) -> int:
         return int(self._prepared.of(self._name)[1])
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._loader, name)
 
 
-def hooked(trainer: Hooks, loaders: Mapping[str, Any], given: Any) -> dict[str, Hooked]:
+def hooked(trainer: Hooks, loaders: Mapping[str, object], given: object) -> dict[str, Hooked]:
     """Return task -> loader through the trainer's hooks."""
     prepared = _Prepared(trainer, given)
     return {name: Hooked(prepared, name, loader) for name, loader in loaders.items()}

@@ -80,7 +80,7 @@ class Loose(Model):
 
 def leaves_of(roots: Sequence[Tensor]) -> list[nn.Parameter]:
     """Return the parameters that these tensors were made with, nearest first, each once."""
-    found: dict[int, Any] = {}
+    found: dict[int, nn.Parameter] = {}
     nodes: list[Any] = [root.grad_fn for root in roots if root.grad_fn is not None]
     seen = set(nodes)
     for node in nodes:  # grows

@@ -158,7 +158,7 @@ class LossBank:
     ``standard`` says whether every loss is its task's own.
     """
 
-    def __init__(self, task_dict: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, task_dict: Mapping[str, Entry]) -> None:
         self._loss_fns = {name: values["loss_fn"] for name, values in task_dict.items()}
         ours = {name: fn.task for name, fn in self._loss_fns.items() if type(fn) is TaskLoss}
         self.standard = len(ours) == len(self._loss_fns)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from libmtl_fair.errors import HostError, RecipeError, near, unknown
+from libmtl_fair.files import Json
 from libmtl_fair.libmtl.loading import (
     LINEAGE,
     AbsArchitecture,
@@ -28,7 +29,7 @@ from libmtl_fair.libmtl.loading import (
 )
 from libmtl_fair.libmtl.optimizers import prepare_forgotten
 
-Prepare = Callable[[argparse.Namespace], tuple[dict[str, Any], ...]]
+Prepare = Callable[[argparse.Namespace], tuple[Json, ...]]
 """LibMTL's ``prepare_args``: options -> what a trainer takes."""
 OUR_WEIGHTINGS: dict[str, type[Any]] = {}
 OUR_ARCHITECTURES: dict[str, type[Any]] = {}
@@ -241,7 +242,7 @@ def _value(text: str) -> object:
         return text
 
 
-def _given(cls: type[nn.Module] | None, params: argparse.Namespace) -> dict[str, Any]:
+def _given(cls: type[nn.Module] | None, params: argparse.Namespace) -> Json:
     found = {name: getattr(params, option, None) for name, option in (_options(cls) if cls else {}).items()}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -254,7 +255,7 @@ def _wrap_prepare_args(original: Prepare) -> Prepare:
     """
 
     @wraps(original)
-    def prepare_args(params: argparse.Namespace) -> tuple[dict[str, Any], ...]:
+    def prepare_args(params: argparse.Namespace) -> tuple[Json, ...]:
         if params.weighting.startswith(TORCHJD):
             resolve_weighting(params.weighting)
         else:

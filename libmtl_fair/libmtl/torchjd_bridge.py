@@ -138,7 +138,7 @@ class Held:
 
     def __init__(self) -> None:
         self.aggregator: nn.Module | None = None
-        self._waiting: Sequence[Mapping[str, Any]] = ()
+        self._waiting: Sequence[Mapping[str, object]] = ()
 
     def aggregate(self, grads: Tensor) -> tuple[Tensor | None, Tensor]:
         """Return the weights [T] where it has any, and the aggregated gradient [P], of gradients [T, P]."""
@@ -160,7 +160,7 @@ class Held:
         weights: Tensor = weigh(grads)
         return weights, weights @ grads
 
-    def held_state(self) -> list[dict[str, Any]]:
+    def held_state(self) -> list[dict[str, object]]:
         """Return what it remembers, module by module: tensors, arrays (marked) and plain values."""
         return [
             {
@@ -171,7 +171,7 @@ class Held:
             for module in (() if self.aggregator is None else self.aggregator.modules())
         ]
 
-    def take_state(self, state: Sequence[Mapping[str, Any]]) -> None:
+    def take_state(self, state: Sequence[Mapping[str, object]]) -> None:
         """Take what :meth:`held_state` gave; it is put back at the next step."""
         self._waiting = state
 
@@ -180,7 +180,7 @@ _PLAIN = frozenset(vars(nn.Module()))
 _REMEMBERED = (Tensor, np.ndarray, bool, int, float, str, types.NoneType)
 
 
-def _put_back(value: Any, like: Tensor) -> object:
+def _put_back(value: object, like: Tensor) -> object:
     if isinstance(value, Tensor):
         return value.to(like.device)
     return value["array"].numpy().copy() if isinstance(value, dict) else value
@@ -228,7 +228,7 @@ def torchjd_names() -> list[str]:
     HostError
         TorchJD is not installed.
     """
-    found: dict[str, Any] = {name: getattr(_module(), name) for name in _module().__all__}
+    found: dict[str, type[nn.Module]] = {name: getattr(_module(), name) for name in _module().__all__}
     plain = {n for n, cls in found.items() if not inspect.isabstract(cls) and not n.endswith("Weighting")}
     alone = {n.removesuffix("Weighting") for n in found if n.endswith("Weighting")} - {"", *_SEVERAL}
     return sorted({*plain, *alone} - {"WeightedAggregator", "GramianWeightedAggregator"})
@@ -295,7 +295,7 @@ def _settings_of(name: str, cls: type[nn.Module]) -> type[TorchJDSettings]:
     return made
 
 
-def _hint(cls: type[nn.Module], written: object) -> Any:
+def _hint(cls: type[nn.Module], written: object) -> object:
     """Return an annotation as it was meant, None where its names are only imported for type checkers."""
     try:
         return eval(written, vars(sys.modules[cls.__module__])) if isinstance(written, str) else written
@@ -303,7 +303,7 @@ def _hint(cls: type[nn.Module], written: object) -> Any:
         return None
 
 
-def _plain(hint: Any) -> tuple[Any, list[str] | None]:
+def _plain(hint: object) -> tuple[Any, list[str] | None]:
     """Return the type of a setting that plain values can give and its choices; None where they cannot."""
     if typing.get_origin(hint) is Literal:
         return str, list(typing.get_args(hint))

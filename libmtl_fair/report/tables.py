@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import pandas as pd
 from rich.console import Group
@@ -206,7 +205,7 @@ _CHANGES = {
 }
 
 
-def _change(row: Any, name: str, marks: str) -> Cell:
+def _change(row: Row, name: str, marks: str) -> Cell:
     """Write a change with its noise; what levels down, or is one answer for all, is not shaded as good."""
     change, noise = getattr(row, f"d_{name}"), judged.SURE * getattr(row, f"se_{name}")
     if change != change:
