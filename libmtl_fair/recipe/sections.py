@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from libmtl_fair.data.expressions import parse
-from libmtl_fair.data.spec import MAX_CATEGORIES, SensitiveSpec, TaskSpec
+from libmtl_fair.data.spec import MAX_CATEGORIES, SensitiveSpec, TaskSpec, words
 from libmtl_fair.files import Json
 from libmtl_fair.validation import STRICT, Keep, MissingRule, Names, OptionalNames, Text, distinct, form, listed
 
@@ -150,18 +150,7 @@ Tasks = Annotated[_NAMES | Annotated[dict[Text, TaskSpec], *_DECLARED], Discrimi
 Sensitive = Annotated[_NAMES | Annotated[dict[Text, SensitiveSpec], *_DECLARED], Discriminator(form)]
 
 
-_LATER = (
-    "test_seed",
-    "max_categories",
-    "drop",
-    "where",
-    "missing_values",
-    "root",
-    "args",
-    "workers",
-    "out_of_core",
-    "cache",
-)
+_LATER = words("test_seed max_categories drop where missing_values root args workers out_of_core cache")
 
 
 class Data(Section):

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from libmtl_fair.data.spec import words
 from libmtl_fair.errors import CheckpointError, DamagedFileError, FairMTLError, RecipeError
 from libmtl_fair.files import Json, file_digest, is_sealed, read_json
 from libmtl_fair.recipe.yaml_source import read_yaml
@@ -31,18 +32,7 @@ _FRAMES: Mapping[str, tuple[list[str], list[str], list[str]]] = {
     "consistency": (["task", "metric"], ["value", "low", "high"], []),
     "constraint": (
         ["task", "attribute", "target", "threshold"],
-        [
-            "tolerance",
-            "plain",
-            "eta",
-            "eta_bound",
-            "train",
-            "train_error",
-            "train_selected",
-            "val",
-            "val_error",
-            "val_selected",
-        ],
+        [*words("tolerance plain eta eta_bound train train_error train_selected val val_error val_selected")],
         ["train_met", "val_met", "at_bound", "out_of_reach"],
     ),
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from libmtl_fair import metrics
+from libmtl_fair.data.spec import words
 from libmtl_fair.files import Json, write_json
 from libmtl_fair.metrics.drift import MARGIN
 from libmtl_fair.report import judged
@@ -16,21 +17,7 @@ from libmtl_fair.report.judged import NO_GROUP
 from libmtl_fair.report.run_folder import RunFolder, number, read_run, rows
 
 HIGHER_IS_BETTER = frozenset(
-    [
-        "auc",
-        "accuracy",
-        "balanced_accuracy",
-        "f1",
-        "macro_f1",
-        "r2",
-        "ccc",
-        "average_precision",
-        "mIoU",
-        "pixAcc",
-        "<11.25",
-        "<22.5",
-        "<30",
-    ]
+    words("auc accuracy balanced_accuracy f1 macro_f1 r2 ccc average_precision mIoU pixAcc <11.25 <22.5 <30")
 )
 LABELS = {"auc": "AUC", "brier": "Brier", "log_loss": "log loss", "f1": "F1", "macro_f1": "macro F1"}
 LABELS |= {"rmse": "RMSE", "mae": "MAE", "r2": "R²", "ccc": "CCC"}
