@@ -10,6 +10,7 @@ import libmtl_fair as lf
 from libmtl_fair import metrics
 from libmtl_fair.errors import DataError
 from libmtl_fair.faults import Faults
+from tests.harness.trainers import quiet
 
 NAN = float("nan")
 BINARY, THREE, LABELS, NUMBER = lf.Binary("t"), lf.Multiclass("t", 3), lf.Multilabel("t", 2), lf.Regression("t")
@@ -40,20 +41,7 @@ SEX = torch.tensor([0, 1, 0, 1])
 
 def trainer(task, width=None):
     heads = {"t": nn.Linear(3, width or WIDTH[task.kind])}
-    optim = {"optim": "sgd", "lr": 0.01}
-    return lf.FairTrainer(
-        lf.task_dict([task]),
-        "EW",
-        "HPS",
-        lambda: nn.Linear(2, 3),
-        heads,
-        False,
-        False,
-        optim,
-        None,
-        progress=False,
-        select="last",
-    )
+    return quiet(lambda: nn.Linear(2, 3), 3, [task], optim="sgd", decoders=heads, seed=None, device="auto")
 
 
 def loaders(labels, groups=SEX):

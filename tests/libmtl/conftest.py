@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import libmtl_fair as lf
 from libmtl_fair.models import MLP, linear_heads
+from tests.harness.trainers import settings
 
 N, FEATURES = 96, 6
 TASKS = (lf.Binary("a"), lf.Binary("b"), lf.Regression("c"))
@@ -49,23 +50,11 @@ def make_loader(n: int = N, seed: int = 0, **options: Any) -> lf.ResidentLoader:
 def make_trainer(
     weighting: Any = "EW", tasks: tuple[Any, ...] = TASKS, cls: type[Any] = lf.FairTrainer, **changes: Any
 ) -> Any:
-    settings: dict[str, Any] = {
-        "architecture": "HPS",
-        "encoder_class": lambda: MLP(FEATURES, (16, 8)),
-        "decoders": linear_heads(tasks, 8),
-        "rep_grad": False,
-        "multi_input": False,
-        "optim_param": {"optim": "adam", "lr": 1e-2},
-        "scheduler_param": None,
-        "device": "cpu",
-        "seed": 0,
-        "progress": False,
-        "select": "last",
-    }
+    given = {**settings(8, tasks), "encoder_class": lambda: MLP(FEATURES, (16, 8))}
     if changes.get("seed", 0) is not None and "decoders" not in changes:
         torch.manual_seed(5)  # heads are made before the trainer seeds
         changes["decoders"] = linear_heads(tasks, 8)
-    return cls(lf.task_dict(tasks), weighting, **{**settings, **changes})
+    return cls(lf.task_dict(tasks), weighting, **{**given, **changes})
 
 
 def parameters_of(trainer: Any) -> dict[str, Tensor]:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import libmtl_fair as lf
-from libmtl_fair.models import MLP, linear_heads
+from libmtl_fair.models import MLP
+from tests.harness.trainers import quiet
 
 N, FEATURES = 96, 6
 TASKS = (lf.Binary("a"), lf.Binary("b"), lf.Multiclass("c", 3), lf.Regression("d"))
@@ -40,21 +41,9 @@ def make_loader(n: int = N, **options: Any) -> lf.ResidentLoader:
 
 def make_trainer(weighting: Any = "EW", tasks: tuple[lf.Task, ...] = TASKS, **changes: Any) -> Any:
     torch.manual_seed(5)  # heads are made before the trainer seeds
-    settings: dict[str, Any] = {
-        "architecture": "FairBranch",
-        "encoder_class": lambda: MLP(FEATURES, (12, 10, 8), norm="batch", dropout=0.1),
-        "decoders": linear_heads(tasks, 8),
-        "rep_grad": weighting == "GradDrop",
-        "multi_input": False,
-        "optim_param": {"optim": "adam", "lr": 1e-2},
-        "scheduler_param": None,
-        "device": "cpu",
-        "seed": 0,
-        "progress": False,
-        "select": "last",
-        "arch_args": {"threshold": 0.05, "branch_every": 1},
-    }
-    return lf.FairTrainer(lf.task_dict(tasks), weighting, **{**settings, **changes})
+    given = {"architecture": "FairBranch", "arch_args": {"threshold": 0.05, "branch_every": 1}, **changes}
+    given.setdefault("rep_grad", weighting == "GradDrop")
+    return quiet(lambda: MLP(FEATURES, (12, 10, 8), norm="batch", dropout=0.1), 8, tasks, weighting, **given)
 
 
 def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:

@@ -14,16 +14,12 @@ import libmtl_fair as lf
 from libmtl_fair import functional as F
 from libmtl_fair.methods.fairmt.constraint import Constraint
 from libmtl_fair.methods.fairmt.settings import FairMTSettings
-from libmtl_fair.models import MLP, linear_heads
+from libmtl_fair.models import MLP
+from tests.harness.trainers import quiet
 
 N, BATCH, FEATURES, WIDTH, LR = 240, 60, 5, 6, 0.1
 BINARY = (lf.Binary("a"), lf.Binary("b"), lf.Binary("c"))
 MIXED = (lf.Binary("a"), lf.Multiclass("m", 4), lf.Regression("r"), lf.Multilabel("l", 3), lf.Binary("b"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def make_data(seed: int = 0) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
@@ -53,22 +49,8 @@ def loader(tasks: tuple[lf.Task, ...]) -> lf.ResidentLoader:
 
 def make_trainer(tasks: tuple[lf.Task, ...], rep_grad: bool = False, **settings: Any) -> Any:
     torch.manual_seed(1)
-    return lf.FairTrainer(
-        lf.task_dict(tasks),
-        "FairMT",
-        "HPS",
-        lambda: MLP(FEATURES, (8, WIDTH)),
-        linear_heads(tasks, WIDTH),
-        rep_grad,
-        False,
-        {"optim": "sgd", "lr": LR},
-        None,
-        device="cpu",
-        seed=0,
-        progress=False,
-        select="last",
-        weight_args=settings,
-    )
+    how = {"lr": LR, "optim": "sgd", "rep_grad": rep_grad, "weight_args": settings}
+    return quiet(lambda: MLP(FEATURES, (8, WIDTH)), WIDTH, tasks, "FairMT", **how)
 
 
 class Reference:
@@ -277,21 +259,7 @@ def check_steps(trainer: Any, tasks: tuple[lf.Task, ...], within: float = 1.0) -
 def test_uniform_alpha_without_violation_is_equal_weighting() -> None:
     trainer = make_trainer(BINARY, alpha="uniform", epsilon=10.0)
     torch.manual_seed(1)
-    plain = lf.FairTrainer(
-        lf.task_dict(BINARY),
-        "EW",
-        "HPS",
-        lambda: MLP(FEATURES, (8, WIDTH)),
-        linear_heads(BINARY, WIDTH),
-        False,
-        False,
-        {"optim": "sgd", "lr": LR},
-        None,
-        device="cpu",
-        seed=0,
-        progress=False,
-        select="last",
-    )
+    plain = quiet(lambda: MLP(FEATURES, (8, WIDTH)), WIDTH, BINARY, lr=LR, optim="sgd")
     for each in (trainer, plain):
         each.train(loader(BINARY), epochs=2)
     assert (trainer.history["eta"] == 0).all()

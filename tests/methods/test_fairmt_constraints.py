@@ -30,11 +30,6 @@ BINARY = (lf.Binary("a"), lf.Binary("b"))
 MIXED = (lf.Binary("a"), lf.Regression("r"), lf.Multilabel("l", 3), lf.Binary("b"), lf.Multiclass("m", 4))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def make_data(n: int = N) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Labels of every kind with gaps, and two attributes, one with unknown groups."""
     g = torch.Generator().manual_seed(0)

@@ -16,14 +16,10 @@ from libmtl_fair import functional as F
 from libmtl_fair.errors import HostError
 from libmtl_fair.libmtl import step as stepping
 from libmtl_fair.models import MLP
+from tests.harness.trainers import quiet
 
 FEATURES, WIDTH, N = 4, 5, 48
 TASKS = (lf.Binary("a"), lf.Multiclass("m", 3), lf.Regression("r"), lf.Multilabel("l", 2), lf.Binary("b"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def rows(n: int = N, seed: int = 0) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
@@ -52,24 +48,10 @@ def linear(task: lf.Task, width: int = WIDTH) -> nn.Module:
 
 def trainer(head: Any = linear, tasks: tuple[lf.Task, ...] = TASKS, arch: str = "HPS", **changes: Any) -> Any:
     torch.manual_seed(2)
-    arch_args = changes.pop("arch_args", {})
-    rep_grad, multi = changes.pop("rep_grad", False), changes.pop("multi_input", False)
-    return lf.FairTrainer(
-        lf.task_dict(tasks),
-        "FairMT",
-        arch,
-        lambda: MLP(FEATURES, (7, WIDTH)),
-        {t.name: head(t) for t in tasks},
-        rep_grad,
-        multi,
-        {"optim": "sgd", "lr": 0.1},
-        None,
-        device="cpu",
-        seed=0,
-        progress=False,
-        select="last",
-        weight_args={"eta_0": 2.0, "min_count": 2, **changes},
-        arch_args=arch_args,
+    how = {name: changes.pop(name) for name in ("arch_args", "rep_grad", "multi_input") if name in changes}
+    how |= {"decoders": {t.name: head(t) for t in tasks}, "weight_args": {"eta_0": 2.0, "min_count": 2, **changes}}
+    return quiet(
+        lambda: MLP(FEATURES, (7, WIDTH)), WIDTH, tasks, "FairMT", architecture=arch, lr=0.1, optim="sgd", **how
     )
 
 

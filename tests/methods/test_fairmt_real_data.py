@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import libmtl_fair as lf
-from libmtl_fair.models import MLP, linear_heads
+from libmtl_fair.models import MLP
+from tests.harness.trainers import quiet
 
 _DATA: dict[str, dict[str, Any]] = {
     "adult": {"tasks": ["income", "never_married", "long_hours"], "sensitive": ("sex",)},
@@ -27,22 +28,7 @@ def data(request: pytest.FixtureRequest) -> tuple[str, Any]:
 
 
 def _train(name: str, data: Any, **settings: Any) -> Any:
-    trainer = lf.FairTrainer(
-        lf.task_dict(data.tasks),
-        "FairMT",
-        "HPS",
-        lambda: MLP(data.n_features, (32, 16)),
-        linear_heads(data.tasks, 16),
-        False,
-        False,
-        {"optim": "adam", "lr": 3e-3},
-        None,
-        seed=0,
-        device="cpu",
-        progress=False,
-        select="last",
-        weight_args=settings,
-    )
+    trainer = quiet(lambda: MLP(data.n_features, (32, 16)), 16, data.tasks, "FairMT", lr=3e-3, weight_args=settings)
     trainer.train(data.train.loader(512, shuffle=True, seed=0), None, _EPOCHS[name])
     return trainer.history
 

@@ -14,14 +14,10 @@ import libmtl_fair as lf
 from libmtl_fair.errors import DataError, HostError, RecipeError
 from libmtl_fair.libmtl.registry import config_module, weighting_namespace
 from libmtl_fair.methods import FairMT, FairMTSettings
-from libmtl_fair.models import MLP, linear_heads
+from libmtl_fair.models import MLP
+from tests.harness.trainers import quiet
 
 TASKS = (lf.Binary("a"), lf.Binary("b"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def rows(n: int = 400, gap: float = 1.5) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
@@ -53,22 +49,8 @@ class Repeated(list[Any]):
 def make(tasks: tuple[lf.Task, ...] = TASKS, lr: float = 0.01, **changes: Any) -> Any:
     run = {name: changes.pop(name) for name in ("run_dir", "resume", "seed", "rep_grad") if name in changes}
     torch.manual_seed(0)
-    return lf.FairTrainer(
-        lf.task_dict(tasks),
-        "FairMT",
-        "HPS",
-        lambda: MLP(4, (8,)),
-        linear_heads(tasks, 8),
-        run.pop("rep_grad", False),
-        False,
-        {"optim": "adam", "lr": lr},
-        None,
-        device="cpu",
-        progress=False,
-        select="last",
-        weight_args=changes,
-        **run,
-    )
+    run.setdefault("seed", None)
+    return quiet(lambda: MLP(4, (8,)), 8, tasks, "FairMT", lr=lr, weight_args=changes, **run)
 
 
 # -- the dual variable --------------------------------------------------------------------------------------------

@@ -21,15 +21,11 @@ from libmtl_fair.methods import FBGradSettings
 from libmtl_fair.methods.fairbranch.conflicts import ConflictRecord, conflict_heatmap, layer_cosines
 from libmtl_fair.methods.fairbranch.fbgrad import Plan, Shared, robust_losses
 from libmtl_fair.models import MLP, linear_heads
+from tests.harness.trainers import quiet
 
 N, FEATURES = 64, 5
 TASKS = (lf.Binary("a"), lf.Binary("b"), lf.Multiclass("c", 3), lf.Regression("d"), lf.Multilabel("e", 2))
 NO_BRANCHES = pytest.mark.filterwarnings("ignore:FBGrad. this architecture has no branches")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def problem(seed: int = 0, n: int = N) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
@@ -54,23 +50,9 @@ def loader(batch_size: int = N) -> lf.ResidentLoader:
 
 def make(architecture: str = "FairBranch", tasks: tuple[lf.Task, ...] = TASKS, **changes: Any) -> Any:
     torch.manual_seed(3)
-    weight_args = changes.pop("weight_args", {})
-    settings: dict[str, Any] = {
-        "encoder_class": lambda: MLP(FEATURES, (7, 6, 6)),
-        "decoders": linear_heads(tasks, 6),
-        "rep_grad": False,
-        "multi_input": False,
-        "optim_param": {"optim": "sgd", "lr": 0.05},
-        "scheduler_param": None,
-        "device": "cpu",
-        "seed": 0,
-        "progress": False,
-        "select": "last",
-        "arch_args": {"threshold": 0.5, "branch_every": 1000} if architecture == "FairBranch" else {},
-    }
-    return lf.FairTrainer(
-        lf.task_dict(tasks), "FBGrad", architecture, weight_args=weight_args, **{**settings, **changes}
-    )
+    arch_args = {"threshold": 0.5, "branch_every": 1000} if architecture == "FairBranch" else {}
+    given = {"architecture": architecture, "arch_args": arch_args, "lr": 0.05, "optim": "sgd", **changes}
+    return quiet(lambda: MLP(FEATURES, (7, 6, 6)), 6, tasks, "FBGrad", **given)
 
 
 def batch_of(trainer: Any) -> tuple[FairBatch, Tensor]:

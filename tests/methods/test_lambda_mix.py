@@ -16,6 +16,7 @@ from libmtl_fair.libmtl.parts import linearised
 from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS
 from libmtl_fair.libmtl.step import fair_batch, losses_of
 from libmtl_fair.models import MLP, linear_heads
+from tests.harness.trainers import settings
 
 FEATURES, N = 6, 64
 TASKS = (lf.Binary("a"), lf.Binary("b"), lf.Regression("c"))
@@ -39,19 +40,8 @@ def make_trainer(weighting: str, heads: dict[str, Any] | None = None, **options:
     entries, decoders = lf.task_dict(TASKS), linear_heads(TASKS, 8)
     if heads is not None:
         entries, decoders = lf.add_fairness_heads(entries, decoders, **{"sensitive": ("sex",), **heads})
-    settings: dict[str, Any] = {
-        "architecture": "HPS",
-        "encoder_class": lambda: MLP(FEATURES, (12, 8)),
-        "rep_grad": False,
-        "multi_input": False,
-        "optim_param": {"optim": "sgd", "lr": 0.05},
-        "scheduler_param": None,
-        "device": "cpu",
-        "seed": 0,
-        "progress": False,
-        "select": "last",
-    }
-    return lf.FairTrainer(entries, weighting, decoders=decoders, **{**settings, **options})
+    given = {**settings(8, TASKS, 0.05, "sgd"), "encoder_class": lambda: MLP(FEATURES, (12, 8)), **options}
+    return lf.FairTrainer(entries, weighting, **{**given, "decoders": decoders})
 
 
 def one_step(trainer: Any, loader: Any) -> tuple[Tensor, dict[str, Tensor], Any]:

@@ -9,29 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from libmtl_fair import Binary, FairTrainer, ResidentLoader, task_dict
+from libmtl_fair import Binary, ResidentLoader
 from libmtl_fair.errors import HostError, RecipeError
 from libmtl_fair.libmtl.loggers import MLflow, TensorBoard, WandB
+from tests.harness.trainers import quiet
 
 
 def make(tmp_path=None, **options):
-    trainer = FairTrainer(
-        task_dict([Binary("a"), Binary("b")]),
-        "EW",
-        "HPS",
-        lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU()),
-        {"a": nn.Linear(4, 1), "b": nn.Linear(4, 1)},
-        False,
-        False,
-        {"optim": "sgd", "lr": 0.1},
-        None,
-        device="cpu",
-        run_dir=tmp_path,
-        seed=0,
-        progress=False,
-        select="last",
-        **options,
-    )
+    heads = {"a": nn.Linear(4, 1), "b": nn.Linear(4, 1)}
+    encoder = lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU())  # noqa: E731
+    how = {"lr": 0.1, "optim": "sgd", "decoders": heads, "run_dir": tmp_path, **options}
+    trainer = quiet(encoder, 4, [Binary("a"), Binary("b")], **how)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(40, 3, generator=generator)
     labels = {"a": (x[:, 0] > 0).float(), "b": (x[:, 1] > 0).float()}
