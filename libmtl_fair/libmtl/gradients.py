@@ -20,7 +20,8 @@ from libmtl_fair.errors import HostError
 from libmtl_fair.libmtl.state import Model
 from libmtl_fair.processes import Processes
 
-torch._functorch.config.donated_buffer = False  # else torch.compile's graphs are gone through once only
+if hasattr(torch._functorch.config, "donated_buffer"):  # of torch 2.5 and later
+    torch._functorch.config.donated_buffer = False  # else torch.compile's graphs are gone through once only
 
 Method = Callable[..., object]
 AnyMethod = TypeVar("AnyMethod", bound=Method)
