@@ -115,6 +115,24 @@ class Predictions(Summarised):
             )
         return np.asarray(np.array([*names, ""], dtype=object)[ids])
 
+    def only(self, names: Sequence[str]) -> Predictions:
+        """Return the same predictions of these tasks alone, in this order.
+
+        Raises
+        ------
+        DataError
+            A task that is not among them.
+        """
+        tasks = tuple(self.task(name) for name in names)
+        if tasks == self.tasks:
+            return self
+        held: dict[str, Any] = {
+            field: {name: values[name] for name in names if name in values}
+            for field in ("scores", "outputs", "labels", "raw", "embeddings")
+            if isinstance(values := getattr(self, field), dict)
+        }
+        return replace(self, tasks=tasks, decided=tuple(t for t in self.decided if t in names), **held)
+
     def rescored(self, tasks: tuple[Task, ...]) -> Predictions:
         """Return the same predictions with the audit scores that ``tasks`` give, such as under frozen score ranges."""
         scores = {t.name: scores_of(t, self.outputs[t.name], self.raw.get(t.name)) for t in tasks}
@@ -252,15 +270,19 @@ def scores_of(task: Task, outputs: Tensor, raw: Tensor | None = None) -> Tensor:
 
 
 def side_by_side(found: Sequence[Predictions]) -> Predictions:
-    """Return predictions of several models of one task each, for the same examples, as those of one model."""
+    """Return predictions of several models for the same examples, of tasks of their own, as those of one model."""
     if len(found) == 1:
         return found[0]
     joined: Json = {
         name: {task: value for each in found for task, value in getattr(each, name).items()}
         for name in ("scores", "outputs", "labels", "raw")
     }
-    vectors = {each.tasks[0].name: each.embeddings for each in found if isinstance(each.embeddings, Tensor)}
-    return replace(found[0], tasks=tuple(each.tasks[0] for each in found), embeddings=vectors or None, **joined)
+    vectors: dict[str, Tensor] = {}
+    for each in found:
+        h = each.embeddings
+        vectors |= h if isinstance(h, dict) else {task.name: h for task in each.tasks if h is not None}
+    tasks = tuple(task for each in found for task in each.tasks)
+    return replace(found[0], tasks=tasks, embeddings=vectors or None, **joined)
 
 
 def _numbered(name: str, values: Values, shown: Callable[[Values], Column] = np.asarray) -> dict[str, Column]:

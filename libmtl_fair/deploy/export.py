@@ -35,14 +35,16 @@ class InUse(nn.Module):
     def __init__(self, network: Network, rows: NewRows) -> None:
         super().__init__()
         self.networks = nn.ModuleList(drop_fairness_heads(trainer) for trainer in network.trainers)
+        self.serves = network.serves
         self.tasks, self.transforms = rows.tasks, dict(rows.transforms)
         self.eval().cpu().requires_grad_(False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return one tensor a task, in their order: [N], or [N, C] of several classes or labels."""
         found: dict[str, Tensor] = {}
-        for network in self.networks:
-            found |= network(x)
+        for network, served in zip(self.networks, self.serves):
+            outputs = network(x)
+            found |= {task: outputs[task] for task in served}
         return tuple(self._shown(task, found[task.name]) for task in self.tasks)
 
     def _shown(self, task: Task, output: Tensor) -> Tensor:

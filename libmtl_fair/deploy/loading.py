@@ -15,8 +15,9 @@ from libmtl_fair.metrics.post_models import Blend, PostModel
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe.build import data_for, make_dataset, make_trainer
 from libmtl_fair.recipe.measure import Protocol
+from libmtl_fair.recipe.networks import parts_of
 from libmtl_fair.recipe.post import fitted, made_of
-from libmtl_fair.recipe.run import MODEL, single_folder
+from libmtl_fair.recipe.run import MODEL
 from libmtl_fair.recipe.schema import Recipe, load_recipe
 from libmtl_fair.tasks import Task
 
@@ -137,17 +138,15 @@ def _attributes(network: Network) -> tuple[str, ...]:
 
 
 def _network(own: Path, recipe: Recipe, method: str, seed: int, rows: NewRows, device: str) -> Network:
-    """Return the trained network of a method (of a single-task one, those of its tasks) without what only training needs."""
-    single = recipe.methods[method].single_task
-    parts: dict[Path, tuple[Task, ...]] = {own: rows.tasks}
-    if single:
-        parts = {own / single_folder(i): (task,) for i, task in enumerate(rows.tasks)}
-    trainers = []
-    for folder, tasks in parts.items():
-        path = folder / checkpoint.CHECKPOINT
+    """Return the trained network of a method, or several of them, without what only training needs."""
+    named = {task.name: task for task in rows.tasks}
+    parts, trainers = parts_of(recipe, method, tuple(named), own), []
+    for part in parts:
+        path = part.folder / checkpoint.CHECKPOINT
         held = checkpoint.chosen_weights(path, recipe.train_for(method).select)
+        tasks = tuple(named[name] for name in part.tasks)
         trainers.append(_trainer(path, held, recipe, method, seed, rows, tasks, device))
-    return Network(tuple(trainers))
+    return Network(tuple(trainers), tuple(part.serves for part in parts))
 
 
 def _trainer(

@@ -31,22 +31,23 @@ from libmtl_fair.tasks import IGNORE_INDEX, Multiclass, Multilabel, Task
 
 @dataclass(frozen=True)
 class Network:
-    """Trained networks: one for all tasks, or one for each of a single-task method."""
+    """Trained networks: one for all tasks, or one for each task or group of tasks; ``serves``: whom each answers for."""
 
     trainers: tuple[FairTrainer, ...]
+    serves: tuple[tuple[str, ...], ...]
 
     def predictions(self, rows: NewRows, frame: pd.DataFrame, groups: dict[str, Tensor]) -> Predictions:
         """Return what they say of new rows, with representations."""
         x, n_rows = rows.encode(frame), len(frame)
         found = []
-        for trainer in self.trainers:
+        for trainer, served in zip(self.trainers, self.serves):
             tasks = [task for task in trainer.tasks.values() if task is not None and not task.auxiliary]
             labels = {task.name: _no_labels(task, n_rows) for task in tasks}
             names = {attribute: rows.groups[attribute] for attribute in groups}
             how: Json = {"batch_size": EVAL_BATCH, "shuffle": False, "seed": 0, "device": trainer.device}
             loader = ResidentLoader(x, labels, groups, group_names=names, **how)
-            found.append(trainer.predict(loader, embeddings=True))
-        return side_by_side(found)
+            found.append(trainer.predict(loader, embeddings=True).only(served))
+        return side_by_side(found).only([task.name for task in rows.tasks])
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,9 @@ class Model(nn.Module):
     def bind_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Take note of the optimiser; a branching model's new parameters join it."""
 
+    def before_step(self, trainer: TrainingState, losses: Callable[[], Tensor]) -> None:
+        """Look ahead before a step; ``losses`` runs the model on the step's batch and returns its losses [T], attached."""
+
     def after_step(self, trainer: StepState, step: int) -> None:
         """Look at the trainer after a step."""
 

@@ -63,9 +63,10 @@ def draw(trainer: TrainingState, loaders: Loaders) -> Iterator[object]:
 
 def step(trainer: TrainingState, batch: Any, epoch: int, log: StepLog, joint: JointHeads | None = None) -> None:
     """Train one step and note what happened in ``log``."""
-    model, several, processes = trainer.model, trainer.samples > 1, trainer.processes
-    with contextlib.nullcontext() if processes is None else processes.own_draws(trainer.global_step, trainer.device):
-        made = [losses_of(trainer, part) for part in (batch if several else [batch])]
+    model, several = trainer.model, trainer.samples > 1
+    parts = batch if several else [batch]
+    model.before_step(trainer, lambda: _run(trainer, parts)[-1].losses)
+    made = _run(trainer, parts)
     trainer.optimizer.zero_grad()  # after the forward pass, where LibMTL does it
     if joint is not None:
         joint.zero_grad()
@@ -86,6 +87,13 @@ def step(trainer: TrainingState, batch: Any, epoch: int, log: StepLog, joint: Jo
     log.add(values, made[-1].rows or _rows(trainer, made[-1].outputs))
     model.after_step(trainer, trainer.global_step)
     tell(trainer, "step", trainer.global_step, values["loss"])
+
+
+def _run(trainer: TrainingState, parts: Sequence[Any]) -> list[Made]:
+    """Return what each batch of a step gives; several processes draw by themselves."""
+    processes = trainer.processes
+    with contextlib.nullcontext() if processes is None else processes.own_draws(trainer.global_step, trainer.device):
+        return [losses_of(trainer, part) for part in parts]
 
 
 def tell(trainer: TrainingState, moment: str, *values: object) -> None:

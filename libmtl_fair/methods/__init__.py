@@ -11,6 +11,7 @@ from libmtl_fair.methods.heads.lambda_mix import LambdaMix, LambdaMixSettings
 from libmtl_fair.methods.recon import Recon, ReconSettings
 from libmtl_fair.methods.regulariser import GroupRegulariser, GroupRegulariserSettings
 from libmtl_fair.methods.relif import ReLiF, ReLiFSettings
+from libmtl_fair.methods.tag import TAG, TAGSettings
 
 _BASES = (AbsWeighting, AbsArchitecture)
 METHODS = [x for x in vars().values() if isinstance(x, type) and issubclass(x, _BASES) and x not in _BASES]
@@ -18,6 +19,7 @@ METHODS = [x for x in vars().values() if isinstance(x, type) and issubclass(x, _
 
 __all__ = [
     "METHODS",
+    "TAG",
     "FBGrad",
     "FBGradSettings",
     "FairBranch",
@@ -32,4 +34,5 @@ __all__ = [
     "ReLiFSettings",
     "Recon",
     "ReconSettings",
+    "TAGSettings",
 ]

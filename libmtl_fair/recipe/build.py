@@ -29,6 +29,7 @@ from libmtl_fair.libmtl.trainer import FairTrainer
 from libmtl_fair.memory import need_memory
 from libmtl_fair.methods.base import Declared
 from libmtl_fair.methods.heads.auxiliary import add_fairness_heads
+from libmtl_fair.methods.tag import TAG
 from libmtl_fair.models import encoder_for, linear_heads, load_weights, map_heads, sequence_heads
 from libmtl_fair.recipe.post import POST_SETTINGS, check_post
 from libmtl_fair.recipe.schema import Recipe, check_names
@@ -55,6 +56,13 @@ def check(recipe: Recipe) -> None:
     check_names(recipe, known, architecture_names(), dataset_names(), settings)
     check_post(recipe)
     _check_encoders(recipe)
+    for name in (name for name, method in recipe.methods.items() if method.weighting == TAG.__name__):
+        found = "single_task: true" if recipe.methods[name].single_task else recipe.model_for(name).architecture
+        if found != "HPS":
+            text = (
+                f"TAG trains all tasks with hard sharing (architecture HPS), and then a network a group; found {found}"
+            )
+            raise recipe.error(("methods", name, "weighting"), text)
     for name, method in recipe.methods.items():
         base = ""
         try:

@@ -33,10 +33,22 @@ from libmtl_fair.libmtl.checkpoint import close_training, reopen_training
 from libmtl_fair.libmtl.loading import LINEAGE
 from libmtl_fair.libmtl.trainer import FairTrainer
 from libmtl_fair.locks import alone_in
+from libmtl_fair.methods.tag import need_few
 from libmtl_fair.predictions import Predictions, side_by_side
 from libmtl_fair.processes import alone, join
 from libmtl_fair.recipe.build import EVAL_BATCH, check, data_for, loaders, make_dataset, make_trainer, only
 from libmtl_fair.recipe.measure import Protocol, digests, measure, pool_embeddings
+from libmtl_fair.recipe.networks import (
+    Part,
+    by_groups,
+    find_groups,
+    joint_folder,
+    parts_of,
+    run_dirs,
+    task_groups,
+    weighting_of,
+    write_groups,
+)
 from libmtl_fair.recipe.people import People, people_of
 from libmtl_fair.recipe.post import PARTS, check_post_data, made_of, make_post
 from libmtl_fair.recipe.schema import Recipe
@@ -50,7 +62,7 @@ _CHOSEN_BY = {
     "improvement": "LibMTL's mean relative improvement, on validation",
 }
 T = TypeVar("T")
-_Trained = dict[tuple[str, ...], FairTrainer]
+_Trained = dict[Part, FairTrainer]
 MODEL = "model.json"
 """What a method's folder holds for models in use, besides weights."""
 
@@ -173,7 +185,7 @@ class Run:
         except DamagedFileError as error:
             self.note(f"{error}; it is made again from the checkpoint")
             return False
-        for run_dir in _run_dirs(folder):
+        for run_dir in run_dirs(folder):
             close_training(run_dir)  # runs of earlier versions did so last
         return True
 
@@ -229,7 +241,10 @@ class Run:
                 np.savez_compressed(stream, **pool_embeddings(recipe, predictions))
         content = measure(recipe, method, seed, predictions, protocol)
         content["consistency"] = self._consistency(method, seed, predictions, trained)
-        content["timing"] = {"train_s": sum(_seconds(t) for t in trained.values()) if trained else spent, "epochs": 0}
+        if trained:
+            spent = sum(map(_seconds, trained.values()))
+            spent += task_groups(folder)["train_s"] if by_groups(recipe.methods[method]) else 0.0
+        content["timing"] = {"train_s": spent, "epochs": 0}
         if recipe.output.predictions:
             content["digest"] = digests(folder, predictions)
         voters = made.pop("voters", None)
@@ -247,9 +262,8 @@ class Run:
         constraints = self._constraints(trained, data, predictions["val"])
         content |= {"constraint": constraints} if constraints else {}
         self._write_model(folder, method, seed, predictions["val"].tasks, content, voters)
-        for trainer in trained.values():
-            assert trainer.run_dir is not None
-            close_training(trainer.run_dir)
+        for run_dir in run_dirs(folder):
+            close_training(run_dir)
         write_json(folder / METRICS, content, sealed="beside")
         return protocol
 
@@ -271,31 +285,55 @@ class Run:
     def _constraints(self, trained: _Trained, data: Dataset, val: Predictions) -> list[Json]:
         """Return what came of each constraint that a method set: of the kept model, on training and validation decisions."""
         found = []
-        for names, trainer in trained.items():
+        for part, trainer in trained.items():
             if trainer.model.constraint_rows(val=val):
-                train = self._predict({names: trainer}, data, "train")
+                train = self._predict({part: trainer}, data, "train")
                 found += trainer.model.constraint_rows(train=train, val=val)
         return found
 
     def _train(self, method: str, seed: int, data: Dataset, tasks: tuple[Task, ...], folder: Path) -> _Trained:
-        """Return the trained model, or one for each task where the method is single-task."""
-        parts = {tasks: folder}
-        if self.recipe.methods[method].single_task:
-            parts = {(task,): folder / single_folder(i) for i, task in enumerate(tasks)}
-        settings, trained = self.recipe.train_for(method), {}
-        for chosen, run_dir in parts.items():
-            names = tuple(task.name for task in chosen)
-            if writes():
-                reopen_training(run_dir)
-            where = {"device": self.device, "run_dir": run_dir, "resume": True}
-            trainer = make_trainer(self.recipe, method, data, chosen, seed, **where)
-            sources = loaders(only(data, names), settings.batch_size, seed, self.device)
-            trainer.train(sources["train"], None, settings.epochs, sources["val"])
-            trained[names] = trainer
+        """Return the trained networks: one, or one for each task or group of tasks."""
+        named = {task.name: task for task in tasks}
+        if by_groups(self.recipe.methods[method]):
+            self._find_groups(method, seed, data, tasks, folder)
+        trained = _Trained()
+        for part in parts_of(self.recipe, method, tuple(named), folder):
+            chosen = tuple(named[name] for name in part.tasks)
+            trained[part] = self._network(method, seed, data, chosen, part.folder, **weighting_of(self.recipe, method))
         return trained
 
+    def _network(
+        self, method: str, seed: int, data: Dataset, tasks: tuple[Task, ...], run_dir: Path, **options: Any
+    ) -> FairTrainer:
+        """Return one trained network, gone on with where it was begun."""
+        if writes():
+            reopen_training(run_dir)
+        where = {"device": self.device, "run_dir": run_dir, "resume": True}
+        trainer = make_trainer(self.recipe, method, data, tasks, seed, **where, **options)
+        settings = self.recipe.train_for(method)
+        sources = loaders(only(data, tuple(task.name for task in tasks)), settings.batch_size, seed, self.device)
+        trainer.train(sources["train"], None, settings.epochs, sources["val"])
+        return trainer
+
+    def _find_groups(self, method: str, seed: int, data: Dataset, tasks: tuple[Task, ...], folder: Path) -> None:
+        """Train all tasks together, and write the groups that follow, where the folder does not hold them."""
+
+        def lacking() -> bool:
+            try:
+                return bool([task.name for task in tasks] != task_groups(folder)["tasks"])
+            except CheckpointError:
+                return True
+
+        if self._first(lacking):
+            need_few(len(tasks))
+            trainer = self._network(method, seed, data, tasks, joint_folder(folder))
+            settings = trainer.model.settings
+            names = [task.name for task in tasks]
+            write_groups(folder, self._first(lambda: find_groups(trainer, names, settings, _seconds(trainer))))
+        self._first(lambda: task_groups(folder)["tasks"])  # the others wait for the file
+
     def _consistency(
-        self, method: str, seed: int, predictions: dict[str, Predictions], trained: dict[tuple[str, ...], FairTrainer]
+        self, method: str, seed: int, predictions: dict[str, Predictions], trained: _Trained
     ) -> Json:
         """Return the audit of people; flip twins are those of all inputs, of which a method sees what it saw in training."""
         people, data = self.people(seed), self.data(seed)
@@ -312,20 +350,12 @@ class Run:
 
     def _predict(self, trained: _Trained, data: Dataset, part: str) -> Predictions:
         found = []
-        for names, trainer in trained.items():
-            rows = getattr(only(data, names), part)
-            found.append(trainer.predict(rows.loader(EVAL_BATCH, device=self.device), embeddings=True, maps=False))
-        return side_by_side(found)
-
-
-def single_folder(index: int) -> Path:
-    """Return where, in a method's folder, the model of one task is."""
-    return Path("single") / str(index)
-
-
-def _run_dirs(folder: Path) -> list[Path]:
-    """Return where a method and seed was trained: its folder, or those of its tasks' own models."""
-    return [folder, *folder.glob("single/*")]
+        for network, trainer in trained.items():
+            rows = getattr(only(data, network.tasks), part)
+            held = trainer.predict(rows.loader(EVAL_BATCH, device=self.device), embeddings=True, maps=False)
+            found.append(held.only(network.serves))
+        served = {name for network in trained for name in network.serves}
+        return side_by_side(found).only([task.name for task in data.tasks if task.name in served])
 
 
 def _seconds(trainer: FairTrainer) -> float:

@@ -1,4 +1,4 @@
-"""Branching methods in the report: the tree as it ended, its events, and the conflicts between the tasks' gradients."""
+"""Who shares with whom, in the report: branch trees and their events, conflicts between gradients, affinities and groups of tasks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import pandas as pd
 from libmtl_fair.errors import CheckpointError, FairMTLError
 from libmtl_fair.files import Json
 from libmtl_fair.methods.fairbranch.tree import BranchTree
+from libmtl_fair.recipe.networks import GROUPS, task_groups
 from libmtl_fair.report.notes import EVENTS
 from libmtl_fair.report.run_folder import RunFolder
 from libmtl_fair.report.tables import Sheet, sheet
-from libmtl_fair.report.theme import Plot, conflict_map, slug
+from libmtl_fair.report.theme import Plot, canvas, conflict_map, slug, task_matrix
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,6 +84,41 @@ def _names(group: Iterable[object]) -> str:
     return " + ".join(map(str, group))
 
 
+def groupings(run: RunFolder, *methods: str) -> list[tuple[str, int, Json]]:
+    """Return (method, seed, what ``task_groups.json`` holds) of every method by task groups (none given: of all)."""
+    found = [item for method in methods or run.methods for item in run.of(method)]
+    return [(i.method, i.seed, task_groups(i.folder)) for i in found if (i.folder / GROUPS).exists()]
+
+
+def grouping_sheet(run: RunFolder) -> Sheet | None:
+    """Every network of a method by task groups: what it is trained on, whom it answers for, and the affinity that these get there."""
+    body: list[list[object]] = []
+    for method, seed, held in groupings(run):
+        z = _affinity(held)
+        for group in held["groups"]:
+            others = [z.loc[[t for t in group["tasks"] if t != task], task].mean() for task in group["serves"]]
+            body.append([method, seed, _names(group["tasks"]), _names(group["serves"]), float(np.mean(others))])
+    heads = ["method", "seed", "trained on", "answers for", "mean affinity"]
+    return sheet("Task groups", heads, pd.DataFrame(body), sign="+") if body else None
+
+
+def _affinity(held: Json) -> pd.DataFrame:
+    return pd.DataFrame(held["affinity"], held["tasks"], held["tasks"], dtype=float)
+
+
+def affinity_map(affinity: pd.DataFrame) -> Figure:
+    """Heat map of affinities [T, T], from the row's task to the column's: blue helps, red hinders."""
+    names, values = [str(name) for name in affinity.columns], affinity.to_numpy(dtype=float)
+    wide = 2.4 + 0.42 * len(names)
+    figure, (axes,) = canvas(wide + 0.6, wide)
+    others = np.abs(values[np.isfinite(values) & ~np.eye(len(names), dtype=bool)])
+    top = float(others.max(initial=0.0)) or 1.0
+    mesh = task_matrix(axes, values, names, "RdBu", -top, top)
+    axes.set(xlabel="loss of", ylabel="after a step for")
+    figure.colorbar(mesh, ax=axes, label="share of the loss that the step takes away", shrink=0.9)
+    return figure
+
+
 def conflict_table(run: RunFolder, method: str) -> pd.DataFrame | None:
     """Return kind, layer, epoch, pairs, ``share`` in conflict, mean ``angle``, over all seeds; None if not recorded."""
     frames = [frame for item in run.of(method) if (frame := item.conflicts()) is not None]
@@ -106,6 +142,13 @@ def branch_plots(run: RunFolder) -> Iterator[Plot]:
             others = f"; {len(trees) - 1} more below as text" if len(trees) > 1 else ""
             caption = f"{method}: branch tree as it ended, seed {trees[0].seed}{others}."
             yield Plot(f"tree_{slug(method)}", "branches", caption, trees[0].last.plot)
+    for method in run.methods:
+        if held := groupings(run, method):
+            frames = [_affinity(each) for _, _, each in held]
+            which = f"means over {len(held)} seeds" if len(held) > 1 else f"seed {held[0][1]}"
+            caption = f"{method}: affinity of each two tasks in the joint training, {which}; the groups are in the table below."
+            draw = partial(affinity_map, pd.concat(frames).groupby(level=0, sort=False).mean())
+            yield Plot(f"affinity_{slug(method)}", "branches", caption, draw)
     titles = {
         "share": "share of task pairs whose gradients conflict",
         "angle": "mean angle between two tasks' gradients",

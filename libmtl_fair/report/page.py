@@ -14,7 +14,7 @@ from rich.text import Text
 
 from libmtl_fair.files import Json, write_json, write_text
 from libmtl_fair.report import notes, protocol, tables
-from libmtl_fair.report.branches import event_sheet, tree_texts
+from libmtl_fair.report.branches import event_sheet, grouping_sheet, tree_texts
 from libmtl_fair.report.competitors import competitor_sheet
 from libmtl_fair.report.findings import findings, headline
 from libmtl_fair.report.plots import bars, first_plots, plots_of, scatters, write_plots
@@ -83,7 +83,7 @@ def render(run: RunFolder, *, interactive: bool = True, plots: Iterable[Plot] | 
         checklist=protocol.checklist(run),
         groups=tables.group_sheet(run),
         trees=tree_texts(run),
-        events=event_sheet(run),
+        events=[event_sheet(run), grouping_sheet(run)],
         notes=notes.notes(run),
         environment=[(key, protocol.words(value)) for key, value in run.environment.items()],
     )

@@ -22,6 +22,7 @@ from libmtl_fair.shown import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.collections import QuadMesh
     from matplotlib.figure import Figure
 
 REFERENCE = "#7f7f7f"
@@ -134,6 +135,21 @@ def slug(text: object) -> str:
     'hours_40'
     """
     return re.sub(r"[^A-Za-z0-9]+", "_", str(text)).strip("_")[:60] or "unnamed"
+
+
+def task_matrix(
+    axes: Axes, values: NDArray[np.float64], names: Sequence[str], colours: str, low: float, top: float
+) -> QuadMesh:
+    """Draw numbers [T, T] of each two tasks, but for the diagonal: a row and a column a task."""
+    edges = np.arange(len(names) + 1) - 0.5
+    shown = np.ma.masked_array(values, np.eye(len(names), dtype=bool) | ~np.isfinite(values))
+    mesh = axes.pcolormesh(edges, edges, shown, cmap=colours, vmin=low, vmax=top)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set_xticks(range(len(names)), [label(name, 20) for name in names], rotation=90)
+    axes.set_yticks(range(len(names)), [label(name, 20) for name in names])
+    return mesh
 
 
 _MAPS: Mapping[str, tuple[str, str, str]] = {

@@ -14,7 +14,7 @@ import pandas as pd
 
 from libmtl_fair.report.run_folder import RunFolder
 from libmtl_fair.report.summary import GAINS, gains
-from libmtl_fair.report.theme import INK, PALETTE, Plot, canvas, label, slug
+from libmtl_fair.report.theme import INK, PALETTE, Plot, canvas, label, slug, task_matrix
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,17 +95,10 @@ def task_map(frame: pd.DataFrame) -> Figure:
     wide = 1.6 + 0.42 * len(tasks)
     figure, panels = canvas(2 * wide + 0.8, max(wide, 3.6), 1, 2, sharey=True)
     counts = [task_conflicts(frame, kind, tasks).to_numpy(float) for kind in KINDS]
-    edges = np.arange(len(tasks) + 1) - 0.5
     top = max(1.0, *(each.max(initial=0.0) for each in counts))
     for axes, kind, each in zip(panels, KINDS, counts):
-        shown = np.ma.masked_array(each, np.eye(len(tasks), dtype=bool))
-        mesh = axes.pcolormesh(edges, edges, shown, cmap="YlOrBr", vmin=0, vmax=top)
-        axes.grid(visible=False)
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
+        mesh = task_matrix(axes, each, tasks, "YlOrBr", 0, top)
         axes.set_title(f"{kind} gradients")
-        axes.set_xticks(range(len(tasks)), [label(task, 20) for task in tasks], rotation=90)
-        axes.set_yticks(range(len(tasks)), [label(task, 20) for task in tasks])
     figure.colorbar(mesh, ax=panels, label="conflicts", shrink=0.9)
     return figure
 

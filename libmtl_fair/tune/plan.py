@@ -15,6 +15,7 @@ from libmtl_fair.data import Dataset
 from libmtl_fair.errors import CheckpointError, RecipeError, unknown
 from libmtl_fair.files import Json
 from libmtl_fair.recipe.build import check, make_dataset
+from libmtl_fair.recipe.networks import by_groups
 from libmtl_fair.recipe.people import People, people_of
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.recipe.sections import Method, Train, Tune
@@ -253,7 +254,10 @@ def _untunable(spec: Method) -> str:
     """Return why a method cannot be tuned, or "" where it can."""
     if spec.post is not None:
         return f"made of finished models (post: {spec.post}): it has no training to tune, and chooses its strength on validation"
-    return "a single-task method, which is several models; tune one model" if spec.single_task else ""
+    if spec.single_task or by_groups(spec):
+        what = "a single-task method" if spec.single_task else "a method by task groups"
+        return f"{what}, which is several models; tune one model"
+    return ""
 
 
 def _fixed(role: str, method: str, args: Json | None = None) -> Queued:

@@ -42,6 +42,7 @@ ELSEWHERE = {"FairBranch", "Recon"}
 OURS_ELSEWHERE = {
     "FBGrad": "groups must be of FairBranch's tree",
     "LambdaMix": "mixes auxiliary heads, which a plain task_dict lacks",
+    "TAG": "runs with hard sharing only",
     "torchjd:Krum": "takes three tasks or more",
 }
 OUR_ARGS: dict[str, dict[str, Any]] = {
@@ -231,6 +232,7 @@ def test_contract_covers_all_that_is_installed() -> None:
     assert set(OURS_ELSEWHERE) | ELSEWHERE <= set(OUR_WEIGHTINGS) | set(OUR_ARCHITECTURES) | {
         "FBGrad",
         "LambdaMix",
+        "TAG",
         "FairBranch",
         "Recon",
         *TORCHJD,

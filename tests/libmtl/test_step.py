@@ -32,6 +32,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("FBGrad", {}),
     ("GroupRegulariser", {"tasks": ("a", "b")}),
     ("LambdaMix", {}),
+    ("TAG", {"affinity_every": 1}),
 ]
 
 

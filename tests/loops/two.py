@@ -49,6 +49,7 @@ TRAINED: list[tuple[str, dict[str, Any], Any, str]] = [
     ("GroupRegulariser", {"loss": "glf", "tasks": ("a", "b"), "base": "GradNorm", "lam": 0.7}, TASKS, "HPS"),
     ("LambdaMix", {}, TASKS, "HPS"),
     ("LambdaMix", {"base": "UW"}, MIXED, "HPS"),
+    ("TAG", {"affinity_every": 2}, MIXED, "HPS"),
     ("MGDA", {}, MIXED, "rep_grad"),
     ("ReLiF", {"pairs": "random", "k": 4}, MIXED, "rep_grad"),
     ("EW", {}, MIXED, "accumulate"),

@@ -218,6 +218,7 @@ OUR_ARGS: dict[str, dict[str, Any]] = {
     "FBGrad": {"where": "everywhere"},
     "GroupRegulariser": {"loss": "gap"},
     "LambdaMix": {},
+    "TAG": {},
     "LambdaMix, UW": {"base": "UW"},
     "FairMT": {"min_count": 1, "form": "phi"},
     "FairMT, constraints": {"min_count": 1, "alpha": "proxy"},
