@@ -57,6 +57,8 @@ class Split:
         Tasks whose labels the reader gives, too.
     workers : int, default 0
         Processes that read ahead of a loader.
+    augment : bool, default False
+        Whether a loader that shuffles has the reader change each example at random.
     maps : tuple of mmap, default ()
         The files that the tensors are read from, as they are looked at; none where they are in memory.
     """
@@ -72,6 +74,7 @@ class Split:
     reader: Reader | None = None
     filed: tuple[str, ...] = ()
     workers: int = 0
+    augment: bool = False
     maps: tuple[mmap.mmap, ...] = ()
 
     def __len__(self) -> int:
@@ -98,7 +101,8 @@ class Split:
     ) -> ResidentLoader | FileLoader:
         """Return a loader of this part: on the device, reading files as it goes, or what was prepared on disk by blocks."""
         if self.reader is not None:
-            return FileLoader(self._read_by(self.reader), batch_size, shuffle, seed, device, drop_last, self.workers)
+            rows, augment = self._read_by(self.reader), self.augment and shuffle
+            return FileLoader(rows, batch_size, shuffle, seed, device, drop_last, self.workers, augment)
         kind = partial(BlockLoader, maps=self.maps) if self.maps else ResidentLoader
         return kind(
             self.x,

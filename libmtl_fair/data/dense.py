@@ -23,6 +23,7 @@ from libmtl_fair.data.scenes import CLASSES, LIGHTS, ROOMS, STREET_CLASSES, Scen
 from libmtl_fair.data.sources import PART, Opened, Settings, Source, need_root
 from libmtl_fair.data.spec import SensitiveSpec, TableSpec
 from libmtl_fair.data.streamed import load_array
+from libmtl_fair.data.zoom import Zoom
 from libmtl_fair.errors import DataError
 from libmtl_fair.tasks import Depth, MapTask, Normals, Segmentation
 
@@ -36,9 +37,13 @@ _Size = Annotated[tuple[_Pixels, _Pixels], Field(strict=False)]
 
 
 class MapSettings(Settings):
-    """Height and width that images and labels are brought to (labels by the nearest pixel); None: as they are."""
+    """Height and width that images and labels are brought to (labels by the nearest pixel; None: as they are), and ``aug``.
+
+    With ``aug`` training examples are zoomed and flipped at random, as LibMTL's nyu example can (:class:`libmtl_fair.data.zoom.Zoom`).
+    """
 
     size: _Size | None = None
+    aug: bool = False
 
 
 class MapReader:
@@ -52,10 +57,18 @@ class MapReader:
         Of an image, [3, H, W].
     settings : MapSettings
         Another size, or None.
+    inverse_depth : bool, default False
+        Whether depths are inverse.
     """
 
-    def __init__(self, paths: Sequence[tuple[Path, int]], shape: tuple[int, ...], settings: MapSettings) -> None:
-        self.paths, self.stored, self.size = paths, shape, settings.size
+    def __init__(
+        self,
+        paths: Sequence[tuple[Path, int]],
+        shape: tuple[int, ...],
+        settings: MapSettings,
+        inverse_depth: bool = False,
+    ) -> None:
+        self.paths, self.stored, self.size, self.inverse_depth = paths, shape, settings.size, inverse_depth
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -73,6 +86,10 @@ class MapReader:
         folder, number = self.paths[row]
         x = self._map(folder, "image", number)
         return x, {task: self._map(folder, _FOLDER[task], number) for task in tasks}
+
+    def augmented(self, row: int, tasks: Sequence[str], seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return what :meth:`read` does, zoomed and flipped at random."""
+        return Zoom.drawn(seed, self.shape[1:]).of(*self.read(row, tasks), self.inverse_depth)
 
     def _map(self, folder: Path, what: str, number: int) -> Tensor:
         path, channels = folder / what / f"{number}.npy", _CHANNELS[what]
@@ -106,7 +123,8 @@ def _open_layout(spec: TableSpec, n_classes: int, root: Path, settings: MapSetti
         raise DataError(f"{first}: expected [H, W, 3], found {list(image.shape)}")
     shape = (3, *image.shape[:2])
     frame = pd.concat(frames, ignore_index=True)
-    return Opened(frame, MapReader(paths, shape, settings), _tasks(tasks, n_classes))
+    reader = MapReader(paths, shape, settings, inverse_depth=spec is CITYSCAPES)
+    return Opened(frame, reader, _tasks(tasks, n_classes), settings.aug)
 
 
 def _tasks(names: Sequence[str], n_classes: int) -> tuple[MapTask, ...]:
@@ -173,12 +191,13 @@ def _write_layout(street: bool, folder: Path, n: int, size: tuple[int, ...], see
 
 
 class SceneSettings(Settings):
-    """How many scenes, their height and width, their seed, and what dim light leaves of an image."""
+    """How many scenes, their height and width, their seed, what dim light leaves of an image, and ``aug`` (:class:`MapSettings`)."""
 
     n: Annotated[int, Field(ge=20, le=10**6)] = 400
     size: _Size = (48, 64)
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     dim: Annotated[float, Field(gt=0, le=1)] = 0.3
+    aug: bool = False
 
 
 class SceneReader:
@@ -214,6 +233,10 @@ class SceneReader:
                 self._kept[row] = found
         return found[0], {task: found[1][task] for task in tasks}
 
+    def augmented(self, row: int, tasks: Sequence[str], seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return what :meth:`read` does, zoomed and flipped at random."""
+        return Zoom.drawn(seed, self.shape[1:]).of(*self.read(row, tasks))
+
     def _scene(self, row: int, light: int | None) -> Scene:
         s = self.settings
         return make_scene(s.seed, row, *s.size, dim=s.dim, light=light)
@@ -238,7 +261,7 @@ def _as_tensors(scene: Scene) -> tuple[Tensor, dict[str, Tensor]]:
 def _open_scenes(root: Path, settings: SceneSettings, tasks: tuple[str, ...]) -> Opened:
     drawn = [attributes_of(settings.seed, row) for row in range(settings.n)]
     frame = pd.DataFrame([(ROOMS[room], LIGHTS[light]) for room, light in drawn], columns=["room", "light"])
-    return Opened(frame, SceneReader(settings), _tasks(tasks, len(CLASSES)))
+    return Opened(frame, SceneReader(settings), _tasks(tasks, len(CLASSES)), settings.aug)
 
 
 # -- what is known of them ----------------------------------------------------------------------------------------------

@@ -53,6 +53,8 @@ class Opened:
         Reads the inputs of a row by its position; None where they are columns.
     filed : tuple of Task, default ()
         The chosen tasks whose labels the reader gives.
+    augment : bool, default False
+        Whether examples of the training part are changed at random (the reader is an ``Augmenting``).
     spec : TableSpec, optional
         What is known of these files, where it depends on the settings; None: what the source says.
     """
@@ -60,6 +62,7 @@ class Opened:
     frame: pd.DataFrame
     reader: Reader | None = None
     filed: tuple[Task, ...] = ()
+    augment: bool = False
     spec: TableSpec | None = None
 
 
@@ -218,7 +221,8 @@ def _read_from(data: Dataset, opened: Opened, reader: Reader, names: tuple[str, 
     made = {task.name: task for task in (*data.tasks, *opened.filed)}
     filed = tuple(task.name for task in opened.filed)
     splits: Json = {
-        part: replace(each, reader=reader, filed=filed, workers=workers) for part, each in data.splits().items()
+        part: replace(each, reader=reader, filed=filed, workers=workers, augment=opened.augment and part == "train")
+        for part, each in data.splits().items()
     }
     about, rows = dict(data.card["tasks"]), data.card["rows"]
     definitions = _definitions(data.name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -30,7 +30,8 @@ class Reader(Protocol):
     """What reads one example; a plain object that can be pickled, for workers.
 
     A reader that knows by what its examples are alike may have ``alike(rows) -> ndarray [N, r]`` and ``alike_by``, words for it; one
-    that can show an example with another sensitive value ``flips() -> {attribute: reader}``.
+    that can show an example with another sensitive value ``flips() -> {attribute: reader}``; one whose training examples are changed at
+    random ``augmented(row, tasks, seed)``, which gives what ``read`` does, the same for the same seed.
 
     Attributes
     ----------
@@ -46,8 +47,15 @@ class Reader(Protocol):
         """Return the input of a row of the source table and its labels of those ``tasks``, which are in files; DataError where damaged."""
 
 
+class Augmenting(Reader, Protocol):
+    """A reader that can change an example at random."""
+
+    def augmented(self, row: int, tasks: Sequence[str], seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return what :meth:`read` does, changed by draws from the seed."""
+
+
 class FileRows(Dataset[Batch]):
-    """Rows ``(x, labels)`` that a reader reads, for FileLoader or a DataLoader of one's own.
+    """Rows ``(x, labels)`` that a reader reads, for FileLoader or a DataLoader of one's own; ``rows[index, seed]`` is augmented.
 
     Parameters
     ----------
@@ -83,9 +91,14 @@ class FileRows(Dataset[Batch]):
         """Return the number of rows."""
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Batch:
-        """Return one row."""
-        x, found = self.reader.read(int(self.rows[index]), self.filed)
+    def __getitem__(self, place: int | tuple[int, int]) -> Batch:
+        """Return one row; with a seed beside its number what the reader makes of it at random."""
+        index, *seed = place if isinstance(place, tuple) else (place,)
+        row = int(self.rows[index])
+        if seed:
+            x, found = cast(Augmenting, self.reader).augmented(row, self.filed, seed[0])
+        else:
+            x, found = self.reader.read(row, self.filed)
         labels: dict[str, object] = {task: values[index] for task, values in self.labels.items()}
         labels |= found
         labels[SENSITIVE] = {attribute: ids[index] for attribute, ids in self.groups.items()}
@@ -116,6 +129,8 @@ class FileLoader(Resumable):
         Leave out the last batch if it is not full.
     workers : int, default 0
         Processes that read ahead; 0 reads in this one.
+    augment : bool, default False
+        Rows are changed at random by the reader, anew every epoch: by ``(seed, e)`` and the row.
 
     Raises
     ------
@@ -132,7 +147,9 @@ class FileLoader(Resumable):
         device: str | torch.device = "auto",
         drop_last: bool = False,
         workers: int = 0,
+        augment: bool = False,
     ) -> None:
+        self.augment = augment
         self.dataset, self.n_rows, self.shuffle, self.drop_last = rows, len(rows), shuffle, drop_last
         if not shuffle:
             batch_size = max(1, min(batch_size, _MOST_AT_ONCE // max(1, math.prod(rows.reader.shape))))
@@ -177,11 +194,18 @@ class _Batches:
     def __init__(self, loader: FileLoader) -> None:
         self.loader = loader
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return self.loader.indices()
+    def __iter__(self) -> Iterator[Sequence[int | tuple[int, int]]]:
+        loader, epoch = self.loader, self.loader.epoch
+        for batch in loader.indices():
+            yield [(row, _mixed(loader.seed, epoch, row)) for row in batch] if loader.augment else batch
 
     def __len__(self) -> int:
         return len(self.loader)
+
+
+def _mixed(*numbers: int) -> int:
+    """Return a seed that hangs on all of the numbers."""
+    return int(np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(1, np.uint64)[0])
 
 
 def load_array(path: Path, dims: int, what: str) -> NDArray[np.float32]:
