@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         BinarySequence,
         Depth,
         Multiclass,
+        MulticlassSequence,
         Multilabel,
         Normals,
         Regression,
@@ -49,6 +50,7 @@ __all__ = [
     "GroupRegulariser",
     "LambdaMix",
     "Multiclass",
+    "MulticlassSequence",
     "Multilabel",
     "Normals",
     "Predictions",
@@ -91,7 +93,7 @@ _HOMES = {
     "methods.heads.auxiliary": "add_fairness_heads drop_fairness_heads",
     "metrics.fairlearn_bridge": "post_process",
     "predictions": "Predictions",
-    "tasks": "Binary BinarySequence Depth Multiclass Multilabel Normals Regression Segmentation Task",
+    "tasks": "Binary BinarySequence Depth Multiclass MulticlassSequence Multilabel Normals Regression Segmentation Task",
 }
 __getattr__, __dir__ = lazy(__name__, _HOMES)
 

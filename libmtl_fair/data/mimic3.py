@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,7 @@ from libmtl_fair.data.mimic3_example import PHENOTYPES, write_mimic3
 from libmtl_fair.data.sources import PART, Opened, Settings, Source
 from libmtl_fair.data.spec import SensitiveSpec, TableSpec, TaskSpec, age_bands, task
 from libmtl_fair.errors import DataError
-from libmtl_fair.tasks import BinarySequence
+from libmtl_fair.tasks import BinarySequence, MulticlassSequence, SequenceTask
 
 FOLDERS = {
     "in_hospital_mortality": "in-hospital-mortality",
@@ -29,6 +29,22 @@ FOLDERS = {
     "phenotyping": "phenotyping",
 }
 """Task -> its folder, where the benchmark's tasks were made one by one."""
+
+LOS_DAYS = (1, 2, 3, 4, 5, 6, 7, 8, 14)
+"""Where the benchmark's classes of the remaining stay begin but the first: days."""
+LOS_MEANS = (
+    11.450379,
+    35.070846,
+    59.206531,
+    83.382723,
+    107.487817,
+    131.579534,
+    155.643957,
+    179.660558,
+    254.306624,
+    585.32589,
+)
+"""Mean hours left in each class, of the benchmark (its ``CustomBins``): what a class stands for in its mean absolute deviation."""
 
 _VALIDATION = 15
 _FITTED = 2000
@@ -50,7 +66,8 @@ SPEC = TableSpec(
     },
     filed={
         "decompensation": "each hour: dies within the next 24 hours",
-        "length_of_stay": "each hour: more than los_days (args, default 3) are left in the unit",
+        "length_of_stay": "each hour: more than los_days (args, default 3) are left in the unit; with los: classes "
+        "the benchmark's ten classes of what is left, whose labels are hours",
     },
     sensitive={
         "gender": SensitiveSpec(column="gender"),
@@ -62,7 +79,7 @@ SPEC = TableSpec(
     default_sensitive=("gender", "ethnicity"),
     stratify="",
     notes=(
-        "The benchmark's length of stay has ten classes an hour; here it is a yes or no an hour.",
+        "The benchmark's length of stay has ten classes an hour (args: los: classes); without it, it is a yes or no an hour.",
         "Inputs are the first `hours` of a stay (default 48); labels of later hours are left out.",
         "Validation: val_listfile.csv where the benchmark's split_train_val wrote it, else 15 % of the patients of training.",
         "Groups are those of root/{train,test}/SUBJECT/episodeN.csv: ethnicity in the benchmark's five groups.",
@@ -74,11 +91,25 @@ _ETHNICITY = {0: "other or unknown", 1: "Asian", 2: "Black", 3: "Hispanic", 4: "
 
 
 class Mimic3Settings(Settings):
-    """How series are made: ``hours`` of a stay at most, of ``timestep`` hours a step, and when a stay is long (``los_days`` left)."""
+    """How series are made: ``hours`` of a stay at most, of ``timestep`` hours a step.
+
+    ``los``: the length of stay as the benchmark's ten classes an hour, or whether more than ``los_days`` are left.
+    """
 
     hours: Annotated[float, Field(gt=0, le=10_000)] = 48.0
     timestep: Annotated[float, Field(gt=0, le=48)] = 1.0
+    los: Literal["yes_no", "classes"] = "yes_no"
     los_days: Annotated[float, Field(gt=0, le=365)] = 3.0
+
+    def left(self, hours: float) -> float:
+        """Return the label of so many hours left."""
+        return hours if self.los == "classes" else float(hours > 24 * self.los_days)
+
+    def task(self, name: str) -> SequenceTask:
+        """Return what a task with a label an hour is."""
+        if name != "length_of_stay" or self.los == "yes_no":
+            return BinarySequence(name)
+        return MulticlassSequence(name, len(LOS_MEANS), tuple(24.0 * days for days in LOS_DAYS), LOS_MEANS)
 
     @property
     def steps(self) -> int:
@@ -192,7 +223,7 @@ def open_mimic3(root: Path, settings: Mimic3Settings, tasks: tuple[str, ...]) ->
                         f"{str(path)!r}: line {line} cannot be read ({error}): {','.join(row)[:80]}"
                     ) from error
     frame = _table(stays, root)
-    filed = tuple(BinarySequence(name) for name in tasks if name in (SPEC.filed or {}))
+    filed = tuple(settings.task(name) for name in tasks if name in (SPEC.filed or {}))
     return Opened(frame, EpisodeReader(list(stays.values()), settings), filed)
 
 
@@ -223,7 +254,7 @@ def _of_all(stay: Stay, row: Sequence[str], settings: Mimic3Settings) -> None:
     stay.phenotypes = _conditions(conditions.split(";"))
     for name, text in (("length_of_stay", left), ("decompensation", worse)):
         for time, value in _masked(text):
-            stay.label(name, time, value if name == "decompensation" else value > 24 * settings.los_days, settings)
+            stay.label(name, time, value if name == "decompensation" else settings.left(value), settings)
 
 
 def _masked(text: str) -> Iterator[tuple[int, float]]:
@@ -257,7 +288,7 @@ def _of_decompensation(stay: Stay, row: Sequence[str], settings: Mimic3Settings)
 def _of_length(stay: Stay, row: Sequence[str], settings: Mimic3Settings) -> None:
     time, left = float(row[1]), float(row[2])
     stay.hours = max(stay.hours, time + left)
-    stay.label("length_of_stay", time, float(left > 24 * settings.los_days), settings)
+    stay.label("length_of_stay", time, settings.left(left), settings)
 
 
 _OF_ONE = {

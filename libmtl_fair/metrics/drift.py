@@ -108,17 +108,19 @@ def score_targets(task: Task, output: Values, labels: Values) -> Floats:
     """Return what the audit score of each example should have been, [N] in [0, 1], NaN without a label (ours).
 
     Binary: the label; of a sequence the mean of its labels. Regression: the label, squashed as outputs are.
-    Multiclass and multilabel, whose score is their highest probability: whether that class was right. Segmentation: the share of
-    pixels that are right; nothing of other maps, whose score says nothing of their labels. The squared error of a score is then
-    its Brier score.
+    Multiclass and multilabel, whose score is their highest probability: whether that class was right. Segmentation and sequences of
+    classes: the share of places that are right; nothing of other maps, whose score says nothing of their labels. The squared error
+    of a score is then its Brier score.
     """
     import torch
 
     truth, given = torch.as_tensor(labels), torch.as_tensor(output)
     if task.summed:
         known = task.observed(truth)
-        found = task.native(task.statistics(given, truth).double()).get("pixAcc", torch.full(known.shape, torch.nan))
-        return as_floats(found.where(known, torch.nan))
+        native = task.native(task.statistics(given, truth).double())
+        right = next((native[name] for name in ("pixAcc", "accuracy") if name in native), None)
+        nothing = torch.full(known.shape, torch.nan)
+        return as_floats(nothing if right is None else right.where(known, torch.nan))
     if isinstance(task, Regression):
         return as_floats(task.score(task.flat(truth).to(given.dtype)))
     known = with_nan(task.flat(truth)).double()

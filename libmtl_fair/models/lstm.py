@@ -10,7 +10,7 @@ from libmtl_fair import functional as F
 from libmtl_fair.errors import HostError, RecipeError
 from libmtl_fair.models.encoders import registered
 from libmtl_fair.models.heads import Heads
-from libmtl_fair.tasks import BinarySequence, Task, at_steps
+from libmtl_fair.tasks import SequenceTask, Task, at_steps
 
 
 class LSTMLayer(nn.Module):
@@ -94,7 +94,7 @@ class Last(nn.Module):
 
 
 class EveryStep(nn.Module):
-    """A linear head at every step: [B, L, d] -> logits [B, L], minus infinity where there is no step."""
+    """A linear head at every step: [B, L, d] -> logits [B, L] or [B, L, C], minus infinity where there is no step."""
 
     def __init__(self, in_features: int, out_features: int = 1) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class LastStep(nn.Module):
 
 
 def sequence_heads(tasks: Iterable[Task], in_features: int) -> nn.ModuleDict:
-    """Return task name -> head for an encoder of sequences: of every step for :class:`BinarySequence`, else of the last one."""
+    """Return task name -> head for an encoder of sequences: of every step for :class:`SequenceTask`, else of the last one."""
     return Heads(
-        {t.name: (EveryStep if isinstance(t, BinarySequence) else LastStep)(in_features, t.out_features) for t in tasks}
+        {t.name: (EveryStep if isinstance(t, SequenceTask) else LastStep)(in_features, t.out_features) for t in tasks}
     )

@@ -332,9 +332,7 @@ class Run:
             write_groups(folder, self._first(lambda: find_groups(trainer, names, settings, _seconds(trainer))))
         self._first(lambda: task_groups(folder)["tasks"])  # the others wait for the file
 
-    def _consistency(
-        self, method: str, seed: int, predictions: dict[str, Predictions], trained: _Trained
-    ) -> Json:
+    def _consistency(self, method: str, seed: int, predictions: dict[str, Predictions], trained: _Trained) -> Json:
         """Return the audit of people; flip twins are those of all inputs, of which a method sees what it saw in training."""
         people, data = self.people(seed), self.data(seed)
 

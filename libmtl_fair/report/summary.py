@@ -17,10 +17,10 @@ from libmtl_fair.report.judged import NO_GROUP
 from libmtl_fair.report.run_folder import RunFolder, number, read_run, rows
 
 HIGHER_IS_BETTER = frozenset(
-    words("auc accuracy balanced_accuracy f1 macro_f1 r2 ccc average_precision mIoU pixAcc <11.25 <22.5 <30")
+    words("auc accuracy balanced_accuracy f1 macro_f1 r2 ccc average_precision kappa mIoU pixAcc <11.25 <22.5 <30")
 )
 LABELS = {"auc": "AUC", "brier": "Brier", "log_loss": "log loss", "f1": "F1", "macro_f1": "macro F1"}
-LABELS |= {"rmse": "RMSE", "mae": "MAE", "r2": "R²", "ccc": "CCC"}
+LABELS |= {"kappa": "κ", "rmse": "RMSE", "mae": "MAE", "r2": "R²", "ccc": "CCC"}
 LABELS |= {"mean": "mean angle", "median": "median angle", "abs_err": "absolute error", "rel_err": "relative error"}
 GAPS = {"EO diff": "equalized_odds", "DP diff": "demographic_parity", "KS": "ks"}
 """Columns that compare groups, by the worst task: yes/no decisions, at both thresholds; KS of numbers."""
@@ -313,6 +313,7 @@ _UNIT = (
     ({"abs_err", "rmse"}, "rmse", "rmse"),
     ({"mean", "median"}, "mean", "angle"),
     ({"macro_f1"}, "accuracy", "accuracy"),
+    ({"kappa"}, "accuracy", "accuracy"),
     ({"auc"}, "auc", "auc"),
     ({"r2"}, "r2", "r2"),
 )

@@ -21,7 +21,7 @@ from libmtl_fair.tasks.base import (
     with_nan,
 )
 from libmtl_fair.tasks.dense import Depth, MapTask, Normals, Segmentation
-from libmtl_fair.tasks.sequence import BinarySequence, at_steps, decisions
+from libmtl_fair.tasks.sequence import BinarySequence, MulticlassSequence, SequenceTask, at_steps, decisions
 from libmtl_fair.tasks.tabular import Binary, Multiclass, Multilabel, Regression
 
 __all__ = [
@@ -34,11 +34,13 @@ __all__ = [
     "Depth",
     "MapTask",
     "Multiclass",
+    "MulticlassSequence",
     "Multilabel",
     "Normals",
     "Ranged",
     "Regression",
     "Segmentation",
+    "SequenceTask",
     "Task",
     "at_steps",
     "decisions",

@@ -22,7 +22,7 @@ from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.recipe.sections import Metrics
 from libmtl_fair.tune.evidence import Counts, counts_of, sampling_deviation
 
-UP = ("auc", "accuracy", "r2", "f1", "macro_f1", "ccc", "mIoU", "pixAcc")
+UP = ("auc", "accuracy", "r2", "f1", "macro_f1", "ccc", "kappa", "mIoU", "pixAcc")
 DOWN = ("brier", "log_loss", "mae", "rmse", "abs_err", "rel_err", "RMSE", "mean", "median")
 MACROS = tuple(f"macro_{name}" for name in ("auc", "accuracy", "brier", "r2"))
 GAPS: Mapping[str, str] = {
