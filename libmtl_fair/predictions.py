@@ -157,13 +157,13 @@ class Predictions(Summarised):
         for task in self.tasks:
             given = self.labels[task.name]
             labels = (task.coverage(given) if task.summed else given).numpy()
-            values = task.probabilities(self.outputs[task.name]).numpy()
             columns.update(_numbered(f"{task.name}/label", labels, _missing))
             columns[f"{task.name}/score"] = self.scores[task.name].numpy()
             if task.summed:
                 native = task.native(task.statistics(self.outputs[task.name], given))
                 columns.update({f"{task.name}/{name}": value.numpy() for name, value in native.items()})
                 continue
+            values = task.probabilities(self.outputs[task.name]).numpy()
             columns.update(_numbered(f"{task.name}/{'value' if task.kind == 'regression' else 'prob'}", values))
         for attribute, ids in self.groups.items():
             named = pd.Series(self.named_groups(attribute), dtype="string")

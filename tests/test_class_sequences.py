@@ -98,6 +98,8 @@ def test_metrics_are_scikit_learns_overall_and_by_group_and_survive_a_file(tmp_p
     )
     wanted = wanted_metrics(logits, labels)
     back = lf.Predictions.load(made.save(tmp_path / "p.parquet"))
+    again = lf.Predictions.load(back.save(tmp_path / "again.parquet"))  # of statistics, as a run keeps them
+    torch.testing.assert_close(again.outputs["left"], back.outputs["left"])
     assert back.tasks == (BINNED,) and back.outputs["left"].shape == (N, C * C + 1)
     for found in (made, back):
         assert utility(found)["left"] == pytest.approx(wanted, rel=1e-5)

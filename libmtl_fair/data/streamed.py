@@ -194,7 +194,7 @@ class _Batches:
     def __init__(self, loader: FileLoader) -> None:
         self.loader = loader
 
-    def __iter__(self) -> Iterator[Sequence[int | tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[int] | list[tuple[int, int]]]:
         loader, epoch = self.loader, self.loader.epoch
         for batch in loader.indices():
             yield [(row, _mixed(loader.seed, epoch, row)) for row in batch] if loader.augment else batch

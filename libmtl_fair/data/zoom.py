@@ -63,5 +63,5 @@ class Zoom(NamedTuple):
         part = values[..., self.top : self.top + h, self.left : self.left + w].float()
         raised = part[None] if part.dim() == 3 else part[None, None]
         options = {"mode": "bilinear", "align_corners": True} if smooth else {"mode": "nearest"}
-        found = nnf.interpolate(raised, tuple(size), **options).view(values.shape).to(values.dtype)  # type: ignore[arg-type]
+        found = nnf.interpolate(raised, tuple(size), **options).view(values.shape).to(values.dtype)
         return found.flip(-1) if self.flip else found

@@ -278,7 +278,7 @@ class MulticlassSequence(SequenceTask):
     def native(self, statistics: Tensor) -> dict[str, Tensor]:
         """Return metric -> value [...] of summed statistics [..., C * C + 1]; NaN where nothing was seen, kappa where all is one class."""
         c = self.n_classes
-        table = statistics[..., : c * c].unflatten(-1, (c, c))
+        table = statistics[..., : c * c].reshape(*statistics.shape[:-1], c, c)
         total, steps = table.sum((-2, -1)), torch.arange(c, dtype=statistics.dtype, device=statistics.device)
         apart = (steps[:, None] - steps).abs()
         chance = table.sum(-1).unsqueeze(-1) * table.sum(-2).unsqueeze(-2) / total[..., None, None]
