@@ -309,16 +309,16 @@ def ccc_lack_from_sums(sums: Tensor) -> tuple[Tensor, Tensor]:
     return (error / total.where(some, 1.0)).where(some, 0.0), count
 
 
-def wilson_interval(rate: A, count: A) -> tuple[A, A]:
-    """Wilson 95 % interval (low, high) of rates in [0, 1] with their counts; [0, 1] where the count is 0.
+def wilson_interval(rate: A, count: A, z: float = _Z95) -> tuple[A, A]:
+    """Wilson interval (low, high) of rates in [0, 1] with their counts, 95 % or ``z`` standard errors; [0, 1] where the count is 0.
 
     >>> wilson_interval(torch.tensor(1.0), torch.tensor(3.0))
     (tensor(0.4385), tensor(1.))
     """
-    square = _Z95**2
+    square = z**2
     scale = 1 / (count + square)
     centre = (rate * count + square / 2) * scale
-    half = _Z95 * scale * at_least(count * rate * (1 - rate) + square / 4, 0) ** 0.5
+    half = z * scale * at_least(count * rate * (1 - rate) + square / 4, 0) ** 0.5
     return (centre - half).clip(0, 1), (centre + half).clip(0, 1)
 
 

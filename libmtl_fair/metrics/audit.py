@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from libmtl_fair.arrays import Array, Bools, Floats, Ints, Values, as_floats, as_numpy
+from libmtl_fair.arrays import Array, Bools, Floats, Ints, Values, as_floats, as_numpy, records
 from libmtl_fair.errors import DataError, RecipeError
 from libmtl_fair.memory import need_memory
 from libmtl_fair.metrics.consistency import ConsistencyReport
@@ -73,7 +73,7 @@ class AuditReport(Summarised):
 
     def to_dict(self) -> dict[str, object]:
         """Return plain Python values, ready for JSON."""
-        pairs = [{str(k): v for k, v in row.items()} for row in self.per_pair.to_dict("records")]
+        pairs = records(self.per_pair)
         return {"bias": self.bias, "violation_rate": self.violation_rate, "per_pair": pairs, "protocol": self.protocol}
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from itertools import combinations
-from statistics import NormalDist
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch import Tensor
 from libmtl_fair.arrays import Bools, Floats, Values, as_floats, as_numpy, records
 from libmtl_fair.errors import DataError, unknown
 from libmtl_fair.files import Json
+from libmtl_fair.metrics.intervals import normal_width
 from libmtl_fair.metrics.near_pairs import Distance, Features, NearPairs, Weights, find_near_pairs, reference_matrix
 from libmtl_fair.metrics.ranks import LEAST_GINI, LIMITS, RankedTask, Scores, apart, gini, mean_known
 from libmtl_fair.metrics.scores import Held, thresholds_in_use
@@ -408,7 +408,7 @@ def _of(given: Scores, name: str, what: str) -> Values:
 
 
 def _bounds(value: float, variance: float, confidence: float) -> tuple[float, float]:
-    half = NormalDist().inv_cdf(0.5 + confidence / 2) * math.sqrt(variance)
+    half = normal_width(confidence) * math.sqrt(variance)
     return (max(0.0, value - half), value + half) if math.isfinite(value) else (math.nan, math.nan)
 
 

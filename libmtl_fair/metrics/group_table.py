@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -12,7 +11,15 @@ import pandas as pd
 
 from libmtl_fair.arrays import Array, Bools, Floats, Ints
 from libmtl_fair.metrics.group_state import Rows, SummedState, TaskState
-from libmtl_fair.metrics.intervals import Gap, GroupNoise, effective_sizes, gap_interval, rate_noise, wilson
+from libmtl_fair.metrics.intervals import (
+    Gap,
+    GroupNoise,
+    effective_sizes,
+    gap_interval,
+    normal_width,
+    rate_noise,
+    wilson,
+)
 from libmtl_fair.metrics.rates import ALIASES, DENOMINATOR, FPR, RATES, TPR, combine, gaps, table_rates
 from libmtl_fair.metrics.scores import REGRESSION, binned_shares, group_auc, group_regression, ks_distance
 from libmtl_fair.tasks import Regression
@@ -106,7 +113,7 @@ class GroupTable:
     ) -> None:
         """Add values [G + 1] whose standard errors are normal, and their gaps; ``counts`` [G] weigh the groups."""
         confidence, rests = self.options.confidence, np.broadcast_to(few, values.shape)
-        z = np.nan if confidence is None else NormalDist().inv_cdf((1 + confidence) / 2)
+        z = np.nan if confidence is None else normal_width(confidence)
         self.values([metric], values, [np.clip(values + side * errors, *bounds) for side in (-z, z)], rests)
         shares = np.where(np.isnan(values[:-1]), 0.0, counts)
         shares = shares / max(shares.sum(), 1)

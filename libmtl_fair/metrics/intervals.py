@@ -23,6 +23,7 @@ from statistics import NormalDist
 import numpy as np
 
 from libmtl_fair.arrays import Bools, Floats, Ints, divide
+from libmtl_fair.functional import wilson_interval
 from libmtl_fair.metrics.rates import DENOMINATOR, NUMERATOR
 
 _TINY = 1e-12
@@ -327,8 +328,9 @@ def wilson(rate: Floats, size: Floats, confidence: float = 0.95) -> tuple[Floats
     >>> round(low.item(), 3), round(high.item(), 3)
     (0.404, 0.596)
     """
-    z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
-    n = np.where(size > 0, size, np.nan)
-    middle = (rate + z2 / (2 * n)) / (1 + z2 / n)
-    half = np.sqrt(np.maximum(z2 * rate * (1 - rate) / n + z2 * z2 / (4 * n * n), 0)) / (1 + z2 / n)
-    return np.asarray(np.clip(middle - half, 0, 1)), np.asarray(np.clip(middle + half, 0, 1))
+    return wilson_interval(rate, np.where(size > 0, size, np.nan), normal_width(confidence))
+
+
+def normal_width(confidence: float) -> float:
+    """Return how many standard errors a normal interval of this confidence goes to either side."""
+    return NormalDist().inv_cdf((1 + confidence) / 2)

@@ -15,7 +15,7 @@ import pandas as pd
 
 from libmtl_fair.arrays import Bools, Floats, Values, as_floats, divide
 from libmtl_fair.errors import DataError, RecipeError, unknown
-from libmtl_fair.metrics.intervals import Gap, gap_interval, rate_noise
+from libmtl_fair.metrics.intervals import Gap, gap_interval, normal_width, rate_noise
 from libmtl_fair.metrics.rates import ALIASES, DENOMINATOR, FPR, NUMERATOR, RATES, TPR, nan_reduce, table_rates
 
 CELLS = ("tn", "fp", "fn", "tp")
@@ -44,11 +44,6 @@ def _components(metric: str) -> list[int]:
     return [RATES.index(rate)]
 
 
-def _noise(confidence: float) -> float:
-    """Return how many standard errors are noise, both ways."""
-    return NormalDist().inv_cdf((1 + confidence) / 2)
-
-
 def _short(share: float) -> str:
     return f"{share:.3f}".removeprefix("0")
 
@@ -75,7 +70,7 @@ def degenerate(counts: Values | pd.DataFrame, *, half: bool = True, confidence: 
         return f"selects {'nobody' if selected < FEWEST else 'everybody'} ({100 * selected:.1f} %)"
     # Against "no" for all only the selected differ, against "yes" for all only the others: right ones minus wrong ones.
     right, wrong = (tp, fp) if positives <= negatives else (tn, fn)
-    gained, z = right - wrong, _noise(confidence)
+    gained, z = right - wrong, normal_width(confidence)
     noise = z * sqrt(max(right + wrong - gained**2 / n, 0.0))
     if half and abs(gained) <= noise:
         accuracy, majority = (tn + tp) / n, max(positives, negatives) / n
@@ -227,7 +222,7 @@ def levels_down(
     Only groups with enough people count, for the gap and for their TPR. Noise: what ``confidence`` asks of the standard error.
     """
     each = [_tables(reference), _tables(method)]
-    moved, z = changes(*each), _noise(confidence)
+    moved, z = changes(*each), normal_width(confidence)
     sized = [enough(t, metric, min_group_size=min_group_size, min_class=min_class) for t in each]
     both, components = sized[0] & sized[1], _components(metric)
     seen = both & enough(each[0], "equal_opportunity", min_group_size=min_group_size, min_class=min_class)

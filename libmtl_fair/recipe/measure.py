@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 
 from libmtl_fair import metrics
+from libmtl_fair.arrays import records
 from libmtl_fair.errors import CheckpointError, DamagedFileError
 from libmtl_fair.files import Json, file_digest, read_json
 from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS
@@ -181,23 +181,19 @@ def digests(folder: Path, predictions: Mapping[str, Predictions]) -> Json:
     }
 
 
-def _records(frame: pd.DataFrame) -> list[Json]:
-    return [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
-
-
 def _audit(audit: Audit, predictions: Predictions, name: str, delta: float) -> Json:
     found = metrics.FixedDeltaAudit(delta, **audit.draws, exact=audit.exact, delta_source=name).run(predictions.scores)
     entry = {"delta_name": name, "delta": delta, "bias": found.bias, "violation_rate": found.violation_rate}
     if not audit.exact:  # the shrinkage envelope is exact
         entry["exact_bias"] = metrics.FixedDeltaAudit(delta, exact=True).run(predictions.scores).bias
-    return {**entry, "exact": audit.exact, "per_pair": _records(found.per_pair)}
+    return {**entry, "exact": audit.exact, "per_pair": records(found.per_pair)}
 
 
 def _shrinkage(predictions: Predictions, protocol: Protocol) -> list[Json]:
     """Return the envelope of the shrunk reference, over centre and strength, for each tolerance."""
     scores, wanted = predictions.scores, targets(predictions)
     curves = {name: metrics.shrinkage_curve(scores, wanted, delta) for name, delta in protocol.deltas.items()}
-    return [{"delta_name": name, **row} for name, curve in curves.items() for row in _records(curve)]
+    return [{"delta_name": name, **row} for name, curve in curves.items() for row in records(curve)]
 
 
 def _groups(recipe: Recipe, predictions: Predictions, threshold: float | str | Held) -> list[Json]:
@@ -210,7 +206,7 @@ def _groups(recipe: Recipe, predictions: Predictions, threshold: float | str | H
         **recipe.metrics.model_dump() | {"threshold": threshold},
     )
     table = found.update(predictions.outputs, predictions.labels, predictions.groups).compute()
-    return _records(table[~((table["metric"] == "auc") & table["task"].isin(predictions.decided))])
+    return records(table[~((table["metric"] == "auc") & table["task"].isin(predictions.decided))])
 
 
 def _induced(predictions: Predictions) -> Json:

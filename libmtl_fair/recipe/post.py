@@ -19,13 +19,13 @@ from libmtl_fair.metrics import post_models
 from libmtl_fair.metrics.fairlearn_bridge import group_labels
 from libmtl_fair.metrics.post_models import LIFTED, PostModel, binary_tasks, worst_gap
 from libmtl_fair.predictions import Predictions
+from libmtl_fair.recipe.people import PARTS
 from libmtl_fair.recipe.reduction import decided_by, reduction, voters_of
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.recipe.sections import POST
 from libmtl_fair.tasks import Task, with_nan
 
 Parts = Mapping[str, Predictions]
-PARTS = ("val", "test")
 _GAP = (
     "disparity on validation: that of equalized_odds, equal_opportunity or demographic_parity, the worst binary task's"
 )

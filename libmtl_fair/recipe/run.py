@@ -49,8 +49,8 @@ from libmtl_fair.recipe.networks import (
     weighting_of,
     write_groups,
 )
-from libmtl_fair.recipe.people import People, people_of
-from libmtl_fair.recipe.post import PARTS, check_post_data, made_of, make_post
+from libmtl_fair.recipe.people import PARTS, People, people_of
+from libmtl_fair.recipe.post import check_post_data, made_of, make_post
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.shown import csv_text
 from libmtl_fair.tasks import Task

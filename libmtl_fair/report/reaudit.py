@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from rich.table import Table
 from rich.text import Text
 
-from libmtl_fair.arrays import records
+from libmtl_fair.arrays import Floats, records
 from libmtl_fair.errors import CheckpointError, RecipeError
 from libmtl_fair.files import DAMAGE, Json
 from libmtl_fair.metrics import FixedDeltaAudit, conformal_delta, native_error, pair_distances, quantile_delta, utility
@@ -22,7 +21,6 @@ from libmtl_fair.report.summary import with_sd
 from libmtl_fair.report.tables import in_order, show
 from libmtl_fair.tasks import Task
 
-Floats = NDArray[np.float64]
 _PAIRS = {"pool_size": 256, "n_pairs": 4096, "eval_seed": 0, "pair_seed": 42}
 _AGAIN = "keep output.predictions and output.embeddings in the recipe and run it again"
 

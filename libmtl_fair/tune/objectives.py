@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from libmtl_fair import functional as F
 from libmtl_fair import metrics
 from libmtl_fair.errors import FairMTLError, RecipeError, unknown
 from libmtl_fair.files import Json
+from libmtl_fair.metrics.intervals import normal_width
 from libmtl_fair.metrics.scores import Held, thresholds_in_use
 from libmtl_fair.metrics.verdicts import judge
 from libmtl_fair.predictions import Predictions
@@ -179,11 +179,6 @@ def upper_end(
         return predictions.people.get(f"{measure.metric}_high", value)
     spread = sampling_deviation(predictions, lambda p: value_of(measure, p, deltas, recipe, bars))
     return value + normal_width(recipe.metrics.confidence) * spread
-
-
-def normal_width(confidence: float) -> float:
-    """Return how many standard errors a normal interval of this confidence goes to either side."""
-    return NormalDist().inv_cdf((1 + confidence) / 2)
 
 
 def gap_of(measure: Measure, counts: Counts, how: Metrics, ends: bool = True) -> tuple[float, float]:

@@ -14,10 +14,11 @@ from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import t as student
 
 from libmtl_fair.errors import FairMTLError, RecipeError
+from libmtl_fair.metrics.intervals import normal_width
 from libmtl_fair.metrics.verdicts import enough
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.tune.evidence import FOLDS, jackknife
-from libmtl_fair.tune.objectives import GAPS, NUMBER, gap_of, normal_width, parse_measure
+from libmtl_fair.tune.objectives import GAPS, NUMBER, gap_of, parse_measure
 from libmtl_fair.tune.plan import DEGENERATE, DESCRIBED, RECIPE, ROLE, study_recipe
 
 TUNED = "tuned"
