@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from libmtl_fair.errors import CheckpointError, DamagedFileError, DataError
-from libmtl_fair.files import file_digest, read_json, say_once, unwritable, write_json
+from libmtl_fair.files import Json, file_digest, read_json, say_once, unwritable, write_json
 from libmtl_fair.processes import current
 
 ABOUT = "cache.json"
@@ -124,16 +124,16 @@ class Overflow:
         )
 
 
-def about(folder: Path, source: str) -> dict[str, Any] | None:
+def about(folder: Path, source: str) -> Json | None:
     """Return what a cache says of itself; None where there is none, where it is damaged, or made of another ``source``."""
     try:
-        found: dict[str, Any] = read_json(folder / ABOUT, sealed=True)
+        found: Json = read_json(folder / ABOUT, sealed=True)
     except CheckpointError:
         return None
     return found if found.get("source") == source else None
 
 
-def check(folder: Path, arrays: Mapping[str, Mapping[str, Any]]) -> None:
+def check(folder: Path, arrays: Mapping[str, Json]) -> None:
     """Raise DamagedFileError where an array is not as it was written; reads all of them once."""
     for name, held in arrays.items():
         try:
@@ -144,7 +144,7 @@ def check(folder: Path, arrays: Mapping[str, Mapping[str, Any]]) -> None:
             raise DamagedFileError(f"{folder / name} is damaged or was changed: it does not fit {ABOUT}")
 
 
-def mapped(folder: Path, name: str, held: Mapping[str, Any]) -> tuple[Tensor, list[mmap.mmap]]:
+def mapped(folder: Path, name: str, held: Json) -> tuple[Tensor, list[mmap.mmap]]:
     """Return an array as a tensor that the system reads from disk as it is looked at, and its map; writing to it changes no file."""
     kind, shape = np.dtype(held["kind"]), tuple(held["shape"])
     if 0 in shape:
@@ -154,9 +154,7 @@ def mapped(folder: Path, name: str, held: Mapping[str, Any]) -> tuple[Tensor, li
     return torch.from_numpy(np.frombuffer(opened, kind).reshape(shape)), [opened]
 
 
-def ready(
-    folder: Path, source: str, make: Callable[[Writer], Mapping[str, object]], looked: bool = False
-) -> dict[str, Any]:
+def ready(folder: Path, source: str, make: Callable[[Writer], Mapping[str, object]], looked: bool = False) -> Json:
     """Return what a cache of ``source`` says of itself; it is made where there is none or a damaged one.
 
     Of several processes the first makes it, and the others wait. ``looked``: what this process has looked through is not looked

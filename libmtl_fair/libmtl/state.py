@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from libmtl_fair.errors import HostError
 from libmtl_fair.faults import Faults
+from libmtl_fair.files import Json
 from libmtl_fair.libmtl.history import History
 from libmtl_fair.libmtl.hooks import next_batch, prepare_dataloaders
 from libmtl_fair.libmtl.loading import Trainer
@@ -73,7 +74,7 @@ class Model(nn.Module):
         """Whether the model of now may be kept as the best, whatever its utility: a constraint may say no."""
         return True
 
-    def constraint_rows(self, **parts: Predictions) -> list[dict[str, Any]]:
+    def constraint_rows(self, **parts: Predictions) -> list[Json]:
         """Return what came of each constraint that was set, in training and in these predictions."""
         return []
 

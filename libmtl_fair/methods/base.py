@@ -14,6 +14,7 @@ from torch import Tensor
 
 from libmtl_fair.batch import FairBatch
 from libmtl_fair.errors import HostError, RecipeError, unknown
+from libmtl_fair.files import Json
 from libmtl_fair.libmtl.gradients import (
     add_gradients,
     carry_representation_gradients,
@@ -129,9 +130,9 @@ class Declared(BaseModel):
             raise
 
     @classmethod
-    def search_space(cls, given: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    def search_space(cls, given: Mapping[str, object] | None = None) -> dict[str, Json]:
         """Return setting -> what a study searches unless told, beside what is ``given``: ``low, high, log`` or ``choices``."""
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, Json] = {}
         for name in cls.model_fields:
             search = cls._declared(name)["search"]
             if isinstance(search, list):
@@ -167,7 +168,7 @@ class Declared(BaseModel):
         return rows
 
     @classmethod
-    def _declared(cls, name: str) -> dict[str, Any]:
+    def _declared(cls, name: str) -> Json:
         extra = cls.model_fields[name].json_schema_extra
         return {"ours": False, "expected": None, "choices": None, "search": None} | (
             dict(extra) if isinstance(extra, dict) else {}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from libmtl_fair.errors import DamagedFileError
-from libmtl_fair.files import read_json, write_json
+from libmtl_fair.files import Json, read_json, write_json
 from libmtl_fair.methods.tag import TAGSettings, affinities, group_tasks
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.recipe.sections import Method
@@ -64,7 +64,7 @@ def run_dirs(folder: Path) -> list[Path]:
     return [folder, folder / _JOINT, *folder.glob(f"{_APART}/*")]
 
 
-def task_groups(folder: Path) -> dict[str, Any]:
+def task_groups(folder: Path) -> Json:
     """Return what :data:`GROUPS` holds.
 
     Raises
@@ -89,19 +89,19 @@ def task_groups(folder: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def find_groups(trainer: FairTrainer, tasks: Sequence[str], settings: TAGSettings, seconds: float) -> dict[str, Any]:
+def find_groups(trainer: FairTrainer, tasks: Sequence[str], settings: TAGSettings, seconds: float) -> Json:
     """Return what :data:`GROUPS` is to hold, from the training that recorded affinities."""
     found = affinities(trainer.history, tasks)
     groups = [{"tasks": each.tasks, "serves": each.serves} for each in group_tasks(found, settings.networks)]
     return {"tasks": list(tasks), "affinity": found.to_numpy().tolist(), "groups": groups, "train_s": seconds}
 
 
-def write_groups(folder: Path, content: Mapping[str, Any]) -> None:
+def write_groups(folder: Path, content: Json) -> None:
     """Write :data:`GROUPS`."""
     write_json(folder / GROUPS, dict(content), sealed="beside")
 
 
-def weighting_of(recipe: Recipe, method: str) -> dict[str, Any]:
+def weighting_of(recipe: Recipe, method: str) -> Json:
     """Return what a network of a group is trained with in place of the method's weighting; nothing of other methods."""
     if not by_groups(recipe.methods[method]):
         return {}
