@@ -12,27 +12,20 @@ per-round ratios.
 
 from __future__ import annotations
 
-import os
-
-for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ[_name] = "1"  # before torch and numpy are imported
+import _timing  # noqa: F401, isort: skip  # before torch: one thread
 
 import argparse
-import contextlib
-import io
 import json
 import statistics
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from _timing import BATCH, FEATURES, Run, fair_epoch, fair_trainer, libmtl_epoch, measure, ratio, settings
 
 import libmtl_fair as lf
 from libmtl_fair.libmtl.loading import AbsWeighting, weighting_namespace
-from libmtl_fair.models import MLP, linear_heads
 
 _AS_SHIPPED = {
     name: vars(owner)[name]
@@ -43,11 +36,8 @@ _AS_SHIPPED = {
     for name in names
 }
 lf.heal()
-from LibMTL import Trainer
-from LibMTL.architecture import HPS
 from LibMTL.weighting import EW, MGDA
 
-FEATURES, BATCH = 100, 256
 GOALS = {"FairMT / plain": 1.7, "FairMT / LibMTL": 1.0, "FairMT / LibMTL MGDA": 1 / 50}
 """Goals: the first at T = 2, 5 and 40, the second at T = 5, the third at T = 40."""
 COLUMNS = ("form phi / plain", *GOALS, "FairMT / healed MGDA")
@@ -80,59 +70,9 @@ def make_batches(steps: int, n_tasks: int) -> Batches:
     )
 
 
-def settings(n_tasks: int) -> dict[str, Any]:
-    tasks = [lf.Binary(f"t{i}") for i in range(n_tasks)]
-    return {
-        "task_dict": lf.task_dict(tasks),
-        "architecture": HPS,
-        "encoder_class": lambda: MLP(FEATURES, (128, 64)),
-        "decoders": linear_heads(tasks, 64),
-        "rep_grad": False,
-        "multi_input": False,
-        "optim_param": {"optim": "adam", "lr": 1e-3},
-        "scheduler_param": None,
-    }
-
-
-def libmtl_steps(batches: Batches, n_tasks: int, weighting: type[Any]) -> Callable[[], None]:
-    """Return a pass over the batches by LibMTL's Trainer; its test pass gets one batch."""
-    args = {"mgda_gn": "none"} if issubclass(weighting, MGDA) else {}
-    with contextlib.redirect_stdout(io.StringIO()):
-        trainer = Trainer(weighting=weighting, weight_args=args, arch_args={}, **settings(n_tasks))
-
-    def run() -> None:
-        with contextlib.redirect_stdout(io.StringIO()):
-            trainer.train(batches, batches[:1], 1)
-
-    return run
-
-
-def our_steps(batches: Batches, n_tasks: int, weighting: str, **weight_args: Any) -> Callable[[], None]:
+def ours(batches: Batches, n_tasks: int, weighting: str, **weight_args: Any) -> Run:
     """Return a pass over the batches by FairTrainer."""
-    trainer = lf.FairTrainer(
-        weighting=weighting, weight_args=weight_args, device="cpu", progress=False, select="last", **settings(n_tasks)
-    )
-
-    def run() -> None:
-        trainer.train(batches, epochs=trainer.epoch + 1)
-
-    return run
-
-
-def measure(variants: dict[str, tuple[Callable[[], None], int]], rounds: int) -> dict[str, list[float]]:
-    """Return CPU seconds a step of each variant, a number a round; the first round only warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(rounds + 1):
-        for name, (run, steps) in variants.items():
-            started = time.process_time()
-            run()
-            if turn:
-                seconds[name].append((time.process_time() - started) / steps)
-    return seconds
-
-
-def ratio(top: list[float], bottom: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(top, bottom))
+    return fair_epoch(fair_trainer(weighting, settings(n_tasks), weight_args=weight_args), batches)
 
 
 def main() -> None:
@@ -145,7 +85,6 @@ def main() -> None:
     options = parser.parse_args()
     if options.smoke:
         options.steps, options.rounds, options.tasks = 4, 1, [2, 5]
-    torch.set_num_threads(1)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", ".*was not met")  # noise has no fair model to find
     results = []
@@ -153,16 +92,19 @@ def main() -> None:
     for n_tasks in options.tasks:
         batches = make_batches(options.steps, n_tasks)
         few = Batches(batches[: max(1, options.steps // n_tasks)])
+        unscaled = {"mgda_gn": "none"}
         seconds = measure(
             {
-                "plain": (our_steps(batches, n_tasks, "EW"), len(batches)),
-                "FairMT": (our_steps(batches, n_tasks, "FairMT"), len(batches)),
-                "form phi": (our_steps(batches, n_tasks, "FairMT", form="phi"), len(batches)),
-                "LibMTL": (libmtl_steps(batches, n_tasks, EW), len(batches)),
-                "LibMTL MGDA": (libmtl_steps(few, n_tasks, ShippedMGDA), len(few)),
-                "healed MGDA": (libmtl_steps(few, n_tasks, MGDA), len(few)),
+                "plain": ours(batches, n_tasks, "EW"),
+                "FairMT": ours(batches, n_tasks, "FairMT"),
+                "form phi": ours(batches, n_tasks, "FairMT", form="phi"),
+                "LibMTL": libmtl_epoch(batches, batches[:1], EW, settings(n_tasks)),
+                "LibMTL MGDA": libmtl_epoch(few, few[:1], ShippedMGDA, settings(n_tasks), weight_args=unscaled),
+                "healed MGDA": libmtl_epoch(few, few[:1], MGDA, settings(n_tasks), weight_args=unscaled),
             },
             options.rounds,
+            calls=dict.fromkeys(("plain", "FairMT", "form phi", "LibMTL"), len(batches))
+            | dict.fromkeys(("LibMTL MGDA", "healed MGDA"), len(few)),
         )
         pairs = list(COLUMNS)
         row: dict[str, Any] = {"tasks": n_tasks}

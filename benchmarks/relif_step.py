@@ -10,21 +10,18 @@ thread, process CPU time, variants interleaved; printed are medians of per-round
 
 from __future__ import annotations
 
-import os
-
-for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ[_name] = "1"  # before torch and numpy are imported
+import _timing  # noqa: F401, isort: skip  # before torch: one thread
 
 import argparse
 import json
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from _timing import measure, ratio
 
 import libmtl_fair as lf
 from libmtl_fair.models import MLP, linear_heads
@@ -72,7 +69,6 @@ def main() -> None:
     options = parser.parse_args()
     if options.smoke:
         options.steps, options.rounds, options.tasks = 4, 1, [2]
-    torch.set_num_threads(1)
     warnings.simplefilter("error")
     results = []
     print(f"{'x':>6} {'T':>3} {'plain':>9} " + " ".join(f"{name + ' / plain':>19}" for name in VARIANTS))
@@ -81,14 +77,8 @@ def main() -> None:
             loader = make_loader(options.steps, n_tasks, kind)
             runs = {"plain": steps_of(loader, n_tasks, "EW")}
             runs |= {name: steps_of(loader, n_tasks, "ReLiF", **args) for name, args in VARIANTS.items()}
-            seconds: dict[str, list[float]] = {name: [] for name in runs}
-            for turn in range(options.rounds + 1):
-                for name, run in runs.items():
-                    started = time.process_time()
-                    run()
-                    if turn:
-                        seconds[name].append((time.process_time() - started) / options.steps)
-            ratios = {n: statistics.median(a / b for a, b in zip(seconds[n], seconds["plain"])) for n in VARIANTS}
+            seconds = measure(runs, options.rounds, options.steps)
+            ratios = {n: ratio(seconds[n], seconds["plain"]) for n in VARIANTS}
             results.append(
                 {"x": kind, "tasks": n_tasks, "plain us": 1e6 * statistics.median(seconds["plain"]), **ratios}
             )
