@@ -13,6 +13,7 @@ from types import ModuleType
 from libmtl_fair.errors import HostError
 
 _MOVED = {
+    "arrays": "metrics.arrays",
     "data.loader": "data.rows",
     "libmtl": "host",
     "libmtl.checkpoint_selection": "host.judging",
@@ -26,6 +27,7 @@ _MOVED = {
     "methods.base": "host.plugin",
     "methods.controllers": "controllers",
     "methods.fairbranch": "architecture",
+    "methods.fairbranch.conflicts": "metrics.conflicts",
     "methods.fairbranch.fbgrad": "weighting.fbgrad weighting.robust",
     "methods.fairmt.fairmt": "weighting.fairmt",
     "methods.heads.auxiliary": "architecture.auxiliary_heads architecture.auxiliary_tasks",
@@ -34,8 +36,9 @@ _MOVED = {
     "methods.heads.modules": "architecture.group_heads",
     "methods.regulariser": "weighting.group_regularisers",
     "metrics.audit": "metrics.exact metrics.deltas metrics.sampling",
+    "metrics.drift": "metrics.shrinkage",
+    "metrics.fairlearn_bridge": "metrics.barycentres metrics.post_processing",
     "metrics.group_metrics": "metrics.groups",
-    "metrics.fairlearn_bridge": "metrics.barycentres",
     "metrics.rates": "metrics.counts",
     "metrics.scores": "metrics.group_auc metrics.group_regression",
     "recipe.schema": "recipe.problems",
