@@ -107,6 +107,25 @@ def test_the_four_tasks_hold_what_the_listfile_says(mimic: Path) -> None:
             assert labels[task][i].isfinite().sum() == sum(0 < t <= n for t in seen)
 
 
+def test_the_length_of_stay_may_be_the_hours_that_are_left(mimic: Path, tmp_path: Path) -> None:
+    data = load_dataset("mimic3", root=mimic, tasks=["length_of_stay"], args={"hours": 30, "los": "classes"})
+    assert [(task.kind, task.out_features) for task in data.tasks] == [("multiclass_sequence", 10)]
+    lines = cells_of(mimic / "multitask" / "test" / "listfile.csv")[1:]
+    (_, labels), *_ = data.test.loader(64)
+    for i, (_, hours, _, left, *_) in enumerate(lines):
+        cells, n = left.split(";"), min(int(float(hours) + 1 - 1e-6), 30)
+        wanted = {t - 1: float(cells[len(cells) // 2 + t]) for t in range(1, n + 1) if cells[t] == "1"}
+        found = labels["length_of_stay"][i]
+        assert {t: v for t, v in enumerate(found.tolist()) if v == v} == pytest.approx(wanted, abs=1e-4)
+    for folder in ("length-of-stay", "root"):
+        (tmp_path / folder).symlink_to(mimic / folder)
+    own = load_dataset("mimic3", root=tmp_path, tasks=["length_of_stay"], args={"hours": 30, "los": "classes"})
+    (_, other), *_ = own.test.loader(64)
+    rows = [sorted(map(tuple, each["length_of_stay"].nan_to_num(-1).tolist())) for each in (labels, other)]
+    some = [row for row in rows[0] if max(row) >= 0]
+    assert some == [row for row in rows[1] if max(row) >= 0] and len(some) > 3
+
+
 def test_the_tasks_own_folders_give_the_same_labels(mimic: Path, tmp_path: Path) -> None:
     for folder in (*FOLDERS.values(), "root"):
         (tmp_path / folder).symlink_to(mimic / folder)
