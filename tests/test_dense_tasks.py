@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm, t
 from torch import Tensor
 
 import libmtl_fair as lf
@@ -154,6 +155,27 @@ class TestEveryMapKind:
         merged = both.merge(rest).compute().set_index(["metric", "group"]).value
         np.testing.assert_allclose(merged.to_numpy(), table.to_numpy(), rtol=1e-9)
 
+    def test_intervals_are_those_of_a_loop_that_draws_images(self, kind: str) -> None:
+        task, (output, labels) = TASKS[kind], drawn(kind, 3, 12)
+        groups = torch.tensor([0, 1, 1, 0, -1, 1, 0, 0, 1, 1, 0, 1])
+        metrics = GroupMetrics([task], {"light": 2}, n_bootstrap=60, confidence=0.8, seed=5)
+        for part in (slice(0, 5), slice(5, 12)):
+            metrics.update({kind: output[part]}, {kind: labels[part]}, {"light": groups[part]})
+        table = metrics.compute().set_index(["metric", "group"])
+        rng, seen = np.random.default_rng((5, 0, 0)), task.observed(labels)
+        drawings, tails = {}, {}
+        for name, rows in (("0", groups == 0), ("1", groups == 1), ("overall", groups >= 0)):
+            own = torch.nonzero(rows & seen).ravel()
+            draws = own[torch.from_numpy(rng.integers(0, len(own), (60, len(own))))]
+            tails[name] = norm.sf(t.ppf(0.9, len(own) - 1) * np.sqrt(len(own) / (len(own) - 1)))
+            drawings[name] = [task_utility(task, output[draw], labels[draw]) for draw in draws]
+        for metric in task.shown:
+            for name, each in drawings.items():
+                ends = np.quantile([found[metric] for found in each], [tails[name], 1 - tails[name]])
+                np.testing.assert_allclose(table.loc[(metric, name), ["low", "high"]].astype(float), ends, rtol=1e-5)
+            gap = table.loc[(metric, "difference")]
+            assert 0 <= gap.low <= gap.value <= gap.high
+
     def test_statistics_stand_for_the_maps(self, kind: str, tmp_path: Any) -> None:
         task, (output, labels) = TASKS[kind], drawn(kind)
         raw = task.raw_score(output, labels, torch.ones(B, 4, H, W))
@@ -177,6 +199,36 @@ class TestEveryMapKind:
             GroupMetrics([task], {"g": 2}).update(
                 {kind: output}, {kind: wrong}, {"g": torch.zeros(B, dtype=torch.long)}
             )
+
+
+def test_intervals_of_images_cover_the_truth() -> None:
+    """Of images whose pixels err together, in 100 worlds; pixels taken for independent would cover less than half of them."""
+    task, rng, covered = TASKS["depth"], np.random.default_rng(0), []
+    truth = np.sqrt(
+        [1.0 + 0.25, 2.25 + 0.25]
+    )  # an error of each image's own, of sd 1 and 1.5, and of each pixel's, of .5
+    for world in range(100):
+        errors = rng.normal(0, np.repeat([1.0, 1.5], 40))[:, None] + rng.normal(0, 0.5, (80, 100))
+        sums = np.stack([np.full(80, 100), abs(errors).sum(1), abs(errors).sum(1), (errors**2).sum(1)], 1)
+        metrics = GroupMetrics([task], {"light": 2}, n_bootstrap=100, seed=world)
+        groups = torch.arange(80) // 40
+        table = metrics.update(
+            {"depth": torch.from_numpy(sums)}, {"depth": torch.ones(80)}, {"light": groups}
+        ).compute()
+        found = table[table.metric == "RMSE"].set_index("group")
+        true = {"0": truth[0], "1": truth[1], "difference": truth[1] - truth[0], "ratio": truth[0] / truth[1]}
+        covered.append([found.low[name] <= value <= found.high[name] for name, value in true.items()])
+    assert np.mean(covered, 0) == pytest.approx(0.95, abs=0.06)
+
+
+def test_a_group_of_one_image_has_no_interval() -> None:
+    task, (output, labels) = TASKS["depth"], drawn("depth", 1, 6)
+    groups = torch.tensor([0, 0, 0, 0, 1, 1])  # the last has no label
+    table = GroupMetrics([task], {"light": 3}).update({"depth": output}, {"depth": labels}, {"light": groups}).compute()
+    ends = table[table.metric == "RMSE"].set_index("group")[["value", "low", "high"]]
+    assert ends.loc[["0", "overall"]].notna().all(axis=None)
+    assert ends.loc[["1", "difference", "ratio"], "value"].notna().all()
+    assert ends.loc[["1", "2", "difference", "ratio"], ["low", "high"]].isna().all(axis=None)
 
 
 @settings(max_examples=30, deadline=None)

@@ -16,6 +16,7 @@ from libmtl_fair.libmtl.loading import libmtl
 from libmtl_fair.methods.fairbranch.blocks import find_blocks
 from libmtl_fair.models import CNN, ENCODERS, ASPPHead, ResNet, encoder_for, load_weights, map_heads
 from libmtl_fair.models.encoders import torchvision_models
+from libmtl_fair.models.resnet import Residual
 from libmtl_fair.recipe.build import build_trainer
 from libmtl_fair.recipe.sections import Model, Train
 
@@ -26,6 +27,7 @@ PUBLISHED = {
 }
 """Weights and names of torchvision's published state dicts without fc, and the width."""
 
+needs_torchvision = pytest.mark.skipif(torchvision_models()[0] is None, reason="torchvision does not import here")
 IMAGES = torch.rand(2, 3, 40, 33, generator=torch.Generator().manual_seed(0))
 
 
@@ -67,15 +69,46 @@ def test_the_dilated_resnet_is_libmtls() -> None:
         assert found.shape[2] == 5 if scale == 8 else 3
 
 
-def test_torchvisions_own_where_it_imports() -> None:
-    models, why = torchvision_models()
-    if models is None:
-        assert why
-        with pytest.raises(HostError, match=r"encoder 'convnext_tiny' is torchvision's, which does not import here"):
-            encoder_for("convnext_tiny")((3, 32, 32))
-        return
-    assert type(ResNet("resnet18").layer1[0]) is models.resnet.BasicBlock
-    assert encoder_for("convnext_tiny")((3, 64, 64), {"pool": True})(torch.zeros(1, 3, 64, 64)).shape == (1, 768)
+@pytest.mark.skipif(torchvision_models()[0] is not None, reason="torchvision imports here")
+def test_convnext_without_torchvision_is_refused() -> None:
+    with pytest.raises(HostError, match=r"encoder 'convnext_tiny' is torchvision's, which does not import here"):
+        encoder_for("convnext_tiny")((3, 32, 32))
+
+
+@needs_torchvision
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_ours_and_torchvisions_are_one_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same names, the same first weights of a seed, the same outputs; a published state dict loads into either."""
+    models = torchvision_models()[0]
+    torch.manual_seed(3)
+    through = ResNet(name, pool=False, dilated=8)
+    assert type(through.layer1[0]).__module__.startswith("torchvision.")
+    monkeypatch.setattr("libmtl_fair.models.resnet.torchvision_models", lambda: (None, ""))
+    torch.manual_seed(3)
+    ours = ResNet(name, pool=False, dilated=8)
+    assert isinstance(ours.layer1[0], Residual)
+    torch.testing.assert_close(ours.state_dict(), through.state_dict(), rtol=0, atol=0)
+    whole = getattr(models, name)(weights=None)
+    state = {key: value for key, value in whole.state_dict().items() if not key.startswith("fc.")}
+    plain = ResNet(name)
+    for made in (ours, through, plain):
+        made.load_state_dict(state)
+        made.eval()
+    torch.testing.assert_close(ours(IMAGES), through(IMAGES), rtol=0, atol=1e-5)
+    whole.fc = nn.Identity()
+    torch.testing.assert_close(plain(IMAGES), whole.eval()(IMAGES), rtol=0, atol=1e-5)
+
+
+@needs_torchvision
+def test_convnext_is_torchvisions(tmp_path: Path) -> None:
+    whole = torchvision_models()[0].convnext_tiny(weights=None).eval()
+    torch.save(whole.state_dict(), tmp_path / "w.pt")
+    made = encoder_for("convnext_tiny")((3, 40, 33), {"pool": False}).eval()
+    load_weights(made, tmp_path / "w.pt")
+    assert torch.equal(made(IMAGES), whole.features(IMAGES))
+    assert encoder_for("convnext_tiny")((3, 40, 33))(IMAGES).shape == (2, made.out_features) == (2, 768)
+    with pytest.raises(DataError, match=r"encoder 'convnext_tiny' .* must be 32 x 32 at least, found 40 x 31"):
+        made(IMAGES[..., :31])
 
 
 @pytest.mark.parametrize("name", [name for name, kind in ENCODERS.items() if kind.dims == 3 and "convnext" not in name])

@@ -66,7 +66,8 @@ class GroupMetrics:
 
     Notes
     -----
-    Tasks whose labels are maps have their own metrics of each group and their gaps, without intervals.
+    Tasks whose labels are maps have their own metrics of each group and their gaps. Pixels of an image are not independent: their
+    intervals are by drawing the images of each group anew, and there is none of a group of fewer than two.
 
     Examples
     --------
@@ -118,8 +119,9 @@ class GroupMetrics:
         for name, parts in self.crossed.items():
             self.names[name] = [_JOIN.join(names) for names in product(*(self.names[p] for p in parts))]
         self.sizes = {a: len(names) for a, names in self.names.items()}
+        keep = self.options.level is not None
         self._states: dict[str, Any] = {
-            t.name: SummedState(t) if t.summed else TaskState(t, _threshold(threshold, t), auc) for t in tasks
+            t.name: SummedState(t, keep) if t.summed else TaskState(t, _threshold(threshold, t), auc) for t in tasks
         }
         self.reset()
 

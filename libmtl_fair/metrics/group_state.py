@@ -15,6 +15,8 @@ from libmtl_fair.errors import DataError
 from libmtl_fair.faults import Faults, check_labels
 from libmtl_fair.tasks import BinarySequence, Task, decisions, need_known_kinds
 
+_VALUES_AT_ONCE = 1 << 22
+
 
 class Rows(NamedTuple):
     """Rows of one task: values [N] or [N, C], labels and whether observed, group ids by attribute, weights."""
@@ -201,20 +203,22 @@ def base_rates(rows: Rows) -> Tensor:
 class SummedState:
     """Sums of a task's statistics for every attribute, on the device of its batches; slot 0 holds rows of unknown group.
 
+    The pixels of an image are not independent, so images are the unit of intervals: they are drawn anew within each group **(ours)**.
     Outputs are the head's, or statistics [B, K] already, with shares of labels [B], as predictions without maps keep them.
     """
 
-    stored = auc = False
+    auc = False
 
-    def __init__(self, task: Task, *_: object) -> None:
-        """Take the task."""
-        self.task = task
+    def __init__(self, task: Task, intervals: bool) -> None:
+        """Take the task; for ``intervals`` every example's statistics are kept."""
+        self.task, self.stored = task, intervals
         self.reset({})
 
     def reset(self, sizes: Mapping[str, int]) -> None:
         """Forget everything."""
         self.sizes = dict(sizes)
         self._tables: dict[str, Tensor] = {}
+        self._batches: list[Rows] = []
         self.faults = Faults()
 
     def taken(self, output: Tensor, labels: Tensor, ids: Mapping[str, Tensor], weight: Tensor | None) -> Rows:
@@ -242,12 +246,27 @@ class SummedState:
                 0, ids.to(each.device) + 1, each
             )
             self._add(attribute, table)
+        if self.stored:  # counts of pixels are whole in float32, too
+            self._batches.append(rows._replace(values=each[:, 1:].float(), labels=rows.observed))
 
     def merge(self, other: SummedState) -> None:
         """Add the sums of another state of the same task."""
         for attribute, table in other._tables.items():
             self._add(attribute, table)
+        self._batches += other._batches
         self.faults.merge(other.faults)
+
+    def rows(self) -> Rows:
+        """Return the statistics of all kept examples on the CPU."""
+        if not self._batches:
+            none = torch.zeros(0, dtype=torch.bool)
+            return Rows(torch.zeros(0, 0), none, none, {a: none.long() for a in self.sizes}, None)
+        values, observed = (
+            torch.cat([part.cpu() for part in column])
+            for column in zip(*((b.values, b.observed) for b in self._batches))
+        )
+        ids = {a: torch.cat([b.ids[a].cpu() for b in self._batches]) for a in self.sizes}
+        return Rows(values, observed, observed, ids, None)
 
     def _add(self, attribute: str, table: Tensor) -> None:
         mine = self._tables.get(attribute)
@@ -262,10 +281,32 @@ class SummedState:
         """Return the examples with a label of no known group and of each group, [G + 1]."""
         return np.asarray(table[0, :, 0])
 
-    def metrics(self, sums: Floats) -> tuple[list[str], Floats]:
-        """Return the names of the metrics and their values [M, G + 1], all groups' together last, of sums [G, K]."""
+    def metrics(self, sums: Floats) -> Floats:
+        """Return the values of the task's metrics [M, ...] of sums [..., K]; NaN where nothing was seen."""
         names = [name for name, _ in self.task.shown.values()]
-        if not sums.shape[1]:
-            return names, np.full((len(names), len(sums) + 1), np.nan)
-        found = self.task.native(torch.from_numpy(np.concatenate([sums, sums.sum(0, keepdims=True)])))
-        return names, np.stack([found[name].numpy() for name in names])
+        if not sums.shape[-1]:
+            return np.full((len(names), *sums.shape[:-1]), np.nan)
+        found = self.task.native(torch.from_numpy(sums))
+        return np.stack([found[name].numpy() for name in names])
+
+    def replicates(self, attribute: str, kept: Rows, n: int, rng: np.random.Generator) -> Floats:
+        """Return the metrics of ``n`` draws, with replacement, of the examples of each group and last of all of them, [M, n, G + 1].
+
+        NaN where there are fewer than two examples with a label.
+        """
+        ids = torch.where(kept.observed, kept.ids[attribute].long(), -1)
+        which = [*(ids == g for g in range(self.sizes[attribute])), ids >= 0]
+        parts = [self._redrawn(kept.values[rows].double().numpy(), n, rng) for rows in which]
+        return np.stack(parts, -1)
+
+    def _redrawn(self, rows: Floats, n: int, rng: np.random.Generator) -> Floats:
+        size, width = rows.shape
+        if size < 2:
+            return np.full((len(self.task.shown), n), np.nan)
+        found, at_once = [], max(1, _VALUES_AT_ONCE // max(size, width))
+        for start in range(0, n, at_once):
+            many = min(at_once, n - start)
+            chosen = rng.integers(0, size, (many, size)) + np.arange(many)[:, None] * size
+            often = np.bincount(chosen.ravel(), minlength=many * size).reshape(many, size)
+            found.append(self.metrics(often @ rows))
+        return np.concatenate(found, 1)

@@ -8,6 +8,8 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
+from scipy.stats import norm as normal
+from scipy.stats import t as student
 
 from libmtl_fair.arrays import Array, Bools, Floats, Ints
 from libmtl_fair.metrics.group_state import Rows, SummedState, TaskState
@@ -122,6 +124,28 @@ class GroupTable:
         data = GroupNoise(value, self.noise(1), values[None, -1:], share, error=error, bounds=bounds)
         self.gaps([metric], data, rests[None, :-1])
 
+    def replicated(self, metric: str, values: Floats, drawn: Floats | None, bounds: Bounds) -> None:
+        """Add values [G + 1] with intervals by their replicates ``drawn`` [R, G + 1], and their gaps.
+
+        The expanded percentile interval (Hesterberg 2015): as much wider as the t of so few examples is than the normal. A group
+        without replicates has no interval, and no gap has one that it is in.
+        """
+        level, n = self.options.level, np.append(self.counts, self.counts.sum())
+        if drawn is None or level is None:
+            drawn, level = np.full((1, len(values)), np.nan), 0.5
+        degrees = np.maximum(n - 1, 1)
+        wide = np.sqrt((degrees + 1) / degrees) * student.ppf((1 + level) / 2, degrees)
+        tails = normal.sf(wide)
+        ends = [np.array([np.quantile(*each) for each in zip(drawn.T, tail)]) for tail in (tails, 1 - tails)]
+        self.values([metric], values, ends)
+        errors = drawn[:, :-1].std(0)
+        noise = np.divide(drawn[:, :-1] - values[:-1], errors, out=np.zeros_like(drawn[:, :-1]), where=errors > 0)
+        errors *= (wide / normal.ppf((1 + level) / 2))[:-1]
+        shares = np.where(np.isnan(values[:-1]), 0, self.counts / max(n[-1], 1))
+        value, share, error = (part[None, None] for part in (values[:-1], shares, errors))
+        data = GroupNoise(value, noise.T[None, None], values[None, -1:], share, error=error, bounds=bounds)
+        self.gaps([metric], data, np.zeros((1, len(shares)), dtype=bool))
+
     def noise(self, components: int) -> Floats:
         """Return standard normal noise [1, K, G, R], common to all problems."""
         replicates = 0 if self.options.level is None else self.options.n_bootstrap
@@ -165,7 +189,8 @@ class GroupTable:
             self.gap_rows([name], kind, combine(parts, agg, worst), seen.any(0)[None], ends, few)
 
     def _interval(self, data: GroupNoise, gap: Gap) -> tuple[Floats, Floats]:
-        if self.options.level is None:
+        unknown = data.error is not None and np.isnan(data.error[~np.isnan(data.values)]).any()
+        if self.options.level is None or unknown:
             missing = np.full(len(data.values), np.nan)
             return missing, missing
         return gap_interval(data, gap, self.options.level)
@@ -203,11 +228,7 @@ def add_task(
     """Add every metric of the task for one attribute, from its confusion table [3, G, cells] and the rows kept."""
     task = state.task
     if isinstance(state, SummedState):
-        shown, values = state.metrics(counted[0, :, 1:])
-        table.values(shown, values)
-        found = gaps(values[:, :-1], values[:, -1:] if table.options.method == "to_overall" else None)
-        for k, kind in enumerate(RESERVED[:2]):
-            table.gap_rows(shown, kind, found[k], ~np.isnan(values[:, :-1]), (np.nan, np.nan))
+        _add_summed(table, state, attribute, counted[0, :, 1:], kept)
         return
     if isinstance(task, Regression) and kept is not None:
         _add_regression(table, task, kept, attribute)
@@ -303,6 +324,15 @@ def _mean(values: Floats, errors: Floats) -> tuple[Floats, Floats]:
     count = np.maximum(known.sum(0), 1)
     value = np.where(known.any(0), np.where(known, values, 0).sum(0) / count, np.nan)
     return value, np.where(known, np.nan_to_num(errors), 0).sum(0) / count
+
+
+def _add_summed(table: GroupTable, state: SummedState, attribute: str, sums: Floats, kept: Rows | None) -> None:
+    """Add every metric that is made of sums over examples, with intervals by drawing the examples of each group anew."""
+    values, drawn = state.metrics(np.concatenate([sums, sums.sum(0, keepdims=True)])), None
+    if kept is not None and len(kept.values):
+        drawn = state.replicates(attribute, kept, table.options.n_bootstrap, table.rng)
+    for m, (name, higher) in enumerate(state.task.shown.values()):
+        table.replicated(name, values[m], None if drawn is None else drawn[m], _UNIT if higher else (0.0, np.inf))
 
 
 def _add_regression(table: GroupTable, task: Regression, kept: Rows, attribute: str) -> None:

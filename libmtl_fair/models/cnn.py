@@ -9,9 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from libmtl_fair import functional as F
-from libmtl_fair.errors import HostError, RecipeError
+from libmtl_fair.errors import DataError, HostError, RecipeError
 from libmtl_fair.models.encoders import registered, torchvision_models
 from libmtl_fair.models.resnet import need_flag
+
+_LEAST = 32
+"""Height and width of images that ConvNeXt can halve five times."""
 
 
 @registered("cnn", dims=3)
@@ -57,7 +60,7 @@ class CNN(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """torchvision's ConvNeXt without its classifier. Input [B, 3, H, W], output [B, d, h, w], or [B, d] where it pools.
+    """torchvision's ConvNeXt without its classifier. Input [B, 3, H, W] of 32 x 32 at least, output [B, d, h, w], or [B, d] where it pools.
 
     The names of its weights are torchvision's; FairBranch branches at its stages (Liu et al. 2022).
 
@@ -74,6 +77,8 @@ class ConvNeXt(nn.Module):
     ------
     HostError
         torchvision does not import.
+    DataError
+        Smaller images, when it runs.
     """
 
     def __init__(self, name: str, in_channels: int = 3, pool: bool = True) -> None:
@@ -89,10 +94,15 @@ class ConvNeXt(nn.Module):
         made: Any = getattr(theirs, name)(weights=None)
         self.features: nn.Sequential = made.features
         self.blocks = [f"features.{i}" for i in range(len(self.features))]
-        self.pool, self.out_features = pool, int(made.classifier[-1].in_features)
+        self.name, self.pool, self.out_features = name, pool, int(made.classifier[-1].in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the representation."""
+        if min(x.shape[-2:]) < _LEAST:
+            raise DataError(
+                f"encoder {self.name!r} halves images five times, so they must be {_LEAST} x {_LEAST} at least, found "
+                f"{x.shape[-2]} x {x.shape[-1]}: make them larger, or take another encoder"
+            )
         h = self.features(x)
         return F.pooled(h) if self.pool else h
 

@@ -194,6 +194,7 @@ class Trainer(nn.Module):
 SETUP = """
 import contextlib, importlib, io, json, sys, warnings
 warnings.simplefilter("error")
+warnings.filterwarnings("ignore", ".*torch.jit.script", DeprecationWarning)  # torch_geometric says so where it is installed
 sys.path.insert(0, {path!r})
 for name in [n for n in sys.modules if n.split(".")[0] in ("LibMTL", "libmtl_fair")]:
     del sys.modules[name]
