@@ -24,7 +24,7 @@ CASES = {
     "resnet50": (Model(encoder="resnet50"), ROWS, 4),
     "dilated resnet50, ASPP": (
         Model(encoder="resnet50", encoder_args={"dilated": 8}, head="aspp"),
-        (MAPS[0], ROWS[0]),
+        MAPS,
         4,
     ),
     "cnn": (Model(encoder="cnn", encoder_args={"channels": [4, 6, 8]}), ROWS, 3),
