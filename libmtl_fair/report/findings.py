@@ -102,9 +102,12 @@ def _first(texts: list[str]) -> str:
 def _compared(run: RunFolder, most: int = 8) -> str:
     tasks = [t for t in dict.fromkeys(run.frame("utility")["task"]) if t != "macro"]
     found = judged.decisions(run)
-    people = max((int(counts.to_numpy().sum()) for d in found for counts in d.by_seed.values()), default=0)
+    sizes = dict[str, int]()
+    for d in found:
+        unit = judged.steps_of(run, [d.task])
+        sizes[unit] = max(sizes.get(unit, 0), *(int(counts.to_numpy().sum()) for counts in d.by_seed.values()))
     attributes = list(dict.fromkeys(d.attribute for d in found))
-    which = f" {people:,} people" if people else ""
+    which = "".join(f"{' and' * bool(i)} {n:,} {unit}" for i, (unit, n) in enumerate(sorted(sizes.items())))
     held = "that no training saw" if run.split == "test" else "of validation, which also chose the models"
     others = (
         f"{_names(run.methods[1:], most)} with {run.reference}, the reference" if run.methods[1:] else run.reference
@@ -197,7 +200,13 @@ def _most(moved: pd.DataFrame) -> str:
 
 def _moved(row: Row) -> str:
     """Say what became of the people of one group that should get a yes."""
-    return f"in {row.task}, {row.tpr:.0%} instead of {row.tpr_before:.0%} of {row.group} ({row.attribute}) who should get a yes do"
+    whom, that = ("the steps of ", "that") if row.unit == "steps" else ("", "who")
+    group = f"{whom}{row.group} ({row.attribute}) {that} should get a yes"
+    return f"in {row.task}, {row.tpr:.0%} instead of {row.tpr_before:.0%} of {group} do"
+
+
+def _counted(run: RunFolder) -> str:
+    return judged.steps_of(run, (d.task for d in judged.decisions(run)))
 
 
 def _at(end: str) -> str:
@@ -266,7 +275,7 @@ def _too_few(run: RunFolder) -> Iterator[str]:
     found = judged.left_out(run)
     if found:
         more = f", and {len(found) - _FIRST} more" if len(found) > _FIRST else ""
-        yield f"Too few people to be judged, and in no gap: {', '.join(found[:_FIRST])}{more}."
+        yield f"Too few {_counted(run)} to be judged, and in no gap: {', '.join(found[:_FIRST])}{more}."
 
 
 def _competitors(run: RunFolder) -> Iterator[str]:

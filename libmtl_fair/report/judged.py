@@ -8,7 +8,7 @@ has its own).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -84,6 +84,17 @@ def _decisions(run: RunFolder, end: str) -> Iterator[Decisions]:
             seeds = part.groupby("seed", sort=False)
             counts = {int(str(seed)): one.set_index("group")[list(verdicts.CELLS)] for seed, one in seeds}
             yield Decisions(str(method), str(task), label, str(attribute), counts, smallest)
+
+
+def steps_of(run: RunFolder, tasks: Iterable[object]) -> str:
+    """Return what the decisions on these tasks are about: "people", of tasks with a decision at every step "steps", or of both kinds."""
+    asked = set(tasks)
+    kinds = {
+        "steps" if str(entry.get("kind")).endswith("sequence") else "people"
+        for name, entry in (run.data_card.get("tasks") or {}).items()
+        if name in asked
+    }
+    return " or ".join(sorted(kinds)) or "people"
 
 
 def thresholds(run: RunFolder) -> list[str]:
@@ -197,7 +208,7 @@ def who_pays(run: RunFolder, end: str = "") -> pd.DataFrame:
     DataFrame
         One row a method, binary task, attribute and group with enough people: method, task, attribute, group, n,
         positives, negatives, and for each of selection, tpr, fpr, error: ``<name>_before``, ``<name>``, ``d_<name>``,
-        ``se_<name>``.
+        ``se_<name>``; unit, what n counts: "people" or "steps".
     """
     return run.once(f"who_pays{end}", lambda: _who_pays(run, end))
 
@@ -208,7 +219,7 @@ _RATES = ("selection", "tpr", "fpr", "error")
 def _who_pays(run: RunFolder, end: str) -> pd.DataFrame:
     heads = ["method", "task", "attribute", "group", "n", "positives", "negatives"]
     heads += [f"{name}{which}" for name in _RATES for which in ("_before", "")]
-    heads += [f"{part}_{name}" for part in ("d", "se") for name in _RATES]
+    heads += [*(f"{part}_{name}" for part in ("d", "se") for name in _RATES), "unit"]
     made = []
     for d, reference in _beside_reference(run, end):
         after, before = d.mean, reference.mean.reindex(d.mean.index).fillna(0)
@@ -218,9 +229,9 @@ def _who_pays(run: RunFolder, end: str) -> pd.DataFrame:
             tn, fp, fn, tp = after.iloc[g]
             both = [v[name][g] for name in _RATES for v in values]
             changed = [getattr(moved, f"{part}_{name}")[g] for part in ("d", "se") for name in _RATES]
-            made.append(
-                (d.method, d.task, d.attribute, after.index[g], tn + fp + fn + tp, fn + tp, tn + fp, *both, *changed)
-            )
+            sizes = (tn + fp + fn + tp, fn + tp, tn + fp)
+            unit = steps_of(run, [d.task])
+            made.append((d.method, d.task, d.attribute, after.index[g], *sizes, *both, *changed, unit))
     return pd.DataFrame(made, columns=heads)
 
 
@@ -232,18 +243,21 @@ def _rates(counts: pd.DataFrame) -> dict[str, Counts]:
 
 
 def left_out(run: RunFolder) -> list[str]:
-    """Return the groups that have too few people to be judged, with their numbers: said once a group and attribute."""
+    """Return the groups that have too few people, or steps of them, to be judged, with their numbers: said once a group and attribute."""
     found: dict[tuple[str, str], list[str]] = {}
-    people: dict[tuple[str, str], int] = {}
+    most: dict[tuple[str, str], dict[str, int]] = {}
     for d in decisions(run):
         if d.method == run.reference and not d.label:
             for g in np.flatnonzero(~verdicts.enough(d.mean, min_group_size=d.min_group_size)).tolist():
                 tn, fp, fn, tp = d.mean.iloc[g].astype(int)
                 if tn + fp + fn + tp:
-                    key = (d.attribute, str(d.mean.index[g]))
-                    people[key] = max(people.get(key, 0), tn + fp + fn + tp)
-                    found.setdefault(key, []).append(f"{d.task} {fn + tp} with a true yes, {tn + fp} with a no")
-    return [f"{a} = {g} ({people[a, g]} people: {'; '.join(each)})" for (a, g), each in found.items()]
+                    key, unit = (d.attribute, str(d.mean.index[g])), steps_of(run, [d.task])
+                    sizes = most.setdefault(key, {})
+                    sizes[unit] = max(sizes.get(unit, 0), tn + fp + fn + tp)
+                    steps = " steps" if unit == "steps" else ""
+                    found.setdefault(key, []).append(f"{d.task} {fn + tp}{steps} with a true yes, {tn + fp} with a no")
+    size = {key: " and ".join(f"{n} {unit}" for unit, n in sorted(sizes.items())) for key, sizes in most.items()}
+    return [f"{a} = {g} ({size[a, g]}: {'; '.join(each)})" for (a, g), each in found.items()]
 
 
 def accuracy_noise(run: RunFolder, end: str = "") -> dict[tuple[str, str], float]:

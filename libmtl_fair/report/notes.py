@@ -9,7 +9,7 @@ import pandas as pd
 
 from libmtl_fair.files import Json
 from libmtl_fair.report.choice import CHOSEN, Rule
-from libmtl_fair.report.judged import NO_GROUP, left_out
+from libmtl_fair.report.judged import NO_GROUP, left_out, steps_of
 from libmtl_fair.report.run_folder import RunFolder, rows
 from libmtl_fair.report.summary import shrinkage_curves, shrinkage_verdict, single_task_methods
 
@@ -118,7 +118,7 @@ def _constraints(run: RunFolder) -> Iterator[str]:
         )
         share = found["val_selected"].mean()
         if share < 0.01 or share > 0.99:
-            text += f". That says nothing: {100 * share:.1f} % of people are selected"
+            text += f". That says nothing: {100 * share:.1f} % of {steps_of(run, [task])} are selected"
         bound = f"; the multiplier ended at its bound for {ends}" if ends else ""
         if away := int((found["out_of_reach"] == True).sum()):  # noqa: E712
             low = found.loc[found["out_of_reach"] == True, "eta_bound"].min()  # noqa: E712
@@ -164,7 +164,8 @@ def legend(names: Iterable[str]) -> list[tuple[str, str]]:
 def _small_groups(run: RunFolder) -> Iterator[str]:
     found = left_out(run)
     if found:
-        yield f"Too few people (rows, true yes or true no) to be judged, and in no gap, mean or choice: {'; '.join(found)}."
+        units = steps_of(run, run.data_card.get("tasks") or ())
+        yield f"Too few {units} (rows, true yes or true no) to be judged, and in no gap, mean or choice: {'; '.join(found)}."
     frame = run.frame("groups")
     flagged = frame[~frame["flag"].isin(["", "undefined", "dropped"]) & ~frame["group"].isin(NO_GROUP)]
     told = {text.split(" (")[0] for text in found}
@@ -202,6 +203,12 @@ def _method(run: RunFolder) -> Iterator[str]:
         "± is the standard deviation between seeds; intervals on bars are bootstrap intervals within a seed, averaged over "
         "seeds. Group metrics describe this sample; they do not establish why groups differ."
     )
+    by_step = [name for name in run.data_card.get("tasks") or () if steps_of(run, [name]) == "steps"]
+    if by_step:
+        yield (
+            f"Of {', '.join(by_step)} every labelled step counts, not every person: intervals take steps as independent and are too "
+            "narrow where a person's steps are alike."
+        )
 
 
 def _source(card: Json) -> Iterator[str]:

@@ -380,11 +380,14 @@ def plots_of(run: RunFolder) -> Iterator[Plot]:
 
 def first_plots(run: RunFolder) -> Iterator[Plot]:
     """Yield the one figure of the first screen: who pays, by the first attribute that has decisions."""
-    for attribute in list(dict.fromkeys(who_pays(run)["attribute"]))[:1]:
+    pays = who_pays(run)
+    for attribute in list(dict.fromkeys(pays["attribute"]))[:1]:
+        units = " or ".join(sorted(set(pays["unit"][pays["attribute"] == attribute])))
         at = ", when as many get a yes as should" if _end(run, attribute) == BASE_RATE else ""
+        who = "who" if units == "people" else "that"
         caption = (
-            f"Who pays, by {attribute}{at}: of 100 people of a group who should get a yes, how many more (right of 0) or fewer (left) "
-            f"do than with {run.reference}; 95 % intervals over people."
+            f"Who pays, by {attribute}{at}: of 100 {units} of a group {who} should get a yes, how many more (right of 0) or fewer "
+            f"(left) do than with {run.reference}; 95 % intervals over {units}."
         )
         yield Plot("who_pays", "first", caption, partial(pays_plot, run, attribute))
 

@@ -11,6 +11,7 @@ import pandas as pd
 from libmtl_fair.errors import RecipeError
 from libmtl_fair.metrics.rates import DENOMINATOR, RATES, table_rates
 from libmtl_fair.metrics.verdicts import counts_from_rows, enough, people_needed, smallest_gap
+from libmtl_fair.report.judged import steps_of
 from libmtl_fair.report.run_folder import RunFolder
 
 SHOWN = {"TPR": "true_positive_rate", "FPR": "false_positive_rate", "selection": "selection_rate"}
@@ -29,9 +30,9 @@ def power_of_run(
     """Return what the run's split can see of its reference model at base-rate decisions: a row for each binary task, attribute, rate.
 
     Columns: task, attribute, rate, level (the reference's rate over all groups; in older runs at their own threshold), groups (with
-    enough people for it), people (behind the rate in the two smallest of them), gap (the smallest seen between these two with
-    probability ``wanted``), and with ``gap`` also needed (people behind the rate in each group to see that). Pairs of groups share the
-    error probability 1 - ``confidence``.
+    enough people for it), people (behind the rate in the two smallest of them; of sequences steps), gap (the smallest seen between them
+    with probability ``wanted``), and with ``gap`` also needed (people behind the rate in each group to see that). Pairs of groups share
+    the error probability 1 - ``confidence``.
     NaN where fewer than two groups have enough people.
     """
     frame = run.frame("groups_base_rate")
@@ -39,7 +40,7 @@ def power_of_run(
     first = frame[(frame["method"] == run.reference) & (frame["seed"] == run.of(run.reference)[0].seed)]
     found = []
     for (task, attribute), rows in first.groupby(["task", "attribute"], sort=False):
-        counts = counts_from_rows(rows)
+        counts, steps = counts_from_rows(rows), " steps" * (steps_of(run, [task]) == "steps")
         for shown, metric in SHOWN.items() if len(counts) else ():
             table = counts[enough(counts, metric)].to_numpy(float)
             place, pairs = RATES.index(metric), max(1, math.comb(len(table), 2))
@@ -49,7 +50,7 @@ def power_of_run(
             known = len(table) > 1 and 0 < level < 1
             seen = smallest_gap((sizes[0], sizes[1]), level, **options) if known else math.nan
             needed = float(people_needed(gap, level, **options)) if known and gap is not None else math.nan
-            people = " and ".join(f"{size:.0f}" for size in sizes) if known else ""
+            people = " and ".join(f"{size:.0f}{steps}" for size in sizes) if known else ""
             found.append((task, attribute, shown, level, len(table), people, seen, needed))
     columns = ["task", "attribute", "rate", "level", "groups", "people", "gap", "needed"]
     return pd.DataFrame(found, columns=columns).drop(columns=[] if gap is not None else ["needed"])

@@ -185,10 +185,10 @@ def pays_sheets(run: RunFolder) -> Iterator[Sheet]:
             for row in rows(in_order(frame, "task", "group")):
                 nothing, levels = (row.method, row.task) in none, row.task in down.get((row.method, str(attribute)), ())
                 marks = f" {NOTHING if nothing else DOWN}" if nothing or levels else ""
-                people = f"{row.n:,.0f} ({row.positives:,.0f} yes)"
+                people = f"{row.n:,.0f}{' steps' * (row.unit == 'steps')} ({row.positives:,.0f} yes)"
                 changed = (_change(row, name, marks) for name in _CHANGES)
                 lines.append((row.task, row.group, people, f"{row.method}{marks}", *changed))
-            heads = ["task", "group", "people", "method", *_CHANGES.values()]
+            heads = ["task", "group", " or ".join(sorted(set(frame["unit"]))), "method", *_CHANGES.values()]
             yield sheet(
                 f"Who pays, by {attribute}{end}",
                 heads,

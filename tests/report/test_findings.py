@@ -300,3 +300,21 @@ def test_sparse_runs_have_findings_too(builder: Any, changes: dict[str, Any]) ->
     text = said(builder(**changes).write())
     assert text.startswith("What was compared. ")
     assert "nan" not in text
+
+
+def test_steps_of_sequences_are_called_steps(honest: Path) -> None:
+    assert "95 % intervals over people." in str(render(read_run(honest)))
+    assert " steps" not in said(honest)
+    card = json.loads((honest / "data_card.json").read_text())
+    card["tasks"]["long_hours"]["kind"] = "binary_sequence"
+    (honest / "data_card.json").write_text(json.dumps(card))
+    run = read_run(honest)
+    units = judged.who_pays(run).drop_duplicates("task").set_index("task")["unit"]
+    assert units.to_dict() == {"income": "people", "long_hours": "steps"}
+    assert re.search(r"on [\d,]+ people and [\d,]+ steps that no training saw", said(honest))
+    page = str(render(run))
+    assert "95 % intervals over people or steps" in page
+    assert "Of long_hours every labelled step counts, not every person" in page
+    for sheet in pays_sheets(run):
+        for task, _, n, *_ in sheet.body:
+            assert (" steps (" in n.text) == (task.text == "long_hours")
