@@ -7,6 +7,7 @@ it is 0: people of the same merits have the same odds, and the gap that there is
 tell much of it.
 
     python benchmarks/untouched.py --out runs/untouched      # under an hour on one core; goes on where it was interrupted
+    python benchmarks/untouched.py --methods fairmt relif    # plain and these alone, in a folder of their own
     python benchmarks/untouched.py --smoke                   # a minute, on few rows and one epoch: its numbers mean nothing
 """
 
@@ -26,8 +27,10 @@ import numpy as np
 import pandas as pd
 
 from libmtl_fair.files import write_text
+from libmtl_fair.metrics.verdicts import chance_gaps
 from libmtl_fair.recipe import Recipe, load_recipe
 from libmtl_fair.recipe.run import run_recipe
+from libmtl_fair.report import judged
 from libmtl_fair.report.run_folder import RunFolder, read_run
 from libmtl_fair.report.summary import summary
 
@@ -139,6 +142,47 @@ def table(run: RunFolder) -> pd.DataFrame:
     return found.rename_axis("method").reset_index()
 
 
+CHANCE = (
+    "What chance makes. EO diff as above; *by chance*: what it is where groups are permuted among people of one label, in the worst "
+    "task, root mean square; p: how often that is as large, its median over splits; *left*: of plain's; *left beyond chance*: the same of "
+    "sqrt(EO diff² - by chance²), squares averaged over splits. 0: no more than chance makes; – where plain has no gap beyond it."
+)
+
+
+def beyond_chance(run: RunFolder) -> pd.DataFrame:
+    """Return a row a method: the worst binary task's EO diff, what chance makes of it, and what of plain's is left beyond that."""
+    parts = [pd.DataFrame(index=run.methods)]
+    for end in judged.thresholds(run):
+        counts: dict[tuple[str, int, str], list[tuple[pd.DataFrame, float]]] = {}
+        for d in judged.decisions(run, end):
+            for seed, each in d.by_seed.items() if not d.label else ():
+                counts.setdefault((d.method, seed, d.attribute), []).append((each, d.gap("equalized_odds", seed).value))
+        rows = []
+        for (method, _, attribute), tasks in counts.items():
+            gap, draws = np.nanmax([gap for _, gap in tasks]), chance_gaps([each for each, _ in tasks])
+            rows.append((method, attribute, gap, (draws**2).mean(), (1 + (draws >= gap).sum()) / (1 + len(draws))))
+        found = pd.DataFrame(rows, columns=["method", "attribute", "EO", "square", "p"])
+        for attribute, own in found.groupby("attribute", sort=False):
+            own["beyond"] = own["EO"] ** 2 - own["square"]
+            mean, p = own.groupby("method")[["EO", "square", "beyond"]].mean(), own.groupby("method")["p"].median()
+            beyond, plain = mean["beyond"].clip(lower=0) ** 0.5, mean.loc[run.reference]
+            left = beyond / beyond[run.reference] if beyond[run.reference] > 0 else beyond * np.nan
+            shown = {
+                "by chance": mean["square"] ** 0.5,
+                "p": p,
+                "left": mean["EO"] / plain["EO"],
+                "left beyond chance": left,
+            }
+            name = f"EO diff {attribute}{end}"
+            columns = {name: mean["EO"].map("{:.3f}".format)}
+            columns |= {
+                f"{key}{end}": values.map("{:.3f}".format if key in ("by chance", "p") else "{:.2f}".format)
+                for key, values in shown.items()
+            }
+            parts.append(pd.DataFrame(columns).reindex(run.methods).replace("nan", "–"))
+    return pd.concat(parts, axis=1).rename_axis("method").reset_index()
+
+
 def markdown(frame: pd.DataFrame) -> str:
     """Return a frame of texts as a Markdown table."""
     rows = [list(map(str, frame.columns)), ["---"] * len(frame.columns), *frame.astype(str).to_numpy().tolist()]
@@ -150,6 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", nargs="*", help="data sets; default: all (--smoke: a shipped one and a table)")
+    parser.add_argument("--methods", nargs="*", help="plain and these alone; default: all")
     parser.add_argument("--smoke", action="store_true")
     chosen = parser.parse_args()
     if chosen.smoke:
@@ -159,8 +204,13 @@ def main() -> None:
     parts = [NOTE]
     for name, recipe in recipes(chosen.out, chosen.smoke).items():
         if not chosen.only or name in chosen.only:
+            if chosen.methods:
+                told = recipe.to_dict()
+                kept = {m: told["methods"][m] for m in ("plain", *chosen.methods)}
+                recipe = Recipe.from_dict({**told, "methods": kept})
             folder = run_recipe(recipe, chosen.out / name, resume=True, note=partial(_say, name))
-            parts += [f"### {name}", markdown(table(read_run(folder)))]
+            run = read_run(folder)
+            parts += [f"### {name}", markdown(table(run)), CHANCE, markdown(beyond_chance(run))]
     print("\n\n".join(parts))
     write_text(chosen.out / "untouched.md", "\n\n".join(parts) + "\n")
 

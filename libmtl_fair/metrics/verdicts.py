@@ -6,6 +6,7 @@ which :func:`counts_from_rows` recovers from the table of :class:`GroupMetrics`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, sqrt
 from statistics import NormalDist
@@ -155,14 +156,43 @@ def judge(
         ends = gap_interval(data.joined(np.array(components), drawn), Gap(), confidence)
         low, high = float(ends[0][0]), float(ends[1][0])
     if n_permutations and not np.isnan(value):
-        rates = []
-        for k in components:
-            sizes, hits = (np.rint(kept @ part[k]).astype(np.int64) for part in (DENOMINATOR, NUMERATOR))
-            permuted = rng.multivariate_hypergeometric(sizes, hits.sum(), n_permutations, method="marginals")
-            rates.append(divide(permuted, sizes))
-        reached = int(np.count_nonzero(_gap(np.stack(rates, -1)) >= value - _TIE))
-        p = (1 + reached) / (1 + n_permutations)
+        permuted = _permuted(kept, components, n_permutations, rng)
+        p = (1 + int(np.count_nonzero(permuted >= value - _TIE))) / (1 + n_permutations)
     return GapVerdict(float(value), low, high, p, used, left_out, confidence)
+
+
+def chance_gaps(
+    counts: Sequence[Values | pd.DataFrame],
+    metric: str = "equalized_odds",
+    *,
+    min_group_size: int = 30,
+    min_class: int = 10,
+    n_permutations: int = 1000,
+    seed: int = 0,
+) -> Floats:
+    """Return what chance alone makes of the worst task's gap: [n_permutations], groups permuted as for :func:`judge`'s p **(ours)**.
+
+    ``counts``: the tasks' [G, 4], permuted one apart from another. A task with fewer than two groups of enough people has no part;
+    without any other all is NaN. Where differences are freed of chance, ``gap^2`` less the mean of these squares is what is left.
+
+    >>> bool(chance_gaps([[[80, 20, 10, 40], [40, 10, 5, 20]]]).mean() > 0.05)
+    True
+    """
+    components, rng, worst = _components(metric), np.random.default_rng(seed), np.full(n_permutations, np.nan)
+    for tables in map(_tables, counts):
+        kept = tables[enough(tables, metric, min_group_size=min_group_size, min_class=min_class)]
+        if len(kept) > 1:
+            worst = np.fmax(worst, _permuted(kept, components, n_permutations, rng))
+    return worst
+
+
+def _permuted(kept: Floats, components: Sequence[int], n: int, rng: np.random.Generator) -> Floats:
+    """Return the gaps [n] of groups permuted among the people that each rate is about."""
+    rates = []
+    for k in components:
+        sizes, hits = (np.rint(kept @ part[k]).astype(np.int64) for part in (DENOMINATOR, NUMERATOR))
+        rates.append(divide(rng.multivariate_hypergeometric(sizes, hits.sum(), n, method="marginals"), sizes))
+    return _gap(np.stack(rates, -1))
 
 
 def _gap(rates: Floats) -> Floats:

@@ -239,7 +239,7 @@ class Reference:
         self.s = trainer.model.settings
         self.tasks = [trainer.tasks[name] for name in trainer.task_name]
         self.encoder, self.heads = copy.deepcopy(trainer.model.encoder), copy.deepcopy(trainer.model.decoders)
-        self.length, self.ema = N // BATCH, 0.9 if self.s.ema is None else self.s.ema
+        self.length, self.ema = N // BATCH, 0.8 if self.s.ema is None else self.s.ema
         self.total, self.step_number = epochs * self.length, 0
         self.warm = min(max(self.length, math.ceil(self.total / 10)), self.total // 3)
         self.window: deque[list[tuple[Any, ...]]] = deque(maxlen=self.length)

@@ -54,6 +54,20 @@ def test_p_is_that_of_permuting_people_of_one_label(metric):
     by_hand = np.mean(np.array(drawn) >= gap(g) - 1e-12)
     found = verdicts.judge(group_counts(y, p, g, 3), metric, n_bootstrap=0, n_permutations=20_000)
     assert found.p == pytest.approx(by_hand, abs=0.04)
+    drawn_at_once = verdicts.chance_gaps([group_counts(y, p, g, 3)], metric, n_permutations=20_000)
+    for end in (10, 50, 90):
+        assert np.percentile(drawn_at_once, end) == pytest.approx(np.percentile(drawn, end), abs=0.01)
+
+
+def test_chance_of_the_worst_task_is_the_largest_of_tasks_that_have_two_groups():
+    rng = np.random.default_rng(3)
+    one, two = (group_counts(*people(rng, n=n), 3) for n in (300, 1500))
+    alone = [verdicts.chance_gaps([counts]) for counts in (one, two)]
+    both = verdicts.chance_gaps([one, two, one[:1]])
+    expected = np.maximum(alone[0], rng.permutation(alone[1]))  # the tasks are permuted one apart from another
+    for end in (10, 50, 90):
+        assert np.percentile(both, end) == pytest.approx(np.percentile(expected, end), abs=0.01)
+    assert np.isnan(verdicts.chance_gaps([one[:1]])).all()
 
 
 def test_without_a_gap_p_is_uniform():

@@ -267,7 +267,7 @@ class FairMT(Penalty):
         """Move the running thresholds [K] towards those that choose as many as are positive, and note which are farther from the target.
 
         A step is that of Newton for logistic logits of the batch's spread, at most one spread, and three tenths of it where batches
-        are large.
+        are large (more where an epoch has few).
         """
         assert self.cut is not None
         assert self.farther is not None

@@ -24,15 +24,15 @@ SLOTS = 256
 
 
 def decay_of(rows: int, epoch_steps: int | None) -> float:
-    """Return the decay of the smooth sums: they span 10 batches, in small batches 2,560 people but at most a quarter of an epoch.
+    """Return the decay of the smooth sums: 10 batches, or an epoch of 5 to 9; if small, 2,560 people or a quarter of an epoch.
 
     Examples
     --------
-    >>> decay_of(512, 100), round(decay_of(8, 1000), 3), decay_of(8, 30)
-    (0.9, 0.996, 0.9)
+    >>> decay_of(512, 100), decay_of(512, 5), round(decay_of(8, 1000), 3), decay_of(8, 30)
+    (0.9, 0.8, 0.996, 0.9)
     """
-    longest = math.inf if epoch_steps is None else epoch_steps / 4
-    return 1 - 1 / max(10.0, min(2560 / max(rows, 1), longest))
+    epoch = math.inf if epoch_steps is None else epoch_steps
+    return 1 - 1 / max(5.0, min(10.0, epoch), min(2560 / max(rows, 1), epoch / 4))
 
 
 class Window:

@@ -51,7 +51,7 @@ class FairMTSettings(Settings):
     targets: Mapping[str, Any] = setting(
         {}, "task -> its own target, or attribute -> target; without ``target`` only these are constrained", ours=True
     )
-    floor: float = setting(0.04, "least difference that a target in % asks for", ours=True, gt=0, le=1)
+    floor: float = setting(0.02, "least difference that a target in % asks for", ours=True, gt=0, le=1)
     aim: float = setting(
         0.75,
         "share of the tolerance that the multipliers aim at, so that what training decisions keep holds for other people too",
@@ -124,8 +124,8 @@ class FairMTSettings(Settings):
     )
     ema: float | None = setting(
         None,
-        "decay of the running sums per group; 0 takes each batch alone. None is .9, in small batches what spans 2,560 people "
-        "but at most a quarter of an epoch; form phi: .9",
+        "decay of the running sums per group; 0 takes each batch alone. None is .9, in epochs of under 10 batches what spans "
+        "one, and in small batches what spans 2,560 people but at most a quarter of an epoch; form phi: .9",
         ours=True,
         ge=0,
         lt=1,
