@@ -1,9 +1,9 @@
 """AUC at equal equalised odds: FairMT beside the strength of fairret's penalty and of lift-only offsets that reaches the same.
 
 Data, network and training are those of ``recipes/untouched.yaml`` (adult and compas, and ``census_direct`` of :mod:`untouched`), five
-splits, test data. FairMT is trained for 20 %, 30 % (its default) and 50 % of plain's difference; fairret's penalty (the
-``GroupRegulariser`` of the loss norm) at :data:`SHARES`, each a training; offsets, fitted on validation decisions, along their
-strength. EO is the worst binary task's difference, at 0.5 and at validation's base-rate threshold.
+splits, test data; the last epoch is kept. FairMT is trained for 20 %, 30 % (its default) and 50 % of plain's difference; fairret's
+penalty (the ``GroupRegulariser`` of the loss norm) at :data:`SHARES`, each a training; offsets, fitted on validation decisions, along
+their strength. EO is the worst binary task's difference, at 0.5 and at validation's base-rate threshold.
 
 A competitor's strength is the least at which its mean EO over the splits, linear between neighbours, is FairMT's; its AUC there is
 interpolated alike in each split. Printed is FairMT's AUC less that, in points, with two standard errors over the splits (of AUC
