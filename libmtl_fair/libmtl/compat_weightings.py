@@ -151,13 +151,12 @@ def mgda_solution(self: Model, grads: Tensor) -> Tensor:
 @mends("MGDA.backward", "one device transfer a task")
 def mgda_backward(self: Model, losses: Tensor, **kwargs: float) -> Record:
     """MGDA (Sener and Koltun 2018)."""
-
-    def solve(grads: Tensor) -> Tensor:
-        scaled = self._gradient_normalizers(grads, losses.detach(), ntype=kwargs["mgda_gn"])
-        found: Tensor = self._find_min_norm_element(scaled)
-        return found
-
-    return _weigh(self, losses, solve)
+    found = self._get_grads(losses, mode="backward")
+    per_grads, grads = found if self.rep_grad else (None, found)
+    scaled = self._gradient_normalizers(grads, losses.detach(), ntype=kwargs["mgda_gn"])
+    weights = self._find_min_norm_element(scaled).to(grads.dtype)
+    self._backward_new_grads(weights, per_grads=per_grads, grads=scaled)  # LibMTL adds up the scaled ones of parameters
+    return recorded(self, weights)
 
 
 @mends("PCGrad.backward", _SYNC)

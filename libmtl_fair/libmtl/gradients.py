@@ -10,7 +10,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch._functorch.config
@@ -53,6 +53,39 @@ def mends(where: str, why: str) -> Callable[[AnyMethod], AnyMethod]:
 def shared_parameters(model: Model) -> list[Tensor]:
     """Return the shared parameters that can be trained, as a list."""
     return [p for p in model.get_share_params() if p.requires_grad]
+
+
+_looked_through: WeakSet[torch.nn.Module] = WeakSet()
+
+
+def need_visible(model: torch.nn.Module, roots: Tensor | Sequence[Tensor]) -> None:
+    """Raise where parts of the graph are hidden from derivatives by parameters: reentrant checkpointing. Looks once a model.
+
+    Raises
+    ------
+    HostError
+        The encoder would not be trained, or not as the weighting says.
+    """
+    if model not in _looked_through:
+        _looked_through.add(model)
+        given = [roots] if isinstance(roots, Tensor) else roots
+        if any(node.name() == "CheckpointFunctionBackward" for node in nodes_of(given)):
+            raise HostError(
+                "this weighting derives each task's loss by the parameters, and reentrant checkpointing hides "
+                "them: checkpoint(..., use_reentrant=False), or gradient_checkpointing_kwargs={'use_reentrant': False} of Hugging Face"
+            )
+
+
+def nodes_of(roots: Sequence[Tensor]) -> list[torch.autograd.graph.Node]:
+    """Return the nodes of the graph that made these tensors, nearest first."""
+    nodes = list(dict.fromkeys(root.grad_fn for root in roots if root.grad_fn is not None))
+    seen = set(nodes)
+    for node in nodes:  # grows
+        for further, _ in node.next_functions:
+            if further is not None and further not in seen:
+                seen.add(further)
+                nodes.append(further)
+    return nodes
 
 
 @contextlib.contextmanager
@@ -135,6 +168,7 @@ def compute_grad(self: Model, losses: Tensor, mode: str, rep_grad: bool = False)
         found = [leaf.grad for leaf in leaves] if mode == "backward" else gradients(losses.sum(), leaves)
         grads = [torch.zeros_like(leaf) if g is None else g.detach().clone() for leaf, g in zip(leaves, found)]
         return grads if isinstance(self.rep, dict) else torch.stack(grads)
+    need_visible(self, losses)
     shared = shared_parameters(self)
     if mode == "backward":
         taken = {id(p) for p in shared}
@@ -247,6 +281,7 @@ def extra_gradients(
 
     Under ``rep_grad=True`` what reaches the detached representations is carried on to the encoder.
     """
+    need_visible(model, roots)
     parameters = [p for p in model.parameters() if p.requires_grad]
     leaves = model.rep_tasks if model.rep_grad else {}
     found = gradients(roots, [*parameters, *leaves.values()], grads_of_roots)

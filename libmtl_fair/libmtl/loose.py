@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from libmtl_fair.errors import HostError
 from libmtl_fair.libmtl.compat import zero_grad_share_params
+from libmtl_fair.libmtl.gradients import nodes_of
 from libmtl_fair.libmtl.model import weighting_bases
 from libmtl_fair.libmtl.registry import resolve_weighting
 from libmtl_fair.libmtl.state import Model
@@ -80,17 +80,8 @@ class Loose(Model):
 
 def leaves_of(roots: Sequence[Tensor]) -> list[nn.Parameter]:
     """Return the parameters that these tensors were made with, nearest first, each once."""
-    found: dict[int, nn.Parameter] = {}
-    nodes: list[Any] = [root.grad_fn for root in roots if root.grad_fn is not None]
-    seen = set(nodes)
-    for node in nodes:  # grows
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, nn.Parameter):
-            found.setdefault(id(leaf), leaf)
-        for further, _ in node.next_functions:
-            if further is not None and further not in seen:
-                seen.add(further)
-                nodes.append(further)
+    leaves = (getattr(node, "variable", None) for node in nodes_of(roots))
+    found = {id(leaf): leaf for leaf in leaves if isinstance(leaf, nn.Parameter)}
     return list(found.values())
 
 

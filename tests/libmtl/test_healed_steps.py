@@ -202,7 +202,7 @@ def test_mgda_is_the_smallest_vector_of_the_hull(kit: Any, n_tasks: int, rep_gra
     assert norms[0] <= norms[1] * (1 + 1e-4) + 1e-9
     assert found.sum() == pytest.approx(1, abs=1e-5)
     assert (found >= -1e-7).all()
-    close(step.shared_grad, weighted(step, found))
+    close(step.shared_grad, weighted(step, found if rep_grad else found / divisor.numpy()))  # as LibMTL's own
 
 
 def projected(grads: Array, weight: Array) -> Array:

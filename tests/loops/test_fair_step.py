@@ -12,6 +12,7 @@ import pytest
 import torch
 from loop_kit import EPOCHS, MIXED, TASKS, losses_of, made, make_loader, trainer_of
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import libmtl_fair as lf
 from libmtl_fair.errors import CheckpointError, DataError, FairMTLError, HostError
@@ -256,3 +257,86 @@ def test_what_a_method_cannot_do_without_is_said_when_it_is_made() -> None:
         fair.set_extra_state({"method": "MGDA"})
     with pytest.raises(DataError, match="no task 'a'"):
         lf.FairStep("EW", entries, net.heads).backward(outputs=net(torch.ones(2, 6))[1], labels={"c": torch.ones(2)})
+
+
+@pytest.mark.parametrize("trainer", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{"proxy": "full"}, {"proxy": "representation"}, {"lipschitz": True, "lipschitz_args": {"k": 4}}]
+)
+def test_task_weights_of_heads_on_a_frozen_encoder(trainer: bool, settings: dict[str, Any]) -> None:
+    entries, net = made(MIXED)
+    net.encoder.requires_grad_(False)
+    before = copy.deepcopy(net.state_dict())
+    loader, args = make_loader(16), {"form": "phi", "min_count": 1, **settings}
+    if trainer:
+        given: dict[str, Any] = {"device": "cpu", "progress": False, "select": "last", "weight_args": args}
+        sgd = {"optim": "sgd", "lr": 0.1}
+        lf.FairTrainer(
+            entries, "FairMT", "HPS", lambda: net.encoder, net.heads, False, False, sgd, None, **given
+        ).train(loader)
+    else:
+        fair = lf.FairStep("FairMT", entries, net.heads, n_groups=loader.n_groups, **args)
+        (x, labels), optimizer = next(iter(loader)), torch.optim.SGD(net.heads.parameters(), lr=0.1)
+        h, outputs = net(x)
+        fair.backward(losses_of(entries, outputs, labels), representation=h, outputs=outputs, labels=labels)
+        optimizer.step()
+    for name, value in net.state_dict().items():
+        assert torch.isfinite(value).all()
+        assert torch.equal(value, before[name]) == name.startswith("encoder"), name
+
+
+class Checkpointed(nn.Module):
+    """An encoder whose activations are made again in the backward pass."""
+
+    def __init__(self, encoder: nn.Module, reentrant: bool) -> None:
+        super().__init__()
+        self.inner, self.reentrant = encoder, reentrant
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return checkpoint(self.inner, x.detach().requires_grad_(), use_reentrant=self.reentrant)
+
+
+HIDDEN = [
+    ("MGDA", {}),
+    ("PCGrad", {}),
+    ("FBGrad", {"where": "everywhere"}),
+    ("FairMT", {"form": "phi", "min_count": 1, "proxy": "full"}),
+    ("ReLiF", {"base": "UW"}),
+    ("LambdaMix", {"base": "MGDA"}),
+]
+
+
+@pytest.mark.parametrize(("method", "args"), HIDDEN)
+def test_what_reentrant_checkpointing_hides_is_refused(method: str, args: dict[str, Any]) -> None:
+    """Its graph has no parameters: an encoder would not be trained, and nothing would say so."""
+    weights = []
+    for kind in (None, False, True):
+        entries, net = made(TASKS, method == "LambdaMix")
+        encoder = net.encoder if kind is None else Checkpointed(net.encoder, kind)
+        loader, (x, labels) = make_loader(16), next(iter(make_loader(16)))
+        fair = lf.FairStep(method, entries, net.heads, n_groups=loader.n_groups, **args)
+        h = encoder(x)
+        outputs = {task: head(h) for task, head in net.heads.items()}
+        given = {"device": "cpu", "progress": False, "select": "last", "weight_args": args}
+        trainer = lf.FairTrainer(
+            entries,
+            method,
+            "HPS",
+            lambda held=encoder: held,
+            net.heads,
+            False,
+            False,
+            {"optim": "sgd", "lr": 0.1},
+            None,
+            **given,
+        )
+        losses = losses_of(entries, outputs, labels)
+        if kind:
+            with pytest.raises(HostError, match="reentrant checkpointing hides them"):
+                fair.backward(losses, representation=h, outputs=outputs, labels=labels)
+            with pytest.raises(HostError, match="reentrant checkpointing hides them"):
+                trainer.train(loader)
+        else:
+            fair.backward(losses, representation=h, outputs=outputs, labels=labels)
+            weights.append(torch.cat([p.grad.flatten() for p in net.encoder.parameters()]))
+    torch.testing.assert_close(*weights)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from libmtl_fair import functional as F
 from libmtl_fair.batch import FairBatch
 from libmtl_fair.errors import HostError, RecipeError, unknown
-from libmtl_fair.libmtl.gradients import add_gradients, flatten, gradients
+from libmtl_fair.libmtl.gradients import add_gradients, flatten, gradients, need_visible
 from libmtl_fair.methods.base import FairWeighting, Names, Settings, setting
 from libmtl_fair.methods.fairbranch.blocks import find_blocks
 from libmtl_fair.methods.fairbranch.tree import BranchTree
@@ -268,6 +268,7 @@ class FBGrad(FairWeighting):
             if batch.share is not None:
                 raise HostError("FBGrad: record_conflicts is of a training in one process")
             self._record(batch, main, robust)
+        need_visible(self, losses)
         plan = self._planned(batch.main)
         equal = self.settings.base == "EW" and main is losses
         to = plan.common if equal else plan.heads

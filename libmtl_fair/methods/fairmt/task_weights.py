@@ -13,7 +13,7 @@ from libmtl_fair import functional as F
 from libmtl_fair.batch import FairBatch
 from libmtl_fair.errors import HostError
 from libmtl_fair.functional._gram import column_owner, head_products
-from libmtl_fair.libmtl.gradients import flatten, shared_parameters
+from libmtl_fair.libmtl.gradients import flatten, gradients, need_visible, shared_parameters
 from libmtl_fair.libmtl.joint_heads import joint_weights
 from libmtl_fair.libmtl.state import Model
 from libmtl_fair.methods.fairmt.constraint import at_least_single
@@ -111,9 +111,9 @@ class TaskWeights:
             gram, linear = head_products(g, f, at_least_single(weights), owner, rank_one)
         if term is not None:
             assert isinstance(batch.received, Tensor)
-            (to_h,) = torch.autograd.grad(term, batch.received, retain_graph=True)
+            to_h = _pulled([term], [torch.ones_like(term)], [batch.received]).view(batch.received.flatten(1).shape)
             own = g if batch.share is None else g[batch.share.rows(self.tasks[0])]
-            per_column = batch.total((own * (to_h.flatten(1) @ weights.detach().T)).sum(0))
+            per_column = batch.total((own * (to_h @ weights.detach().T)).sum(0))
             linear = linear + (per_column if owner is None else owner.T @ per_column)
         return gram, linear
 
@@ -143,6 +143,8 @@ class TaskWeights:
         """Return, for each task, the tensors whose gradients are compared: shared parameters, or representations."""
         if proxy != "full" and self.model.rep_grad:
             return [[self.model.rep_tasks[name]] for name in self.tasks]
+        if proxy == "full":
+            need_visible(self.model, list(batch.outputs.values()))
         anchors: list[Tensor] = shared_parameters(self.model) if proxy == "full" else [batch.received]  # type: ignore[list-item]
         return [anchors] * len(self.tasks)
 
@@ -231,5 +233,8 @@ def _same_data(a: Tensor, b: Tensor) -> bool:
 
 
 def _pulled(outputs: Sequence[Tensor], grads: Sequence[Tensor], to: Sequence[Tensor]) -> Tensor:
-    found = torch.autograd.grad(list(outputs), list(to), list(grads), retain_graph=True, allow_unused=True)
-    return flatten(list(found), list(to))
+    """Return what reaches ``to`` as one vector: zeros where it is frozen, of length 0 where there is nothing."""
+    if not to:
+        return outputs[0].new_zeros(0)
+    found = iter(gradients(outputs, [t for t in to if t.requires_grad], grads))
+    return flatten([next(found) if t.requires_grad else None for t in to], to)

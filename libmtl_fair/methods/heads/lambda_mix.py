@@ -10,6 +10,7 @@ from torch import Tensor
 
 from libmtl_fair.batch import FairBatch
 from libmtl_fair.errors import HostError, RecipeError
+from libmtl_fair.libmtl.gradients import need_visible
 from libmtl_fair.libmtl.parts import linearised, part_of
 from libmtl_fair.methods.base import FairWeighting, Settings, setting
 from libmtl_fair.tasks import AUXILIARY_PREFIX, MAIN_SHARE
@@ -112,6 +113,7 @@ class LambdaMix(FairWeighting):
 
     def _mixed(self, main: Tensor, fair: Tensor) -> Tensor:
         """Let each side's base leave its gradient, the fairness side first and on a graph of its own; mix the two."""
+        need_visible(self, main)
         parameters = [p for p in self.parameters() if p.requires_grad]
         weights = torch.full_like(self.scale, torch.nan)
         total: list[Tensor | None] = [None] * len(parameters)
