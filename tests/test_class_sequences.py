@@ -233,3 +233,15 @@ def test_what_does_not_fit_is_said() -> None:
         lf.add_fairness_heads(
             lf.task_dict(TASKS), dict(sequence_heads(TASKS, 8).items()), loss="gap", sensitive=("sex",)
         )
+
+
+def test_groups_count_people_and_intervals_draw_people_anew() -> None:
+    logits, labels, _ = some(1)
+    groups = {"sex": torch.arange(N) % 2}
+    table = (
+        GroupMetrics([BINNED], {"sex": 2}, n_bootstrap=40).update({"left": logits}, {"left": labels}, groups).compute()
+    )
+    rows = table.set_index(["metric", "group"])
+    assert rows.loc[("count", "overall"), "value"] == labels.isfinite().any(1).sum()
+    gap = rows.loc[("mae", "difference")]
+    assert 0 <= gap["low"] <= gap["value"] <= gap["high"]

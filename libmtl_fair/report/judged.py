@@ -90,7 +90,7 @@ def steps_of(run: RunFolder, tasks: Iterable[object]) -> str:
     """Return what the decisions on these tasks are about: "people", of tasks with a decision at every step "steps", or of both kinds."""
     asked = set(tasks)
     kinds = {
-        "steps" if str(entry.get("kind")).endswith("sequence") else "people"
+        "steps" if entry.get("kind") == "binary_sequence" else "people"
         for name, entry in (run.data_card.get("tasks") or {}).items()
         if name in asked
     }

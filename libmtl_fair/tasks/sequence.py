@@ -157,7 +157,7 @@ class MulticlassSequence(SequenceTask):
     Labels are [B, L]: classes, or with ``edges`` numbers, whose class is how many edges they reach; NaN (or -100) where a step has
     none. An example's loss is the mean cross-entropy over its labelled steps; its audit score the mean over its steps of the highest
     probability. Metrics are sums over all labelled steps, by group too: ``kappa``, Cohen's with linear weights, ``accuracy``, and ``mae``,
-    from the label to the mean of the class that is most likely. They stream. FairMT (``form="phi"``),
+    from the label to the mean of the class that is most likely. Intervals by group draw examples anew. FairMT (``form="phi"``),
     FBGrad and fairness heads compare the losses of examples; flips and gaps of scores are refused, as of maps.
 
     Parameters

@@ -318,3 +318,6 @@ def test_steps_of_sequences_are_called_steps(honest: Path) -> None:
     for sheet in pays_sheets(run):
         for task, _, n, *_ in sheet.body:
             assert (" steps (" in n.text) == (task.text == "long_hours")
+    card["tasks"]["long_hours"]["kind"] = "multiclass_sequence"  # whose intervals draw people anew
+    (honest / "data_card.json").write_text(json.dumps(card))
+    assert judged.steps_of(read_run(honest), ["long_hours"]) == "people"
