@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 import numpy as np
@@ -257,7 +258,7 @@ class Packed(NamedTuple):
     """A batch taken apart: inputs, task -> labels, attribute -> group ids; columns of one matrix where they are that.
 
     ``reference`` gives the reference features [B, r], ``twins`` the inputs of a step's flip twins, by the number of the step;
-    or None where there are none.
+    or None where there are none. ``sizes``: rows of each process, where the loader knows them; the processes need not ask then.
     """
 
     x: Any
@@ -265,6 +266,7 @@ class Packed(NamedTuple):
     groups: Mapping[str, Tensor]
     reference: Callable[[], Tensor | None] = lambda: None
     twins: Callable[[int], Tensor | None] = lambda turn: None
+    sizes: Sequence[int] | None = None
 
 
 class Resumable:
@@ -480,7 +482,7 @@ class Epoch:
         return self
 
     def __next__(self) -> Batch:
-        x, labels, groups, reference, _ = self._take()
+        x, labels, groups, reference = self._take()[:4]
         taken = reference()
         return x, {**labels, SENSITIVE: dict(groups)} | ({} if taken is None else {REFERENCE: taken})
 
@@ -495,15 +497,17 @@ class Epoch:
         loader = self._loader
         start = self._next * loader.batch_size
         stop = min(start + loader.batch_size, loader.n_rows)
+        sizes = None
         if self._processes is not None:
             rank, size, n = self._processes.rank, self._processes.size, stop - start
-            start, stop = start + n * rank // size, start + n * (rank + 1) // size
+            ends = [start + n * each // size for each in range(size + 1)]
+            start, stop = ends[rank : rank + 2]
+            sizes = [after - before for before, after in pairwise(ends)]
         self._next += 1
         rows = slice(start, stop) if self._order is None else self._order[start:stop]
         parts = loader.at(rows)
-        return Packed(
-            *parts, partial(loader.reference_at, parts[0], rows), partial(loader.twins_of, parts[0], parts[2], rows)
-        )
+        reference = partial(loader.reference_at, parts[0], rows)
+        return Packed(*parts, reference, partial(loader.twins_of, parts[0], parts[2], rows), sizes)
 
     next = __next__  # LibMTL's Trainer calls it
 

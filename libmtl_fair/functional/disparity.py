@@ -366,8 +366,8 @@ def decision_gap(rate: A, count: A, min_count: float | A = 1.0) -> tuple[A, A, A
     known = _enough(count, min_count)
     ends = xp.where(known, with_negative(rate), -2.0)
     best, variance = largest(ends, -2), rate * (1 - rate) / at_least(count, 1)
-    noise = largest(xp.where(ends == best[..., None, :], variance, 0.0), -2).sum(0)
-    present, gap = known.sum(-2) >= 2, best.sum(0)
+    of_best = largest(xp.where(ends == best[..., None, :], variance, 0.0), -2)
+    present, gap, noise = known.sum(-2) >= 2, best[0] + best[1], of_best[0] + of_best[1]
     value = at_least(gap * gap - noise, 0) ** 0.5
     return xp.where(present, value, 0.0), xp.where(present, noise, 0.0) ** 0.5, present
 

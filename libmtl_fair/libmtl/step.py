@@ -115,20 +115,20 @@ def losses_of(trainer: TrainingState, part: Any) -> Made:
     if not trainer.own_forward:
         return _their_losses(trainer, part)
     if not trainer.multi_input:
-        inputs, labels, groups, reference, others = batches.split(part, trainer.device, trainer.main_tasks)
-        made = made_of(trainer, forward(trainer, inputs, None, groups), labels, groups)
+        inputs, labels, groups, reference, others, rows = batches.split(part, trainer.device, trainer.main_tasks)
+        made = made_of(trainer, forward(trainer, inputs, None, groups), labels, groups, sizes={"": rows})
         return made._replace(reference=reference, twins=partial(_of_twins, trainer, {"": others}, {"": groups}))
     outputs: dict[str, Tensor] = {}
     truth: dict[str, Tensor] = {}
-    by_task, inputs, references, twins = {}, {}, {}, {}
+    by_task, inputs, references, twins, sizes = {}, {}, {}, {}, {}
     for task in trainer.main_tasks:
         found = batches.split(part[task], trainer.device, [task])
-        inputs[task], labels, by_task[task], references[task], twins[task] = found
+        inputs[task], labels, by_task[task], references[task], twins[task], sizes[task] = found
         outputs.update(forward(trainer, inputs[task], task, by_task[task]))
         truth.update(labels)
     for name, auxiliary in trainer.auxiliary.items():  # on the examples of its main task
         outputs.update(forward(trainer, inputs[auxiliary.source], name, by_task[auxiliary.source]))
-    made = made_of(trainer, outputs, truth, by_task)
+    made = made_of(trainer, outputs, truth, by_task, sizes=sizes)
     return made._replace(
         reference=lambda: _of_every_task(references), twins=partial(_of_twins, trainer, twins, by_task)
     )
@@ -183,15 +183,17 @@ def made_of(
     labels: Mapping[str, Tensor],
     groups: Mapping[str, Any],
     losses: Tensor | None = None,
+    sizes: Mapping[str, Sequence[int] | None] | None = None,
 ) -> Made:
     """Return the losses of these outputs and labels of the main tasks; the labels of auxiliary tasks are made here.
 
     A fairness method may ask for gradients to the matrix of logits or, where there is none, to each output: the losses
-    have to go through it. ``losses`` of the main tasks may have been made already, from these outputs.
+    have to go through it. ``losses`` of the main tasks may have been made already, from these outputs. ``sizes``: rows of each
+    process, where the loader knows them, by task where each has its own batch, else under an empty name.
     """
     fair, share, rows = isinstance(state.model, FairWeighting), None, None
     if state.processes is not None:
-        share = _share(state, state.processes, outputs)
+        share = _share(state, state.processes, outputs, sizes or {})
         rows = [sum(share.sizes[task]) for task in state.task_name]
         together, share.made_apart = fair or bool(state.auxiliary), losses is not None
         if share.made_apart or not together:
@@ -224,11 +226,16 @@ def made_of(
     return Made(losses, outputs, labels, groups, matrices, share=share, rows=rows)
 
 
-def _share(state: StepState, processes: Processes, outputs: Mapping[str, Tensor]) -> Share:
-    """Ask each process for its rows."""
+def _share(
+    state: StepState, processes: Processes, outputs: Mapping[str, Tensor], known: Mapping[str, Sequence[int] | None]
+) -> Share:
+    """Ask each process for its rows, unless the loader has said it."""
     tasks = state.main_tasks if state.multi_input else state.main_tasks[:1]
-    counts = processes.counts([len(outputs[task]) for task in tasks])
-    sizes = {task: [rows[i if state.multi_input else 0] for rows in counts] for i, task in enumerate(state.main_tasks)}
+    said = [known.get(task if state.multi_input else "") for task in tasks]
+    each = [rows for rows in said if rows is not None]
+    if len(each) < len(tasks):
+        each = list(zip(*processes.counts([len(outputs[task]) for task in tasks])))
+    sizes = {task: each[i if state.multi_input else 0] for i, task in enumerate(state.main_tasks)}
     sizes |= {name: sizes[task.source if state.multi_input else tasks[0]] for name, task in state.auxiliary.items()}
     return Share(processes, sizes, outputs)
 
@@ -280,7 +287,7 @@ def _matrices(state: StepState, outputs: Mapping[str, Tensor], labels: Mapping[s
     truth = None if logits is None else joined(labels, state.binary)
     if logits is None or truth is None or logits.shape != truth.shape:
         return None
-    return Matrices(logits, truth, (truth - truth).eq_(0).sum(0))
+    return Matrices(logits, truth, torch.eq(truth, truth, out=torch.empty_like(truth)).sum(0))
 
 
 def _need_people(state: StepState, made: Made) -> None:

@@ -68,6 +68,7 @@ class Duals:
         tasks = [f"{t}[{columns[:k].count(t)}]" if columns.count(t) > 1 else t for k, t in enumerate(columns)]
         ends = [f"/{name}" for name in attributes] if len(attributes) > 1 else [""]
         self.tasks, self.labels = tasks, [f"{task}{end}" for end in ends for task in tasks]
+        self.traced = dict.fromkeys(("eta", "gap", "psi", "out_of_reach"), self.labels)
         self.wanted = [f"{t}{e}" for e, a in zip(ends, attributes) for t, c in zip(tasks, columns) if (c, a) in targets]
         table = [[targets.get((task, name)) for task in columns] for name in attributes]
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -209,12 +210,14 @@ class FairMT(Penalty):
         """Move sums and multipliers; return the gradient of all constraints to the main tasks' outputs, and the term's strength."""
         duals = self._duals
         assert duals is not None
-        self._now, length = self._pace(batch)
-        pace = self._now
+        pace, length = self._pace(batch)
         if not self.past_steps:
             rows = len(next(iter(batch.outputs.values())))
             self.decay = decay_of(rows, batch.epoch_steps) if self.settings.ema is None else self.settings.ema
-        self.past_steps, self.early_steps = self.past_steps + 1, self.early_steps + (not pace.settled)
+        noted = {"_now": pace, "past_steps": self.past_steps + 1}
+        if not pace.settled:
+            noted["early_steps"] = self.early_steps + 1
+        self.__dict__.update(noted)  # as everywhere in a step: nn.Module's own way takes as long as an operation
         blocks, members = self._blocks(batch, rule)
         now, half = rule.sums(blocks, members), 2 * rule.n_rates
         if self.running is None or self.multipliers is None:
@@ -224,9 +227,7 @@ class FairMT(Penalty):
                 "FairMT: the checkpoint has constraints of an earlier version, or of another threshold, which cannot go on: train anew"
             )
         ring, recent = Window.rolled(self.ring, self.recent, now[..., half:], self.past_steps - 1, length)
-        self.__dict__.update(
-            ring=ring, recent=recent
-        )  # as everywhere in a step: nn.Module's own way takes as long as an operation
+        self.__dict__.update(ring=ring, recent=recent)
         found = duals.update(self.multipliers, recent, pace)
         if self.cut is not None:
             self._move_cuts(blocks, found)
@@ -341,8 +342,9 @@ class FairMT(Penalty):
             "psi": xp.where(there[..., :k] | there[..., k:], psi[..., :k] + psi[..., k:], xp.nan),
             "out_of_reach": found.unmet * 1.0,  # a copy
         }
-        trace = {name: torch.as_tensor(value).flatten() for name, value in values.items()}
-        self.__dict__.update(trace=trace, trace_labels=dict.fromkeys(values, duals.labels))
+        tensor = torch.from_numpy if xp is np else torch.flatten
+        trace = {name: tensor(value.reshape(-1)) for name, value in values.items()}
+        self.__dict__.update(trace=trace, trace_labels=duals.traced)
 
     # -- task weights ----------------------------------------------------------------------------------------------
 

@@ -104,6 +104,9 @@ class Bound(NamedTuple):
         since = xp.where(there, self.since + 1, 0.0)
         mark = xp.where((since == 1) & (self.unmet == 0), excess, self.mark)
         due, trying = since >= patience, self.unmet == 1
+        if xp is np and not due.any():
+            self.mark[...], self.since[...] = mark, since
+            return
         raised, falling = due & trying & (excess > 1.1 * mark), due & ~trying & (excess <= 0.9 * mark)
         back = due & ~raised & ~falling
         back_to, up_to = self.log_most - _BACK, self.log_most + _BACK
