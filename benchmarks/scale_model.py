@@ -84,10 +84,10 @@ def terms(size: np.ndarray, tasks: np.ndarray) -> np.ndarray:
 
 
 def bytes_of(size: int, tasks: int) -> float:
-    """Return the bytes that docs/SCALE.md says: row counts, outputs, labels and groups, gradients; none where there is one process."""
+    """Return the bytes that docs/SCALE.md says: outputs, labels and groups, gradients; none where there is one process."""
     parameters = sum(p.numel() for p in MLP(COLUMNS, HIDDEN).parameters()) + tasks * (HIDDEN[-1] + 1)
     flags = 6  # which parameters have a gradient; joined heads are two of them
-    return 0.0 if size == 1 else 8 + 4 * ROWS * (2 * tasks + 1) + 4 * (parameters + flags)
+    return 0.0 if size == 1 else 4 * ROWS * (2 * tasks + 1) + 4 * (parameters + flags)
 
 
 def main() -> None:
