@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -244,7 +244,7 @@ def read_problems(files: Files, problems: Sequence[str]) -> pd.DataFrame:
     reads |= {name for item in chosen.values() for name in (item.target, *item.reads)}
     kept = []
     for (year, state), path in files.items():
-        for rows in _blocks(path, _member(state, year), sorted(reads)):
+        for rows in _blocks(path, state, year, sorted(reads)):
             for name, item in chosen.items():
                 rows[name] = item.holds(rows[item.target]).astype(np.float32).where(item.keep(rows))
             rows = rows.loc[rows[list(chosen)].notna().any(axis=1)]
@@ -256,9 +256,9 @@ def read_problems(files: Files, problems: Sequence[str]) -> pd.DataFrame:
     return frame
 
 
-def _blocks(path: Path, member: str, names: Sequence[str]) -> Iterator[pd.DataFrame]:
-    """Yield the columns, as float32 with 2018's names and codes, block by block."""
-    with _opened(path, member) as stream:
+def _blocks(path: Path, state: str, year: int, names: Sequence[str]) -> Iterator[pd.DataFrame]:
+    """Yield the columns, as float32 with 2018's names and codes, block by block; a file of another state or year is refused."""
+    with _opened(path, _member(state, year)) as stream:
         try:
             header = stream.readline().decode("utf-8-sig").strip().replace('"', "").split(",")
             own = {name: name if name in header else _LATER_NAMES.get(name, name) for name in names}
@@ -268,17 +268,20 @@ def _blocks(path: Path, member: str, names: Sequence[str]) -> Iterator[pd.DataFr
                         f"{str(path)!r}: {unknown('column', name, header)}; expected a PUMS person file with its header"
                     )
             columns = list(own.values())
+            telling = [name for name in ("SERIALNO", "ST", "STATE") if name in header]
+            told = [name for name in telling if name not in columns]
             reader = pyarrow.csv.open_csv(
                 stream,
                 pyarrow.csv.ReadOptions(column_names=header, block_size=_BLOCK, use_threads=False),
                 convert_options=pyarrow.csv.ConvertOptions(
-                    include_columns=columns,
-                    column_types=dict.fromkeys(columns, pyarrow.float32()),
+                    include_columns=[*columns, *told],
+                    column_types=dict.fromkeys(columns, pyarrow.float32()) | dict.fromkeys(told, pyarrow.string()),
                     null_values=["", " "],
                 ),
             )
             for batch in reader:
-                rows = batch.to_pandas().set_axis(list(names), axis=1)
+                _need_own(path, state, year, {name: str(batch.column(name)[0]) for name in telling if len(batch)})
+                rows = batch.select(columns).to_pandas().set_axis(list(names), axis=1)
                 for name, codes in _LATER_CODES.items():
                     if own.get(name, name) != name:
                         rows[name] = rows[name].map(codes).astype(np.float32)
@@ -287,6 +290,20 @@ def _blocks(path: Path, member: str, names: Sequence[str]) -> Iterator[pd.DataFr
             raise DataError(
                 f"{str(path)!r} cannot be read as a PUMS person file ({str(error).splitlines()[0]}); fetch it anew"
             ) from error
+
+
+def _need_own(path: Path, state: str, year: int, first: Mapping[str, str]) -> None:
+    """Raise DataError where a row of a file says another state, or a serial number (2018HU..., since 2018) another year."""
+    serial = first.get("SERIALNO", "")
+    whole = "5-Year" in path.parts  # of five years, that of the folder being the last
+    made = int(serial[:4]) if serial[:4].isdigit() and serial[4:6] in ("HU", "GQ") else year
+    code = (first.get("ST") or first.get("STATE") or "").removesuffix(".0")  # a number where it is an input
+    if made > year or (made != year and not whole) or (code.isdigit() and int(code) != int(STATES[state])):
+        found = f"year {made}" if made != year else f"state code {code}"
+        raise DataError(
+            f"{str(path)!r} holds people of {found}, and {state} ({STATES[state]}) of {year} was expected there: files have changed "
+            "places; fetch it anew"
+        )
 
 
 @contextmanager

@@ -125,3 +125,28 @@ def test_a_damaged_or_other_zip_is_named(tmp_path: Path) -> None:
         archive.writestr("psam_p01.csv", "")
     with pytest.raises(DataError, match="holds no psam_p06.csv; it holds psam_p01.csv"):
         load_dataset("acs", root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("held", "place", "message"),
+    [
+        (
+            ("2019", "psam_p48.csv"),
+            ("2018", "psam_p48.csv"),
+            r"holds people of year 2019, and TX \(48\) of 2018 was expected",
+        ),
+        (
+            ("2018", "psam_p06.csv"),
+            ("2018", "psam_p48.csv"),
+            r"holds people of state code 0?6, and TX \(48\) of 2018 was",
+        ),
+    ],
+)
+def test_files_that_changed_places_are_told(
+    root: Path, tmp_path: Path, held: tuple[str, str], place: tuple[str, str], message: str
+) -> None:
+    path = tmp_path / place[0] / "1-Year" / place[1]
+    path.parent.mkdir(parents=True)
+    path.write_bytes((root / held[0] / "1-Year" / held[1]).read_bytes())
+    with pytest.raises(DataError, match=message):
+        load_dataset("acs", root=tmp_path, args={"states": "TX"})
