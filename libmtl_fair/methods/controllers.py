@@ -208,7 +208,8 @@ class ShareController(Controller):
     """Control of the weight of near pairs towards a share of plain training's own inconsistency (METHODS.md, 1.4; ours).
 
     In the first ``warmup`` valid steps lambda is 0 and the running inconsistency I~ finds its level; then, with
-    ``goal = max(share level, floor)``, ``lambda <- clip(lambda (1 + step_size clip(I~ / goal - 1, -1, 1)), initial / 5, 3 initial)``.
+    ``goal = max(share level, floor)``, ``lambda <- clip(lambda (1 + step_size clip(I~ / goal - 1, -1, 1)), lowest, highest)``, both in
+    units of ``initial``.
 
     Raises
     ------
@@ -222,7 +223,16 @@ class ShareController(Controller):
     [0.0, 1.05]
     """
 
-    numbers: ClassVar[tuple[str, ...]] = ("share", "floor", "step_size", "initial", "warmup", "smoothing")
+    numbers: ClassVar[tuple[str, ...]] = (
+        "share",
+        "floor",
+        "step_size",
+        "initial",
+        "warmup",
+        "smoothing",
+        "lowest",
+        "highest",
+    )
     value: Tensor
     smoothed: Tensor
     level: Tensor
@@ -237,6 +247,8 @@ class ShareController(Controller):
         initial: float = 0.05,
         warmup: int = 100,
         smoothing: float = 0.1,
+        lowest: float = 0.2,
+        highest: float = 3.0,
     ) -> None:
         super().__init__()
         _require(0 < share <= 1, "ShareController: share", "in (0, 1]", share)
@@ -244,8 +256,11 @@ class ShareController(Controller):
         _require(0 < initial < math.inf, "ShareController: initial", "finite and above 0", initial)
         _require(warmup >= 1, "ShareController: warmup", "at least 1 step", warmup)
         _require(0 < floor <= 1, "ShareController: floor", "in (0, 1]", floor)
+        _require(0 < lowest <= 1, "ShareController: lowest", "in (0, 1]", lowest)
+        _require(1 <= highest < math.inf, "ShareController: highest", "finite and at least 1", highest)
         self.share, self.floor, self.step_size = share, floor, step_size
         self.initial, self.warmup, self.smoothing = initial, warmup, smoothing
+        self.lowest, self.highest = lowest, highest
         for name, start in (("value", initial), ("smoothed", 0.0), ("level", 0.0)):
             self.register_buffer(name, torch.tensor(float(start)))
         self.register_buffer("steps", torch.tensor(0))
@@ -264,7 +279,7 @@ class ShareController(Controller):
         goal = xp.where(n.share * level > n.floor, n.share * level, n.floor)
         error = xp.clip(smoothed / goal - 1, -1.0, 1.0)
         gain = n.step_size if pace is None else pace.gain
-        moved = xp.clip(n.value * (1 + gain * error), n.initial / 5, 3 * n.initial)
+        moved = xp.clip(n.value * (1 + gain * error), n.lowest * n.initial, n.highest * n.initial)
         self._keep(
             smoothed=xp.where(ok, smoothed, n.smoothed),
             level=xp.where(ok, level, n.level),

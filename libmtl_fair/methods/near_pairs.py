@@ -15,6 +15,8 @@ from libmtl_fair.methods.base import Written
 
 PRICE = 0.14
 """Where no lambda is given: a hundredth less of R is paid with so many hundredths of AUC, times closeness (ours)."""
+ENOUGH = 0.25
+"""R from which ReLiF pays the whole price; less of it is worth less (ours)."""
 REFERENCE = (
     "give the loader one: ResidentLoader(..., reference=features), [N, r] and without sensitive attributes; load_table, "
     "load_dataset, recipes and estimators do so themselves"
@@ -22,12 +24,16 @@ REFERENCE = (
 
 
 def near_term(
-    batch: FairBatch, lam: float | None, strength: Callable[[Tensor, Tensor], Tensor], flip: float = 0.0
+    batch: FairBatch,
+    lam: float | None,
+    strength: Callable[[Tensor, Tensor], Tensor],
+    flip: float = 0.0,
+    enough: float | None = None,
 ) -> tuple[Written, dict[str, Tensor]]:
     """Return the gradient of lambda times the sum over tasks of near people's gaps, and what a step records of it.
 
     ``strength`` gives lambda, or the price of consistency where ``lam`` is None, from the mean of R over tasks and whether there is
-    one. ``flip`` is the weight of the gaps between people and their flip twins.
+    one. ``flip`` is the weight of the gaps between people and their flip twins. Below ``enough`` of R a task's price falls with R.
     """
     found, near, twins, prices, flipped = [], [], [], [], []
     for column in _columns(batch):
@@ -40,7 +46,8 @@ def near_term(
         found.append(torch.stack([gaps.value * weight, weight]))
         if lam is None:
             close, logits = column.near.closeness, column.logits
-            prices.append(near_price(rows, close, logits=logits) if column.measured else close.expand(len(rows)))
+            price = near_price(rows, close, logits=logits) if column.measured else close.expand(len(rows))
+            prices.append(price if enough is None else price * (gaps.value / enough).clamp(max=1))
         if flip and column.twins is not None:
             moved = F.flip_gaps(rows, column.twins.detach().mT, logits=column.logits)
             flipped.append((moved.value * weight).sum())

@@ -17,7 +17,7 @@ from libmtl_fair.errors import HostError, RecipeError
 from libmtl_fair.functional.lipschitz import PROTOTYPES
 from libmtl_fair.methods.base import Penalty, Settings, Written, setting
 from libmtl_fair.methods.controllers import Controller, Pace, ShareController, ViolationController
-from libmtl_fair.methods.near_pairs import PRICE, REFERENCE, near_term
+from libmtl_fair.methods.near_pairs import ENOUGH, PRICE, REFERENCE, near_term
 from libmtl_fair.predictions import Predictions
 
 SCALE_FLOOR = 1e-4
@@ -40,6 +40,9 @@ PAPER: Mapping[str, Any] = {
 }
 """The published settings for NYUv2. ``preset="paper"`` puts them under those given, ``"eicu"`` those for eICU."""
 
+SHARE = 0.7
+"""Of plain training's own inconsistency, at which the default stops paying (ours)."""
+_TIMES = {"eta", "warmup"}
 _NEAR = frozenset(("lam", "share", "floor", "flip"))
 _BOTH = frozenset(("base", "base_args", "pairs", "eta", "warmup", "rate_ema"))
 
@@ -68,8 +71,8 @@ class ReLiFSettings(Settings):
     lam: float | None = setting(
         None,
         "lambda, the weight of near pairs' gaps; null gives each task its own, so that .01 less of R has one price in AUC (or R²) "
-        "everywhere, .0014 times how close the batch's near pairs are: who are not alike are not drawn together, and a task that "
-        "knows little is asked for little",
+        "everywhere, .0014 times how close the batch's near pairs are, and less below an R of .25: who are not alike are not drawn "
+        "together, and a task that knows little is asked for little; and it pays no more once R is at .7 of plain training's own",
         ours=True,
         expected=">= 0",
         ge=0,
@@ -85,8 +88,8 @@ class ReLiFSettings(Settings):
     share: float | None = setting(
         None,
         "of plain training's own inconsistency (at the end of a warm-up, which is plain), that a controller keeps by moving "
-        "lambda within lam / 5 to 3 lam; null keeps lambda. Unless eta or warmup is given, in units of the run: a third of it is "
-        "plain, and a step of log lambda is 15 / steps",
+        "lambda within lam / 5 to 3 lam; null keeps a lam that is given, and else aims at .7 with at most its price. Unless eta or "
+        "warmup is given, in units of the run: a third of it is plain, and a step of log lambda is 15 / steps",
         ours=True,
         gt=0,
         le=1,
@@ -167,14 +170,18 @@ class ReLiFSettings(Settings):
 
     def share_controller(self) -> ShareController | None:
         """Return the controller of near pairs' lambda; None where it is static."""
-        if self.share is None:
+        make = partial(
+            ShareController, floor=self.floor, step_size=self.eta, warmup=self.warmup, smoothing=self.rate_ema
+        )
+        if self.share is not None:
+            return make(self.share, initial=PRICE if self.lam is None else self.lam)
+        if self.lam is not None or self.model_fields_set & _TIMES:
             return None
-        start, smoothing = PRICE if self.lam is None else self.lam, self.rate_ema
-        return ShareController(self.share, self.floor, self.eta, initial=start, warmup=self.warmup, smoothing=smoothing)
+        return make(SHARE, initial=PRICE, lowest=0.02, highest=1.0)
 
     def pace(self, step: int, steps: int | None) -> Pace | None:
         """Return where the near pairs' controller is at a step (0-based) of a run of ``steps``; None where it goes by settings."""
-        if not steps or self.model_fields_set & {"eta", "warmup"}:
+        if not steps or self.model_fields_set & _TIMES:
             return None
         return Pace(step < max(1, steps // 3), Pace.of(step, 1, steps).gain)
 
@@ -342,16 +349,19 @@ class ReLiF(Penalty):
             raise HostError(
                 f"ReLiF: flip compares people with their twins, and task {odd[0]!r} has no one value a person; use flip=0"
             )
-        term, self.__dict__["trace"] = near_term(batch, self.settings.lam, partial(self._strength, batch), flip)
+        term, self.__dict__["trace"] = near_term(batch, self.settings.lam, partial(self._strength, batch), flip, ENOUGH)
         return term
 
     def _strength(self, batch: FairBatch, inconsistency: Tensor, valid: Tensor) -> Tensor:
-        """Return lambda, or the price where none is given, after moving its controller."""
-        if self.share is None:
-            lam = PRICE if self.settings.lam is None else self.settings.lam
-            return torch.as_tensor(lam, dtype=inconsistency.dtype, device=inconsistency.device)
+        """Return lambda, or the price where none is given, after moving its controller.
+
+        Unasked, a controller acts only where the length of the run is known.
+        """
         epochs = int(getattr(self, "epochs", 0) or 0)
         pace = self.settings.pace(batch.step, epochs * (batch.epoch_steps or 0))
+        if self.share is None or (pace is None and self.settings.share is None):
+            lam = PRICE if self.settings.lam is None else self.settings.lam
+            return torch.as_tensor(lam, dtype=inconsistency.dtype, device=inconsistency.device)
         self._warm = batch.step < self.settings.warmup if pace is None else pace.warm
         return self.share.update(inconsistency, valid, pace).to(inconsistency.dtype)
 

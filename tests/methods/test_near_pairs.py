@@ -69,9 +69,13 @@ def mean_gap(f: Tensor, nearest: list[int]) -> Tensor:
 
 
 def term_by_loops(
-    tasks: tuple[lf.Task, ...], outputs: dict[str, Tensor], reference: Tensor, closeness: float | None = None
+    tasks: tuple[lf.Task, ...],
+    outputs: dict[str, Tensor],
+    reference: Tensor,
+    closeness: float | None = None,
+    enough: float = 0.0,
 ) -> Tensor:
-    """Return the sum of R_t, read aloud from METHODS.md; with a closeness each in units of its price."""
+    """Return the sum of R_t, read aloud from METHODS.md; with a closeness each in units of its price, less below ``enough``."""
     nearest = []
     for i in range(len(reference)):
         distances = [float((reference[i] - reference[j]).norm()) if j != i else np.inf for j in range(len(reference))]
@@ -82,6 +86,7 @@ def term_by_loops(
             parts = (values, torch.sigmoid(values)) if logits else (values,)
             gap = sum((mean_gap(part, nearest) for part in parts), total * 0) / len(parts)
             price = 1.0 if closeness is None else price_of(parts[-1].detach(), closeness, logits)
+            price *= min(1.0, float(gap.detach()) / enough) if enough else 1.0
             total = total + share * gap * price
     return total
 
@@ -92,14 +97,20 @@ def price_of(said: Tensor, closeness: float, logits: bool) -> float:
 
 
 def expected(
-    trainer: Any, tasks: tuple[lf.Task, ...], batch: Any, lam: float, loss: bool = True, closeness: float | None = None
+    trainer: Any,
+    tasks: tuple[lf.Task, ...],
+    batch: Any,
+    lam: float,
+    loss: bool = True,
+    closeness: float | None = None,
+    enough: float = 0.0,
 ) -> tuple[Any, Any]:
     """The gradient of the losses plus lam times the term, by autograd in float64, and the term."""
     encoder = copy.deepcopy(trainer.model.encoder).double()
     heads = {t.name: copy.deepcopy(trainer.model.decoders[t.name]).double() for t in tasks}
     h = encoder(batch[0].double())
     outputs = {name: head(h) for name, head in heads.items()}
-    term = term_by_loops(tasks, outputs, batch[1]["reference"].double(), closeness)
+    term = term_by_loops(tasks, outputs, batch[1]["reference"].double(), closeness, enough)
     total = lam * term
     if loss:
         total = total + sum(t.loss(outputs[t.name], batch[1][t.name]) for t in tasks)
@@ -332,10 +343,45 @@ def test_people_who_are_alike_get_closer_ranks_and_scores_are_not_shrunk() -> No
 
 @pytest.mark.parametrize("tasks", [BINARY, MIXED], ids=["binary", "mixed"])
 def test_lambda_goes_by_closeness_and_by_what_utility_is_worth_where_none_is_given(tasks: Any) -> None:
-    trainer, batch = make_trainer(tasks), next(iter(make_loader()))
-    wanted, _ = expected(trainer, tasks, batch, 0.14, closeness=closeness_of(batch[1]["reference"].double()))
+    trainer = make_trainer(tasks)
+    people = trainer.predict(make_loader()).outputs["a"].reshape(-1, 1)  # by which a's R is below .25, the others' not
+    batch = next(iter(make_loader(reference=people)))
+    near = closeness_of(batch[1]["reference"].double())
+    wanted, _ = expected(trainer, tasks, batch, 0.14, closeness=near, enough=0.25)
+    whole, _ = expected(trainer, tasks, batch, 0.14, closeness=near)
+    assert any(float((wanted[name] - whole[name]).abs().max()) > 1e-3 for name in whole)
     for name, grad in one_backward(trainer, batch).items():
         assert_same(grad, wanted[name], name)
+
+
+def test_unasked_a_third_is_plain_and_lambda_stops_at_the_price() -> None:
+    """In units of the run; it falls where R is below .7 of plain's own, and a run of unknown length keeps the price."""
+    trainer = make_trainer(lam=None)
+    trainer.train(make_loader(), epochs=6)
+    used = trainer.history["lambda"]
+    assert (used.iloc[:6] == 0).all() and (used.iloc[6:] > 0).all()
+    assert float(trainer.model.share.level) == pytest.approx(running(trainer.history["inconsistency"].iloc[:6]))
+    controller = ReLiFSettings().share_controller()
+    assert controller is not None
+    for step, (inconsistency, wanted) in enumerate([(0.5, 0.0)] * 9 + [(0.5, 0.14)] * 50 + [(0.2, 0.0028)] * 200):
+        found = controller.update(torch.tensor(inconsistency), pace=Pace(step < 9, 0.05))
+        if step in (8, 58, 258):
+            assert float(found) == pytest.approx(wanted)
+    assert ReLiFSettings(lam=0.1).share_controller() is ReLiFSettings(warmup=9).share_controller() is None
+    trainer.model.epochs = 0
+    batch = next(iter(make_loader()))
+    wanted, _ = expected(
+        trainer, BINARY, batch, 0.14, closeness=closeness_of(batch[1]["reference"].double()), enough=0.25
+    )
+    for name, grad in one_backward(trainer, batch).items():
+        assert_same(grad, wanted[name], name)
+
+
+def running(values: Any, share: float = 0.1) -> float:
+    found = float(values.iloc[0])
+    for value in values.iloc[1:]:
+        found += share * (float(value) - found)
+    return found
 
 
 def closeness_of(x: Tensor) -> float:

@@ -16,7 +16,7 @@ from libmtl_fair.functional.near import near_price
 from libmtl_fair.methods.controllers import stack, unstack
 from libmtl_fair.methods.fairmt.constraint import BinaryColumns, Constraint, evaluate
 from libmtl_fair.methods.fairmt.task_weights import uniform
-from libmtl_fair.methods.near_pairs import PRICE
+from libmtl_fair.methods.near_pairs import ENOUGH, PRICE
 from libmtl_fair.tasks import Binary
 from libmtl_fair.tune.stacked.members import Member
 
@@ -137,7 +137,8 @@ class NearPart(Part):
             strength = self.share.update(gaps.value.sum(1) / present, present > 0)
         strength = strength.to(main.dtype).view(-1, 1, 1)
         if self.auto:
-            strength = strength * near_price(main, near.closeness.unsqueeze(-1), logits=True).unsqueeze(-1)
+            price = near_price(main, near.closeness.unsqueeze(-1), logits=True) * (gaps.value / ENOUGH).clamp(max=1)
+            strength = strength * price.unsqueeze(-1)
         return step.loss_gradient().add_(gaps.slope.mul_(strength).mT), None
 
 
