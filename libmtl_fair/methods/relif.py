@@ -175,7 +175,7 @@ class ReLiFSettings(Settings):
         )
         if self.share is not None:
             return make(self.share, initial=PRICE if self.lam is None else self.lam)
-        if self.lam is not None or self.model_fields_set & _TIMES:
+        if self.lam is not None or self.form == "random" or self.model_fields_set & _TIMES:
             return None
         return make(SHARE, initial=PRICE, lowest=0.02, highest=1.0)
 

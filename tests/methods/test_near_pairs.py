@@ -367,7 +367,8 @@ def test_unasked_a_third_is_plain_and_lambda_stops_at_the_price() -> None:
         found = controller.update(torch.tensor(inconsistency), pace=Pace(step < 9, 0.05))
         if step in (8, 58, 258):
             assert float(found) == pytest.approx(wanted)
-    assert ReLiFSettings(lam=0.1).share_controller() is ReLiFSettings(warmup=9).share_controller() is None
+    for given in ({"lam": 0.1}, {"warmup": 9}, {"pairs": "random"}, {"preset": "paper"}):
+        assert ReLiFSettings.from_args("ReLiF", given).share_controller() is None
     trainer.model.epochs = 0
     batch = next(iter(make_loader()))
     wanted, _ = expected(
