@@ -179,7 +179,7 @@ def beyond_chance(run: RunFolder) -> pd.DataFrame:
                 f"{key}{end}": values.map("{:.3f}".format if key in ("by chance", "p") else "{:.2f}".format)
                 for key, values in shown.items()
             }
-            parts.append(pd.DataFrame(columns).reindex(run.methods).replace("nan", "–"))
+            parts.append(pd.DataFrame(columns).reindex(run.methods).replace(["nan", "inf"], "–"))
     return pd.concat(parts, axis=1).rename_axis("method").reset_index()
 
 
