@@ -41,7 +41,7 @@ def test_an_editor_is_told_each_weightings_settings():
     jsonschema.Draft202012Validator.check_schema(wide)
     cases = wide["$defs"]["Method"]["allOf"]
     told = {case["if"]["properties"]["weighting"]["const"]: case["then"]["properties"] for case in cases}
-    assert "default: 0.04" in told["FairMT"]["floor"]["description"]
+    assert "default: 0.02" in told["FairMT"]["floor"]["description"]
     assert told["DWA"]["T"]["description"] == "of LibMTL (default: 2.0)"
     assert "EW" not in told
     for recipe in (TABLE, read_yaml(RECIPES[0]).data):
