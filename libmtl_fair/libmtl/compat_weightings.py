@@ -154,7 +154,7 @@ def mgda_backward(self: Model, losses: Tensor, **kwargs: float) -> Record:
     found = self._get_grads(losses, mode="backward")
     per_grads, grads = found if self.rep_grad else (None, found)
     scaled = self._gradient_normalizers(grads, losses.detach(), ntype=kwargs["mgda_gn"])
-    weights = self._find_min_norm_element(scaled).to(grads.dtype)
+    weights, scaled = self._find_min_norm_element(scaled).to(grads.dtype), scaled.to(grads.dtype)
     self._backward_new_grads(weights, per_grads=per_grads, grads=scaled)  # LibMTL adds up the scaled ones of parameters
     return recorded(self, weights)
 

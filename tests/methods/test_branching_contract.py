@@ -18,8 +18,8 @@ import torch
 from libmtl_fair.libmtl import weighting_names
 
 NEEDS = {"Nash_MTL": "cvxpy", "UPGrad": "qpsolvers"}
-ELSEWHERE = {"LambdaMix"}
-"""Mixes auxiliary heads with main ones: it has tests with them."""
+ELSEWHERE = {"LambdaMix", "TAG"}
+"""Mixes auxiliary heads with main ones: it has tests with them; refuses all but hard sharing."""
 EPOCHS = 4
 
 
