@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class FairMTLError(ValueError):
-    """Base of all errors that libmtl_fair raises on purpose."""
+    """Base of all errors that libmtl_fair raises on purpose; ``where`` names the entry of a recipe, if it is about one."""
+
+    where: tuple[str, ...] = ()
 
 
 class RecipeError(FairMTLError):
-    """A recipe, a setting of a method, or a command line does not make sense; ``where`` names the entry, if it is one."""
-
-    where: tuple[str, ...] = ()
+    """A recipe, a setting of a method, or a command line does not make sense."""
 
 
 class DataError(FairMTLError):
@@ -34,6 +39,23 @@ class DamagedFileError(CheckpointError):
 
 class ProcessError(FairMTLError):
     """Another process of a training has ended, or does not answer."""
+
+
+def about(section: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Let DataErrors of a function say that they are about an entry of ``section``: its first argument, a name or what has one."""
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+            try:
+                return function(*args, **kwargs)
+            except DataError as error:
+                error.where = error.where or (section, str(getattr(args[0], "name", args[0])))
+                raise
+
+        return wrapped
+
+    return decorate
 
 
 def near(name: str, options: Iterable[str]) -> str | None:

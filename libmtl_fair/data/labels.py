@@ -20,7 +20,7 @@ from libmtl_fair.data.frames import (
     values_in,
 )
 from libmtl_fair.data.spec import TaskSpec
-from libmtl_fair.errors import DataError, unknown
+from libmtl_fair.errors import DataError, about, unknown
 from libmtl_fair.tasks import IGNORE_INDEX, Binary, Multiclass, Multilabel, Regression, Task
 
 _MOST_CLASSES = 200
@@ -60,6 +60,7 @@ def task_columns(spec: TaskSpec) -> tuple[str, ...]:
     return spec.columns or (str(spec.column),)
 
 
+@about("tasks")
 def raw_labels(name: str, spec: TaskSpec, frame: pd.DataFrame) -> RawLabels:
     """Return the labels of one task for every row of ``frame``; columns or labels that do not fit are refused."""
     where = RawLabels(name, spec, np.empty(0)).where
@@ -151,6 +152,7 @@ def regression_values(spec: TaskSpec, series: Series, where: str) -> NDArray[np.
     return np.asarray(transform(values))
 
 
+@about("tasks")
 def make_task(labels: RawLabels, train: NDArray[np.int64]) -> tuple[Task, Values]:
     """Return the task and its final labels; a regression's scale is that of the rows in ``train``."""
     if not labels.observed[train].any():

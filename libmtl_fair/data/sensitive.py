@@ -23,7 +23,7 @@ from libmtl_fair.data.frames import (
     values_in,
 )
 from libmtl_fair.data.spec import SensitiveSpec
-from libmtl_fair.errors import DataError, unknown
+from libmtl_fair.errors import DataError, about, unknown
 from libmtl_fair.validation import Keep, Listed, MissingRule, checked
 
 Specs = Mapping[str, SensitiveSpec]
@@ -90,6 +90,7 @@ def _one_choice(item: str, known: Specs) -> tuple[str, SensitiveSpec]:
     raise DataError(unknown("sensitive attribute", name if colon and name not in known else item, known))
 
 
+@about("sensitive")
 def make_groups(attribute: str, spec: SensitiveSpec, frame: pd.DataFrame, missing: MissingRule, known: Specs) -> Groups:
     """Return the group ids of one attribute for every row of ``frame``.
 

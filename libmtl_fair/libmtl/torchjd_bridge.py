@@ -89,10 +89,10 @@ class TorchJDSettings(Declared):
         return cls.model_fields[name].description or "TorchJD has no default"
 
     @classmethod
-    def refused(cls, name: str, message: str) -> RecipeError:
+    def refused(cls, name: str, message: str, *within: str) -> RecipeError:
         """Return the error that a setting is refused with."""
         error = RecipeError(f"{cls.label}: {message}")
-        error.where = (name,) if name else ()
+        error.where = (name, *within) if name else ()
         return error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self
 
@@ -22,6 +22,7 @@ from libmtl_fair.libmtl.gradients import (
     shared_parameters,
 )
 from libmtl_fair.libmtl.loading import AbsWeighting
+from libmtl_fair.tasks import Task
 
 Names = Annotated[
     tuple[str, ...], Strict(False), BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
@@ -126,8 +127,18 @@ class Declared(BaseModel):
         try:
             return cls(**{**cls.presets.get(str(preset), {}), **given})
         except RecipeError as error:  # at the name that was written
-            error.where = tuple(a for a in args if cls.aliases.get(a, a) in error.where) or error.where
+            error.where = cls.written(error.where, args)
             raise
+
+    @classmethod
+    def written(cls, where: tuple[str, ...], args: Mapping[str, object]) -> tuple[str, ...]:
+        """Return the place of an error with the name that a setting was given under."""
+        return (*(next((a for a in args if cls.aliases.get(a, a) == name), name) for name in where[:1]), *where[1:])
+
+    def check_names(self, tasks: Sequence[Task], attributes: Collection[str]) -> None:
+        """Raise a RecipeError where a task or attribute that a setting names is none of the data's."""
+        for name, message in unknown_names(self, tasks, attributes):
+            raise self.refused(name, message)
 
     @classmethod
     def search_space(cls, given: Mapping[str, object] | None = None) -> dict[str, Json]:
@@ -175,10 +186,10 @@ class Declared(BaseModel):
         )
 
     @classmethod
-    def refused(cls, name: str, message: str) -> RecipeError:
-        """Return the error that a setting is refused with."""
+    def refused(cls, name: str, message: str, *within: str) -> RecipeError:
+        """Return the error that a setting is refused with; ``within`` it, an entry."""
         error = RecipeError(f"{cls.__name__.removesuffix('Settings')}: {message}")
-        error.where = (name,)
+        error.where = (name, *within)
         return error
 
     @classmethod
@@ -198,6 +209,14 @@ class Declared(BaseModel):
         return cls.refused(
             name, f"{name} must be {expected}, found {found!r}" + (" (wrong type)" if wrong_type else "")
         )
+
+
+def unknown_names(given: BaseModel, tasks: Sequence[Task], attributes: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Give the field and what is wrong with it, of each task and attribute named in ``given`` that the data do not have."""
+    attribute = ("sensitive attribute", attributes)
+    every = {"tasks": ("task", [task.name for task in tasks]), "sensitive": attribute, "attributes": attribute}
+    for field, (what, known) in (every | {"attribute": attribute}).items():
+        yield from ((field, unknown(what, n, known)) for n in getattr(given, field, None) or () if n not in known)
 
 
 def _range(field: FieldInfo) -> str:

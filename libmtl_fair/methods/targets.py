@@ -63,10 +63,26 @@ def read_table(targets: Mapping[str, object]) -> dict[str, Target | dict[str, Ta
     found: dict[str, Target | dict[str, Target]] = {}
     for task, entry in targets.items():
         if isinstance(entry, Mapping):
-            found[task] = {str(name): Target.read(sentence) for name, sentence in entry.items()}
+            if not entry:
+                raise _at(f"targets.{task} names no attribute: {_EXAMPLE} for each, or one for all of them", task)
+            found[task] = {str(name): _read(sentence, task, str(name)) for name, sentence in entry.items()}
         else:
-            found[task] = Target.read(entry)
+            found[task] = _read(entry, task)
     return found
+
+
+def _read(sentence: object, *where: str) -> Target:
+    try:
+        return Target.read(sentence)
+    except RecipeError as error:
+        raise _at(str(error), *where) from None
+
+
+def _at(message: str, *where: str) -> RecipeError:
+    """Return an error about an entry of the targets."""
+    error = RecipeError(message)
+    error.where = where
+    return error
 
 
 def chosen(
@@ -80,16 +96,16 @@ def chosen(
     Raises
     ------
     RecipeError
-        A task or attribute that there is none of, or that has no decisions.
+        A task or attribute that there is none of, or that has no decisions; ``where`` is the entry of the targets.
     """
     table = read_table(targets)
     general = Target.read(target or default) if target or not table else None
     for task, asked in table.items():
         if task not in tasks:
-            raise RecipeError(f"FairMT: targets: {unknown('binary task', task, tasks)}")
+            raise _at(f"targets: {unknown('binary task', task, tasks)}", task)
         for name in asked if isinstance(asked, dict) else ():
             if name not in attributes:
-                raise RecipeError(f"FairMT: targets.{task}: {unknown('attribute', name, attributes)}")
+                raise _at(f"targets.{task}: {unknown('attribute', name, attributes)}", task, name)
     found: dict[tuple[str, str], Target] = {}
     for task in tasks:
         entry: Target | dict[str, Target] | None = table.get(task, general)

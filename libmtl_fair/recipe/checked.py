@@ -11,7 +11,7 @@ from torch import Tensor
 
 from libmtl_fair.data import Dataset
 from libmtl_fair.metrics.verdicts import enough
-from libmtl_fair.recipe.build import check, make_dataset, need_model
+from libmtl_fair.recipe.build import check, check_data, make_dataset, need_model
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.tasks import IGNORE_INDEX, Task
 
@@ -48,6 +48,7 @@ def check_recipe(recipe: Recipe) -> Checked:
     """
     check(recipe)
     data = make_dataset(recipe, recipe.seeds[0])
+    check_data(recipe, data)
     for method in recipe.methods:
         need_model(recipe.model_for(method), data.input_shape[0])
     parts = data.splits()

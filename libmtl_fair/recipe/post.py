@@ -166,20 +166,6 @@ def check_post(recipe: Recipe) -> None:
                 raise recipe.error(where, unknown("trained method", source, trained))
 
 
-def check_post_data(recipe: Recipe, data: Dataset) -> None:
-    """Check attributes and tasks of post-processings against the data; RecipeError with file and line."""
-    for name, method in recipe.methods.items():
-        if method.post is None:
-            continue
-        settings = POST_SETTINGS[method.weighting].from_args(method.weighting, method.args)
-        key = "attributes" if "attributes" in method.args else "attribute"
-        for attribute in settings.attribute or ():
-            if attribute not in data.groups:
-                raise recipe.error(("methods", name, key), unknown("sensitive attribute", attribute, data.groups))
-        if not any(task.kind == "binary" for task in data.tasks):
-            raise recipe.error(("methods", name, "post"), "decides binary tasks, and the recipe has none")
-
-
 def make_post(
     recipe: Recipe, method: str, seed: int, data: Dataset, sources: Mapping[str, Parts], asked: Sequence[Json] = ()
 ) -> tuple[Json, Json]:

@@ -36,7 +36,7 @@ from libmtl_fair.locks import alone_in
 from libmtl_fair.methods.tag import need_few
 from libmtl_fair.predictions import Predictions, side_by_side
 from libmtl_fair.processes import alone, join
-from libmtl_fair.recipe.build import EVAL_BATCH, check, data_for, loaders, make_dataset, make_trainer, only
+from libmtl_fair.recipe.build import EVAL_BATCH, check, check_data, data_for, loaders, make_dataset, make_trainer, only
 from libmtl_fair.recipe.measure import Protocol, digests, measure, pool_embeddings
 from libmtl_fair.recipe.networks import (
     Part,
@@ -50,7 +50,7 @@ from libmtl_fair.recipe.networks import (
     write_groups,
 )
 from libmtl_fair.recipe.people import PARTS, People, people_of
-from libmtl_fair.recipe.post import check_post_data, made_of, make_post
+from libmtl_fair.recipe.post import made_of, make_post
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.shown import csv_text
 from libmtl_fair.tasks import Task
@@ -134,7 +134,7 @@ class Run:
         write_text(self.out / "recipe.yaml", self.recipe.to_yaml())
         write_json(self.out / "environment.json", environment(self.device), sealed="beside")
         write_json(self.out / "data_card.json", self.data(self.recipe.seeds[0]).card, sealed="beside")
-        check_post_data(self.recipe, self.data(self.recipe.seeds[0]))
+        check_data(self.recipe, self.data(self.recipe.seeds[0]))
         protocol = self._first(self._protocol)
         for method, seed in self.jobs:
             folder = self.out / method / f"seed{seed}"

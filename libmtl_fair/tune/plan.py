@@ -14,7 +14,7 @@ import optuna
 from libmtl_fair.data import Dataset
 from libmtl_fair.errors import CheckpointError, RecipeError, unknown
 from libmtl_fair.files import Json
-from libmtl_fair.recipe.build import check, make_dataset
+from libmtl_fair.recipe.build import check, check_data, make_dataset
 from libmtl_fair.recipe.networks import by_groups
 from libmtl_fair.recipe.people import People, people_of
 from libmtl_fair.recipe.schema import Recipe
@@ -99,6 +99,7 @@ class Plan:
             kept = recipe.data.model_copy(update={"test_seed": seed})
             recipe = recipe.model_copy(update={"data": kept})
         data = make_dataset(recipe, seed)
+        check_data(recipe, data)
         kinds, deltas = {task.name: task.kind for task in data.tasks}, [str(d) for d in recipe.audit.deltas]
 
         def parse(name: str) -> Measure:

@@ -322,7 +322,7 @@ def test_the_reference_is_trained_and_predictions_are_kept(tmp_path):
 
 def test_attributes_and_tasks_are_checked_before_anything_is_trained(tmp_path):
     wrong = {"plain": {"weighting": "EW"}, "lifted": {"post": "offsets", "attributes": ["race"]}}
-    with pytest.raises(RecipeError, match="methods.lifted.attributes: unknown sensitive attribute 'race'"):
+    with pytest.raises(RecipeError, match="methods.lifted.attributes: Offsets: unknown sensitive attribute 'race'"):
         Run(recipe(wrong), tmp_path / "a", device="cpu")()
     assert not (tmp_path / "a" / "plain").exists()
     data = {"name": "adult", "tasks": ["hours"], "sensitive": ["sex"], "subset": 400}

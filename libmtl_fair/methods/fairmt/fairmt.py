@@ -25,11 +25,11 @@ from libmtl_fair.methods.controllers import Pace, ShareController
 from libmtl_fair.methods.fairmt.constraint import BinaryColumns, Constraint, MixedColumns, OutputColumns, evaluate
 from libmtl_fair.methods.fairmt.duals import Duals, Found
 from libmtl_fair.methods.fairmt.pursuit import FASTEST, SLOTS, Window, decay_of, pursue
-from libmtl_fair.methods.fairmt.settings import DEFAULT_TARGET, FairMTSettings
+from libmtl_fair.methods.fairmt.settings import DEFAULT_TARGET, UNDECIDED, FairMTSettings
 from libmtl_fair.methods.fairmt.task_weights import Gradients, TaskWeights, uniform
 from libmtl_fair.methods.near_pairs import PRICE, REFERENCE, near_term
 from libmtl_fair.methods.relif import LipschitzScales
-from libmtl_fair.methods.targets import Target, chosen
+from libmtl_fair.methods.targets import Target
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.tasks import AUXILIARY_PREFIX, Binary, Multilabel, Task
 
@@ -401,17 +401,14 @@ class FairMT(Penalty):
         tasks = [task for task in tasks if s.form == "phi" or isinstance(task, Binary | Multilabel)]
         self._limited = [task.name for task in tasks]
         if not tasks:
-            raise HostError(
-                "FairMT: none of the tasks is binary, so none has decisions to constrain; form='phi' takes any kind"
-            )
+            raise HostError(f"FairMT: {UNDECIDED}")
         widths = [task.out_features if task.has_rates else 0 for task in tasks]
         blocks = [[t] for t in range(len(tasks))] if multi_input else [list(range(len(tasks)))]
         rule = self._constraint = Constraint(s, tasks, widths, n_groups, blocks, self.device, dtype)
         if s.form == "constraints":
-            attributes = ["*".join(n_groups)] if rule.crossed else list(n_groups)
+            attributes = s.crossed(n_groups)
             columns = [task.name for task, width in zip(tasks, widths) for _ in range(width)]
-            targets = chosen(s.target, s.targets, DEFAULT_TARGET, self._limited, attributes)
-            self._duals = Duals(rule, columns, attributes, targets, self.device)
+            self._duals = Duals(rule, columns, attributes, s.constrained(tasks, attributes), self.device)
         return rule
 
     def _blocks(self, batch: FairBatch, rule: Constraint) -> tuple[list[BinaryColumns | MixedColumns], list[Tensor]]:

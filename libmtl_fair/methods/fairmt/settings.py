@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from libmtl_fair.errors import RecipeError, unknown
@@ -10,11 +10,13 @@ from libmtl_fair.functional.simplex import AGGREGATION_SOLVERS
 from libmtl_fair.methods.base import Names, Settings, setting
 from libmtl_fair.methods.controllers import DualAscent
 from libmtl_fair.methods.relif import ReLiFSettings
-from libmtl_fair.methods.targets import Target, read_table
+from libmtl_fair.methods.targets import Target, chosen, read_table
+from libmtl_fair.tasks import Binary, Multilabel, Task
 
 _LIPSCHITZ = ("prototypes", "k", "beta", "mu", "quantile", "scaling", "scale_ema", "detach_distance", "task_pairs")
 
 DEFAULT_TARGET = "eo <= 30%"
+UNDECIDED = "none of the tasks is binary, so none has decisions to constrain; form='phi' takes any kind"
 _PHI_ONLY = ("epsilon", "mu", "rho", "eta_0", "eta_max", "solver", "normalise", "centred", "rank_one", "error")
 _IMPLY_PHI = (*_PHI_ONLY, "proxy", "ema_gradient")
 _PHI_DEFAULTS: Mapping[str, Any] = {"sharpness": 1.0, "min_count": 10, "ema": 0.9, "ema_gradient": "decayed"}
@@ -203,11 +205,11 @@ class FairMTSettings(Settings):
                 )
         try:
             name = "target"
-            _ = self.target and Target.read(self.target)
+            _ = self.target is None or Target.read(self.target)
             name = "targets"
             read_table(self.targets)
         except RecipeError as error:
-            raise self.refused(name, str(error)) from None
+            raise self.refused(name, str(error), *error.where) from None
         if self.reference == "lcb" and self.symmetric:
             raise self.refused("reference", "reference='lcb' names a best group, symmetric=True has none; choose one")
         if self.base != "EW" and self.alpha not in (None, "base"):
@@ -227,6 +229,27 @@ class FairMTSettings(Settings):
             )
         self.dual()
         self.relif()
+
+    def check_names(self, tasks: Sequence[Task], attributes: Collection[str]) -> None:
+        """Check which tasks and attributes are constrained."""
+        super().check_names(tasks, attributes)
+        if self.form == "constraints":
+            self.constrained(tasks, self.crossed(attributes))
+
+    def crossed(self, attributes: Collection[str]) -> list[str]:
+        """Return the names of what is compared: the attributes chosen, or all of them as one."""
+        names = list(self.attributes or attributes)
+        return ["*".join(names)] if self.intersectional and len(names) > 1 else names
+
+    def constrained(self, tasks: Sequence[Task], attributes: Sequence[str]) -> dict[tuple[str, str], Target]:
+        """Return (task, attribute) -> what is asked; a RecipeError where one is unknown, or nothing decided."""
+        decided = [task.name for task in tasks if isinstance(task, Binary | Multilabel)]
+        if not decided:
+            raise self.refused("weighting", f"{UNDECIDED}; found {', '.join(task.name for task in tasks)}")
+        try:
+            return chosen(self.target, self.targets, DEFAULT_TARGET, decided, attributes)
+        except RecipeError as error:
+            raise self.refused("targets", str(error), *error.where) from None
 
     @property
     def weighing(self) -> str:
