@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -274,24 +275,39 @@ def _carry(self: Model, grads: dict[str, Tensor]) -> None:
         torch.autograd.backward(self.rep, torch.stack(list(grads.values())).sum(0))
 
 
-def extra_gradients(
-    model: Model, roots: Tensor | Sequence[Tensor], grads_of_roots: Sequence[Tensor] | None = None
-) -> list[tuple[Tensor, Tensor]]:
-    """Return (parameter, gradient) of a term that is added to the tasks' losses, or of what reaches ``roots``; keeps the graph.
+@contextlib.contextmanager
+def added(
+    model: Model, roots: Tensor | Sequence[Tensor], grads_of_roots: Sequence[Tensor] | None = None, share: float = 1.0
+) -> Iterator[None]:
+    """Within it a weighting leaves its gradient; then that is ``share`` of it plus a term's, or what reaches ``roots``.
 
-    Under ``rep_grad=True`` what reaches the detached representations is carried on to the encoder.
+    The term is derived first, and keeps the graph. Under ``rep_grad=True`` what it gives the detached representations goes through
+    the encoder together with what the weighting gives them.
     """
     need_visible(model, roots)
     parameters = [p for p in model.parameters() if p.requires_grad]
     leaves = model.rep_tasks if model.rep_grad else {}
     found = gradients(roots, [*parameters, *leaves.values()], grads_of_roots)
-    grads = found[: len(parameters)]
-    reached = [(task, g) for task, g in zip(leaves, found[len(parameters) :]) if g is not None]
-    if reached:
-        reps = [model.rep[task] if isinstance(model.rep, dict) else model.rep for task, _ in reached]
-        carried = gradients(reps, parameters, [g for _, g in reached])
-        grads = [b if a is None else a if b is None else a + b for a, b in zip(grads, carried)]
-    return [(p, g) for p, g in zip(parameters, grads) if g is not None]
+    waiting: dict[int, tuple[Tensor, Tensor]] = {}
+    for task, grad in zip(leaves, found[len(parameters) :]):
+        rep = model.rep[task] if isinstance(model.rep, dict) else model.rep
+        if grad is not None and rep.requires_grad:
+            waiting[id(rep)] = rep, grad / share + (waiting[id(rep)][1] if id(rep) in waiting else 0)
+
+    def join(key: int, grad: Tensor) -> Tensor:
+        return grad + waiting.pop(key)[1] if key in waiting else grad
+
+    hooks = [rep.register_hook(partial(join, key)) for key, (rep, _) in waiting.items()]  # type: ignore[no-untyped-call]
+    yield
+    for hook in hooks:
+        hook.remove()
+    if waiting:  # where the weighting had nothing to give
+        torch.autograd.backward([rep for rep, _ in waiting.values()], [grad for _, grad in waiting.values()])
+    if share != 1:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(share)
+    add_gradients(zip(parameters, found))
 
 
 def add_gradients(pairs: Iterable[tuple[Tensor, Tensor | None]]) -> None:

@@ -143,9 +143,9 @@ class RepresentationHook:
         own = self._own() if self._own is not None else None
         if own is not None:
             return own
-        if self._model.rep_grad:
-            rep = self._model.rep
-            return dict(rep) if isinstance(rep, dict) else rep
+        if self._model.rep_grad:  # detached: what reaches it goes on to the encoder with what reaches the others
+            leaves: dict[str, Tensor] = dict(self._model.rep_tasks)
+            return leaves if isinstance(self._model.rep, dict) else leaves[self._model.task_name[0]]
         seen, self.seen = self.seen, {}
         return shared_or_each(seen)
 

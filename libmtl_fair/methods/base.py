@@ -16,9 +16,8 @@ from libmtl_fair.batch import FairBatch
 from libmtl_fair.errors import HostError, RecipeError, unknown
 from libmtl_fair.files import Json
 from libmtl_fair.libmtl.gradients import (
-    add_gradients,
+    added,
     carry_representation_gradients,
-    extra_gradients,
     shared_parameters,
 )
 from libmtl_fair.libmtl.loading import AbsWeighting
@@ -354,11 +353,6 @@ class Penalty(FairWeighting):
             pairs = [(root, whole), *(pair for pair in pairs if pair[0] is not root)]
             torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
             return None
-        extra = extra_gradients(self, [tensor for tensor, _ in pairs], [grad for _, grad in pairs])
-        weights = self.base_backward(losses)
-        if share != 1:
-            for parameter in self.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(share)
-        add_gradients(extra)
+        with added(self, [tensor for tensor, _ in pairs], [grad for _, grad in pairs], share):
+            weights = self.base_backward(losses)
         return None if weights is None else torch.as_tensor(weights)

@@ -732,6 +732,19 @@ def test_any_base_weighting_takes_the_constraints(base: str) -> None:
     assert trainer.history["eta/a/sex"].iloc[-1] > 0.05
 
 
+@pytest.mark.parametrize(
+    "settings", [{"base": "MGDA"}, {"lipschitz": True}], ids=["over a base", "a term of outputs and encoder"]
+)
+def test_under_rep_grad_the_encoder_is_gone_through_once(settings: dict[str, Any]) -> None:
+    passes: list[int] = []
+    trainer, data = make_trainer(BINARY, rep_grad=True, **settings), loader(BINARY)
+    next(trainer.model.encoder.parameters()).register_hook(lambda grad: passes.append(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        trainer.train(data, epochs=3)
+    assert len(passes) == 3 * len(list(data))
+
+
 def test_the_individual_term_is_a_constraint_of_its_own() -> None:
     trainer = make_trainer(BINARY, target="eo <= 0.02", lipschitz=True, lr=0.01)
     with warnings.catch_warnings():

@@ -231,6 +231,15 @@ def test_any_base(base: str, rep_grad: bool) -> None:
         assert same(grad, expected, 1e-3), name
 
 
+def test_under_rep_grad_the_encoder_is_gone_through_once() -> None:
+    """The term's gradient by the representation goes with the base's; a hook on the encoder's first weight counts."""
+    passes: list[int] = []
+    trainer, loader = make_trainer(base="MGDA", rep_grad=True), make_loader()
+    next(trainer.model.encoder.parameters()).register_hook(lambda grad: passes.append(1))
+    trainer.train(loader, epochs=3)
+    assert len(passes) == 3 * len(list(loader))
+
+
 def test_the_base_takes_its_settings() -> None:
     trainer = make_trainer(base="GradNorm", base_args={"alpha": 0.3})
     assert trainer.model.settings.base_args == {"alpha": 0.3}

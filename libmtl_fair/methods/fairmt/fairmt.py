@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
@@ -18,7 +19,7 @@ from libmtl_fair import functional as F
 from libmtl_fair.batch import Columns, FairBatch
 from libmtl_fair.errors import CheckpointError, HostError, RecipeError, unknown
 from libmtl_fair.functional._device import at_least, library, on_host
-from libmtl_fair.libmtl.gradients import add_gradients, carry_representation_gradients, extra_gradients
+from libmtl_fair.libmtl.gradients import added, carry_representation_gradients
 from libmtl_fair.libmtl.state import StepState
 from libmtl_fair.methods.base import Penalty, Settings, Written
 from libmtl_fair.methods.controllers import Pace, ShareController
@@ -374,14 +375,16 @@ class FairMT(Penalty):
             each = zip(grads.losses, grads.fairness, grads.spread(weights), strict=True)
             total = [torch.addcmul(g * share, f, strength.to(g.dtype)) for g, f, share in each]
         further = [] if self._rows is None else [losses.index_select(0, self._others).sum()]
-        extra = []
+        beside: AbstractContextManager[None] = nullcontext()
         if grads.term is not None:
             term = strength.to(grads.term.dtype) * grads.term
-            extra = extra_gradients(self, term) if self.rep_grad else []
-            further += [] if self.rep_grad else [term]
-        torch.autograd.backward([*grads.roots, *further], [*total, *map(torch.ones_like, further)])
-        carry_representation_gradients(self)
-        add_gradients(extra)
+            if self.rep_grad:
+                beside = added(self, term)
+            else:
+                further.append(term)
+        with beside:
+            torch.autograd.backward([*grads.roots, *further], [*total, *map(torch.ones_like, further)])
+            carry_representation_gradients(self)
         self._trace("alpha", alpha)
         if self._rows is not None:
             weights = torch.ones_like(losses).index_copy(0, self._rows, weights.to(losses.dtype))
