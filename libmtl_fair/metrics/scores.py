@@ -12,7 +12,7 @@ import torch
 
 from libmtl_fair import functional as F
 from libmtl_fair.arrays import Array, Floats, Ints, Values, as_floats, as_ids, as_numpy, as_weights, divide
-from libmtl_fair.errors import DataError
+from libmtl_fair.errors import DataError, RecipeError
 from libmtl_fair.faults import Faults, check_labels
 from libmtl_fair.metrics.group_state import Rows, base_rates
 from libmtl_fair.predictions import Predictions
@@ -21,6 +21,8 @@ from libmtl_fair.tasks import BinarySequence, Regression, Task, decisions, with_
 if TYPE_CHECKING:
     import pandas as pd
 
+MACRO = "macro"
+"""In place of a task's name: the mean over tasks."""
 Held = Mapping[str, float | list[float]]
 """Task -> the threshold of its probabilities, or one for each label of a multilabel task."""
 DECIDED = ("binary", "multilabel", "binary_sequence")
@@ -124,6 +126,8 @@ def utility(predictions: Predictions, threshold: float | str | Held = 0.5) -> di
     alone are meant (``Predictions.decided``) auc, brier and log_loss are NaN, and ``macro`` has no auc and brier. Accuracy and F1
     are of the decisions at ``threshold`` (:func:`libmtl_fair.metrics.scores.thresholds_in_use`).
     """
+    if any(task.name == MACRO for task in predictions.tasks):
+        raise RecipeError(f"a task is named {MACRO!r}, as the mean over tasks is; rename it")
     given = [(t, predictions.outputs[t.name], predictions.labels[t.name]) for t in predictions.tasks]
     found = {task.name: task_utility(task, *each) for task, *each in given}
     for name, bar in thresholds_in_use(predictions, threshold).items():
@@ -139,7 +143,7 @@ def utility(predictions: Predictions, threshold: float | str | Held = 0.5) -> di
     names = [name for name in ("auc", "accuracy", "brier", "r2") if not (predictions.decided and name in _OF_SCORES)]
     names += dict.fromkeys(task.headline for task in predictions.tasks if task.summed)
     known = {name: [v for s in found.values() if not math.isnan(v := s.get(name, math.nan))] for name in names}
-    return {**found, "macro": {name: sum(values) / len(values) for name, values in known.items() if values}}
+    return {**found, MACRO: {name: sum(values) / len(values) for name, values in known.items() if values}}
 
 
 def step_auc(predictions: Predictions, task: str) -> pd.DataFrame:

@@ -27,7 +27,7 @@ from libmtl_fair.libmtl.registry import (
 from libmtl_fair.libmtl.state import Results
 from libmtl_fair.libmtl.trainer import FairTrainer
 from libmtl_fair.memory import need_memory
-from libmtl_fair.methods.base import Declared, unknown_names
+from libmtl_fair.methods.base import Declared
 from libmtl_fair.methods.heads.auxiliary import add_fairness_heads
 from libmtl_fair.methods.tag import TAG
 from libmtl_fair.models import encoder_for, linear_heads, load_weights, map_heads, sequence_heads
@@ -106,25 +106,6 @@ def _check_encoders(recipe: Recipe) -> None:
             raise recipe.error(
                 where("encoder_args" if isinstance(error, RecipeError) else "encoder"), str(error)
             ) from error
-
-
-def check_data(recipe: Recipe, data: Dataset) -> None:
-    """Check what methods name of the data's tasks and attributes, before any is trained; RecipeError with file and line."""
-    ours: dict[str, type[Declared]] = {n: cls.settings_class for n, cls in OUR_WEIGHTINGS.items()} | {**POST_SETTINGS}
-    for name, method in recipe.methods.items():
-        heads = unknown_names(method.heads, data.tasks, data.groups) if method.heads else ()
-        for field, message in heads:
-            raise recipe.error(("methods", name, "heads", field), message)
-        if method.post and not any(task.kind == "binary" for task in data.tasks):
-            raise recipe.error(("methods", name, "post"), "decides binary tasks, and the recipe has none")
-        if (settings := ours.get(method.weighting)) is None:
-            continue
-        try:
-            given = settings.from_args(method.weighting, method.args)
-            for tasks in [(task,) for task in data.tasks] if method.single_task else [data.tasks]:
-                given.check_names(tasks, data.groups)
-        except RecipeError as error:
-            raise recipe.error(("methods", name, *settings.written(error.where, method.args)), str(error)) from error
 
 
 def make_dataset(recipe: Recipe, seed: int) -> Dataset:

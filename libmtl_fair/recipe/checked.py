@@ -10,8 +10,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from libmtl_fair.data import Dataset
+from libmtl_fair.errors import HostError, RecipeError
+from libmtl_fair.libmtl.checkpoint import random_state_kept
+from libmtl_fair.libmtl.registry import OUR_WEIGHTINGS
+from libmtl_fair.methods.base import Declared, unknown_names
+from libmtl_fair.metrics import GroupMetrics
+from libmtl_fair.metrics.scores import MACRO
 from libmtl_fair.metrics.verdicts import enough
-from libmtl_fair.recipe.build import check, check_data, make_dataset, need_model
+from libmtl_fair.processes import alone
+from libmtl_fair.recipe.build import check, data_for, make_dataset, make_trainer, need_model
+from libmtl_fair.recipe.networks import weighting_of
+from libmtl_fair.recipe.post import POST_SETTINGS
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.tasks import IGNORE_INDEX, Task
 
@@ -34,6 +43,58 @@ class Checked:
     tasks: list[tuple[str, ...]]
     groups: list[tuple[str, ...]]
     too_small: list[str]
+
+
+def check_data(recipe: Recipe, data: Dataset) -> None:
+    """Check what is trained against the data, before the first training: tasks and attributes by name, and models by their shapes.
+
+    Raises
+    ------
+    RecipeError
+        With file and line.
+    """
+    for task in data.tasks:
+        if task.name == MACRO:
+            raise recipe.error(
+                ("data", "tasks", MACRO), f"the name {MACRO!r} is that of the mean over tasks; rename it"
+            )
+    for attribute, names in data.groups.items():
+        try:
+            GroupMetrics(
+                data.tasks[:1], {attribute: len(names)}, group_names={attribute: names}, missing=recipe.metrics.missing
+            )
+        except RecipeError as error:
+            raise recipe.error(("data", "sensitive", attribute), str(error)) from error
+    ours: dict[str, type[Declared]] = {n: cls.settings_class for n, cls in OUR_WEIGHTINGS.items()} | {**POST_SETTINGS}
+    for name, method in recipe.methods.items():
+        heads = unknown_names(method.heads, data.tasks, data.groups) if method.heads else ()
+        for field, message in heads:
+            raise recipe.error(("methods", name, "heads", field), message)
+        if method.post and not any(task.kind == "binary" for task in data.tasks):
+            raise recipe.error(("methods", name, "post"), "decides binary tasks, and the recipe has none")
+        if (settings := ours.get(method.weighting)) is None:
+            continue
+        try:
+            given = settings.from_args(method.weighting, method.args)
+            for tasks in [(task,) for task in data.tasks] if method.single_task else [data.tasks]:
+                given.check_names(tasks, data.groups)
+        except RecipeError as error:
+            raise recipe.error(("methods", name, *settings.written(error.where, method.args)), str(error)) from error
+    _check_models(recipe, data)
+
+
+def _check_models(recipe: Recipe, data: Dataset) -> None:
+    """Make the model of every method that is trained, without its weights."""
+    for name, method in recipe.methods.items():
+        if method.post:
+            continue
+        seen, options = data_for(recipe, name, data), {"device": "meta", "pretrained": False, "loggers": ()}
+        try:
+            with alone(), random_state_kept():
+                for tasks in [(task,) for task in data.tasks] if method.single_task else [data.tasks]:
+                    make_trainer(recipe, name, seen, tasks, recipe.seeds[0], **options, **weighting_of(recipe, name))
+        except (HostError, RecipeError) as error:
+            raise recipe.error(("methods", name), str(error)) from error
 
 
 def check_recipe(recipe: Recipe) -> Checked:

@@ -36,7 +36,8 @@ from libmtl_fair.locks import alone_in
 from libmtl_fair.methods.tag import need_few
 from libmtl_fair.predictions import Predictions, side_by_side
 from libmtl_fair.processes import alone, join
-from libmtl_fair.recipe.build import EVAL_BATCH, check, check_data, data_for, loaders, make_dataset, make_trainer, only
+from libmtl_fair.recipe.build import EVAL_BATCH, check, data_for, loaders, make_dataset, make_trainer, only
+from libmtl_fair.recipe.checked import check_data
 from libmtl_fair.recipe.measure import Protocol, digests, measure, pool_embeddings
 from libmtl_fair.recipe.networks import (
     Part,

@@ -14,7 +14,8 @@ import optuna
 from libmtl_fair.data import Dataset
 from libmtl_fair.errors import CheckpointError, RecipeError, unknown
 from libmtl_fair.files import Json
-from libmtl_fair.recipe.build import check, check_data, make_dataset
+from libmtl_fair.recipe.build import check, make_dataset
+from libmtl_fair.recipe.checked import check_data
 from libmtl_fair.recipe.networks import by_groups
 from libmtl_fair.recipe.people import People, people_of
 from libmtl_fair.recipe.schema import Recipe

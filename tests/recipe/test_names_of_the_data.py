@@ -7,8 +7,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from libmtl_fair.errors import DataError, RecipeError
+import libmtl_fair as lf
+from libmtl_fair import metrics
+from libmtl_fair.errors import FairMTLError, RecipeError
+from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe import load_recipe
 from libmtl_fair.recipe.checked import check_recipe
 from libmtl_fair.recipe.run import run_recipe
@@ -62,6 +66,7 @@ WRONG = [  # the method's settings, and what the message says
     ("weighting: GroupRegulariser\ntasks: [piad]", "r.yaml:15: methods.fair.tasks: .*'paid'"),
     ("weighting: LambdaMix\nheads: {loss: glf, sensitive: [sxe]}", "r.yaml:15: methods.fair.heads.sensitive: .*'sex'"),
     ("weighting: LambdaMix\nheads: {loss: glf, tasks: [piad]}", "r.yaml:15: methods.fair.heads.tasks: .*'paid'"),
+    ("weighting: FBGrad\narchitecture: FairBranch\nmodel: {hidden: [8]}", "r.yaml:13: methods.fair: FairBranch: the encoder has one block"),
     ("post: offsets\nattributes: [sxe]", "r.yaml:14: methods.fair: |r.yaml:15: methods.fair.attributes: .*'sex'"),
 ]  # fmt: skip
 
@@ -85,6 +90,7 @@ def test_what_a_method_names_is_checked_before_the_first_training(read, tmp_path
         ("{column: one}", "regression", r"r.yaml:10: data.sensitive.age: sensitive attribute 'age' has one group \(same\)"),
         ("{column: x}", "regression", "r.yaml:10: data.sensitive.age: .*different numbers"),
         ("{column: agee}", "regression", "r.yaml:10: data.sensitive.age: .*'age'"),
+        ("{column: age, bins: [40], labels: [young, overall]}", "regression", "r.yaml:10: data.sensitive.age: .*'overall'"),
         ("{of: [sex, one]}", "regression", "r.yaml:8: data.sensitive.one: .*one group"),
         (AGE, "{kind: binary, column: two}", "r.yaml:7: data.tasks.hours: .*"),
         (AGE, "regression, column: two", "r.yaml:7: data.tasks.hours: .*is 2 in every row"),
@@ -93,8 +99,22 @@ def test_what_a_method_names_is_checked_before_the_first_training(read, tmp_path
 )  # fmt: skip
 def test_what_the_table_does_not_hold_is_said_at_its_line(read, age, hours, message) -> None:
     hours = hours.removeprefix("{kind: ").removesuffix("}")
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(FairMTLError, match=message):
         check_recipe(read("weighting: ReLiF", age, hours))
+
+
+def test_a_task_that_is_named_as_the_mean_over_tasks_would_be_overwritten_by_it(read, tmp_path) -> None:
+    read("weighting: ReLiF")
+    text = (tmp_path / "r.yaml").read_text().replace("hours: {", "macro: {column: hours, ")
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(
+        RecipeError, match="r.yaml:7: data.tasks.macro: the name 'macro' is that of the mean over tasks"
+    ):
+        check_recipe(load_recipe(tmp_path / "r.yaml"))
+    (task, scores), ids = (lf.Binary("macro"), torch.tensor([0.2, 0.8])), {"sex": torch.tensor([0, 1])}
+    held = Predictions((task,), {"macro": scores}, {"macro": scores}, {"macro": torch.tensor([0.0, 1.0])}, ids)
+    with pytest.raises(RecipeError, match="a task is named 'macro'"):
+        metrics.utility(held)
 
 
 def test_what_is_right_is_taken(read) -> None:
