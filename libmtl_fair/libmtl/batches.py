@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,16 +20,22 @@ from libmtl_fair.tasks import Task
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:
-    """Move a tensor, a list, tuple or dict of them, or whatever has a ``.to`` (a graph, a tokenizer's output) to the device."""
+    """Move a tensor, a list, tuple, dict or dataclass of them, or whatever has a ``.to`` (a graph, a tokenizer's output)."""
     if isinstance(inputs, Tensor):
         return inputs.to(device, non_blocking=True)
     if callable(getattr(inputs, "to", None)):
-        return inputs.to(device)
+        moved = inputs.to(device)
+        return inputs if moved is None else moved  # which moved itself
+    if dataclasses.is_dataclass(inputs) and not isinstance(inputs, type):
+        held = copy.copy(inputs)
+        for field in dataclasses.fields(inputs):
+            object.__setattr__(held, field.name, to_device(getattr(inputs, field.name), device))  # frozen ones too
+        return held
     if isinstance(inputs, Mapping):
         return {key: to_device(value, device) for key, value in inputs.items()}
     if isinstance(inputs, (list, tuple)):
-        moved = [to_device(value, device) for value in inputs]
-        return type(inputs)(*moved) if hasattr(inputs, "_fields") else type(inputs)(moved)
+        parts = [to_device(value, device) for value in inputs]
+        return type(inputs)(*parts) if hasattr(inputs, "_fields") else type(inputs)(parts)
     return inputs
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from libmtl_fair.errors import DataError
 from libmtl_fair.libmtl.batches import to_device
 from libmtl_fair.libmtl.compat_weightings import UNCARRIED, gradvac_backward
 from libmtl_fair.libmtl.gradients import PATCHES, Method, carry_representation_gradients, mends
@@ -112,6 +113,16 @@ def _process_data(self: TrainingState, loader: list[Any]) -> tuple[object, Tenso
     return to_device(data, self.device), {task: to_device(label[task], self.device) for task in self.task_name}
 
 
+def _prepare_dataloaders(self: TrainingState, dataloaders: object) -> tuple[object, object]:
+    """Return what ``_process_data`` takes, and numbers of batches, which LibMTL's own loops go by."""
+    loaders, counts = prepare_dataloaders(self, dataloaders)
+    if counts is None or (isinstance(counts, list) and None in counts):
+        raise DataError(
+            "LibMTL's Trainer goes by the number of a loader's batches, and one has no length (__len__): use libmtl_fair.FairTrainer"
+        )
+    return loaders, counts
+
+
 def _returning_weights(original: Method) -> Method:
     @wraps(original)
     def train(
@@ -149,8 +160,8 @@ def heal() -> list[str]:
     if Trainer._process_data is not _process_data:
         Trainer._process_data = _process_data
         changed.append("Trainer._process_data: iterators have no .next(), and a bare except hid why")
-    if getattr(Trainer, "_prepare_dataloaders", prepare_dataloaders) is not prepare_dataloaders:
-        Trainer._prepare_dataloaders = prepare_dataloaders
+    if getattr(Trainer, "_prepare_dataloaders", _prepare_dataloaders) is not _prepare_dataloaders:
+        Trainer._prepare_dataloaders = _prepare_dataloaders
         changed.append(
             "Trainer._prepare_dataloaders: a _process_data of one's own may call .next(), which iterators lack"
         )

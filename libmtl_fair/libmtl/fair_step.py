@@ -18,7 +18,7 @@ from libmtl_fair.libmtl import batches
 from libmtl_fair.libmtl.checkpoint import attributes, random_state, set_attributes, set_random_state
 from libmtl_fair.libmtl.gradients import apart
 from libmtl_fair.libmtl.history import StepLog
-from libmtl_fair.libmtl.loose import loose
+from libmtl_fair.libmtl.loose import NotGiven, loose
 from libmtl_fair.libmtl.losses import task_dict
 from libmtl_fair.libmtl.state import StepState
 from libmtl_fair.libmtl.step import SAMPLES, Made, descend, made_of, mean_over_processes
@@ -104,8 +104,7 @@ class FairStep(StepState, nn.Module):
             method, self.task_name, given, encoder, multi_input, settings, tuple(self.auxiliary.values())
         )
         self.weighting = type(self.model).__name__
-        if given is not None and isinstance(self.model, FairWeighting):
-            self.features = self.watch_features(given, True)
+        self._watch()
         if self.weighting in SAMPLES:
             raise HostError(f"{self.weighting} takes {SAMPLES[self.weighting]} batches a step: use FairTrainer")
         self.n_groups, self._declared = dict(n_groups or {}), n_groups is not None
@@ -232,6 +231,21 @@ class FairStep(StepState, nn.Module):
         return {name: float(values[0]) for name, values in columns.items()}
 
     # -- state ------------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Watch the feature maps of heads that were handed over, where tasks' scores are made of them."""
+        heads = self.model.decoders
+        if isinstance(self.model, FairWeighting) and not any(isinstance(head, NotGiven) for head in heads.values()):
+            self.features = self.watch_features(heads, True)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return what is copied and saved: all but who else is here, and who watches whom."""
+        return {**vars(self), "processes": None, "features": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take it, and watch anew."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._watch()
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return what the method keeps outside its parameters and buffers: tensors and plain values."""

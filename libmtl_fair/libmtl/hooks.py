@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any, Protocol
 
 from libmtl_fair.errors import DataError
@@ -28,15 +29,21 @@ class Batches(Protocol):
 
 
 class _Batches(Iterator[object]):
-    """An iterator with the ``.next()`` that iterators had, and LibMTL's scripts still call."""
+    """An iterator with the ``.next()`` that iterators had, and LibMTL's scripts still call; it can tell whether it is at its end."""
 
     def __init__(self, found: Iterator[object]) -> None:
-        self._found = found
+        self._found, self._ahead = found, list[object]()
 
     def __next__(self) -> object:
-        return next(self._found)
+        return self._ahead.pop() if self._ahead else next(self._found)
 
     next = __next__
+
+    def ended(self) -> bool:
+        """Whether there is no further batch; looks at the next one."""
+        if not self._ahead:
+            self._ahead.extend(islice(self._found, 1))
+        return not self._ahead
 
 
 class _Wrapped:
@@ -56,12 +63,22 @@ class _Wrapped:
 
 
 def prepare_dataloaders(self: Hooks, dataloaders: Any) -> tuple[object, object]:
-    """Return what ``_process_data`` takes, [loader, iterator], and the number of its batches; one a task with ``multi_input``."""
+    """Return what ``_process_data`` takes, [loader, iterator], and the number of its batches; one a task with ``multi_input``.
+
+    The number is None where a loader does not say it, which :class:`FairTrainer` takes.
+    """
     if not self.multi_input:
         wrapped = _Wrapped(dataloaders)
-        return [wrapped, iter(wrapped)], len(wrapped)
+        return [wrapped, iter(wrapped)], _length(wrapped)
     each = {task: _Wrapped(dataloaders[task]) for task in self.task_name}
-    return {task: [w, iter(w)] for task, w in each.items()}, [len(w) for w in each.values()]
+    return {task: [w, iter(w)] for task, w in each.items()}, [_length(w) for w in each.values()]
+
+
+def _length(loader: Batches) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:
+        return None
 
 
 def next_batch(loader: list[Any]) -> Any:
@@ -80,8 +97,8 @@ class _Prepared:
         self.trainer, self._loaders = trainer, loaders
         self._made: tuple[Any, Any] | None = None
 
-    def of(self, name: str) -> tuple[object, int]:
-        """Return a task's [loader, iterator], or whatever it is, and the number of its batches."""
+    def of(self, name: str) -> tuple[Any, int | None]:
+        """Return a task's [loader, iterator], or whatever it is, and the number of its batches, None where nobody says."""
         if self._made is None:
             self._made = self.trainer._prepare_dataloaders(self._loaders)
         prepared, counts = self._made
@@ -100,7 +117,9 @@ class Hooked:
 
     def __iter__(self) -> Iterator[object]:
         given, count = self._prepared.of(self._name)
-        for _ in range(count):
+        if isinstance(given, list) and isinstance(given[1], _Batches) and given[1].ended():  # by a pass before this one
+            given[1] = iter(given[0])
+        for _ in _to_end(given) if count is None else range(count):
             batch = self._prepared.trainer._process_data(given)
             if not isinstance(batch, (list, tuple)) or len(batch) not in (2, 3):
                 raise DataError(
@@ -110,10 +129,19 @@ class Hooked:
             yield batch
 
     def __len__(self) -> int:
-        return int(self._prepared.of(self._name)[1])
+        count = self._prepared.of(self._name)[1]
+        if count is None:
+            raise TypeError("the loader does not say how many batches it has")
+        return int(count)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._loader, name)
+
+
+def _to_end(given: Any) -> Iterator[None]:
+    """Yield as long as the iterator of [loader, iterator] has a batch, whichever ``_process_data`` has put there."""
+    while not given[1].ended():
+        yield
 
 
 def hooked(trainer: Hooks, loaders: Mapping[str, object], given: object) -> dict[str, Hooked]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from libmtl_fair.errors import HostError
 from libmtl_fair.libmtl.compat import zero_grad_share_params
 from libmtl_fair.libmtl.gradients import nodes_of
-from libmtl_fair.libmtl.model import weighting_bases
+from libmtl_fair.libmtl.model import model_class, weighting_bases
 from libmtl_fair.libmtl.registry import resolve_weighting
 from libmtl_fair.libmtl.state import Model
 from libmtl_fair.models import Heads
@@ -109,8 +110,7 @@ def loose(
         raise HostError(
             f"{wanted.__name__} looks at the gradients of each task's head: make FairStep with heads={{task: head}}"
         )
-    cls = type(wanted.__name__, (Loose, *bases, Model), {})
-    model: Loose = cls(tasks, heads, encoder, several)
+    model: Any = model_class((Loose, *bases), wanted.__name__)(tasks, heads, encoder, several)
     model.init_param()
     vars(model)["auxiliary_tasks"] = auxiliary
     if declared is not None:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from libmtl_fair.batch import Columns, beside
 from libmtl_fair.errors import HostError
@@ -102,7 +103,7 @@ class Composed(Model):
 
     made_of: ClassVar[tuple[type[nn.Module], ...]]
 
-    def __reduce__(self) -> tuple[Callable[..., Model], tuple[tuple[type[nn.Module], ...]], dict[str, Any]]:
+    def __reduce__(self) -> tuple[Callable[..., Model], tuple[tuple[type[nn.Module], ...], str], dict[str, Any]]:
         """Name the classes that make the model, and its state."""
         left = {
             "fair_batch": None,
@@ -113,27 +114,38 @@ class Composed(Model):
             "precision": None,
             "fair_processes": None,
         }
-        emptied = {"rep": {}, "rep_tasks": {}, "_seen_by_heads": {}, "fair_watchers": 0}
+        emptied = {
+            "rep": {},
+            "rep_tasks": {},
+            "_seen_by_heads": {},
+            "fair_watchers": 0,
+            "_roots": ((), ()),
+            "_found": {},
+        }
         held = vars(self)
-        return _blank, (self.made_of,), {**held, **{k: v for k, v in {**left, **emptied}.items() if k in held}}
+        return (
+            _blank,
+            (self.made_of, type(self).__name__),
+            {**held, **{k: v for k, v in {**left, **emptied}.items() if k in held}},
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the state; nobody watches the heads any more."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        for head in self.decoders.values():
-            watching = [key for key, hook in head._forward_pre_hooks.items() if isinstance(hook, Keeper)]
+        for module in (m for head in self.decoders.values() for m in head.modules()):
+            watching = [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, Keeper)]
             for key in watching:
-                del head._forward_pre_hooks[key]
+                del module._forward_pre_hooks[key]
 
 
-def _model_class(parts: tuple[type[nn.Module], ...]) -> type[Model]:
+def model_class(parts: Sequence[type[nn.Module]], name: str = "MTLmodel") -> type[Model]:
     """Return the class made of these, LibMTL's faults mended."""
-    bases = (*map(healed, parts), Composed)
-    return type("MTLmodel", bases, {"made_of": parts})
+    named = tuple(vars(part).get("heals", part) for part in parts)
+    return type(name, (*map(healed, named), Composed), {"made_of": named})
 
 
-def _blank(parts: tuple[type[nn.Module], ...]) -> Model:
-    cls = _model_class(parts)
+def _blank(parts: Sequence[type[nn.Module]], name: str = "MTLmodel") -> Model:
+    cls = model_class(parts, name)
     return cls.__new__(cls)
 
 
@@ -156,7 +168,7 @@ def compose(
     hard_sharing = issubclass(arch, architecture_namespace.HPS) and arch.forward in (forward, AbsArchitecture.forward)
     plain = not trainer.rep_grad and not trainer.multi_input and trainer.own_forward
     fused = [FusedHeads] if hard_sharing and plain else []
-    cls = _model_class((*fused, shared, *(vars(part).get("heals", part) for part in bases)))
+    cls = model_class((*fused, shared, *bases))
     options = (trainer.rep_grad, trainer.multi_input, trainer.device)
     try:
         with any_names(trainer.task_name):
@@ -165,6 +177,7 @@ def compose(
         if not shared.__module__.startswith("LibMTL.") or _raised_by_user(error):
             raise
         raise HostError(f"architecture {shared.__name__} cannot be built: {_hint(error)}") from error
+    _need_sizes(model)
     if not fused:
         for head in heads.values():
             follow = getattr(head, "follow", None)
@@ -179,6 +192,16 @@ def compose(
     vars(model)["fair_own"] = tuple(p for p in model.parameters() if id(p) not in known)
     made: Model = model.to(trainer.device)
     return made
+
+
+def _need_sizes(model: nn.Module) -> None:
+    """Raise where layers of torch wait for a first batch to tell their size: optimisers and checkpoints need it before."""
+    lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
+    if lazy is not None:
+        raise HostError(
+            f"parameter {lazy!r} is of a lazy layer, whose size nobody knows yet: give the layer its size, or let encoder_class() run "
+            "one batch through the encoder (and its output through the heads) before it is handed over"
+        )
 
 
 def _hint(error: Exception) -> str:

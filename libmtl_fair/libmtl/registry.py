@@ -90,9 +90,25 @@ _ARCHITECTURE = _Kind("architecture", AbsArchitecture, architecture_namespace, O
 
 
 def register(*classes: type[nn.Module]) -> None:
-    """Give classes to LibMTL under their own names: namespaces and command-line options. Twice is as good as once."""
+    """Give classes to LibMTL under their own names: namespaces and command-line options. Twice is as good as once.
+
+    Raises
+    ------
+    HostError
+        What is neither a weighting nor an architecture, or has the name of one of LibMTL's or ours.
+    """
     for cls in classes:
-        kind = _WEIGHTING if issubclass(cls, AbsWeighting) else _ARCHITECTURE
+        kind = next((k for k in (_WEIGHTING, _ARCHITECTURE) if isinstance(cls, type) and issubclass(cls, k.base)), None)
+        if kind is None:
+            raise HostError(
+                f"register takes subclasses of LibMTL.weighting.AbsWeighting or LibMTL.architecture.AbsArchitecture, found {cls!r}"
+            )
+        held = getattr(kind.namespace, cls.__name__, None)
+        package = str(getattr(held, "__module__", "")).partition(".")[0]
+        if package in ("LibMTL", "libmtl_fair") and package != cls.__module__.partition(".")[0]:
+            raise HostError(
+                f"{package} has {kind.what} {cls.__name__!r} of its own; give yours another name, or hand over the class itself"
+            )
         kind.ours[cls.__name__] = cls
         setattr(kind.namespace, cls.__name__, cls)
         if cls.__name__ not in kind.namespace.__all__:

@@ -100,7 +100,7 @@ class TakesGroups(Protocol):
 
 
 class Keeper:
-    """Shows a module's input to whoever watches; copies of the module share it, and it is not saved with one."""
+    """Shows a module's input to whoever watches; that of a copy of the module, or of one that was saved, watches nothing."""
 
     def __init__(self, hook: RepresentationHook | FeatureHook | None = None, task: str = "") -> None:
         self._hook, self._task = hook, task
@@ -113,10 +113,6 @@ class Keeper:
     def after(self, module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
         """Keep what the module gives."""
         self(module, (output,))
-
-    def __deepcopy__(self, _: object) -> Keeper:
-        """Return itself."""
-        return self
 
     def __reduce__(self) -> tuple[type[Keeper], tuple[()]]:
         """Come back watching nothing."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import libmtl_fair as lf
 from libmtl_fair.errors import DataError, HostError
+from libmtl_fair.libmtl.batches import to_device
 
 TASKS = (lf.Binary("a"), lf.Binary("b"))
 
@@ -71,6 +74,60 @@ def test_process_data_that_returns_no_pair_is_told(kit: SimpleNamespace) -> None
 
     with pytest.raises(DataError, match=r"_process_data must return \(inputs, labels\), found list of 4"):
         kit.trainer("EW", TASKS, Bad).train(rows(kit), epochs=1)
+
+
+class Restarting(lf.FairTrainer):
+    """As LibMTL's own ``_process_data``, which starts again for ever."""
+
+    def _process_data(self, loader: Any) -> Any:
+        try:
+            batch = next(loader[1])
+        except StopIteration:
+            loader[1] = iter(loader[0])
+            batch = next(loader[1])
+        return batch
+
+
+class Plain(lf.FairTrainer):
+    """Takes what is there."""
+
+    def _process_data(self, loader: Any) -> Any:
+        return next(loader[1])
+
+
+@pytest.mark.parametrize("cls", [Restarting, Plain])
+@pytest.mark.parametrize("multi", [False, True])
+def test_process_data_of_a_stream(kit: SimpleNamespace, cls: Any, multi: bool) -> None:
+    """A loader without a length: a pass ends where its iterator does."""
+    x, labels, groups = kit.data(96)
+
+    class Stream(IterableDataset[Any]):
+        def __init__(self, rows: int) -> None:
+            self.rows = rows
+
+        def __iter__(self) -> Iterator[Any]:
+            for i in range(0, self.rows, 32):
+                part = slice(i, i + 32)
+                yield x[part], {t: labels[t][part] for t in "ab"}, {name: ids[part] for name, ids in groups.items()}
+
+    def made(**options: Any) -> Any:
+        streams = {t: DataLoader(Stream(rows), batch_size=None) for t, rows in (("a", 96), ("b", 64))}
+        trainer = kit.trainer("ReLiF", TASKS, cls, multi_input=multi, weight_args={"pairs": "random", "k": 4})
+        given = streams if multi else streams["a"]
+        trainer.train(given, given, 2, given, **options)
+        return trainer, given
+
+    trainer, given = made(steps_per_epoch=5)
+    assert len(trainer.history) == 10
+    assert {t: len(scores) for t, scores in trainer.predict(given).scores.items()} == {
+        "a": 96,
+        "b": 64 if multi else 96,
+    }
+    if not multi:
+        assert len(made()[0].history) == 6
+    else:
+        with pytest.raises(DataError, match="no length"):
+            made()
 
 
 def test_prepare_dataloaders_with_inputs_a_task(kit: SimpleNamespace) -> None:
@@ -147,6 +204,29 @@ class Graph:
 class Named(NamedTuple):
     x: Tensor
     other: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    x: Tensor
+    parts: list[Tensor] = dataclasses.field(default_factory=list)
+
+
+class Moves(Graph):
+    """Moves itself, and returns nothing."""
+
+    def to(self, device: torch.device) -> None:  # type: ignore[override]
+        self.x = self.x.to(device)
+
+
+@pytest.mark.parametrize("kind", [Graph, Moves, Held, Named])
+def test_what_holds_tensors_goes_to_the_device(kind: Any) -> None:
+    x, device = torch.ones(2), torch.device("meta")
+    given = kind(x, [x]) if kind is Held else kind(x, x) if kind is Named else kind(x)
+    moved = to_device({"a": (given, "text")}, device)["a"][0]
+    assert type(moved) is kind
+    assert moved.x.device == device
+    assert kind is not Held or (moved.parts[0].device == device and given.x.device.type == "cpu")
 
 
 @pytest.mark.parametrize("kind", ["graph", "named"])

@@ -14,9 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import libmtl_fair as lf
 from libmtl_fair.libmtl import weighting_names
 from libmtl_fair.libmtl.registry import BILEVEL
+from libmtl_fair.models import MLP, linear_heads
 
 TOGETHER = {"FBGrad", "LambdaMix", *BILEVEL, "Nash_MTL", "UPGrad", "MoDo", "SDMGrad"}
 """Which need more than a weighting's name here."""
@@ -62,6 +65,73 @@ def test_saved_whole(kit: SimpleNamespace, weighting: str, architecture: str, re
         assert isinstance(loaded, type(trainer.model).made_of)
         assert not any(head._forward_pre_hooks for head in loaded.decoders.values())
     trainer.train(kit.loader(), epochs=2)  # and the trainer's own goes on
+
+
+@pytest.mark.parametrize("how", ["torch", "pickle", "deepcopy"])
+def test_with_fairness_heads_that_listen_to_their_main_heads(kit: SimpleNamespace, how: str) -> None:
+    """Representations are each task's own (MMoE): what a copy's fairness head takes is what the copy's main head received."""
+    entries, heads = lf.add_fairness_heads(
+        lf.task_dict(kit.tasks), linear_heads(kit.tasks, 8), loss="gap", sensitive=("sex",)
+    )
+    adam = {"optim": "adam", "lr": 1e-2}
+    trainer = lf.FairTrainer(
+        entries, "LambdaMix", "MMoE", lambda: MLP(kit.features, (16, 8)), heads, False, False, adam, None,
+        device="cpu", progress=False, select="last", arch_args=EXPERTS,
+    )  # fmt: skip
+    trainer.train(kit.loader(), epochs=1)
+    loaded, x = through(how, trainer.model), kit.data()[0]
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p.add_(1)  # the copy's is its own
+        found = dict(loaded.train()(x))
+    fair = [task for task in found if task.startswith("fair:")]
+    assert fair
+    for task in fair:
+        main = entries[task]["task"].source
+        assert torch.equal(found[task].flatten(), found[main].flatten()), how
+
+
+class Net(nn.Module):
+    """A user's model: heads of two layers, and the step in it, as a Lightning module has it."""
+
+    def __init__(self, tasks: Any, method: str, **settings: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = MLP(6, (16, 8))
+        self.heads = nn.ModuleDict({t.name: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1)) for t in tasks})
+        self.fair = lf.FairStep(method, tasks, self.heads, n_groups={"sex": 2, "race": 3}, **settings)
+
+    def step(self, x: Any, labels: Any) -> list[torch.Tensor]:
+        self.zero_grad()
+        h = self.encoder(x)
+        outputs = {task: head(h) for task, head in self.heads.items()}
+        self.fair.backward(representation=h, outputs=outputs, labels=labels)
+        with torch.no_grad():
+            for p in self.parameters():
+                if p.grad is not None:
+                    p -= 0.1 * p.grad
+        return [p.detach().clone() for p in self.parameters()]
+
+
+@pytest.mark.parametrize("how", ["torch", "pickle", "deepcopy"])
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("UW", {}), ("FairMT", {"form": "phi", "min_count": 1}), ("ReLiF", {"pairs": "random", "k": 4})],
+)
+@pytest.mark.filterwarnings("ignore:FairMT. proxy=.head. cannot be used")
+def test_a_users_model_and_its_step(kit: SimpleNamespace, method: str, settings: dict[str, Any], how: str) -> None:
+    net, (x, labels) = Net(kit.tasks, method, **settings), next(iter(kit.loader()))
+    net.step(x, labels)
+    loaded = through(how, net)
+    assert type(loaded.fair.model).__name__ == method
+    assert loaded.fair.global_step == 1
+    torch.manual_seed(0)
+    expected = net.step(x, labels)
+    torch.manual_seed(0)
+    assert all(torch.equal(a, b) for a, b in zip(expected, loaded.step(x, labels)))
+    assert loaded.fair.trace == pytest.approx(net.fair.trace, nan_ok=True)
+    heads = through(how, net.heads)  # by themselves
+    assert torch.equal(heads["a"](torch.ones(2, 8)), net.heads["a"](torch.ones(2, 8)))
 
 
 def test_in_another_process(kit: SimpleNamespace, tmp_path: Path) -> None:

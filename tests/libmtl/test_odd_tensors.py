@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import libmtl_fair as lf
 from libmtl_fair.errors import DataError, HostError
@@ -128,3 +128,17 @@ def test_a_base_may_count_its_steps(kit: SimpleNamespace, method: str, monkeypat
     assert counted.model.step == 0
     for name, value in plain.model.state_dict().items():
         torch.testing.assert_close(counted.model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("architecture", ["HPS", "FairBranch"])
+def test_lazy_layers_are_told(kit: SimpleNamespace, architecture: str) -> None:
+    def encoder() -> nn.Module:
+        return nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.Linear(16, 8))
+
+    with pytest.raises(
+        HostError, match=r"parameter 'encoder\..*' is of a lazy layer.*let encoder_class\(\) run one batch"
+    ):
+        kit.trainer("EW", encoder_class=encoder, architecture=architecture)
+    made = encoder()
+    made(kit.data()[0])
+    kit.trainer("EW", encoder_class=lambda: made, architecture=architecture).train(kit.loader(), epochs=1)

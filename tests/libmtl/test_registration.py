@@ -193,6 +193,27 @@ def test_a_weighting_and_an_architecture_of_ones_own_on_the_command_line(registe
     assert isinstance(trainer.model, Plain)
 
 
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (
+            type("EW", (AbsWeighting,), {"__module__": "theirs"}),
+            "LibMTL has weighting 'EW' of its own; give yours another name",
+        ),
+        (type("HPS", (AbsArchitecture,), {"__module__": "theirs"}), "LibMTL has architecture 'HPS'"),
+        (type("ReLiF", (AbsWeighting,), {"__module__": "theirs"}), "libmtl_fair has weighting 'ReLiF'"),
+        (nn.Linear, "register takes subclasses of .*, found <class 'torch.nn.modules.linear.Linear'>"),
+        ("EW", "register takes subclasses of .*, found 'EW'"),
+    ],
+)
+def test_what_cannot_be_registered(what: Any, message: str) -> None:
+    held = weighting_namespace.EW, architecture_namespace.HPS
+    with pytest.raises(HostError, match=message):
+        register(what)
+    assert held == (weighting_namespace.EW, architecture_namespace.HPS)
+    assert not hasattr(architecture_namespace, "Linear")
+
+
 def test_names_and_classes_resolve() -> None:
     assert registry.resolve_weighting("EW") is weighting_namespace.EW
     assert registry.resolve_weighting(lf.ReLiF) is lf.ReLiF

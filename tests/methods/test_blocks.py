@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from libmtl_fair.errors import HostError
@@ -194,7 +195,11 @@ def test_what_a_forward_does_beside_its_blocks_is_done_in_every_branch(how: str)
 
 @pytest.mark.parametrize("how", ["one block only", "twice", "other order"])
 def test_a_forward_that_does_not_run_each_block_once_in_order_is_told(how: str) -> None:
-    with pytest.raises(HostError, match=r"Skips\.forward does not run each of its blocks once and in their order"):
+    called, expected = {"one block only": ("nothing", 1), "twice": ("'blocks.0'", 1), "other order": ("'blocks.1'", 0)}[
+        how
+    ]
+    message = rf"Skips\.forward does not run each .* in their order \({called} was called where 'blocks.{expected}' was expected\)"
+    with pytest.raises(HostError, match=message):
         BranchedEncoder(Skips(how), ["a", "b"])(torch.randn(2, 3))
 
 
@@ -273,6 +278,91 @@ def test_the_resnets_that_libmtls_users_bring(make: Any, n_blocks: int) -> None:
         assert branched.tree.n_blocks == n_blocks
         split_all(branched, 2)
         assert all(torch.equal(rep, expected) for rep in branched(x).values())
+
+
+class Asks(nn.Module):
+    """A forward that looks at its blocks: at what they are, and at their weights; they have two names each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 4)
+        self.layers = nn.ModuleList([self.first, self.last])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.first.weight.dtype)
+        for layer in self.layers:
+            x = layer(x)
+            if isinstance(layer, nn.Linear):
+                x = x.relu() * layer.out_features
+        return x
+
+
+def test_a_forward_that_looks_at_its_blocks_finds_them() -> None:
+    x, encoder = torch.randn(5, 3, dtype=torch.float64), Asks()
+    expected = encoder(x)
+    branched = BranchedEncoder(encoder, ["a", "b"])
+    assert not list(branched.frame.parameters())
+    for level in (2, 1, 0):
+        split_all(branched, level)
+        assert all(torch.equal(rep, expected) for rep in branched(x).values())
+    with torch.no_grad():
+        branched.copies(1)[1].weight.zero_()  # type: ignore[operator, union-attr]
+    assert torch.equal(branched(x)["a"], expected)
+    assert not torch.equal(branched(x)["b"], expected)
+
+
+def test_one_module_that_stands_in_two_blocks() -> None:
+    act = nn.ReLU()
+
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(3, 4), act, nn.Linear(4, 4), act])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x) + 0.5
+            return x
+
+    x, encoder = torch.randn(5, 3), Listed()
+    expected = encoder(x)
+    branched = BranchedEncoder(encoder, ["a", "b"])
+    for level in (2, 1, 0):
+        split_all(branched, level)
+        assert all(torch.equal(rep, expected) for rep in branched(x).values())
+    once = nn.Module()
+    once.one, once.act, once.two = nn.Linear(3, 4), act, nn.Linear(4, 4)
+    with pytest.raises(HostError, match=r"'act' of Module is part of blocks 1, 2: give each block a module of its own"):
+        BranchedEncoder(once, ["a", "b"], ["one", "act", "two", "act"])
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_weights_that_a_forward_makes_are_copied_with_their_block() -> None:
+    norm = torch.nn.utils.weight_norm
+    encoder, x = nn.Sequential(norm(nn.Linear(3, 4)), nn.ReLU(), norm(nn.Linear(4, 4))), torch.randn(5, 3)
+    branched = BranchedEncoder(encoder, ["a", "b"])
+    expected = branched(x)["a"]
+    split_all(branched, 1)
+    found = branched(x)
+    assert all(torch.equal(found[task], expected) for task in "ab")
+    found["b"].sum().backward()
+    used = [p.grad is not None for copy in branched.copies(1) for p in copy.parameters()]
+    assert used == [False] * 3 + [True] * 3
+
+
+def test_a_block_that_is_checkpointed_by_its_encoder() -> None:
+    class Checkpointed(Skips):
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.utils.checkpoint.checkpoint(self.blocks[0], x, use_reentrant=False)
+            return self.blocks[1](h * 2)  # type: ignore[no-any-return]
+
+    x, branched = torch.randn(2, 3, requires_grad=True), BranchedEncoder(Checkpointed("after"), ["a", "b"])
+    split_all(branched, 0)
+    found = branched(x)
+    (found["a"].sum() + 2 * found["b"].sum()).backward()
+    one, two = ([p.grad for p in copy.parameters()] for copy in branched.copies(0))
+    assert all(torch.equal(2 * a, b) for a, b in zip(one, two) if a is not None and b is not None)
+    assert None not in [*one, *two]
 
 
 def test_a_path_that_is_none_is_told_with_the_near_one() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from libmtl_fair.errors import HostError, unknown
 
@@ -78,7 +79,7 @@ def _ordered_modules(encoder: nn.Module, named: object) -> list[nn.Module]:
         raise HostError(f"{HELP}; found 'blocks' of type {type(named).__name__} in {type(encoder).__name__}")
     if isinstance(encoder, nn.Sequential) and is_sequential(encoder):
         return list(encoder)
-    found = list(_found(encoder))
+    found = list(dict.fromkeys(_found(encoder)))  # a part may have two names
     if not found:
         raise HostError(f"{HELP}; found {type(encoder).__name__}, which is neither")
     return found
@@ -116,8 +117,8 @@ def is_sequential(module: nn.Module) -> bool:
 
 
 def has_matrix(module: nn.Module) -> bool:
-    """Whether a module has a weight of two or more dimensions."""
-    return any(p.dim() >= 2 for p in module.parameters())
+    """Whether a module has a weight of two or more dimensions; a lazy layer's are not known yet."""
+    return any(is_lazy(p) or p.dim() >= 2 for p in module.parameters())
 
 
 def _is_resnet(module: nn.Module) -> bool:

@@ -10,9 +10,10 @@ without weights). Of a recurrent layer in a chain the outputs go on.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from libmtl_fair.libmtl.joint_heads import listeners_of
 from libmtl_fair.methods.fairbranch.blocks import HELP, find_blocks, is_sequential
 from libmtl_fair.methods.fairbranch.tree import BranchTree
 
+T = TypeVar("T")
 _ELEMENTWISE = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Identity)
 
 
@@ -45,17 +47,20 @@ class _Chain(nn.Sequential):
 
 
 class _Place(nn.Module):
-    """Marks the place that a block's module had in its encoder: ``order`` among all of them, ``level``, part of the block."""
+    """Marks the place that a block's module had in its encoder: ``order`` among all of them, ``level``, part of the block.
 
-    def __init__(self, order: int, level: int, part: int | None) -> None:
+    While an encoder's forward is run for a leaf, the leaf's own copies stand in the marks' places (:meth:`BranchedEncoder._standing`).
+    """
+
+    def __init__(self, order: int, level: int, part: int | None, paths: tuple[str, ...]) -> None:
         super().__init__()
-        self.order, self.level, self.part = order, level, part
-        self.walk: _Walk | None = None
+        self.order, self.level, self.part, self.paths = order, level, part, paths
 
-    def forward(self, *args: Any, **kwargs: Any) -> object:
-        if self.walk is None:
-            raise HostError("this encoder's blocks belong to a FairBranch model now; run the model")
-        return self.walk.block(self, args, kwargs)
+    def forward(self, *_: object, **__: object) -> object:
+        raise HostError(
+            f"this encoder's blocks belong to a FairBranch model now; run the model ({self.paths[0]!r} was called by itself). Where the "
+            "encoder checkpoints activations: checkpoint(self.block, x, use_reentrant=False), a block alone"
+        )
 
     def take(self, copies: Sequence[nn.Module], index: int) -> nn.Module:
         """Return the module that stands here in one copy of the block."""
@@ -85,26 +90,26 @@ class _Walk:
         self.shared = next(parted, 0)
         self.earlier = earlier
 
-    def block(self, place: _Place, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
-        """Run the copy of this leaf's in a block's place."""
-        if place.order != self.blocks:
-            raise self.encoder.out_of_order()
+    def block(self, places: Sequence[_Place], call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
+        """Run the copy of this leaf's in a block's place: in one of these, where one module stands in several."""
+        place = next((place for place in places if place.order == self.blocks), None)
+        if place is None:
+            raise self.encoder.out_of_order(self.blocks, places[0])
         self.blocks += 1
         if (known := self._known(place)) is not None:
             return known
         if self.earlier and len(self.calls) == self.shared:  # where the branches part: what the other one got
-            call = self.earlier[self.shared]
-            args, kwargs = call.args, call.kwargs
-            self._check(place, args, call.version)
-        copies = self.encoder.copies(place.level)
+            earlier = self.earlier[self.shared]
+            args, kwargs = earlier.args, earlier.kwargs
+            self._check(place, args, earlier.version)
         version = _version(args)
-        out = place.take(copies, self.path[place.level])(*args, **kwargs)
-        if len(copies) > 1 and not place.part:
+        out = call(*args, **kwargs)
+        if len(self.encoder.copies(place.level)) > 1 and not place.part:
             self._check(place, args, version)
         self.calls.append(_Call(place, args, kwargs, version, out))
         return out
 
-    def other(self, module: nn.Module, call: Any, *args: Any, **kwargs: Any) -> object:
+    def other(self, module: nn.Module, call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
         """Run a module between the blocks, or below them."""
         if (known := self._known(module)) is not None:
             return known
@@ -169,42 +174,45 @@ class BranchedEncoder(nn.Module):
         reps: dict[str, Tensor] = {}
         walks: list[_Walk] = []
         leaves = [group for group in self.tree.leaves if any(task in wanted for task in group)]
-        with self._replayed(len(leaves) > 1) as others:
-            for group in leaves:
-                path, level, earlier = self.tree.path(group[0]), 0, list[_Call]()
-                for walk in walks:
-                    parts = next(i for i, (a, b) in enumerate(zip(path, walk.path)) if a != b)
-                    level, earlier = (parts, walk.calls) if parts >= level else (level, earlier)
-                walks.append(_Walk(self, path, earlier, level))
-                for place in self._places:
-                    place.walk = walks[-1]
-                for other in others:
-                    other.walk = walks[-1]
+        others = [(m, m) for m in _outermost(self.frame)] if len(leaves) > 1 else []
+        for group in leaves:
+            path, level, earlier = self.tree.path(group[0]), 0, list[_Call]()
+            for walk in walks:
+                parts = next(i for i, (a, b) in enumerate(zip(path, walk.path)) if a != b)
+                level, earlier = (parts, walk.calls) if parts >= level else (level, earlier)
+            walk = _Walk(self, path, earlier, level)
+            walks.append(walk)
+            with self._standing(walk), _heard(others, walk.other):
                 out = self.frame(x)
-                if walks[-1].blocks != len(self._places):
-                    raise self.out_of_order()
-                if self.is_chain is None:
-                    self.is_chain = self._chained(x, walks[-1], out)
-                reps |= {task: out for task in group if task in wanted}
+            if walk.blocks != len(self._places):
+                raise self.out_of_order(walk.blocks)
+            if self.is_chain is None:
+                self.is_chain = self._chained(x, walk, out)
+            reps |= {task: out for task in group if task in wanted}
         return reps
 
     @contextmanager
-    def _replayed(self, several: bool) -> Iterator[list[_Other]]:
-        """Let every module of the frame ask the walk, while one forward is run for several leaves."""
-        others = [_Other(m) for m in _outermost(self.frame)] if several else []
+    def _standing(self, walk: _Walk) -> Iterator[None]:
+        """Let the copies of the walk's leaf stand in the encoder, whose forward may look at them; their calls go through the walk."""
+        stands = [place.take(self.copies(place.level), walk.path[place.level]) for place in self._places]
+        places: dict[nn.Module, list[_Place]] = {}
+        for module, place in zip(stands, self._places):
+            places.setdefault(module, []).append(place)
+        _put(self.frame, self._places, stands)
         try:
-            yield others
+            with _heard(places.items(), walk.block):
+                yield
         finally:
-            for other in others:
-                other.leave()
-            for place in self._places:
-                place.walk = None
+            _put(self.frame, self._places, self._places)
 
-    def out_of_order(self) -> HostError:
+    def out_of_order(self, expected: int, found: _Place | None = None) -> HostError:
         """Return the error for an encoder that does not run its blocks as they are named."""
+        called = "nothing" if found is None else repr(found.paths[0])
+        next_one = repr(self._places[expected].paths[0]) if expected < len(self._places) else "no further block"
         return HostError(
-            f"{type(self.frame).__name__}.forward does not run each of its blocks once and in their order: give their paths, "
-            "in the order of the calls, as 'blocks' of the encoder or arch_args={'blocks': [...]}"
+            f"{type(self.frame).__name__}.forward does not run each of its blocks once and in their order ({called} was called where "
+            f"{next_one} was expected): give their paths, in the order of the calls, as 'blocks' of the encoder or "
+            "arch_args={'blocks': [...]}; what is in none stays shared"
         )
 
     def _chained(self, x: object, walk: _Walk, out: object) -> bool:
@@ -291,12 +299,18 @@ class BranchedEncoder(nn.Module):
             held, new = self.copies(level), []
             for group in groups:
                 source = held[self.tree.path(group[0])[level]]
-                new.append(copy.deepcopy(source) if source in new else source)
+                new.append(_copied(source) if source in new else source)
                 if new[-1] is not source:
                     made += zip(source.parameters(), new[-1].parameters())
             self.levels[level] = nn.ModuleList(new)
         self.tree = tree
         return made
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """Return a deep copy, without what the last forward left on modules (the weight that ``torch.nn.utils.weight_norm`` makes)."""
+    held = [v for m in module.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
+    return copy.deepcopy(module, {id(v): v.detach().clone() for v in held})
 
 
 def _version(args: Sequence[object]) -> int:
@@ -310,16 +324,34 @@ def _same(a: object, b: object) -> bool:
 
 def _take(encoder: nn.Module, blocks: Sequence[Sequence[nn.Module]]) -> list[_Place]:
     """Leave a mark in the encoder where each of its modules was, so that no weight has two owners."""
-    paths = {id(module): path for path, module in encoder.named_modules()}
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in encoder.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(path)
+    stands = [module for block in blocks for module in block]
     places: list[_Place] = []
     for level, block in enumerate(blocks):
         for part, module in enumerate(block):
-            if id(module) not in paths:
+            if module not in paths:
                 raise HostError(f"{HELP}; a block of {type(encoder).__name__} is not one of its submodules")
-            places.append(_Place(len(places), level, part if len(block) > 1 else None))
-            parent, _, name = paths[id(module)].rpartition(".")
-            encoder.get_submodule(parent)._modules[name] = places[-1]
+            own, levels = tuple(paths[module]), [i for i, each in enumerate(blocks) if module in each]
+            if len(levels) > len(own):
+                raise HostError(
+                    f"{own[0]!r} of {type(encoder).__name__} is part of blocks {', '.join(str(i + 1) for i in levels)}: give each block "
+                    "a module of its own"
+                )
+            if stands.count(module) == len(own):  # one path each time
+                own = own[stands[: len(places)].count(module) :][:1]
+            places.append(_Place(len(places), level, part if len(block) > 1 else None, own))
+    _put(encoder, places, places)
     return places
+
+
+def _put(encoder: nn.Module, places: Sequence[_Place], modules: Sequence[nn.Module]) -> None:
+    """Let modules stand in the encoder where these places are."""
+    for place, module in zip(places, modules):
+        for path in place.paths:
+            parent, _, name = path.rpartition(".")
+            encoder.get_submodule(parent)._modules[name] = module
 
 
 def _outermost(module: nn.Module) -> Iterator[nn.Module]:
@@ -332,18 +364,29 @@ def _outermost(module: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-class _Other:
-    """A module of the frame whose calls go through a walk, hooks and all."""
+@contextmanager
+def _heard(
+    modules: Iterable[tuple[nn.Module, T]], ask: Callable[[T, Any, tuple[Any, ...], Mapping[str, Any]], object]
+) -> Iterator[None]:
+    """Let calls of modules, hooks and all, go to ``ask``, with what stands beside each and the module's own call."""
+    held: list[tuple[dict[str, Any], str, Any]] = []
+    for module, beside in modules:
+        own = vars(module)
+        name = "_call_impl" if own.get("_compiled_call_impl") is None else "_compiled_call_impl"
+        held.append((own, name, own.get(name)))
+        own[name] = partial(_asked, ask, beside, getattr(module, name))
+    try:
+        yield
+    finally:
+        for own, name, before in held:
+            if before is None:
+                del own[name]
+            else:
+                own[name] = before
 
-    walk: _Walk
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module, call = module, module._call_impl
-        vars(module)["_call_impl"] = lambda *args, **kwargs: self.walk.other(module, call, *args, **kwargs)
-
-    def leave(self) -> None:
-        """Give the module its own calls back."""
-        del vars(self.module)["_call_impl"]
+def _asked(ask: Callable[..., object], beside: object, call: Any, *args: Any, **kwargs: Any) -> object:
+    return ask(beside, call, args, kwargs)
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -214,13 +215,14 @@ class LastInputs:
         for name, head in heads.items():
             layer = last_linear(head)
             if layer is not None and layer is not head:
-                layer.register_forward_pre_hook(self._keeper(name))
+                layer.register_forward_pre_hook(partial(self._keep, name))  # which is saved, and copied, with this
 
-    def _keeper(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._seen[name] = inputs[0].detach()
+    def _keep(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._seen[name] = inputs[0].detach()
 
-        return keep
+    def __getstate__(self) -> dict[str, object]:
+        """Leave out what the last forward pass showed."""
+        return {"_seen": {}}
 
     def shared(self, names: Sequence[str], h: Tensor) -> bool:
         """Say whether all these layers received ``h`` itself (or a view of all of it); forgets what was seen."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as nnf
@@ -34,17 +35,15 @@ class DetachedHead(nn.Module):
         if not self._watching:
             self._watching = True
             for i, head in enumerate(self._heads):
-                head.register_forward_pre_hook(self._keeper(i))
+                keep = partial(self._keep, i)  # which is saved, and copied, with this head
+                vars(keep)["fairness_head"] = True
+                head.register_forward_pre_hook(keep)
 
-    def _keeper(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if inputs[0].is_leaf and inputs[0].requires_grad:  # rep_grad=True: this task has a leaf of its own
-                self._seen.pop(index, None)
-            else:
-                self._seen[index] = inputs[0]
-
-        keep.__dict__["fairness_head"] = True
-        return keep
+    def _keep(self, index: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if inputs[0].is_leaf and inputs[0].requires_grad:  # rep_grad=True: this task has a leaf of its own
+            self._seen.pop(index, None)
+        else:
+            self._seen[index] = inputs[0]
 
     def forward(self, h: Tensor) -> Tensor:
         """Return the main heads' outputs, joined: [B, sum of widths], or the one head's as it is."""
