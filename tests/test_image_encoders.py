@@ -17,7 +17,8 @@ from libmtl_fair.methods.fairbranch.blocks import find_blocks
 from libmtl_fair.models import CNN, ENCODERS, ASPPHead, ResNet, encoder_for, load_weights, map_heads
 from libmtl_fair.models.encoders import torchvision_models
 from libmtl_fair.models.resnet import Residual
-from libmtl_fair.recipe.build import build_trainer
+from libmtl_fair.recipe.build import build_trainer, loaders, make_dataset
+from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.recipe.sections import Model, Train
 
 PUBLISHED = {
@@ -130,6 +131,7 @@ def test_the_contract_of_encoders_of_images(name: str) -> None:
     ("name", "args", "match"),
     [
         ("cnn", {"channels": []}, r"channels must be a list of widths of at least 1, found \[\]"),
+        ("cnn", {"channels": 16}, r"channels must be a list of widths of at least 1, found 16"),
         ("cnn", {"channels": [4, 0]}, r"channels must be a list of widths of at least 1, found \[4, 0\]"),
         ("resnet18", {"dilated": 4}, r"dilated must be 8, 16 or null, found 4"),
         ("resnet18", {"dilate": 8}, r"unknown argument of encoder 'resnet18' 'dilate'; did you mean 'dilated'"),
@@ -171,11 +173,13 @@ class TestWeightsFromAFile:
         [
             lambda state: state,
             lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3},
+            lambda state: {f"_orig_mod.module.{k}": v for k, v in state.items()},
+            lambda state: {f"model.encoder.module.{k}": v for k, v in state.items()},
             lambda state: {**{f"encoder.{k}": v for k, v in state.items()}, "decoders.a.weight": torch.zeros(1)},
             lambda state: {**state, "fc.weight": torch.zeros(2, 8), "fc.bias": torch.zeros(2)},
             lambda state: {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")},
         ],
-        ids=["bare", "wrapped", "of a model", "with a classifier", "old norms"],
+        ids=["bare", "wrapped", "compiled", "wrapped twice", "of a model", "with a classifier", "old norms"],
     )
     def test_they_are_taken(self, tmp_path: Path, change: Any) -> None:
         made, path = self.saved(tmp_path, change)
@@ -203,8 +207,16 @@ class TestWeightsFromAFile:
             ),
             (lambda s: [1, 2], r"holds no state dict \(name -> tensor\), but a list"),
             (lambda s: {"a": 3}, "holds no state dict"),
+            (
+                lambda s: {**s, "blocks.1.0.weight": s["blocks.1.0.weight"] / 0},
+                "'blocks.1.0.weight' has values that are not finite",
+            ),
+            (
+                lambda s: CNN(3, (4, 8)),
+                r"cannot be read as a state dict \(it holds more than tensors, or torch did not write it\)",
+            ),
         ],
-        ids=["too few", "other names", "other shapes", "no dict", "no tensors"],
+        ids=["too few", "other names", "other shapes", "no dict", "no tensors", "diverged", "a whole module"],
     )
     def test_others_are_refused(self, tmp_path: Path, change: Any, match: str) -> None:
         _, path = self.saved(tmp_path, change)
@@ -219,6 +231,33 @@ class TestWeightsFromAFile:
             load_weights(CNN(3, (4, 8)), path)
         with pytest.raises(CheckpointError, match="no such file"):
             load_weights(CNN(3, (4, 8)), tmp_path / f"none-{name}")
+
+
+@pytest.mark.parametrize("head", ["conv", "aspp"])
+def test_a_last_batch_of_one_is_left_out_by_recipes_and_named_elsewhere(head: str) -> None:
+    scenes = {"name": "scenes", "sensitive": ["light"], "args": {"n": 22, "size": [16, 16]}}
+    encoder = {"encoder": "cnn", "encoder_args": {"channels": [4, 4]}, "head": head}
+    recipe = Recipe.from_dict(
+        {"name": "rest", "data": scenes, "model": encoder, "methods": {"plain": {"weighting": "EW"}}}
+    )
+    data = make_dataset(recipe, 0)
+    assert len(data.train) == 13
+    model, device = recipe.model_for("plain"), torch.device("cpu")
+    trainer = build_trainer(
+        "EW", model, recipe.train, data.tasks, data.input_shape, data.groups, 0, device="cpu", progress=False
+    )
+    held = loaders(data, 6, 0, device, model)
+    trainer.train(held["train"], None, 1, held["val"])
+    assert trainer.global_step == 2
+    if head == "aspp":
+        with pytest.raises(HostError, match=r"a batch of 1 example .* leave it out .drop_last=True."):
+            trainer.train(data.train.loader(6, device="cpu"), None, 2, held["val"])
+
+
+def test_a_model_larger_than_memory_is_refused_before_it_is_made() -> None:
+    model = Model(encoder="cnn", encoder_args={"channels": [10**6, 10**6]})
+    with pytest.raises(DataError, match="memory"):
+        build_trainer("EW", model, Train(), ROWS, (3, 20, 16), {}, 0, device="cpu")
 
 
 TASKS = (lf.Segmentation("seg", 3), lf.Depth("depth"), lf.Binary("flag"))

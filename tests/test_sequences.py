@@ -149,6 +149,11 @@ def test_the_lstm_gives_what_packed_sequences_give() -> None:
     assert (F.valid_steps(layer(x)).sum(1) == lengths).all()
 
 
+def test_a_batch_without_a_step_is_named() -> None:
+    with pytest.raises(DataError, match=r"at least one step, found \[2, 0, 5\]"):
+        LSTM(5, hidden=3)(torch.zeros(2, 0, 5))
+
+
 def test_dropout_between_layers_loses_no_step() -> None:
     x, lengths = padded(3, 64)
     torch.manual_seed(0)

@@ -83,15 +83,19 @@ def discretised(
     Raises
     ------
     DataError
-        A value that is none of its channel's, or no number; an event before admission.
+        A value that is none of its channel's, or no number; an event before admission, or before the one above it.
     """
     n = int(hours / timestep + 1.0 - _EPS)
     places = [header.index(name) for name in NORMAL]
     held: list[list[str]] = [[""] * len(NORMAL) for _ in range(n)]
+    before = 0.0
     for line, row in enumerate(events, 2):
         time = _number(row[0], where, line, "Hours")
         if time < -_EPS:
             raise DataError(f"{where}: line {line} is {time:g} hours after admission; expected at least 0")
+        if time < before - _EPS:
+            raise DataError(f"{where}: line {line}: Hours go back from {before:g} to {time:g}; expected them in order")
+        before = time
         if time > hours + _EPS:
             continue
         step = held[min(int(time / timestep - _EPS), n - 1)]

@@ -138,7 +138,7 @@ def _tasks(names: Sequence[str], n_classes: int) -> tuple[MapTask, ...]:
 
 def _count(folder: Path, spec: TableSpec, tasks: Sequence[str]) -> int:
     """Return how many images a part has, each with a file of every task; they are numbered from 0."""
-    images = {path.name for path in need_root(folder / "image", "images as .npy", spec).glob("*.npy")}
+    images = {path.name for path in need_root(folder / "image", "images as .npy", spec).glob("[!.]*.npy")}
     if not images:
         raise DataError(f"{folder / 'image'} holds no .npy file; the data are had from: {spec.source}")
     for what in ("image", *(_FOLDER[task] for task in tasks)):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from libmtl_fair.data.channels import padded
 from libmtl_fair.data.eicu_example import write_eicu
+from libmtl_fair.data.frames import Series
 from libmtl_fair.data.sources import PART, Opened, Settings, Source, need_root
 from libmtl_fair.data.spec import SensitiveSpec, TableSpec, TaskSpec, task
 from libmtl_fair.data.tables import read_frame
@@ -97,7 +98,8 @@ class StaysReader:
         part, start, end = self.places[row]
         with self.files[part].open("rb") as file:
             file.seek(start)
-            lines = file.read(end - start).decode("utf-8", "replace").splitlines()[: self.hours]
+            held = file.read(end - start).decode("utf-8", "replace").splitlines()
+        lines = [line for line in held if line][: self.hours]
         try:
             x = np.array([line.split(",")[1:] for line in lines], dtype=np.float32)
         except ValueError as error:
@@ -147,14 +149,15 @@ def open_eicu(root: Path, settings: EicuSettings, tasks: tuple[str, ...]) -> Ope
         places += [(number, *index[stay]) for stay in labels.index]
         flat = flat.loc[labels.index]
         flats.append(flat)
-        days = pd.to_numeric(labels[_DAYS], errors="coerce")
+        days = _numbers(labels[_DAYS], root / part / "labels.csv")
+        gender = _numbers(flat["gender"], root / part / "flat.csv", (0, 1))
         frames.append(
             pd.DataFrame(
                 {
                     _MORTALITY: labels[_MORTALITY].to_numpy(),
                     "days": days.where(days * 24 > settings.hours).to_numpy(),
-                    "gender": flat["gender"].map({0.0: "Female", 1.0: "Male"}).to_numpy(),
-                    "ethnicity": _one_hot(flat),
+                    "gender": gender.map({0.0: "Female", 1.0: "Male"}).to_numpy(),
+                    "ethnicity": _one_hot(flat, root / part / "flat.csv"),
                     PART: part,
                 }
             )
@@ -174,11 +177,26 @@ def _table(path: Path) -> pd.DataFrame:
     return frame.assign(patient=frame["patient"].astype(str)).set_index("patient")
 
 
-def _one_hot(flat: pd.DataFrame) -> np.ndarray[tuple[int], np.dtype[np.object_]]:
+def _numbers(column: Series, path: Path, wanted: tuple[int, ...] = ()) -> Series:
+    """Return a column of labels.csv or flat.csv as numbers, NaN where it is empty; DataError where a cell is none of those wanted."""
+    found = pd.to_numeric(column, errors="coerce").astype(np.float64)
+    wrong = column.notna() & (found.isna() | ~found.isin(wanted or found))
+    if wrong.any():
+        stay, said = next(iter(column[wrong].items()))
+        expected = " or ".join(map(str, wanted)) or "a number"
+        raise DataError(
+            f"{str(path)!r}: {column.name} of stay {stay} is {str(said)!r}; expected {expected}, or nothing"
+        )
+    return found
+
+
+def _one_hot(flat: pd.DataFrame, path: Path) -> np.ndarray[tuple[int], np.dtype[np.object_]]:
     """Return the name of the column ``ethnicity_...`` that is 1; None where none is."""
     columns = [name for name in flat.columns if str(name).startswith(_ETHNICITY)]
     names = np.array([*(str(name).removeprefix(_ETHNICITY) for name in columns), None], dtype=object)
-    held = flat[columns].astype(np.float64).to_numpy()
+    held = (
+        np.stack([_numbers(flat[name], path, (0, 1)) for name in columns], 1) if columns else np.zeros((len(flat), 0))
+    )
     place = held.argmax(1) if columns else np.zeros(len(flat), dtype=np.int64)
     return np.asarray(names[np.where(held.max(1, initial=0.0) > 0.5, place, len(columns))])
 
@@ -192,11 +210,12 @@ def _index(path: Path) -> tuple[list[str], dict[str, tuple[int, int]]]:
         if header[:2] != ["patient", "time"]:
             raise DataError(f"{str(path)!r}: expected columns patient, time, ..., found {', '.join(header[:3])}")
         for line in file:
-            stay = line.split(b",", 1)[0].decode("utf-8", "replace")
+            stay = line.split(b",", 1)[0].strip().decode("utf-8", "replace")
             if stay != last and stay in found:
                 raise DataError(f"{str(path)!r}: the lines of stay {stay} do not stand together; make the file anew")
-            found[stay] = (found[stay][0] if stay == last else place, place + len(line))
-            place, last = place + len(line), stay
+            if stay:
+                found[stay] = (found[stay][0] if stay == last else place, place + len(line))
+            place, last = place + len(line), stay or last
     return header, found
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from libmtl_fair.data.sources import PART, Opened, Settings, Source, need_root
@@ -40,13 +40,20 @@ class ImageSettings(Settings):
     normalise: Literal["none", "imagenet"] = "none"
 
 
+def _levels(names: tuple[str, ...]) -> tuple[str, ...]:
+    said = [name for name in names if name != "_"]
+    if not all(said) or len(set(said)) < len(said):
+        raise ValueError(f"expected names that differ, and _ for a level that says nothing, found {list(names)}")
+    return names
+
+
 class FolderSettings(ImageSettings):
     """``levels`` name the folders between root and images, outermost first, where file names do not say who is shown.
 
     A level named ``part`` holds train, val and test; one named ``_`` says nothing.
     """
 
-    levels: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    levels: Annotated[tuple[str, ...], Field(strict=False), AfterValidator(_levels)] = ()
 
 
 class ImageReader:
@@ -83,6 +90,8 @@ class ImageReader:
         path = self.folder / str(self.names[row])
         try:
             with Image.open(path) as image:
+                if image.mode[0] in "IF":  # they would be cut at 255
+                    raise ValueError(f"its values are no bytes ({image.mode})")
                 width, height = image.size
                 side = min(width, height)
                 left, top = (width - side) // 2, (height - side) // 2
@@ -93,7 +102,7 @@ class ImageReader:
             raise DataError(
                 f"{path} is missing, and the list of images has it; copy it from the source again"
             ) from error
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
             raise DataError(f"{path} is no readable image: {error}; copy it from the source again") from error
         x = torch.from_numpy(np.asarray(made, dtype=np.float32) / 255).permute(2, 0, 1)
         if self.settings.normalise == "imagenet":
@@ -141,7 +150,7 @@ def _open_celeba(root: Path, settings: ImageSettings, tasks: tuple[str, ...]) ->
 def _list(path: Path, what: str, heads: int) -> list[str]:
     need_root(path, what, CELEBA)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}; copy it from the source again") from error
     if len(lines) <= heads:
@@ -210,8 +219,11 @@ def _draw(path: Path, size: tuple[int, ...], look: dict[str, bool], rng: np.rand
 
 
 def _open_folders(root: Path, settings: FolderSettings, tasks: tuple[str, ...]) -> Opened:
+    found = (path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
     names = sorted(
-        str(path.relative_to(root).as_posix()) for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES
+        path.as_posix()
+        for path in (each.relative_to(root) for each in found)
+        if not any(part.startswith((".", "__MACOSX")) for part in path.parts)
     )
     if not names:
         raise DataError(f"{root} holds no image ({', '.join(_SUFFIXES)}); the data are had from: {FACES.source}")
@@ -252,6 +264,8 @@ def _named(name: str, levels: Sequence[str], root: Path) -> dict[str, object]:
         said: dict[str, object] = {
             PART if level == "part" else level: value for level, value in zip(levels, folders) if level != "_"
         }
+        if str(said.get("gender")).lower() in _UTK_GENDERS:
+            said["gender"] = str(said["gender"]).lower()
         if str(said.get("age", "0")).isdecimal() and "age" in said:
             said["age"] = float(str(said["age"]))
         return said

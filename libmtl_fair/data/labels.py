@@ -90,7 +90,13 @@ def _binary(spec: TaskSpec, series: Series, where: str) -> NDArray[np.float32]:
         return _zero_one(series, where)
     text, positive = as_text(series), as_text(pd.Series([spec.positive]))[0]
     if positive not in text:
-        raise DataError(f"{where}: column {spec.column!r}: {unknown('value', positive, values_in(text, _MOST_SHOWN))}")
+        held = values_in(text, _MOST_SHOWN)
+        if len(held) == 1:
+            raise DataError(
+                f"{where}: column {spec.column!r} holds {held[0]!r} alone, and never the positive {positive!r}; leave the task out, or "
+                "use more rows"
+            )
+        raise DataError(f"{where}: column {spec.column!r}: {unknown('value', positive, held)}")
     return np.where(series.isna().to_numpy(), np.nan, text == positive).astype(np.float32)
 
 

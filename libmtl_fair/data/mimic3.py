@@ -211,7 +211,10 @@ def open_mimic3(root: Path, settings: Mimic3Settings, tasks: tuple[str, ...]) ->
         )
         for part in ("train", "test"):
             path = folder / part / "listfile.csv"
-            for line, row in enumerate(_lines(path)[1:], 2):
+            rows = _lines(path)[1:]
+            if not rows:
+                raise DataError(f"{str(path)!r} holds no stay; expected lines as mimic3-benchmarks writes them")
+            for line, row in enumerate(rows, 2):
                 chosen = part if part == "test" else _part(row[0], held)
                 stay = stays.setdefault((part, row[0]), Stay(chosen, folder / part / row[0]))
                 if stay.file.parent.parent.name == FOLDERS["in_hospital_mortality"]:
@@ -229,7 +232,7 @@ def open_mimic3(root: Path, settings: Mimic3Settings, tasks: tuple[str, ...]) ->
 
 def _lines(path: Path) -> list[list[str]]:
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             rows = [row for row in csv.reader(file) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{str(path)!r} cannot be read: {error}") from error
@@ -248,22 +251,36 @@ def _part(name: str, held: set[str] | None) -> str:
 def _of_all(stay: Stay, row: Sequence[str], settings: Mimic3Settings) -> None:
     """Read a line of the multitask listfile: hours, mortality (position, mask, label), and masks and labels of the others."""
     _, hours, died, left, conditions, worse = row
-    stay.hours = float(hours)
+    stay.hours = _hours(hours)
     _, mask, label = map(int, died.split(";"))
     stay.mortality = float(label) if mask else float("nan")
     stay.phenotypes = _conditions(conditions.split(";"))
-    for name, text in (("length_of_stay", left), ("decompensation", worse)):
-        for time, value in _masked(text):
-            stay.label(name, time, value if name == "decompensation" else settings.left(value), settings)
+    for time, text in _masked(left):
+        stay.label("length_of_stay", time, settings.left(_hours(text)), settings)
+    for time, text in _masked(worse):
+        stay.label("decompensation", time, _yes_no(text), settings)
 
 
-def _masked(text: str) -> Iterator[tuple[int, float]]:
+def _hours(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1e9:
+        raise ValueError(f"length of stay {text}; expected hours, 0 or more")
+    return value
+
+
+def _yes_no(text: str) -> float:
+    if text not in ("0", "1"):
+        raise ValueError(f"{text!r}; expected 0 or 1")
+    return float(text)
+
+
+def _masked(text: str) -> Iterator[tuple[int, str]]:
     """Yield hour and label of ``masks;labels`` where the mask is 1."""
     cells = text.split(";") if text.strip(";") else []
     if len(cells) % 2:
         raise ValueError(f"{len(cells)} masks and labels; expected as many of each")
     half = len(cells) // 2
-    yield from ((i, float(cells[half + i])) for i in range(half) if int(cells[i]))
+    yield from ((i, cells[half + i]) for i in range(half) if _yes_no(cells[i]))
 
 
 def _conditions(cells: Sequence[str]) -> list[float]:
@@ -277,16 +294,17 @@ def _of_mortality(stay: Stay, row: Sequence[str], settings: Mimic3Settings) -> N
 
 
 def _of_phenotyping(stay: Stay, row: Sequence[str], settings: Mimic3Settings) -> None:
-    stay.hours, stay.phenotypes = max(stay.hours, float(row[1])), _conditions(row[2:])
+    stay.hours, stay.phenotypes = max(stay.hours, _hours(row[1])), _conditions(row[2:])
 
 
 def _of_decompensation(stay: Stay, row: Sequence[str], settings: Mimic3Settings) -> None:
-    stay.hours = max(stay.hours, float(row[1]))
-    stay.label("decompensation", float(row[1]), float(int(row[2])), settings)
+    time = _hours(row[1])
+    stay.hours = max(stay.hours, time)
+    stay.label("decompensation", time, _yes_no(row[2]), settings)
 
 
 def _of_length(stay: Stay, row: Sequence[str], settings: Mimic3Settings) -> None:
-    time, left = float(row[1]), float(row[2])
+    time, left = map(_hours, row[1:3])
     stay.hours = max(stay.hours, time + left)
     stay.label("length_of_stay", time, settings.left(left), settings)
 

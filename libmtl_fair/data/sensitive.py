@@ -120,9 +120,10 @@ def _from_column(attribute: str, spec: SensitiveSpec, frame: pd.DataFrame, missi
         need_groups(series, where)
     text, order = _text(attribute, spec, frame)
     if spec.merge:
-        for value in spec.merge:
-            if value not in text:
-                raise DataError(f"{where}: merge: {unknown('value', value, values_in(text))}")
+        held = set(values_in(text))
+        absent = [value for value in spec.merge if value not in held]
+        if absent and not held <= set(spec.merge):  # a list of all codes may name some that nobody has
+            raise DataError(f"{where}: merge: {unknown('value', absent[0], sorted(held))}")
         text = np.array([spec.merge.get(value, value) for value in text], dtype=object)
         order = list(dict.fromkeys(spec.merge.get(name, name) for name in order))
     present = values_in(text)

@@ -7,6 +7,7 @@ too, its labels of some tasks.
 from __future__ import annotations
 
 import math
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, cast
@@ -211,12 +212,14 @@ def _mixed(*numbers: int) -> int:
 def load_array(path: Path, dims: int, what: str) -> NDArray[np.float32]:
     """Return a .npy file as float32; DataError where it is missing, damaged, of other dimensions or holds Python objects."""
     try:
-        found = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:
+            found = np.load(file, allow_pickle=False)
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing ({what}); copy it from the source again") from error
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} is no readable .npy file ({what}): {error}; copy it from the source again") from error
     if not isinstance(found, np.ndarray) or found.ndim != dims or found.dtype.kind not in "fiub" or not found.size:
         shape = f"{found.dtype} {list(found.shape)}" if isinstance(found, np.ndarray) else type(found).__name__
         raise DataError(f"{path}: expected numbers in {dims} dimensions ({what}), found {shape}")
-    return found.astype(np.float32)
+    with np.errstate(over="ignore"):  # what becomes infinite is told as such
+        return found.astype(np.float32)

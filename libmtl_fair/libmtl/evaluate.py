@@ -52,6 +52,13 @@ def _run(trainer: TrainingState, *inputs: object) -> Mapping[str, Tensor]:
     try:
         found: Mapping[str, Tensor] = trainer.model(*inputs)
         return found
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel"):
+            raise
+        raise HostError(
+            "the model's batch norm cannot train on a batch of 1 example (or, where its maps are of one place, of one a process): leave "
+            "it out (drop_last=True), or take a batch_size that leaves no single row at the end"
+        ) from error
     except RuntimeError as error:
         if not str(error).startswith("mat1 and mat2"):
             raise

@@ -19,7 +19,7 @@ ENOUGH = 0.25
 """R from which ReLiF pays the whole price; less of it is worth less (ours)."""
 REFERENCE = (
     "give the loader one: ResidentLoader(..., reference=features), [N, r] and without sensitive attributes; load_table, "
-    "load_dataset, recipes and estimators do so themselves"
+    "load_dataset, recipes and estimators do so themselves where inputs are columns, and not where they are read from files"
 )
 
 

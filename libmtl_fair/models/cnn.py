@@ -43,8 +43,9 @@ class CNN(nn.Module):
 
     def __init__(self, in_channels: int, channels: Sequence[int] = (16, 32, 64), pool: bool = True) -> None:
         super().__init__()
-        if not channels or any(isinstance(c, bool) or not isinstance(c, int) or c < 1 for c in channels):
-            raise RecipeError(f"encoder 'cnn': channels must be a list of widths of at least 1, found {list(channels)}")
+        listed = isinstance(channels, (list, tuple))
+        if not listed or not channels or any(isinstance(c, bool) or not isinstance(c, int) or c < 1 for c in channels):
+            raise RecipeError(f"encoder 'cnn': channels must be a list of widths of at least 1, found {channels!r}")
         need_flag("cnn", "pool", pool)
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Conv2d(a, b, 3, 1 if i == 0 else 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from libmtl_fair import functional as F
-from libmtl_fair.errors import HostError, RecipeError
+from libmtl_fair.errors import DataError, HostError, RecipeError
 from libmtl_fair.models.encoders import registered
 from libmtl_fair.models.heads import Heads
 from libmtl_fair.tasks import SequenceTask, Task, at_steps
@@ -80,6 +80,10 @@ class LSTM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the representation of every step, or of the last one."""
+        if x.dim() != 3 or not x.shape[1]:
+            raise DataError(
+                f"encoder 'lstm' takes sequences [B, L, features] of at least one step, found {list(x.shape)}"
+            )
         for block in self.blocks:
             x = block(x)
         return x

@@ -16,7 +16,7 @@ HEAD = ("fc.", "classifier.", "head.", "heads.", "decoders.")
 """Beginnings of the names of weights that are of no encoder; files may hold them."""
 
 _WRAPPED = ("state_dict", "model", "model_state_dict")
-_PREFIXES = ("module.", "encoder.", "backbone.")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "encoder.", "backbone.")
 
 
 def load_weights(encoder: nn.Module, path: str | Path) -> None:
@@ -25,20 +25,23 @@ def load_weights(encoder: nn.Module, path: str | Path) -> None:
     Parameters
     ----------
     encoder : nn.Module
-        Whose names of weights the file has, perhaps after ``module.``, ``encoder.`` or ``backbone.``.
+        Whose names of weights the file has, perhaps after ``module.`` (DataParallel), ``_orig_mod.`` (torch.compile), ``model.``,
+        ``encoder.`` or ``backbone.``, or several of them.
     path : str or Path
         A state dict as ``torch.save`` writes it (weights only; or a dict that holds one), or ``.safetensors``.
 
     Raises
     ------
     CheckpointError
-        No such file, one that is no state dict, or one of another network.
+        No such file, one that is no state dict, one of another network, or one with values that are not finite.
     """
     found = _read(Path(path))
     own = encoder.state_dict()
-    for prefix in _PREFIXES:
-        if not set(found) & set(own) and any(name.startswith(prefix) for name in found):
-            found = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+    while not set(found) & set(own):
+        prefix = next((each for each in _PREFIXES if any(name.startswith(each) for name in found)), None)
+        if prefix is None:
+            break
+        found = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
     name = type(encoder).__name__
     missing = [key for key in own if key not in found and not key.endswith("num_batches_tracked")]
     if missing:
@@ -57,6 +60,10 @@ def load_weights(encoder: nn.Module, path: str | Path) -> None:
                 f"{path}: {key!r} has shape {list(value.shape)}, and that of {name} has {list(own[key].shape)}; give the encoder_args "
                 "that the file was made with, and images of as many channels"
             )
+        if key in own and not bool(value.isfinite().all()):
+            raise CheckpointError(
+                f"{path}: {key!r} has values that are not finite: its training had failed; take another file"
+            )
     encoder.load_state_dict({key: found.get(key, value) for key, value in own.items()})
 
 
@@ -70,6 +77,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: no such file; weights must be a file with a state dict") from error
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch's own advice is to trust the file
+            first = "it holds more than tensors, or torch did not write it"
         raise CheckpointError(
             f"{path} cannot be read as a state dict ({first}); write it with torch.save(model.state_dict())"
         ) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -165,7 +164,7 @@ def data_for(recipe: Recipe, method: str, data: Dataset) -> Dataset:
     return data.unaware() if recipe.methods[method].unaware else data
 
 
-def need_model(model: Model, n_features: int) -> None:
+def need_model(model: Model, input_shape: Sequence[int]) -> None:
     """Refuse a model whose weights, gradients and optimiser take more memory than there is.
 
     Raises
@@ -173,11 +172,16 @@ def need_model(model: Model, n_features: int) -> None:
     DataError
         More than what is free.
     """
-    if model.encoder != "mlp":
-        return  # of a size that does not hang on the data
-    widths = (n_features, *model.hidden)
-    weights = sum(a * b for a, b in itertools.pairwise(widths))
-    need_memory(16.0 * weights, f"a model of widths {list(widths)}", "give a smaller model.hidden, or fewer inputs")
+    with torch.device("meta"):
+        made = encoder_for(model.encoder)(input_shape, _own_args(model, True))
+    weights, kind = sum(each.numel() for each in made.parameters()), f"encoder {model.encoder!r}"
+    if model.encoder == "mlp":
+        need_memory(
+            16.0 * weights,
+            f"a model of widths {[*input_shape, *model.hidden]}",
+            "give a smaller model.hidden, or fewer inputs",
+        )
+    need_memory(16.0 * weights, f"{kind} with {model.encoder_args}", "give smaller encoder_args, or another encoder")
 
 
 def keep_labels(data: Dataset, fraction: float, seed: int) -> Dataset:
@@ -193,10 +197,14 @@ def keep_labels(data: Dataset, fraction: float, seed: int) -> Dataset:
     return dataclasses.replace(data, train=dataclasses.replace(data.train, labels=labels))
 
 
-def loaders(data: Dataset, batch_size: int, seed: int, device: torch.device) -> dict[str, ResidentLoader | FileLoader]:
-    """Return loaders of the three parts; only the training part is shuffled."""
+def loaders(
+    data: Dataset, batch_size: int, seed: int, device: torch.device, model: Model | None = None
+) -> dict[str, ResidentLoader | FileLoader]:
+    """Return loaders of the three parts; only the training part is shuffled, and leaves out a last batch of one with batch norm."""
+    norm = len(data.input_shape) == 3 or (model is not None and model.norm == "batch")
+    lone = norm and len(data.train) % batch_size == 1 < len(data.train)
     return {
-        "train": data.train.loader(batch_size, shuffle=True, seed=seed, device=device),
+        "train": data.train.loader(batch_size, shuffle=True, seed=seed, device=device, drop_last=lone),
         "val": data.val.loader(EVAL_BATCH, device=device),
         "test": data.test.loader(EVAL_BATCH, device=device),
     }
@@ -277,7 +285,7 @@ def build_trainer(
     """
     input_shape = (input_shape,) if isinstance(input_shape, int) else tuple(input_shape)
     if encoder is None:
-        need_model(model, input_shape[0])
+        need_model(model, input_shape)
     if seed is not None:
         seed_everything(seed)
     pool = not any(task.summed for task in tasks)

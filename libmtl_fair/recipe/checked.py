@@ -111,7 +111,7 @@ def check_recipe(recipe: Recipe) -> Checked:
     data = make_dataset(recipe, recipe.seeds[0])
     check_data(recipe, data)
     for method in recipe.methods:
-        need_model(recipe.model_for(method), data.input_shape[0])
+        need_model(recipe.model_for(method), data.input_shape)
     parts = data.splits()
     tasks = [
         (

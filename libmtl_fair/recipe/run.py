@@ -312,7 +312,8 @@ class Run:
         where = {"device": self.device, "run_dir": run_dir, "resume": True}
         trainer = make_trainer(self.recipe, method, data, tasks, seed, **where, **options)
         settings = self.recipe.train_for(method)
-        sources = loaders(only(data, tuple(task.name for task in tasks)), settings.batch_size, seed, self.device)
+        chosen = only(data, tuple(task.name for task in tasks))
+        sources = loaders(chosen, settings.batch_size, seed, self.device, self.recipe.model_for(method))
         trainer.train(sources["train"], None, settings.epochs, sources["val"])
         return trainer
 

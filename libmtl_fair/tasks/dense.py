@@ -22,6 +22,7 @@ ANGLE_BINS = 1800
 """Bins of the histogram of angles, 0.1 degrees each: the median is right to within one."""
 
 _WITHIN = (11.25, 22.5, 30.0)
+_LONGEST = 1.05
 
 
 class MapTask(Task):
@@ -318,6 +319,10 @@ class Normals(_ByFeatures):
     def labels_are(self) -> str:
         """What labels of this kind are, for messages."""
         return "directions of length 1, all 0 or NaN where missing"
+
+    def wrong(self, labels: Tensor) -> Tensor:
+        """Return which values are no part of a direction, bool like ``labels``; resizing may have made one shorter, and never longer."""
+        return labels.abs() > _LONGEST
 
     def valid(self, labels: Tensor) -> Tensor:
         """Return which pixels have a direction, bool [B, H, W]."""

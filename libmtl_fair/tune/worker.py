@@ -154,7 +154,8 @@ def _train(
             return score
 
         trainer.select_by = judged
-    sources = loaders(data, candidate.train.batch_size, seed, resolve_device(device))
+    model = candidate.recipe.model_for(candidate.method)
+    sources = loaders(data, candidate.train.batch_size, seed, resolve_device(device), model)
     trainer.train(sources["train"], None, candidate.train.epochs, sources["val"])
     return trainer, sources
 

@@ -85,6 +85,15 @@ def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:20_000])
 
 
+def test_a_state_without_people_of_a_race_is_read(root: Path, tmp_path: Path) -> None:
+    path = tmp_path / "2018" / "1-Year" / "psam_p48.csv"
+    path.parent.mkdir(parents=True)
+    frame = pd.read_csv(root / "2018" / "1-Year" / path.name, dtype=str)
+    frame[~frame["RAC1P"].isin(["4", "7"])].to_csv(path, index=False)
+    names = load_dataset("acs", root=tmp_path, args={"states": "TX"}).groups["race"]
+    assert {"White", "Black"} < set(names) and not {"Alaska Native", "Pacific Islander"} & set(names)
+
+
 def _worded(path: Path) -> None:
     path.write_text(path.read_text().replace(",CA,", ",", 1).replace("\nP,", "\nP,x,", 1))
 

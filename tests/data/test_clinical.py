@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import pickle
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -203,14 +205,18 @@ def first(folder: Path) -> Path:
         (lambda r: [write(p, lambda t: t[:-9]) for p in (r / "train").glob("*series.csv")], r"_timeseries.csv': line \d+ has \d+ cells"),
         (lambda r: [write(p, lambda t: t.replace("Hours", "Time")) for p in (r / "train").glob("*series.csv")], "lacks 'Hours first'"),
         (lambda r: [write(p, lambda t: t.replace("\n0.", "\nx0.")) for p in (r / "train").glob("*series.csv")], "Hours is 'x0"),
+        (lambda r: write(r / "train" / "listfile.csv", lambda t: t.splitlines()[0]), "listfile.csv' holds no stay"),
+        *((lambda r, bad=bad: write(r / "train" / "listfile.csv", lambda t: re.sub(r"csv,[\d.]+", f"csv,{bad}", t, count=1)),
+           r"listfile.csv': line 2 cannot be read \(length of stay.*0 or more") for bad in ("nan", "-3", "inf")),
+        (lambda r: write(r / "train" / "listfile.csv", lambda t: re.sub(r";1(?=;[01](;[01])+\n)", ";7", t, count=1)), "line 2 cannot be read .*0 or 1"),
+        (lambda r: write(r / "train" / "listfile.csv", lambda t: re.sub(r"(;1;(?:\d+\.\d+;){8})[\d.]+", r"\1-5", t, count=1)), "line 2 cannot be read .*0 or more"),
+        (lambda r: [write(p, lambda t: "\n".join([t.splitlines()[0], *t.splitlines()[:0:-1]])) for p in (r / "train").glob("*series.csv")], "Hours go back from"),
         (lambda r: [write(p, lambda t: t.replace("\n", "\n-", 2)) for p in (r / "train").glob("*series.csv")], "'-Hours|hours after|Hours"),
     ],
 )  # fmt: skip
 def test_damaged_files_of_mimic_are_named(
     mimic: Path, tmp_path: Path, damage: Callable[[Path], object], message: str
 ) -> None:
-    import shutil
-
     shutil.copytree(mimic / "multitask", tmp_path / "multitask")
     (tmp_path / "root").symlink_to(mimic / "root")
     damage(tmp_path / "multitask")
@@ -235,22 +241,48 @@ def test_a_folder_without_the_benchmark_says_what_is_expected(tmp_path: Path) ->
         ("timeseries.csv", lambda t: t.splitlines()[0] + "\n", "is not in timeseries.csv and flat.csv"),
         ("labels.csv", lambda t: t.replace("actualiculos", "iculos", 1), "unknown column 'actualiculos'"),
         ("flat.csv", lambda t: t + t.splitlines()[1] + "\n", "every stay once"),
+        ("flat.csv", lambda t: t.replace(",1.0,", ",F,", 1), r"flat.csv': gender of stay \d+ is 'F'; expected 0 or 1"),
+        (
+            "flat.csv",
+            lambda t: t.replace(",1.0,", ",7,", 1),
+            r"flat.csv': gender of stay \d+ is '7.0'; expected 0 or 1",
+        ),
+        (
+            "flat.csv",
+            lambda t: re.sub(r",\d\n", ",x\n", t, count=1),
+            r"flat.csv': ethnicity_misc of stay \d+ is 'x'; expected 0 or 1",
+        ),
+        (
+            "labels.csv",
+            lambda t: re.sub(r"\d+\.\d+(?=,\d,\d,?.*\n)", "three", t, count=1),
+            r"labels.csv': actualiculos of stay \d+ is 'three'; expected a number",
+        ),
     ],
 )
 def test_damaged_files_of_eicu_are_named(
     eicu: Path, tmp_path: Path, file: str, change: Callable[[str], str], message: str
 ) -> None:
-    import shutil
-
     shutil.copytree(eicu, tmp_path / "eicu")
     write(tmp_path / "eicu" / "train" / file, change)
     with pytest.raises(DataError, match=message):
         load_dataset("eicu", root=tmp_path / "eicu")
 
 
-def test_a_damaged_hour_is_named_when_it_is_read(eicu: Path, tmp_path: Path) -> None:
-    import shutil
+def test_files_of_other_editors_are_the_same_files(mimic: Path, eicu: Path, tmp_path: Path) -> None:
+    for name, held in (("mimic3", mimic), ("eicu", eicu)):
+        shutil.copytree(held, tmp_path / name)
+        for path in (tmp_path / name).rglob("*.csv"):
+            path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+        if name == "eicu":
+            write(tmp_path / name / "train" / "timeseries.csv", lambda t: t.replace("\n", "\n\n", 5) + "\n\n")
+        (x, labels), (y, others) = (
+            next(iter(load_dataset(name, root=root).train.loader(64, device="cpu"))) for root in (held, tmp_path / name)
+        )
+        assert torch.equal(x, y)
+        assert all(torch.equal(labels[t].nan_to_num(-1), others[t].nan_to_num(-1)) for t in labels if t != "sensitive")
 
+
+def test_a_damaged_hour_is_named_when_it_is_read(eicu: Path, tmp_path: Path) -> None:
     shutil.copytree(eicu, tmp_path / "eicu")
     path = tmp_path / "eicu" / "train" / "timeseries.csv"
     lines = path.read_text().splitlines()

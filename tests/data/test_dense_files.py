@@ -94,6 +94,16 @@ def _save(what: str, values: object) -> Callable[[Path], None]:
     return lambda root: np.save(root / "train" / what / "3.npy", values, allow_pickle=True)  # type: ignore[arg-type]
 
 
+def _head(size: int) -> Callable[[Path], None]:
+    """Return what leaves a file whose header says that many numbers, and no number."""
+
+    def write(root: Path) -> None:
+        with (root / "train" / "label" / "3.npy").open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (size,)})
+
+    return write
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -109,6 +119,12 @@ def _save(what: str, values: object) -> Callable[[Path], None]:
         (_save("normal", np.array([{}, None])), "3.npy is no readable .npy file"),
         (_save("image", np.full((*SIZE, 3), np.nan)), "not finite"),
         (_save("label", np.full(SIZE, 13.0)), "segmentation"),
+        (_save("normal", np.full((*SIZE, 3), 255.0)), "directions of length 1"),
+        (
+            lambda root: (root / "train" / "image" / "2.npy").write_bytes(b"PK\x03\x04" * 9),
+            "2.npy is no readable .npy file",
+        ),
+        (_head(10**18), r"3.npy is no readable .npy file \(label\): .*allocate"),
         (lambda root: (root / "val" / ATTRIBUTES).write_text("index,light\n0,dim\n"), "one row for each"),
         (lambda root: (root / "val" / ATTRIBUTES).write_text("no,light\n0,dim\n"), "a column 'index'"),
     ],
@@ -117,6 +133,11 @@ def test_damage_is_said(nyuv2: Path, damage: Callable[[Path], None], message: st
     damage(nyuv2)
     with pytest.raises(DataError, match=message):
         _train(nyuv2)
+
+
+def test_hidden_files_are_none_of_the_data(nyuv2: Path) -> None:
+    (nyuv2 / "train" / "image" / "._0.npy").write_bytes(b"a copy program's")
+    assert len(load(nyuv2).test) == 5
 
 
 def test_attributes_that_files_do_not_have(nyuv2: Path) -> None:

@@ -191,7 +191,7 @@ def test_memory_is_estimated_before_it_is_taken():
     with pytest.raises(DataError, match=r"this would take .* GB of memory, of which .* GB is free; take less"):
         need_memory(1e18, "this", "take less")
     with pytest.raises(DataError, match=r"a model of widths \[3, 1000000, 1000000\] would take"):
-        need_model(Model(hidden=(1_000_000, 1_000_000)), 3)
+        need_model(Model(hidden=(1_000_000, 1_000_000)), (3,))
     with pytest.raises(DataError, match="pairs of an audit would take"):
         FixedDeltaAudit(0.1, n_pairs=10**13).run({"a": [0.1, 0.2], "b": [0.1, 0.3]})
     x, y = torch.zeros(3, 1), {"t": torch.zeros(3)}

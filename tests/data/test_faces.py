@@ -141,6 +141,38 @@ def test_damaged_lists_are_refused(celeba: Path, damage: Callable[[Path], None],
         load(celeba)
 
 
+def test_lists_of_other_editors_are_the_same_lists(celeba: Path, written: Path) -> None:
+    for name in ("list_attr_celeba.txt", "list_eval_partition.txt"):
+        lines = (written / name).read_text().splitlines()
+        (celeba / name).write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*lines, "", ""]).encode())
+    assert torch.equal(load(celeba).train.labels["Smiling"], load(written).train.labels["Smiling"])
+
+
+@pytest.mark.parametrize(
+    ("attribute", "message"),
+    [("Smiling", "holds '-1' alone, and never the positive '1'"), ("Male", r"'gender' has one group \(female\)")],
+)
+def test_an_attribute_that_nobody_has(celeba: Path, attribute: str, message: str) -> None:
+    path, place = celeba / "list_attr_celeba.txt", CELEBA_ATTRIBUTES.index(attribute) + 1
+    head, names, *lines = (line.split() for line in path.read_text().splitlines())
+    lines = [[*cells[:place], "-1", *cells[place + 1 :]] for cells in lines]
+    path.write_text("\n".join(" ".join(cells) for cells in (head, names, *lines)))
+    with pytest.raises(DataError, match=message):
+        load(celeba)
+
+
+def test_images_that_would_be_cut_or_fill_the_memory_are_refused(celeba: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = celeba / "img_align_celeba" / "000002.jpg"
+    path.unlink()
+    Image.fromarray(np.full((20, 20), 30_000, np.uint16)).save(path, format="PNG")  # above 255 it would all be white
+    with pytest.raises(DataError, match="000002.jpg is no readable image: its values are no bytes .I;16"):
+        list(load(celeba).train.loader(8, device="cpu"))
+    Image.new("RGB", (100, 100)).save(path, format="PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4_000)
+    with pytest.raises(DataError, match="000002.jpg is no readable image: .*exceeds limit"):
+        list(load(celeba).train.loader(8, device="cpu"))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_missing_or_damaged_image_is_named_when_it_is_read(celeba: Path, workers: int) -> None:
     image = celeba / "img_align_celeba" / "000002.jpg"
@@ -202,12 +234,21 @@ def test_folders_say_what_the_levels_declare(tmp_path: Path) -> None:
                     path = tmp_path / part / race / gender / f"{number}.png"
                     path.parent.mkdir(parents=True, exist_ok=True)
                     Image.fromarray(rng.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(path)
+    (tmp_path / "test").rename(tmp_path / "Test")
+    (tmp_path / "val" / "asian" / "male").rename(tmp_path / "val" / "asian" / "Male")
+    for junk in (".thumbs/train.png", "__MACOSX/._train.png", "train/asian/male/._0.png"):
+        (tmp_path / junk).parent.mkdir(exist_ok=True)
+        (tmp_path / junk).write_bytes(b"")
+    (tmp_path / "val" / "asian" / "folder.png").mkdir()
     args = {"levels": ["part", "race", "gender"], "size": [8, 8]}
     data = lf.load_dataset("face_folders", ["race", "gender"], ["gender", "race"], root=tmp_path, args=args)
     assert [len(part) for part in data.splits().values()] == [12, 12, 12]
     assert data.train.labels["race"].tolist() == [0] * 6 + [1] * 6
     with pytest.raises(DataError, match="expected 2 folders between root and images"):
         lf.load_dataset("face_folders", ["gender"], root=tmp_path, args={"levels": ["race", "gender"]})
+    for levels in (["part", "gender", "gender"], ["part", "", "gender"]):
+        with pytest.raises(DataError, match="args: levels: "):
+            lf.load_dataset("face_folders", ["gender"], root=tmp_path, args={"levels": levels})
     with pytest.raises(DataError, match="task 'age': nothing under .* says it"):
         lf.load_dataset("face_folders", ["age"], root=tmp_path, args=args)
     (tmp_path / "empty").mkdir()

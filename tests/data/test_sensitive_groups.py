@@ -59,6 +59,13 @@ def test_numbers_are_named_without_a_fraction() -> None:
     assert made.names == ("1", "10", "2")
 
 
+def test_a_merge_of_all_codes_may_name_some_that_nobody_has() -> None:
+    codes = {"x": "one", "y": "two", "z": "two", "w": "nobody"}
+    assert groups(SensitiveSpec("race", merge=codes))[0].names == ("one", "two")
+    with pytest.raises(DataError, match="merge: unknown value 'w'"):
+        groups(SensitiveSpec("race", merge={"x": "one", "w": "nobody"}))  # it may be meant for one of the others
+
+
 def test_merge_and_labels() -> None:
     made, found = groups(SensitiveSpec("race", merge={"y": "other", "z": "other"}))
     assert made.names == ("other", "x")
