@@ -124,11 +124,13 @@ def tune(
             say(escape(f"trial {each.number} failed: {each.user_attrs['error']}"), err)
 
 
-@command(allow_extra_args=True, ignore_unknown_options=True)
+@command(allow_extra_args=True, ignore_unknown_options=True, allow_interspersed_args=False)
 def exec(
-    context: typer.Context, script: Annotated[Path, Argument(metavar="SCRIPT.py", help="a script that uses LibMTL")]
+    context: typer.Context,
+    script: Annotated[str, Argument(metavar="SCRIPT.py", help="a script that uses LibMTL, and its arguments")],
+    module: Annotated[bool, Option("-m", help="SCRIPT is the name of a module, as for python -m")] = False,
 ) -> None:
     """Run a LibMTL script with the plugins registered and LibMTL healed: exec SCRIPT.py -- ARGS."""
     from libmtl_fair.libmtl.script import run_script
 
-    run_script(script, list(context.args))
+    run_script(script, context.args[1:] if context.args[:1] == ["--"] else context.args, module=module)

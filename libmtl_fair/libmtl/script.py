@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import runpy
 import sys
@@ -16,7 +17,7 @@ from libmtl_fair.errors import RecipeError
 from libmtl_fair.libmtl import loading
 from libmtl_fair.libmtl.compat import heal
 from libmtl_fair.libmtl.history import Floats
-from libmtl_fair.libmtl.loading import libmtl, trainer_module
+from libmtl_fair.libmtl.loading import config_module, libmtl, trainer_module
 from libmtl_fair.libmtl.registry import OUR_ARCHITECTURES, OUR_WEIGHTINGS
 from libmtl_fair.libmtl.state import Loaders, Results
 from libmtl_fair.libmtl.trainer import FairTrainer
@@ -96,11 +97,20 @@ def _is_ours(wanted: object) -> bool:
     return hasattr(wanted, "settings_class")
 
 
-def run_script(path: str | Path, args: Sequence[str] = ()) -> dict[str, object]:
+def run_script(path: str | Path, args: Sequence[str] = (), *, module: bool = False) -> dict[str, object]:
     """Run a script as ``python path args`` would, with our methods known to LibMTL and LibMTL healed.
 
     A trainer that the script makes with one of our methods is a :class:`ScriptTrainer`; any other is LibMTL's own, healed.
     Without CUDA, ``.cuda()`` of tensors and modules leaves them where they are.
+
+    Parameters
+    ----------
+    path : str or Path
+        The script, or a folder with a ``__main__.py``.
+    args : sequence of str
+        What it finds in ``sys.argv``.
+    module : bool, default False
+        Whether ``path`` is the name of a module, as in ``python -m package.train``.
 
     Returns
     -------
@@ -112,25 +122,37 @@ def run_script(path: str | Path, args: Sequence[str] = ()) -> dict[str, object]:
     RecipeError
         There is no such script. The script's own exceptions, ``SystemExit`` included, go through unchanged.
     """
-    script = Path(path)
-    if not script.is_file():
+    script, name = Path(path), str(path)
+    if not module and not (script.is_file() or (script / "__main__.py").is_file()):
         raise RecipeError(
-            f"no script at {path}; expected a Python file, as in: libmtl-fair exec train.py -- --weighting ReLiF"
+            f"no script at {path}; expected a Python file, as in: libmtl-fair exec train.py -- --weighting ReLiF, or a module: "
+            "libmtl-fair exec -m package.train -- --weighting ReLiF"
         )
     heal()
-    with _running(script, args):
-        return runpy.run_path(str(script), run_name="__main__")
+    with _running(name, Path.cwd() if module else script if script.is_dir() else script.resolve().parent, args):
+        if not module:
+            return runpy.run_path(name, run_name="__main__")
+        try:
+            there = importlib.util.find_spec(name) is not None
+        except ModuleNotFoundError as error:
+            if not f"{name}.".startswith(f"{error.name}."):
+                raise  # a package around it imports what is not installed
+            there = False
+        if not there:
+            raise RecipeError(f"no module {name!r} in {Path.cwd()} or where Python looks for modules (PYTHONPATH)")
+        return runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 @contextmanager
-def _running(script: Path, args: Sequence[str]) -> Iterator[None]:
+def _running(script: str, place: Path, args: Sequence[str]) -> Iterator[None]:
     """Let the script find its arguments, its folder, our trainer and, without CUDA, a ``.cuda()`` that does nothing."""
-    argv, folder = sys.argv, str(script.resolve().parent)
+    argv, folder = sys.argv, str(place)
     places: list[tuple[Any, str, Any]] = [(module, "Trainer", Trainer) for module in (libmtl, trainer_module)]
+    places += [(config_module.LibMTL_args, "prog", Path(script).name)]
     if not torch.cuda.is_available():
         places += [(cls, "cuda", lambda self, *_, **__: self) for cls in (torch.Tensor, torch.nn.Module)]
     held = [getattr(owner, name) for owner, name, _ in places]
-    sys.argv = [str(script), *args]
+    sys.argv = [script, *args]
     sys.path.insert(0, folder)
     for owner, name, instead in places:
         setattr(owner, name, instead)

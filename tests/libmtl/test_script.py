@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import libmtl_fair as lf
+from libmtl_fair import cli
 from libmtl_fair.libmtl.script import run_script
 
 SCRIPT = '''
@@ -128,6 +129,46 @@ def test_a_plain_script_trains_on_the_cpu(fresh: Any, script: Path) -> None:
     assert "Epoch: 0001 | TRAIN" in found["out"]
     assert str(script) not in found["argv"]
     assert not found["path"]
+
+
+def test_a_module_of_a_package_runs_as_python_m_runs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "their_script"
+    (package / "inner").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "inner" / "__init__.py").write_text("import a_module_of_nobody")
+    (package / "names.py").write_text("here = 3\n")
+    (package / "train.py").write_text(
+        "import sys\nfrom LibMTL import Trainer\nfrom .names import here\nargs = list(sys.argv)\n"
+    )
+    (package / "__main__.py").write_text("from .train import *\nfound = here, __name__\n")
+    monkeypatch.chdir(tmp_path)
+    held = list(sys.path), list(sys.argv)
+    found = run_script("their_script.train", ["--weighting", "ReLiF"], module=True)
+    assert (found["here"], found["__name__"], found["Trainer"].__module__) == (
+        3,
+        "__main__",
+        "libmtl_fair.libmtl.script",
+    )  # type: ignore[attr-defined]
+    assert found["args"] == [str(package / "train.py"), "--weighting", "ReLiF"]
+    assert run_script("their_script", module=True)["found"] == (3, "__main__")
+    for name in ("their_script.nothing", "nothing.train"):
+        with pytest.raises(lf.errors.RecipeError, match=rf"no module '{name}' in "):
+            run_script(name, module=True)
+    with pytest.raises(ModuleNotFoundError, match="a_module_of_nobody"):
+        run_script("their_script.inner.train", module=True)
+    assert (sys.path, sys.argv) == held
+    for name in [name for name in sys.modules if name.partition(".")[0] == "their_script"]:
+        del sys.modules[name]
+
+
+def test_the_command_takes_arguments_as_python_does(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "say.py"
+    script.write_text("import sys\nfrom LibMTL.config import LibMTL_args\nprint(sys.argv[1:], LibMTL_args.prog)\n")
+    cases = ([], ["--"], ["-m", "3"], ["--", "--help"], ["--help", "--", "x"])
+    for case in cases:
+        assert cli.app(["exec", str(script), *case], standalone_mode=False) in (None, 0)
+    expected = [f"{case[1:] if case[:1] == ['--'] else case} say.py" for case in cases]
+    assert capfd.readouterr().out.splitlines() == expected
 
 
 @pytest.mark.parametrize("choice", [["--weighting", "ReLiF"], ["--weighting=ReLiF"], ["--weighti", "ReLiF"]])
