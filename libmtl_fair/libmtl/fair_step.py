@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +22,7 @@ from libmtl_fair.libmtl.gradients import apart
 from libmtl_fair.libmtl.history import StepLog
 from libmtl_fair.libmtl.loose import NotGiven, loose
 from libmtl_fair.libmtl.losses import task_dict
+from libmtl_fair.libmtl.precision import in_full
 from libmtl_fair.libmtl.state import StepState
 from libmtl_fair.libmtl.step import SAMPLES, Made, descend, made_of, mean_over_processes
 from libmtl_fair.methods.base import FairWeighting
@@ -189,7 +192,8 @@ class FairStep(StepState, nn.Module):
             full = outputs or {}
             if given is None:  # losses and statistics are float32, as in FairTrainer
                 full = {task: z.float() if z.dtype in _HALF else z for task, z in full.items()}
-            made = self._made(given, full, labels or {}, groups, reference)
+            with in_full(self.model.device):
+                made = self._made(given, full, labels or {}, groups, reference)
         h = representation if isinstance(representation, Tensor) else dict(representation or {})
         self.model.look_at([made.losses], [h] if isinstance(h, Tensor) else list(h.values()))
         if fair and self.global_step == self._first_step and self.model.losses_from_outputs:
@@ -247,15 +251,15 @@ class FairStep(StepState, nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._watch()
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return what the method keeps outside its parameters and buffers: tensors and plain values."""
+    def get_extra_state(self) -> Tensor:
+        """Return what the method keeps outside its parameters and buffers, as bytes: files of tensors alone (safetensors) take it."""
         counts = {
             "epoch": self.epoch,
             "step": self.global_step,
             "first": self._first_step,
             "epoch_steps": self.epoch_steps,
         }
-        return {
+        state = {
             "method": self.weighting,
             "tasks": self.task_name,
             "counts": counts,
@@ -264,9 +268,12 @@ class FairStep(StepState, nn.Module):
             "attributes": attributes(self.model),
             "stream": self._stream,
         }
+        file = io.BytesIO()
+        torch.save(state, file)
+        return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
 
-    def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Put back what :meth:`get_extra_state` gave.
+    def set_extra_state(self, state: Tensor | Mapping[str, Any]) -> None:
+        """Put back what :meth:`get_extra_state` gave, or the mapping that it gave in version 0.1.
 
         Raises
         ------
@@ -274,6 +281,9 @@ class FairStep(StepState, nn.Module):
             A state of another method, or of other tasks.
         """
         try:
+            if isinstance(state, Tensor):
+                state = torch.load(io.BytesIO(state.cpu().numpy().tobytes()), map_location="cpu", weights_only=True)
+            assert isinstance(state, Mapping)
             if (state["method"], list(state["tasks"])) != (self.weighting, self.task_name):
                 raise CheckpointError(
                     f"FairStep: the state is of {state['method']} on {', '.join(state['tasks'])}; this one is {self.weighting} on "
@@ -284,7 +294,15 @@ class FairStep(StepState, nn.Module):
             self.epoch_steps, self._seen, self.n_groups = counts["epoch_steps"], state["seen"], dict(state["n_groups"])
             set_attributes(self.model, state["attributes"])
             self._stream = state["stream"]
-        except (KeyError, TypeError, AttributeError) as error:
+        except (
+            KeyError,
+            TypeError,
+            AttributeError,
+            AssertionError,
+            RuntimeError,
+            EOFError,
+            pickle.UnpicklingError,
+        ) as error:
             raise CheckpointError(f"FairStep: this is no state of a FairStep ({error!r})") from error
 
     def _whole(
@@ -426,7 +444,7 @@ class FairStep(StepState, nn.Module):
 
     def _note(self, losses: Tensor, weights: Any, rows: int) -> None:
         now = torch.stack([losses * rows, torch.full_like(losses, rows)])
-        self._seen = now if self._seen is None else self._seen + now
+        self._seen = now if self._seen is None else self._seen.to(now.device) + now
         self._last = {"loss": losses, **getattr(self.model, "trace", {})}
         if weights is not None:
             self._last["weight"] = torch.as_tensor(weights)

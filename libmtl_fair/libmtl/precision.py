@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -14,6 +15,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _GROW_AFTER = 2000
 _LARGEST = 2.0**24
 Made = TypeVar("Made")
+
+
+def in_full(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Within it nothing is computed in half precision, whatever ``torch.autocast`` a loop of one's own is in."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 class Precision:

@@ -17,6 +17,7 @@ from libmtl_fair.libmtl.evaluate import forward
 from libmtl_fair.libmtl.gradients import apart, of_compiled
 from libmtl_fair.libmtl.history import StepLog
 from libmtl_fair.libmtl.joint_heads import JointHeads
+from libmtl_fair.libmtl.precision import in_full
 from libmtl_fair.libmtl.state import Loaders, Model, StepState, TrainingState
 from libmtl_fair.methods.base import FairWeighting
 from libmtl_fair.processes import Processes
@@ -351,7 +352,7 @@ def descend(
     if isinstance(model, FairWeighting):
         model.__dict__["fair_batch"] = fair_batch(state, made[0], epoch, h)
     processes = model.__dict__["fair_processes"] = state.processes
-    with of_compiled(state.weighting):
+    with of_compiled(state.weighting), in_full(losses.device):
         return losses, _backward(state, model, losses, processes)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from loop_kit import EPOCHS, MIXED, TASKS, losses_of, made, make_loader, trainer_of
+from loop_kit import EPOCHS, MIXED, TASKS, losses_of, made, make_loader, people, trainer_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -146,6 +146,40 @@ def test_gradients_add_to_those_that_are_there() -> None:
         torch.testing.assert_close(2 * once, twice)
 
 
+@pytest.mark.parametrize(
+    ("method", "args"),
+    [
+        ("MGDA", {}),
+        ("GradNorm", {}),
+        ("PCGrad", {}),
+        ("ReLiF", {"pairs": "random", "k": 4}),
+        ("FairMT", {"form": "phi", "min_count": 1}),
+        ("FBGrad", {"where": "everywhere"}),
+    ],
+)
+def test_a_step_inside_autocast_is_computed_in_full(method: str, args: dict[str, Any]) -> None:
+    """As Lightning and Accelerate call it: what the method computes is what it computes outside."""
+    grads = []
+    for inside in (False, True):
+        entries, net = made(MIXED)
+        net.float()
+        loader, x = make_loader(48, 48), people(48)[0].float()
+        fair = lf.FairStep(method, entries, net.heads, encoder=net.encoder, n_groups=loader.n_groups, **args)
+        labels = next(iter(loader))[1]
+        torch.manual_seed(0)
+        random.seed(0)
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                h, outputs = net(x)
+                if inside:
+                    fair.backward(representation=h, outputs=outputs, labels=labels)
+            if not inside:
+                fair.backward(representation=h, outputs=outputs, labels=labels)
+            fair.close_epoch()  # GradNorm's first is plain
+        grads.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 def test_the_shared_parameters_are_found_or_said() -> None:
     entries, net = made(MIXED)
     x, labels = next(iter(make_loader()))
@@ -253,8 +287,14 @@ def test_what_a_method_cannot_do_without_is_said_when_it_is_made() -> None:
         fair.close_epoch()
     with pytest.raises(CheckpointError, match="EW on a, b"):
         fair.set_extra_state(lf.FairStep("EW", entries).get_extra_state())
-    with pytest.raises(CheckpointError, match="no state"):
-        fair.set_extra_state({"method": "MGDA"})
+    for damaged in (
+        {"method": "MGDA"},
+        fair.get_extra_state()[:-40],
+        torch.zeros(3, dtype=torch.uint8),
+        torch.empty(0),
+    ):
+        with pytest.raises(CheckpointError, match="no state"):
+            fair.set_extra_state(damaged)
     with pytest.raises(DataError, match="no task 'a'"):
         lf.FairStep("EW", entries, net.heads).backward(outputs=net(torch.ones(2, 6))[1], labels={"c": torch.ones(2)})
 

@@ -200,3 +200,28 @@ def test_hugging_face(tmp_path: Path) -> None:
     assert len(batches) == 4
     assert_same(net, other)
     assert not torch.equal(net.heads["a"].weight, start["heads.a.weight"])
+
+    class Held(Trainer):
+        """The step is a part of the model, so that Trainer's checkpoints, files of tensors alone, hold its state."""
+
+        @property
+        def fair(self) -> lf.FairStep:
+            return self.model.fair  # type: ignore[no-any-return]
+
+    def gone_on(steps: int, checkpoint: str | None = None) -> Any:
+        model: Any = Text(transformers).double()
+        model.load_state_dict(start)
+        model.fair = lf.FairStep(METHOD[0], entries, model.heads, n_groups={"sex": 2}, **METHOD[1])
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=8, report_to=[], use_cpu=True, save_steps=2,
+            remove_unused_columns=False, disable_tqdm=True, learning_rate=0.05, logging_strategy="no", lr_scheduler_type="constant",
+            gradient_accumulation_steps=2,
+        )  # fmt: skip
+        Held(model, arguments, train_dataset=rows).train(resume_from_checkpoint=checkpoint)
+        return model
+
+    whole = gone_on(4)
+    again = gone_on(4, str(tmp_path / "checkpoint-2"))
+    assert whole.fair.global_step == again.fair.global_step == 8
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters(), strict=True))
+    assert whole.fair.trace == pytest.approx(again.fair.trace, nan_ok=True)
