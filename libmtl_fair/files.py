@@ -203,24 +203,50 @@ def need_writable(folder: str | Path) -> None:
     (Path(folder) / ".writable").unlink(missing_ok=True)
 
 
-def write_text(path: str | Path, text: str) -> Path:
-    """Write ``text`` (UTF-8) atomically."""
+def write_text(path: str | Path, text: str, *, sealed: bool = False) -> Path:
+    """Write ``text`` (UTF-8) atomically.
+
+    ``sealed``: its digest is in ``<path>.sha256``, as ``sha256sum`` writes it, and there before the file: a kill between the two leaves
+    a file that does not fit.
+    """
+    if sealed:
+        _write_beside(Path(path), hashlib.sha256(text.encode()).hexdigest())
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
 
 
+def seal_beside(path: str | Path) -> None:
+    """Write the digest of a file that is there into ``<path>.sha256``."""
+    _write_beside(Path(path), file_digest(path))
+
+
+def _write_beside(path: Path, digest: str) -> None:
+    write_text(f"{path}{_BESIDE}", f"{digest}  {path.name}\n")
+
+
+def edited_files(folder: str | Path) -> list[str]:
+    """Return the files in a folder, and in those inside it, that do not fit their seals beside them, sorted."""
+    found = []
+    for seal in sorted(Path(folder).rglob(f"*{_BESIDE}")):
+        file = seal.with_name(seal.name.removesuffix(_BESIDE))
+        try:
+            _ = file.exists() and is_sealed(file)
+        except DamagedFileError:
+            found.append(file.relative_to(folder).as_posix())
+    return found
+
+
 def write_json(path: str | Path, value: object, *, sealed: bool | Literal["beside"] = False) -> Path:
     """Write ``value`` as JSON atomically; NaN and infinities become null, so that every reader takes it.
 
-    ``sealed``: a mapping gets a seal, as its last entry; ``"beside"``: the digest is in ``<path>.sha256`` instead, as ``sha256sum``
-    writes it, and there before the file: a kill between the two leaves a file that does not fit.
+    ``sealed``: a mapping gets a seal, as its last entry; ``"beside"``: the digest is in ``<path>.sha256`` instead.
     """
     path = Path(path)
     held = {**value, _SEAL: BLANK_SEAL} if sealed is True and isinstance(value, dict) else value
     text = json.dumps(plain(held), indent=1, allow_nan=False) + "\n"
     if sealed == "beside":
-        write_text(f"{path}{_BESIDE}", f"{hashlib.sha256(text.encode()).hexdigest()}  {path.name}\n")
+        return write_text(path, text, sealed=True)
     with sealed_path(path) if sealed is True else atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path

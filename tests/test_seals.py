@@ -16,7 +16,17 @@ import torch
 
 import libmtl_fair as lf
 from libmtl_fair.errors import CheckpointError, DamagedFileError
-from libmtl_fair.files import append_text, file_digest, is_sealed, read_json, sealed_path, write_json
+from libmtl_fair.files import (
+    append_text,
+    edited_files,
+    file_digest,
+    is_sealed,
+    read_json,
+    seal_beside,
+    sealed_path,
+    write_json,
+    write_text,
+)
 from libmtl_fair.libmtl import checkpoint
 from libmtl_fair.metrics.near_pairs import NearPairs
 from libmtl_fair.predictions import Predictions
@@ -174,3 +184,16 @@ def test_what_is_appended_is_there_whole_or_not_at_all(tmp_path: Path, monkeypat
     with pytest.raises(CheckpointError, match=r"cannot write .*a\.csv: No space left on device"):
         append_text(path, "3\n")
     assert path.read_text(encoding="utf-8") == "1\nä\n"
+
+
+def test_files_that_do_not_fit_their_seals_are_found_wherever_they_are(tmp_path: Path) -> None:
+    write_text(tmp_path / "recipe.yaml", "lr: 0.001\n", sealed=True)
+    history = write_text(tmp_path / "plain" / "seed0" / "history.csv", "step,loss\n0,0.5\n")
+    seal_beside(history)
+    write_text(tmp_path / "gone.csv", "1\n", sealed=True).unlink()
+    assert edited_files(tmp_path) == []
+    assert (tmp_path / "recipe.yaml.sha256").read_text() == f"{file_digest(tmp_path / 'recipe.yaml')}  recipe.yaml\n"
+    append_text(history, "1,0.4\n")
+    assert edited_files(tmp_path) == ["plain/seed0/history.csv"]
+    (tmp_path / "recipe.yaml").write_text("lr: 0.002\n")
+    assert edited_files(tmp_path) == ["plain/seed0/history.csv", "recipe.yaml"]

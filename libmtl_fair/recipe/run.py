@@ -20,16 +20,18 @@ from libmtl_fair.data.loader import resolve_device
 from libmtl_fair.errors import CheckpointError, DamagedFileError
 from libmtl_fair.files import (
     Json,
-    atomic_path,
+    edited_files,
     is_leftover,
     is_sealed,
     read_json,
     remove_leftovers,
+    seal_beside,
+    sealed_path,
     write_json,
     write_text,
     writes,
 )
-from libmtl_fair.libmtl.checkpoint import close_training, reopen_training
+from libmtl_fair.libmtl.checkpoint import HISTORY, close_training, reopen_training
 from libmtl_fair.libmtl.loading import LINEAGE
 from libmtl_fair.libmtl.trainer import FairTrainer
 from libmtl_fair.locks import alone_in
@@ -132,7 +134,7 @@ class Run:
 
         if self._together is not None:  # the first process may have to put data into a cache
             self._first(lambda: len(self.data(self.recipe.seeds[0]).tasks))
-        write_text(self.out / "recipe.yaml", self.recipe.to_yaml())
+        write_text(self.out / "recipe.yaml", self.recipe.to_yaml(), sealed=True)
         write_json(self.out / "environment.json", environment(self.device), sealed="beside")
         write_json(self.out / "data_card.json", self.data(self.recipe.seeds[0]).card, sealed="beside")
         check_data(self.recipe, self.data(self.recipe.seeds[0]))
@@ -181,8 +183,10 @@ class Run:
             return False
         try:
             read_json(folder / METRICS, sealed=True)
-            for path in (*folder.glob("predictions_*.parquet"), *folder.glob(MODEL)):
+            for path in (*folder.glob("predictions_*.parquet"), *folder.glob("*.npz"), *folder.glob(MODEL)):
                 is_sealed(path)
+            if changed := [name for name in edited_files(folder) if Path(name).name != HISTORY]:
+                raise DamagedFileError(f"{folder / changed[0]} is damaged or was changed")
         except DamagedFileError as error:
             self.note(f"{error}; it is made again from the checkpoint")
             return False
@@ -238,7 +242,7 @@ class Run:
             for part, p in predictions.items():
                 dataclasses.replace(p, embeddings=None).save(folder / f"predictions_{part}.parquet")
         if recipe.output.embeddings and trained:
-            with atomic_path(folder / "embeddings.npz") as temporary, open(temporary, "wb") as stream:
+            with sealed_path(folder / "embeddings.npz") as temporary, open(temporary, "wb") as stream:
                 np.savez_compressed(stream, **pool_embeddings(recipe, predictions))
         content = measure(recipe, method, seed, predictions, protocol)
         content["consistency"] = self._consistency(method, seed, predictions, trained)
@@ -265,6 +269,8 @@ class Run:
         self._write_model(folder, method, seed, predictions["val"].tasks, content, voters)
         for run_dir in run_dirs(folder):
             close_training(run_dir)
+            if (run_dir / HISTORY).exists():
+                seal_beside(run_dir / HISTORY)
         write_json(folder / METRICS, content, sealed="beside")
         return protocol
 
@@ -371,7 +377,7 @@ def _write_structure(trainer: FairTrainer, folder: Path) -> None:
             folder / "structure.json", {"last": trainer.last_structure or chosen, "chosen": chosen}, sealed="beside"
         )
     if getattr(trainer.model, "conflict_cosines", None) is not None:
-        write_text(folder / "conflicts.csv", csv_text(trainer.model.conflicts.frame()))
+        write_text(folder / "conflicts.csv", csv_text(trainer.model.conflicts.frame()), sealed=True)
 
 
 def _claim(recipe: Recipe, out: Path | None, resume: bool) -> Path:

@@ -103,10 +103,11 @@ def merged(runs: Sequence[RunFolder], again: Reaudit | None = None) -> RunFolder
                 metrics["native_error"] = {again.split: again.native_error(name, item)}
             method = item.method if len(runs) == 1 else f"{name}/{item.method}"
             found.append(dataclasses.replace(item, method=method, metrics=metrics))
+    edited = [f"{name}/{file}" if len(runs) > 1 else file for name, run in zip(names, runs) for file in run.edited]
     recipe = dict(runs[0].recipe)
     if len(runs) > 1:
         recipe |= {"name": " and ".join(names), "description": f"Comparison of {len(runs)} runs.", "published": None}
-    return dataclasses.replace(runs[0], recipe=recipe, runs=tuple(found))
+    return dataclasses.replace(runs[0], recipe=recipe, runs=tuple(found), edited=tuple(edited))
 
 
 def _drift(run: RunFolder) -> tuple[pd.DataFrame, str]:

@@ -10,7 +10,7 @@ import pandas as pd
 from libmtl_fair.files import Json
 from libmtl_fair.report.choice import CHOSEN, Rule
 from libmtl_fair.report.judged import NO_GROUP, left_out, steps_of
-from libmtl_fair.report.run_folder import RunFolder, rows
+from libmtl_fair.report.run_folder import RunFolder, not_as_written, rows
 from libmtl_fair.report.summary import shrinkage_curves, shrinkage_verdict, single_task_methods
 
 LEGEND = {
@@ -90,9 +90,8 @@ def _again(run: RunFolder) -> Iterator[str]:
 
 
 def _edited(run: RunFolder) -> Iterator[str]:
-    found = [f"{item.method}/seed{item.seed}/metrics.json" for item in run.runs if item.edited]
-    if found:
-        yield f"Not as the run wrote them, edited or damaged: {_listed(found)}. 'libmtl-fair run ... --resume' makes them anew."
+    if run.edited:
+        yield not_as_written(run.edited)
 
 
 def _listed(found: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from libmtl_fair.arrays import Floats, records
 from libmtl_fair.errors import CheckpointError, RecipeError
-from libmtl_fair.files import DAMAGE, Json
+from libmtl_fair.files import DAMAGE, Json, is_sealed
 from libmtl_fair.metrics import FixedDeltaAudit, conformal_delta, native_error, pair_distances, quantile_delta, utility
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.report.run_folder import RunFolder, SeedRun, number, read_run, rows
@@ -76,6 +76,7 @@ def _reference_distances(run: RunFolder) -> tuple[Floats, str]:
     tasks = [task.name for task in load_predictions(item, "val").tasks]
     path, drawn = item.folder / "embeddings.npz", _draws(run)
     try:
+        is_sealed(path)
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as held:
             h = held["val/h"] if "val/h" in held else {task: held[f"val/h/{task}"] for task in tasks}
     except FileNotFoundError as error:

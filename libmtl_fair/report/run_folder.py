@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from libmtl_fair.data.spec import words
 from libmtl_fair.errors import CheckpointError, DamagedFileError, FairMTLError, RecipeError
-from libmtl_fair.files import Json, file_digest, is_sealed, read_json
+from libmtl_fair.files import Json, edited_files, file_digest, is_sealed, read_json, say_once
 from libmtl_fair.recipe.yaml_source import read_yaml
 
 _BASE_RATE = "_base_rate"
@@ -45,7 +45,6 @@ class SeedRun:
     """One method trained with one seed: its folder and what ``metrics.json`` says; a damaged file is a CheckpointError.
 
     ``again`` names the splits whose saved predictions are not those that were measured: the numbers were then taken again, from them.
-    ``edited``: ``metrics.json`` does not fit its seal.
     """
 
     method: str
@@ -53,7 +52,6 @@ class SeedRun:
     folder: Path
     metrics: Json
     again: tuple[str, ...] = ()
-    edited: bool = False
 
     def entries(self, part: str, split: str) -> list[Json]:
         """Return the rows of a table, see :meth:`RunFolder.frame`, as the file has them."""
@@ -126,7 +124,10 @@ class SeedRun:
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """A run: recipe, cards, and every method and seed, in the recipe's order; ``on`` is the split that was asked for."""
+    """A run: recipe, cards, and every method and seed, in the recipe's order; ``on`` is the split that was asked for.
+
+    ``edited`` names the files that are not as the run wrote them.
+    """
 
     path: Path
     recipe: Json
@@ -135,6 +136,7 @@ class RunFolder:
     environment: Json
     runs: tuple[SeedRun, ...]
     on: str = ""
+    edited: tuple[str, ...] = ()
     _held: dict[str, object] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def once(self, name: str, make: Callable[[], Made]) -> Made:
@@ -254,7 +256,19 @@ def read_run(path: str | Path) -> RunFolder:
     runs = tuple(_seed_run(method, seed, found[method, seed]) for method, seed in wanted)
     files = (path / f"{name}.json" for name in ("data_card", "audit_protocol", "environment"))
     card, protocol, environment = (_mapping(file) if file.exists() else {} for file in files)
-    return RunFolder(path, recipe, card, protocol, environment, tuple(_present(recipe, protocol, run) for run in runs))
+    present = tuple(_present(recipe, protocol, run) for run in runs)
+    if edited := tuple(edited_files(path)):
+        say_once(f"{path}: {not_as_written(edited)}")
+    return RunFolder(path, recipe, card, protocol, environment, present, edited=edited)
+
+
+def not_as_written(names: Collection[str]) -> str:
+    """Say which files of a run are not what it wrote."""
+    shown = ", ".join(sorted(names)[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    return (
+        f"Not as the run wrote them, edited or damaged: {shown}. What is said here of what they hold may be wrong; "
+        "'libmtl-fair run ... --resume' makes them anew, but for history.csv and run.json."
+    )
 
 
 _BY_DAMAGE = (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
@@ -323,12 +337,7 @@ def _seed_run(method: str, seed: int, file: Path) -> SeedRun:
                 raise CheckpointError(
                     f"{file} is damaged: {part}.{split} is not what a run writes; run again with --resume to make it anew"
                 )
-    try:
-        is_sealed(file)
-        edited = False
-    except DamagedFileError:
-        edited = True
-    return SeedRun(method, seed, file.parent, metrics, edited=edited)
+    return SeedRun(method, seed, file.parent, metrics)
 
 
 def _table(path: Path) -> pd.DataFrame | None:

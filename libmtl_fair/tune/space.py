@@ -155,17 +155,26 @@ def _distribution(name: str, entry: Json) -> Distribution:
 def changed(recipe: Recipe, method: str, values: Mapping[Path, object]) -> Recipe:
     """Return the recipe with one method only, some of its entries changed, and no ``tune`` section."""
     plain = recipe.to_dict()
-    entry = plain["methods"][method]
+    entry, names = plain["methods"][method], _names(recipe, method)
     start, most = entry.get("lambda_0"), entry.get("lambda_max")
     for path, value in values.items():
         where = entry
         for key in path[:-1]:
             where = where.setdefault(key, {})
+        if len(path) == 1:  # a setting that the recipe gives under another of its names
+            one = names.get(path[0], path[0])
+            where = plain["methods"][method] = entry = {k: v for k, v in entry.items() if names.get(k, k) != one}
         where[path[-1]] = value
     if ("lambda_max",) in values and ("lambda_0",) not in values and start is not None:
         # A lambda that starts at its bound, as recipes write it, stays there; others start within the new bound.
         entry["lambda_0"] = entry["lambda_max"] if start == most else min(start, entry["lambda_max"])
     return Recipe.from_dict({**plain, "methods": {method: entry}, "tune": None}, recipe._source)
+
+
+def _names(recipe: Recipe, method: str) -> Mapping[str, str]:
+    """Return another name -> setting, of a method's weighting."""
+    weighting = OUR_WEIGHTINGS.get(recipe.methods[method].weighting)
+    return weighting.settings_class.aliases if weighting else {}
 
 
 def current(recipe: Recipe, method: str, parameter: Parameter, args: Mapping[str, object] | None = None) -> object:
@@ -179,6 +188,5 @@ def current(recipe: Recipe, method: str, parameter: Parameter, args: Mapping[str
     own, weighting = spec.args if args is None else args, OUR_WEIGHTINGS.get(spec.weighting)
     if weighting is None or last in own:
         return own.get(last)
-    return getattr(
-        weighting.settings_class.from_args(spec.weighting, own), "prototypes_per_task" if last == "k" else last, None
-    )
+    last = "prototypes_per_task" if last == "k" else _names(recipe, method).get(last, last)
+    return getattr(weighting.settings_class.from_args(spec.weighting, own), last, None)

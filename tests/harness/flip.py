@@ -21,6 +21,7 @@ from libmtl_fair.libmtl import checkpoint
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.report import read_run
 from libmtl_fair.report.notes import notes
+from libmtl_fair.report.run_folder import RunFolder
 from libmtl_fair.sklearn import FairMTLEstimator
 from libmtl_fair.tune.storage import JournalFile
 from tests.harness.common import Trials, WrongNumberError, main
@@ -133,18 +134,25 @@ def resumed(base: Callable[[], Path]) -> Callable[[random.Random], str]:
 
 
 def reported(draw: random.Random) -> str:
-    """Read a run, one of whose files of numbers is damaged."""
+    """Read a run, one of whose files is damaged, and all that a report takes from it."""
     folder = room() / "reported"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(finished(), folder)
-    path = draw.choice(sorted(folder.glob("*/seed*/metrics.json")) + sorted(folder.glob("*/seed*/*.parquet")))
+    path = draw.choice(sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".parquet", ".csv", ".yaml")))
     shutil.copy(damaged(path, draw), path)
     run = read_run(folder)
+    taken = everything(run)
     if any("as the run wrote" in note for note in notes(run)):
         return "read, and said to be edited or damaged"
-    if [plain(item.metrics) for item in run.runs] != [plain(item.metrics) for item in read_run(finished()).runs]:
+    if taken != everything(read_run(finished())):
         raise WrongNumberError(f"{path.relative_to(folder)} was damaged, and nothing is said")
     return "read as it was"
+
+
+def everything(run: RunFolder) -> Any:
+    """Return what a run folder holds for a report."""
+    each = [[item.metrics, item.history(), item.structure(), item.conflicts()] for item in run.runs]
+    return plain([run.recipe, run.data_card, run.protocol, run.environment, each])
 
 
 def load(path: Path) -> Any:

@@ -6,7 +6,10 @@ import shutil
 import pytest
 
 from libmtl_fair.errors import CheckpointError
+from libmtl_fair.files import seal_beside
 from libmtl_fair.report import read_run
+from libmtl_fair.report.compare import merged
+from libmtl_fair.report.notes import notes
 
 
 def test_a_run_is_read_in_the_recipes_order(run_dir):
@@ -86,3 +89,17 @@ def test_other_files_in_the_folder_do_not_disturb(run_dir):
     assert read_run(run_dir).methods == ["plain", "relif", "fairmt"]
     metrics = json.loads((run_dir / "plain" / "seed0" / "metrics.json").read_text())
     assert metrics["seed"] == 0
+
+
+def test_files_that_are_not_as_the_run_wrote_them_are_named(run_dir, caplog):
+    files = [run_dir / "recipe.yaml", run_dir / "data_card.json", run_dir / "relif/seed1/history.csv"]
+    for file in files:
+        seal_beside(file)
+    assert read_run(run_dir).edited == () and not caplog.text
+    files[0].write_text(files[0].read_text().replace("demo run", "demo ran"))
+    files[2].write_text(files[2].read_text().replace("1", "2", 1))
+    run = read_run(run_dir)
+    assert run.edited == ("recipe.yaml", "relif/seed1/history.csv")
+    said = "Not as the run wrote them, edited or damaged: recipe.yaml, relif/seed1/history.csv."
+    assert said in caplog.text and notes(run)[0].startswith(said)
+    assert merged([run, read_run(run_dir)]).edited[0].endswith("/recipe.yaml")

@@ -6,6 +6,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from libmtl_fair import tune
 from libmtl_fair.errors import RecipeError
 from libmtl_fair.tune import results, space, study  # noqa: F401 - modules that must not hide the package's functions
+from libmtl_fair.tune.plan import Plan
 
 SHARED = {
     "lr": {"low": 5e-4, "high": 1e-2, "log": True, "path": "train.optimizer.lr"},
@@ -89,3 +90,27 @@ def test_ranges_that_make_no_sense_are_refused(small, entry, message):
 
 def test_the_package_offers_functions_beside_modules_of_like_names():
     assert all(callable(getattr(tune, name)) for name in tune.__all__)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"), [("constraint", "target"), ("target", "constraint"), ("constraint", "constraint")]
+)
+def test_a_constraint_under_either_of_its_names_is_searched(small, name, asked):
+    choices = ["dp <= 60%", "dp <= 30%"]
+    recipe = small(
+        f"methods.fairmt={{weighting: FairMT, {name}: 'dp <= 0.1'}}",
+        "tune.methods=[fairmt]",
+        f"tune.space={{{asked}: {choices}}}",
+    )
+    plan = Plan.make(recipe)
+    assert space.current(recipe, "fairmt", plan.space["fairmt"][0]) == "dp <= 0.1"
+    made = space.changed(recipe, "fairmt", {p.path: p.ends[1] for p in plan.space["fairmt"]})
+    assert made.methods["fairmt"].args == {asked: "dp <= 30%"}
+
+
+def test_the_built_in_search_asks_for_what_the_recipe_asks_for(small):
+    recipe = small(
+        "methods.fairmt={weighting: FairMT, constraint: 'dp <= 0.1'}", "tune.methods=[fairmt]", "tune.space={}"
+    )
+    found = {p.name: p.entry for p in Plan.make(recipe).space["fairmt"]}
+    assert found["target"]["choices"] == ["dp <= 60%", "dp <= 45%", "dp <= 30%", "dp <= 20%", "dp <= 10%"]

@@ -181,13 +181,17 @@ class FairMTSettings(Settings):
 
     @classmethod
     def search_space(cls, given: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
-        """Return setting -> what a study searches unless told; that of the form phi where ``given`` settings are its."""
+        """Return setting -> what a study searches unless told: of the form phi where ``given`` settings are its, else of what they ask."""
         try:
-            phi = bool(given) and cls.from_args("FairMT", given or {}).form == "phi"
+            made = cls.from_args("FairMT", given or {})
         except RecipeError:
-            phi = False
-        if not phi:
-            return super().search_space()
+            made = cls()
+        if made.form != "phi":
+            found, metric = super().search_space(), Target.read(made.target or DEFAULT_TARGET).metric
+            found["target"] = {
+                "choices": [str(Target.read(c)._replace(metric=metric)) for c in found["target"]["choices"]]
+            }
+            return found
         ranges = {"epsilon": (0.005, 0.1), "mu": (0.1, 1.0), "rho": (0.01, 0.5)}
         return {name: {"low": low, "high": high, "log": True} for name, (low, high) in ranges.items()}
 
