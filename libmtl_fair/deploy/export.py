@@ -22,15 +22,24 @@ from libmtl_fair.errors import FairMTLError, HostError, RecipeError, unknown
 from libmtl_fair.files import Json, atomic_path, read_json, write_json, write_text
 from libmtl_fair.methods.heads.auxiliary import drop_fairness_heads
 from libmtl_fair.recipe.schema import load_recipe
-from libmtl_fair.tasks import Regression, Task
+from libmtl_fair.tasks import MapTask, Regression, Task
 
 PREPROCESSING, CARD = "preprocessing.json", "README.md"
+OUTPUTS: Mapping[str, str] = {
+    "regression": "value in native units",
+    "binary_sequence": "probability at each step [rows, steps], NaN after the last",
+    "multiclass_sequence": "probability of each class at each step [rows, steps, classes], NaN after the last",
+    "segmentation": "probability of each class at each place [rows, classes, height, width]",
+    "depth": "value at each place in the labels' unit [rows, 1, height, width]",
+    "normals": "direction of length 1 at each place [rows, 3, height, width]",
+}
+"""Kind of task -> what its output is in an exported model (float64 of a regression); of any other a probability, of each class or label."""
 _TRACED = 3
 """Rows of the example that a graph is traced with: neither 0 nor 1, which torch takes for fixed sizes."""
 
 
 class InUse(nn.Module):
-    """Encoded rows [N, F] -> task -> what a user reads: probabilities, or a regression's values in native units (float64)."""
+    """Encoded rows [N, F], or inputs that are read from files -> task -> what a user reads (:data:`OUTPUTS`)."""
 
     def __init__(self, network: Network, rows: NewRows) -> None:
         super().__init__()
@@ -40,14 +49,16 @@ class InUse(nn.Module):
         self.eval().cpu().requires_grad_(False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return one tensor a task, in their order: [N], or [N, C] of several classes or labels."""
+        """Return one tensor a task, in their order: [N], or [N, C] of several classes or labels; of steps and maps one for each."""
         found: dict[str, Tensor] = {}
         for network, served in zip(self.networks, self.serves):
             outputs = network(x)
             found |= {task: outputs[task] for task in served}
-        return tuple(self._shown(task, found[task.name]) for task in self.tasks)
+        return tuple(self._shown(task, found[task.name], x) for task in self.tasks)
 
-    def _shown(self, task: Task, output: Tensor) -> Tensor:
+    def _shown(self, task: Task, output: Tensor, x: Tensor) -> Tensor:
+        if isinstance(task, MapTask):
+            return task.shown_at(output, x.shape[-2:])
         values = task.probabilities(output)
         if not isinstance(task, Regression):
             return values
@@ -87,8 +98,9 @@ def export(
 
     Notes
     -----
-    Input ``x``: float32 [rows, columns], encoded as ``preprocessing.json`` says column by column. Outputs are named as the tasks:
-    the probability of a binary task [rows], of classes or labels [rows, C], a regression's value in native units [rows].
+    Input ``x``: float32 [rows, columns], encoded as ``preprocessing.json`` says column by column; or [rows, ...] of the shape that is
+    read from files. Outputs are named as the tasks, and ``preprocessing.json`` says what each is: the probability of a binary task [rows],
+    of classes or labels [rows, C], a regression's value in native units [rows], of sequences and maps one at every step or place.
     """
     if format not in FORMATS:
         raise RecipeError(unknown("format", format, FORMATS))
@@ -114,8 +126,7 @@ def preprocessing(predictor: Predictor) -> Json:
     rows = predictor.rows
     tasks: dict[str, Json] = {}
     for task in rows.tasks:
-        unit = "value in native units" if task.kind == "regression" else "probability"
-        about = tasks[task.name] = {"kind": task.kind, "output": unit}
+        about = tasks[task.name] = {"kind": task.kind, "output": OUTPUTS.get(task.kind, "probability")}
         if task.kind in ("multiclass", "multilabel"):
             about["classes"] = list(class_names(task))
         if task.name in predictor.thresholds:
@@ -126,6 +137,7 @@ def preprocessing(predictor: Predictor) -> Json:
         "format": 1,
         "method": predictor.method,
         "seed": predictor.seed,
+        "input_shape": list(rows.input_shape),
         "inputs": dict(rows.encoder.kinds),
         "columns": list(columns(rows.encoder, rows.dates)),
         "tasks": tasks,
@@ -221,7 +233,10 @@ def _quiet() -> Iterator[None]:
     except (FairMTLError, OSError, KeyboardInterrupt, MemoryError):
         raise
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        cause = error
+        while isinstance(cause.__cause__, Exception):  # the exporter's own says which of its steps it was
+            cause = cause.__cause__
+        first = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         raise HostError(
             f"this model cannot be exported so: {first}; try another format, or predict with lf.load"
         ) from error

@@ -12,6 +12,12 @@ from libmtl_fair.report.card import card_markdown
 from libmtl_fair.report.run_folder import Row, RunFolder, number, read_run, rows
 
 _KINDS = {"regression": "tabular-regression"}
+_ON_IMAGES = {
+    "segmentation": "image-segmentation",
+    "depth": "depth-estimation",
+    "normals": "image-to-image",
+    "regression": "other",
+}
 _METRICS = {
     "accuracy": "accuracy",
     "auc": "roc_auc",
@@ -20,6 +26,12 @@ _METRICS = {
     "rmse": "rmse",
     "r2": "r_squared",
     "brier": "brier_score",
+    "mIoU": "mean_iou",
+    "pixAcc": "pixel_accuracy",
+    "RMSE": "rmse",
+    "abs_err": "mae",
+    "mean": "mean_angle",
+    "kappa": "linearly_weighted_kappa",
 }
 _LONGEST = 60
 """Tables of more rows stay in the run: a page about a model is read."""
@@ -28,7 +40,7 @@ _LOADED = {
 
 about = json.load(open("preprocessing.json"))
 session = onnxruntime.InferenceSession("model.onnx")
-x = np.zeros((N, len(about["columns"])), dtype=np.float32)  # see below
+x = np.zeros((N, *about["input_shape"]), dtype=np.float32)  # see below
 outputs = dict(zip(about["tasks"], session.run(list(about["tasks"]), {"x": x})))""",
     "torch-export": """import torch
 
@@ -41,10 +53,30 @@ with safe_open("model.safetensors", "pt") as file:  # weights; the metadata desc
 }
 
 
+_FROM_COLUMNS = (
+    "`x` is float32, one row a person, one column for each entry of `columns` in `preprocessing.json`, in that order: a number is "
+    "(value - `minus`) / `divided_by`, with `if_missing` in place of a missing value; the others are 1 or 0: whether the input is "
+    "missing, is the `value` (null: missing), or is among the `values`. A category that is in no column is 0 in all of them."
+)
+_FROM_FILES = (
+    "`x` is float32, an example a row, of the shape `input_shape` in `preprocessing.json`: what `libmtl_fair.load_dataset({!r}, ...)` "
+    "reads with the `root` and `args` of the run's recipe."
+)
+
+
+def _tag(kind: str, dims: int) -> str:
+    """Return Hugging Face's name of a task, by its kind and the dimensions of an input that is read from a file (0: columns)."""
+    if dims == 3:
+        return _ON_IMAGES.get(kind, "image-classification")
+    return "other" if dims else _KINDS.get(kind, "tabular-classification")
+
+
 def model_card(predictor: Predictor, format: str) -> str:
     """Return the card of an exported model as Markdown with YAML front matter."""
     run = read_run(predictor.run_dir)
-    kinds = {_KINDS.get(task.kind, "tabular-classification") for task in predictor.tasks}
+    shape = predictor.rows.read_shape
+    tags = {task.name: _tag(task.kind, len(shape)) for task in predictor.tasks}
+    kinds = set(tags.values())
     data = {
         "type": str(run.data_card.get("name") or run.name),
         "name": str(run.data_card.get("title") or run.name),
@@ -62,7 +94,7 @@ def model_card(predictor: Predictor, format: str) -> str:
                 "name": f"{run.name}: {predictor.method}",
                 "results": [
                     {
-                        "task": {"type": _KINDS.get(task.kind, "tabular-classification"), "name": task.name},
+                        "task": {"type": tags[task.name], "name": task.name},
                         "dataset": data,
                         "metrics": [entry for of, entry in _measured(predictor, run) if of == task.name],
                     }
@@ -74,12 +106,11 @@ def model_card(predictor: Predictor, format: str) -> str:
     cut = ", ".join(f"{task} above {bar}" for task, bar in predictor.thresholds.items())
     text = (
         f"# {run.name}: {predictor.method}\n\nMethod `{predictor.method}`, seed {predictor.seed}, of a run of libmtl_fair. It predicts "
-        f"{', '.join(f'{task.name} ({task.kind})' for task in predictor.tasks)} from {', '.join(predictor.inputs)}.\n\n"
-        f"## How to use it\n\n```python\n{_LOADED[format]}\n```\n\n"
-        "`x` is float32, one row a person, one column for each entry of `columns` in `preprocessing.json`, in that order: a number is "
-        "(value - `minus`) / `divided_by`, with `if_missing` in place of a missing value; the others are 1 or 0: whether the input is "
-        "missing, is the `value` (null: missing), or is among the `values`. A category that is in no column is 0 in all of them. Outputs "
-        "are named as the tasks: the probability of a binary task, of each class or label, a regression's value in native units. "
+        f"{', '.join(f'{task.name} ({task.kind})' for task in predictor.tasks)} from "
+        f"{f'inputs that are read from files, {list(shape)}' if shape else ', '.join(predictor.inputs)}.\n\n"
+        f"## How to use it\n\n```python\n{_LOADED[format]}\n```\n\n{_FROM_FILES.format(data['type']) if shape else _FROM_COLUMNS} "
+        "Outputs are named as the tasks; `output` of each in `preprocessing.json` says what it is: the probability of a binary task, of "
+        f"each class or label, a regression's value in native units{', one at every step or place' * bool(shape)}. "
         f"Decisions: {cut or 'the likeliest class'}.\n\n"
     )
     card = card_markdown(run, _LONGEST).replace("# Fairness card", "## Fairness card", 1)

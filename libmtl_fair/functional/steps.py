@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -23,7 +22,7 @@ def valid_steps(x: Tensor) -> Tensor:
     """
     there = (x != 0).any(-1)
     there[..., 0] = True
-    return there.flip(-1).to(torch.int8).cummax(-1).values.flip(-1).bool()
+    return there.flip(-1).cumsum(-1).flip(-1) > 0
 
 
 def last_step(x: Tensor, valid: Tensor) -> Tensor:

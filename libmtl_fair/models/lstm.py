@@ -118,7 +118,7 @@ class EveryStep(nn.Module):
                 "(encoder lstm with every_step: true)"
             )
         logits: Tensor = self.linear(h)
-        return at_steps(logits.squeeze(-1), F.valid_steps(h))
+        return at_steps(logits.squeeze(-1) if logits.shape[-1] == 1 else logits, F.valid_steps(h))
 
 
 class LastStep(nn.Module):

@@ -7,7 +7,7 @@ stream. Outputs are [B, channels, h, w], and are resized where labels have anoth
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -84,10 +84,11 @@ class MapTask(Task):
                 f"task {self.name!r} ({self.kind}): outputs of shape {list(output.shape)} for labels of shape {list(labels.shape)}; "
                 f"expected [B, {self.out_features}, h, w] for labels with height and width"
             )
-        size = labels.shape[-2:]
-        return (
-            output if output.shape[-2:] == size else nnf.interpolate(output, size, mode="bilinear", align_corners=True)
-        )
+        return resized(output, labels.shape[-2:])
+
+    def shown_at(self, output: Tensor, size: Sequence[int]) -> Tensor:
+        """Return what a user reads of an output at a height and width, [B, channels, H, W]: of classes their probabilities."""
+        return resized(output, size)
 
     def probabilities(self, output: Tensor) -> Tensor:
         """Return the predicted map as it is."""
@@ -104,6 +105,13 @@ class MapTask(Task):
     def sums_of(self, output: Tensor, labels: Tensor) -> Tensor:
         """Return :meth:`statistics` of an output of the labels' height and width."""
         raise NotImplementedError
+
+
+def resized(output: Tensor, size: Sequence[int]) -> Tensor:
+    """Return a map [B, C, h, w] at a height and width, bilinearly."""
+    if tuple(output.shape[-2:]) == tuple(size):
+        return output
+    return nnf.interpolate(output, tuple(size), mode="bilinear", align_corners=True)
 
 
 def pixel_mean(values: Tensor, seen: Tensor | None) -> Tensor:
@@ -166,6 +174,10 @@ class Segmentation(MapTask):
         """Return which values are neither a class nor missing, bool like ``labels``."""
         whole = labels == labels.floor() if labels.is_floating_point() else torch.ones_like(labels, dtype=torch.bool)
         return (labels >= self.n_classes) | (~whole & ~labels.isnan())
+
+    def shown_at(self, output: Tensor, size: Sequence[int]) -> Tensor:
+        """Return the probability of each class, [B, C, H, W]."""
+        return torch.softmax(resized(output, size), 1)
 
     def valid(self, labels: Tensor) -> Tensor:
         """Return which pixels have a class, bool [B, H, W]."""
@@ -323,6 +335,10 @@ class Normals(_ByFeatures):
     def wrong(self, labels: Tensor) -> Tensor:
         """Return which values are no part of a direction, bool like ``labels``; resizing may have made one shorter, and never longer."""
         return labels.abs() > _LONGEST
+
+    def shown_at(self, output: Tensor, size: Sequence[int]) -> Tensor:
+        """Return directions of length 1, [B, 3, H, W]."""
+        return nnf.normalize(resized(output, size), dim=1)
 
     def valid(self, labels: Tensor) -> Tensor:
         """Return which pixels have a direction, bool [B, H, W]."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,9 +14,15 @@ import torch
 from ruamel.yaml import YAML
 
 import libmtl_fair as lf
+from libmtl_fair import functional as F
+from libmtl_fair.data.sources import write_example
 from libmtl_fair.deploy import export
 from libmtl_fair.errors import HostError, RecipeError
 from libmtl_fair.methods.heads.auxiliary import drop_fairness_heads
+from libmtl_fair.predictions import Predictions
+from libmtl_fair.recipe.build import make_dataset
+from libmtl_fair.recipe.run import run_recipe
+from libmtl_fair.recipe.schema import load_recipe
 
 TASKS = ("rich", "colour", "pay", "hobbies")
 
@@ -97,6 +104,62 @@ def test_safetensors_hold_the_model_in_use(run, tmp_path):
     assert held.keys() == ours.keys() and all(torch.equal(value, held[name]) for name, value in ours.items())
     assert about["model"]["hidden"] == [8, 8] and about["preprocessing"] == json.loads(beside.read_text())
     assert about["structure"]["tree"]
+
+
+LIGHT = [
+    "seeds=[0]",
+    "train.epochs=1",
+    "output.report=false",
+    "metrics.n_bootstrap=0",
+    "methods={plain: {weighting: EW}}",
+]
+SOURCES = Path(__file__).resolve().parents[2] / "recipes" / "sources"
+
+
+def test_maps_come_out_as_large_as_the_image_and_as_people_read_them(tmp_path):
+    """Metrics of the exported model's outputs are those that the run measured."""
+    small = ["data.args={n: 20, size: [18, 26]}", "model.encoder_args.channels=[4, 4]", "train.batch_size=6"]
+    recipe = load_recipe(SOURCES / "scenes.yaml", [*LIGHT, *small])
+    run = run_recipe(recipe, tmp_path / "run", device="cpu")
+    model, beside, card = export(run, "torch-export", tmp_path / "out", method="plain")
+    about, data = json.loads(beside.read_text()), make_dataset(recipe, 0)
+    (x, labels), *_ = data.test.loader(64, device="cpu")
+    found = torch.export.load(model).module()(x)
+    measured = json.loads((run / "plain" / "seed0" / "metrics.json").read_text())["utility"]["test"]
+    assert about["input_shape"] == [3, 18, 26] and about["columns"] == []
+    assert about["tasks"]["segmentation"]["output"].startswith("probability of each class at each place")
+    torch.testing.assert_close(found["segmentation"].sum(1), torch.ones(len(x), 18, 26))
+    torch.testing.assert_close(found["normal"].norm(dim=1), torch.ones(len(x), 18, 26))
+    seen = labels["segmentation"] >= 0
+    right = (found["segmentation"].argmax(1) == labels["segmentation"])[seen].float().mean()
+    assert right == pytest.approx(measured["segmentation"]["pixAcc"], abs=1e-6)
+    error = (found["depth"] - labels["depth"])[labels["depth"] != 0].square().mean().sqrt()
+    assert error == pytest.approx(measured["depth"]["RMSE"], rel=1e-5)
+    text = card.read_text()
+    assert (
+        "pipeline_tag: depth-estimation" in text and "type: mean_iou" in text and "read from files, [3, 18, 26]" in text
+    )
+
+
+def test_onnx_of_sequences(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    root = write_example("mimic3", tmp_path / "data", 30)
+    tasks = "data.tasks=[in_hospital_mortality, decompensation, length_of_stay]"
+    small = [f"data.root={root}", tasks, "data.args={hours: 10, los: classes}", "model.encoder_args={hidden: 4}"]
+    recipe = load_recipe(SOURCES / "mimic3.yaml", [*LIGHT, *small])
+    run = run_recipe(recipe, tmp_path / "run", device="cpu")
+    model, beside, _ = export(run, "onnx", tmp_path / "out", method="plain")
+    about, data = json.loads(beside.read_text()), make_dataset(recipe, 0)
+    x, _ = next(iter(data.test.loader(64, device="cpu")))
+    session = onnxruntime.InferenceSession(str(model))
+    found = dict(zip(about["tasks"], map(torch.from_numpy, session.run(list(about["tasks"]), {"x": x.numpy()}))))
+    held = Predictions.load(run / "plain" / "seed0" / "predictions_test.parquet")
+    died, worse, left = held.tasks
+    torch.testing.assert_close(found[died.name], died.probabilities(held.outputs[died.name]), atol=1e-5, rtol=0)
+    assert torch.equal(found[worse.name].isnan(), ~F.valid_steps(x))
+    torch.testing.assert_close(found[worse.name].nanmean(1), held.scores[worse.name], atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[left.name].amax(-1).nanmean(1), held.scores[left.name], atol=1e-5, rtol=0)
+    assert "NaN after the last" in about["tasks"][left.name]["output"]
 
 
 def test_what_is_no_function_of_the_inputs_is_refused(run, tmp_path):
