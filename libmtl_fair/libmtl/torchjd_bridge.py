@@ -199,6 +199,9 @@ def _projector() -> object:
             found = np.stack([u + nnls(root, -root @ u)[0] for u in rows]).reshape(U.shape)
             return torch.as_tensor(found, device=G.device, dtype=G.dtype)
 
+        def __reduce__(self) -> tuple[Any, ...]:
+            return _projector, ()
+
     return Projector()
 
 

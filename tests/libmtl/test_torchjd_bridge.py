@@ -278,9 +278,10 @@ def test_recipe_names_the_line(tmp_path: Path) -> None:
     check(load_recipe(path))
 
 
-def test_models_are_pickled(kit: Any) -> None:
+@pytest.mark.parametrize("name", ["GradVac", "UPGrad"])
+def test_models_are_pickled(kit: Any, name: str) -> None:
     random.seed(0)
-    trainer = kit.trainer("torchjd:GradVac")
+    trainer = kit.trainer(f"torchjd:{name}")
     trainer.train(kit.loader(), epochs=1)
     again = pickle.loads(pickle.dumps(trainer.model))
     kit.assert_same(trainer.model.state_dict(), again.state_dict())
