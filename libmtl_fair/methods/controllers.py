@@ -383,6 +383,10 @@ class Pace(NamedTuple):
         gain = min(15 / max(total, 1), fastest)
         return cls(step < max(1, plain), gain, 2 * step >= total, max(epoch_steps, total // 6))
 
+    def each(self, steps: int, fastest: float) -> Pace:
+        """Return the pace of one move that stands for so many steps."""
+        return self._replace(gain=min(steps * self.gain, fastest), patience=max(1, self.patience // steps))
+
 
 def _require(holds: bool, what: str, expected: str, found: float) -> None:
     if not holds:

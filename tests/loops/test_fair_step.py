@@ -95,11 +95,17 @@ def test_groups_that_nobody_counted_find_room() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "args"), [("FairMT", {"min_count": 1}), ("GradNorm", {}), ("ReLiF", {"pairs": "random"})]
+    ("method", "args", "batch"),
+    [
+        ("FairMT", {"min_count": 1}, 16),
+        ("FairMT", {"min_count": 1}, 1),  # 48 steps an epoch, and multipliers that move in every third
+        ("GradNorm", {}, 16),
+        ("ReLiF", {"pairs": "random"}, 16),
+    ],
 )
-def test_a_state_continues_exactly(method: str, args: dict[str, Any], tmp_path: Any) -> None:
+def test_a_state_continues_exactly(method: str, args: dict[str, Any], batch: int, tmp_path: Any) -> None:
     entries, net = made(TASKS)
-    loader = make_loader()
+    loader = make_loader(batch_size=batch)
     options = {"n_groups": loader.n_groups, "epochs": EPOCHS, "epoch_steps": len(loader)}
     fair = lf.FairStep(method, entries, net.heads, **options, **args)
     optimizer = torch.optim.SGD([*net.parameters(), *fair.parameters()], lr=0.1)
@@ -120,7 +126,10 @@ def test_a_state_continues_exactly(method: str, args: dict[str, Any], tmp_path: 
     random_state = torch.get_rng_state()
     train(fair, net, optimizer, loader, 1)
     other = lf.FairStep(method, entries, (again := made(TASKS)[1]).heads, **options, **args)
-    optimizer, loader = torch.optim.SGD([*again.parameters(), *other.parameters()], lr=0.1), make_loader()
+    optimizer, loader = (
+        torch.optim.SGD([*again.parameters(), *other.parameters()], lr=0.1),
+        make_loader(batch_size=batch),
+    )
     for part, state in zip((again, optimizer, loader), held):
         part.load_state_dict(state)
     other.load_state_dict(torch.load(tmp_path / "fair.pt", weights_only=True))

@@ -235,11 +235,14 @@ class Multiplier:
 class Reference:
     """The method in loops: lists of decisions, gradients by autograd through the whole model, plain gradient descent."""
 
-    def __init__(self, trainer: Any, epochs: int) -> None:
+    def __init__(self, trainer: Any, epochs: int, batch: int = BATCH) -> None:
         self.s = trainer.model.settings
         self.tasks = [trainer.tasks[name] for name in trainer.task_name]
         self.encoder, self.heads = copy.deepcopy(trainer.model.encoder), copy.deepcopy(trainer.model.decoders)
-        self.length, self.ema = N // BATCH, 0.8 if self.s.ema is None else self.s.ema
+        self.length, self.ema = N // batch, 0.8 if self.s.ema is None else self.s.ema
+        self.every, self.moving = max(1, min(4, self.length // 16)), True
+        self.held: dict[Any, Any] = {}
+        self.used: dict[Any, float] = {}
         self.total, self.step_number = epochs * self.length, 0
         self.warm = min(max(self.length, math.ceil(self.total / 10)), self.total // 3)
         self.window: deque[list[tuple[Any, ...]]] = deque(maxlen=self.length)
@@ -267,7 +270,13 @@ class Reference:
     def hard(
         self, name: str, attribute: str, n_groups: int, metric: str, kind: str
     ) -> tuple[float, float, bool, float, dict[Any, bool]]:
-        """Gap of decisions in the window, its error, whether it is there, the base rate, and which groups have enough people."""
+        """Gap of decisions in the window, its error, whether it is there, the base rate, and which groups have enough people.
+
+        Of the last step in which the multipliers moved.
+        """
+        if not self.moving:
+            found: tuple[float, float, bool, float, dict[Any, bool]] = self.held[name, attribute, metric, kind]
+            return found
         people = [(g, y, d[kind]) for step in self.window for (n, a, g, y, d) in step if (n, a) == (name, attribute)]
         known = [(g, y, d) for g, y, d in people if g >= 0]
         parts = {"eo": [1, 0], "eop": [1], "dp": [None]}[metric]
@@ -282,7 +291,8 @@ class Reference:
         here = [(gap, noise) for gap, noise, there in gaps if there]
         largest = max(here, key=lambda pair: pair[0], default=(0.0, 0.0))
         base = sum(y for _, y, _ in known) / max(len(known), 1)
-        return *largest, bool(here), base, enough
+        self.held[name, attribute, metric, kind] = found = (*largest, bool(here), base, enough)
+        return found
 
     def rate(self, key: Any, cost: Tensor, chosen: Tensor) -> tuple[Tensor, float]:
         """Running mean with the batch's true gradient, and its decayed count."""
@@ -310,8 +320,10 @@ class Reference:
         self.excess[key] = excess
         if self.step_number < self.warm:
             return 0.0, farther, gap
-        multiplier = self.multipliers.setdefault(key, Multiplier(max(self.length, self.total // 6)))
-        used = multiplier.move(excess.get(farther), min(15 / self.total, 0.3))
+        multiplier = self.multipliers.setdefault(key, Multiplier(max(self.length, self.total // 6) // self.every))
+        if self.moving:
+            self.used[key] = multiplier.move(excess.get(farther), min(self.every * 15 / self.total, 0.3))
+        used = self.used[key]
         p = min(max(base, 1e-12), 1 - 1e-12)
         return used * -(p * math.log(p) + (1 - p) * math.log(1 - p)), farther, gap
 
@@ -322,6 +334,7 @@ class Reference:
         if self.s.intersectional:
             ids, total = F.cross_groups(list(groups.values()), [sizes[n] for n in groups])
             groups, sizes = {"*".join(groups): ids}, {"*".join(groups): total}
+        self.moving = self.step_number <= self.warm or (self.step_number + 1) % self.every == 0
         h = self.encoder(x)
         outs = {t.name: self.heads[t.name](h) for t in self.tasks}
         columns = self.columns(outs, labels)
@@ -441,13 +454,24 @@ CASES: list[tuple[tuple[lf.Task, ...], dict[str, Any]]] = [
 def test_trainings_equal_loops_and_autograd(
     tasks: tuple[lf.Task, ...], changes: dict[str, Any], rep_grad: bool
 ) -> None:
-    epochs = 4
-    trainer = make_trainer(tasks, rep_grad, **changes)
-    reference, batches = Reference(trainer, epochs), loader(tasks)
+    equal_loops(make_trainer(tasks, rep_grad, **changes), tasks)
+
+
+@pytest.mark.parametrize("changes", [{"target": "eo <= 0.05"}, {"targets": {"a": {"sex": "eo <= 20%"}}}])
+def test_in_long_epochs_multipliers_move_in_every_other_step_and_twice_as_far(changes: dict[str, Any]) -> None:
+    trainer = make_trainer(BINARY, ema=0.9, **changes)
+    equal_loops(trainer, BINARY, batch=6, epochs=2)  # 40 steps an epoch, 26 plain ones
+    eta = trainer.history["eta/a/sex"].to_numpy()[27:]  # from the 28th step on
+    assert (eta[1::2] == eta[:-1:2]).all()
+    assert (eta[2::2] != eta[1:-1:2]).any()
+
+
+def equal_loops(trainer: Any, tasks: tuple[lf.Task, ...], batch: int = BATCH, epochs: int = 4) -> None:
+    reference, batches = Reference(trainer, epochs, batch), loader(tasks, batch)
     expected = [reference.step(x, labels, dict(batches.n_groups)) for _ in range(epochs) for x, labels in batches]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # what could not be met
-        trainer.train(loader(tasks), epochs=epochs)
+        trainer.train(loader(tasks, batch), epochs=epochs)
     history = trainer.history
     one = len(trainer.model._duals.attributes) == 1
     for row, found in enumerate(expected):

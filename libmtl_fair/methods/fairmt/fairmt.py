@@ -25,7 +25,7 @@ from libmtl_fair.methods.base import Penalty, Settings, Written
 from libmtl_fair.methods.controllers import Pace, ShareController
 from libmtl_fair.methods.fairmt.constraint import BinaryColumns, Constraint, MixedColumns, OutputColumns, evaluate
 from libmtl_fair.methods.fairmt.duals import Duals, Found
-from libmtl_fair.methods.fairmt.pursuit import FASTEST, SLOTS, Window, decay_of, pursue
+from libmtl_fair.methods.fairmt.pursuit import FASTEST, SLOTS, Window, between_moves, decay_of, pursue
 from libmtl_fair.methods.fairmt.settings import DEFAULT_TARGET, UNDECIDED, FairMTSettings
 from libmtl_fair.methods.fairmt.task_weights import Gradients, TaskWeights, uniform
 from libmtl_fair.methods.near_pairs import PRICE, REFERENCE, near_term
@@ -83,6 +83,8 @@ class FairMT(Penalty):
     ring: Tensor | None = None
     recent: Tensor | None = None
     multipliers: Tensor | None = None
+    strength: Tensor | None = None
+    enough: Tensor | None = None
     lipschitz_state: Tensor | None = None
     cut: Tensor | None = None
     farther: Tensor | None = None
@@ -229,29 +231,35 @@ class FairMT(Penalty):
             )
         ring, recent = Window.rolled(self.ring, self.recent, now[..., half:], self.past_steps - 1, length)
         self.__dict__.update(ring=ring, recent=recent)
-        found = duals.update(self.multipliers, recent, pace)
+        found, every = None, between_moves(length)
+        if pace.warm or self.strength is None or self.enough is None or self.past_steps % every == 0:
+            found = duals.update(self.multipliers, recent, pace.each(every, FASTEST))
+            strength = None if found.strength is None else torch.as_tensor(found.strength)
+            self.__dict__.update(strength=strength, enough=torch.as_tensor(found.enough))
+        assert self.enough is not None
         if self.cut is not None:
             self._move_cuts(blocks, found)
         running, new = on_host(self.running), on_host(now)[..., : 2 * half]
         running *= self.decay
         running += new
         rates, counts = rule.rates(running[..., :half], running[..., half:])
-        psi, there, slope = rule.lifted(rates, counts * found.enough, 0.0)
-        self._record(duals, found, psi, there)
-        strength = self._individual(lipschitz, pace, length)
-        if found.strength is None:
-            return [torch.zeros_like(z) for z in self._targets_of(batch)], strength
+        psi, there, slope = rule.lifted(rates, counts * on_host(self.enough), 0.0)
+        if found is not None:
+            self._record(duals, found, psi, there)
+        individual = self._individual(lipschitz, pace, length)
+        if self.strength is None:
+            return [torch.zeros_like(z) for z in self._targets_of(batch)], individual
         divisor = counts
         if self.settings.ema_gradient == "true":
             divisor = counts * ((1 - self.decay) / (1 - self.decay**self.past_steps))
         elif self.settings.ema_gradient == "batch":
             divisor = rule.rates(new[..., :half], new[..., half:])[1]
-        to_sums = torch.as_tensor(duals.to_sums(slope, found.strength, divisor)).to(now.dtype)
+        to_sums = torch.as_tensor(duals.to_sums(slope, on_host(self.strength), divisor)).to(now.dtype)
         grads = rule.pull_back(blocks, members, to_sums)
         if batch.matrices is not None:
-            return grads, strength
+            return grads, individual
         own = iter(grads)
-        return [next(own) if n in self._limited else torch.zeros_like(batch.outputs[n]) for n in self._main], strength
+        return [next(own) if n in self._limited else torch.zeros_like(batch.outputs[n]) for n in self._main], individual
 
     def _cuts(
         self, duals: Duals, logits: Tensor, at: list[int] | None = None
@@ -265,7 +273,7 @@ class FairMT(Penalty):
         cut, farther = (x if at is None else x[at] for x in (self.cut, self.farther))
         return cut * farther, [0.0 if name == "half" else cut for name in duals.cuts]
 
-    def _move_cuts(self, blocks: Sequence[BinaryColumns | MixedColumns], found: Found) -> None:
+    def _move_cuts(self, blocks: Sequence[BinaryColumns | MixedColumns], found: Found | None) -> None:
         """Move the running thresholds [K] towards those that choose as many as are positive, and note which are farther from the target.
 
         A step is that of Newton for logistic logits of the batch's spread, at most one spread, and three tenths of it where batches
@@ -282,7 +290,8 @@ class FairMT(Penalty):
         step = spread**0.5 * (more / (1.8 * base * (1 - base))).clip(-1, 1)
         cut, farther = on_host(self.cut), on_host(self.farther)
         cut += max(3 * (1 - self.decay), 1 / self.past_steps) * step
-        farther[...] = 1.0 if len(self._duals.cuts) == 1 else found.farther
+        if found is not None:
+            farther[...] = 1.0 if len(self._duals.cuts) == 1 else found.farther
 
     def _targets_of(self, batch: FairBatch) -> list[Tensor]:
         return [batch.matrices.logits] if batch.matrices else [batch.outputs[name] for name in self._main]

@@ -35,6 +35,19 @@ def decay_of(rows: int, epoch_steps: int | None) -> float:
     return 1 - 1 / max(5.0, min(10.0, epoch), min(2560 / max(rows, 1), epoch / 4))
 
 
+def between_moves(epoch_steps: int) -> int:
+    """Return the steps from one move of the multipliers to the next: at most 4, and at least 16 moves an epoch if it has the steps.
+
+    What they follow are decisions of a whole epoch, of which a step changes little.
+
+    Examples
+    --------
+    >>> [between_moves(steps) for steps in (7, 32, 1000)]
+    [1, 2, 4]
+    """
+    return max(1, min(4, epoch_steps // 16))
+
+
 class Window:
     """Sums over the last ``length`` steps: a ring of at most 256 slots, of one step each where there are no more."""
 
