@@ -240,6 +240,7 @@ def imtl_backward(self: Model, losses: Tensor, **_: object) -> Record:
     """IMTL (Liu et al. 2021); linearly dependent gradients get the least-squares solution instead of an error."""
 
     def solve(grads: Tensor) -> Tensor:
+        grads = grads.to(torch.promote_types(grads.dtype, torch.float32))  # half precision has no pseudo-inverse
         unit = nnf.normalize(grads, dim=-1, eps=_TINY)
         differences, units = grads[:1] - grads[1:], unit[:1] - unit[1:]
         product = differences @ units.T

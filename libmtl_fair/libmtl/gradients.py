@@ -150,7 +150,7 @@ def reset_grad(self: Model, new_grads: Tensor) -> None:
     processes = _processes(self)
     new_grads = new_grads.clone() if processes is None else new_grads / processes.size
     for parameter, part in zip(parameters, torch.split(new_grads, [p.numel() for p in parameters])):
-        parameter.grad = part.view_as(parameter)
+        parameter.grad = part.view_as(parameter).to(parameter.dtype)
 
 
 @mends("AbsWeighting._compute_grad", "went through the CPU; erased gradients of other modules")
@@ -180,7 +180,8 @@ def compute_grad(self: Model, losses: Tensor, mode: str, rep_grad: bool = False)
     several = any(
         base.__name__ in ("MoDo", "SDMGrad") for base in type(self).__mro__
     )  # batches on one graph (git main)
-    return whole(self, _task_rows(self, losses, shared, keep=mode == "autograd" or several))
+    rows = _task_rows(self, losses, shared, keep=mode == "autograd" or several)
+    return whole(self, rows.to(torch.promote_types(rows.dtype, torch.float32)))  # weightings solve in float32 at least
 
 
 _CHUNK = 8

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -24,25 +24,32 @@ from libmtl_fair.errors import HostError
 Lineage = Literal["package", "git main"]
 
 
+_OPTIONAL = ("cvxpy", "qpsolvers", "torch_geometric")
+
+
 class _Absent(ModuleType):
-    """Stands for a package that is not installed: harmless until one of its functions is called."""
+    """Stands for a package that cannot be had, and why: harmless until one of its functions is called."""
+
+    def __init__(self, name: str, why: str = "") -> None:
+        super().__init__(name)
+        self.__dict__["__why__"] = why or f"which is not installed: pip install {name}"
 
     def __getattr__(self, name: str) -> Callable[..., NoReturn]:
         if name.startswith("__"):
             raise AttributeError(name)
-        package = self.__name__
+        said = f"this LibMTL method needs {self.__name__}, {self.__dict__['__why__']}"
 
         def missing(*_: object, **__: object) -> NoReturn:
-            raise HostError(f"this LibMTL method needs {package}, which is not installed: pip install {package}")
+            raise HostError(said)
 
         return missing
 
 
-def _stand_ins() -> dict[str, ModuleType]:
-    """Return name -> module for what LibMTL imports and is not there; each has a spec, which importers may ask for."""
+def _stand_ins(broken: Mapping[str, str]) -> dict[str, ModuleType]:
+    """Return name -> module for what LibMTL imports and cannot be had; each has a spec, which importers may ask for."""
     utils = ModuleType("torchvision.models.utils")
     vars(utils)["load_state_dict_from_url"] = torch.hub.load_state_dict_from_url
-    absent = [_Absent(name) for name in ("cvxpy", "qpsolvers", "torch_geometric") if not _installed(name)]
+    absent = [_Absent(name, broken.get(name, "")) for name in _OPTIONAL if name in broken or not _installed(name)]
     found = {module.__name__: module for module in (utils, *absent) if module.__name__ not in sys.modules}
     for name, module in found.items():
         module.__spec__ = ModuleSpec(name, None)
@@ -51,6 +58,18 @@ def _stand_ins() -> dict[str, ModuleType]:
 
 def _installed(name: str) -> bool:
     return name in sys.modules or importlib.util.find_spec(name) is not None
+
+
+def _broken() -> dict[str, str]:
+    """Return what of LibMTL's requirements is installed and does not import -> why; nothing of it stays loaded."""
+    found = {}
+    for name in filter(_installed, _OPTIONAL):
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # noqa: BLE001 - whatever a package's own import raises
+            found[name] = f"which does not import here ({type(error).__name__}: {error})"
+            _forget(name)
+    return found
 
 
 @contextmanager
@@ -69,24 +88,34 @@ def load_libmtl() -> ModuleType:
     loaded = sys.modules.get("LibMTL")
     if loaded is not None and hasattr(loaded, "Trainer"):
         return loaded
-    _forget_libmtl()
+    broken: dict[str, str] = {}
+    for again in (False, True):
+        try:
+            return _imported(broken)
+        except Exception as error:  # noqa: BLE001 - of LibMTL, or of what it imports for a few of its methods
+            failed, broken = error, {} if again else _broken()
+        if not broken:
+            break
+    said = f"LibMTL was found but does not import ({type(failed).__name__}: {failed}); reinstall it: pip install libmtl"
+    if isinstance(failed, ModuleNotFoundError):
+        said = f"LibMTL needs the module {failed.name!r}, which is not installed: pip install {failed.name}"
+        if failed.name == "LibMTL":
+            said = "LibMTL is not installed: pip install libmtl (or put a clone of its git main on sys.path)"
+    raise HostError(said) from failed
+
+
+def _imported(broken: Mapping[str, str]) -> ModuleType:
+    _forget("LibMTL")
     try:
-        with _present(_stand_ins()):
+        with _present(_stand_ins(broken)):
             return importlib.import_module("LibMTL")
-    except (ImportError, AttributeError, RuntimeError, SyntaxError) as error:
-        _forget_libmtl()
-        said = (
-            f"LibMTL was found but does not import ({type(error).__name__}: {error}); reinstall it: pip install libmtl"
-        )
-        if isinstance(error, ModuleNotFoundError):
-            said = f"LibMTL needs the module {error.name!r}, which is not installed: pip install {error.name}"
-            if error.name == "LibMTL":
-                said = "LibMTL is not installed: pip install libmtl (or put a clone of its git main on sys.path)"
-        raise HostError(said) from error
+    except Exception:
+        _forget("LibMTL")
+        raise
 
 
-def _forget_libmtl() -> None:
-    for name in [n for n in sys.modules if n.partition(".")[0] == "LibMTL"]:
+def _forget(package: str) -> None:
+    for name in [n for n in sys.modules if n.partition(".")[0] == package]:
         del sys.modules[name]
 
 

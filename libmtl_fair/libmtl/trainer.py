@@ -202,8 +202,13 @@ class FairTrainer(TrainingState):
         return made
 
     def stop(self) -> None:
-        """End training after the present epoch; for callbacks."""
+        """End training after the present epoch; for callbacks. In several processes it is enough that one says so."""
         self._stopped = True
+
+    def _stop_is_wanted(self) -> bool:
+        if self.processes is not None:
+            self._stopped = any(wanted for (wanted,) in self.processes.counts([self._stopped]))
+        return self._stopped
 
     def prepare_optimizer(self) -> None:
         """Make optimiser and scheduler for the model as it is now."""
@@ -264,7 +269,7 @@ class FairTrainer(TrainingState):
         stepping.tell(self, "start")
         for epoch in self._epochs(epochs):
             best = self.best["epoch"]
-            if self._stopped:
+            if self._stop_is_wanted():
                 break
             if self.patience is not None and best is not None and self.epoch > best + self.patience:
                 break

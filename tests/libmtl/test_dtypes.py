@@ -19,6 +19,8 @@ METHODS = {
     "GroupRegulariser": {},
     "LambdaMix": {"lam": 0.7},
     "MGDA": {},
+    "IMTL": {},
+    "PCGrad": {},
 }
 CLOSE = {torch.float64: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.08}
 

@@ -164,6 +164,20 @@ def test_a_libmtl_that_does_not_import(load: Any, tmp_path: Path, fault: str) ->
     assert libmtl == []
 
 
+@pytest.mark.parametrize("fault", ["import a_module_of_nobody", "raise OSError('undefined symbol')"])
+def test_a_requirement_that_does_not_import_is_stood_in_for(load: Any, tmp_path: Path, fault: str) -> None:
+    """As a torch_geometric of another torch, or a cvxpy without one of its solvers: LibMTL's git main imports both at start."""
+    package(tmp_path, "torch_geometric", f"from . import inner\n{fault}", inner="")
+    init = "import torch_geometric\ntry:\n    torch_geometric.loader()\nexcept ValueError as error:\n    raise ImportError(error)"
+    package(tmp_path, "LibMTL", init)
+    said, same, present, libmtl = load(tmp_path)
+    assert "this LibMTL method needs torch_geometric, which does not import here (" in said
+    assert "a_module_of_nobody" in said or "OSError: undefined symbol" in said
+    assert same
+    assert not {"torch_geometric", "torch_geometric.inner"} & set(present)
+    assert libmtl == []
+
+
 def test_loaded_twice_is_loaded_once() -> None:
     assert loading.load_libmtl() is loading.libmtl
 

@@ -180,7 +180,12 @@ def blocks(folder: str, stop: str) -> None:
     for method, args in (("EW", {}), ("ReLiF", {"share": 0.5}), ("FairMT", {"min_count": 1})):
         rows: list[list[int]] = []
         loader = block_loader(rows)
-        options = {"run_dir": Path(folder) / method, "resume": True, "callbacks": [Stopping(int(stop))]}
+        first = os.environ.get("RANK", "0") == "0"  # it is enough that one process ends a training
+        options = {
+            "run_dir": Path(folder) / method,
+            "resume": True,
+            "callbacks": [Stopping(int(stop))] if first else [],
+        }
         trainer = trainer_of(method, TASKS, args, seed=0, **options)
         trainer.train(loader, None, EPOCHS, block_loader([], shuffle=False))
         together = current()
