@@ -18,7 +18,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -84,7 +84,8 @@ def atomic_path(path: str | Path, keep: Path | None = None) -> Iterator[Path]:
         raise unwritable(path, error) from error
     finally:
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # where nothing can be written, nothing can be removed
+                temporary.unlink(missing_ok=True)
 
 
 def unwritable(path: Path, error: OSError) -> CheckpointError:

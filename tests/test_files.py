@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import stat
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 from libmtl_fair.errors import CheckpointError
 from libmtl_fair.files import atomic_path, need_writable, read_json, remove_leftovers, write_json, write_text
+from libmtl_fair.libmtl import checkpoint
 
 
 def test_written_whole(tmp_path: Path) -> None:
@@ -112,3 +114,23 @@ def test_json_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(CheckpointError, match=r"binary\.json is damaged"):
         read_json(tmp_path / "binary.json")
+
+
+def test_a_name_that_can_neither_be_written_nor_removed(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot write .*File name too long"):
+        write_text(tmp_path / ("a" * 250), "text")
+
+
+def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+    try:
+        with pytest.raises(
+            CheckpointError, match=r"cannot write .*a\.pt: (its end was not taken: a full disk|File too large)"
+        ):
+            checkpoint.save(tmp_path / "a.pt", {"model": {"w": torch.zeros(4096)}})
+        with pytest.raises(CheckpointError, match=r"cannot write .*a\.txt: File too large"):
+            write_text(tmp_path / "a.txt", "x" * 9000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []

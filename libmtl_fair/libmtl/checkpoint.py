@@ -164,7 +164,9 @@ def save(path: Path, content: Mapping[str, Plain], keep: Path | None = None) -> 
         try:
             torch.save({"format": FORMAT, **content}, temporary)
         except RuntimeError as error:
-            raise OSError(str(error).splitlines()[0]) from error
+            said = str(error).splitlines()[0]
+            cut = "its end was not taken: a full disk, or a limit on the size of files"
+            raise OSError(cut if "unexpected pos" in said else said) from error
 
 
 def load(path: Path, device: torch.device, *, state_dict_too: bool = False) -> dict[str, Plain]:
