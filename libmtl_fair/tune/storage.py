@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -24,6 +24,10 @@ from libmtl_fair.errors import CheckpointError, RecipeError, unknown
 from libmtl_fair.files import Json
 
 _CHAIN = b',"sum":"'
+SEAL = "seal"
+"""User attribute of a finished trial: the SHA-256 of what it found."""
+EVIDENCE = ("validation", "upper", "counts", "utility", "degenerate")
+"""User attributes that the seal covers, besides parameters and values."""
 _HINT = "; trials that were finished are kept. Repeat the same command to go on"
 
 
@@ -101,9 +105,10 @@ def _shown(where: object) -> str:
 
 def storage_failures() -> tuple[type[Exception], ...]:
     """Return what reading or writing a study may raise where the storage is at fault; a driver not loaded raises nothing."""
+    damaged = (json.JSONDecodeError, UnicodeDecodeError)  # a text of a database
     places = (("sqlalchemy.exc", "SQLAlchemyError"), ("psycopg2", "Error"), ("grpc", "RpcError"))
     drivers = (getattr(sys.modules[module], name) for module, name in places if module in sys.modules)
-    return (OSError, optuna.exceptions.StorageInternalError, *drivers)
+    return (OSError, optuna.exceptions.StorageInternalError, *damaged, *drivers)
 
 
 @contextmanager
@@ -115,6 +120,33 @@ def storage_errors(where: object) -> Iterator[None]:
         reason = error.strerror if isinstance(error, OSError) else None
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(f"cannot use the study in {_shown(where)}: {reason or first}{_HINT}") from error
+
+
+def seal_of(params: Json, values: Sequence[float] | None, attributes: Json) -> str:
+    """Return the digest of what a trial found: its parameters, values, and the attributes in :data:`EVIDENCE`."""
+    found = [params, list(values or ()), {name: attributes.get(name) for name in EVIDENCE}]
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def need_sealed(study: optuna.Study) -> None:
+    """Refuse a study with a finished trial that is not as it was told; those of earlier versions have no seal.
+
+    Raises
+    ------
+    CheckpointError
+        Says which trial it is.
+    """
+    for trial in study.get_trials(deepcopy=False):
+        seal = trial.user_attrs.get(SEAL)
+        if (
+            seal is not None
+            and trial.state.is_finished()
+            and seal != seal_of(trial.params, trial.values, trial.user_attrs)
+        ):
+            raise CheckpointError(
+                f"study {study.study_name!r}: trial {trial.number} is damaged, or was changed: its parameters, values and attributes do "
+                "not fit its seal; put a copy of the storage back, or begin another study in another one (--storage)"
+            )
 
 
 def load_study(where: str, name: str | None = None) -> optuna.Study:
@@ -130,7 +162,9 @@ def load_study(where: str, name: str | None = None) -> optuna.Study:
             raise RecipeError(f"{where} holds {len(names)} studies; name one with --study: {', '.join(sorted(names))}")
         if name is not None and name not in names:
             raise RecipeError(unknown("study", name, names))
-        return optuna.load_study(study_name=name or names[0], storage=storage)
+        study = optuna.load_study(study_name=name or names[0], storage=storage)
+        need_sealed(study)
+        return study
 
 
 class JournalFile(JournalFileBackend):

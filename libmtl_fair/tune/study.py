@@ -31,7 +31,7 @@ from libmtl_fair.tune.budget import fill, finished
 from libmtl_fair.tune.plan import FINGERPRINT, Plan, fingerprint, stamp
 from libmtl_fair.tune.samplers import PRUNERS, SAMPLERS, make_sampler
 from libmtl_fair.tune.stacking import Places, aloud
-from libmtl_fair.tune.storage import open_storage, storage_errors
+from libmtl_fair.tune.storage import need_sealed, open_storage, storage_errors
 from libmtl_fair.tune.worker import Worker, protocol_of
 
 Note = Callable[[str], None]
@@ -185,6 +185,7 @@ def open_study(plan: Plan, storage: BaseStorage, name: str, *, resume: bool = Tr
         directions = [StudyDirection[m.direction.upper()] for m in plan.objectives]
         study = optuna.create_study(study_name=name, storage=storage, directions=directions, load_if_exists=True)
     stamp(study, plan)
+    need_sealed(study)
     done = len(study.get_trials(deepcopy=False))
     if name in names and done and not resume:
         raise CheckpointError(f"study {name!r} has trials already; call with resume=True to go on with it")

@@ -34,6 +34,7 @@ from libmtl_fair.tune.evidence import counts_of, degenerate_tasks, utilities
 from libmtl_fair.tune.objectives import PEOPLE, upper_end, value_of
 from libmtl_fair.tune.plan import DEGENERATE, Candidate, Outcome, Plan
 from libmtl_fair.tune.selection import failures
+from libmtl_fair.tune.storage import SEAL, seal_of
 
 PROTOCOL = "protocol"
 _FAILURES = (
@@ -257,7 +258,9 @@ class Worker:
             trial.set_constraint(text, value)
         # optuna-dashboard 0.21 reads this attribute only
         study._storage.set_trial_system_attr(trial._trial_id, "constraints", list(excess.values()))
-        study.tell(trial, [outcome.mean(m.name) for m in self.plan.objectives])
+        values = [outcome.mean(m.name) for m in self.plan.objectives]
+        trial.set_user_attr(SEAL, seal_of(trial.params, values, trial.user_attrs))
+        study.tell(trial, values)
         self.note(
             f"trial {trial.number} " + ", ".join(f"{m.name} {outcome.mean(m.name):.4f}" for m in self.plan.measures)
         )

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
 import subprocess
 import threading
 
@@ -10,7 +12,7 @@ from optuna.trial import TrialState
 
 from libmtl_fair import tune
 from libmtl_fair.errors import CheckpointError
-from libmtl_fair.tune.storage import JournalFile
+from libmtl_fair.tune.storage import JournalFile, load_study
 
 
 @pytest.fixture
@@ -91,3 +93,30 @@ def test_a_storage_that_is_gone_says_so(small):
     with pytest.raises(CheckpointError, match=r"cannot use the study in postgresql.*:\*\*\*@") as caught:
         tune.tune(small(), 1, storage="postgresql://nobody:secret@127.0.0.1:1/none")
     assert "secret" not in str(caught.value)
+
+
+CHANGES = [  # what damage in a database could be, and whether it is text that cannot be read any more
+    ("update trial_values set value = value + 1e-9 where trial_id = 2 and objective = 0", False),
+    ("update trial_params set param_value = param_value * 1.0000001 where trial_id = 2 and param_name = 'lr'", False),
+    ("update trial_user_attributes set value_json = replace(value_json, '0.', '1.') where trial_id = 2 and key = 'utility'", False),
+    ("update trial_user_attributes set value_json = replace(value_json, '{', '<') where trial_id = 2 and key = 'counts'", True),
+    ("update trial_user_attributes set value_json = cast(x'c5227b' as text) where trial_id = 2 and key = 'counts'", True),
+]  # fmt: skip
+
+
+def test_a_trial_of_a_database_that_is_not_as_it_was_told_is_refused(small, tmp_path):
+    recipe, file = small(), tmp_path / "study.db"
+    url = f"sqlite:///{file}"
+    values = {t.number: t.values for t in tune.tune(recipe, 2, storage=url).trials}
+    assert {t.number: t.values for t in tune.tune(recipe, 2, storage=url).trials} == values
+    whole = file.read_bytes()
+    for change, unreadable in CHANGES:
+        file.write_bytes(whole)
+        with contextlib.closing(sqlite3.connect(file)) as database, database:
+            assert database.execute(change).rowcount == 1, change
+        message = (
+            "cannot use the study in sqlite" if unreadable else "study 'small': trial 1 is damaged, or was changed"
+        )
+        for read in (lambda: tune.tune(recipe, 2, storage=url), lambda: load_study(url)):
+            with pytest.raises(CheckpointError, match=message):
+                read()
