@@ -21,12 +21,13 @@ from libmtl_fair.recipe.people import People, people_of
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.recipe.sections import Method, Train, Tune
 from libmtl_fair.recipe.yaml_source import Source
+from libmtl_fair.tasks import Task
 from libmtl_fair.tune.evidence import Counts, Utility
 from libmtl_fair.tune.objectives import Constraint, Measure, parse_constraint, parse_measure
 from libmtl_fair.tune.space import Parameter, changed, current, label, make_space
 
 OBJECTIVES = ("macro_auc", "eo_difference")
-"""Objectives where neither the recipe nor the caller names some."""
+"""Objectives where neither the recipe nor the caller names some, and a task is binary."""
 
 SLOT, ROLE, METHOD, ARGS, FIXED = "slot", "role", "method", "args", "fixed"
 """Attributes of trials."""
@@ -38,6 +39,19 @@ COMMON = "seeds of every trial"
 """Of a study's description; studies of before gave each trial seeds, and with resplit rows, of its own."""
 Queued = tuple[Json, Json]
 """Parameters and attributes that a trial starts with."""
+
+
+def default_objectives(tasks: Sequence[Task]) -> tuple[str, ...]:
+    """Return :data:`OBJECTIVES`; where no task is binary the first one's own metric, and how far several tasks' scores lie apart.
+
+    >>> from libmtl_fair.tasks import Depth, Segmentation
+    >>> default_objectives([Segmentation("rooms", 13), Depth("depth")])
+    ('rooms/mIoU', 'bias')
+    """
+    if any(task.kind == "binary" for task in tasks):
+        return OBJECTIVES
+    metric, _ = tasks[0].shown[tasks[0].headline]
+    return (f"{tasks[0].name}/{metric}", "bias")[: len(tasks)]
 
 
 @dataclass(frozen=True)
@@ -106,7 +120,7 @@ class Plan:
         def parse(name: str) -> Measure:
             return parse_measure(name, kinds, list(data.groups), deltas)
 
-        asked = tuple(map(parse, objectives or tune.objectives or OBJECTIVES))
+        asked = tuple(map(parse, objectives or tune.objectives or default_objectives(data.tasks)))
         rules = tuple(parse_constraint(text, parse) for text in tune.constraints or ())
         plan = cls(recipe, asked, rules, make_space(recipe), {seed if recipe.data.resplit else 0: data})
         plan._check()

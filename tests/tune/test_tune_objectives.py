@@ -9,8 +9,11 @@ from sklearn.metrics import roc_auc_score
 from libmtl_fair import functional as F
 from libmtl_fair.errors import RecipeError
 from libmtl_fair.predictions import Predictions
-from libmtl_fair.tasks import Binary
+from libmtl_fair.recipe.schema import Recipe
+from libmtl_fair.tasks import KINDS, Binary
+from libmtl_fair.tune import tune
 from libmtl_fair.tune.objectives import UndefinedError, parse_constraint, parse_measure, value_of
+from libmtl_fair.tune.plan import default_objectives
 
 TASKS = {"a": "binary", "b": "binary"}
 
@@ -122,3 +125,26 @@ def test_what_the_data_do_not_have_is_refused():
         parse_measure("eo_difference", TASKS, [], [])
     with pytest.raises(RecipeError, match="is for binary tasks"):
         parse_measure("eo_difference", {"a": "regression"}, ["sex"], [])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tasks_of_every_kind_have_objectives_without_being_told(kind):
+    tasks = [KINDS[kind]("a"), KINDS[kind]("b")]
+    names = default_objectives(tasks)
+    assert names == (("macro_auc", "eo_difference") if kind == "binary" else (names[0], "bias"))
+    assert all(parse_measure(name, {t.name: kind for t in tasks}, ["sex"], ["0.1"]) for name in names)
+    if kind != "binary":
+        assert default_objectives(tasks[:1]) == names[:1] and names[0].startswith("a/")
+
+
+def test_a_study_of_maps_needs_no_objectives(tmp_path):
+    recipe = {
+        "name": "rooms",
+        "data": {"name": "scenes", "sensitive": ["light"], "args": {"n": 20, "size": [16, 16]}},
+        "model": {"encoder": "cnn", "encoder_args": {"channels": [4]}},
+        "train": {"epochs": 1, "batch_size": 6},
+        "methods": {"plain": {"weighting": "EW"}, "relif": {"weighting": "ReLiF", "pairs": "random"}},
+        "seeds": [0],
+    }
+    study = tune(Recipe.from_dict(recipe), 2, storage=str(tmp_path / "study.log"))
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 2
