@@ -171,7 +171,11 @@ def _known_fields(location: Location) -> list[str]:
     for part in location:
         if models and part in models[0].model_fields:
             models = _models_in(models[0].model_fields[str(part)].annotation)
-    return [name for name in models[0].model_fields if name != "args"] if models else []
+    if not models:
+        return []
+    return [
+        name for name in models[0].model_fields if name != "args" or models[0] is not Method
+    ]  # of a method they stand beside it
 
 
 def _models_in(annotation: object) -> list[type[BaseModel]]:

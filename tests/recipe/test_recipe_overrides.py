@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from libmtl_fair.errors import RecipeError
@@ -73,3 +75,11 @@ def test_bad_overrides(write, recipe_text, override, message):
 
 def test_an_override_mends_the_file(write, recipe_text):
     assert load_recipe(write(recipe_text.replace("epochs: 2", "epochs: 0")), ["train.epochs=1"]).train.epochs == 1
+
+
+def test_settings_of_a_data_set_can_be_set_where_the_recipe_has_none() -> None:
+    path = Path(__file__).resolve().parents[2] / "recipes" / "sources" / "nyuv2.yaml"
+    assert load_recipe(path, ["data.args={size: [32, 32]}"]).data.args == {"size": [32, 32]}
+    assert load_recipe(path, ["data.args.size=[32, 32]"]).data.args == {"size": [32, 32]}
+    with pytest.raises(RecipeError, match="unknown field .rot. in data; did you mean .root."):
+        load_recipe(path, ["data.rot=x"])
