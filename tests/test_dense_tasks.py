@@ -264,8 +264,10 @@ def test_bad_definitions() -> None:
 
 
 def test_a_recipe_of_rooms_shows_what_maps_have(tmp_path: Any) -> None:
+    from libmtl_fair.files import read_json
     from libmtl_fair.recipe.run import run_recipe
     from libmtl_fair.recipe.schema import load_recipe
+    from libmtl_fair.report.findings import findings, headline
     from libmtl_fair.report.run_folder import read_run
     from libmtl_fair.report.summary import summary, worst_and_macro
 
@@ -280,6 +282,13 @@ def test_a_recipe_of_rooms_shows_what_maps_have(tmp_path: Any) -> None:
     columns = set(summary(run)["column"])
     assert {"macro mIoU", "macro RMSE", "macro mean angle", "Bias@p50"} <= columns
     assert worst_and_macro(run).notna().all(axis=None)
+    said = dict(findings(run))
+    assert "on 5 examples that no training saw, by groups of light." in said["What was compared"]
+    assert said["What improved"].startswith("No group was judged: none of the tasks has yes-or-no decisions.")
+    assert "makes groups" not in said["What improved"] + dict(headline(run))["Improved"]
+    assert (
+        "1 / (1 + RMSE)" in read_json(tmp_path / "run" / "plain" / "seed0" / "metrics.json")["checkpoint"]["chosen_by"]
+    )
     groups = run.frame("groups")
     assert {"mIoU", "RMSE", "median"} <= set(groups[groups["group"] == "difference"]["metric"])
     predictions = Predictions.load(next((tmp_path / "run" / "relif").rglob("*.parquet")))

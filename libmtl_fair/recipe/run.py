@@ -56,13 +56,14 @@ from libmtl_fair.recipe.people import PARTS, People, people_of
 from libmtl_fair.recipe.post import made_of, make_post
 from libmtl_fair.recipe.schema import Recipe
 from libmtl_fair.shown import csv_text
-from libmtl_fair.tasks import Task
+from libmtl_fair.tasks import MapTask, Task
 
 METRICS, PROTOCOL = "metrics.json", "audit_protocol.json"
 _PACKAGES = ("torch", "LibMTL", "numpy", "scikit-learn", "fairlearn", "optuna", "pandas", "libmtl_fair")
 _CHOSEN_BY = {
     "utility": "mean of AUC, accuracy or R2 over tasks, on validation",
     "improvement": "LibMTL's mean relative improvement, on validation",
+    "maps": "mean of mIoU, 1 / (1 + RMSE), 1 - angle / 180 (and AUC, accuracy or R2 of tasks without maps) over tasks, on validation",
 }
 T = TypeVar("T")
 _Trained = dict[Part, FairTrainer]
@@ -258,9 +259,14 @@ class Run:
         for first in list(trained.values())[:1]:
             train = recipe.train_for(method)
             best, last = train.select == "best", "the last epoch (number of epochs set in the recipe)"
+            by = (
+                "maps"
+                if train.select_by == "utility" and any(isinstance(t, MapTask) for t in tasks)
+                else train.select_by
+            )
             content["checkpoint"] = {
                 "epoch": first.best["epoch"] if best else first.epoch - 1,
-                "chosen_by": _CHOSEN_BY[train.select_by] if best else last,
+                "chosen_by": _CHOSEN_BY[by] if best else last,
             }
             content["timing"]["epochs"] = first.epoch
             _write_structure(first, folder)

@@ -22,6 +22,11 @@ _TOLD = ("auc", "accuracy", "f1", "r2")
 _NOTHING = (
     "No method makes groups, or people who are alike, more alike in a way that anybody gains from by more than chance."
 )
+_UNJUDGED = (
+    "No group was judged: none of the tasks has yes-or-no decisions. How the groups' errors differ, task by task, is under "
+    '"By group".'
+)
+_NOT_ALIKE = "No method makes people who are alike more alike by more than chance."
 Finding = tuple[str, str]
 
 
@@ -47,7 +52,7 @@ def _findings(run: RunFolder) -> Iterator[Finding]:
     others, told = run.methods[1:], _told(run)
     improved = [text for each in told.values() if (text := " ".join(filter(None, (each.improved, each.alike))))]
     if others:
-        yield "What improved", _first(improved) if improved else _NOTHING
+        yield "What improved", _first(improved) if improved else _nothing(run)
     cost = [text for each in told.values() if (text := each.cost)]
     if others and (cost or improved):
         yield (
@@ -72,7 +77,7 @@ def headline(run: RunFolder) -> list[Finding]:
     best = min((m for m in told if told[m].improved), key=lambda m: told[m].fall, default=None)
     like = min((m for m in told if told[m].alike), key=lambda m: told[m].apart, default=None)
     shown = best or like
-    gain = told[shown].improved or told[shown].alike if shown else _NOTHING
+    gain = told[shown].improved or told[shown].alike if shown else _nothing(run)
     more = {"groups": [m for m in told if told[m].improved], "like people": [m for m in told if told[m].alike]}
     also = [f"{_names([m for m in ms if m != shown], _FIRST)} ({whom})" for whom, ms in more.items() if {*ms} - {shown}]
     yielded.append(("Improved", gain + (f" So do, for some: {'; '.join(also)}." if shown and also else "")))
@@ -94,6 +99,13 @@ def _told(run: RunFolder) -> dict[str, _Told]:
     return run.once("told", lambda: {method: _of_method(run, method) for method in run.methods[1:]})
 
 
+def _nothing(run: RunFolder) -> str:
+    """Say that nothing improved, of what was looked at."""
+    if judged.decisions(run) or run.frame("groups").empty:
+        return _NOTHING
+    return _UNJUDGED if run.frame("consistency").empty else f"{_UNJUDGED} {_NOT_ALIKE}"
+
+
 def _first(texts: list[str]) -> str:
     more = len(texts) - _FIRST
     return " ".join(texts[:_FIRST]) + (f" So for {more} more: see the tables." if more > 0 else "")
@@ -107,6 +119,10 @@ def _compared(run: RunFolder, most: int = 8) -> str:
         unit = judged.steps_of(run, [d.task])
         sizes[unit] = max(sizes.get(unit, 0), *(int(counts.to_numpy().sum()) for counts in d.by_seed.values()))
     attributes = list(dict.fromkeys(d.attribute for d in found))
+    if not found:  # no decisions
+        counted = run.frame("groups").query("metric == 'count' and group == 'overall'")
+        sizes = {"examples": int(counted["n"].max())} if len(counted) else sizes
+        attributes = list(dict.fromkeys(counted["attribute"]))
     which = "".join(f"{' and' * bool(i)} {n:,} {unit}" for i, (unit, n) in enumerate(sorted(sizes.items())))
     held = "that no training saw" if run.split == "test" else "of validation, which also chose the models"
     others = (
