@@ -268,6 +268,8 @@ def accuracy_noise(run: RunFolder, end: str = "") -> dict[tuple[str, str], float
     found: dict[tuple[str, str], float] = {}
     for d, reference in _beside_reference(run, end):
         (tn, fp, _, tp), n = (d.mean.sum() - reference.mean.sum()), float(d.mean.to_numpy().sum())
+        if not n:  # nobody whose group is known
+            continue
         differ, gained = (abs(tp) + abs(fp)) / n, (tp + tn) / n
         noise = SURE * math.sqrt(max(differ - gained**2, 0.0) / n)
         found[d.method, d.task] = min(noise, found.get((d.method, d.task), math.inf))

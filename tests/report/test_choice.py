@@ -200,3 +200,20 @@ def test_a_low_bias_that_shrinking_gives_as_well_is_not_chosen(builder: Any) -> 
     found = choose(read_run(made), Rule(["Bias@0.275"], within=5, among=("relif",)))
     assert list(found["method"]) == ["plain"] * 3
     assert set(found["refused"][0].values()) <= {"shrinking the reference gives as low a Bias"}
+
+
+def test_an_attribute_that_is_nobodys_on_validation_data_judges_no_accuracy(builder: Any) -> None:
+    made, nobody = (
+        write(builder, GAPS),
+        {"value": None, "low": None, "high": None, "flag": "undefined", "attribute": "race"},
+    )
+    rates = ("true_positive_rate", "false_positive_rate", "selection_rate", "accuracy", "base_rate")
+    for path in made.glob("*/seed*/metrics.json"):
+        metrics = json.loads(path.read_text())
+        kept = [r for r in metrics["groups"]["val"] if r["task"] == "hours" or r["attribute"] != "race"]
+        for task in ("income", "<script>alert(1)</script>"):
+            kept += [
+                {**nobody, "task": task, "metric": m, "group": g, "n": 0} for g in ("White", "Black") for m in rates
+            ]
+        path.write_text(json.dumps(metrics | {"groups": {**metrics["groups"], "val": kept}}))
+    assert list(choose(read_run(made), Rule(["EO diff sex"], within=0.5))["method"]) == ["relif", "plain", "plain"]
