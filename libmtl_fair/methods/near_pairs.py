@@ -19,8 +19,8 @@ ENOUGH = 0.25
 """R from which ReLiF pays the whole price; less of it is worth less (ours)."""
 REFERENCE = (
     "give the loader one: ResidentLoader(..., reference=features), [N, r] and without sensitive attributes; load_table, "
-    "load_dataset, recipes and estimators do so themselves where inputs are columns, one at least tells no sensitive attribute, and they are "
-    "not read from files"
+    "load_dataset, recipes and estimators do so themselves where inputs are columns of which one at least tells no sensitive "
+    "attribute, and not where they are read from files"
 )
 
 
