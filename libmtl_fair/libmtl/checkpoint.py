@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from libmtl_fair.errors import CheckpointError, DamagedFileError
 from libmtl_fair.files import DAMAGE, is_sealed, remove_leftovers, say_once, sealed_path, writes
@@ -351,6 +352,9 @@ def _restore(trainer: TrainingState, loaders: Loaders | None, path: Path) -> Non
         if trainer.update.precision is not None:
             trainer.update.precision.load_state_dict(content["precision"])
         if loaders is not None:
+            for loader in loaders.values() if trainer.multi_input and isinstance(loaders, Mapping) else [loaders]:
+                if getattr(loader, "persistent_workers", False) and not isinstance(loader.dataset, IterableDataset):  # type: ignore[union-attr]
+                    iter(loader)  # starts the workers, once, which draws a number that later epochs of the run did not draw
             set_loader_states(per_task(trainer, loaders), content["loaders"])
         set_random_state(content["random"])
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, Protocol, TypeAlias, TypedDict, runtime_checkable
 
@@ -323,6 +327,13 @@ class TrainingState(StepState, Trainer):  # type: ignore[misc]
         self.last_structure: Plain = None
 
     _prepare_dataloaders = prepare_dataloaders
+
+    @cached_property
+    def meter(self) -> Any:
+        """LibMTL's meter, for what a user's subclass asks of it (``meter.losses[task]._update_loss``); nothing here goes by it."""
+        kept = {name: self.task_dict[name] for name in self.main_tasks}
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints a table's head
+            return import_module("LibMTL._record")._PerformanceMeter(kept, self.multi_input)
 
     def _process_data(self, loader: list[Any]) -> Any:
         """Return the next ``(x, labels)`` of [loader, iterator]; LibMTL's hook."""

@@ -155,6 +155,7 @@ class FairTrainer(TrainingState):
         self.device = resolve_device(device)
         self.processes = join(self.device)
         self.run_dir = Path(folder) if folder else None
+        self.save_path, self.load_path = save_path, load_path
         self.rep_grad, self.multi_input = rep_grad, multi_input
         self.resume, self.seed, self.progress = resume, seed, progress
         self.select, self.select_by, self.patience = select, select_by, patience
@@ -406,6 +407,9 @@ class FairTrainer(TrainingState):
         log, saved = StepLog(), self.run_dir is not None and epoch > 0
         self.model.train()
         self.update.forget()
+        if "meter" in vars(self):
+            for loss in self.meter.losses.values():
+                loss._reinit()
         set_epoch(self, loaders, epoch)
         with joined_heads(self.model, self.optimizer) as joint:
             if not saved:

@@ -179,6 +179,33 @@ def test_forward4loss(kit: SimpleNamespace, weighting: str, multi: bool) -> None
     assert trainer.epochs["loss/a"].tolist() == pytest.approx(same.epochs["loss/a"].tolist(), rel=1e-4)
 
 
+@pytest.mark.parametrize("weighting", ["EW", "MGDA", "FairMT"])
+@pytest.mark.parametrize("multi", [False, True])
+def test_a_compute_loss_copied_from_libmtl(
+    kit: SimpleNamespace, weighting: str, multi: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Copied(lf.FairTrainer):
+        def _compute_loss(self, preds: Any, gts: Any, task_name: str | None = None) -> Any:
+            if not self.multi_input:
+                train_losses = torch.zeros(self.task_num).to(self.device)
+                for tn, task in enumerate(self.task_name):
+                    train_losses[tn] = self.meter.losses[task]._update_loss(preds[task], gts[task])
+            else:
+                train_losses = self.meter.losses[task_name]._update_loss(preds, gts)
+            return train_losses
+
+    made = []
+    for cls in (lf.FairTrainer, Copied):
+        args = {"form": "phi", "min_count": 1} if weighting == "FairMT" else {}
+        trainer = kit.trainer(weighting, TASKS, cls, multi_input=multi, weight_args=args)
+        loaders = {t: kit.loader() for t in "ab"} if multi else kit.loader()
+        trainer.train(loaders, epochs=3)
+        made.append(trainer.history[["loss/a", "loss/b"]].to_numpy())
+    assert made[1] == pytest.approx(made[0], rel=1e-4)
+    assert len(trainer.meter.losses["a"].record) == 3  # of the last epoch only
+    assert capsys.readouterr().out == ""
+
+
 def test_prepare_optimizer(kit: SimpleNamespace) -> None:
     class Own(lf.FairTrainer):
         def _prepare_optimizer(self, optim_param: Any, scheduler_param: Any) -> None:

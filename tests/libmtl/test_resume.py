@@ -78,8 +78,9 @@ def test_every_weighting_resumes(kit: Any, tmp_path: Path, weighting: str) -> No
     assert checkpoint.attributes(whole.model).keys() == checkpoint.attributes(second.model).keys()
 
 
-@pytest.mark.parametrize("generator", [False, True])
-def test_an_ordinary_loader_resumes(kit: Any, tmp_path: Path, generator: bool) -> None:
+@pytest.mark.parametrize(("generator", "workers"), [(False, 0), (True, 0), (False, 1)])
+def test_an_ordinary_loader_resumes(kit: Any, tmp_path: Path, generator: bool, workers: int) -> None:
+    """Workers that stay draw their seed once a training."""
     x, labels, _ = kit.data()
 
     def loader() -> Any:
@@ -90,7 +91,8 @@ def test_an_ordinary_loader_resumes(kit: Any, tmp_path: Path, generator: bool) -
             columns = [torch.stack(c) for c in zip(*batch)]
             return columns[0], dict(zip(labels, columns[1:]))
 
-        return DataLoader(rows, batch_size=32, shuffle=True, collate_fn=collate, generator=made)
+        options: Any = {"num_workers": workers, "persistent_workers": bool(workers)}
+        return DataLoader(rows, batch_size=32, shuffle=True, collate_fn=collate, generator=made, **options)
 
     trainers = [kit.trainer(), kit.trainer(run_dir=tmp_path)]
     trainers[0].train(loader(), epochs=4)
