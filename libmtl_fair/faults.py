@@ -23,6 +23,10 @@ def need_few_groups(what: str, count: int) -> None:
 
 def check_labels(faults: Faults, task: Task, labels: Tensor) -> None:
     """Note labels that are none of the task's kind."""
+    if not isinstance(labels, Tensor):
+        raise DataError(
+            f"task {task.name!r}: labels must be a tensor, found {type(labels).__name__}: torch.as_tensor(labels)"
+        )
     if labels.is_complex():
         raise DataError(f"task {task.name!r} ({task.kind}): labels are {labels.dtype}; expected {task.labels_are}")
     faults.note(task.wrong(labels), labels, f"task {task.name!r} ({task.kind}): labels", task.labels_are)

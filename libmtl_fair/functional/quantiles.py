@@ -73,6 +73,8 @@ def sorted_quantiles(ordered: Tensor, count: Tensor, q: Tensor) -> Tensor:
     >>> sorted_quantiles(torch.tensor([1.0, 2.0, 3.0, torch.inf]), torch.tensor([3]), torch.tensor([0.25, 1.0]))
     tensor([1.5000, 3.0000])
     """
+    if not ordered.shape[-1]:  # an empty batch
+        ordered = ordered.new_zeros(*ordered.shape[:-1], 1)
     position = q.to(widest(q.device)) * (count - 1).clamp(min=0)
     low = position.floor()
     below = ordered.gather(-1, low.long())

@@ -53,7 +53,7 @@ def _checked(trainer: TrainingState, found: Iterator[Any], tasks: Sequence[str])
     for batch in found:
         inputs, labels = _pair(batch, tasks)
         for name, task in declared_tasks:
-            if task is not None and isinstance(labels.get(name), Tensor):
+            if task is not None and name in labels:
                 check_labels(trainer.faults, task, labels[name])
         for attribute, ids in labels.get(SENSITIVE, {}).items():
             _check_ids(trainer, attribute, ids)
@@ -89,7 +89,7 @@ def split(batch: object, device: torch.device, tasks: Sequence[str]) -> Packed:
         twins = None if TWINS in tasks else labels.get(TWINS)
         made = (lambda: to_device(features, device)), (lambda turn: to_device(twins, device))
         batch = Packed(inputs, labels, labels.get(SENSITIVE, {}), *made)
-    groups = {name: ids.to(device, non_blocking=True) for name, ids in batch.groups.items()}
+    groups = {name: _tensor(name, ids).to(device, non_blocking=True) for name, ids in batch.groups.items()}
     labels = batch.labels
     if isinstance(labels, Columns) and labels.names == tuple(tasks):
         matrix = Columns(labels.names, to_device(labels.matrix, device))
@@ -102,9 +102,19 @@ def split(batch: object, device: torch.device, tasks: Sequence[str]) -> Packed:
     return batch._replace(x=to_device(batch.x, device), labels=taken, groups=groups)
 
 
+def _tensor(attribute: str, ids: object) -> Tensor:
+    if not isinstance(ids, Tensor):
+        raise DataError(
+            f"groups of sensitive attribute {attribute!r} must be a tensor of whole ids [B], found {type(ids).__name__}: "
+            "torch.as_tensor(ids)"
+        )
+    return ids
+
+
 def _need_whole(attribute: str, ids: Tensor) -> str:
     """Return how messages call the ids; what are no whole numbers [B] are refused."""
     what = f"groups of sensitive attribute {attribute!r}"
+    _tensor(attribute, ids)
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.dim() != 1:
         raise DataError(
             f"{what}: expected whole ids [B], found {ids.dtype} of shape {list(ids.shape)}; give ids 0..G-1, and -1 where the "

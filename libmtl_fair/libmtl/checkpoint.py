@@ -354,7 +354,9 @@ def _restore(trainer: TrainingState, loaders: Loaders | None, path: Path) -> Non
         if loaders is not None:
             for loader in loaders.values() if trainer.multi_input and isinstance(loaders, Mapping) else [loaders]:
                 if getattr(loader, "persistent_workers", False) and not isinstance(loader.dataset, IterableDataset):  # type: ignore[union-attr]
-                    iter(loader)  # starts the workers, once, which draws a number that later epochs of the run did not draw
+                    iter(
+                        loader
+                    )  # starts the workers, once, which draws a number that later epochs of the run did not draw
             set_loader_states(per_task(trainer, loaders), content["loaders"])
         set_random_state(content["random"])
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:

@@ -194,6 +194,10 @@ class FairStep(StepState, nn.Module):
                 full = {task: z.float() if z.dtype in _HALF else z for task, z in full.items()}
             with in_full(self.model.device):
                 made = self._made(given, full, labels or {}, groups, reference)
+        if not made.losses.requires_grad:
+            raise HostError(
+                "the losses hang on no parameter that is trained: they were made under torch.no_grad(), detached, or of what is frozen"
+            )
         h = representation if isinstance(representation, Tensor) else dict(representation or {})
         self.model.look_at([made.losses], [h] if isinstance(h, Tensor) else list(h.values()))
         if fair and self.global_step == self._first_step and self.model.losses_from_outputs:
@@ -414,7 +418,8 @@ class FairStep(StepState, nn.Module):
                 continue  # no step waits for a device
             if name not in self.n_groups and self._declared:
                 raise DataError(f"groups: {unknown('attribute', name, self.n_groups)}; n_groups says which there are")
-            highest = max(int(part.max()) for part in parts if len(part)) if parts[0].device.type != "meta" else 0
+            seen = [int(part.max()) for part in parts if len(part)] if parts[0].device.type != "meta" else []
+            highest = max(seen, default=0)
             need_few_groups(f"groups of {name!r}", highest + 1)
             limit = self.n_groups.setdefault(name, max(_SPARE_GROUPS, 2 * highest + 2))
             if highest >= limit:

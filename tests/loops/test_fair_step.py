@@ -269,6 +269,60 @@ def test_what_does_not_fit_is_said(changes: dict[str, Any], message: str) -> Non
     assert all(p.grad is None for p in net.parameters())
 
 
+HELD: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "detached losses",
+        {"losses": [torch.ones(()), torch.ones(())]},
+        "the losses hang on no parameter that is trained",
+    ),
+    (
+        "labels of numpy",
+        {"labels": {"a": np.zeros(16), "b": np.zeros(16)}},
+        "task 'a': labels must be a tensor, found ndarray",
+    ),
+    ("groups in a list", {"groups": {"sex": [0] * 16}}, "'sex' must be a tensor of whole ids .*, found list"),
+    (
+        "an attribute that was there",
+        {"groups": {"sex": torch.zeros(16).long()}},
+        "the first batch had groups of 'race'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), [w[1:] for w in HELD], ids=[w[0] for w in HELD])
+def test_what_does_not_fit_in_a_later_step_is_said_too(changes: dict[str, Any], message: str) -> None:
+    entries, net = made(TASKS)
+    x, labels = next(iter(make_loader()))
+    fair = lf.FairStep("FairMT", entries, net.heads, form="phi", n_groups={"sex": 2, "race": 3})
+    given: dict[str, Any] = {"labels": {name: labels[name] for name in entries}, "groups": labels["sensitive"]}
+    for changed in ({}, changes):
+        h, outputs = net(x)
+        if changed:
+            with pytest.raises(FairMTLError, match=message):
+                fair.backward(**{"representation": h, "outputs": outputs, **given, **changed})
+        else:
+            fair.backward(representation=h, outputs=outputs, **given)
+
+
+@pytest.mark.parametrize("method", ["EW", "MGDA", "FairMT", "ReLiF", "GroupRegulariser"])
+def test_a_batch_without_rows_changes_nothing_for_the_worse(method: str) -> None:
+    entries, net = made(TASKS)
+    args: dict[str, Any] = {
+        "FairMT": {"form": "phi"},
+        "ReLiF": {"pairs": "random", "k": 4},
+        "GroupRegulariser": {"loss": "gap"},
+    }
+    fair = lf.FairStep(method, entries, net.heads, **args.get(method, {}))
+    x, labels = next(iter(make_loader()))
+    for rows in (0, 16):
+        net.zero_grad()
+        h, outputs = net(x[:rows])
+        part = {name: labels[name][:rows] for name in entries}
+        groups = {name: ids[:rows] for name, ids in labels["sensitive"].items()}
+        fair.backward(representation=h, outputs=outputs, labels=part, groups=groups)
+        assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None), rows
+
+
 def test_a_loss_that_was_made_from_something_else_is_said() -> None:
     entries, net = made(TASKS)
     x, labels = next(iter(make_loader()))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from libmtl_fair import functional as F
-from libmtl_fair.errors import RecipeError
+from libmtl_fair.errors import DataError, RecipeError
 from libmtl_fair.functional._device import A, at_least, library
 from libmtl_fair.functional.disparity import CCC_COUNT, ccc_bound, mean_bound, rate_bound
 from libmtl_fair.methods.controllers import Controller
@@ -203,6 +203,10 @@ class Constraint(Controller):
 
     def membership(self, groups: Mapping[str, Tensor]) -> Tensor:
         """Return which group of which attribute an example is in, [B, A * G]."""
+        if lacking := [name for name in self.attributes if name not in groups]:
+            raise DataError(
+                f"the first batch had groups of {lacking[0]!r}, and this one has them of: {', '.join(groups) or 'nothing'}"
+            )
         chosen = [groups[name] for name in self.attributes]
         if self.crossed:
             chosen = [F.cross_groups(chosen, self.crossed)[0]]

@@ -53,10 +53,10 @@ class Gradients:
 
     def matrix(self, parts: Sequence[Tensor]) -> Tensor:
         """Join gradients to one [B, C] matrix, zero past the end of a task that has fewer examples."""
-        if len(parts) == 1:
-            return parts[0].reshape(len(parts[0]), -1)
-        longest = max(len(g) for g in parts)
-        rows = [g.reshape(len(g), -1) for g in parts]
+        rows = [g.unsqueeze(1) if g.dim() == 1 else g.flatten(1) for g in parts]
+        if len(rows) == 1:
+            return rows[0]
+        longest = max(len(g) for g in rows)
         return torch.cat([nn.functional.pad(g, (0, 0, 0, longest - len(g))) for g in rows], 1)
 
     def spread(self, weights: Tensor) -> list[Tensor]:
