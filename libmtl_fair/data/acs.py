@@ -292,6 +292,21 @@ def _blocks(path: Path, state: str, year: int, names: Sequence[str]) -> Iterator
             ) from error
 
 
+def named(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a person file as training read it: 2018's names and codes, and codes as numbers, without leading zeros."""
+    found = frame.copy(deep=False)
+    for name in (*SPEC.candidates, "SEX", "RAC1P"):
+        later = _LATER_NAMES.get(name, name)
+        taken = name if name in frame.columns else later
+        if taken not in frame.columns:
+            continue
+        read = pd.to_numeric(frame[taken], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+        numbers = pd.Series(read, index=frame.index)
+        if not (numbers.isna() & frame[taken].notna() & (frame[taken].astype(str).str.strip() != "")).any():
+            found[name] = numbers if taken == name or name not in _LATER_CODES else numbers.map(_LATER_CODES[name])
+    return found
+
+
 def _need_own(path: Path, state: str, year: int, first: Mapping[str, str]) -> None:
     """Raise DataError where a row of a file says another state, or a serial number (2018HU..., since 2018) another year."""
     serial = first.get("SERIALNO", "")
@@ -323,5 +338,5 @@ def _opened(path: Path, member: str) -> Iterator[IO[bytes]]:
         raise DataError(f"{str(path)!r} is no whole zip file ({error}); fetch it anew") from error
 
 
-SOURCES = {"acs": Source(SPEC, open_acs, AcsFiles, write_acs, (1500,))}
+SOURCES = {"acs": Source(SPEC, open_acs, AcsFiles, write_acs, (1500,), named)}
 """What this module reads, by name."""

@@ -83,6 +83,13 @@ def describe_dataset(name: str) -> Card:
     }
 
 
+def renamed(name: str) -> Callable[[pd.DataFrame], pd.DataFrame] | None:
+    """Return what gives a published table of a data set the columns and codes that training saw; None where it has them."""
+    if name in FETCHED:
+        return FETCHED[name].named
+    return source(name).named if name in source_names() else None
+
+
 def load_dataset(
     name: str,
     tasks: Sequence[str] | str | None = None,

@@ -82,6 +82,8 @@ class Source:
         Writes small data in the format: folder, number of examples, (height, width), seed.
     example_size : tuple of int
         Examples, and height and width of images, of ``example`` without a choice; no height and width for tables and series.
+    named : callable (DataFrame) -> DataFrame, optional
+        Returns a published table, as any reader of tables gives it, with the columns and codes that ``open`` gives: for new rows.
     """
 
     spec: TableSpec
@@ -89,6 +91,7 @@ class Source:
     settings: type[Settings] = Settings
     example: Callable[[Path, int, tuple[int, ...], int], None] | None = None
     example_size: tuple[int, ...] = (60, 32, 32)
+    named: Callable[[pd.DataFrame], pd.DataFrame] | None = None
 
 
 def source_names() -> tuple[str, ...]:

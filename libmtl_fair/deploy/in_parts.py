@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from libmtl_fair.data.fetched import FETCHED
+from libmtl_fair.data.catalogue import renamed
 from libmtl_fair.data.parquet import Parquet, is_parquet
 from libmtl_fair.data.tables import need_table_name, write_frame
 from libmtl_fair.deploy.predictor import Made, Predictor
@@ -54,7 +54,8 @@ def predict_to_file(predictor: Predictor, table: str | Path, target: str | Path,
 
 def _by_row_group(predictor: Predictor, table: Parquet, target: Path, note: Callable[[str], None]) -> int:
     wanted = {*predictor.inputs, *(str(spec.column) for spec in predictor.rows.sensitive.values())}
-    columns = [c for c in table.columns if c in wanted or predictor.dataset in FETCHED] or list(table.columns[:1])
+    whole = renamed(predictor.dataset) is not None
+    columns = [c for c in table.columns if whole or c in wanted] or list(table.columns[:1])
     words = table.words(columns, predictor.rows.missing_values)
     n_rows, notes = 0, list[str]()
     with atomic_path(target) as temporary:

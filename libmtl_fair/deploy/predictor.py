@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from libmtl_fair.data.fetched import FETCHED
+from libmtl_fair.data.catalogue import renamed
 from libmtl_fair.data.frames import Values
 from libmtl_fair.data.loader import ResidentLoader
 from libmtl_fair.data.new_rows import NewRows
@@ -206,8 +206,8 @@ class Predictor:
         Groups are those of the attributes whose columns the table has.
         """
         frame = read_frame(table, self.rows.missing_values)
-        if self.dataset in FETCHED:
-            frame = FETCHED[self.dataset].named(frame)
+        if (as_trained := renamed(self.dataset)) is not None:
+            frame = as_trained(frame)
         groups = self.rows.group_ids(frame, self.needs)
         found = self.source.predictions(self.rows, frame, groups).rescored(self.tasks)
         self._note(frame, groups)

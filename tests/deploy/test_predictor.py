@@ -14,6 +14,8 @@ import torch
 from typer.testing import CliRunner
 
 import libmtl_fair as lf
+from libmtl_fair.data.sources import write_example
+from libmtl_fair.deploy.in_parts import predict_to_file
 from libmtl_fair.errors import CheckpointError, DataError, RecipeError
 from libmtl_fair.predictions import Predictions
 from libmtl_fair.recipe import load_recipe
@@ -287,3 +289,30 @@ def test_the_predict_command_refuses_before_it_predicts(run, rows, tmp_path):
     assert done.exit_code == BAD_INPUT and "expected a name that ends with .parquet, .csv or .csv.gz" in done.output
     done = CliRunner().invoke(app, [*asked[:4], "brunched", *asked[5:], str(tmp_path / "made.csv")])
     assert done.exit_code == BAD_INPUT and "did you mean 'branched'?" in done.output
+
+
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+def test_raw_files_of_a_source_give_the_numbers_of_the_run(tmp_path, ending):
+    """A PUMS file as published, of the year of training and of one with other names, codes and leading zeros."""
+    root = write_example("acs", tmp_path / "acs", 400)
+    light = [
+        "seeds=[0]",
+        "train.epochs=1",
+        "output.report=false",
+        "metrics.n_bootstrap=0",
+        "methods={plain: {weighting: EW}}",
+    ]
+    recipe = Path(__file__).resolve().parents[2] / "recipes" / "sources" / "acs.yaml"
+    args = "data.args={years: [2018], states: [CA], test_years: [2019], test_states: [TX]}"
+    run = run_recipe(load_recipe(recipe, [*light, f"data.root={root}", args]), tmp_path / "run", device="cpu")
+    data, predictor = make_dataset(load_recipe(run / "recipe.yaml"), 0), lf.load(run)
+    trained = len(data.train) + len(data.val)
+    for part, year, state, first in (("val", "2018", "06", 0), ("test", "2019", "48", trained)):
+        path = root / year / "1-Year" / f"psam_p{state}.csv"
+        if ending == ".parquet":
+            pd.read_csv(path, dtype=str).to_parquet(path := tmp_path / f"{year}.parquet")
+        predict_to_file(predictor, path, tmp_path / "found.csv", lambda note: None)
+        found = pd.read_csv(tmp_path / "found.csv").iloc[data.splits()[part].rows.numpy() - first]
+        held = Predictions.load(run / "plain" / "seed0" / f"predictions_{part}.parquet")
+        for task, scores in held.scores.items():
+            assert found[f"{task}/score"].to_numpy() == pytest.approx(scores.numpy(), abs=1e-6), (part, task)
