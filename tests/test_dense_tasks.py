@@ -269,7 +269,7 @@ def test_a_recipe_of_rooms_shows_what_maps_have(tmp_path: Any) -> None:
     from libmtl_fair.recipe.schema import load_recipe
     from libmtl_fair.report.findings import findings, headline
     from libmtl_fair.report.run_folder import read_run
-    from libmtl_fair.report.summary import summary, worst_and_macro
+    from libmtl_fair.report.summary import standing, summary, worst_and_macro
 
     path = tmp_path / "rooms.yaml"
     path.write_text(
@@ -282,6 +282,13 @@ def test_a_recipe_of_rooms_shows_what_maps_have(tmp_path: Any) -> None:
     columns = set(summary(run)["column"])
     assert {"macro mIoU", "macro RMSE", "macro mean angle", "Bias@p50"} <= columns
     assert worst_and_macro(run).notna().all(axis=None)
+    plain, relif = (
+        {(r["task"], r["metric"]): r["value"] for r in run.frame("utility").query("method == @m").to_dict("records")}
+        for m in ("plain", "relif")
+    )
+    signs = {("segmentation", "mIoU"): -1, ("depth", "RMSE"): 1, ("normal", "mean"): 1}
+    wanted = sum(sign * (relif[at] - plain[at]) / plain[at] for at, sign in signs.items()) * 100 / 3
+    assert standing(run).set_index("method").loc["relif", "delta_m"] == pytest.approx(wanted, abs=1e-6)
     said = dict(findings(run))
     assert "on 5 examples that no training saw, by groups of light." in said["What was compared"]
     assert said["What improved"].startswith("No group was judged: none of the tasks has yes-or-no decisions.")

@@ -26,8 +26,9 @@ def delta_m(
 ) -> dict[str, float]:
     """Return each method's mean relative change against ``baseline`` in per cent; lower is better (Navon et al., ICML 2022).
 
-    ``Delta_m = 100 / K sum_k (-1)^(s_k) (M_m,k - M_b,k) / M_b,k`` with s_k = 1 where higher is better. A metric that is NaN, or 0
-    in the baseline, leaves the mean of that method (NaN if none is left).
+    ``Delta_m = 100 / K sum_k (-1)^(s_k) (M_m,k - M_b,k) / |M_b,k|`` with s_k = 1 where higher is better (the source has no bars, where
+    a baseline below 0, as R2 may be, would praise what is worse). A metric that is NaN, or 0 in the baseline, leaves the mean of that
+    method (NaN if none is left).
 
     ``definition="glf"`` is the scale of GLF's table, about 3.5 times that: the *sum* of the same changes over two attributes' EOD (mean
     form, ``equalized_odds_mean``), EOpD (``equal_opportunity``) and GAUCD (``auc``), and over AUC, which is one number for both and so
@@ -47,7 +48,7 @@ def delta_m(
     """
     table, base = _table(results, baseline, higher_is_better), _table({"": baseline}, baseline, higher_is_better)
     check_option("definition", definition, ("navon", "glf"))
-    change = divide(base - table, as_floats(list(baseline.values()))) * 100
+    change = divide(base - table, np.abs(as_floats(list(baseline.values())))) * 100
     if definition == "glf":
         weight = np.where(_signs(baseline, higher_is_better) > 0, 2, 1)
         return dict(zip(results, map(float, change @ weight / 2)))

@@ -36,7 +36,7 @@ DECIDED = frozenset(("accuracy", "balanced_accuracy", "f1", "macro_f1"))
 """Utilities that are of decisions: those of a degenerate one say nothing, and both thresholds have theirs."""
 _VALUES = ["method", "seed", "column", "value", "higher"]
 BETWEEN_GROUPS = frozenset({"difference", "ratio"})
-_MAIN = ("auc", "accuracy", "r2")
+_MAIN = ("auc", "accuracy", "r2", "mIoU", "RMSE", "mean")
 
 
 def summary_values(run: RunFolder, further: bool = False) -> pd.DataFrame:
@@ -243,7 +243,7 @@ def native_errors(run: RunFolder) -> dict[tuple[str, int], float]:
 
 
 def main_metrics(run: RunFolder) -> pd.DataFrame:
-    """Return method, seed, task, metric, value of each task's main metric: AUC, else accuracy, else R2."""
+    """Return method, seed, task, metric, value of each task's main metric: AUC, else accuracy, else R2; of maps mIoU, RMSE, mean angle."""
     frame = run.frame("utility")
     frame = frame[(frame["task"] != "macro") & frame["metric"].isin(_MAIN) & frame["value"].notna()]
     order = frame["metric"].map({name: i for i, name in enumerate(_MAIN)})

@@ -28,6 +28,11 @@ def test_delta_m_by_hand():
     assert found["c"] == pytest.approx(100 * 1.0 / 2)
 
 
+def test_delta_m_of_a_baseline_below_0_says_which_is_worse():
+    """R2 may be below 0: dividing by it would turn the sign round."""
+    assert delta_m({"a": {"r2": -0.2}, "b": {"r2": 0.1}}, {"r2": -0.1}) == pytest.approx({"a": 100, "b": -200})
+
+
 def test_delta_m_leaves_out_what_has_no_ratio():
     assert delta_m({"a": {"x": 1.0, "y": 2.0}}, {"x": 0.0, "y": 1.0})["a"] == pytest.approx(-100)
     assert np.isnan(delta_m({"a": {"x": 1.0}}, {"x": 0.0})["a"])
