@@ -17,6 +17,7 @@ def valid_steps(x: Tensor) -> Tensor:
 
     Examples
     --------
+    >>> import torch
     >>> valid_steps(torch.tensor([[[1.0], [0.0], [2.0], [0.0]], [[3.0], [0.0], [0.0], [0.0]]])).tolist()
     [[True, True, True, False], [True, False, False, False]]
     """
@@ -28,6 +29,7 @@ def valid_steps(x: Tensor) -> Tensor:
 def last_step(x: Tensor, valid: Tensor) -> Tensor:
     """Features of the last valid step, [..., F], of ``x`` [..., L, F] and ``valid`` [..., L].
 
+    >>> import torch
     >>> last_step(torch.tensor([[[1.0], [2.0], [0.0]]]), torch.tensor([[True, True, False]])).tolist()
     [[2.0]]
     """
@@ -40,6 +42,7 @@ def pooled(h: Tensor) -> Tensor:
 
     Steps are those of :func:`valid_steps`. For ReLiF's global average pooling of maps, and in the same way of sequences (ours).
 
+    >>> import torch
     >>> pooled(torch.tensor([[[1.0, 3.0], [3.0, 5.0], [0.0, 0.0]]])).tolist()
     [[2.0, 4.0]]
     """
