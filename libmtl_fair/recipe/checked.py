@@ -56,7 +56,8 @@ def check_data(recipe: Recipe, data: Dataset) -> None:
     for task in data.tasks:
         if task.name == MACRO:
             raise recipe.error(
-                ("data", "tasks", MACRO), f"the name {MACRO!r} is that of the mean over tasks; rename it"
+                ("data", "tasks", MACRO),
+                f"the name {MACRO!r} is that of the mean over tasks; rename it, with column: {MACRO}",
             )
     for attribute, names in data.groups.items():
         try:
