@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,7 +92,7 @@ def _check_models(recipe: Recipe, data: Dataset) -> None:
             continue
         seen, options = data_for(recipe, name, data), {"device": "meta", "pretrained": False, "loggers": ()}
         try:
-            with alone(), random_state_kept():
+            with alone(), random_state_kept(), warnings.catch_warnings(action="ignore"):  # they come with the training
                 for tasks in [(task,) for task in data.tasks] if method.single_task else [data.tasks]:
                     make_trainer(recipe, name, seen, tasks, recipe.seeds[0], **options, **weighting_of(recipe, name))
         except (HostError, RecipeError) as error:

@@ -119,6 +119,7 @@ def test_a_task_that_is_named_as_the_mean_over_tasks_would_be_overwritten_by_it(
 
 def test_what_is_right_is_taken(read) -> None:
     for fair in (
+        "weighting: FBGrad",  # which warns of an architecture without branches when it is trained
         "weighting: FairMT\ntargets: {paid: {sex: eo <= 0.05, age: dp <= 20%}}",
         "weighting: FairMT\nintersectional: true\ntargets: {paid: {'sex*age': eo <= 0.1}}",
         "weighting: FairMT\nform: phi\nsingle_task: true",
