@@ -294,7 +294,10 @@ def _matrices(state: StepState, outputs: Mapping[str, Tensor], labels: Mapping[s
 def _need_people(state: StepState, made: Made) -> None:
     """Raise where tasks are of kinds that the method does not know, or outputs are more than numbers or classes of an example."""
     if state.model.needs_known_kinds:
-        need_known_kinds(state.weighting, state.tasks.values())
+        chosen = (
+            getattr(state.model.settings, "tasks", None) or state.tasks
+        )  # a method may look at some of the tasks only
+        need_known_kinds(state.weighting, [state.tasks.get(name) for name in chosen])
     for name in state.main_tasks:
         task, z = state.tasks[name], made.outputs[name]
         if task is not None and task.single and isinstance(z, Tensor) and z.dim() > 2:

@@ -411,7 +411,10 @@ class FairTrainer(TrainingState):
             for loss in self.meter.losses.values():
                 loss._reinit()
         set_epoch(self, loaders, epoch)
-        with joined_heads(self.model, self.optimizer) as joint:
+        watched = any(
+            hasattr(callback, "step") for callback in self.callbacks
+        )  # who may average weights, or look at gradients
+        with nullcontext() if watched else joined_heads(self.model, self.optimizer) as joint:
             if not saved:
                 self._before_epoch.take(self)
             for batch in told(stepping.draw(self, loaders), partial(self._place, epoch)):

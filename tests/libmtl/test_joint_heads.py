@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import libmtl_fair as lf
 from libmtl_fair.libmtl import trainer as trainer_module
@@ -200,6 +201,25 @@ def test_outside_of_an_epoch_nothing_of_it_is_left(kit: SimpleNamespace) -> None
     assert head.weight.data_ptr() == places
     assert torch.equal(live["decoders.a.weight"], head.weight)  # what LibMTL's own training would show
     assert not torch.equal(before, head.weight)
+
+
+def test_a_callback_of_steps_sees_each_head(kit: SimpleNamespace) -> None:
+    """A running mean of the weights, as one keeps it by torch's AveragedModel."""
+
+    class Mean:
+        def start(self, trainer: Any) -> None:
+            self.model = AveragedModel(trainer.model)
+            self.seen: list[Tensor] = []
+
+        def step(self, trainer: Any, number: int, losses: Tensor) -> None:
+            self.model.update_parameters(trainer.model)
+            self.seen.append(trainer.model.decoders["b"].weight.detach().clone())
+            assert trainer.model.decoders["b"].weight.grad.abs().max() > 0
+
+    mean = Mean()
+    trainer = kit.trainer(callbacks=[mean])
+    trainer.train(kit.loader(), epochs=2)
+    torch.testing.assert_close(mean.model.module.decoders["b"].weight, torch.stack(mean.seen).mean(0))
 
 
 def test_training_that_stops_in_an_epoch_can_go_on(kit: SimpleNamespace, apart: Any) -> None:

@@ -78,6 +78,24 @@ def test_methods_that_know_four_kinds_say_so(kit: SimpleNamespace, weighting: st
         trained(kit, weighting, (lf.Binary("a"), Count("n")))
 
 
+def test_a_method_that_looks_at_other_tasks_only(kit: SimpleNamespace) -> None:
+    tasks = (lf.Binary("a"), Count("n"))
+    x, labels, groups = kit.data()
+    loader = lf.ResidentLoader(
+        x, {"a": labels["a"], "n": labels["c"].abs().round()}, groups, batch_size=32, shuffle=True, seed=0, device="cpu"
+    )
+    heads = {t.name: nn.Linear(8, 1) for t in tasks}
+    for chosen, fits in (("a", True), ("n", False)):
+        args = {"loss": "gap", "tasks": [chosen]}
+        trainer = kit.trainer("GroupRegulariser", tasks, decoders=heads, weight_args=args)
+        if fits:
+            trainer.train(loader, epochs=2)
+            assert (trainer.history["regulariser"] > 0).all()
+        else:
+            with pytest.raises(RecipeError, match="GroupRegulariser knows binary.*'n' is of a kind of your own"):
+                trainer.train(loader, epochs=2)
+
+
 def test_group_metrics_say_so() -> None:
     with pytest.raises(RecipeError, match="GroupMetrics knows binary"):
         GroupMetrics([Count("n")], {"sex": 2})
