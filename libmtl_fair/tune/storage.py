@@ -19,6 +19,7 @@ import optuna
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import get_lock_file
+from optuna.trial import TrialState
 
 from libmtl_fair.errors import CheckpointError, RecipeError, unknown
 from libmtl_fair.files import Json
@@ -129,7 +130,7 @@ def seal_of(params: Json, values: Sequence[float] | None, attributes: Json) -> s
 
 
 def need_sealed(study: optuna.Study) -> None:
-    """Refuse a study with a finished trial that is not as it was told; those of earlier versions have no seal.
+    """Refuse a study with a complete trial that is not as it was told; those of earlier versions have no seal.
 
     Raises
     ------
@@ -140,7 +141,7 @@ def need_sealed(study: optuna.Study) -> None:
         seal = trial.user_attrs.get(SEAL)
         if (
             seal is not None
-            and trial.state.is_finished()
+            and trial.state == TrialState.COMPLETE
             and seal != seal_of(trial.params, trial.values, trial.user_attrs)
         ):
             raise CheckpointError(

@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 
 from libmtl_fair import tune
 from libmtl_fair.errors import CheckpointError
-from libmtl_fair.tune.storage import JournalFile, load_study
+from libmtl_fair.tune.storage import SEAL, JournalFile, load_study, need_sealed, seal_of
 
 
 @pytest.fixture
@@ -120,3 +120,15 @@ def test_a_trial_of_a_database_that_is_not_as_it_was_told_is_refused(small, tmp_
         for read in (lambda: tune.tune(recipe, 2, storage=url), lambda: load_study(url)):
             with pytest.raises(CheckpointError, match=message):
                 read()
+
+
+def test_a_trial_that_failed_after_it_was_sealed_is_not_taken_for_damage():
+    study = optuna.create_study()
+    for state, values in ((TrialState.FAIL, None), (TrialState.COMPLETE, [0.5])):
+        trial = study.ask()
+        trial.set_user_attr(SEAL, seal_of({}, [float("nan")], {}))
+        study.tell(trial, values, state=state)
+        if state == TrialState.FAIL:  # such as one whose objective was not defined
+            need_sealed(study)
+    with pytest.raises(CheckpointError, match="trial 1 is damaged"):
+        need_sealed(study)
