@@ -42,6 +42,8 @@ def forward(
         return found
     main = {name: found[name] for name in trainer.main_tasks}
     processed: Mapping[str, Tensor] = trainer.process_preds(dict(main))
+    if not isinstance(processed, Mapping):
+        raise HostError(f"process_preds must return a dict task -> output, found {type(processed).__name__}")
     extra = {name: found[name] for name in trainer.auxiliary if training}
     if isinstance(found, Columns) and all(processed.get(name) is output for name, output in main.items()):
         return found

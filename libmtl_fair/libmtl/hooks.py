@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from libmtl_fair.errors import DataError
 
+_COUNTS = (int, list, tuple, Mapping, type(None))
+
 
 class Hooks(Protocol):
     """What is asked of a trainer."""
@@ -101,6 +103,10 @@ class _Prepared:
         """Return a task's [loader, iterator], or whatever it is, and the number of its batches, None where nobody says."""
         if self._made is None:
             self._made = self.trainer._prepare_dataloaders(self._loaders)
+        if not isinstance(self._made, (tuple, list)) or len(self._made) != 2 or not isinstance(self._made[1], _COUNTS):
+            raise DataError(
+                "_prepare_dataloaders must return what _process_data takes, and the number of batches, one a task with multi_input"
+            )
         prepared, counts = self._made
         if not name:
             return prepared, counts

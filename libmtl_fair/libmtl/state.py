@@ -379,5 +379,10 @@ class TrainingState(StepState, Trainer):  # type: ignore[misc]
     def compute_losses(self, preds: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Tensor:
         """Return the losses of all tasks, [T]."""
         if not self.multi_input or self.own_losses:
-            return self._compute_loss(preds, labels)
+            losses: object = self._compute_loss(preds, labels)
+            if not isinstance(losses, Tensor):
+                raise HostError(
+                    f"_compute_loss must return the tasks' losses, a tensor [T], found {type(losses).__name__}"
+                )
+            return losses
         return torch.stack([self._compute_loss(preds[t], labels[t], t) for t in self.task_name])

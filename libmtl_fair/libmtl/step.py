@@ -165,12 +165,22 @@ def _their_losses(trainer: TrainingState, part: Any) -> Made:
     references = {name: packed.reference for name, packed in found.items()}
     inputs, groups = ({n: p.x for n, p in found.items()}, {n: p.groups for n, p in found.items()})
     if trainer.multi_input:
-        losses, outputs = trainer.forward4loss(trainer.model, inputs, truth, return_preds=True)
+        losses, outputs = _both(trainer.forward4loss(trainer.model, inputs, truth, return_preds=True))
         return made_of(trainer, outputs, truth, groups, losses)._replace(reference=lambda: _of_every_task(references))
     for module in trainer.group_modules:
         module.take_groups(groups[""])
-    losses, outputs = trainer.forward4loss(trainer.model, inputs[""], truth, return_preds=True)
+    losses, outputs = _both(trainer.forward4loss(trainer.model, inputs[""], truth, return_preds=True))
     return made_of(trainer, outputs, truth, groups[""], losses)._replace(reference=references[""])
+
+
+def _both(found: object) -> tuple[Tensor, Mapping[str, Tensor]]:
+    if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Tensor) and isinstance(found[1], Mapping):
+        return found
+    parts = found if isinstance(found, tuple) else (found,)
+    raise HostError(
+        "forward4loss(..., return_preds=True) must return a tensor of the tasks' losses [T] and a dict task -> output, found "
+        + ", ".join(type(part).__name__ for part in parts)
+    )
 
 
 def _of_every_task(references: Mapping[str, Callable[[], Tensor | None]]) -> dict[str, Tensor] | None:

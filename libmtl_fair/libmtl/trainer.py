@@ -214,6 +214,11 @@ class FairTrainer(TrainingState):
     def prepare_optimizer(self) -> None:
         """Make optimiser and scheduler for the model as it is now."""
         self._prepare_optimizer(self.optim_param, self.scheduler_param)
+        lacking = [name for name in ("optimizer", "scheduler") if name not in vars(self)]
+        if lacking:
+            raise HostError(
+                f"_prepare_optimizer must set self.optimizer and self.scheduler (which may be None): there is no {lacking[0]}"
+            )
         self.model.bind_optimizer(self.optimizer)
 
     def _prepare_optimizer(

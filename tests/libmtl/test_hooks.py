@@ -206,6 +206,35 @@ def test_a_compute_loss_copied_from_libmtl(
     assert capsys.readouterr().out == ""
 
 
+WRONG = [
+    (
+        "forward4loss",
+        lambda *_, **__: None,
+        "forward4loss.*must return a tensor .* and a dict task -> output, found NoneType",
+    ),
+    ("forward4loss", lambda *_, **__: ([], {}), "must return a tensor .*, found list, dict"),
+    ("process_preds", lambda *_: None, "process_preds must return a dict task -> output, found NoneType"),
+    ("_compute_loss", lambda *_: [1.0, 2.0], r"_compute_loss must return .* a tensor \[T\], found list"),
+    (
+        "_prepare_dataloaders",
+        lambda self, given: [given, iter(given)],
+        "_prepare_dataloaders must return .* the number of batches",
+    ),
+    ("_prepare_optimizer", lambda *_: None, "_prepare_optimizer must set self.optimizer .*: there is no optimizer"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "message"), WRONG, ids=[f"{name} {i}" for i, (name, *_) in enumerate(WRONG)]
+)
+@pytest.mark.parametrize("weighting", ["EW", "ReLiF"])
+def test_hooks_that_return_something_else_are_told(
+    kit: SimpleNamespace, weighting: str, name: str, method: Any, message: str
+) -> None:
+    with pytest.raises((HostError, DataError), match=message):
+        kit.trainer(weighting, TASKS, type("Own", (lf.FairTrainer,), {name: method})).train(kit.loader(), epochs=1)
+
+
 def test_prepare_optimizer(kit: SimpleNamespace) -> None:
     class Own(lf.FairTrainer):
         def _prepare_optimizer(self, optim_param: Any, scheduler_param: Any) -> None:
