@@ -73,7 +73,7 @@ class FairMT(Penalty):
     settings_class = FairMTSettings
     needs_known_kinds = True
     source = "arXiv:2512.00469"
-    cost = "1.9 to 2.0 plain steps of a small network (docs/RESULTS.md)"
+    cost = "1.5 to 1.9 plain steps of a small network (docs/RESULTS.md)"
     needs_groups = True
     settings: FairMTSettings
     lipschitz: LipschitzScales | None
