@@ -8,7 +8,7 @@ has its own).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -257,7 +257,12 @@ def left_out(run: RunFolder) -> list[str]:
                     steps = " steps" if unit == "steps" else ""
                     found.setdefault(key, []).append(f"{d.task} {fn + tp}{steps} with a true yes, {tn + fp} with a no")
     size = {key: " and ".join(f"{n} {unit}" for unit, n in sorted(sizes.items())) for key, sizes in most.items()}
-    return [f"{a} = {g} ({size[a, g]}: {'; '.join(each)})" for (a, g), each in found.items()]
+    return [f"{a} = {g} ({size[a, g]}: {_first(each)})" for (a, g), each in found.items()]
+
+
+def _first(each: Sequence[str], most: int = 4) -> str:
+    more = [f"so in {len(each) - most} more tasks"] if len(each) > most + 1 else []
+    return "; ".join([*each[:most], *more] if more else each)
 
 
 def accuracy_noise(run: RunFolder, end: str = "") -> dict[tuple[str, str], float]:

@@ -129,6 +129,14 @@ def test_a_shrunk_model_gets_no_praise_for_its_bias(honest: Path) -> None:
     assert not is_praised(honest, ("Bias@", "VR@"))
 
 
+def test_of_many_tasks_a_small_group_is_told_for_the_first_four(builder: Any, tamper: Any) -> None:
+    groups, tasks = {"race": ["White", "Eskimo"]}, dict.fromkeys("abcdef", "binary")
+    made = builder(methods=METHODS, tasks=tasks, groups=groups, deltas={}).write()
+    tamper(made, "*", lambda task, attribute, group, counts: [11, 0, 1, 0] if group == "Eskimo" else counts)
+    each = "; ".join(f"{task} 1 with a true yes, 11 with a no" for task in "abcd")
+    assert f"race = Eskimo (12 people: {each}; so in 2 more tasks)" in said(made)
+
+
 def test_a_gap_that_rests_on_one_person_in_a_group_of_12_leaves_headlines_and_choices(
     builder: Any, tamper: Any
 ) -> None:
