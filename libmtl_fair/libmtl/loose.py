@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +110,8 @@ def loose(
         raise HostError(
             f"{wanted.__name__} looks at the gradients of each task's head: make FairStep with heads={{task: head}}"
         )
-    model: Any = model_class((Loose, *bases), wanted.__name__)(tasks, heads, encoder, several)
+    make = cast("Callable[..., Loose]", model_class((Loose, *bases), wanted.__name__))
+    model = make(tasks, heads, encoder, several)
     model.init_param()
     vars(model)["auxiliary_tasks"] = auxiliary
     if declared is not None:

@@ -174,14 +174,14 @@ def need_model(model: Model, input_shape: Sequence[int]) -> None:
     """
     with torch.device("meta"):
         made = encoder_for(model.encoder)(input_shape, _own_args(model, True))
-    weights, kind = sum(each.numel() for each in made.parameters()), f"encoder {model.encoder!r}"
+    weights = sum(each.numel() for each in made.parameters())
+    what, hint = f"encoder {model.encoder!r} with {model.encoder_args}", "give smaller encoder_args, or another encoder"
     if model.encoder == "mlp":
-        need_memory(
-            16.0 * weights,
+        what, hint = (
             f"a model of widths {[*input_shape, *model.hidden]}",
             "give a smaller model.hidden, or fewer inputs",
         )
-    need_memory(16.0 * weights, f"{kind} with {model.encoder_args}", "give smaller encoder_args, or another encoder")
+    need_memory(16.0 * weights, what, hint)
 
 
 def keep_labels(data: Dataset, fraction: float, seed: int) -> Dataset:
