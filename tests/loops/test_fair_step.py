@@ -139,6 +139,31 @@ def test_a_state_continues_exactly(method: str, args: dict[str, Any], batch: int
     assert other.trace == pytest.approx(fair.trace, nan_ok=True)
 
 
+def test_a_state_of_plain_training_is_put_back_into_a_step_that_went_on() -> None:
+    """As after a divergence: FairMT's strengths of later steps are not those of the first constrained one."""
+    entries, net = made(TASKS)
+    loader = make_loader(batch_size=1)  # 48 steps an epoch: multipliers move in every third
+    options = {"n_groups": loader.n_groups, "epochs": EPOCHS, "epoch_steps": len(loader), "min_count": 1}
+    fair = lf.FairStep("FairMT", entries, net.heads, **options)
+    optimizer = torch.optim.SGD([*net.parameters(), *fair.parameters()], lr=0.1)
+    batches = [*loader, *loader]
+
+    def train(some: Any) -> list[Any]:
+        for x, labels in some:
+            h, outputs = net(x)
+            optimizer.zero_grad()
+            fair.backward(losses_of(entries, outputs, labels), representation=h, outputs=outputs, labels=labels)
+            optimizer.step()
+        return [p.detach().clone() for p in net.parameters()]
+
+    train(batches[:48])  # plain; the 49th step moves the multipliers, though it is no third one
+    train_state = [copy.deepcopy(part.state_dict()) for part in (net, fair)]
+    first = train(batches[48:60])
+    for part, state in zip((net, fair), train_state):
+        part.load_state_dict(state)
+    assert all(torch.equal(p, q) for p, q in zip(first, train(batches[48:60])))
+
+
 def test_gradients_add_to_those_that_are_there() -> None:
     entries, net = made(MIXED)
     x, labels = next(iter(make_loader()))

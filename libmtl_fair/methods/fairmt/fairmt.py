@@ -89,6 +89,7 @@ class FairMT(Penalty):
     cut: Tensor | None = None
     farther: Tensor | None = None
     decay: float = 0.0
+    moved: int = 0
     past_steps: int = 0
     early_steps: int = 0
     epoch_length: int = 0
@@ -232,10 +233,12 @@ class FairMT(Penalty):
         ring, recent = Window.rolled(self.ring, self.recent, now[..., half:], self.past_steps - 1, length)
         self.__dict__.update(ring=ring, recent=recent)
         found, every = None, between_moves(length)
-        if pace.warm or self.strength is None or self.enough is None or self.past_steps % every == 0:
+        if pace.warm or not self.moved or self.past_steps % every == 0:
             found = duals.update(self.multipliers, recent, pace.each(every, FASTEST))
-            strength = None if found.strength is None else torch.as_tensor(found.strength)
-            self.__dict__.update(strength=strength, enough=torch.as_tensor(found.enough))
+            used = found.strength
+            strength = torch.zeros_like(self.multipliers[0]) if used is None else torch.as_tensor(used)
+            self.__dict__.update(strength=strength, enough=torch.as_tensor(found.enough), moved=int(not pace.warm))
+        assert self.strength is not None
         assert self.enough is not None
         if self.cut is not None:
             self._move_cuts(blocks, found)
@@ -247,7 +250,7 @@ class FairMT(Penalty):
         if found is not None:
             self._record(duals, found, psi, there)
         individual = self._individual(lipschitz, pace, length)
-        if self.strength is None:
+        if pace.warm:
             return [torch.zeros_like(z) for z in self._targets_of(batch)], individual
         divisor = counts
         if self.settings.ema_gradient == "true":
